@@ -1,0 +1,31 @@
+"""Distill Transformer language models into hybrid xLSTM students.
+
+Importing this package is cheap: torch loads with the first name that needs it. Students are known to
+`AutoModelForCausalLM` as soon as both this package and transformers are imported, in either order.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from xlstm_distill._registration import register_when_transformers_loads
+
+if TYPE_CHECKING:
+    from xlstm_distill.recipe import MixerConfig as MixerConfig
+    from xlstm_distill.student import convert as convert
+
+__version__ = "0.1.0"
+__all__ = ["MixerConfig", "__version__", "convert"]
+
+_EXPORTS = {"MixerConfig": "xlstm_distill.recipe", "convert": "xlstm_distill.student"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an exported name when it is first used."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'xlstm_distill' has no attribute '{name}'")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+register_when_transformers_loads()

@@ -1,0 +1,54 @@
+"""Make students known to transformers' Auto classes without importing transformers ourselves."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+AUTO_MODELS = "transformers.models.auto.modeling_auto"
+
+
+class _LoadThenRegister(importlib.abc.Loader):
+    """Run the wrapped loader, then import `xlstm_distill.student`, which registers the student classes."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        importlib.import_module("xlstm_distill.student")
+
+
+class _AutoModelsFinder(importlib.abc.MetaPathFinder):
+    """Wait for the module that holds the Auto model mappings, once."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != AUTO_MODELS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoadThenRegister(spec.loader)
+        return spec
+
+
+def register_when_transformers_loads() -> None:
+    """Register the students now if the Auto models are loaded, else at the moment they load.
+
+    A user may import this package before or after transformers, and the command line must answer `--help`
+    without importing either; a hook on one module is what serves all three.
+    """
+    if AUTO_MODELS in sys.modules:
+        importlib.import_module("xlstm_distill.student")
+    else:
+        sys.meta_path.insert(0, _AutoModelsFinder())

@@ -1,0 +1,218 @@
+"""The run directory: artifacts with manifests, published by atomic rename, found again by what they were made from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.recipe import Recipe
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Raised when a stage's output changes meaning, so that older artifacts are made anew."""
+PACKAGES = ("xlstm-distill", "torch", "transformers", "accelerate", "datasets", "lm_eval", "tokenizers", "safetensors")
+WHOLE_HASH_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published result of a stage."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    reused: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything the artifact was made from."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def model_path(self) -> Path:
+        """Hugging Face directory of the model inside the artifact."""
+        return self.path / "model"
+
+    def read_json(self, name: str) -> Any:
+        """Read one of the artifact's JSON files."""
+        return json.loads((self.path / name).read_text())
+
+
+@dataclass
+class Draft:
+    """An artifact being written; `path` is a temporary directory that becomes the artifact when all went well."""
+
+    path: Path
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file into the artifact."""
+        (self.path / name).write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an artifact is to be made from: the parts of the recipe it reads and the artifacts it is built on."""
+
+    stage: str
+    parts: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """`stage` or `stage/name`."""
+        return self.stage if self.name is None else f"{self.stage}/{self.name}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of stage, recipe parts and inputs."""
+        return digest({"format": FORMAT, "stage": self.label, "parts": self.parts, "inputs": self.inputs})
+
+
+class Run:
+    """A run directory and the recipe it carries out."""
+
+    def __init__(self, directory: Path, recipe: Recipe) -> None:
+        self.directory, self.recipe = directory, recipe
+
+    @classmethod
+    def open(cls, directory: Path | str, recipe: Recipe) -> Run:
+        """Create or reopen a run directory.
+
+        Raises:
+            UserError: the path is a file or cannot be written.
+        """
+        directory = Path(directory)
+        try:
+            (directory / "artifacts").mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(f"--run: {directory} cannot be used as a run directory ({error.strerror}).") from None
+        return cls(directory, recipe)
+
+    def path(self, label: str) -> Path:
+        """Where the artifact of a stage (`stage` or `stage/name`) lies."""
+        return self.directory / "artifacts" / label
+
+    def find(self, request: Request) -> Artifact | None:
+        """Return the published artifact if it was made from exactly this, else None."""
+        artifact = self.load(request.label)
+        return artifact if artifact is not None and artifact.fingerprint == request.fingerprint else None
+
+    def load(self, label: str) -> Artifact | None:
+        """Return the published artifact whatever it was made from, or None.
+
+        Raises:
+            UserError: the manifest is damaged.
+        """
+        manifest = self.path(label) / MANIFEST
+        if not manifest.is_file():
+            return None
+        try:
+            content = json.loads(manifest.read_text())
+            return Artifact(self.path(label), content, reused=True) if content["fingerprint"] else None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{manifest}: not a manifest; delete {self.path(label)} to make it again.") from None
+
+    def make(self, request: Request, build: Callable[[Draft], None]) -> Artifact:
+        """Return the artifact made from exactly this, building it if it is not there.
+
+        `build` writes into a temporary directory, which is renamed into place when it returns; an earlier artifact of
+        the same stage stays until then, and for good when `build` raises.
+        """
+        if done := self.find(request):
+            return done
+        final = self.path(request.label)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        draft = Draft(final.parent / f".{final.name}.{os.getpid()}.partial")
+        shutil.rmtree(draft.path, ignore_errors=True)
+        draft.path.mkdir()
+        started = time.monotonic()
+        try:
+            build(draft)
+            manifest = self._manifest(request, draft, time.monotonic() - started)
+            draft.write_json(MANIFEST, manifest)
+            replace_directory(draft.path, final)
+        finally:
+            shutil.rmtree(draft.path, ignore_errors=True)
+        return Artifact(final, manifest)
+
+    def _manifest(self, request: Request, draft: Draft, seconds: float) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "stage": request.stage,
+            "name": request.name,
+            "fingerprint": request.fingerprint,
+            "recipe": request.parts,
+            "inputs": request.inputs,
+            "seed": self.recipe.seed,
+            "versions": versions(),
+            "wall_seconds": round(seconds, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "results": draft.results,
+        }
+
+    def need(self, label: str, fingerprint: str | None = None) -> Artifact:
+        """Return an artifact an asked-for stage builds on.
+
+        Raises:
+            RunError: it is missing, or was made from other settings than the recipe now names.
+        """
+        artifact = self.load(label)
+        stage = label.split("/")[0]
+        if artifact is None:
+            raise RunError(f"{self.path(label)}: not there yet; run the stage '{stage}' first.")
+        if fingerprint is not None and artifact.fingerprint != fingerprint:
+            raise RunError(f"{self.path(label)}: made from other settings than this recipe's; run '{stage}' again.")
+        return artifact
+
+
+def replace_directory(source: Path, final: Path) -> None:
+    """Rename a complete directory into place; a directory that was there is removed afterwards."""
+    old = final.parent / f".{final.name}.{os.getpid()}.old"
+    if final.exists():
+        final.rename(old)
+    source.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def digest(value: Any) -> str:
+    """Hash a JSON value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def hash_path(path: Path) -> str:
+    """Hash a file or a folder: names, sizes, and content (of files above 64 MiB only the first and last 32 MiB)."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        total.update(f"{file.relative_to(path) if file != path else file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE_HASH_BYTES:
+                total.update(stream.read())
+            else:
+                total.update(stream.read(WHOLE_HASH_BYTES // 2))
+                stream.seek(-WHOLE_HASH_BYTES // 2, os.SEEK_END)
+                total.update(stream.read())
+    return total.hexdigest()[:32]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape results."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

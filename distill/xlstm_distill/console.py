@@ -1,0 +1,170 @@
+"""What stages say while they run: progress bars on a terminal, plain lines elsewhere. Loads rich only for a bar."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.progress
+
+PLAIN_SECONDS = 10.0
+"""Least time between two plain lines of a progress (seconds)."""
+
+
+class Progress(Protocol):
+    """A stage's progress."""
+
+    def update(self, n: float, *, total: float | None = None, **metrics: float) -> None:
+        """Add `n` units done and show the latest metrics; `total` replaces the total, if it was not known before."""
+
+
+class Console:
+    """Writes lines and progress to one stream; a stream that is no terminal gets no control characters."""
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        terminal: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stream = sys.stdout if stream is None else stream
+        self.terminal = _is_terminal(self.stream) if terminal is None else terminal
+        self._clock = clock
+        self._rich: rich.console.Console | None = None
+
+    def line(self, text: str = "") -> None:
+        """Write a line of plain text; above the bar, if one is shown."""
+        if self._rich is None:
+            self.stream.write(text + "\n")
+            self.stream.flush()
+        else:
+            self._rich.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: float | None, unit: str = "tokens") -> Iterator[Progress]:
+        """Show progress towards `total` units (None: not known yet), with rate, time left and metrics, for the block."""
+        if not self.terminal:
+            plain = PlainProgress(self.line, label, total, unit, self._clock)
+            yield plain
+            plain.finish()
+            return
+        with _bar(self.rich()) as bar:
+            task = bar.add_task(label, total=total, unit=unit, rate="", metrics="")
+            yield RichProgress(bar, task, unit, self._clock)
+
+    def rich(self) -> rich.console.Console:
+        """Return the rich console on the same stream, for tables."""
+        if self._rich is None:
+            from rich.console import Console as RichConsole
+
+            width = None if self.terminal else 200
+            self._rich = RichConsole(file=self.stream, force_terminal=self.terminal, width=width)
+        return self._rich
+
+
+class QuietConsole(Console):
+    """Writes nothing; keeps the lines in `lines`. For tests, and for all processes but the first."""
+
+    def __init__(self) -> None:
+        super().__init__(terminal=False)
+        self.lines: list[str] = []
+
+    def line(self, text: str = "") -> None:
+        """Keep a line."""
+        self.lines.append(text)
+
+
+class PlainProgress:
+    """Progress as plain lines: at most one in PLAIN_SECONDS, and one at the end."""
+
+    def __init__(
+        self, write: Callable[[str], None], label: str, total: float | None, unit: str, clock: Callable[[], float]
+    ) -> None:
+        self._write, self._label, self._total, self._unit, self._clock = write, label, total, unit, clock
+        self._done = 0.0
+        self._metrics: dict[str, float] = {}
+        self._started = self._written = clock()
+
+    def update(self, n: float, *, total: float | None = None, **metrics: float) -> None:
+        """Add `n` units; write a line if the last one is long ago."""
+        self._done += n
+        self._total = self._total if total is None else total
+        self._metrics.update(metrics)
+        if self._clock() - self._written >= PLAIN_SECONDS and not self._complete():
+            self._written = self._clock()
+            self._write(self._line())
+
+    def finish(self) -> None:
+        """Write the last line."""
+        self._write(self._line())
+
+    def _complete(self) -> bool:
+        return self._total is not None and self._done >= self._total
+
+    def _line(self) -> str:
+        rate = self._done / max(self._clock() - self._started, 1e-9)
+        parts = [f"{short(self._done)} {self._unit}", f"{short(rate)} {self._unit}/s"]
+        if self._total:
+            parts[0] = f"{short(self._done)} of {short(self._total)} {self._unit} ({self._done / self._total:.0%})"
+            if rate > 0 and not self._complete():
+                parts.append(f"{clock_time((self._total - self._done) / rate)} left")
+        parts += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
+        return f"{self._label}: " + ", ".join(parts)
+
+
+class RichProgress:
+    """Progress as a bar on a terminal."""
+
+    def __init__(self, bar: rich.progress.Progress, task: Any, unit: str, clock: Callable[[], float]) -> None:
+        self._bar, self._task, self._unit, self._clock = bar, task, unit, clock
+        self._done, self._started = 0.0, clock()
+        self._metrics: dict[str, float] = {}
+
+    def update(self, n: float, *, total: float | None = None, **metrics: float) -> None:
+        """Add `n` units and redraw rate and metrics."""
+        self._done += n
+        self._metrics.update(metrics)
+        rate = self._done / max(self._clock() - self._started, 1e-9)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in self._metrics.items())
+        self._bar.update(self._task, advance=n, total=total, rate=f"{short(rate)} {self._unit}/s", metrics=shown)
+
+
+def _bar(console: rich.console.Console) -> rich.progress.Progress:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[metrics]}"),
+        console=console,
+    )
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Tell whether bars can be drawn (NO_COLOR takes only the colour, which rich sees to itself)."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def short(number: float) -> str:
+    """Write a number with at most three significant digits and a suffix: 1.25M."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size * 0.9995:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def clock_time(seconds: float) -> str:
+    """Write a duration as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

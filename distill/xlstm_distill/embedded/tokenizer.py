@@ -1,0 +1,71 @@
+"""The embedded teacher's tokenizer: a byte-level BPE of 512 entries with single digits and a chat template."""
+
+from itertools import chain
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from xlstm_distill.embedded.conversations import documents
+from xlstm_distill.embedded.tasks import DOMAINS
+
+VOCABULARY = 512
+PAD, BOS, END, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"
+# Runs of letters, single digits, single spaces, single other characters: a word is one token wherever it stands.
+PIECES = r"\p{L}+|\d|\s|[^\p{L}\d\s]"
+# The generation markers delimit what is supervised: the assistant's words and its end token.
+CHAT_TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{- '<|user|>' + message['content'] + '<|end|>' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- '<|assistant|>' -}}"
+    "{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}"
+    "{{- raise_exception('Role ' + message['role'] + ' is unknown; allowed: user, assistant.') -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def train_tokenizer(count: int = 2000, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Train the BPE on `count` conversations of each domain; any text round-trips through its 256 bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(text, special=True, normalized=False) for text in (PAD, BOS, END, USER, ASSISTANT)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (message["content"] for domain in DOMAINS for doc in documents(domain, count, seed) for message in doc["messages"])
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=END,
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=[USER, ASSISTANT],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def render(document: dict[str, Any]) -> str:
+    """Write a conversation as the chat template does, without the cost of a template per training document."""
+    turns = (
+        f"<|{message['role']}|>{message['content']}{END}" for message in document["messages"]
+    )
+    return "".join(chain([BOS], turns))

@@ -1,0 +1,52 @@
+"""Query and key feature maps: a linear map per head, then a softmax over the features (paper, section on φ)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+FeatureMapName = Literal["softmax", "hedgehog"]
+
+
+class FeatureMap(nn.Module):
+    """Map each head's vectors to non-negative features that sum to one.
+
+    `softmax` is the paper's φ(x) = softmax(A_h x). `hedgehog` is [softmax(A_h x), softmax(-A_h x)] / 2, which keeps
+    the directions that a single softmax squashes and doubles the state.
+
+    Shapes: in (B, G, T, D) with H a multiple of G, out (B, H, T, F): each query head has its own map, also over a key
+    that it shares with its group.
+    """
+
+    def __init__(self, heads: int, dim: int, features: int, name: FeatureMapName = "softmax") -> None:
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(torch.empty(heads, features, dim))
+        self.reset_parameters()
+
+    @property
+    def out_features(self) -> int:
+        """Features per head, F."""
+        return self.weight.shape[1] * (2 if self.name == "hedgehog" else 1)
+
+    def reset_parameters(self) -> None:
+        """Start from the identity, so that features follow the teacher's query-key space; further rows are noise."""
+        _, features, dim = self.weight.shape
+        with torch.no_grad():
+            nn.init.normal_(self.weight, std=dim**-0.5)
+            shared = min(features, dim)
+            self.weight[:, :shared] = torch.eye(dim, device=self.weight.device, dtype=self.weight.dtype)[:shared]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return φ(x), (B, H, T, F), in x's dtype; the softmax runs in fp32."""
+        heads, features, dim = self.weight.shape
+        batch, groups, tokens, _ = x.shape
+        weight = self.weight.view(groups, heads // groups * features, dim)
+        mapped = torch.matmul(x, weight.transpose(1, 2))  # (B, G, T, H/G * F)
+        mapped = mapped.view(batch, groups, tokens, heads // groups, features).transpose(2, 3)
+        mapped = mapped.reshape(batch, heads, tokens, features).float()
+        if self.name == "softmax":
+            return mapped.softmax(dim=-1).to(x.dtype)
+        return torch.cat([mapped.softmax(dim=-1), (-mapped).softmax(dim=-1)], dim=-1).mul(0.5).to(x.dtype)

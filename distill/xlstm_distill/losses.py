@@ -1,0 +1,67 @@
+"""Losses of both training stages, as pure functions of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """The teacher's distribution at K kept tokens: its `top_k` most likely tokens and the mass of all others.
+
+    ids (K, k) int64; log_probs (K, k) fp32, natural logarithms of the full distribution; tail (K,) fp32.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: Tensor
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, top_k: int) -> SparseTargets:
+        """Keep the top k of logits (K, V)."""
+        log_probs = logits.float().log_softmax(dim=-1)
+        top = log_probs.topk(min(top_k, logits.shape[-1]), dim=-1)
+        tail = (1 - top.values.exp().sum(dim=-1)).clamp_min(0)
+        return cls(top.indices, top.values, tail)
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Sums over kept tokens of cross-entropy and sparse KL, in nats."""
+
+    cross_entropy: Tensor
+    kl: Tensor
+
+
+def sparse_kl(logits: Tensor, targets: SparseTargets) -> Tensor:
+    """KL(teacher || student) of the distributions restricted to the teacher's top k and renormalised (paper, Eq. 13).
+
+    logits (K, V); returns (K,) in nats.
+    """
+    teacher = targets.log_probs.float().log_softmax(dim=-1)  # restricting is renormalising: subtract log of the mass
+    student = logits.float().gather(-1, targets.ids).log_softmax(dim=-1)
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
+def distill_loss(logits: Tensor, labels: Tensor, targets: SparseTargets) -> LossParts:
+    """Cross-entropy with the labels and sparse KL, summed over kept tokens (paper, Eq. 13).
+
+    logits (K, V) at the kept tokens, labels (K,), targets of the same K tokens. The caller weighs the two and divides
+    by the number of kept tokens of the whole optimiser step.
+    """
+    cross_entropy = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return LossParts(cross_entropy, sparse_kl(logits, targets).sum())
+
+
+def alignment_error(student: Tensor, teacher: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error between heads' outputs, and the teacher's squared norm, summed over real tokens (paper, Eq. 12).
+
+    student, teacher (B, T, H * D) before the output projection; real (B, T) bool. Returns two scalars, fp32; their
+    ratio is the share of the teacher's output that the student misses.
+    """
+    weight = real[..., None].float()
+    error = ((student.float() - teacher.float()).square() * weight).sum()
+    return error, (teacher.float().square() * weight).sum()

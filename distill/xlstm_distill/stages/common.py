@@ -1,0 +1,80 @@
+"""What several stages do alike: find data, name what an artifact is made from, load and save models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from xlstm_distill.artifacts import Artifact, Request, Run
+from xlstm_distill.console import Console
+from xlstm_distill.data import DomainRows, prepare_domain
+from xlstm_distill.recipe import Recipe
+from xlstm_distill.teacher import load_tokenizer, teacher_hash
+
+
+def part(model: Any, *exclude: str) -> dict[str, Any]:
+    """A part of the recipe as JSON, for manifests and fingerprints."""
+    return model.model_dump(mode="json", exclude=set(exclude) or None)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of this process: bf16 autocast on CUDA where the teacher is bf16, else fp32."""
+    bf16 = recipe.teacher.dtype == "bfloat16" and torch.cuda.is_available()
+    return Accelerator(mixed_precision="bf16" if bf16 else "no")
+
+
+def prepare_domains(recipe: Recipe, run: Run, names: Iterable[str], console: Console) -> dict[str, Artifact]:
+    """Make (or find) the packed rows of the named domains."""
+    tokenizer = load_tokenizer(recipe.teacher)
+    return {name: prepare_domain(recipe, run, name, tokenizer, console) for name in names}
+
+
+def open_domains(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> dict[str, DomainRows]:
+    """Open packed rows for reading."""
+    return {name: DomainRows(name, artifact, recipe.data.validation_rows) for name, artifact in artifacts.items()}
+
+
+def data_inputs(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    """Fingerprints of packed rows, as inputs of a stage."""
+    return {f"data/{name}": artifact.fingerprint for name, artifact in artifacts.items()}
+
+
+def expert_domains(recipe: Recipe, expert: str) -> list[str]:
+    """Domains an expert is trained on, in the recipe's order."""
+    used = {name for phase in recipe.distill.experts[expert].phases for name in phase.domains}
+    return [name for name in recipe.data.domains if name in used]
+
+
+def align_request(recipe: Recipe, data: Mapping[str, Artifact]) -> Request:
+    """What the seed weights θ(0) of all experts are made from."""
+    return Request(
+        "align",
+        parts={"align": part(recipe.align), "mixer": part(recipe.student.mixer), "seed": recipe.seed},
+        inputs={"teacher": teacher_hash(recipe.teacher), **data_inputs(data)},
+    )
+
+
+def capture_request(recipe: Recipe, domain: str, data: Artifact) -> Request:
+    """What a domain's stored targets are made from."""
+    return Request(
+        "capture",
+        name=domain,
+        parts={"top_k": recipe.capture.top_k},
+        inputs={"teacher": teacher_hash(recipe.teacher), f"data/{domain}": data.fingerprint},
+    )
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+    """Write a Hugging Face directory: safetensors, config and tokenizer."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def load_student(artifact: Artifact, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load the student an artifact holds."""
+    return AutoModelForCausalLM.from_pretrained(artifact.model_path, dtype=dtype).to(device)

@@ -1,0 +1,134 @@
+"""Distill: fine-tune one expert per domain from the same seed weights (stage II; paper, Eq. 13)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.console import Console
+from xlstm_distill.data import DomainRows, RowSchedule
+from xlstm_distill.errors import UserError
+from xlstm_distill.recipe import Expert, Recipe
+from xlstm_distill.stages.capture import STORE
+from xlstm_distill.stages.common import (
+    align_request,
+    capture_request,
+    data_inputs,
+    expert_domains,
+    load_student,
+    make_accelerator,
+    open_domains,
+    part,
+    prepare_domains,
+    save_model,
+)
+from xlstm_distill.targets import OnlineTargets, StoredTargets, TargetSource
+from xlstm_distill.tasks import DistillTask
+from xlstm_distill.teacher import load_teacher, load_tokenizer, teacher_hash
+from xlstm_distill.trainer import Plan, Stretch, train, validate
+
+
+def run(recipe: Recipe, run: Run, console: Console, expert: str | None = None) -> list[Artifact]:
+    """Train the named expert, or all of them in the recipe's order."""
+    if expert is not None and expert not in recipe.distill.experts:
+        known = ", ".join(recipe.distill.experts)
+        raise UserError(f"--expert: {expert!r} is not in the recipe's distill.experts; it has {known}.")
+    return [_run_expert(recipe, run, name, console) for name in ([expert] if expert else recipe.distill.experts)]
+
+
+def expert_request(recipe: Recipe, name: str, data: Mapping[str, Artifact], seed_weights: str) -> Request:
+    """What an expert is made from: settings shared by all, its own phases, seed weights, data and targets."""
+    inputs = {"align": seed_weights, "teacher": teacher_hash(recipe.teacher)}
+    for domain, artifact in data.items():
+        if recipe.capture.targets == "stored":
+            inputs[f"capture/{domain}"] = capture_request(recipe, domain, artifact).fingerprint
+    parts = {
+        "distill": part(recipe.distill, "experts"),
+        "expert": part(recipe.distill.experts[name]),
+        "capture": part(recipe.capture, "batch"),
+        "seed": recipe.seed,
+    }
+    return Request("distill", name=name, parts=parts, inputs={**inputs, **data_inputs(data)})
+
+
+def _plan_expert(recipe: Recipe, run: Run, name: str, console: Console) -> tuple[Request, str, dict[str, Artifact]]:
+    """An expert's request, the fingerprint of its seed weights, and the rows it reads."""
+    aligned_on = recipe.align.domains or recipe.data.domains
+    everything = prepare_domains(recipe, run, {*aligned_on, *expert_domains(recipe, name)}, console)
+    data = {domain: everything[domain] for domain in expert_domains(recipe, name)}
+    seed = align_request(recipe, {domain: everything[domain] for domain in aligned_on}).fingerprint
+    return expert_request(recipe, name, data, seed), seed, data
+
+
+def find_experts(recipe: Recipe, run: Run, console: Console) -> dict[str, Artifact]:
+    """The published experts of this recipe.
+
+    Raises:
+        RunError: one is missing, or was made from other settings.
+    """
+    found = {}
+    for name in recipe.distill.experts:
+        request, _, _ = _plan_expert(recipe, run, name, console)
+        found[name] = run.need(request.label, request.fingerprint)
+    return found
+
+
+def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifact:
+    request, seed, data = _plan_expert(recipe, run, name, console)
+
+    def build(draft: Draft) -> None:
+        aligned = run.need("align", seed)
+        accelerator = make_accelerator(recipe)
+        torch.manual_seed(recipe.seed)
+        student = load_student(aligned, torch.float32, accelerator.device)
+        choose_trainable(student, recipe.distill.trainable)
+        settings = recipe.distill
+        targets = _targets(recipe, run, data, accelerator.device)
+        task = DistillTask(student, targets, settings.ce_weight, settings.kl_weight)
+        domains = open_domains(recipe, data)
+        stretches = _stretches(recipe, recipe.distill.experts[name], domains)
+        plan = Plan(f"distill/{name}", stretches, settings.batch, settings.micro_batch or settings.batch)
+        before = validate(task, domains, plan.micro_batch, accelerator.device)
+        train(task, settings, plan, domains, draft.path, console, accelerator)
+        after = validate(task, domains, plan.micro_batch, accelerator.device)
+        draft.results |= {"steps": plan.steps, "validation_before": before, "validation_after": after}
+        save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
+        console.line(
+            f"{plan.label}: held-out CE {before['ce']:.3f} -> {after['ce']:.3f}, "
+            f"KL {before['kl']:.3f} -> {after['kl']:.3f} nats"
+        )
+
+    return run.make(request, build)
+
+
+def choose_trainable(student: nn.Module, which: str) -> None:
+    """Let all parameters train, or only the mixers' (projections, feature maps, gates)."""
+    student.requires_grad_(which == "all")
+    if which == "mixer":
+        for mixer in student.mixers():
+            mixer.requires_grad_(True)
+
+
+def _targets(recipe: Recipe, run: Run, data: Mapping[str, Artifact], device: torch.device) -> TargetSource:
+    if recipe.capture.targets == "online":
+        return OnlineTargets(load_teacher(recipe.teacher, device), recipe.capture.top_k)
+    stores = {}
+    for domain, artifact in data.items():
+        request = capture_request(recipe, domain, artifact)
+        stores[domain] = run.need(request.label, request.fingerprint).path / STORE
+    return StoredTargets(stores)
+
+
+def _stretches(recipe: Recipe, expert: Expert, domains: Mapping[str, DomainRows]) -> tuple[Stretch, ...]:
+    """The expert's phases in steps; each phase has an order of its own."""
+    batch = recipe.distill.batch
+    stretches = []
+    for n, phase in enumerate(expert.phases):
+        steps = math.ceil(phase.tokens / (batch * recipe.data.context))
+        schedule = RowSchedule(domains, phase.domains, recipe.seed + n, steps * batch)
+        stretches.append(Stretch(schedule, steps, phase.lr or recipe.distill.lr))
+    return tuple(stretches)

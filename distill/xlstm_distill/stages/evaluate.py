@@ -1,0 +1,152 @@
+"""Evaluate: score the teacher, the experts and the merged student on the same tasks, through lm-eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run, hash_path
+from xlstm_distill.console import Console
+from xlstm_distill.data import DomainRows, load_batch
+from xlstm_distill.mixer import OutputGate
+from xlstm_distill.recipe import Recipe
+from xlstm_distill.stages.common import (
+    data_inputs,
+    load_student,
+    make_accelerator,
+    open_domains,
+    part,
+    prepare_domains,
+)
+from xlstm_distill.stages.merge import merge_request
+from xlstm_distill.teacher import load_teacher, load_tokenizer, teacher_hash
+from xlstm_eval.harness import LoadedSuite, evaluate_model, load_suite
+from xlstm_eval.results import write_samples
+from xlstm_eval.suites import Suite, SuiteTask
+
+TEACHER, MERGED = "teacher", "merged"
+GATE_ROWS = 16
+"""Held-out rows of each domain over which the output gates are averaged."""
+
+
+def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
+    """Evaluate every model under the same settings; each has its own artifact, so a new merge redoes only itself."""
+    suite, tokenizer = load_suite(_suite(recipe)), load_tokenizer(recipe.teacher)
+    data = prepare_domains(recipe, run, recipe.data.domains, console)
+    students = _students(recipe, run, console)
+    artifacts = []
+    for name, source in {TEACHER: None, **students}.items():
+        request = _request(recipe, name, source, data)
+
+        def build(draft: Draft, name: str = name, source: Artifact | None = source) -> None:
+            device = make_accelerator(recipe).device
+            dtype = getattr(torch, recipe.teacher.dtype)
+            model = load_student(source, dtype, device) if source else load_teacher(recipe.teacher, device)
+            _score(model.eval(), tokenizer, suite, name, recipe, draft, console)
+            if source is not None:
+                draft.write_json("gates.json", mean_gates(model, open_domains(recipe, data), device))
+
+        artifacts.append(run.make(request, build))
+    return artifacts
+
+
+def _students(recipe: Recipe, run: Run, console: Console) -> dict[str, Artifact]:
+    """The merged student, then the experts where the recipe wants them scored."""
+    request, experts = merge_request(recipe, run, console)
+    students = {MERGED: run.need(request.label, request.fingerprint)}
+    return {**students, **(experts if recipe.evaluate.experts else {})}
+
+
+def _request(recipe: Recipe, name: str, source: Artifact | None, data: dict[str, Artifact]) -> Request:
+    if source is None:
+        inputs = {"teacher": teacher_hash(recipe.teacher)}
+    else:
+        inputs = {f"{source.manifest['stage']}/{name}": source.fingerprint, **data_inputs(data)}
+    if recipe.evaluate.include is not None:
+        inputs["tasks"] = hash_path(Path(recipe.evaluate.include))
+    parts = {
+        "evaluate": part(recipe.evaluate, "include", "experts"),
+        "dtype": recipe.teacher.dtype,
+        "seed": recipe.seed,
+    }
+    return Request("evaluate", name=name, parts=parts, inputs=inputs)
+
+
+def _suite(recipe: Recipe) -> Suite:
+    settings = recipe.evaluate
+    tasks = tuple(
+        SuiteTask(
+            name=task.name,
+            domain=task.domain,
+            num_fewshot=task.shots,
+            max_gen_toks=task.max_gen_tokens,
+            fewshot_as_multiturn=task.multiturn,
+            metric=task.metric,
+            filter=task.filter,
+        )
+        for task in settings.tasks
+    )
+    return Suite(
+        name=recipe.name,
+        tasks=tasks,
+        include_path=settings.include,
+        limit=settings.limit,
+        apply_chat_template=settings.apply_chat_template,
+        confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+    )
+
+
+def _score(
+    model: nn.Module, tokenizer: Any, suite: LoadedSuite, name: str, recipe: Recipe, draft: Draft, console: Console
+) -> None:
+    """Run lm-eval and write the results, the samples, and the proof that all models were asked the same."""
+    with console.progress(f"evaluate/{name}", None, unit="requests") as progress:
+        counted = 0
+
+        def advance(done: int, total: int) -> None:
+            nonlocal counted
+            progress.update(done - counted, total=total)
+            counted = done
+
+        result = evaluate_model(
+            model, tokenizer, suite, batch_size=recipe.evaluate.batch, seed=recipe.seed, progress=advance
+        )
+    draft.write_json("results.json", [task.model_dump(mode="json") for task in result.tasks])
+    write_samples(result, draft.path / "samples")
+    draft.results |= {
+        "requests_hash": result.requests_hash,
+        "settings_hash": result.settings_hash,
+        "warnings": list(result.warnings),
+        "mean_score": sum(task.score for task in result.tasks) / len(result.tasks),
+    }
+
+
+@torch.no_grad()
+def mean_gates(model: nn.Module, domains: dict[str, DomainRows], device: torch.device) -> list[list[float]]:
+    """Mean output gate of every layer and head over held-out rows: 0 is all window, 1 is all mLSTM. Layers x heads.
+
+    Empty where the mixers have one branch only, and so no gate.
+    """
+    gates = [module for module in model.modules() if isinstance(module, OutputGate)]
+    rows = [(name, row) for name, held in domains.items() for row in range(min(GATE_ROWS, held.validation))]
+    if not gates or not rows:
+        return []
+    batch = load_batch(domains, rows).to(device)
+    sums: dict[int, torch.Tensor] = {}
+    weight = batch.real[:, None, :, None].float()
+
+    def record(number: int, output: torch.Tensor) -> None:
+        sums[number] = (output.float() * weight).sum(dim=(0, 2, 3)) / weight.sum()
+
+    handles = [g.register_forward_hook(lambda _, __, out, n=n: record(n, out)) for n, g in enumerate(gates)]
+    try:
+        model.model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, use_cache=False
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [[round(x, 6) for x in sums[n].tolist()] for n in range(len(gates))]

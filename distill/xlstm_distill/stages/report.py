@@ -1,0 +1,112 @@
+"""Report: put scores, Win-and-Tie rates, gates, losses, times and provenance of a run into one document."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xlstm_distill.artifacts import Artifact, Run, versions
+from xlstm_distill.console import Console
+from xlstm_distill.recipe import Recipe
+from xlstm_distill.recipe_io import recipe_to_yaml
+from xlstm_distill.stages.evaluate import MERGED, TEACHER
+from xlstm_distill.trainer import LOG_FILE
+from xlstm_eval.report import Curve, ReportData, ReportModel, write_report
+from xlstm_eval.schema import EvalError, TaskResult
+
+CURVE_POINTS = 200
+UNITS = {"mse": "squared error", "ce": "nats per token", "kl": "nats per token"}
+
+
+def run(recipe: Recipe, run: Run, console: Console) -> Path:
+    """Write RUN/report/report.{html,md,json}; returns the path of the HTML file."""
+    names = [TEACHER, MERGED, *(recipe.distill.experts if recipe.evaluate.experts else ())]
+    evaluated = {name: run.need(f"evaluate/{name}") for name in names}
+    _require_same_requests(evaluated)
+    students = {name: artifact for name, artifact in evaluated.items() if name != TEACHER}
+    data = ReportData(
+        title=recipe.report.title or f"{recipe.name}: student against teacher",
+        teacher=Path(recipe.teacher.path).name if Path(recipe.teacher.path).exists() else recipe.teacher.path,
+        teacher_results=_results(evaluated[TEACHER]),
+        models=tuple(
+            ReportModel(name=name, role="merged" if name == MERGED else "expert", results=_results(artifact))
+            for name, artifact in students.items()
+        ),
+        gates=_gates(students),
+        losses=_losses(recipe, run),
+        timings=_timings(run),
+        provenance=_provenance(recipe, run, evaluated),
+        recipe=recipe_to_yaml(recipe),
+        alphas=recipe.report.alphas,
+    )
+    return write_report(data, run.directory / "report")
+
+
+def _require_same_requests(evaluated: Mapping[str, Artifact]) -> None:
+    """Teacher and students must have been asked the same, or their scores do not compare."""
+    expected = evaluated[TEACHER].manifest["results"]["requests_hash"]
+    for name, artifact in evaluated.items():
+        if artifact.manifest["results"]["requests_hash"] != expected:
+            raise EvalError(f"evaluate/{name}: its requests differ from the teacher's; run the stage 'evaluate' again.")
+
+
+def _results(artifact: Artifact) -> tuple[TaskResult, ...]:
+    return tuple(TaskResult(**task) for task in artifact.read_json("results.json"))
+
+
+def _gates(students: Mapping[str, Artifact]) -> dict[str, Any] | None:
+    gates = {name: artifact.read_json("gates.json") for name, artifact in students.items()}
+    return {name: rows for name, rows in gates.items() if rows} or None
+
+
+def _losses(recipe: Recipe, run: Run) -> dict[str, dict[str, Curve]]:
+    """Training curves of alignment and of every expert."""
+    stages = {"align": ("mse",), **{f"distill/{name}": ("ce", "kl") for name in recipe.distill.experts}}
+    curves = {}
+    for label, series in stages.items():
+        file = run.path(label) / LOG_FILE
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        if lines:
+            curves[label] = {name: _curve(lines, name) for name in series}
+    return curves
+
+
+def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
+    """At most `CURVE_POINTS` points, each the mean of its stretch of steps."""
+    width = max(1, -(-len(lines) // CURVE_POINTS))
+    stretches = [lines[start : start + width] for start in range(0, len(lines), width)]
+    return Curve(
+        step=tuple(stretch[-1]["step"] for stretch in stretches),
+        value=tuple(sum(line[name] for line in stretch) / len(stretch) for stretch in stretches),
+        unit=UNITS[name],
+    )
+
+
+def _timings(run: Run) -> dict[str, float]:
+    """Seconds each artifact of the run took to make."""
+    manifests = sorted((run.directory / "artifacts").rglob("manifest.json"), key=lambda p: p.stat().st_mtime)
+    timings = {}
+    for path in manifests:
+        label = path.parent.relative_to(run.directory / "artifacts").as_posix()
+        if artifact := run.load(label):
+            timings[label] = artifact.manifest["wall_seconds"]
+    return timings
+
+
+def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, str]:
+    """Where the figures come from: recipe, seed, versions, machine, fingerprints and training results."""
+    found = {
+        "recipe": recipe.name,
+        "seed": str(recipe.seed),
+        "teacher": recipe.teacher.path + (f"@{recipe.teacher.revision}" if recipe.teacher.revision else ""),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
+        "requests hash": evaluated[TEACHER].manifest["results"]["requests_hash"],
+        **{f"version of {name}": version for name, version in versions().items()},
+    }
+    for name, artifact in evaluated.items():
+        found[f"fingerprint of evaluate/{name}"] = artifact.fingerprint
+    return found

@@ -1,0 +1,174 @@
+"""The student: the teacher's own class with every attention layer replaced by a `HybridMixer`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from xlstm_distill.cache import StudentCache
+from xlstm_distill.documents import document_segments, positions_in_documents
+from xlstm_distill.errors import UserError
+from xlstm_distill.families import FAMILIES, Family, family_of
+from xlstm_distill.feature_maps import FeatureMap
+from xlstm_distill.mixer import NEW_MODULES, HybridMixer, OutputGate, ScalarGate
+from xlstm_distill.recipe import MixerConfig
+
+# A mask that is already four-dimensional is passed on as it is (transformers), so none of size T x T is ever built.
+NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+class StudentMixin:
+    """What a student adds to its family's causal language model.
+
+    Besides the family's arguments, `forward` takes `segment_ids` (B, T): tokens of different documents do not see each
+    other in state, window or sinks. Without it documents are told apart by positions that restart, and padding by the
+    two-dimensional `attention_mask`.
+    """
+
+    family: Family
+    config: Any
+    model: nn.Module
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        mixer = MixerConfig(**config.mixer)
+        for layer in self.model.layers:
+            layer.self_attn = HybridMixer(layer.self_attn, self.family, mixer)
+        self.model.register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FeatureMap | ScalarGate | OutputGate):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def new_cache(self) -> StudentCache:
+        """Make an empty decoding cache; its memory does not grow with the tokens seen."""
+        return _new_cache(self.config)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        """Give `generate` the student's own cache."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation: {generation_config.cache_implementation!r} does not apply to a student, whose "
+                "cache has a constant size; leave it out."
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache()
+
+    def mixers(self) -> list[HybridMixer]:
+        """The mixers, first layer first."""
+        return [layer.self_attn for layer in self.model.layers]
+
+    def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the teacher does not have (feature maps and gates)."""
+        for name, parameter in self.named_parameters():
+            if any(part in NEW_MODULES for part in name.split(".")):
+                yield name, parameter
+
+
+def _new_cache(config: Any) -> StudentCache:
+    return StudentCache(config.num_hidden_layers, config.mixer["window"], config.mixer["sinks"])
+
+
+def _prepare_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Turn masks and positions into `segment_ids`, and make the student's cache where one is wanted."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    tokens = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask: shape {tuple(mask.shape)}, a student takes (B, T); give documents as segment_ids."
+        )
+    cache = kwargs.get("past_key_values")
+    if cache is None and _wants_cache(model, kwargs.get("use_cache")):
+        cache = kwargs["past_key_values"] = _new_cache(model.config)
+    kwargs["use_cache"] = cache is not None
+    kwargs["attention_mask"] = NO_MASK
+    if tokens == 1 and cache is not None:  # decoding: the token continues each row's document
+        kwargs["segment_ids"] = None
+        return args, kwargs
+    mask = mask[:, -tokens:] if mask is not None else None
+    given, positions = kwargs.get("segment_ids"), kwargs.get("position_ids")
+    if cache is not None and mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError("attention_mask: padding on the right cannot be cached; pad on the left.")
+    kwargs["segment_ids"] = document_segments(given, positions, mask)
+    if positions is None and given is not None:
+        kwargs["position_ids"] = positions_in_documents(given)
+    return args, kwargs
+
+
+def _wants_cache(model: nn.Module, use_cache: bool | None) -> bool:
+    """The caller's word, else the configuration's; never where gradients are recorded, since states are constants."""
+    wanted = model.config.use_cache if use_cache is None else use_cache
+    return bool(wanted) and not torch.is_grad_enabled()
+
+
+def _student_class(family: Family) -> type[PreTrainedModel]:
+    """Make and register the student class of a family: `xlstm_llama` and so on."""
+    name = f"Xlstm{family.class_prefix}"
+    config_body = {
+        "__module__": __name__,
+        "__doc__": f"Configuration of a hybrid xLSTM student of a {family.class_prefix} teacher.",
+        "__annotations__": {"mixer": dict | None},
+        "model_type": f"xlstm_{family.model_type}",
+        "mixer": None,
+    }
+    config = type(f"{name}Config", (family.config,), config_body)
+    model_body = {
+        "__module__": __name__,
+        "__doc__": f"Hybrid xLSTM student of a {family.class_prefix} teacher.",
+        "config_class": config,
+        "family": family,
+    }
+    model = type(f"{name}ForCausalLM", (StudentMixin, family.causal_lm), model_body)
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, model)
+    return model
+
+
+STUDENTS = {family.model_type: _student_class(family) for family in FAMILIES.values()}
+globals().update({cls.__name__: cls for cls in STUDENTS.values()})
+globals().update({cls.config_class.__name__: cls.config_class for cls in STUDENTS.values()})
+
+
+def convert(teacher: PreTrainedModel, mixer: MixerConfig, *, share_weights: bool = False) -> PreTrainedModel:
+    """Make a student that holds the teacher's weights, with a new `HybridMixer` in every layer.
+
+    The student's window attention and, where `mixer` has that branch, its mLSTM start from the teacher's projections;
+    feature maps and gates are new. `share_weights` makes the two models hold the same tensors (stage I, which trains
+    none of them, then needs no second copy).
+
+    Raises:
+        UserError: the teacher's architecture is not one of `FAMILIES`.
+    """
+    family = family_of(teacher.config.model_type)
+    cls = STUDENTS[family.model_type]
+    settings = {k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "architectures")}
+    config = cls.config_class(**settings, mixer=mixer.model_dump(mode="json"))
+    with torch.device("meta"):
+        student = cls(config)
+    weights = {name: w if share_weights else w.detach().clone() for name, w in teacher.state_dict().items()}
+    report = student.load_state_dict(weights, strict=False, assign=True)
+    if report.unexpected_keys:
+        raise UserError(f"teacher: weights {report.unexpected_keys[:3]} have no place in a student of this family.")
+    student.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
+    reference = next(teacher.parameters())
+    for module in student.modules():
+        if isinstance(module, FeatureMap | ScalarGate | OutputGate):
+            module.to_empty(device=reference.device).to(reference.dtype)
+            module.reset_parameters()
+    student.tie_weights()
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.train(teacher.training)
+
+
+def is_student(model: nn.Module) -> bool:
+    """Whether a model is a converted one."""
+    return isinstance(model, StudentMixin)

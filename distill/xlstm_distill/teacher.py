@@ -1,0 +1,76 @@
+"""Load the pinned teacher and its tokenizer, and refuse what cannot be distilled before any work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from xlstm_distill.artifacts import digest, hash_path
+from xlstm_distill.errors import UserError
+from xlstm_distill.families import family_of
+from xlstm_distill.recipe import Teacher
+
+
+def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load the teacher in its recipe's dtype, for inference.
+
+    Raises:
+        UserError: the path is missing, holds no model, or the architecture is not supported.
+    """
+    _check_architecture(config)
+    model = _load(AutoModelForCausalLM, config, "a model", dtype=getattr(torch, config.dtype))
+    return model.eval().to(device)
+
+
+def load_tokenizer(config: Teacher) -> Any:
+    """Load the teacher's tokenizer and check that it fits the teacher.
+
+    Raises:
+        UserError: it is missing, has no end-of-text token, or has more tokens than the teacher's embedding.
+    """
+    _check_path(config)
+    tokenizer = _load(AutoTokenizer, config, "a tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"teacher.path: the tokenizer of {config.path!r} has no end-of-text token; set its eos_token.")
+    vocabulary = _load(AutoConfig, config, "a model").vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"teacher.path: the tokenizer of {config.path!r} has {len(tokenizer)} tokens, its model only {vocabulary}; "
+            "they do not belong together. Use the tokenizer the teacher was trained with."
+        )
+    return tokenizer
+
+
+def teacher_hash(config: Teacher) -> str:
+    """Hash of the teacher's files where it is local, else of its name and revision; its settings are part of it."""
+    settings = config.model_dump(mode="json")
+    if Path(config.path).exists():
+        settings["path"] = hash_path(Path(config.path))
+    return digest(settings)
+
+
+def _check_architecture(config: Teacher) -> None:
+    _check_path(config)
+    family_of(_load(AutoConfig, config, "a model").model_type)
+
+
+def _check_path(config: Teacher) -> None:
+    """A path that looks local must exist; transformers would take it for a name on the hub."""
+    path = Path(config.path)
+    if path.is_absolute() and not path.is_dir():
+        raise UserError(
+            f"teacher.path: {config.path} is no directory; give a local directory or a hub id owner/name."
+        )
+
+
+def _load(auto: Any, config: Teacher, what: str, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(
+            config.path, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"teacher.path: {config.path!r} holds no {what[2:]} that can be loaded: {reason}") from error

@@ -1,0 +1,149 @@
+"""Win-and-Tie rate, critical tolerance and recovery of a student against its teacher.
+
+Pure functions of scores. All comparisons are made in exact rational arithmetic, on the counts of right answers where
+a pair carries them, else on the decimal numbers as written (0.95 means 19/20). So no rounding decides a tie.
+Definitions and edge cases: docs/metric.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+from xlstm_eval.schema import Comparison, EvalError, TaskPair, TaskResult
+
+ALPHAS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
+
+
+def win_or_tie(pair: TaskPair, alpha: float) -> bool:
+    """Tell whether the student wins or ties at tolerance ``alpha`` in [0, 1].
+
+    Higher is better: ``S >= (1 - alpha) T`` (paper, section on the metric). Lower is better: ``(1 - alpha) S <= T``.
+    """
+    return required_tolerance(pair) <= _exact(alpha, "alpha")
+
+
+def required_tolerance(pair: TaskPair) -> Fraction:
+    """Return the smallest tolerance in [0, 1] at which the pair wins or ties.
+
+    ``max(0, 1 - S/T)``, or ``max(0, 1 - T/S)`` where lower is better; 0 where the denominator is 0, since the
+    inequality then holds at every tolerance.
+    """
+    ratio = _ratio(pair)
+    return Fraction(0) if ratio is None else max(Fraction(0), 1 - ratio)
+
+
+def win_and_tie_rate(pairs: Sequence[TaskPair], alpha: float) -> float:
+    """Return C_alpha, the fraction of tasks on which the student wins or ties at ``alpha``."""
+    _require_tasks(pairs)
+    return sum(win_or_tie(pair, alpha) for pair in pairs) / len(pairs)
+
+
+def critical_tolerance(pairs: Sequence[TaskPair], rate: float = 0.5) -> float:
+    """Return the smallest tolerance at which at least ``rate`` of the tasks win or tie.
+
+    C_alpha is a step function that rises at each task's required tolerance, so the infimum is the k-th smallest of
+    them, k = ceil(rate * n): no grid. The result is the nearest float at or above it, so C at the result reaches
+    ``rate``. It lies in [0, 1]: at 1 every inequality holds.
+    """
+    _require_tasks(pairs)
+    share = _exact(rate, "rate")
+    if share == 0:
+        raise EvalError(f"rate: {rate} is not allowed. Give a number in (0, 1].")
+    needed = sorted(required_tolerance(pair) for pair in pairs)
+    return _float_at_or_above(needed[math.ceil(share * len(needed)) - 1])
+
+
+def recovery_rate(pair: TaskPair) -> float | None:
+    """Return S/T (T/S where lower is better), or None where the denominator is 0."""
+    ratio = _ratio(pair)
+    return None if ratio is None else float(ratio)
+
+
+def mean_recovery(pairs: Iterable[TaskPair]) -> float | None:
+    """Return the mean recovery rate over the tasks that have one, or None if none has."""
+    ratios = [ratio for pair in pairs if (ratio := _ratio(pair)) is not None]
+    return float(sum(ratios, Fraction(0)) / len(ratios)) if ratios else None
+
+
+def compare(name: str, pairs: Sequence[TaskPair], alphas: Sequence[float] = ALPHAS) -> Comparison:
+    """Measure one student against its teacher on all tasks."""
+    _require_tasks(pairs)
+    domains = list(dict.fromkeys(pair.domain for pair in pairs if pair.domain is not None))
+    worst = max(pairs, key=required_tolerance)
+    return Comparison(
+        name=name,
+        tasks=tuple(pairs),
+        recovery={pair.task: recovery_rate(pair) for pair in pairs},
+        recovery_by_domain={d: mean_recovery(pair for pair in pairs if pair.domain == d) for d in domains},
+        mean_recovery=mean_recovery(pairs),
+        win_and_tie={str(float(alpha)): win_and_tie_rate(pairs, alpha) for alpha in alphas},
+        critical_tolerance=critical_tolerance(pairs),
+        critical_tolerance_75=critical_tolerance(pairs, rate=0.75),
+        worst_drop=float(required_tolerance(worst)),
+        worst_task=worst.task,
+        lossless=win_and_tie_rate(pairs, 0.0) >= 0.5,
+    )
+
+
+def pair_results(teacher: Sequence[TaskResult], student: Sequence[TaskResult]) -> tuple[TaskPair, ...]:
+    """Join teacher's and student's results by task, in the teacher's order.
+
+    Raises EvalError where the two were not measured alike: other tasks, another metric or number of samples.
+    """
+    by_task = {result.task: result for result in student}
+    if odd := sorted({result.task for result in teacher} ^ set(by_task)):
+        raise EvalError(f"tasks: only one of teacher and student has {', '.join(odd)}. Evaluate both on one suite.")
+    return tuple(_pair(result, by_task[result.task]) for result in teacher)
+
+
+def _pair(teacher: TaskResult, student: TaskResult) -> TaskPair:
+    for field in ("metric", "samples", "higher_is_better"):
+        ours, theirs = getattr(student, field), getattr(teacher, field)
+        if ours != theirs:
+            raise EvalError(
+                f"{teacher.task}.{field}: the student has {ours!r}, the teacher {theirs!r}. Evaluate both alike."
+            )
+    counted = teacher.correct is not None and student.correct is not None
+    return TaskPair(
+        task=teacher.task,
+        teacher=teacher.score,
+        student=student.score,
+        teacher_stderr=teacher.stderr,
+        student_stderr=student.stderr,
+        domain=teacher.domain,
+        higher_is_better=teacher.higher_is_better,
+        samples=teacher.samples if counted else None,
+        teacher_correct=teacher.correct if counted else None,
+        student_correct=student.correct if counted else None,
+    )
+
+
+def _ratio(pair: TaskPair) -> Fraction | None:
+    """Return the exact recovery rate, or None where its denominator is 0."""
+    if pair.samples is not None and pair.teacher_correct is not None and pair.student_correct is not None:
+        teacher, student = Fraction(pair.teacher_correct), Fraction(pair.student_correct)
+    else:
+        teacher, student = Fraction(repr(pair.teacher)), Fraction(repr(pair.student))
+    above, below = (student, teacher) if pair.higher_is_better else (teacher, student)
+    return None if below == 0 else above / below
+
+
+def _exact(value: float, name: str) -> Fraction:
+    """Read a tolerance or rate as the decimal number it is written as."""
+    if not 0 <= value <= 1:
+        raise EvalError(f"{name}: {value} is not allowed. Give a number in [0, 1].")
+    return Fraction(repr(float(value)))
+
+
+def _float_at_or_above(exact: Fraction) -> float:
+    value = float(exact)
+    while Fraction(repr(value)) < exact:
+        value = math.nextafter(value, math.inf)
+    return value
+
+
+def _require_tasks(pairs: Sequence[TaskPair]) -> None:
+    if not pairs:
+        raise EvalError("tasks: empty. Give at least one.")

@@ -1,0 +1,133 @@
+"""What an evaluation of one model gives: scores, items, and the evidence that two models were asked the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from xlstm_eval.schema import EvalError, TaskResult, did_you_mean, one_line
+from xlstm_eval.suites import SuiteTask
+
+Row = dict[str, Any]  # one item of a task as lm-eval logs it: doc, arguments, resps, filter, and each metric's value
+
+# Taken in this order where a task reports several metrics and the suite names none.
+PREFERRED_METRICS = (
+    "exact_match", "acc", "pass@1", "pass_at_1", "math_verify", "prompt_level_strict_acc", "f1", "word_perplexity",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Hold one model's scores and the evidence of how they were made.
+
+    ``requests_hash`` covers every request (task, item, prompt, generation settings) in order: two models with equal
+    hashes were asked exactly the same. ``warnings`` holds what lm-eval had to say about truncated prompts.
+    """
+
+    tasks: tuple[TaskResult, ...]
+    samples: dict[str, list[Row]] = field(repr=False)
+    seconds: float
+    requests_hash: str
+    settings_hash: str
+    warnings: tuple[str, ...] = ()
+
+
+def require_same_requests(teacher: EvaluationResult, student: EvaluationResult, name: str) -> None:
+    """Raise EvalError unless both were asked exactly the same."""
+    if teacher.requests_hash != student.requests_hash:
+        raise EvalError(
+            f"{name}: its requests differ from the teacher's ({student.requests_hash[:12]}, "
+            f"{teacher.requests_hash[:12]}). Evaluate both with one suite and one tokenizer."
+        )
+
+
+def write_samples(result: EvaluationResult, directory: Path) -> list[Path]:
+    """Write every item's prompt, answer and score as one JSONL file per task."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for task, rows in result.samples.items():
+        path = directory / f"{task}.jsonl"
+        lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def pick_metric(entry: SuiteTask, scores: dict[str, Any]) -> tuple[str, str]:
+    """Choose which of a task's scores to report: (metric, filter).
+
+    The suite's ``metric``, else the only one, else the first of PREFERRED_METRICS; then the suite's ``filter``, else
+    the task's first filter.
+    """
+    keys = [tuple(key.split(",", 1)) for key in scores if "," in key and "_stderr," not in key]
+    metrics = list(dict.fromkeys(metric for metric, _ in keys))
+    metric = entry.metric or (metrics[0] if len(metrics) == 1 else None)
+    if metric is None:
+        metric = next((name for name in PREFERRED_METRICS if name in metrics), None)
+    if metric is None:
+        raise EvalError(f"{entry.name}.metric: not named, and the task has {', '.join(metrics)}. Name one.")
+    if metric not in metrics:
+        raise EvalError(f"{entry.name}.metric: the task has no {metric!r}. {did_you_mean(metric, metrics)}")
+    filters = [name for other, name in keys if other == metric]
+    if entry.filter is not None and entry.filter not in filters:
+        raise EvalError(f"{entry.name}.filter: {metric} has no {entry.filter!r}. {did_you_mean(entry.filter, filters)}")
+    return metric, entry.filter or filters[0]
+
+
+def task_result(entry: SuiteTask, scores: Row, rows: Sequence[Row], higher_is_better: dict[str, bool]) -> TaskResult:
+    """Build a task's result from lm-eval's ``scores`` ({"metric,filter": value}) and its logged ``rows``.
+
+    The standard error is that of a mean of independent items; a score that is no mean of its rows gets none.
+    Raises EvalError: metric or filter not there, a score that is negative or not finite.
+    """
+    metric, filter_name = pick_metric(entry, scores)
+    score = scores[f"{metric},{filter_name}"]
+    rows = [row for row in rows if row["filter"] == filter_name]
+    values = [row[metric] for row in rows if isinstance(row.get(metric), (bool, int, float))]
+    is_mean = len(values) == len(rows) and math.isclose(sum(values) / len(values), score, abs_tol=1e-9)
+    binary = is_mean and all(value in (0, 1) for value in values)
+    try:
+        return TaskResult(
+            task=entry.name,
+            metric=f"{metric},{filter_name}",
+            score=float(score),
+            stderr=standard_error(values) if is_mean else None,
+            domain=entry.domain,
+            higher_is_better=bool(higher_is_better.get(metric, True)),
+            samples=len(rows),
+            correct=int(sum(values)) if binary else None,
+        )
+    except ValidationError as error:
+        raise EvalError(f"{entry.name}: {one_line(error, TaskResult)}") from None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of independent samples; None for a single one."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = sum(values) / count
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+def hash_requests(samples: dict[str, list[Row]]) -> str:
+    """Hash every request of every task in order: task, item, prompt, generation settings or continuation."""
+    requests = [
+        [task, row["doc_id"], row["arguments"]]
+        for task, rows in samples.items()
+        for row in rows
+        if row["filter"] == rows[0]["filter"]
+    ]
+    return hash_value(requests)
+
+
+def hash_value(value: object) -> str:
+    """Hash a value by its JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,134 @@
+"""Suites: which tasks are run, and how. Plain data; harness.py runs them.
+
+The paper's two suites are shipped as data. Names are lm-eval 0.4.13's. MT-Bench is not among them: it needs a judge
+model. Where the paper names no metric, this project takes lm-eval's usual one (docs/metric.md).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from xlstm_eval.schema import EvalError, Frozen, Name
+
+Shots = Annotated[int, Field(strict=True, ge=0)]
+Tokens = Annotated[int, Field(strict=True, ge=1)]
+
+
+class SuiteTask(Frozen):
+    """Name one task and what differs from its own file.
+
+    ``metric`` and ``filter`` pick the score to report (harness.pick_metric says what happens without them).
+    ``generation`` overrides single generation settings, for example ``{"temperature": 0.6, "do_sample": True}``.
+    """
+
+    name: Name
+    domain: Name | None = None
+    num_fewshot: Shots | None = None
+    max_gen_toks: Tokens | None = None
+    generation: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    fewshot_as_multiturn: bool = False
+    metric: Name | None = None
+    filter: Name | None = None
+
+
+class Suite(Frozen):
+    """Name the tasks that teacher and students are measured on.
+
+    ``include_path`` is a folder of lm-eval task files (YAML); when it holds every named task, nothing else is read.
+    ``limit`` takes the first so many items of each task. Tasks that run generated code (humaneval, mbpp, cruxeval)
+    need ``confirm_run_unsafe_code``.
+    """
+
+    name: Name = "suite"
+    tasks: Annotated[tuple[SuiteTask, ...], Field(min_length=1)]
+    include_path: Path | None = None
+    limit: Annotated[int, Field(strict=True, ge=1)] | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    confirm_run_unsafe_code: bool = False
+
+    @model_validator(mode="after")
+    def _tasks_are_unique(self) -> Self:
+        names = [task.name for task in self.tasks]
+        for index, name in enumerate(names):
+            if (first := names.index(name)) < index:
+                raise ValueError(f"tasks[{index}].name: {name!r} is already tasks[{first}]. Give each task once.")
+        return self
+
+    def domains(self) -> dict[str, str | None]:
+        """Return each task's domain, in the suite's order."""
+        return {task.name: task.domain for task in self.tasks}
+
+
+_UNDERSTANDING, _MATH, _CODE, _STEM, _CHAT = "understanding", "math", "code", "stem", "chat"
+
+# (task, domain, shots, generation budget, multi-turn, metric, filter)
+_Row = tuple[str, str, int | None, int | None, bool, str | None, str | None]
+
+_BASE: tuple[_Row, ...] = (
+    ("piqa", _UNDERSTANDING, 0, None, False, "acc", None),
+    ("arc_easy", _UNDERSTANDING, 0, None, False, "acc", None),
+    ("arc_challenge", _UNDERSTANDING, 25, 100, False, "acc_norm", None),
+    ("hellaswag", _UNDERSTANDING, 10, None, False, "acc_norm", None),
+    ("winogrande", _UNDERSTANDING, 5, None, False, "acc", None),
+    ("mmlu", _UNDERSTANDING, 5, 10, False, "acc", None),
+    ("gpqa_diamond_cot_zeroshot", _STEM, 0, 2048, False, "exact_match", "flexible-extract"),
+    ("gpqa_main_cot_zeroshot", _STEM, 0, 2048, False, "exact_match", "flexible-extract"),
+    ("gsm8k", _MATH, 8, 1024, False, "exact_match", "flexible-extract"),
+    ("humaneval", _CODE, 0, 1024, False, "pass@1", None),
+    ("humaneval_plus", _CODE, 0, 1024, False, "pass@1", None),
+    ("mbpp", _CODE, 3, 256, False, "pass_at_1", None),
+    ("mbpp_plus", _CODE, 3, 1024, False, "pass_at_1", None),
+)
+
+_INSTRUCT: tuple[_Row, ...] = (
+    ("piqa", _UNDERSTANDING, 0, None, False, "acc", None),
+    ("arc_easy", _UNDERSTANDING, 0, None, False, "acc", None),
+    ("arc_challenge", _UNDERSTANDING, 25, 100, True, "acc_norm", None),
+    ("hellaswag", _UNDERSTANDING, 10, None, True, "acc_norm", None),
+    ("winogrande", _UNDERSTANDING, 5, None, True, "acc", None),
+    ("mmlu", _UNDERSTANDING, 5, 10, True, "acc", None),
+    ("gpqa_diamond_cot_zeroshot", _STEM, 0, 2048, False, "exact_match", "flexible-extract"),
+    ("gpqa_main_cot_zeroshot", _STEM, 0, 2048, False, "exact_match", "flexible-extract"),
+    ("gsm8k_cot", _MATH, 5, 3072, True, "exact_match", "flexible-extract"),
+    ("minerva_math500", _MATH, 0, 3072, True, "math_verify", None),
+    ("minerva_math", _MATH, 0, 3072, True, "math_verify", None),
+    ("leaderboard_math_hard", _MATH, 4, 1024, True, "exact_match", None),
+    ("humaneval_instruct", _CODE, 0, 3072, False, "pass@1", None),
+    ("humaneval_plus", _CODE, 0, 3072, False, "pass@1", None),
+    ("mbpp_instruct", _CODE, 3, 1024, True, "pass_at_1", None),
+    ("mbpp_plus_instruct", _CODE, 3, 1024, True, "pass_at_1", None),
+    ("cruxeval_output", _CODE, 0, 3072, True, "pass@1", None),
+    ("cruxeval_input", _CODE, 2, 3072, True, "pass@1", None),
+    ("ifeval", _CHAT, None, None, False, "prompt_level_strict_acc", None),
+)
+
+
+def paper_suite(name: Literal["base", "instruct"]) -> Suite:
+    """Return the paper's suite for base or for instruct models (shots, budgets and multi-turn marks as printed).
+
+    The instruct suite applies the chat template everywhere. The paper names HumanEval(64) Instruct and
+    HumanEval+(64) Instruct. lm-eval's humaneval_64_instruct reports pass@2 to pass@64 only, which do not fit the
+    printed scores, and humaneval_plus_instruct does not exist: humaneval_instruct and humaneval_plus, pass@1, are used.
+    """
+    if name not in ("base", "instruct"):
+        raise EvalError(f"suite: {name!r} is unknown. Allowed: base, instruct.")
+    rows = _BASE if name == "base" else _INSTRUCT
+    tasks = tuple(
+        SuiteTask(
+            name=task,
+            domain=domain,
+            num_fewshot=shots,
+            max_gen_toks=budget,
+            fewshot_as_multiturn=multiturn,
+            metric=metric,
+            filter=filter_name,
+        )
+        for task, domain, shots, budget, multiturn, metric, filter_name in rows
+    )
+    return Suite(
+        name=f"paper-{name}", tasks=tasks, apply_chat_template=name == "instruct", confirm_run_unsafe_code=True
+    )

@@ -1,0 +1,88 @@
+"""Tools of the operators' tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def error_ratio(actual: Tensor, expected: Tensor) -> float:
+    """Return rms(expected - actual) / rms(expected) in float64; 0 if both are all zero, inf or nan otherwise.
+
+    Raises ValueError if the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"error_ratio: actual has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    difference, scale = (x.detach().double().square().mean().sqrt() for x in (expected.double() - actual, expected))
+    return 0.0 if difference == 0 else float(difference / scale)
+
+
+def random_inputs(
+    B: int,
+    H: int,
+    T: int,
+    Dk: int,
+    Dv: int | None = None,
+    G: int | None = None,
+    *,
+    seed: int = 0,
+    forget_bias: float = 2.0,
+) -> dict[str, Tensor]:
+    """Draw float32 inputs of `mlstm` from a seed: q, k through a softmax feature map, v, i, f Gaussian.
+
+    Returns q, k (B, H, T, Dk), v (B, G, T, Dv), i, f (B, H, T), all requiring gradients.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    inputs = {
+        "q": (2 * normal(B, H, T, Dk)).softmax(dim=-1),
+        "k": (2 * normal(B, H, T, Dk)).softmax(dim=-1),
+        "v": normal(B, G or H, T, Dv or Dk),
+        "i": normal(B, H, T),
+        "f": normal(B, H, T) + forget_bias,
+    }
+    return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
+def random_state(B: int, H: int, Dk: int, Dv: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """Draw the fields of an MLSTMState: C and n require gradients, n is positive, m is not zero."""
+    draw = torch.Generator().manual_seed(seed)
+    C = torch.randn(B, H, Dk, Dv, generator=draw).requires_grad_()
+    n = torch.rand(B, H, Dk, generator=draw).requires_grad_()
+    return {"C": C, "n": n, "m": torch.randn(B, H, generator=draw)}
+
+
+def random_segments(B: int, T: int, *, mean_length: int, seed: int = 0) -> Tensor:
+    """Draw segment ids (B, T): documents of geometric length, numbered in order."""
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.rand(B, T, generator=draw) < 1 / mean_length).long().cumsum(dim=1)
+
+
+def to_float64(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors as float64 leaves that require gradients where the originals do."""
+    return {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in inputs.items()}
+
+
+def outputs_and_grads(
+    operator: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Mapping[str, Tensor], *, seed: int = 1
+) -> dict[str, Tensor]:
+    """Run operator(**inputs) and back-propagate fixed random cotangents through every output.
+
+    Returns the outputs as h (several: h0, h1, ...) and, for each input that requires gradients, its gradient as
+    d<name>. Equal output shapes get equal cotangents, whatever the dtype.
+    """
+    result = operator(**inputs)
+    outputs = (result,) if isinstance(result, Tensor) else tuple(result)
+    draw = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(x.shape, generator=draw).to(x) for x in outputs]
+    leaves = {name: x for name, x in inputs.items() if x.requires_grad}
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    names = ["h"] if isinstance(result, Tensor) else [f"h{n}" for n in range(len(outputs))]
+    return dict(zip(names, (x.detach() for x in outputs), strict=True)) | {
+        f"d{name}": g for name, g in zip(leaves, grads, strict=True)
+    }

@@ -1,0 +1,141 @@
+"""The student is its teacher where it must be, in all five families."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from xlstm_distill import MixerConfig, convert
+from xlstm_distill.families import FAMILIES
+from xlstm_kernels.testing import error_ratio
+
+ALL = sorted(FAMILIES)
+HYBRID = MixerConfig(window=8, sinks=2)
+
+
+def ids(batch: int = 2, tokens: int = 48, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 97, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def stir(student: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
+    """Give the new parameters random values, so that no part of the mixer is idle."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, p in student.new_parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    return student
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_softmax_inside_gives_the_teachers_logits(family, tiny_teacher):
+    teacher = tiny_teacher(family)
+    student = convert(teacher, MixerConfig(window=48, sinks=0, branches=("window",)))
+    with torch.no_grad():
+        assert error_ratio(student(ids()).logits, teacher(ids()).logits.double()) < 1e-6
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_new_student_is_finite_and_close_to_window_attention(family, tiny_teacher):
+    teacher = tiny_teacher(family)
+    window_only = convert(teacher, MixerConfig(window=8, sinks=2, branches=("window",)))
+    with torch.no_grad():
+        student = convert(teacher, HYBRID)(ids()).logits
+        closed = convert(teacher, MixerConfig(window=8, sinks=2, output_gate_bias=-30.0))(ids()).logits
+        window = window_only(ids()).logits.double()
+        untouched = convert(teacher, MixerConfig(branches=("mlstm",), window=8, sinks=2))(ids()).logits
+    assert student.isfinite().all()
+    assert error_ratio(closed, window) < 1e-6
+    assert error_ratio(student, window) < 0.5 * error_ratio(untouched, window)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_packed_documents_equal_separate_ones(family, tiny_teacher):
+    student = stir(convert(tiny_teacher(family), HYBRID))
+    lengths, row = [1, 17, 9, 21], ids(1)
+    documents = row[0].split(lengths)
+    segments = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        separate = torch.cat([student(d[None]).logits[0] for d in documents])
+        by_segments = student(row, segment_ids=segments).logits[0]
+        by_positions = student(row, position_ids=positions).logits[0]
+    assert error_ratio(by_segments, separate.double()) < 2e-6
+    assert error_ratio(by_positions, separate.double()) < 2e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo3"])
+def test_packed_gradients_equal_separate_ones(family, tiny_teacher):
+    student = stir(convert(tiny_teacher(family), HYBRID)).train()
+    lengths, row = [5, 22, 21], ids(1)
+    segments = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    weight = torch.randn(48, 97, generator=torch.Generator().manual_seed(0))
+
+    def gradients(logits):
+        student.zero_grad()
+        (logits * weight).sum().backward()
+        return {n: p.grad.clone() for n, p in student.named_parameters()}
+
+    packed = gradients(student(row, segment_ids=segments).logits[0])
+    separate = gradients(torch.cat([student(d[None]).logits[0] for d in row[0].split(lengths)]))
+    for name, grad in separate.items():
+        if name.endswith("input_gate.bias"):  # cancels in the mLSTM's ratio: the true gradient is zero
+            scale = separate[name.replace("bias", "weight")].abs().max()
+            assert packed[name].abs().max() < 1e-4 * scale
+        else:
+            assert error_ratio(packed[name], grad.double()) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_save_and_load_round_trip_is_exact(family, tiny_teacher, tmp_path):
+    student = stir(convert(tiny_teacher(family), HYBRID))
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(loaded) is type(student)
+    assert loaded.config.mixer == student.config.mixer
+    before, after = student.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids()).logits, student(ids()).logits)
+
+
+def test_tied_embeddings_stay_tied(tiny_teacher, tmp_path):
+    teacher = tiny_teacher("llama", tie_word_embeddings=True)
+    student = convert(teacher, HYBRID)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_sharing_weights_copies_nothing_and_not_sharing_copies_all(tiny_teacher):
+    teacher = tiny_teacher()
+    shared, own = convert(teacher, HYBRID, share_weights=True), convert(teacher, HYBRID)
+    projection = teacher.model.layers[0].self_attn.q_proj.weight
+    assert shared.model.layers[0].self_attn.q_proj.weight.data_ptr() == projection.data_ptr()
+    assert own.model.layers[0].self_attn.q_proj.weight.data_ptr() != projection.data_ptr()
+
+
+@pytest.mark.parametrize("order", ["xlstm_distill, transformers", "transformers, xlstm_distill"])
+def test_auto_classes_know_students_in_either_import_order(order, tiny_teacher, tmp_path):
+    convert(tiny_teacher(), HYBRID).save_pretrained(tmp_path)
+    code = (
+        f"import {order}; from transformers import AutoModelForCausalLM as A; "
+        f"print(type(A.from_pretrained({str(tmp_path)!r})).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("XlstmLlamaForCausalLM")
+
+
+def test_unsupported_teacher_is_refused_in_one_line():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from xlstm_distill.errors import UserError
+
+    teacher = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
+    with pytest.raises(UserError, match=r"teacher.model_type: 'gpt2' cannot be converted; supported are llama"):
+        convert(teacher, HYBRID)

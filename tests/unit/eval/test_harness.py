@@ -1,0 +1,263 @@
+"""The harness on tiny random models and local tasks, without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from xlstm_eval.harness import LoadedSuite, evaluate_model, load_suite
+from xlstm_eval.metrics import compare, pair_results
+from xlstm_eval.results import pick_metric, require_same_requests, write_samples
+from xlstm_eval.schema import EvalError
+from xlstm_eval.suites import Suite, SuiteTask
+
+ITEMS = 24
+NEW_TOKENS = 5
+GENERATE = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: data/{name}.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{until: ["stop"], max_gen_toks: 5, do_sample: false}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+CHOICE = """task: choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/choice.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_target: answer
+doc_to_choice: choices
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<s>", "</s>", "<unk>", "stop", *(f"w{index}" for index in range(59))]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_model(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def continuation(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+    """Decode greedily one item at a time, without cache, padding or batch: the answer the harness must see."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    new: list[int] = []
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            token = int(model(torch.cat([ids, torch.tensor([new], dtype=torch.long)], dim=1)).logits[0, -1].argmax())
+        if token in (2, 4):  # end of text, "stop"
+            break
+        new.append(token)
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_model(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model: Any, tokenizer: Any) -> Path:
+    """Write task files whose answers the model gives itself on the first items, and cannot give on the others."""
+    root = tmp_path_factory.mktemp("tasks")
+    (root / "data").mkdir()
+    generator = torch.Generator().manual_seed(1)
+    for name, right in (("first", 18), ("second", 6)):
+        rows = []
+        for index in range(ITEMS):
+            length = 2 + int(torch.randint(12, (1,), generator=generator))
+            prompt = " ".join(f"w{int(torch.randint(59, (1,), generator=generator))}" for _ in range(length))
+            answer = continuation(model, tokenizer, prompt)
+            rows.append({"question": prompt, "answer": answer if index < right else answer + " w0 w1"})
+        (root / f"{name}.yaml").write_text(GENERATE.format(name=name))
+        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"question": f"w{i} w{i + 1}", "choices": ["w3", "w4", "w5 w6"], "answer": i % 3} for i in range(ITEMS)]
+    (root / "choice.yaml").write_text(CHOICE)
+    (root / "data" / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedSuite:
+    tasks = (
+        SuiteTask(name="first", domain="math"),
+        SuiteTask(name="second", domain="code"),
+        SuiteTask(name="choice", domain="stem", metric="acc_norm"),
+    )
+    return load_suite(Suite(include_path=folder, tasks=tasks))
+
+
+@pytest.fixture(scope="module")
+def result(model: Any, tokenizer: Any, loaded: LoadedSuite) -> Any:
+    return evaluate_model(model, tokenizer, loaded, batch_size=16)
+
+
+def test_scores_equal_decoding_one_item_at_a_time(result: Any) -> None:
+    first, second, choice = result.tasks
+    assert (first.task, first.metric, first.correct, first.samples) == ("first", "exact_match,none", 18, ITEMS)
+    assert (second.correct, second.score, second.domain) == (6, 0.25, "code")
+    assert first.stderr == pytest.approx((0.75 * 0.25 / (ITEMS - 1)) ** 0.5)
+    assert (choice.metric, choice.samples) == ("acc_norm,none", ITEMS)
+    assert result.warnings == ()
+    assert result.seconds > 0
+
+
+def test_multiple_choice_equals_log_likelihoods_by_hand(model: Any, tokenizer: Any, result: Any) -> None:
+    right = 0
+    for row in result.samples["choice"]:
+        document = row["doc"]
+        scores = []
+        for choice in document["choices"]:
+            ids = tokenizer(f"{document['question']} {choice}", return_tensors="pt").input_ids
+            with torch.no_grad():
+                logs = model(ids).logits.log_softmax(-1)[0, 1:-1]
+            scores.append(float(logs.gather(1, ids[0, 2:, None]).sum()) / len(choice))
+        right += scores.index(max(scores)) == document["answer"]
+    assert result.tasks[2].correct == right
+
+
+def test_every_model_is_asked_the_same(tokenizer: Any, loaded: LoadedSuite, result: Any) -> None:
+    other = evaluate_model(tiny_model(1), tokenizer, loaded, batch_size=8)
+    require_same_requests(result, other, "student")
+    assert other.settings_hash == result.settings_hash
+    assert other.tasks != result.tasks
+    fewer = Suite(include_path=loaded.suite.include_path, tasks=loaded.suite.tasks[:2], limit=5)
+    short = evaluate_model(tiny_model(1), tokenizer, fewer, batch_size=8)
+    assert [task.samples for task in short.tasks] == [5, 5]
+    with pytest.raises(EvalError, match="student: its requests differ from the teacher's"):
+        require_same_requests(result, short, "student")
+
+
+def test_the_same_model_ties_with_itself_at_another_batch_size(
+    model: Any, tokenizer: Any, loaded: LoadedSuite, result: Any
+) -> None:
+    again = evaluate_model(model, tokenizer, loaded, batch_size=5)
+    found = compare("again", pair_results(result.tasks, again.tasks))
+    assert (found.critical_tolerance, found.worst_drop, found.lossless) == (0.0, 0.0, True)
+
+
+def test_tasks_resolve_from_any_folder_and_relative_path(
+    folder: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    suite = Suite(include_path=Path(folder.name), tasks=(SuiteTask(name="first"),), limit=3)
+    assert evaluate_model(model, tokenizer, suite, batch_size=4).tasks[0].samples == 3
+
+
+def test_overrides_reach_the_requests(folder: Path, model: Any, tokenizer: Any) -> None:
+    task = SuiteTask(name="first", max_gen_toks=2, generation={"until": "w0"})
+    got = evaluate_model(model, tokenizer, Suite(include_path=folder, tasks=(task,), limit=4), batch_size=4)
+    for row in got.samples["first"]:
+        assert row["arguments"][0][1] == {"until": "w0", "max_gen_toks": 2, "do_sample": False}
+        assert len(row["resps"][0][0].split()) <= 2
+
+
+def test_progress_counts_to_the_end_and_the_terminal_stays_clean(
+    model: Any, tokenizer: Any, loaded: LoadedSuite, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[int, int]] = []
+    model.train()
+    evaluate_model(model, tokenizer, loaded, batch_size=16, progress=lambda done, total: seen.append((done, total)))
+    assert model.training
+    model.eval()
+    total = ITEMS * (1 + 1 + 3)
+    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_samples_are_written_as_jsonl(result: Any, tmp_path: Path) -> None:
+    paths = write_samples(result, tmp_path / "samples")
+    assert [path.name for path in paths] == ["first.jsonl", "second.jsonl", "choice.jsonl"]
+    rows = [json.loads(line) for line in paths[0].read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == ITEMS
+    assert sum(row["exact_match"] for row in rows) == 18
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ({"name": "frist"}, {}, "suite.tasks: unknown task 'frist'. Did you mean 'first'?"),
+        ({"name": "first"}, {"include_path": Path("nowhere")}, "suite.include_path: nowhere is not a folder."),
+        ({"name": "choice", "metric": "ac"}, {}, "choice.metric: the task has no 'ac'. Did you mean 'acc'?"),
+        ({"name": "first", "filter": "strict"}, {}, "first.filter: exact_match has no 'strict'. Allowed: none."),
+        ({"name": "first", "max_gen_toks": 64}, {}, "first.max_gen_toks: 64 leaves no room for a prompt"),
+    ],
+)
+def test_bad_suites_get_one_line(
+    folder: Path, model: Any, tokenizer: Any, task: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    suite = Suite(**({"include_path": folder, "tasks": (SuiteTask(**task),), "limit": 2} | change))
+    with pytest.raises(EvalError) as caught:
+        evaluate_model(model, tokenizer, suite, batch_size=2)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_data_and_unsafe_code_are_refused(folder: Path, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "lost.yaml").write_text(GENERATE.format(name="lost"))
+    with pytest.raises(EvalError, match=r"data_files: data/lost\.jsonl is not in"):
+        load_suite(Suite(include_path=tmp_path, tasks=(SuiteTask(name="lost"),)))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "code.jsonl").write_text((folder / "data" / "first.jsonl").read_text())
+    (tmp_path / "code.yaml").write_text(GENERATE.format(name="code") + "unsafe_code: true\n")
+    with pytest.raises(EvalError, match=r"code: runs generated code\. Set confirm_run_unsafe_code"):
+        evaluate_model(model, tokenizer, Suite(include_path=tmp_path, tasks=(SuiteTask(name="code"),)), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("entry", "scores", "picked"),
+    [
+        ({}, {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.6}, ("acc", "none")),
+        ({"metric": "acc_norm"}, {"acc,none": 0.5, "acc_norm,none": 0.6}, ("acc_norm", "none")),
+        ({}, {"odd,none": 0.5}, ("odd", "none")),
+        ({}, {"exact_match,strict": 0.1, "exact_match,flexible": 0.2}, ("exact_match", "strict")),
+        ({"filter": "flexible"}, {"exact_match,strict": 0.1, "exact_match,flexible": 0.2}, ("exact_match", "flexible")),
+    ],
+)
+def test_the_rule_that_picks_the_score(
+    entry: dict[str, str], scores: dict[str, float], picked: tuple[str, str]
+) -> None:
+    assert pick_metric(SuiteTask(name="t", **entry), {"name": "t", "sample_len": 3} | scores) == picked
+
+
+def test_several_unknown_metrics_need_a_name() -> None:
+    with pytest.raises(EvalError, match=r"t\.metric: not named, and the task has odd, odder"):
+        pick_metric(SuiteTask(name="t"), {"odd,none": 1.0, "odder,none": 1.0})

@@ -1,0 +1,209 @@
+"""The report's three files: their content, their safety, and that writing is all or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from xlstm_eval import report
+from xlstm_eval.report import Curve, ReportData, ReportModel, duration, render, write_report
+
+DATA_FILE = Path(__file__).parent / "report_data.json"
+
+
+@pytest.fixture(scope="module")
+def data() -> ReportData:
+    return ReportData.model_validate_json(DATA_FILE.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def files(data: ReportData) -> dict[str, str]:
+    return render(data)
+
+
+class Outline(HTMLParser):
+    """Collect ids, tags and attributes that could load something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.labels: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "srcset", "action"):
+                self.links.append(value or "")
+            if tag == "svg" and name == "aria-label":
+                self.labels.append(value or "")
+
+
+def test_json_lists_the_models_with_their_figures(data: ReportData, files: dict[str, str]) -> None:
+    values = json.loads(files["report.json"])
+    assert [model["name"] for model in values["models"]] == ["merged", "math", "code", "stem", "chat"]
+    merged = values["models"][0]
+    teacher = {result.task: result.score for result in data.teacher_results}
+    assert values["teacher"]["scores"] == teacher
+    ratios = {task: merged["scores"][task] / teacher[task] for task in teacher}
+    assert merged["recovery"] == pytest.approx(ratios)
+    for alpha in (0.0, 0.05, 0.1):
+        wins = sum(ratio >= 1 - alpha - 1e-12 for ratio in ratios.values())
+        assert merged["win_and_tie"][str(alpha)] == pytest.approx(wins / len(ratios))
+    middle = sorted(max(0.0, 1 - ratio) for ratio in ratios.values())[len(ratios) // 2]
+    assert merged["critical_tolerance"] == pytest.approx(middle)
+    assert merged["stderr"]["add"] == data.models[0].results[0].stderr
+
+
+def test_html_is_self_contained_and_its_ids_are_unique(data: ReportData, files: dict[str, str]) -> None:
+    outline = Outline(files["report.html"])
+    assert len(set(outline.ids)) == len(outline.ids)
+    assert {
+        "headline",
+        "win-and-tie",
+        "recovery",
+        "models",
+        "scores",
+        "gates",
+        "losses",
+        "timings",
+        "provenance",
+    } <= set(outline.ids)
+    assert not {"script", "link", "iframe", "img", "object"} & set(outline.tags)
+    assert all(link.startswith("#") for link in outline.links)
+    assert {link[1:] for link in outline.links} <= set(outline.ids)
+    assert set(re.findall(r"url\(#([^)]+)\)", files["report.html"])) <= set(outline.ids)
+    figures = 2 + len(data.gates or {}) + len(data.losses)
+    assert outline.tags.count("svg") == len(outline.labels) == figures
+    assert all(outline.labels)
+
+
+def test_each_figure_is_small_and_takes_its_colours_from_the_page(files: dict[str, str]) -> None:
+    for svg in re.findall(r"<svg.*?</svg>", files["report.html"], flags=re.DOTALL):
+        assert len(svg.encode()) < 200_000
+        assert "var(--" in svg
+        assert not re.search(r"#0[1-5]0[0-9a-f]0[0-9a-f]{2}\b", svg)
+    defined = set(re.findall(r"(--[a-z0-9]+):", files["report.html"]))
+    assert set(re.findall(r"var\((--[a-z0-9]+)", files["report.html"])) <= defined
+
+
+def test_a_large_heat_map_stays_small(data: ReportData) -> None:
+    rows = tuple(tuple(0.5 + 0.4 * math.sin(layer * head) for head in range(64)) for layer in range(80))
+    big = data.model_copy(update={"gates": {"merged": rows}})
+    assert all(len(svg) < 200_000 for svg in re.findall(r"<svg.*?</svg>", render(big)["report.html"], flags=re.DOTALL))
+
+
+def test_rendering_is_deterministic(data: ReportData, files: dict[str, str]) -> None:
+    assert render(data) == files
+
+
+def test_names_are_escaped(data: ReportData) -> None:
+    nasty = '<script>alert("x")</script> | $a$ & co'
+    model = ReportModel(name=nasty, role="merged", results=data.models[0].results)
+    losses = {nasty: {nasty: Curve(step=(1, 2), value=(1.0, 0.5), unit=nasty)}}
+    gates = {nasty: ((0.1, 0.9),)}
+    files = render(
+        ReportData(
+            title=nasty,
+            teacher=nasty,
+            teacher_results=data.teacher_results,
+            models=(model,),
+            gates=gates,
+            losses=losses,
+            provenance={nasty: nasty},
+            recipe=nasty,
+        )
+    )
+    assert "<script" not in files["report.html"]
+    assert json.loads(files["report.json"])["title"] == nasty
+    tables = [line for line in files["report.md"].splitlines() if line.startswith("|")]
+    assert tables
+    assert "<script" not in "".join(tables)
+
+
+def test_markdown_tables_are_well_formed(files: dict[str, str]) -> None:
+    lines = files["report.md"].splitlines()
+    assert lines[0] == "# Quickstart"
+    tables, block = [], []
+    for line in [*lines, ""]:
+        if line.startswith("|"):
+            block.append(line)
+        elif block:
+            tables.append(block)
+            block = []
+    assert len(tables) >= 8
+    for table in tables:
+        widths = {len(re.split(r"(?<!\\)\|", line)) for line in table}
+        assert len(widths) == 1, table[0]
+        assert re.fullmatch(r"\|(-+\|)+", table[1])
+
+
+def test_a_report_with_the_least_data(data: ReportData) -> None:
+    plain = [result.model_copy(update={"domain": None, "stderr": None}) for result in data.teacher_results[:1]]
+    zero = plain[0].model_copy(update={"score": 0.0, "correct": 0})
+    model = ReportModel(name="student", role="student", results=(zero,))
+    files = render(ReportData(title="t", teacher="T", teacher_results=tuple(plain), models=(model,)))
+    outline = Outline(files["report.html"])
+    assert "gates" not in outline.ids
+    assert "losses" not in outline.ids
+    assert json.loads(files["report.json"])["models"][0]["critical_tolerance"] == 1.0
+
+
+def test_writing_replaces_the_old_report_as_a_whole(data: ReportData, tmp_path: Path) -> None:
+    target = tmp_path / "run" / "report"
+    assert write_report(data, target) == target / "report.html"
+    (target / "stray.txt").write_text("old")
+    write_report(data, target)
+    assert sorted(path.name for path in target.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert [path.name for path in target.parent.iterdir()] == ["report"]
+
+
+def test_a_failed_write_leaves_the_old_report(
+    data: ReportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "report"
+    write_report(data, target)
+    before = (target / "report.html").read_bytes()
+    real = Path.write_text
+
+    def full_disk(self: Path, text: str, *rest: Any, **more: Any) -> int:
+        if self.name == "report.json":
+            raise OSError(28, "No space left on device")
+        return real(self, text, *rest, **more)
+
+    monkeypatch.setattr(report.Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(data, target)
+    assert (target / "report.html").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_bad_data_is_refused(data: ReportData) -> None:
+    values = data.model_dump()
+    with pytest.raises(ValidationError, match="rows of unequal length"):
+        ReportData.model_validate(values | {"gates": {"merged": [[0.1], [0.1, 0.2]]}})
+    with pytest.raises(ValidationError, match="'merged' appears twice"):
+        ReportData.model_validate(values | {"models": [values["models"][0]] * 2})
+    with pytest.raises(ValidationError, match="1 values for 2 steps"):
+        Curve(step=(1, 2), value=(1.0,))
+    with pytest.raises(ValidationError, match="finite"):
+        Curve(step=(1,), value=(math.nan,))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.84, "0.8 s"), (42.4, "42 s"), (59.7, "1 min 00 s"), (200.0, "3 min 20 s"), (7500.0, "2 h 05 min")],
+)
+def test_durations_are_written_for_readers(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
