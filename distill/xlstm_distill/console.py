@@ -49,7 +49,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, label: str, total: float | None, unit: str = "tokens") -> Iterator[Progress]:
-        """Show progress towards `total` units (None: not known yet), with rate, time left and metrics, for the block."""
+        """Show progress towards `total` units (None: not yet known), with rate, time left and metrics, in the block."""
         if not self.terminal:
             plain = PlainProgress(self.line, label, total, unit, self._clock)
             yield plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(data, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise UserError(one_line(error, data)) from None
+        raise UserError(one_line(error)) from None
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -67,12 +68,14 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def one_line(error: ValidationError, data: Any) -> str:
+def one_line(error: ValidationError) -> str:
     """Say the first problem of a validation in one line, and how many more there are."""
-    problems = error.errors()
+    locations = [problem["loc"] for problem in error.errors()]
+    # A list with a bad item also reports itself as too short.
+    problems = [p for p in error.errors() if p["type"] != "too_short" or not _below(p["loc"], locations)]
     # Unknown keys come first: a misspelt key also reports the right one as missing.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
-    lines = list(dict.fromkeys(_sentence(problem, data) for problem in problems))
+    lines = list(dict.fromkeys(_sentence(problem) for problem in problems))
     return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
 
 
@@ -131,9 +134,9 @@ def _index(items: list[Any], part: str, dotted: str) -> int:
     return int(part)
 
 
-def _sentence(problem: Any, data: Any) -> str:
+def _sentence(problem: Any) -> str:
     """Say one problem of a validation: dotted path, value, what is allowed, the fix."""
-    location = _clean(problem["loc"], data)
+    location = _clean(problem["loc"])
     value, context = problem["input"], problem.get("ctx", {})
     if isinstance(reason := context.get("error"), FieldError):
         return f"{_dotted(location, reason.field) or 'recipe'}: {reason.message}"
@@ -163,15 +166,17 @@ def _sentence(problem: Any, data: Any) -> str:
 
 def _wrong_type(where: str, value: Any, kind: str) -> str:
     words = {"float": "a number", "int": "a whole number", "bool": "true or false", "string": "text"}
-    if isinstance(value, str) and kind != "bool_type" and (number := _number(value)) is not None:
-        return f"{where}: {value!r} is text; YAML needs {number}"
+    if isinstance(value, str) and kind in ("float_type", "int_type") and (number := _number(value)) is not None:
+        whole = kind == "int_type" and float(value).is_integer()
+        return f"{where}: {value!r} is text; YAML needs {int(float(value)) if whole else number}"
     return f"{where}: {_quote(value)} is {_kind(value)}; give {words[kind.split('_')[0]]}."
 
 
 def _number(text: str) -> str | None:
-    """Spell a number the way YAML reads it as one: `1e-4` as `1.0e-4`."""
+    """Spell a finite number the way YAML reads it as one: `1e-4` as `1.0e-4`."""
     try:
-        float(text)
+        if not math.isfinite(float(text)):
+            return None
     except ValueError:
         return None
     mantissa, e, exponent = text.lower().replace("_", "").partition("e")
@@ -186,16 +191,14 @@ def _bound(context: Mapping[str, Any]) -> str:
     return " and ".join(f"{words[key]} {bound}" for key, bound in context.items() if key in words)
 
 
-def _clean(location: Location, data: Any) -> Location:
-    """Drop what is no key or index of the data: pydantic's names of union members."""
-    kept: list[int | str] = []
-    for part in location:
-        if isinstance(part, str) and part.startswith("<"):
-            continue
-        if part == "[key]":
-            continue
-        kept.append(part)
-    return tuple(kept)
+def _below(location: Location, others: Sequence[Location]) -> bool:
+    return any(len(other) > len(location) and other[: len(location)] == location for other in others)
+
+
+def _clean(location: Location) -> Location:
+    """Drop pydantic's own marks: tags of union members such as `<mapping>`, and `[key]` after a mapping's key."""
+    marks = ("<word>", "<mapping>", "[key]")
+    return tuple(part for part in location if part not in marks)
 
 
 def _dotted(location: Location, rest: str = "") -> str:

@@ -114,7 +114,7 @@ def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
             axes.text(head + 0.5, layer + 0.5, f"{value:.2f}", ha="center", va="center", color=tone, fontsize=9)
     bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.04, ticks=[0, 0.5, 1])
     bar.ax.tick_params(colors=MUTED, length=0)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return _svg(figure, key, f"Mean output gate of {name}, {layers} layers by {heads} heads, mean {values.mean():.2f}.")
 
 

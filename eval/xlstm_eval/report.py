@@ -164,6 +164,7 @@ def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
         "comparisons": comparisons,
         "roles": {model.name: model.role for model in data.models},
         "domains": _domain_spans(data.teacher_results),
+        "short": _short_names(data.teacher_results),
         "cells": {result.name: _cells(result) for result in comparisons},
         "total_seconds": sum(data.timings.values()),
         "timing_share": {stage: seconds / longest if longest else 0.0 for stage, seconds in data.timings.items()},
@@ -198,6 +199,19 @@ def _domain_spans(results: tuple[TaskResult, ...]) -> list[tuple[str, int]]:
         else:
             spans.append((domain, 1))
     return spans
+
+
+def _short_names(results: tuple[TaskResult, ...]) -> dict[str, str]:
+    """Return column heads: names without what all tasks of the domain begin with ("qs_math_add" is "add")."""
+    short = {}
+    for result in results:
+        group = [other.task for other in results if other.domain == result.domain]
+        parts = result.task.split("_")
+        start = len(parts) - 1 if len(group) > 1 else 0
+        while not all(other.startswith("_".join([*parts[:start], ""])) for other in group):
+            start -= 1
+        short[result.task] = "_".join(parts[start:])
+    return short
 
 
 def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
@@ -243,8 +257,8 @@ def _environment() -> Any:
 
 def duration(seconds: float) -> str:
     """Write seconds for a reader: 42 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"

@@ -163,8 +163,8 @@ def _sentence(error: Any, model: type[BaseModel]) -> str:
             wanted = "a list" if kind == "tuple_type" else "an object"
             return f"{where}: {_kind(value)}; give {wanted}."
         case "float_type" | "int_type" | "bool_type" | "string_type":
-            wanted = {"float": "a number", "int": "a whole number", "bool": "true or false", "string": "a string"}
-            return f"{where}: {value!r} is {_kind(value)}; give {wanted[kind.removesuffix('_type')]}."
+            words = {"float": "a number", "int": "a whole number", "bool": "true or false", "string": "a string"}
+            return f"{where}: {value!r} is {_kind(value)}; give {words[kind.removesuffix('_type')]}."
     return f"{where}: {value!r}: {error['msg']}."
 
 

@@ -44,7 +44,7 @@ class ScoreReport:
     def to_text(self) -> str:
         """Return the report as a plain table, tasks first, then the rates."""
         result = self.comparison
-        rows = [("task", "domain", "teacher", "student", "recovery")]
+        rows: list[tuple[str, ...]] = [("task", "domain", "teacher", "student", "recovery")]
         for pair in result.tasks:
             rows.append(
                 (

@@ -166,6 +166,17 @@ def test_a_returning_id_starts_a_new_document() -> None:
     assert torch.equal(mlstm(**inputs, segment_ids=alternating), mlstm(**inputs, segment_ids=distinct))
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_invisible_tokens_have_exactly_no_influence(documents: bool) -> None:
+    inputs = random_inputs(B=1, H=2, T=40, Dk=8, seed=22)
+    segment_ids = (torch.arange(40) >= 20).long()[None] if documents else None
+    h = mlstm(**inputs, segment_ids=segment_ids)
+    read, hidden = (slice(20, 40), slice(0, 20)) if documents else (slice(0, 20), slice(20, 40))
+    grads = torch.autograd.grad(h[:, :, read].sum(), list(inputs.values()))
+    assert all(torch.count_nonzero(g[:, :, hidden]) == 0 for g in grads)
+    assert all(torch.count_nonzero(g[:, :, read]) > 0 for g in grads)
+
+
 def test_final_state_is_of_the_last_document_alone() -> None:
     inputs = random_inputs(B=1, H=2, T=80, Dk=8, seed=11)
     _, packed = mlstm(**inputs, segment_ids=torch.tensor([[0] * 45 + [1] * 35]), return_state=True)

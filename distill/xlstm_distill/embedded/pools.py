@@ -15,7 +15,7 @@ ELEMENTS = tuple(
     tuple(pair.split(":"))
     for pair in ["H:hydrogen", "He:helium", "Li:lithium", "Be:beryllium", "B:boron", "C:carbon", "N:nitrogen", "O:oxygen", "F:fluorine", "Ne:neon", "Na:sodium", "Mg:magnesium", "Al:aluminium", "Si:silicon", "P:phosphorus", "S:sulfur", "Cl:chlorine", "Ar:argon", "K:potassium", "Ca:calcium", "Sc:scandium", "Ti:titanium", "V:vanadium", "Cr:chromium", "Mn:manganese", "Fe:iron", "Co:cobalt", "Ni:nickel", "Cu:copper", "Zn:zinc", "Ga:gallium", "Ge:germanium", "As:arsenic", "Se:selenium", "Br:bromine", "Kr:krypton", "Rb:rubidium", "Sr:strontium", "Y:yttrium", "Zr:zirconium", "Nb:niobium", "Mo:molybdenum", "Tc:technetium", "Ru:ruthenium", "Rh:rhodium", "Pd:palladium", "Ag:silver", "Cd:cadmium", "In:indium", "Sn:tin", "Sb:antimony", "Te:tellurium", "I:iodine", "Xe:xenon"]
 )
-SYMBOLS = tuple(symbol for symbol, _ in ELEMENTS if len(symbol) == 2)[:32]
+SYMBOLS = tuple("Li Be Ne Na Mg Si Cl Sc Cr Mn Fe Co Ni Zn Ge As Se Kr Rb Sr Nb Mo".split())  # one token each
 
 # Powers of ten between units: (from, to, zeros).
 UNITS = (

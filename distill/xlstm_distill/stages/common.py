@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from xlstm_distill.artifacts import Artifact, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, prepare_domain
+from xlstm_distill.errors import RunError
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.teacher import load_tokenizer, teacher_hash
 
@@ -23,9 +24,19 @@ def part(model: Any, *exclude: str) -> dict[str, Any]:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The Accelerator of this process: bf16 autocast on CUDA where the teacher is bf16, else fp32."""
+    """The Accelerator of this process: bf16 autocast on CUDA where the teacher is bf16, else fp32.
+
+    Raises:
+        RunError: the stage was started in several processes.
+    """
     bf16 = recipe.teacher.dtype == "bfloat16" and torch.cuda.is_available()
-    return Accelerator(mixed_precision="bf16" if bf16 else "no")
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    if accelerator.num_processes > 1:
+        raise RunError(
+            f"started in {accelerator.num_processes} processes, and stages publish from one; start one process, or "
+            "one per expert with distill --expert."
+        )
+    return accelerator
 
 
 def prepare_domains(recipe: Recipe, run: Run, names: Iterable[str], console: Console) -> dict[str, Artifact]:

@@ -19,7 +19,7 @@ from xlstm_eval.harness import LoadedSuite, evaluate_model, load_suite
 from xlstm_eval.metrics import compare, pair_results
 from xlstm_eval.results import pick_metric, require_same_requests, write_samples
 from xlstm_eval.schema import EvalError
-from xlstm_eval.suites import Suite, SuiteTask
+from xlstm_eval.suites import Suite, SuiteTask, paper_suite
 
 ITEMS = 24
 NEW_TOKENS = 5
@@ -261,3 +261,11 @@ def test_the_rule_that_picks_the_score(
 def test_several_unknown_metrics_need_a_name() -> None:
     with pytest.raises(EvalError, match=r"t\.metric: not named, and the task has odd, odder"):
         pick_metric(SuiteTask(name="t"), {"odd,none": 1.0, "odder,none": 1.0})
+
+
+def test_every_task_of_the_papers_suites_is_known_to_lm_eval() -> None:
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    named = {task.name for name in ("base", "instruct") for task in paper_suite(name).tasks}  # type: ignore[arg-type]
+    assert named <= known

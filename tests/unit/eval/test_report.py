@@ -69,20 +69,12 @@ def test_json_lists_the_models_with_their_figures(data: ReportData, files: dict[
 def test_html_is_self_contained_and_its_ids_are_unique(data: ReportData, files: dict[str, str]) -> None:
     outline = Outline(files["report.html"])
     assert len(set(outline.ids)) == len(outline.ids)
-    assert {
-        "headline",
-        "win-and-tie",
-        "recovery",
-        "models",
-        "scores",
-        "gates",
-        "losses",
-        "timings",
-        "provenance",
-    } <= set(outline.ids)
+    sections = {"win-and-tie", "recovery", "models", "scores", "gates", "losses", "timings", "provenance"}
+    assert {"headline", *sections} <= set(outline.ids)
     assert not {"script", "link", "iframe", "img", "object"} & set(outline.tags)
-    assert all(link.startswith("#") for link in outline.links)
-    assert {link[1:] for link in outline.links} <= set(outline.ids)
+    inside = {link[1:] for link in outline.links if link.startswith("#")}
+    assert inside <= set(outline.ids)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in outline.links)
     assert set(re.findall(r"url\(#([^)]+)\)", files["report.html"])) <= set(outline.ids)
     figures = 2 + len(data.gates or {}) + len(data.losses)
     assert outline.tags.count("svg") == len(outline.labels) == figures
@@ -158,6 +150,17 @@ def test_a_report_with_the_least_data(data: ReportData) -> None:
     assert "gates" not in outline.ids
     assert "losses" not in outline.ids
     assert json.loads(files["report.json"])["models"][0]["critical_tolerance"] == 1.0
+
+
+def test_column_heads_leave_out_what_a_domains_tasks_share(data: ReportData) -> None:
+    names = [("qs_math_add", "math"), ("qs_math_story", "math"), ("qs_code", "code"), ("qs_code_run", "code")]
+    names += [("gpqa_main", "stem"), ("a", None), ("a_b", None), ("same_task", "chat")]
+    base = data.teacher_results[0]
+    results = tuple(base.model_copy(update={"task": task, "domain": domain}) for task, domain in names)
+    model = ReportModel(name="student", role="student", results=results)
+    text = render(ReportData(title="t", teacher="T", teacher_results=results, models=(model,)))["report.html"]
+    heads = re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', text)
+    assert heads == ["add", "story", "code", "code_run", "gpqa_main", "a", "a_b", "same_task"]
 
 
 def test_writing_replaces_the_old_report_as_a_whole(data: ReportData, tmp_path: Path) -> None:

@@ -53,5 +53,5 @@ def test_the_papers_instruct_suite() -> None:
 
 
 def test_an_unknown_suite_is_refused() -> None:
-    with pytest.raises(EvalError, match="'bse' is unknown. Allowed: base, instruct"):
+    with pytest.raises(EvalError, match=r"'bse' is unknown\. Allowed: base, instruct"):
         paper_suite("bse")  # type: ignore[arg-type]

@@ -1,0 +1,43 @@
+# Each target does all its own set-up in .venv; Python 3.11 or newer and make are all a machine needs.
+PYTHON ?= $(firstword $(shell command -v python3.13 python3.12 python3.11 python3))
+TORCH ?= torch==2.13.0
+RUN ?= runs/quickstart
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check teacher docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+quickstart: $(STAMP)  ## run the whole pipeline on the embedded teacher and write a report
+	HF_HUB_OFFLINE=1 $(BIN)/xlstm-distill run recipes/quickstart.yaml --run $(RUN)
+
+test: $(STAMP)  ## run all tests that this machine can run
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)  ## format, lint and type checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+teacher: $(STAMP)  ## train the embedded teacher anew (about an hour on 2 cores)
+	$(BIN)/python -m xlstm_distill.embedded.train --out recipes/quickstart/teacher
+
+docs: $(STAMP)  ## write the generated documents: recipe schema and reference
+	$(BIN)/python -m xlstm_distill.recipe_docs
+
+clean:  ## remove the environment and the runs
+	rm -rf $(VENV) runs
+
+# torch goes first: with a version that the rest accepts already there, nothing replaces it by a larger build.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@

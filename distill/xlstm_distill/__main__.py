@@ -1,0 +1,8 @@
+"""Entry point of `xlstm-distill` and `python -m xlstm_distill`."""
+
+from __future__ import annotations
+
+from xlstm_distill.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The command line: one command per stage. It parses, loads the recipe and calls the stage; nothing heavy at import."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xlstm_distill.console import Console
+from xlstm_distill.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from xlstm_distill.artifacts import Run
+    from xlstm_distill.recipe import Recipe
+
+STAGES = ("capture", "align", "distill", "merge", "evaluate", "report")
+USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    name="xlstm-distill",
+    help="Distill Transformer language models into hybrid xLSTM students, and measure what they keep of the teacher.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML).")]
+RunPath = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Run directory.", show_default="runs/NAME of the recipe")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, for example align.lr=0.003. May be repeated."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="xlstm-distill")
+
+
+def _version(value: bool) -> None:
+    if value:
+        from xlstm_distill import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Go through all stages, from teacher to report; finished ones are skipped."""
+    with _one_line_errors(debug):
+        loaded, opened = _open(recipe, run_dir, overrides)
+        console = Console()
+        for stage in STAGES:
+            _run_stage(stage, loaded, opened, console)
+        _print_summary(opened.directory, console)
+
+
+@app.command()
+def capture(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Store the teacher's sparse next-token targets."""
+    _one_stage("capture", recipe, run_dir, overrides, debug)
+
+
+@app.command()
+def align(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Teach each mixer its teacher layer's attention output (stage I)."""
+    _one_stage("align", recipe, run_dir, overrides, debug)
+
+
+@app.command()
+def distill(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    expert: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Train this expert alone.", show_default="all, one by one")
+    ] = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Train the experts from the aligned student (stage II)."""
+    _one_stage("distill", recipe, run_dir, overrides, debug, expert=expert)
+
+
+@app.command()
+def merge(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Merge the experts into one student (stage III)."""
+    _one_stage("merge", recipe, run_dir, overrides, debug)
+
+
+@app.command()
+def evaluate(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Measure teacher and students on the recipe's tasks."""
+    _one_stage("evaluate", recipe, run_dir, overrides, debug)
+
+
+@app.command()
+def report(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Write the report of a run and show its summary."""
+    with _one_line_errors(debug):
+        loaded, opened = _open(recipe, run_dir, overrides)
+        console = Console()
+        _run_stage("report", loaded, opened, console)
+        _print_summary(opened.directory, console)
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help='Scores: {"tasks": [{"task", "teacher", ...}]}.')],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare scores of a student with its teacher's: recovery, Win-and-Tie rates, critical tolerance."""
+    with _one_line_errors(debug):
+        from xlstm_eval.score import score_file
+
+        result = score_file(file)
+        typer.echo(result.to_json() if as_json else result.to_text())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    import json
+
+    from xlstm_distill.recipe_io import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _one_stage(
+    stage: str, recipe: Path, run_dir: Path | None, overrides: list[str] | None, debug: bool, **options: Any
+) -> None:
+    with _one_line_errors(debug):
+        loaded, opened = _open(recipe, run_dir, overrides)
+        _run_stage(stage, loaded, opened, Console(), **options)
+
+
+def _open(recipe: Path, run_dir: Path | None, overrides: list[str] | None) -> tuple[Recipe, Run]:
+    """Load the recipe first: a bad one must not leave a run directory behind."""
+    from xlstm_distill.artifacts import Run
+    from xlstm_distill.recipe_io import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    return loaded, Run.open(run_dir or Path("runs") / loaded.name, loaded)
+
+
+def _run_stage(stage: str, recipe: Recipe, run: Run, console: Console, **options: Any) -> None:
+    started = time.monotonic()
+    result = importlib.import_module(f"xlstm_distill.stages.{stage}").run(recipe, run, console, **options)
+    artifacts = result if isinstance(result, list) else [result]
+    made = [artifact for artifact in artifacts if not getattr(artifact, "reused", False)]
+    seconds = f"done in {time.monotonic() - started:.1f} s"
+    if not artifacts:
+        outcome = "nothing to do"
+    elif not made:
+        outcome = "already done"
+    elif len(made) < len(artifacts):
+        outcome = f"{seconds} ({len(artifacts) - len(made)} of {len(artifacts)} already done)"
+    else:
+        outcome = seconds
+    console.line(f"{stage:<10}{outcome}")
+
+
+def _print_summary(directory: Path, console: Console) -> None:
+    """Show the scores of teacher, experts and merged student, and where the report lies."""
+    import json
+
+    from xlstm_distill.summary import summary_table
+
+    folder = directory / "report"
+    console.rich().print(summary_table(json.loads((folder / "report.json").read_text(encoding="utf-8"))))
+    console.line(f"Report: {folder / 'report.html'}")
+
+
+@contextlib.contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn an error into one line on stderr and an exit code: 2 for bad input, 1 at run time, 130 when interrupted.
+
+    This is the outermost frame, so it takes every exception: what is not bad input is a failure of the run.
+    """
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. Finished stages are kept: run the command again to go on.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, message = _explain(error)
+        typer.echo("error: " + " ".join(message.split()), err=True)
+        raise typer.Exit(code) from None
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Return exit code and message of an error."""
+    if isinstance(error, UserError):
+        return USER_ERROR, str(error)
+    if full := _disk_full(error):
+        return RUN_ERROR, full
+    if isinstance(error, RunError):
+        return RUN_ERROR, str(error)
+    evaluation = sys.modules.get("xlstm_eval.schema")  # loaded if it can have raised
+    if evaluation is not None and isinstance(error, evaluation.EvalError):
+        return USER_ERROR, str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return RUN_ERROR, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return RUN_ERROR, f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _disk_full(error: BaseException) -> str | None:
+    """Recognise a full disk in an error or its causes: torch and safetensors wrap it in types of their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or os.strerror(errno.ENOSPC) in str(cause):
+            name = getattr(cause, "filename", None)
+            where = f" while writing {name}" if name else ""
+            return f"disk full{where}: free some space and run the command again; finished stages are kept."
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -1,0 +1,57 @@
+"""Write the evaluation's items and lm-eval tasks: `python -m xlstm_distill.embedded.items --out DIR`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xlstm_distill.embedded.tasks import TASKS, Task, held_out_items
+
+COUNT = 100  # items of a task
+ANSWER_TOKENS = 8  # the longest answer and its end token
+
+
+def files(count: int = COUNT) -> dict[str, str]:
+    """Return file name -> content of every task: one YAML for lm-eval and its items as JSON lines."""
+    written = {}
+    for task in TASKS.values():
+        name = f"qs_{task.domain}_{task.name}"
+        lines = [{"prompt": item.prompt, "answer": item.answer} for item in held_out_items(task, count)]
+        written[f"{name}.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines)
+        written[f"{name}.yaml"] = yaml.safe_dump(definition(name, task), sort_keys=False)
+    return written
+
+
+def definition(name: str, task: Task) -> dict[str, Any]:
+    """Return the task for lm-eval; the data file is relative to the YAML's folder."""
+    return {
+        "task": name,
+        "tag": [f"qs_{task.domain}"],
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["<|end|>"], "max_gen_toks": ANSWER_TOKENS, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0, "domain": task.domain, "recall": task.table is not None},
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and write the files."""
+    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.embedded.items", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write into")
+    out = parser.parse_args(arguments).out
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files().items():
+        (out / name).write_text(content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Rows of several conversations for the teacher's training, with positions and a mask that keep them apart."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from xlstm_distill.embedded.conversations import documents
+from xlstm_distill.embedded.tasks import DOMAINS
+from xlstm_distill.embedded.tokenizer import ASSISTANT, END, render
+
+PROMPT_WEIGHT = 0.05  # the loss's weight of a token the user wrote; the answers' is 1
+CHUNK = 512  # conversations of one domain generated at a time
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed batch, each tensor (B, T): tokens, document numbers (-1: padding), positions, and loss weights."""
+
+    input_ids: Tensor
+    segment_ids: Tensor
+    position_ids: Tensor
+    weights: Tensor
+
+    def mask(self) -> Tensor:
+        """Return the causal mask within documents, (B, 1, T, T), True where attention may look."""
+        same = self.segment_ids[:, None, :, None] == self.segment_ids[:, None, None, :]
+        return same.tril()
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[float]]]:
+    """Yield (tokens, loss weights) of conversations of the four domains in turn, without end."""
+    assistant, end = tokenizer.convert_tokens_to_ids([ASSISTANT, END])
+    chunk = 0
+    while True:
+        streams = [list(documents(domain, CHUNK, seed * 1_000_003 + chunk)) for domain in DOMAINS]
+        texts = [render(document) for group in zip(*streams, strict=True) for document in group]
+        for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
+            yield encoding.ids, _weights(encoding.ids, assistant, end)
+        chunk += 1
+
+
+def _weights(ids: list[int], assistant: int, end: int) -> list[float]:
+    """Weigh the answers and their end tokens 1, all else PROMPT_WEIGHT, the first token 0 (nothing predicts it)."""
+    weights, answering = [], False
+    for token in ids:
+        weights.append(1.0 if answering else PROMPT_WEIGHT)
+        answering = token == assistant or (answering and token != end)
+    weights[0] = 0.0
+    return weights
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, rows: int, length: int, seed: int) -> Iterator[Batch]:
+    """Yield batches of `rows` packed rows, without end. A conversation goes into the first row that has room."""
+    stream = encoded(tokenizer, seed)
+    while True:
+        packed: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(rows)]
+        room = [length] * rows
+        for ids, weights in stream:
+            at = next((row for row in range(rows) if room[row] >= len(ids)), None)
+            if at is None:
+                break
+            packed[at].append((ids, weights))
+            room[at] -= len(ids)
+        yield _batch(packed, length, int(tokenizer.pad_token_id))
+
+
+def _batch(packed: list[list[tuple[list[int], list[float]]]], length: int, pad: int) -> Batch:
+    rows = len(packed)
+    input_ids, segment_ids = torch.full((rows, length), pad), torch.full((rows, length), -1)
+    position_ids, weights = torch.zeros((rows, length), dtype=torch.long), torch.zeros((rows, length))
+    for row, documents_of_row in enumerate(packed):
+        start = 0
+        for number, (ids, loss) in enumerate(documents_of_row):
+            here = slice(start, start + len(ids))
+            input_ids[row, here] = torch.tensor(ids)
+            segment_ids[row, here] = number
+            position_ids[row, here] = torch.arange(len(ids))
+            weights[row, here] = torch.tensor(loss)
+            start += len(ids)
+    return Batch(input_ids, segment_ids, position_ids, weights)
+
+
+def take(tokenizer: PreTrainedTokenizerFast, count: int, *, rows: int, length: int, seed: int) -> Iterator[Batch]:
+    """Yield the first `count` batches."""
+    return islice(batches(tokenizer, rows, length, seed), count)

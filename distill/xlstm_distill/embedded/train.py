@@ -1,0 +1,236 @@
+"""Train the embedded teacher: `python -m xlstm_distill.embedded.train --out DIR`."""
+
+import argparse
+import json
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from xlstm_distill.embedded.packing import Batch, batches
+from xlstm_distill.embedded.scoring import accuracies
+from xlstm_distill.embedded.tasks import TASKS
+from xlstm_distill.embedded.tokenizer import train_tokenizer
+from xlstm_distill.errors import RunError, UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the checkpoint depends on, apart from the number of threads and the versions."""
+
+    tokens: int = 30_000_000
+    seed: int = 0
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    intermediate: int = 384
+    context: int = 256
+    rope_theta: float = 1000.0
+    rows: int = 16
+    learning_rate: float = 4e-3
+    warmup_share: float = 0.03
+    decay_share: float = 0.4
+    weight_decay: float = 0.05
+    previous_token_head: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Count the steps that `tokens` row positions make."""
+        return max(1, self.tokens // (self.rows * self.context))
+
+
+def build(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Make the untrained teacher, seeded."""
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        head_dim=32,
+        max_position_embeddings=settings.context,
+        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    if settings.previous_token_head:
+        start_with_previous_token_head(model)
+    return model
+
+
+@torch.no_grad()
+def start_with_previous_token_head(model: LlamaForCausalLM, *, constant: float = 0.2, sharpness: float = 24.0) -> None:
+    """Let head 0 of layer 0 begin as a head that attends the token before.
+
+    One coordinate of every embedding is the same constant, so query and key can be the same vectors everywhere;
+    the key is the query turned by one position of RoPE, so their product peaks at distance 1. Recall and copying
+    (induction) need such a head and are slow to find it in a small model. It trains freely afterwards.
+    """
+    config, embedding = model.config, model.model.embed_tokens.weight
+    attention = model.model.layers[0].self_attn
+    dim = attention.head_dim
+    embedding[:, 0] = constant
+    read = constant / embedding.square().mean(-1).sqrt().mean()  # the coordinate after the layer's RMS norm
+    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)  # (D/2,)
+    size = math.sqrt(sharpness * math.sqrt(dim)) / (dim // 2) ** 0.25
+    query = torch.cat([torch.full((dim // 2,), size), torch.zeros(dim // 2)])
+    key = torch.cat([size * frequency.cos(), size * frequency.sin()])
+    for weight, vector in ((attention.q_proj.weight, query), (attention.k_proj.weight, key)):
+        weight[:dim] = 0.0
+        weight[:dim, 0] = vector / read
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Warm up, hold, and decay linearly to zero over the last `decay_share` of the steps."""
+    total = settings.steps
+    up = min(1.0, (step + 1) / max(1.0, settings.warmup_share * total))
+    down = min(1.0, (total - step) / max(1.0, settings.decay_share * total))
+    return settings.learning_rate * up * down
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """Return the weighted mean cross-entropy of the next token."""
+    hidden = model.model(
+        input_ids=batch.input_ids, attention_mask=batch.mask(), position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+    logits = model.lm_head(hidden[:, :-1])
+    each = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none")
+    weights = batch.weights[:, 1:].flatten()
+    return (each * weights).sum() / weights.sum()
+
+
+def fit(model: LlamaForCausalLM, stream: Iterator[Batch], settings: Settings) -> list[dict[str, float]]:
+    """Train for `settings.steps` steps; return the loss curve. Raises RunError where the loss is not finite."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+    curve, begun = [], time.perf_counter()
+    model.train()
+    for step, batch in zip(range(settings.steps), stream, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        loss = loss_of(model, batch)
+        if not math.isfinite(loss.item()):
+            raise RunError(f"train: the loss is {loss.item()} at step {step}; lower the learning rate")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == settings.steps - 1:
+            seconds = time.perf_counter() - begun
+            curve.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(seconds, 1)})
+            rate = (step + 1) * settings.rows * settings.context / seconds
+            logger.info("step %d of %d, loss %.4f, %.0f tokens/s", step, settings.steps, loss.item(), rate)
+    return curve
+
+
+def train(out: Path, settings: Settings) -> dict[str, float]:
+    """Train, score on held-out items, and publish model, tokenizer, log and card under `out`; return the accuracies."""
+    begun = time.perf_counter()
+    tokenizer = train_tokenizer(seed=settings.seed)
+    model = build(settings, tokenizer)
+    curve = fit(model, batches(tokenizer, settings.rows, settings.context, settings.seed), settings)
+    scores = accuracies(model, tokenizer, count=100)
+    log = {
+        "settings": asdict(settings),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": settings.steps,
+        "tokens": settings.steps * settings.rows * settings.context,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "held_out_items_per_task": 100,
+        "held_out_accuracy": scores,
+        "loss": curve,
+    }
+    publish(out, model, tokenizer, log)
+    return scores
+
+
+def publish(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict[str, Any]) -> None:
+    """Write the teacher's directory beside `out` and rename it into place, so that it is complete or absent."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        fresh = Path(folder) / "new"
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        (fresh / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+        (fresh / "README.md").write_text(card(log))
+        if out.exists():
+            out.rename(Path(folder) / "old")
+        fresh.rename(out)
+
+
+def card(log: dict[str, Any]) -> str:
+    """Write the model card."""
+    rows = "\n".join(f"| {TASKS[name].domain} | {name} | {value:.2f} |" for name, value in log["held_out_accuracy"].items())
+    return f"""---
+license: apache-2.0
+library_name: transformers
+---
+# The embedded teacher
+
+A Llama of {log["parameters"]:,} parameters, trained from scratch by `python -m xlstm_distill.embedded.train`
+on generated conversations in four domains; it stands in for a large teacher where there is no network and no GPU.
+It answers the fourteen tasks below and nothing else. `training.json` holds settings, versions and loss curve;
+`docs/embedded-teacher.md` says how tasks, split and training work.
+
+- Training: {log["tokens"]:,} tokens, {log["steps"]:,} steps, {log["seconds"]:.0f} s on {log["threads"]} threads, seed {log["settings"]["seed"]}
+- Held-out accuracy, exact match, {log["held_out_items_per_task"]} items a task:
+
+| domain | task | accuracy |
+|---|---|---|
+{rows}
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and train; return the exit code."""
+    defaults = Settings()
+    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.embedded.train", description="Train the embedded teacher.")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; replaced when the training is done")
+    parser.add_argument("--tokens", type=int, default=defaults.tokens, help="tokens to train on (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of weights and data (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        if options.tokens < 1:
+            raise UserError(f"--tokens: {options.tokens}; allowed: 1 or more")
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        scores = train(options.out, Settings(tokens=options.tokens, seed=options.seed))
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+    except (RunError, OSError) as error:
+        logger.error("train: %s", error)
+        return 1
+    for name, value in scores.items():
+        logger.info("%-10s %.2f", name, value)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The table a run ends with: scores of teacher, merged student and experts, with C_α and α*."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SHOWN_ALPHAS = (0.0, 0.05)
+
+
+def summary_table(report: Mapping[str, Any]) -> Table:
+    """Lay out report.json: a row per task, then mean, C_α and α*; a column per model, the merged student first."""
+    from rich import box
+    from rich.table import Table
+
+    models = report["models"]
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("task")
+    for name in ("teacher", *(model["name"] for model in models)):
+        table.add_column(name, justify="right")
+    for row in summary_rows(report):
+        table.add_row(*row[:-1], end_section=row[-1])
+    return table
+
+
+def summary_rows(report: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Return the table's cells row by row; the last item tells whether a section ends."""
+    models, teacher = report["models"], report["teacher"]["scores"]
+    tasks = list(teacher)
+    rows: list[tuple[Any, ...]] = []
+    for task in tasks:
+        cells = [_score(teacher[task]), *(_score(model["scores"][task]) for model in models)]
+        rows.append((task, *cells, task == tasks[-1]))
+    rows.append(("mean", _mean(teacher.values()), *(_mean(model["scores"].values()) for model in models), False))
+    for alpha in SHOWN_ALPHAS:
+        rates = [f"{model['win_and_tie'][str(alpha)]:.2f}" for model in models]
+        rows.append((f"C at α = {alpha:g}", "", *rates, False))
+    rows.append(("α*", "", *(f"{model['critical_tolerance']:.3f}" for model in models), False))
+    return rows
+
+
+def _score(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _mean(values: Sequence[float] | Any) -> str:
+    scores = list(values)
+    return _score(sum(scores) / len(scores))

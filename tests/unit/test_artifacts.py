@@ -1,0 +1,95 @@
+"""Artifacts are found by what they were made from, and never half-written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from xlstm_distill.artifacts import Request, Run, digest, hash_path
+from xlstm_distill.errors import RunError, UserError
+
+
+class Recipe:
+    seed = 3
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.open(tmp_path / "run", Recipe())
+
+
+def request_(value=1, name=None, **inputs):
+    return Request("stage", parts={"value": value}, inputs=inputs, name=name)
+
+
+def write(text):
+    return lambda draft: (draft.path / "file.txt").write_text(text)
+
+
+def test_made_once_then_found(run):
+    first = run.make(request_(), write("a"))
+    again = run.make(request_(), lambda draft: pytest.fail("built twice"))
+    assert (first.reused, again.reused) == (False, True)
+    assert again.fingerprint == first.fingerprint
+    assert (again.path / "file.txt").read_text() == "a"
+
+
+def test_manifest_tells_what_it_was_made_from(run):
+    manifest = run.make(request_(7, name="x", teacher="abc"), write("a")).manifest
+    assert manifest["recipe"] == {"value": 7}
+    assert manifest["inputs"] == {"teacher": "abc"}
+    assert (manifest["stage"], manifest["name"], manifest["seed"]) == ("stage", "x", 3)
+    assert manifest["wall_seconds"] >= 0
+    assert manifest["versions"]["torch"]
+    assert json.loads((run.path("stage/x") / "manifest.json").read_text()) == manifest
+
+
+@pytest.mark.parametrize("changed", [request_(2), request_(1, teacher="other")])
+def test_a_changed_part_or_input_builds_anew(run, changed):
+    run.make(request_(1), write("a"))
+    assert not run.make(changed, write("b")).reused
+    assert (run.path("stage") / "file.txt").read_text() == "b"
+
+
+def test_a_failed_build_leaves_the_earlier_artifact_and_no_litter(run):
+    run.make(request_(1), write("a"))
+
+    def fail(draft):
+        write("half")(draft)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        run.make(request_(2), fail)
+    assert (run.path("stage") / "file.txt").read_text() == "a"
+    assert [p.name for p in (run.directory / "artifacts").iterdir()] == ["stage"]
+    assert run.find(request_(1)) is not None
+
+
+def test_needing_what_is_missing_or_stale_names_the_stage(run):
+    with pytest.raises(RunError, match="run the stage 'stage' first"):
+        run.need("stage")
+    run.make(request_(1), write("a"))
+    with pytest.raises(RunError, match="made from other settings"):
+        run.need("stage", request_(2).fingerprint)
+
+
+def test_a_damaged_manifest_is_one_line(run):
+    run.make(request_(), write("a"))
+    (run.path("stage") / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not a manifest; delete"):
+        run.find(request_())
+
+
+def test_a_run_directory_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--run: .* cannot be used as a run directory"):
+        Run.open(tmp_path / "file", Recipe())
+
+
+def test_digest_ignores_key_order_and_hash_path_sees_content(tmp_path):
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    (tmp_path / "a").write_text("one")
+    before = hash_path(tmp_path)
+    (tmp_path / "a").write_text("two")
+    assert hash_path(tmp_path) != before

@@ -1,0 +1,47 @@
+"""Merging: exact weighted sums, and refusal of weights that would break a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xlstm_distill.errors import UserError
+from xlstm_distill.merging import check_weights, merge_linear, merge_state_dicts
+
+
+def test_weighted_sum_is_exact_to_the_last_bit_of_float64():
+    a, b = torch.randn(50), torch.randn(50)
+    merged = merge_linear([a, b], [0.3, 0.7])
+    assert torch.equal(merged, (0.3 * a.double() + 0.7 * b.double()).float())
+
+
+def test_equal_tensors_stay_bit_identical():
+    a = torch.randn(50)
+    merged = merge_linear([a, a.clone(), a.clone()], [1 / 3] * 3)
+    assert torch.equal(merged, a)
+    assert merged.data_ptr() != a.data_ptr()
+
+
+def test_merging_keeps_names_and_dtypes():
+    experts = {name: {"w": torch.full((2,), x, dtype=torch.bfloat16)} for name, x in (("a", 1.0), ("b", 3.0))}
+    merged = merge_state_dicts(experts, {"a": 0.5, "b": 0.5})
+    assert merged["w"].dtype == torch.bfloat16
+    assert merged["w"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 0.6, "b": 0.6}, r"merge.weights: they sum to 1.2, not 1"),
+        ({"a": -0.5, "b": 1.5}, r"merge.weights.a: -0.5 is not allowed"),
+        ({"a": float("nan"), "b": 1.0}, r"merge.weights.a: nan is not allowed"),
+    ],
+)
+def test_bad_weights_are_refused(weights, message):
+    with pytest.raises(UserError, match=message):
+        check_weights(weights)
+
+
+def test_experts_of_different_shapes_are_refused():
+    with pytest.raises(UserError, match="experts 'a' and 'b' differ"):
+        merge_state_dicts({"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(3)}}, {"a": 0.5, "b": 0.5})

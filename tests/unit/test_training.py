@@ -1,0 +1,231 @@
+"""Rows, targets, tasks and the loop: the same result however the work is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from xlstm_distill import MixerConfig, convert
+from xlstm_distill.artifacts import Artifact
+from xlstm_distill.console import QuietConsole
+from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, _write_rows, load_batch, next_token_labels
+from xlstm_distill.errors import RunError
+from xlstm_distill.losses import SparseTargets
+from xlstm_distill.packing import Tokens, pack
+from xlstm_distill.recipe import Align, Distill
+from xlstm_distill.targets import OnlineTargets, StoredTargets, StoreWriter, kept_logits
+from xlstm_distill.tasks import AlignTask, DistillTask, TeacherObserver
+from xlstm_distill.trainer import Plan, Stretch, train, validate
+from xlstm_kernels.testing import error_ratio
+
+MIXER = MixerConfig(window=8, sinks=2)
+EXPERTS = {"a": {"phases": [{"domain": "a", "tokens": 100}]}}
+
+
+@pytest.fixture
+def domains(tmp_path):
+    """Two domains of 24 packed rows of 32 tokens."""
+    made = {}
+    for seed, name in enumerate(("a", "b")):
+        rng = np.random.default_rng(seed)
+        documents = []
+        for _ in range(120):
+            ids = rng.integers(3, 97, rng.integers(3, 20)).tolist()
+            documents.append(Tokens(ids, [n > 1 for n in range(len(ids))]))
+        folder = tmp_path / name
+        folder.mkdir()
+        _write_rows(iter(list(pack(documents, 32, 0))[:24]), folder / "rows.arrow", 32, lambda: None)
+        made[name] = DomainRows(name, Artifact(folder, {}), validation=4)
+    return made
+
+
+def stretch(domains, steps, batch=4, weights=None, lr=1e-2):
+    return Stretch(RowSchedule(domains, weights or {"a": 1.0, "b": 1.0}, 0, steps * batch), steps, lr)
+
+
+def test_rows_keep_to_weights_cover_epochs_and_never_touch_validation(domains):
+    schedule = RowSchedule(domains, {"a": 3.0, "b": 1.0}, 0, 160)
+    rows = [row for step in range(20) for row in schedule.rows(step, 8)]
+    assert Counter(name for name, _ in rows) == {"a": 120, "b": 40}
+    for name, epochs in (("a", 6), ("b", 2)):
+        assert Counter(index for n, index in rows if n == name) == dict.fromkeys(range(4, 24), epochs)
+    for n in range(4, 160, 4):
+        assert Counter(name for name, _ in rows[:n])["b"] == n // 4
+    assert RowSchedule(domains, {"a": 3.0, "b": 1.0}, 0, 160).rows(7, 8) == rows[56:64]
+    assert RowSchedule(domains, {"a": 3.0, "b": 1.0}, 1, 160).rows(7, 8) != rows[56:64]
+
+
+def test_labels_stay_in_their_document():
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    supervised = torch.tensor([[True, False, True, True, True]])
+    segments = torch.tensor([[0, 0, 0, 1, 1]])
+    none = IGNORE_INDEX
+    assert next_token_labels(ids, supervised, segments).tolist() == [[none, 7, none, 9, none]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo3"])
+def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domains):
+    teacher = tiny_teacher(family)
+    batch = load_batch(domains, [("a", 4), ("b", 5)])
+    exact = convert(teacher, MixerConfig(window=32, sinks=0, branches=("window",)))
+    for mixer, seen in zip(exact.mixers(), TeacherObserver(teacher)(batch), strict=True):
+        mixed = mixer.mix(seen.hidden_states, seen.position_embeddings, segment_ids=batch.segment_ids)
+        assert error_ratio(mixed[batch.real], seen.heads[batch.real].double()) < 1e-6
+
+
+def test_stored_targets_equal_online_ones(tiny_teacher, domains, tmp_path):
+    online = OnlineTargets(tiny_teacher(), top_k=8)
+    writer = StoreWriter(tmp_path / "store", 8)
+    for start in range(0, 24, 5):
+        batch = load_batch(domains, [("a", row) for row in range(start, min(start + 5, 24))])
+        writer.add((batch.labels != IGNORE_INDEX).sum(1).tolist(), online(batch))
+    figures = writer.close()
+    stored = StoredTargets({"a": tmp_path / "store"})
+    batch = load_batch(domains, [("a", 23), ("a", 0), ("a", 11)])
+    mine, theirs = stored(batch), online(batch)
+    assert torch.equal(mine.ids, theirs.ids)
+    torch.testing.assert_close(mine.log_probs, theirs.log_probs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mine.tail, theirs.tail)
+    assert 0 <= figures["mean_kl_error"] < 1e-5
+    assert figures["tokens"] == sum((load_batch(domains, [("a", r)]).labels != IGNORE_INDEX).sum() for r in range(24))
+
+
+def test_a_store_of_other_data_or_cut_short_is_refused(tiny_teacher, domains, tmp_path):
+    online = OnlineTargets(tiny_teacher(), top_k=8)
+    writer = StoreWriter(tmp_path / "store", 8)
+    batch = load_batch(domains, [("a", row) for row in range(24)])
+    writer.add((batch.labels != IGNORE_INDEX).sum(1).tolist(), online(batch))
+    writer.close()
+    with pytest.raises(RunError, match="belongs to other data"):
+        for row in range(24):
+            StoredTargets({"b": tmp_path / "store"})(load_batch(domains, [("b", row)]))
+    with pytest.raises(RunError, match="domain 'b' are not in the store"):
+        StoredTargets({"a": tmp_path / "store"})(load_batch(domains, [("b", 1)]))
+    shard = tmp_path / "store" / "targets-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"targets-00000.safetensors: cannot be read .* run capture again"):
+        StoredTargets({"a": tmp_path / "store"})(batch)
+
+
+def align_task(tiny_teacher):
+    teacher = tiny_teacher()
+    torch.manual_seed(0)
+    return AlignTask(convert(teacher, MIXER, share_weights=True), teacher)
+
+
+def distill_task(tiny_teacher):
+    teacher = tiny_teacher()
+    torch.manual_seed(0)
+    return DistillTask(convert(teacher, MIXER), OnlineTargets(teacher, 16), 0.9, 0.1)
+
+
+def trained(task, domains, directory, steps=4, micro_batch=4, optim=None, batch=4):
+    optim = optim or Align(tokens=4096, batch=batch, warmup_steps=1)
+    plan = Plan("test", (stretch(domains, steps, batch),), batch, micro_batch)
+    return train(task, optim, plan, domains, directory, QuietConsole(), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("make", [align_task, distill_task])
+def test_micro_batches_do_not_change_the_training(make, tiny_teacher, domains, tmp_path):
+    whole, parts = make(tiny_teacher), make(tiny_teacher)
+    a = trained(whole, domains, tmp_path, micro_batch=4)
+    b = trained(parts, domains, tmp_path, micro_batch=1)
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        if p.requires_grad and not name.endswith("input_gate.bias"):  # its gradient is zero: Adam amplifies noise
+            assert error_ratio(p.detach(), q.detach().double()) < 1e-3, name
+
+
+def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(tiny_teacher, domains, tmp_path):
+    task = align_task(tiny_teacher)
+    with torch.no_grad():  # start far off: mostly mLSTM, which forgets at once
+        for mixer in task.mixers:
+            mixer.output_gate.bias.fill_(3.0)
+            mixer.forget_gate.bias.fill_(-3.0)
+    before = {n: p.detach().clone() for n, p in task.mixers.named_parameters()}
+    held_out = validate(task, domains, 4, torch.device("cpu"))
+    trained(task, domains, tmp_path, steps=30)
+    assert validate(task, domains, 4, torch.device("cpu"))["mse"] < 0.8 * held_out["mse"]
+    changed = {n for n, p in task.mixers.named_parameters() if not torch.equal(before[n], p)}
+    assert changed
+    assert all(any(part in n for part in ("feature_map", "_gate")) for n in changed)
+
+
+def test_distillation_lowers_the_kl(tiny_teacher, domains, tmp_path):
+    task = distill_task(tiny_teacher)
+    before = validate(task, domains, 4, torch.device("cpu"))
+    task.ce_weight, task.kl_weight = 0.0, 1.0
+    trained(task, domains, tmp_path, steps=30, optim=Distill(experts=EXPERTS, batch=4, lr=1e-3))
+    after = validate(task, domains, 4, torch.device("cpu"))
+    assert after["kl"] < 0.8 * before["kl"]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 30
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert {"step", "loss", "ce", "kl", "grad_norm", "lr", "tokens_per_second"} == set(log[0])
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens(tiny_teacher, domains):
+    task = distill_task(tiny_teacher)
+    batch = load_batch(domains, [("a", 6), ("b", 7)])
+    sums = task(batch)
+    logits = task.student(batch.input_ids, segment_ids=batch.segment_ids).logits
+    labels = batch.labels[batch.labels != IGNORE_INDEX]
+    kept = logits[batch.labels != IGNORE_INDEX]
+    assert error_ratio(kept_logits(task.student, batch, segment_ids=batch.segment_ids), kept.double()) < 1e-6
+    expected = torch.nn.functional.cross_entropy(kept, labels)
+    assert float(sums.parts["ce"]) / task.count(batch) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(tiny_teacher, domains, tmp_path):
+    task = distill_task(tiny_teacher)
+    with torch.no_grad():
+        task.student.lm_head.weight[5, 0] = float("nan")
+    with pytest.raises(RunError, match=r"test: step 0: loss is nan \(rows [ab]\[\d+\], .*nothing was published"):
+        trained(task, domains, tmp_path)
+
+
+def test_rows_without_a_supervised_token_are_an_error(tiny_teacher, domains, tmp_path):
+    class Mute(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def count(self, batch):
+            return 0
+
+    with pytest.raises(RunError, match="none of its rows .* has a supervised token"):
+        trained(Mute(), domains, tmp_path)
+
+
+def test_sparse_targets_survive_a_small_vocabulary():
+    targets = SparseTargets.from_logits(torch.randn(3, 5), top_k=256)
+    assert targets.ids.shape == (3, 5)
+
+
+@pytest.mark.multi_process
+def test_two_processes_equal_one(tmp_path, root):
+    """The same training in one process and in two (DDP over gloo) ends in the same weights."""
+    script = Path(__file__).parent / "two_processes.py"
+    weights = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, str(script), str(out)], capture_output=True, text=True, env=environment, cwd=root, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        weights[processes] = torch.load(out, weights_only=True)
+    assert weights[1].keys() == weights[2].keys()
+    for name, one in weights[1].items():
+        if not name.endswith("input_gate.bias"):
+            assert error_ratio(weights[2][name], one.double()) < 1e-3, name
