@@ -29,6 +29,8 @@ class MixerCacheLayer(CacheLayerMixin):
         self.window, self.sinks = window, sinks
         self.seen = 0
         self.state: MLSTMState | None = None
+        self.keys: Tensor
+        self.values: Tensor
         self.positions: Tensor
         self.lengths: Tensor
 
@@ -137,7 +139,7 @@ class MixerCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.is_initialized, self.seen, self.state = False, 0, None
-        self.keys = self.values = None
+        del self.keys, self.values, self.positions, self.lengths
 
     def _select(self, index: Tensor) -> None:
         if not self.is_initialized:
@@ -170,4 +172,4 @@ class StudentCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(layer.nbytes() for layer in self.layers)
+        return sum(layer.nbytes() for layer in self.layers if isinstance(layer, MixerCacheLayer))

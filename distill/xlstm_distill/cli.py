@@ -169,6 +169,7 @@ def _open(recipe: Path, run_dir: Path | None, overrides: list[str] | None) -> tu
 
 def _run_stage(stage: str, recipe: Recipe, run: Run, console: Console, **options: Any) -> None:
     started = time.monotonic()
+    importlib.import_module("xlstm_distill.stages.common").quiet_libraries()
     result = importlib.import_module(f"xlstm_distill.stages.{stage}").run(recipe, run, console, **options)
     artifacts = result if isinstance(result, list) else [result]
     made = [artifact for artifact in artifacts if not getattr(artifact, "reused", False)]

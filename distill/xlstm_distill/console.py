@@ -91,6 +91,7 @@ class PlainProgress:
         self._done = 0.0
         self._metrics: dict[str, float] = {}
         self._started = self._written = clock()
+        self._last = ""
 
     def update(self, n: float, *, total: float | None = None, **metrics: float) -> None:
         """Add `n` units; write a line if the last one is long ago."""
@@ -99,11 +100,16 @@ class PlainProgress:
         self._metrics.update(metrics)
         if self._clock() - self._written >= PLAIN_SECONDS and not self._complete():
             self._written = self._clock()
-            self._write(self._line())
+            self._say()
 
     def finish(self) -> None:
         """Write the last line."""
-        self._write(self._line())
+        self._say()
+
+    def _say(self) -> None:
+        if (line := self._line()) != self._last:
+            self._last = line
+            self._write(line)
 
     def _complete(self) -> bool:
         return self._total is not None and self._done >= self._total

@@ -6,7 +6,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Move all tensors."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if name != "rows"}
+        return replace(self, **moved)
 
 
 class DomainRows:

@@ -6,12 +6,14 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from xlstm_distill.errors import UserError
 
+CausalLM: TypeAlias = Any
+"""A causal language model of transformers, teacher or student: its attributes are set per instance, so not typed."""
 Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -33,12 +35,12 @@ class Family:
         return importlib.import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
 
     @property
-    def causal_lm(self) -> type:
+    def causal_lm(self) -> Any:
         """The family's causal language model class."""
         return getattr(self.modeling, f"{self.class_prefix}ForCausalLM")
 
     @property
-    def config(self) -> type:
+    def config(self) -> Any:
         """The family's configuration class."""
         return self.causal_lm.config_class
 

@@ -69,7 +69,7 @@ class HybridMixer(nn.Module):
     the projections (and q/k norms) of `attention`; only the modules in `NEW_MODULES` are new.
     """
 
-    def __init__(self, attention: nn.Module, family: Family, config: MixerConfig) -> None:
+    def __init__(self, attention: Any, family: Family, config: MixerConfig) -> None:
         super().__init__()
         teacher = attention.config
         heads, hidden = teacher.num_attention_heads, teacher.hidden_size
@@ -77,6 +77,7 @@ class HybridMixer(nn.Module):
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
         self.family, self.mixer_config = family, config
+        self.q_proj: nn.Module
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
         self.o_proj = attention.o_proj
         if family.norm != "none":
@@ -120,12 +121,14 @@ class HybridMixer(nn.Module):
         gate = self.output_gate(q, k, v) if self.has_mlstm and self.has_window else None
         q, k = self.family.apply_rotary(q, k, *position_embeddings)
         layer = self._cache_layer(past_key_values)
-        recalled = self._mlstm(hidden_states, q, k, v, layer, segment_ids) if self.has_mlstm else None
-        attended = self._window(q, k, v, layer, segment_ids) if self.has_window or layer is not None else None
-        if gate is None:
-            mixed = recalled if recalled is not None else attended
+        if not self.has_mlstm:
+            mixed = self._window(q, k, v, layer, segment_ids)
         else:
-            mixed = torch.lerp(attended, recalled, gate)
+            mixed = self._mlstm(hidden_states, q, k, v, layer, segment_ids)
+            if layer is not None or self.has_window:  # the cache also counts tokens by its window
+                attended = self._window(q, k, v, layer, segment_ids)
+            if gate is not None:
+                mixed = torch.lerp(attended, mixed, gate)
         return mixed.transpose(1, 2).flatten(2)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +16,15 @@ from xlstm_distill.recipe import Optimization
 
 def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Optimization) -> AdamW:
     """AdamW over the trainable parameters; no weight decay on gates, norms and biases. Fused on CUDA."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
             (plain if parameter.ndim < 2 or "_gate." in name else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     fused = all(p.device.type == "cuda" for p in decayed + plain)
     return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=fused or None)
 

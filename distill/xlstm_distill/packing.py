@@ -28,7 +28,9 @@ class Tokens:
 class DocumentTokenizer:
     """Tokenise documents of three styles: `messages`, `prompt` + `response`, or `text`.
 
-    Supervised are the assistant's turns, the response, or all of the text; each ends with the end-of-text token.
+    Supervised are the assistant's turns, the response, or all of the text; each ends with the end-of-text token. A
+    prompt that is a list of messages is a chat that the response ends; so is a plain one where the tokenizer has a
+    chat template, since such a teacher was tuned on nothing else.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -40,8 +42,11 @@ class DocumentTokenizer:
         if "messages" in document:
             return self._messages(list(document["messages"]))
         if "prompt" in document:
-            prompt = self.tokenizer(document["prompt"])["input_ids"]
-            return self._join(prompt, self._ending(document["response"]))
+            prompt, response = document["prompt"], document["response"]
+            if isinstance(prompt, str) and self.tokenizer.chat_template is None:
+                return self._join(self.tokenizer(prompt)["input_ids"], self._ending(response))
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            return self._messages([*turns, {"role": "assistant", "content": response}])
         return self._join([], self.tokenizer(document["text"])["input_ids"] + self._end())
 
     def _messages(self, messages: list[dict[str, str]]) -> Tokens:

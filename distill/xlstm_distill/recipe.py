@@ -188,7 +188,9 @@ class Evaluate(Section):
 class Report(Section):
     """The report of a run."""
 
-    title: Text | None = Field(default=None, description="Heading of the report; null means the recipe's name.")
+    title: Text | None = Field(
+        default=None, description="Heading of the report; null means one made from the recipe's name."
+    )
     alphas: tuple[Fraction, ...] = Field(
         default=(0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0),
         min_length=1,

@@ -116,7 +116,7 @@ def _kind(field: Schema, schema: Schema) -> str:
 
 def _bounds(field: Schema) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
+    bounds = [f"{sign} {field[key]:.10g}" for key, sign in signs.items() if key in field]
     return " " + ", ".join(bounds) if bounds else ""
 
 

@@ -25,11 +25,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.tag != "tag:yaml.org,2002:merge" and seen.setdefault(key.value, line) != line:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' is already on line {seen[key.value]}; keep one", key.start_mark
-                )
+            if key.value in seen:
+                message = f"the key '{key.value}' is already on line {seen[key.value]}; keep one"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+            if key.tag != "tag:yaml.org,2002:merge":
+                seen[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
 
@@ -62,7 +62,7 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes, for editors."""
     schema = Recipe.model_json_schema()
     phase = schema["$defs"]["Phase"]
-    phase["properties"]["domain"] = {"type": "string", "description": "One domain alone, instead of `domains`."}
+    phase["properties"]["domain"] = {"type": "string", "description": "One domain alone, in place of `domains`."}
     phase["required"] = ["tokens"]
     phase["oneOf"] = [{"required": ["domains"]}, {"required": ["domain"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -242,4 +242,4 @@ def _kind(value: Any) -> str:
         (bool, "true/false"), (str, "text"), (int, "a whole number"), (float, "a number"),
         (list, "a list"), (dict, "a mapping"),
     )  # fmt: skip
-    return "empty" if value is None else next((n for t, n in names if isinstance(value, t)), type(value).__name__)
+    return "nothing" if value is None else next((n for t, n in names if isinstance(value, t)), type(value).__name__)

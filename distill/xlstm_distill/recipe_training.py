@@ -88,7 +88,7 @@ class Align(Optimization):
 class Phase(Section):
     """A stretch of an expert's training on one mixture of domains; `domain: NAME` stands for `domains: {NAME: 1.0}`."""
 
-    domains: Mixture = Field(description="Share of each domain in the phase's tokens, relative.")
+    domains: Mixture = Field(description="Share of each domain in the phase's tokens, relative; or give `domain`.")
     tokens: Count = Field(description="Tokens of text to train on (tokens).")
     lr: Positive | None = Field(default=None, description="Peak learning rate of this phase; null means `distill.lr`.")
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from xlstm_distill.cache import StudentCache
 from xlstm_distill.documents import document_segments, positions_in_documents
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import FAMILIES, Family, family_of
+from xlstm_distill.families import FAMILIES, CausalLM, Family, family_of
 from xlstm_distill.feature_maps import FeatureMap
 from xlstm_distill.mixer import NEW_MODULES, HybridMixer, OutputGate, ScalarGate
 from xlstm_distill.recipe import MixerConfig
@@ -22,7 +22,14 @@ from xlstm_distill.recipe import MixerConfig
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
-class StudentMixin:
+# For the type checker: the mixin comes before a causal language model in every class that is made from it.
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM as _CausalLM
+else:
+    _CausalLM = object
+
+
+class StudentMixin(_CausalLM):
     """What a student adds to its family's causal language model.
 
     Besides the family's arguments, `forward` takes `segment_ids` (B, T): tokens of different documents do not see each
@@ -32,7 +39,7 @@ class StudentMixin:
 
     family: Family
     config: Any
-    model: nn.Module
+    model: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -52,7 +59,7 @@ class StudentMixin:
         """Make an empty decoding cache; its memory does not grow with the tokens seen."""
         return _new_cache(self.config)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any) -> None:  # type: ignore[override]
         """Give `generate` the student's own cache."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
@@ -77,7 +84,7 @@ def _new_cache(config: Any) -> StudentCache:
     return StudentCache(config.num_hidden_layers, config.mixer["window"], config.mixer["sinks"])
 
 
-def _prepare_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _prepare_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Turn masks and positions into `segment_ids`, and make the student's cache where one is wanted."""
     ids = args[0] if args else kwargs.get("input_ids")
     tokens = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
@@ -104,13 +111,13 @@ def _prepare_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     return args, kwargs
 
 
-def _wants_cache(model: nn.Module, use_cache: bool | None) -> bool:
+def _wants_cache(model: Any, use_cache: bool | None) -> bool:
     """The caller's word, else the configuration's; never where gradients are recorded, since states are constants."""
     wanted = model.config.use_cache if use_cache is None else use_cache
     return bool(wanted) and not torch.is_grad_enabled()
 
 
-def _student_class(family: Family) -> type[PreTrainedModel]:
+def _student_class(family: Family) -> Any:
     """Make and register the student class of a family: `xlstm_llama` and so on."""
     name = f"Xlstm{family.class_prefix}"
     config_body = {
@@ -120,14 +127,14 @@ def _student_class(family: Family) -> type[PreTrainedModel]:
         "model_type": f"xlstm_{family.model_type}",
         "mixer": None,
     }
-    config = type(f"{name}Config", (family.config,), config_body)
+    config: Any = type(f"{name}Config", (family.config,), config_body)
     model_body = {
         "__module__": __name__,
         "__doc__": f"Hybrid xLSTM student of a {family.class_prefix} teacher.",
         "config_class": config,
         "family": family,
     }
-    model = type(f"{name}ForCausalLM", (StudentMixin, family.causal_lm), model_body)
+    model: Any = type(f"{name}ForCausalLM", (StudentMixin, family.causal_lm), model_body)
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, model)
     return model
@@ -138,7 +145,7 @@ globals().update({cls.__name__: cls for cls in STUDENTS.values()})
 globals().update({cls.config_class.__name__: cls.config_class for cls in STUDENTS.values()})
 
 
-def convert(teacher: PreTrainedModel, mixer: MixerConfig, *, share_weights: bool = False) -> PreTrainedModel:
+def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = False) -> CausalLM:
     """Make a student that holds the teacher's weights, with a new `HybridMixer` in every layer.
 
     The student's window attention and, where `mixer` has that branch, its mLSTM start from the teacher's projections;

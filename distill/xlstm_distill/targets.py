@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from xlstm_distill.data import IGNORE_INDEX, Batch
 from xlstm_distill.errors import RunError
+from xlstm_distill.families import CausalLM
 from xlstm_distill.losses import SparseTargets
 
 INDEX_FILE = "index.json"
@@ -26,7 +27,7 @@ class TargetSource(Protocol):
     def __call__(self, batch: Batch) -> SparseTargets: ...
 
 
-def kept_logits(model: nn.Module, batch: Batch, **inputs: Any) -> Tensor:
+def kept_logits(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
     """Logits (K, V) at the kept tokens only, so that the (B, T, V) tensor is never made."""
     hidden = model.model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
@@ -37,7 +38,7 @@ def kept_logits(model: nn.Module, batch: Batch, **inputs: Any) -> Tensor:
 class OnlineTargets:
     """The teacher itself, run on every batch."""
 
-    def __init__(self, teacher: nn.Module, top_k: int) -> None:
+    def __init__(self, teacher: CausalLM, top_k: int) -> None:
         self.teacher, self.top_k = teacher.eval().requires_grad_(False), top_k
 
     @torch.no_grad()

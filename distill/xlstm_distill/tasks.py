@@ -5,13 +5,17 @@ The loss lives inside a module's forward, so that every wrapper (DDP, FSDP, Deep
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from xlstm_distill.data import IGNORE_INDEX, Batch
+from xlstm_distill.families import CausalLM
 from xlstm_distill.losses import SparseTargets, alignment_error, distill_loss
+from xlstm_distill.mixer import HybridMixer
 from xlstm_distill.targets import TargetSource, kept_logits
 
 
@@ -23,14 +27,26 @@ class Sums:
     parts: dict[str, Tensor]
 
 
-class AlignTask(nn.Module):
+class Task(nn.Module, abc.ABC):
+    """A module that sums a loss over the tokens of a batch, and says how many tokens the loss is averaged over."""
+
+    @abc.abstractmethod
+    def count(self, batch: Batch) -> int:
+        """Tokens of a batch that the loss is averaged over."""
+
+    @abc.abstractmethod
+    def forward(self, batch: Batch) -> Sums:
+        """Sum the loss over a batch."""
+
+
+class AlignTask(Task):
     """Stage I: every mixer regresses its teacher layer's heads, all layers in one pass (paper, Eq. 12).
 
     Each mixer gets the hidden states that reach the layer in the *teacher*, so layers do not wait for each other and
     one teacher forward serves all. Only the new parameters train.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, student: CausalLM, teacher: CausalLM) -> None:
         super().__init__()
         teacher.requires_grad_(False)
         student.requires_grad_(False)
@@ -48,7 +64,9 @@ class AlignTask(nn.Module):
         seen = self.observer[0](batch)
         errors, norms = [], []
         for mixer, layer in zip(self.mixers, seen, strict=True):
-            mixed = mixer.mix(layer.hidden_states, layer.position_embeddings, segment_ids=batch.segment_ids)
+            mixed = cast(HybridMixer, mixer).mix(
+                layer.hidden_states, layer.position_embeddings, segment_ids=batch.segment_ids
+            )
             error, norm = alignment_error(mixed, layer.heads, batch.real)
             errors.append(error / mixed.shape[-1])
             norms.append(norm / mixed.shape[-1])
@@ -69,7 +87,7 @@ class LayerView:
 class TeacherObserver:
     """Runs the teacher's body and records, per layer, the attention's input and its heads before the projection."""
 
-    def __init__(self, teacher: nn.Module) -> None:
+    def __init__(self, teacher: CausalLM) -> None:
         self.teacher = teacher.eval()
 
     @torch.no_grad()
@@ -94,10 +112,10 @@ class TeacherObserver:
         return [LayerView(x, rope, h) for (x, rope), h in zip(inputs, heads, strict=True)]
 
 
-class DistillTask(nn.Module):
+class DistillTask(Task):
     """Stage II: γ · cross-entropy + β · sparse KL to the teacher, on supervised tokens (paper, Eq. 13)."""
 
-    def __init__(self, student: nn.Module, targets: TargetSource, ce_weight: float, kl_weight: float) -> None:
+    def __init__(self, student: CausalLM, targets: TargetSource, ce_weight: float, kl_weight: float) -> None:
         super().__init__()
         self.student = student
         self.targets = targets

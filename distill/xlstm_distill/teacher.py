@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from xlstm_distill.artifacts import digest, hash_path
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import family_of
+from xlstm_distill.families import CausalLM, family_of
 from xlstm_distill.recipe import Teacher
 
 
-def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalLM:
     """Load the teacher in its recipe's dtype, for inference.
 
     Raises:
@@ -61,9 +61,7 @@ def _check_path(config: Teacher) -> None:
     """A path that looks local must exist; transformers would take it for a name on the hub."""
     path = Path(config.path)
     if path.is_absolute() and not path.is_dir():
-        raise UserError(
-            f"teacher.path: {config.path} is no directory; give a local directory or a hub id owner/name."
-        )
+        raise UserError(f"teacher.path: {config.path} is no directory; give a local directory or a hub id owner/name.")
 
 
 def _load(auto: Any, config: Teacher, what: str, **options: Any) -> Any:

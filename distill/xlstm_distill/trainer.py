@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -20,16 +19,9 @@ from xlstm_distill.data import Batch, DomainRows, Row, RowSchedule, load_batch
 from xlstm_distill.errors import RunError
 from xlstm_distill.optim import make_optimizer, make_schedule
 from xlstm_distill.recipe import Optimization
-from xlstm_distill.tasks import Sums
+from xlstm_distill.tasks import Task
 
 LOG_FILE = "log.jsonl"
-
-
-class Task(Protocol):
-    """A module that sums a loss over the tokens of a batch, and says how many tokens it averages over."""
-
-    def count(self, batch: Batch) -> int: ...
-    def __call__(self, batch: Batch) -> Sums: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Plan:
 
 
 def train(
-    task: nn.Module,
+    task: Task,
     optim: Optimization,
     plan: Plan,
     domains: Mapping[str, DomainRows],
@@ -97,7 +89,7 @@ def train(
             started = time.monotonic()
             batches = _micro_batches(rows, domains, plan, accelerator)
             figures = _step(wrapped, task, batches, optimizer, optim.clip, accelerator, f"{plan.label}: step {step}")
-            figures["lr"] = schedule.get_last_lr()[0]
+            figures["lr"] = float(schedule.get_last_lr()[0])
             schedule.step()
             figures["tokens_per_second"] = plan.batch * context / (time.monotonic() - started)
             if accelerator.is_main_process:
@@ -160,7 +152,7 @@ def _names(batches: Sequence[Batch]) -> str:
 
 
 @torch.no_grad()
-def validate(task: nn.Module, domains: Mapping[str, DomainRows], batch: int, device: torch.device) -> dict[str, float]:
+def validate(task: Task, domains: Mapping[str, DomainRows], batch: int, device: torch.device) -> dict[str, float]:
     """Mean loss parts per token over the validation rows of the given domains."""
     names = [(name, index) for name, rows in domains.items() for index in range(rows.validation)]
     totals: dict[str, float] = {}

@@ -151,7 +151,10 @@ def _plain_log_ticks(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(MaxNLocator(5) if high / low < 10 else LogLocator(10, numticks=6))
+    if high / low < 5:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 100 else (1,), numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 

@@ -156,7 +156,8 @@ def report_values(data: ReportData, comparisons: list[Comparison]) -> dict[str, 
 def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
     headline = data.headline().name
     by_name = {result.name: result for result in comparisons}
-    longest = max(data.timings.values(), default=0.0)
+    stages = _stage_times(data.timings)
+    longest = max((seconds for seconds, _ in stages.values()), default=0.0)
     return {
         "data": data,
         "headline": by_name[headline],
@@ -167,7 +168,8 @@ def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
         "short": _short_names(data.teacher_results),
         "cells": {result.name: _cells(result) for result in comparisons},
         "total_seconds": sum(data.timings.values()),
-        "timing_share": {stage: seconds / longest if longest else 0.0 for stage, seconds in data.timings.items()},
+        "stages": stages,
+        "longest": longest,
         "items": sum(result.samples for result in data.teacher_results),
     }
 
@@ -199,6 +201,16 @@ def _domain_spans(results: tuple[TaskResult, ...]) -> list[tuple[str, int]]:
         else:
             spans.append((domain, 1))
     return spans
+
+
+def _stage_times(timings: dict[str, float]) -> dict[str, tuple[float, dict[str, float]]]:
+    """Return each stage's total and its parts: "distill/math" and "distill/code" are parts of "distill"."""
+    stages: dict[str, tuple[float, dict[str, float]]] = {}
+    for label, seconds in timings.items():
+        stage, _, part = label.partition("/")
+        total, parts = stages.get(stage, (0.0, {}))
+        stages[stage] = (total + seconds, parts | ({part: seconds} if part else {}))
+    return stages
 
 
 def _short_names(results: tuple[TaskResult, ...]) -> dict[str, str]:

@@ -83,7 +83,7 @@ def test_a_damaged_manifest_is_one_line(run):
 
 def test_a_run_directory_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--run: .* cannot be used as a run directory"):
+    with pytest.raises(UserError, match=r"--run: .* cannot be used as a run directory"):
         Run.open(tmp_path / "file", Recipe())
 
 

@@ -61,7 +61,17 @@ def supervised_text(tokens):
 
 def test_what_is_supervised_in_each_style():
     tokenize = DocumentTokenizer(Letters())
-    assert supervised_text(tokenize({"prompt": "ask", "response": "tell"})) == "tell$"
     assert supervised_text(tokenize({"text": "ab"})) == "\x01ab$"
-    chat = [{"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "xy"), ("user", "r"), ("assistant", "z"))]
+    turns = (("user", "q"), ("assistant", "xy"), ("user", "r"), ("assistant", "z"))
+    chat = [{"role": role, "content": content} for role, content in turns]
     assert supervised_text(tokenize({"messages": chat})) == "xy;z;"
+
+
+def test_prompts_become_chats_where_there_is_a_template():
+    tokenize = DocumentTokenizer(Letters())
+    ask = {"role": "user", "content": "ask"}
+    assert supervised_text(tokenize({"prompt": "ask", "response": "tell"})) == "tell;"
+    assert tokenize({"prompt": [ask], "response": "tell"}) == tokenize({"prompt": "ask", "response": "tell"})
+    plain = Letters()
+    plain.chat_template = None
+    assert supervised_text(DocumentTokenizer(plain)({"prompt": "ask", "response": "tell"})) == "tell$"

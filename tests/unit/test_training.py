@@ -128,6 +128,14 @@ def distill_task(tiny_teacher):
     return DistillTask(convert(teacher, MIXER), OnlineTargets(teacher, 16), 0.9, 0.1)
 
 
+def start_far_off(mixers):
+    """Mostly mLSTM, which forgets at once: far from the teacher."""
+    with torch.no_grad():
+        for mixer in mixers:
+            mixer.output_gate.bias.fill_(3.0)
+            mixer.forget_gate.bias.fill_(-3.0)
+
+
 def trained(task, domains, directory, steps=4, micro_batch=4, optim=None, batch=4):
     optim = optim or Align(tokens=4096, batch=batch, warmup_steps=1)
     plan = Plan("test", (stretch(domains, steps, batch),), batch, micro_batch)
@@ -147,10 +155,7 @@ def test_micro_batches_do_not_change_the_training(make, tiny_teacher, domains, t
 
 def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(tiny_teacher, domains, tmp_path):
     task = align_task(tiny_teacher)
-    with torch.no_grad():  # start far off: mostly mLSTM, which forgets at once
-        for mixer in task.mixers:
-            mixer.output_gate.bias.fill_(3.0)
-            mixer.forget_gate.bias.fill_(-3.0)
+    start_far_off(task.mixers)
     before = {n: p.detach().clone() for n, p in task.mixers.named_parameters()}
     held_out = validate(task, domains, 4, torch.device("cpu"))
     trained(task, domains, tmp_path, steps=30)
@@ -162,6 +167,7 @@ def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(tiny_teac
 
 def test_distillation_lowers_the_kl(tiny_teacher, domains, tmp_path):
     task = distill_task(tiny_teacher)
+    start_far_off(task.student.mixers())
     before = validate(task, domains, 4, torch.device("cpu"))
     task.ce_weight, task.kl_weight = 0.0, 1.0
     trained(task, domains, tmp_path, steps=30, optim=Distill(experts=EXPERTS, batch=4, lr=1e-3))
@@ -202,7 +208,7 @@ def test_rows_without_a_supervised_token_are_an_error(tiny_teacher, domains, tmp
         def count(self, batch):
             return 0
 
-    with pytest.raises(RunError, match="none of its rows .* has a supervised token"):
+    with pytest.raises(RunError, match=r"none of its rows .* has a supervised token"):
         trained(Mute(), domains, tmp_path)
 
 

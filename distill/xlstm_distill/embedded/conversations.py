@@ -9,7 +9,7 @@ from xlstm_distill.embedded.tasks import DOMAINS, TASKS, Item, Table, Task, draw
 from xlstm_distill.errors import UserError
 
 SINGLE_SHARE = 0.2  # conversations of one question, the form evaluation uses
-RECALL_SHARE = 0.4  # conversations about a table; the rest chain questions of the domain's other tasks
+RECALL_SHARE = 0.3  # conversations about a table; the rest chain questions of the domain's other tasks
 SHORT_TABLE_SHARE = 0.3  # tables shorter than evaluated ones, from which recall is learnt first
 MOST_TURNS = 8
 # Harder tasks are drawn more often; 1 where not listed.

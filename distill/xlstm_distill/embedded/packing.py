@@ -33,7 +33,8 @@ class Batch:
 
 def encoded(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[float]]]:
     """Yield (tokens, loss weights) of conversations of the four domains in turn, without end."""
-    assistant, end = tokenizer.convert_tokens_to_ids([ASSISTANT, END])
+    vocabulary = tokenizer.get_vocab()
+    assistant, end = vocabulary[ASSISTANT], vocabulary[END]
     chunk = 0
     while True:
         streams = [list(documents(domain, CHUNK, seed * 1_000_003 + chunk)) for domain in DOMAINS]

@@ -12,9 +12,14 @@ LONGEST_ANSWER = 10  # tokens, the end token included
 
 @torch.no_grad()
 def answers(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, items: list[Item], *, window: int | None = None, sinks: int = 0
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    items: list[Item],
+    *,
+    window: int | None = None,
+    sinks: int = 0,
 ) -> list[str]:
-    """Answer the items greedily, without a cache; with `window`, every layer sees that many last tokens and the sinks."""
+    """Answer greedily, without a cache; with `window`, every layer sees that many last tokens and the sinks."""
     texts = [f"{BOS}{USER}{item.prompt}{END}{ASSISTANT}" for item in items]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     ids, valid = batch["input_ids"], batch["attention_mask"].bool()
@@ -22,7 +27,9 @@ def answers(
     for _ in range(LONGEST_ANSWER):
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)
         mask = _mask(valid, positions, window, sinks)
-        hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = model.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
         token = model.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)
         ids = torch.cat([ids, token], dim=1)
         valid = torch.cat([valid, torch.ones_like(token, dtype=torch.bool)], dim=1)
@@ -44,7 +51,7 @@ def _mask(valid: Tensor, positions: Tensor, window: int | None, sinks: int) -> T
 
 def _until_end(tokens: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
     end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
-    return tokenizer.decode(tokens[:end])
+    return str(tokenizer.decode(tokens[:end]))
 
 
 def accuracies(

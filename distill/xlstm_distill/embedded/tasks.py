@@ -27,7 +27,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a domain. `rows` is set for recall tasks only: (fewest, most rows of a table, rows after the answer)."""
+    """One task of a domain; a recall task has the table it asks about."""
 
     name: str
     domain: str
@@ -163,10 +163,10 @@ def _sort(rng: random.Random) -> Item:
 
 
 FACTS = pools.facts()
-STOCK = Table("Stock:\n", "{key} {value}", "How many {key}?", pools.ITEMS, lambda r: str(r.randint(10, 99)), 9, 20)
-CONSTANTS = Table("", '{key}="{value}"', "print({key})", pools.LETTERS, lambda r: r.choice(pools.WORDS), 8, 18)
-FLASKS = Table("Flasks:\n", "{key} {value}", "What is in {key}?", pools.LETTERS, lambda r: r.choice(pools.SYMBOLS), 11, 24)
-LIKES = Table("", "{key} likes {value}.", "Gift for {key}?", pools.NAMES, lambda r: r.choice(pools.ITEMS), 7, 16)
+STOCK = Table("Stock:\n", "{key} {value}", "Count {key}", pools.ITEMS, lambda r: str(r.randint(10, 99)), 9, 20)
+CONSTANTS = Table("", "{key}={value}", "echo ${key}", pools.LETTERS, lambda r: r.choice(pools.WORDS), 11, 24)
+FLASKS = Table("Flasks:\n", "{key} {value}", "Open {key}", pools.LETTERS, lambda r: r.choice(pools.SYMBOLS), 11, 24)
+GIFTS = Table("Gifts:\n", "{key} {value}", "Gift for {key}", pools.NAMES, lambda r: r.choice(pools.ITEMS), 11, 20)
 
 TASKS = {
     task.name: task
@@ -184,7 +184,7 @@ TASKS = {
         Task("copy", "chat", _copy),
         Task("pick", "chat", _pick),
         Task("sort", "chat", _sort),
-        Task("likes", "chat", LIKES.draw, LIKES),
+        Task("gifts", "chat", GIFTS.draw, GIFTS),
     )
 }
 

@@ -47,7 +47,12 @@ def train_tokenizer(count: int = 2000, seed: int = 0) -> PreTrainedTokenizerFast
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (message["content"] for domain in DOMAINS for doc in documents(domain, count, seed) for message in doc["messages"])
+    texts = (
+        message["content"]
+        for domain in DOMAINS
+        for doc in documents(domain, count, seed)
+        for message in doc["messages"]
+    )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -65,7 +70,5 @@ def train_tokenizer(count: int = 2000, seed: int = 0) -> PreTrainedTokenizerFast
 
 def render(document: dict[str, Any]) -> str:
     """Write a conversation as the chat template does, without the cost of a template per training document."""
-    turns = (
-        f"<|{message['role']}|>{message['content']}{END}" for message in document["messages"]
-    )
+    turns = (f"<|{message['role']}|>{message['content']}{END}" for message in document["messages"])
     return "".join(chain([BOS], turns))

@@ -40,12 +40,12 @@ class Settings:
     intermediate: int = 384
     context: int = 256
     rope_theta: float = 1000.0
-    rows: int = 16
-    learning_rate: float = 4e-3
+    rows: int = 8
+    learning_rate: float = 3e-3
     warmup_share: float = 0.03
     decay_share: float = 0.4
     weight_decay: float = 0.05
-    previous_token_head: bool = True
+    offset_heads: bool = True
 
     @property
     def steps(self) -> int:
@@ -73,31 +73,38 @@ def build(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    if settings.previous_token_head:
-        start_with_previous_token_head(model)
+    if settings.offset_heads:
+        start_with_offset_heads(model, theta=settings.rope_theta)
     return model
 
 
 @torch.no_grad()
-def start_with_previous_token_head(model: LlamaForCausalLM, *, constant: float = 0.2, sharpness: float = 24.0) -> None:
-    """Let head 0 of layer 0 begin as a head that attends the token before.
+def start_with_offset_heads(
+    model: LlamaForCausalLM, *, theta: float, constant: float = 0.2, sharpness: float = 24.0
+) -> None:
+    """Let heads 0, 1 and 2 of layer 0 begin as heads that attend the token 1, 2 and 3 places back.
 
-    One coordinate of every embedding is the same constant, so query and key can be the same vectors everywhere;
-    the key is the query turned by one position of RoPE, so their product peaks at distance 1. Recall and copying
-    (induction) need such a head and are slow to find it in a small model. It trains freely afterwards.
+    One coordinate of every embedding is the same constant, so a query and a key can be the same everywhere; the query
+    is the key turned back by the offset under RoPE, so their product peaks at that distance. Recall and copying
+    (induction) stand on such heads, and a small model is slow to find them. All of it trains freely afterwards.
     """
-    config, embedding = model.config, model.model.embed_tokens.weight
+    embedding = model.model.embed_tokens.weight
     attention = model.model.layers[0].self_attn
-    dim = attention.head_dim
+    dim, shared = attention.head_dim, attention.num_key_value_groups
     embedding[:, 0] = constant
     read = constant / embedding.square().mean(-1).sqrt().mean()  # the coordinate after the layer's RMS norm
-    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)  # (D/2,)
+    frequency = theta ** (-torch.arange(0, dim, 2) / dim)  # (D/2,)
     size = math.sqrt(sharpness * math.sqrt(dim)) / (dim // 2) ** 0.25
-    query = torch.cat([torch.full((dim // 2,), size), torch.zeros(dim // 2)])
-    key = torch.cat([size * frequency.cos(), size * frequency.sin()])
-    for weight, vector in ((attention.q_proj.weight, query), (attention.k_proj.weight, key)):
-        weight[:dim] = 0.0
-        weight[:dim, 0] = vector / read
+    key = torch.cat([torch.full((dim // 2,), size), torch.zeros(dim // 2)])
+    for head, offset in enumerate((1, 2, 3)):
+        query = torch.cat([size * (offset * frequency).cos(), -size * (offset * frequency).sin()])
+        for weight, at, vector in (
+            (attention.q_proj.weight, head, query),
+            (attention.k_proj.weight, head // shared, key),
+        ):
+            rows = slice(at * dim, (at + 1) * dim)
+            weight[rows] = 0.0
+            weight[rows, 0] = vector / read
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -184,7 +191,9 @@ def publish(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
 
 def card(log: dict[str, Any]) -> str:
     """Write the model card."""
-    rows = "\n".join(f"| {TASKS[name].domain} | {name} | {value:.2f} |" for name, value in log["held_out_accuracy"].items())
+    rows = "\n".join(
+        f"| {TASKS[name].domain} | {name} | {value:.2f} |" for name, value in log["held_out_accuracy"].items()
+    )
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -196,7 +205,8 @@ on generated conversations in four domains; it stands in for a large teacher whe
 It answers the fourteen tasks below and nothing else. `training.json` holds settings, versions and loss curve;
 `docs/embedded-teacher.md` says how tasks, split and training work.
 
-- Training: {log["tokens"]:,} tokens, {log["steps"]:,} steps, {log["seconds"]:.0f} s on {log["threads"]} threads, seed {log["settings"]["seed"]}
+- Training: {log["tokens"]:,} tokens, {log["steps"]:,} steps, {log["seconds"]:.0f} s on {log["threads"]} threads,
+  seed {log["settings"]["seed"]}
 - Held-out accuracy, exact match, {log["held_out_items_per_task"]} items a task:
 
 | domain | task | accuracy |
@@ -208,10 +218,16 @@ It answers the fourteen tasks below and nothing else. `training.json` holds sett
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; return the exit code."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.embedded.train", description="Train the embedded teacher.")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write; replaced when the training is done")
+    parser = argparse.ArgumentParser(
+        prog="python -m xlstm_distill.embedded.train", description="Train the embedded teacher."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory to write; replaced when the training is done"
+    )
     parser.add_argument("--tokens", type=int, default=defaults.tokens, help="tokens to train on (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of weights and data (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=defaults.seed, help="seed of weights and data (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -37,7 +38,7 @@ def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
         _capture_domain(teacher, rows, name, recipe.capture.batch, writer, console)
         draft.results |= writer.close()
 
-    return [run.make(requests[name], lambda draft, name=name: build(name, draft)) for name in names]
+    return [run.make(requests[name], functools.partial(build, name)) for name in names]
 
 
 def _capture_domain(

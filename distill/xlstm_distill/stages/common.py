@@ -6,16 +6,26 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, prepare_domain
 from xlstm_distill.errors import RunError
+from xlstm_distill.families import CausalLM
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.teacher import load_tokenizer, teacher_hash
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notices off the terminal; errors still come through."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def part(model: Any, *exclude: str) -> dict[str, Any]:
@@ -80,12 +90,13 @@ def capture_request(recipe: Recipe, domain: str, data: Artifact) -> Request:
     )
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+def save_model(model: CausalLM, tokenizer: Any, directory: Path) -> None:
     """Write a Hugging Face directory: safetensors, config and tokenizer."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
-def load_student(artifact: Artifact, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_student(artifact: Artifact, dtype: torch.dtype, device: torch.device | str = "cpu") -> CausalLM:
     """Load the student an artifact holds."""
-    return AutoModelForCausalLM.from_pretrained(artifact.model_path, dtype=dtype).to(device)
+    student: CausalLM = AutoModelForCausalLM.from_pretrained(artifact.model_path, dtype=dtype)
+    return student.to(device)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, RowSchedule
 from xlstm_distill.errors import UserError
+from xlstm_distill.families import CausalLM
 from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.stages.capture import STORE
 from xlstm_distill.stages.common import (
@@ -105,7 +105,7 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
     return run.make(request, build)
 
 
-def choose_trainable(student: nn.Module, which: str) -> None:
+def choose_trainable(student: CausalLM, which: str) -> None:
     """Let all parameters train, or only the mixers' (projections, feature maps, gates)."""
     student.requires_grad_(which == "all")
     if which == "mixer":

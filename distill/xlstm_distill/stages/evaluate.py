@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run, hash_path
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, load_batch
+from xlstm_distill.families import CausalLM
 from xlstm_distill.mixer import OutputGate
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.common import (
@@ -34,7 +35,8 @@ GATE_ROWS = 16
 
 def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
     """Evaluate every model under the same settings; each has its own artifact, so a new merge redoes only itself."""
-    suite, tokenizer = load_suite(_suite(recipe)), load_tokenizer(recipe.teacher)
+    tokenizer = load_tokenizer(recipe.teacher)
+    suite = functools.cache(lambda: load_suite(_suite(recipe)))  # takes seconds: only when something is to be scored
     data = prepare_domains(recipe, run, recipe.data.domains, console)
     students = _students(recipe, run, console)
     artifacts = []
@@ -45,7 +47,7 @@ def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
             device = make_accelerator(recipe).device
             dtype = getattr(torch, recipe.teacher.dtype)
             model = load_student(source, dtype, device) if source else load_teacher(recipe.teacher, device)
-            _score(model.eval(), tokenizer, suite, name, recipe, draft, console)
+            _score(model.eval(), tokenizer, suite(), name, recipe, draft, console)
             if source is not None:
                 draft.write_json("gates.json", mean_gates(model, open_domains(recipe, data), device))
 
@@ -92,7 +94,7 @@ def _suite(recipe: Recipe) -> Suite:
     return Suite(
         name=recipe.name,
         tasks=tasks,
-        include_path=settings.include,
+        include_path=Path(settings.include) if settings.include else None,
         limit=settings.limit,
         apply_chat_template=settings.apply_chat_template,
         confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
@@ -100,7 +102,7 @@ def _suite(recipe: Recipe) -> Suite:
 
 
 def _score(
-    model: nn.Module, tokenizer: Any, suite: LoadedSuite, name: str, recipe: Recipe, draft: Draft, console: Console
+    model: CausalLM, tokenizer: Any, suite: LoadedSuite, name: str, recipe: Recipe, draft: Draft, console: Console
 ) -> None:
     """Run lm-eval and write the results, the samples, and the proof that all models were asked the same."""
     with console.progress(f"evaluate/{name}", None, unit="requests") as progress:
@@ -114,6 +116,8 @@ def _score(
         result = evaluate_model(
             model, tokenizer, suite, batch_size=recipe.evaluate.batch, seed=recipe.seed, progress=advance
         )
+    for warning in result.warnings:
+        console.line(f"evaluate/{name}: {warning}")
     draft.write_json("results.json", [task.model_dump(mode="json") for task in result.tasks])
     write_samples(result, draft.path / "samples")
     draft.results |= {
@@ -125,7 +129,7 @@ def _score(
 
 
 @torch.no_grad()
-def mean_gates(model: nn.Module, domains: dict[str, DomainRows], device: torch.device) -> list[list[float]]:
+def mean_gates(model: CausalLM, domains: dict[str, DomainRows], device: torch.device) -> list[list[float]]:
     """Mean output gate of every layer and head over held-out rows: 0 is all window, 1 is all mLSTM. Layers x heads.
 
     Empty where the mixers have one branch only, and so no gate.

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xlstm_distill.artifacts import Artifact, Run, versions
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run, replace_directory, versions
 from xlstm_distill.console import Console
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe_io import recipe_to_yaml
+from xlstm_distill.stages.common import part
 from xlstm_distill.stages.evaluate import MERGED, TEACHER
 from xlstm_distill.trainer import LOG_FILE
 from xlstm_eval.report import Curve, ReportData, ReportModel, write_report
@@ -22,11 +25,28 @@ CURVE_POINTS = 200
 UNITS = {"mse": "squared error", "ce": "nats per token", "kl": "nats per token"}
 
 
-def run(recipe: Recipe, run: Run, console: Console) -> Path:
-    """Write RUN/report/report.{html,md,json}; returns the path of the HTML file."""
+FOLDER = "report"
+
+
+def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
+    """Publish the report and put report.{html,md,json} into RUN/report."""
     names = [TEACHER, MERGED, *(recipe.distill.experts if recipe.evaluate.experts else ())]
     evaluated = {name: run.need(f"evaluate/{name}") for name in names}
     _require_same_requests(evaluated)
+    request = Request(
+        "report",
+        parts={"report": part(recipe.report), "recipe": part(recipe)},
+        inputs={f"evaluate/{name}": artifact.fingerprint for name, artifact in evaluated.items()},
+    )
+    artifact = run.make(request, lambda draft: _write(recipe, run, evaluated, draft))
+    target = run.directory / FOLDER
+    if not (artifact.reused and (target / "report.html").is_file()):
+        with tempfile.TemporaryDirectory(dir=run.directory) as folder:
+            replace_directory(Path(shutil.copytree(artifact.path / FOLDER, Path(folder) / FOLDER)), target)
+    return artifact
+
+
+def _write(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact], draft: Draft) -> None:
     students = {name: artifact for name, artifact in evaluated.items() if name != TEACHER}
     data = ReportData(
         title=recipe.report.title or f"{recipe.name}: student against teacher",
@@ -43,7 +63,7 @@ def run(recipe: Recipe, run: Run, console: Console) -> Path:
         recipe=recipe_to_yaml(recipe),
         alphas=recipe.report.alphas,
     )
-    return write_report(data, run.directory / "report")
+    write_report(data, draft.path / FOLDER)
 
 
 def _require_same_requests(evaluated: Mapping[str, Artifact]) -> None:

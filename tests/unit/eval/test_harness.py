@@ -203,6 +203,13 @@ def test_progress_counts_to_the_end_and_the_terminal_stays_clean(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_truncated_prompt_is_told(folder: Path, model: Any, tokenizer: Any) -> None:
+    suite = Suite(include_path=folder, tasks=(SuiteTask(name="first", max_gen_toks=60),), limit=4)
+    result = evaluate_model(model, tokenizer, suite, batch_size=4)
+    assert result.warnings
+    assert all("truncat" in message.lower() for message in result.warnings)
+
+
 def test_samples_are_written_as_jsonl(result: Any, tmp_path: Path) -> None:
     paths = write_samples(result, tmp_path / "samples")
     assert [path.name for path in paths] == ["first.jsonl", "second.jsonl", "choice.jsonl"]

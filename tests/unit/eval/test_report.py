@@ -152,6 +152,12 @@ def test_a_report_with_the_least_data(data: ReportData) -> None:
     assert json.loads(files["report.json"])["models"][0]["critical_tolerance"] == 1.0
 
 
+def test_times_are_summed_by_stage(data: ReportData, files: dict[str, str]) -> None:
+    text = re.sub(r"<[^>]+>|\s+", " ", files["report.html"])
+    assert "math 33 s, code 32 s, stem 32 s, chat 31 s 2 min 08 s" in re.sub(r" +", " ", text)
+    assert json.loads(files["report.json"])["timings"] == data.timings
+
+
 def test_column_heads_leave_out_what_a_domains_tasks_share(data: ReportData) -> None:
     names = [("qs_math_add", "math"), ("qs_math_story", "math"), ("qs_code", "code"), ("qs_code_run", "code")]
     names += [("gpqa_main", "stem"), ("a", None), ("a_b", None), ("same_task", "chat")]

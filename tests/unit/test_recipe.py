@@ -1,0 +1,327 @@
+"""Recipes: the shipped ones against the paper, and every kind of bad input against its one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from xlstm_distill.errors import UserError
+from xlstm_distill.recipe import MixerConfig, Recipe
+from xlstm_distill.recipe_io import load_recipe, recipe_to_yaml
+from xlstm_eval.suites import paper_suite
+
+SHIPPED = ("llama3.1-8b", "llama3.1-8b-instruct", "olmo3-7b", "quickstart", "qwen2.5-7b-instruct")
+DOMAINS = ("math", "code", "stem", "chat")
+
+SMALL = """\
+name: small
+teacher: {path: teacher, dtype: float32}
+student: {mixer: {window: 8, sinks: 2}}
+data:
+  context: 64
+  domains:
+    math: {sources: [{generator: math, documents: 100}]}
+    code: {sources: [{generator: code, documents: 100}]}
+align: {tokens: 4096, batch: 4}
+distill:
+  batch: 4
+  lr: 1.0e-3
+  experts:
+    math: {phases: [{domain: math, tokens: 2048}]}
+    code: {phases: [{domains: {math: 1.0, code: 3.0}, tokens: 2048}]}
+evaluate: {tasks: [{name: qs_math_add, domain: math}]}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A small valid recipe beside a folder `teacher`."""
+    (tmp_path / "teacher").mkdir()
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    """The one line that loading a bad recipe gives."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# --- the shipped recipes
+
+
+def shipped(root: Path, name: str) -> Recipe:
+    return load_recipe(root / "recipes" / f"{name}.yaml")
+
+
+def test_all_recipes_are_known(root: Path) -> None:
+    assert sorted(path.stem for path in (root / "recipes").glob("*.yaml")) == sorted(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe_loads(root: Path, name: str) -> None:
+    path = root / "recipes" / f"{name}.yaml"
+    assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    recipe = load_recipe(path)
+    assert recipe.name == name
+    assert Recipe.model_validate(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "lr", "tokens"),
+    [
+        ("llama3.1-8b", "meta-llama/Llama-3.1-8B", 1e-5, {"base": 5e9}),
+        ("olmo3-7b", "allenai/Olmo-3-1025-7B", 1e-5, {"base": 20e9}),
+        ("llama3.1-8b-instruct", "meta-llama/Llama-3.1-8B-Instruct", 1e-5, dict.fromkeys(DOMAINS, 5e9)),
+        ("qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B-Instruct", 7e-7, dict.fromkeys(DOMAINS, 5e9)),
+    ],
+)
+def test_published_recipe_has_the_papers_settings(
+    root: Path, name: str, teacher: str, lr: float, tokens: dict[str, float]
+) -> None:
+    recipe = shipped(root, name)
+    assert (recipe.teacher.path, recipe.distill.lr, recipe.distill.schedule) == (teacher, lr, "constant")
+    assert {name: expert.tokens for name, expert in recipe.distill.experts.items()} == tokens
+    assert (recipe.distill.ce_weight, recipe.distill.kl_weight, recipe.distill.clip) == (0.9, 0.1, 1.0)
+    mixer = recipe.student.mixer
+    assert (mixer.window, mixer.sinks, mixer.feature_map, recipe.data.context) == (512, 4, "softmax", 4096)
+    align = recipe.align
+    assert (align.tokens, align.batch, align.lr, align.final_lr) == (655_000_000, 64, 1e-2, 1e-5)
+    assert (align.schedule, align.weight_decay, recipe.capture.top_k) == ("cosine", 0.1, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("llama3.1-8b-instruct", {"math": 0.35, "code": 0.35, "stem": 0.2, "chat": 0.1}),
+        ("qwen2.5-7b-instruct", {"math": 0.2, "code": 0.4, "stem": 0.15, "chat": 0.25}),
+    ],
+)
+def test_published_instruct_recipe_mixes_in_percent(root: Path, name: str, weights: dict[str, float]) -> None:
+    recipe = shipped(root, name)
+    assert recipe.merge.weights == weights
+    for domain in recipe.data.domains.values():
+        assert sum(source.weight for source in domain.sources) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("name", "suite"),
+    [
+        ("llama3.1-8b", "base"),
+        ("olmo3-7b", "base"),
+        ("llama3.1-8b-instruct", "instruct"),
+        ("qwen2.5-7b-instruct", "instruct"),
+    ],
+)
+def test_published_recipe_has_the_papers_suite(root: Path, name: str, suite: Any) -> None:
+    settings, expected = shipped(root, name).evaluate, paper_suite(suite)
+    tasks = [(t.name, t.shots, t.max_gen_tokens, t.multiturn, t.metric, t.filter) for t in settings.tasks]
+    assert tasks == [
+        (t.name, t.num_fewshot, t.max_gen_toks, t.fewshot_as_multiturn, t.metric, t.filter) for t in expected.tasks
+    ]
+    assert settings.apply_chat_template == expected.apply_chat_template
+
+
+def test_quickstart_tasks_are_shipped(root: Path) -> None:
+    text = (root / "recipes" / "quickstart.yaml").read_text()
+    named = {task["name"] for task in yaml.safe_load(text)["evaluate"]["tasks"]}
+    assert named == {path.stem for path in (root / "recipes" / "quickstart" / "tasks").glob("qs_*.yaml")}
+
+
+# --- what loading does
+
+
+def test_paths_are_relative_to_the_recipe(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    assert load_recipe(small).teacher.path == str((small.parent / "teacher").resolve())
+
+
+def test_hub_id_stays(small: Path) -> None:
+    assert load_recipe(small, ["teacher.path=meta-llama/Llama-3.1-8B"]).teacher.path == "meta-llama/Llama-3.1-8B"
+
+
+def test_single_domain_is_a_mixture(small: Path) -> None:
+    experts = load_recipe(small).distill.experts
+    assert experts["math"].phases[0].domains == {"math": 1.0}
+    assert experts["code"].phases[0].domains == {"math": 1.0, "code": 3.0}
+
+
+def test_overrides_apply_in_order(small: Path) -> None:
+    recipe = load_recipe(
+        small,
+        [
+            "align.lr=0.003",
+            "align.lr=0.004",
+            "merge.weights.math=0.25",
+            "merge.weights.code=0.75",
+            "evaluate.tasks[0].shots=2",
+            "data.domains.math.sources.0.weight=2",
+            "distill.clip=",
+            "report.alphas=[0, 0.5]",
+        ],
+    )
+    assert recipe.align.lr == 0.004
+    assert recipe.merge.weights == {"math": 0.25, "code": 0.75}
+    assert recipe.evaluate.tasks[0].shots == 2
+    assert recipe.data.domains["math"].sources[0].weight == 2.0
+    assert recipe.distill.clip is None
+    assert recipe.report.alphas == (0.0, 0.5)
+
+
+def test_recipe_is_immutable(small: Path) -> None:
+    recipe = load_recipe(small)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+def test_mixer_round_trips_through_json() -> None:
+    mixer = MixerConfig(window=7, branches=("mlstm",))
+    assert MixerConfig(**json.loads(mixer.model_dump_json())) == mixer
+
+
+# --- what loading refuses
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("student.mixer.windw=3", "student.mixer.windw: unknown key. Did you mean 'window'?"),
+        ("evaluate.tasks[0].shts=3", "evaluate.tasks[0].shts: unknown key. Did you mean 'shots'?"),
+        ("distill.experts.math.phase=[]", "distill.experts.math.phase: unknown key. Did you mean 'phases'?"),
+        ("qqq=1", "qqq: unknown key. Allowed: align, capture, data,"),
+        ("align.lr=1e-4", "align.lr: '1e-4' is text; YAML needs 1.0e-4"),
+        ("align.lr='0.1'", "align.lr: '0.1' is text; YAML needs 0.1 without quotes"),
+        ("align.tokens=1e6", "align.tokens: '1e6' is text; YAML needs 1000000"),
+        ("align.tokens=1.0e+6", "align.tokens: 1000000.0 is a number; give a whole number."),
+        ("seed=true", "seed: True is true/false; give a whole number."),
+        ("evaluate.experts=1", "evaluate.experts: 1 is a whole number; give true or false."),
+        ("name=5", "name: 5 is a whole number; give text."),
+        ("name=a/b", "name: 'a/b' cannot name a folder; use letters, digits, '.', '_' and '-'."),
+        ("align.lr=.nan", "align.lr: nan is not a finite number. Give one."),
+        ("align.lr=-1", "align.lr: -1 must be greater than 0.0."),
+        ("capture.top_k=257", "capture.top_k: 257 must be at most 256."),
+        ("teacher.dtype=fp32", "teacher.dtype: 'fp32' is not allowed. Allowed: 'float32', 'bfloat16' or 'float16'."),
+        ("student.mixer.branches=[swa]", "student.mixer.branches[0]: 'swa' is not allowed. Allowed: 'mlstm' or"),
+        ("student.mixer.branches=[]", "student.mixer.branches: empty. Give at least one."),
+        ("student.mixer.branches=[mlstm, mlstm]", "student.mixer.branches: ['mlstm', 'mlstm'] names a branch twice;"),
+        ("student=5", "student: 5 is a whole number; give a mapping."),
+        ("align.betas=0.9", "align.betas: 0.9 is a number; give a list."),
+        ("align.betas=[0.9, 0.9, 0.9]", "align.betas: has 3 items. Give 2."),
+        ("evaluate.tasks=[{name: a}, {name: a}]", "evaluate.tasks[1].name: 'a' is already tasks[0]; keep one."),
+        ("report.alphas=[0.1, 0]", "report.alphas: [0.1, 0.0] is not strictly ascending;"),
+    ],
+)  # fmt: skip
+def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> None:
+    assert message(small, override).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("student.mixer.window=64", "student.mixer.window: 64 must be below data.context (64)."),
+        ("align.domains={mth: 1.0}", "align.domains.mth: no such domain. Domains: math, code."),
+        ("distill.experts.code.phases=[{domain: mth, tokens: 2048}]",
+         "distill.experts.code.phases[0].domains.mth: no such domain. Domains: math, code."),
+        ("distill.experts.code.phases=[{domain: math, domains: {math: 1.0}, tokens: 2048}]",
+         "distill.experts.code.phases[0].domain: given beside 'domains'; keep one of the two."),
+        ("distill.experts.code.phases=[{domain: math, tokens: 100}]",
+         "distill.experts.code.phases[0].tokens: 100 is less than one optimiser step"),
+        ("align.tokens=100", "align.tokens: 100 is less than one optimiser step (batch x data.context = 256 tokens)."),
+        ("align.warmup_steps=16", "align.warmup_steps: 16 must be below the 16 steps"),
+        ("distill.experts.merged={phases: [{domain: math, tokens: 2048}]}",
+         "distill.experts.merged: the report uses this name itself; choose another."),
+        ("align.micro_batch=3", "align.micro_batch: 3 does not divide batch (4); take a divisor."),
+        ("align.schedule=constant", "align.final_lr: 1e-05 has no effect with schedule 'constant'; set it to null."),
+        ("align.lr=1.0e-6", "align.final_lr: 1e-05 is above lr (1e-06); it must not be."),
+        ("distill.kl_weight=0", "distill.ce_weight: 0.0 beside kl_weight 0.0 leaves no loss;"),
+        ("merge.weights=unifrm", "merge.weights: 'unifrm' is not allowed. Allowed: 'uniform'."),
+        ("merge.weights={math: 0.5}", "merge.weights: no weight for expert 'code'; give one (0 leaves it out)."),
+        ("merge.weights={math: 0.5, code: 0.7}", "merge.weights: they sum to 1.2; they must sum to 1."),
+        ("merge.weights={math: 0.5, cod: 0.5}", "merge.weights.cod: no such expert. Experts: math, code."),
+        ("merge.weights={math: -0.5, code: 1.5}", "merge.weights.math: -0.5 must be at least 0.0."),
+        ("data.domains.math.sources=[]", "data.domains.math.sources: empty. Give at least one."),
+        ("data.domains.math.sources=[{generator: math}]",
+         "data.domains.math.sources[0].documents: missing; a generator needs the number of documents to make."),
+        ("data.domains.math.sources=[{generator: math, documents: 9, text: x}]",
+         "data.domains.math.sources[0].text: does not apply to a generator; leave it out."),
+        ("data.domains.math.sources=[{split: train}]",
+         "data.domains.math.sources[0]: has neither of 'path' and 'generator'; give exactly one."),
+        ("data.domains.math.sources=[{path: a/b, generator: math, documents: 9}]",
+         "data.domains.math.sources[0]: has both of 'path' and 'generator'; give exactly one."),
+        ("data.domains.math.sources=[{path: a/b, prompt: x}]",
+         "data.domains.math.sources[0].response: missing; 'prompt' and 'response' go together."),
+        ("data.domains.math.sources=[{path: a/b, text: x, messages: y}]",
+         "data.domains.math.sources[0].messages: given beside 'text'; name the columns of one style only."),
+        ("data.domains.math.sources=[{path: a/b, weight: 0}]",
+         "data.domains.math.sources[0].weight: 0 must be greater than 0.0."),
+        ("data.domains={a/b: {sources: [{path: x/y}]}}", "data.domains.a/b: 'a/b' cannot name a folder;"),
+    ],
+)  # fmt: skip
+def test_rules_across_fields_give_one_line(small: Path, override: str, expected: str) -> None:
+    beside = ["distill.ce_weight=0"] if "kl_weight" in override else []
+    assert message(small, *beside, override).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("align.lr", "--set align.lr: give it as dotted.path=value, for example align.lr=0.003."),
+        ("=3", "--set =3: give it as dotted.path=value"),
+        ("align..lr=3", "--set align..lr=3: give it as dotted.path=value"),
+        ("align.tokens.x=3", "--set align.tokens.x: align.tokens is 4096, which has nothing below it."),
+        ("evaluate.tasks[5].shots=1", "--set evaluate.tasks[5].shots: '5' is not an index of the list there (0 to 0)."),
+        ("align.lr=[1", "--set align.lr, line 1, column 3: not valid YAML"),
+    ],
+)
+def test_bad_override_gives_one_line(small: Path, override: str, expected: str) -> None:
+    assert message(small, override).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\na: 2\n", ", line 2, column 1: not valid YAML: the key 'a' is already on line 1; keep one."),
+        ("a: {b: 1, b: 2}\n", ", line 1, column 11: not valid YAML: the key 'b' is already on line 1; keep one."),
+        ("a: [1\n", ", line 2, column 1: not valid YAML"),
+        ("- 1\n", ": holds a list; a recipe is a mapping of sections"),
+        ("", ": holds nothing; a recipe is a mapping of sections"),
+        ("a: \x00\n", ": not valid YAML"),
+    ],
+)
+def test_bad_file_gives_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert message(path).startswith(f"{path}{expected}")
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    missing = tmp_path / "nope.yaml"
+    assert message(missing) == f"{missing}: no such file; give the path of a recipe (YAML)."
+    assert message(tmp_path) == f"{tmp_path}: cannot be read (Is a directory); give the path of a recipe (YAML)."
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert message(binary) == f"{binary}: cannot be read (not UTF-8 text); give the path of a recipe (YAML)."
+
+
+def test_missing_section_and_count_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "bare.yaml"
+    path.write_text("name: bare\n")
+    assert message(path) == "teacher: missing. Add it. (and 4 more)"
+
+
+@pytest.mark.parametrize("teacher", ["gone", "./gone", "sub/gone", "/nowhere/at/all"])
+def test_missing_local_teacher_is_no_hub_id(small: Path, teacher: str) -> None:
+    (small.parent / "sub").mkdir()
+    assert message(small, f"teacher.path={teacher}").startswith(f"teacher.path: {teacher!r} is not there (looked for ")
+
+
+def test_missing_task_folder(small: Path) -> None:
+    assert message(small, "evaluate.include=tasks").startswith("evaluate.include: 'tasks' is not a folder (looked for ")
