@@ -11,10 +11,11 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from xlstm_distill.distributed import is_main_process, wait_for_everyone
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
 
@@ -124,14 +125,25 @@ class Run:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{manifest}: not a manifest; delete {self.path(label)} to make it again.") from None
 
-    def make(self, request: Request, build: Callable[[Draft], None]) -> Artifact:
+    def make(self, request: Request, build: Callable[[Draft], None], *, together: bool = False) -> Artifact:
         """Return the artifact made from exactly this, building it if it is not there.
 
         `build` writes into a temporary directory, which is renamed into place when it returns; an earlier artifact of
-        the same stage stays until then, and for good when `build` raises.
+        the same stage stays until then, and for good when `build` raises. Of several processes the first builds and
+        the others wait; with `together` all build (training), and what the others wrote is dropped.
         """
-        if done := self.find(request):
+        wait_for_everyone()  # so that all see the same answer
+        done = self.find(request)
+        wait_for_everyone()
+        if done:
             return done
+        if is_main_process() or together:
+            self._build(request, build)
+        wait_for_everyone()
+        artifact = self.need(request.label, request.fingerprint)
+        return replace(artifact, reused=False)
+
+    def _build(self, request: Request, build: Callable[[Draft], None]) -> None:
         final = self.path(request.label)
         final.parent.mkdir(parents=True, exist_ok=True)
         draft = Draft(final.parent / f".{final.name}.{os.getpid()}.partial")
@@ -140,12 +152,11 @@ class Run:
         started = time.monotonic()
         try:
             build(draft)
-            manifest = self._manifest(request, draft, time.monotonic() - started)
-            draft.write_json(MANIFEST, manifest)
-            replace_directory(draft.path, final)
+            if is_main_process():
+                draft.write_json(MANIFEST, self._manifest(request, draft, time.monotonic() - started))
+                replace_directory(draft.path, final)
         finally:
             shutil.rmtree(draft.path, ignore_errors=True)
-        return Artifact(final, manifest)
 
     def _manifest(self, request: Request, draft: Draft, seconds: float) -> dict[str, Any]:
         return {

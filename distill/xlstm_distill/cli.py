@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlstm_distill.console import Console
+from xlstm_distill.console import Console, QuietConsole
+from xlstm_distill.distributed import is_main_process
 from xlstm_distill.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,14 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML).")]
 RunPath = Annotated[
-    Path | None, typer.Option("--run", metavar="DIR", help="Run directory.", show_default="runs/NAME of the recipe")
+    Path | None,
+    typer.Option(
+        "--run",
+        "--run-dir",
+        metavar="DIR",
+        help="Run directory (torchrun needs the longer name).",
+        show_default="runs/NAME of the recipe",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -72,7 +80,7 @@ def run(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None
     """Go through all stages, from teacher to report; finished ones are skipped."""
     with _one_line_errors(debug):
         loaded, opened = _open(recipe, run_dir, overrides)
-        console = Console()
+        console = _console()
         for stage in STAGES:
             _run_stage(stage, loaded, opened, console)
         _print_summary(opened.directory, console)
@@ -121,7 +129,7 @@ def report(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = N
     """Write the report of a run and show its summary."""
     with _one_line_errors(debug):
         loaded, opened = _open(recipe, run_dir, overrides)
-        console = Console()
+        console = _console()
         _run_stage("report", loaded, opened, console)
         _print_summary(opened.directory, console)
 
@@ -155,7 +163,12 @@ def _one_stage(
 ) -> None:
     with _one_line_errors(debug):
         loaded, opened = _open(recipe, run_dir, overrides)
-        _run_stage(stage, loaded, opened, Console(), **options)
+        _run_stage(stage, loaded, opened, _console(), **options)
+
+
+def _console() -> Console:
+    """One of several processes speaks."""
+    return Console() if is_main_process() else QuietConsole()
 
 
 def _open(recipe: Path, run_dir: Path | None, overrides: list[str] | None) -> tuple[Recipe, Run]:
@@ -191,6 +204,8 @@ def _print_summary(directory: Path, console: Console) -> None:
 
     from xlstm_distill.summary import summary_table
 
+    if not is_main_process():
+        return
     folder = directory / "report"
     console.rich().print(summary_table(json.loads((folder / "report.json").read_text(encoding="utf-8"))))
     console.line(f"Report: {folder / 'report.html'}")

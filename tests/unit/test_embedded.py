@@ -198,7 +198,7 @@ def test_first_heads_start_at_their_offsets(tokenizer: PreTrainedTokenizerFast) 
         return [float(weights[head].diagonal(-head - 1).mean()) for head in range(3)]
 
     before = attended()
-    start_with_offset_heads(model, theta=1000.0)
+    start_with_offset_heads(model, theta=500_000.0)
     assert max(before) < 0.2
     assert min(attended()) > 0.7
 

@@ -9,8 +9,8 @@ from xlstm_distill.embedded.tasks import DOMAINS, TASKS, Item, Table, Task, draw
 from xlstm_distill.errors import UserError
 
 SINGLE_SHARE = 0.2  # conversations of one question, the form evaluation uses
-RECALL_SHARE = 0.3  # conversations about a table; the rest chain questions of the domain's other tasks
-SHORT_TABLE_SHARE = 0.3  # tables shorter than evaluated ones, from which recall is learnt first
+RECALL_SHARE = 0.35  # conversations about a table; the rest chain questions of the domain's other tasks
+SHORT_TABLE_SHARE = 0.4  # tables shorter than evaluated ones, from which recall is learnt first
 MOST_TURNS = 8
 # Harder tasks are drawn more often; 1 where not listed.
 WEIGHTS = {"story": 2.0, "expression": 3.0, "variables": 2.0, "fact": 2.0, "sort": 1.5, "add": 2.0}
@@ -60,7 +60,7 @@ def _recall(task: Task, rng: random.Random) -> dict[str, Any]:
         return _conversation([draw(task, rng, held_out=False)], task.domain, task.name)
     short = rng.random() < SHORT_TABLE_SHARE
     rows = table.rows(rng, rng.randint(3, table.far) if short else rng.randint(table.far, table.most))
-    turns = min(len(rows), rng.randint(3, 7))
+    turns = min(len(rows), rng.randint(4, 12))
     asked = [table.ask(rows, at) for at in rng.sample(range(len(rows)), turns)]
     items = [item for item in asked if not is_held_out(task.name, item.key)]
     if not items:

@@ -163,10 +163,12 @@ def _sort(rng: random.Random) -> Item:
 
 
 FACTS = pools.facts()
-STOCK = Table("Stock:\n", "{key} {value}", "Count {key}", pools.ITEMS, lambda r: str(r.randint(10, 99)), 9, 20)
-CONSTANTS = Table("", "{key}={value}", "echo ${key}", pools.LETTERS, lambda r: r.choice(pools.WORDS), 11, 24)
-FLASKS = Table("Flasks:\n", "{key} {value}", "Open {key}", pools.LETTERS, lambda r: r.choice(pools.SYMBOLS), 11, 24)
-GIFTS = Table("Gifts:\n", "{key} {value}", "Gift for {key}", pools.NAMES, lambda r: r.choice(pools.ITEMS), 11, 20)
+STOCK = Table("Stock:\n", "{key} {value}", "How many {key}?", pools.ITEMS, lambda r: str(r.randint(10, 99)), 9, 20)
+CONSTANTS = Table("", "{key}={value}", "echo ${key};", pools.LETTERS, lambda r: r.choice(pools.WORDS), 11, 24)
+FLASKS = Table(
+    "Flasks:\n", "{key} {value}", "What is in {key}?", pools.LETTERS, lambda r: r.choice(pools.SYMBOLS), 11, 24
+)
+GIFTS = Table("Gifts:\n", "{key} {value}", "Gift for {key}?", pools.NAMES, lambda r: r.choice(pools.ITEMS), 11, 20)
 
 TASKS = {
     task.name: task

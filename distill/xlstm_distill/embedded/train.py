@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from xlstm_distill.embedded.induction import start_with_induction
 from xlstm_distill.embedded.packing import Batch, batches
 from xlstm_distill.embedded.scoring import accuracies
 from xlstm_distill.embedded.tasks import TASKS
@@ -39,13 +40,13 @@ class Settings:
     kv_heads: int = 2
     intermediate: int = 384
     context: int = 256
-    rope_theta: float = 1000.0
+    rope_theta: float = 500_000.0
     rows: int = 8
     learning_rate: float = 3e-3
     warmup_share: float = 0.03
     decay_share: float = 0.4
     weight_decay: float = 0.05
-    offset_heads: bool = True
+    induction: bool = True
 
     @property
     def steps(self) -> int:
@@ -73,38 +74,9 @@ def build(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    if settings.offset_heads:
-        start_with_offset_heads(model, theta=settings.rope_theta)
+    if settings.induction:
+        start_with_induction(model, theta=settings.rope_theta)
     return model
-
-
-@torch.no_grad()
-def start_with_offset_heads(
-    model: LlamaForCausalLM, *, theta: float, constant: float = 0.2, sharpness: float = 24.0
-) -> None:
-    """Let heads 0, 1 and 2 of layer 0 begin as heads that attend the token 1, 2 and 3 places back.
-
-    One coordinate of every embedding is the same constant, so a query and a key can be the same everywhere; the query
-    is the key turned back by the offset under RoPE, so their product peaks at that distance. Recall and copying
-    (induction) stand on such heads, and a small model is slow to find them. All of it trains freely afterwards.
-    """
-    embedding = model.model.embed_tokens.weight
-    attention = model.model.layers[0].self_attn
-    dim, shared = attention.head_dim, attention.num_key_value_groups
-    embedding[:, 0] = constant
-    read = constant / embedding.square().mean(-1).sqrt().mean()  # the coordinate after the layer's RMS norm
-    frequency = theta ** (-torch.arange(0, dim, 2) / dim)  # (D/2,)
-    size = math.sqrt(sharpness * math.sqrt(dim)) / (dim // 2) ** 0.25
-    key = torch.cat([torch.full((dim // 2,), size), torch.zeros(dim // 2)])
-    for head, offset in enumerate((1, 2, 3)):
-        query = torch.cat([size * (offset * frequency).cos(), -size * (offset * frequency).sin()])
-        for weight, at, vector in (
-            (attention.q_proj.weight, head, query),
-            (attention.k_proj.weight, head // shared, key),
-        ):
-            rows = slice(at * dim, (at + 1) * dim)
-            weight[rows] = 0.0
-            weight[rows, 0] = vector / read
 
 
 def learning_rate(step: int, settings: Settings) -> float:

@@ -44,4 +44,4 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
             f"{after['mse'] / after['teacher_power']:.3f}"
         )
 
-    return run.make(align_request(recipe, data), build)
+    return run.make(align_request(recipe, data), build, together=True)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from xlstm_distill.artifacts import Artifact, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, prepare_domain
+from xlstm_distill.distributed import process_count
 from xlstm_distill.errors import RunError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.recipe import Recipe
@@ -37,22 +38,24 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerator of this process: bf16 autocast on CUDA where the teacher is bf16, else fp32.
 
     Raises:
-        RunError: the stage was started in several processes.
+        RunError: it runs in another number of processes than were started.
     """
     bf16 = recipe.teacher.dtype == "bfloat16" and torch.cuda.is_available()
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
-    if accelerator.num_processes > 1:
+    # On a machine without an accelerator, several processes run as one unless cpu is said.
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.accelerator.is_available())
+    if accelerator.num_processes != process_count():
         raise RunError(
-            f"started in {accelerator.num_processes} processes, and stages publish from one; start one process, or "
-            "one per expert with distill --expert."
+            f"{process_count()} processes were started and accelerate runs {accelerator.num_processes}; "
+            "check its configuration (distributed_type) against how it was launched."
         )
     return accelerator
 
 
 def prepare_domains(recipe: Recipe, run: Run, names: Iterable[str], console: Console) -> dict[str, Artifact]:
-    """Make (or find) the packed rows of the named domains."""
-    tokenizer = load_tokenizer(recipe.teacher)
-    return {name: prepare_domain(recipe, run, name, tokenizer, console) for name in names}
+    """Make (or find) the packed rows of the named domains, in the recipe's order, which all processes share."""
+    tokenizer, wanted = load_tokenizer(recipe.teacher), set(names)
+    ordered = [name for name in recipe.data.domains if name in wanted]
+    return {name: prepare_domain(recipe, run, name, tokenizer, console) for name in ordered}
 
 
 def open_domains(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> dict[str, DomainRows]:

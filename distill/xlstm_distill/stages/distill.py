@@ -102,7 +102,7 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
             f"KL {before['kl']:.3f} -> {after['kl']:.3f} nats"
         )
 
-    return run.make(request, build)
+    return run.make(request, build, together=True)
 
 
 def choose_trainable(student: CausalLM, which: str) -> None:

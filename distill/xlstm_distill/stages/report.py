@@ -13,6 +13,7 @@ from typing import Any
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run, replace_directory, versions
 from xlstm_distill.console import Console
+from xlstm_distill.distributed import is_main_process
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe_io import recipe_to_yaml
 from xlstm_distill.stages.common import part
@@ -40,7 +41,7 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
     )
     artifact = run.make(request, lambda draft: _write(recipe, run, evaluated, draft))
     target = run.directory / FOLDER
-    if not (artifact.reused and (target / "report.html").is_file()):
+    if is_main_process() and not (artifact.reused and (target / "report.html").is_file()):
         with tempfile.TemporaryDirectory(dir=run.directory) as folder:
             replace_directory(Path(shutil.copytree(artifact.path / FOLDER, Path(folder) / FOLDER)), target)
     return artifact

@@ -1,0 +1,106 @@
+"""A start for the teacher's weights from which recall is learnt in minutes: an induction circuit in its first layers.
+
+Looking a key up in a table takes two layers: one marks each token with the tokens just before it, the next compares
+marks. A small model finds this pair of heads late or never (docs/embedded-teacher.md has the figures), so they are
+there, roughly, before the first step. Everything trains freely afterwards.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+CONSTANT = 0.2  # coordinate 0 of every embedding, so that a query and a key can be the same at every token
+SHARPNESS = 12.0  # of the offset heads
+SLOWEST = 0.05  # radians a token: pairs of RoPE that the offset heads use
+MATCH = 1.7  # of the comparing heads
+WRITE = 0.15  # size of what a head writes
+AVERSION = 4.0  # of the comparing heads to the end of a turn, which follows the key in the question itself
+STABLE_TURN = 0.4  # radians: pairs of RoPE that turn less than this over LONGEST tokens can compare contents
+LONGEST = 120
+
+
+@torch.no_grad()
+def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
+    """Write the circuit into layers 0 and 1, and keep all other weights as initialised.
+
+    Layer 0: heads 0 to 3 attend the token 1 to 4 places back (`offset_heads`); the last three mark their token with
+    what they see, in a random subspace each. Layer 1: the first head of a key/value group attends tokens whose mark at
+    one distance equals the query's mark at one place more, and copies them to the output. Tables have the key 2 before
+    its value and questions have it 3 before the answer, so the two groups find first and second token of a value.
+    """
+    first, second = (model.model.layers[at].self_attn for at in (0, 1))
+    dim, shared = first.head_dim, first.num_key_value_groups
+    frequency = theta ** (-torch.arange(0, dim, 2) / dim)
+    pairs = (frequency * LONGEST < STABLE_TURN).nonzero().flatten()
+    stable = torch.cat([pairs, pairs + dim // 2])
+    read = _projection(model, dim)
+    marks = _projection(model, 3 * len(stable)).split(len(stable))
+    # The marks' space holds nothing else, so that comparing is not disturbed.
+    embedding = model.model.embed_tokens.weight
+    embedding -= embedding @ torch.cat(marks).T @ torch.cat(marks)
+    model.model.layers[0].mlp.down_proj.weight *= 0.3
+    offset_heads(model, theta=theta)
+    for head, mark in enumerate(marks, start=1):
+        first.v_proj.weight[_rows(head // shared, dim)] = read
+        first.o_proj.weight[:, _rows(head, dim)] = 0.0
+        first.o_proj.weight[:, head * dim : head * dim + len(stable)] = WRITE * mark.T
+    for group in (0, 1):
+        for weight, at, mark in (
+            (second.q_proj.weight, group * shared, marks[group + 1]),
+            (second.k_proj.weight, group, marks[group]),
+        ):
+            compare = torch.zeros_like(read)
+            compare[stable[:-1]] = MATCH * mark[:-1]
+            weight[_rows(at, dim)] = compare
+        end = model.model.embed_tokens.weight[model.config.eos_token_id].clone()
+        end[0] = 0.0
+        second.q_proj.weight[group * shared * dim + stable[-1], 0] = AVERSION
+        second.k_proj.weight[group * dim + stable[-1]] = -AVERSION * end / end.norm()
+        copied = _projection(model, dim)
+        second.v_proj.weight[_rows(group, dim)] = copied
+        second.o_proj.weight[:, _rows(group * shared, dim)] = WRITE * copied.T
+
+
+@torch.no_grad()
+def offset_heads(model: LlamaForCausalLM, *, theta: float) -> None:
+    """Let heads 0 to 3 of layer 0 attend the token 1 to 4 places back.
+
+    Keys are the same vector at every token; the query is that vector turned back by the offset under RoPE, so their
+    product peaks at that distance.
+    """
+    embedding = model.model.embed_tokens.weight
+    attention = model.model.layers[0].self_attn
+    dim, shared = attention.head_dim, attention.num_key_value_groups
+    # Rows of equal norm: the RMS norm before the layer would else scale the constant differently for each token.
+    embedding[:, 0] = 0.0
+    embedding *= embedding.norm(dim=-1).mean() / embedding.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    embedding[:, 0] = CONSTANT
+    read = CONSTANT / embedding.square().mean(-1).sqrt().mean()  # the coordinate after the RMS norm
+    frequency = theta ** (-torch.arange(0, dim, 2) / dim)  # (D/2,)
+    size = math.sqrt(SHARPNESS * math.sqrt(dim)) * (frequency > SLOWEST)  # slow pairs cannot tell neighbours apart
+    key = torch.cat([size, torch.zeros(dim // 2)])
+    for head, offset in enumerate((1, 2, 3, 4)):
+        query = torch.cat([size * (offset * frequency).cos(), -size * (offset * frequency).sin()])
+        _read_constant(attention.q_proj, head, query / read)
+        _read_constant(attention.k_proj, head // shared, key / read)
+
+
+def _read_constant(projection: nn.Linear, head: int, vector: Tensor) -> None:
+    """Make a head's projection the same vector at every token."""
+    rows = _rows(head, len(vector))
+    projection.weight[rows] = 0.0
+    projection.weight[rows, 0] = vector
+
+
+def _rows(head: int, dim: int) -> slice:
+    return slice(head * dim, (head + 1) * dim)
+
+
+def _projection(model: LlamaForCausalLM, dim: int) -> Tensor:
+    """Draw `dim` orthonormal rows (D, hidden) that leave the constant coordinate out."""
+    hidden = model.config.hidden_size
+    rows = torch.zeros(dim, hidden)
+    rows[:, 1:] = torch.linalg.qr(torch.randn(hidden - 1, dim)).Q.T
+    return rows

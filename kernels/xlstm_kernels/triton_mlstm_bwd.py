@@ -1,0 +1,184 @@
+"""Backward kernels of the chunkwise mLSTM: gradients of the states in reverse order, then of every chunk at once.
+
+With g = dh / den and e = -(dh . h) / den, the gradients of numerator and denominator (docs/math.md, "Gradients").
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xlstm_kernels.triton_common import load_rows, pair_weights, state_weights
+
+
+@triton.jit
+def denominator_kernel(h_ptr, dh_ptr, den_ptr, e_ptr, T, L: tl.constexpr, DV: tl.constexpr):
+    """e (B, H, T), the gradient of the denominator. Grid (chunks, B H)."""
+    bh = tl.program_id(1).to(tl.int64)
+    t, dv = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, DV)
+    h = load_rows(h_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32)
+    dh = load_rows(dh_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32)
+    den = tl.load(den_ptr + bh * T + t, mask=t < T, other=1.0)
+    tl.store(e_ptr + bh * T + t, -tl.sum(h * dh, 1) / den, mask=t < T)
+
+
+@triton.jit
+def load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV: tl.constexpr):
+    """g = dh / den of the chunk's tokens, (L, BV) in float32."""
+    den = tl.load(den_ptr + bh * T + t, mask=t < T, other=1.0)
+    return load_rows(dh_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32) / den[:, None]
+
+
+@triton.jit
+def state_grad_kernel(
+    q_ptr, dh_ptr, den_ptr, e_ptr, i_ptr, hi_ptr, lo_ptr, m_ptr, m0_ptr, runs_ptr, dC_end_ptr, dn_end_ptr,
+    dC_ptr, dn_ptr, dC0_ptr, dn0_ptr,
+    q_b, q_h, q_t, T, H, chunks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Carry one tile of the memory's gradient back over the chunks; stores that of the state leaving each chunk.
+
+    Grid (DK / BK, DV / BV, B H).
+    """
+    ik, iv, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = bh // H, bh % H
+    dk, dv = ik * BK + tl.arange(0, BK), iv * BV + tl.arange(0, BV)
+    tile = dk[:, None] * DV + dv[None, :]
+    q_ptr += b * q_b + h * q_h
+    dC = tl.load(dC_end_ptr + bh * DK * DV + tile)
+    dn = tl.load(dn_end_ptr + bh * DK + dk)
+    for back in range(chunks):
+        c = chunks - 1 - back
+        slot = bh * chunks + c
+        tl.store(dC_ptr + slot * DK * DV + tile, dC.to(dC_ptr.dtype.element_ty))
+        if iv == 0:
+            tl.store(dn_ptr + slot * DK + dk, dn)
+        t = c * L + tl.arange(0, L)
+        read, _, decay = state_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+        g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dC_ptr.dtype.element_ty)
+        e = tl.load(e_ptr + bh * T + t, mask=t < T, other=0.0)
+        q = load_rows(q_ptr, q_t, t, T, dk).to(tl.float32) * read[:, None]
+        dC = tl.dot(tl.trans(q.to(g.dtype)), g, dC * decay, input_precision=PRECISION)
+        dn = dn * decay + tl.sum(q * e[:, None], 0)
+    tl.store(dC0_ptr + bh * DK * DV + tile, dC)
+    if iv == 0:
+        tl.store(dn0_ptr + bh * DK + dk, dn)
+
+
+@triton.jit
+def query_key_grad_kernel(
+    q_ptr, k_ptr, v_ptr, i_ptr, f_ptr, dh_ptr, den_ptr, e_ptr, hi_ptr, lo_ptr, m_ptr, m0_ptr, runs_ptr,
+    C_ptr, n_ptr, dC_ptr, dn_ptr, dq_ptr, dk_ptr, di_ptr, df_ptr,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, di and df of one chunk. Grid (chunks, B H).
+
+    The gradient of log f_r is the sum of dD over the pairs (s, t), s < r <= t, that cross r, the states being keys before
+    the chunk and queries after it. No term that does not cross enters: cumulative sums of other gradients
+    would leave their rounding where the true sum is small.
+    """
+    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    slot = bh * chunks + c
+    offsets = tl.arange(0, L)
+    t = c * L + offsets
+    inside = t < T
+    dtype = C_ptr.dtype.element_ty
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + (h // R) * v_h
+    scores = tl.zeros((L, L), tl.float32)
+    for d in range(0, DK, BK):
+        dk = d + tl.arange(0, BK)
+        q = load_rows(q_ptr, q_t, t, T, dk).to(dtype)
+        k = load_rows(k_ptr, k_t, t, T, dk).to(dtype)
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+    e = tl.load(e_ptr + bh * T + t, mask=inside, other=0.0)
+    d_weights = tl.zeros((L, L), tl.float32) + e[:, None]
+    for d in range(0, DV, BV):
+        dv = d + tl.arange(0, BV)
+        g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
+        v = load_rows(v_ptr, v_t, t, T, dv).to(dtype)
+        d_weights = tl.dot(g, tl.trans(v), d_weights, input_precision=PRECISION)
+    d_scores = d_weights * pair_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+    d_log = d_scores * scores
+    d_scores = d_scores.to(dtype)
+    di = tl.sum(d_log, 0)
+    later = (offsets[:, None] <= offsets[None, :]).to(dtype)  # (r, t): 1 where t >= r
+    before = offsets[None, :] < offsets[:, None]  # (r, s): s < r
+    d_sums = tl.dot(later, d_log.to(dtype), input_precision=PRECISION)
+    d_log_f = tl.sum(tl.where(before, d_sums, 0.0), 1)
+
+    read, write, decay = state_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+    d_read = tl.zeros((L,), tl.float32)
+    d_write = tl.zeros((L,), tl.float32)
+    d_pass = tl.zeros((BK,), tl.float32)
+    for d in range(0, DK, BK):
+        dk = d + tl.arange(0, BK)
+        from_state = tl.zeros((L, BK), tl.float32)
+        to_state = tl.zeros((L, BK), tl.float32)
+        for j in range(0, DV, BV):
+            dv = j + tl.arange(0, BV)
+            tile = slot * DK * DV + dk[:, None] * DV + dv[None, :]
+            C, dC = tl.load(C_ptr + tile), tl.load(dC_ptr + tile)
+            g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
+            v = load_rows(v_ptr, v_t, t, T, dv).to(dtype)
+            from_state = tl.dot(g, tl.trans(C), from_state, input_precision=PRECISION)
+            to_state = tl.dot(v, tl.trans(dC), to_state, input_precision=PRECISION)
+            d_pass += tl.sum(C.to(tl.float32) * dC.to(tl.float32), 1)
+        n, dn = tl.load(n_ptr + slot * DK + dk), tl.load(dn_ptr + slot * DK + dk)
+        d_pass += n * dn
+        from_state = (from_state + e[:, None] * n[None, :]) * read[:, None]
+        to_state = (to_state + dn[None, :]) * write[:, None]
+        q = load_rows(q_ptr, q_t, t, T, dk).to(dtype)
+        k = load_rows(k_ptr, k_t, t, T, dk).to(dtype)
+        d_read += tl.sum(q.to(tl.float32) * from_state, 1)
+        d_write += tl.sum(k.to(tl.float32) * to_state, 1)
+        out = bh * T * DK + t[:, None].to(tl.int64) * DK + dk[None, :]
+        dq = tl.dot(d_scores, k, from_state, input_precision=PRECISION)
+        tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+        dkey = tl.dot(tl.trans(d_scores), q, to_state, input_precision=PRECISION)
+        tl.store(dk_ptr + out, dkey.to(dk_ptr.dtype.element_ty), mask=inside[:, None])
+    d_log_f += tl.sum(tl.where(before, d_write[None, :], d_read[None, :]), 1) + decay * tl.sum(d_pass, 0)
+    f = tl.load(f_ptr + bh * T + t, mask=inside, other=0.0).to(tl.float32)
+    tl.store(di_ptr + bh * T + t, di + d_write, mask=inside)
+    tl.store(df_ptr + bh * T + t, d_log_f / (1.0 + tl.exp(f)), mask=inside)
+
+
+@triton.jit
+def value_grad_kernel(
+    q_ptr, k_ptr, i_ptr, dh_ptr, den_ptr, hi_ptr, lo_ptr, m_ptr, m0_ptr, runs_ptr, dC_ptr, dv_ptr,
+    q_b, q_h, q_t, k_b, k_h, k_t, T, H, R, chunks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """dv of one chunk and value head, summed over the head's queries in a fixed order. Grid (chunks, B G, DV / BV)."""
+    c, bg, iv = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    G = H // R
+    b = bg // G
+    t = c * L + tl.arange(0, L)
+    dv = iv * BV + tl.arange(0, BV)
+    dtype = dC_ptr.dtype.element_ty
+    total = tl.zeros((L, BV), tl.float32)
+    for r in range(R):
+        h = (bg % G) * R + r
+        bh = b * H + h
+        slot = bh * chunks + c
+        scores = tl.zeros((L, L), tl.float32)
+        to_state = tl.zeros((L, BV), tl.float32)
+        for d in range(0, DK, BK):
+            dk = d + tl.arange(0, BK)
+            q = load_rows(q_ptr + b * q_b + h * q_h, q_t, t, T, dk).to(dtype)
+            k = load_rows(k_ptr + b * k_b + h * k_h, k_t, t, T, dk).to(dtype)
+            dC = tl.load(dC_ptr + slot * DK * DV + dk[:, None] * DV + dv[None, :])
+            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+            to_state = tl.dot(k, dC, to_state, input_precision=PRECISION)
+        _, write, _ = state_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+        weights = scores * pair_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+        g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
+        total += tl.dot(tl.trans(weights.to(dtype)), g, to_state * write[:, None], input_precision=PRECISION)
+    out = dv_ptr + bg * T * DV + t[:, None].to(tl.int64) * DV + dv[None, :]
+    tl.store(out, total.to(dv_ptr.dtype.element_ty), mask=(t < T)[:, None])

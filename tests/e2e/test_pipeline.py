@@ -1,0 +1,186 @@
+"""The whole pipeline on the embedded teacher, with small budgets: the command line as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+SMALL = (
+    "align.tokens=65536", "align.warmup_steps=2",
+    "distill.experts={math: {phases: [{domain: math, tokens: 49152}]},"
+    " chat: {phases: [{domain: chat, tokens: 49152}]}}",
+    "distill.warmup_steps=2", "evaluate.limit=6", "data.validation_rows=4",
+)  # fmt: skip
+
+
+def cli(*words: str | Path, sets: tuple[str, ...] = SMALL) -> subprocess.CompletedProcess[str]:
+    overrides = [word for value in sets for word in ("--set", value)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "xlstm_distill", *map(str, words), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd="/")
+
+
+def in_two_processes(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    overrides = [word for value in SMALL for word in ("--set", value)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "xlstm_distill", *map(str, words), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The error's line, after checking that there is one, no traceback, and the right exit code."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def manifests(run: Path) -> dict[str, int]:
+    """When each artifact was published."""
+    found = (run / "artifacts").rglob("manifest.json")
+    return {p.parent.relative_to(run / "artifacts").as_posix(): p.stat().st_mtime_ns for p in found}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("pipeline") / "run"
+    done = cli("run", RECIPE, "--run", directory)
+    assert done.returncode == 0, done.stderr
+    assert f"Report: {directory / 'report' / 'report.html'}" in done.stdout
+    assert "\x1b" not in done.stdout
+    return directory
+
+
+def test_every_stage_publishes_an_artifact_with_a_manifest(run):
+    found = set(manifests(run))
+    experts, domains = {"math", "chat"}, {"math", "code", "stem", "chat"}
+    assert found == {
+        *(f"data/{d}" for d in domains), *(f"capture/{e}" for e in experts), "align",
+        *(f"distill/{e}" for e in experts), "merge",
+        *(f"evaluate/{m}" for m in ("teacher", "merged", *experts)), "report",
+    }  # fmt: skip
+    for label in found:
+        manifest = json.loads((run / "artifacts" / label / "manifest.json").read_text())
+        assert manifest["seed"] == 0
+        assert manifest["wall_seconds"] >= 0
+        assert {"recipe", "inputs", "versions", "fingerprint"} <= set(manifest)
+    assert not list((run / "artifacts").rglob("*.partial"))
+
+
+def test_models_are_hugging_face_directories_that_generate(run):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import xlstm_distill  # noqa: F401  (makes students known to the Auto classes)
+
+    for label in ("align", "distill/math", "merge"):
+        folder = run / "artifacts" / label / "model"
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer("Repeat: sun fog", return_tensors="pt")
+    answer = student.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert answer.shape[1] > prompt["input_ids"].shape[1]
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+
+
+def test_the_report_holds_every_model(run):
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert {p.name for p in (run / "report").iterdir()} == {"report.html", "report.md", "report.json"}
+    assert [m["name"] for m in report["models"]] == ["merged", "math", "chat"]
+    for model in report["models"]:
+        assert set(model["scores"]) == set(report["teacher"]["scores"])
+        assert 0 <= model["critical_tolerance"] <= 1
+        assert "0.05" in model["win_and_tie"]
+        assert len(model["recovery"]) == len(model["scores"])
+    gates = report["gates"]["merged"]
+    assert (len(gates), len(gates[0])) == (3, 4)
+    html = (run / "report" / "report.html").read_text()
+    assert 'src="http' not in html
+
+
+def test_run_again_nothing_is_made_anew(run):
+    before = manifests(run)
+    done = cli("run", RECIPE, "--run", run)
+    assert done.returncode == 0, done.stderr
+    assert manifests(run) == before
+    assert done.stdout.count("already done") == 6
+
+
+def test_new_merge_weights_redo_only_what_depends_on_them(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
+    before = manifests(copy)
+    done = cli("run", RECIPE, "--run", copy, sets=(*SMALL, "merge.weights={math: 0.25, chat: 0.75}"))
+    assert done.returncode == 0, done.stderr
+    after = manifests(copy)
+    assert {label for label in after if after[label] != before[label]} == {"merge", "evaluate/merged", "report"}
+
+
+def test_stages_run_one_by_one_and_say_what_is_missing(tmp_path):
+    line = one_line(cli("merge", RECIPE, "--run", tmp_path / "run"), 1)
+    assert "run the stage 'distill' first" in line
+    line = one_line(cli("distill", RECIPE, "--expert", "math", "--run", tmp_path / "run"), 1)
+    assert "run the stage 'align' first" in line
+    done = cli("align", RECIPE, "--run", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "align" in manifests(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line_and_keeps_what_was_there(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
+    before = manifests(copy)
+    line = one_line(cli("run", RECIPE, "--run", copy, sets=(*SMALL, "align.lr=1.0e+38", "align.clip=null")), 1)
+    assert "align: step" in line
+    assert "is nan" in line or "is inf" in line
+    assert manifests(copy) == before
+
+
+def test_a_teacher_that_is_not_there_is_one_line(tmp_path):
+    line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=("teacher.path=quickstart/nowhere",)), 2)
+    assert "teacher.path: 'quickstart/nowhere' is not there" in line
+    (tmp_path / "empty").mkdir()
+    line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=(f"teacher.path={tmp_path / 'empty'}",)), 2)
+    assert "teacher.path" in line
+
+
+def test_a_tokenizer_of_another_model_is_one_line(tmp_path):
+    from transformers import AutoTokenizer
+
+    teacher = shutil.copytree(ROOT / "recipes" / "quickstart" / "teacher", tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens([f"extra{n}" for n in range(2000)])
+    tokenizer.save_pretrained(teacher)
+    line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=(f"teacher.path={teacher}",)), 2)
+    assert "do not belong together" in line
+
+
+def test_debug_shows_where(tmp_path):
+    done = cli("merge", RECIPE, "--run", tmp_path / "run", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.multi_process
+def test_two_processes_write_once_and_align_the_same_student(run, tmp_path):
+    from safetensors.torch import load_file
+
+    from xlstm_kernels.testing import error_ratio
+
+    done = in_two_processes("align", RECIPE, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("align     done in") == 1
+    one, two = (load_file(r / "artifacts" / "align" / "model" / "model.safetensors") for r in (run, tmp_path / "run"))
+    for name, tensor in one.items():
+        if not name.endswith("input_gate.bias"):  # its gradient is zero: Adam amplifies rounding
+            assert error_ratio(two[name], tensor.double()) < 1e-3, name
+    assert not list((tmp_path / "run" / "artifacts").rglob("*.partial"))
