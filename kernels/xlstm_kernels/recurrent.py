@@ -1,4 +1,4 @@
-"""One decoding step of the mLSTM, in place."""
+"""One decoding step, in place: of the mLSTM, and of the whole hybrid mixer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_kernels.state import MLSTMState
+from xlstm_kernels.state import MLSTMState, Ring
 
 
 @torch.no_grad()
@@ -25,3 +25,44 @@ def mlstm_step_in_place(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, s
     m.copy_(peak)
     num, den = (q.unsqueeze(-2) @ C).squeeze(-2), (q * n).sum(dim=-1, keepdim=True)
     return torch.where(den == 0, 0.0, num / den)
+
+
+@torch.no_grad()
+def hybrid_step_in_place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    i: Tensor,
+    f: Tensor,
+    gate: Tensor,
+    state: MLSTMState,
+    ring: Ring,
+    sinks: int,
+    scale: float,
+) -> Tensor:
+    """Update `state` and `ring` by one token and read both; shapes as in `xlstm_kernels.hybrid_step`."""
+    append_to_ring(k, v, ring, sinks)
+    oldest = (ring.lengths - (ring.positions.shape[1] - sinks))[:, None]
+    in_ring = torch.arange(ring.positions.shape[1], device=q.device) >= sinks
+    visible = (ring.positions >= 0) & (in_ring | (ring.positions < oldest))  # a sink still in the ring counts once
+    attended = F.scaled_dot_product_attention(
+        q.unsqueeze(2), ring.keys.to(q.dtype), ring.values.to(q.dtype), attn_mask=visible[:, None, None], scale=scale,
+        enable_gqa=True,
+    ).squeeze(2)  # fmt: skip
+    recalled = mlstm_step_in_place(phi_q, phi_k, v, i, f, state)
+    attended = attended.to(recalled.dtype)
+    return torch.lerp(attended, recalled, gate.to(recalled.dtype).unsqueeze(-1))
+
+
+def append_to_ring(k: Tensor, v: Tensor, ring: Ring, sinks: int) -> None:
+    """Store one token, k (B, G, D) and v (B, G, Dv): in the ring, and in the sinks while there are fewer than N."""
+    window = ring.positions.shape[1] - sinks
+    at = sinks + ring.lengths % window  # (B,)
+    slots = torch.stack([at, torch.where(ring.lengths < sinks, ring.lengths, at)], dim=1)  # (B, 2)
+    for held, new in ((ring.keys, k), (ring.values, v)):
+        index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[2])
+        held.scatter_(2, index, new.to(held.dtype).unsqueeze(2).expand(-1, -1, 2, -1))
+    ring.positions.scatter_(1, slots, ring.lengths[:, None].expand(-1, 2))
+    ring.lengths.add_(1)

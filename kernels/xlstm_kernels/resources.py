@@ -24,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from xlstm_kernels.state import MLSTMState, Ring
+
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
@@ -101,7 +103,30 @@ def launch_mlstm(dim: int) -> None:
     mlstm_triton(q, k, v, *gates, ids, None)[0].sum().backward()
 
 
-OPERATORS: tuple[Callable[[int], None], ...] = (launch_mlstm,)
+def launch_steps(dim: int) -> None:
+    """Launch the mLSTM step and the hybrid step, window 512 and 4 sinks."""
+    from xlstm_kernels.triton_step import hybrid_step_triton, mlstm_step_triton
+
+    q, k = torch.empty(1, 4, dim, **BF16), torch.empty(1, 4, dim, **BF16)
+    v = torch.empty(1, 1, dim, **BF16)
+    gates = [torch.empty(1, 4, device="meta") for _ in range(3)]
+    state = MLSTMState.zeros(1, 4, dim, dim, device="meta")
+    mlstm_step_triton(q, k, v, *gates[:2], state)
+    ring = Ring.empty(1, 1, dim, dim, window=512, sinks=4, **BF16)
+    hybrid_step_triton(q, v, v, q, k, *gates, state, ring, 4, 1.0)
+
+
+def launch_window(dim: int) -> None:
+    """Launch sliding-window attention, forward and backward: packed, four query heads to a key head, window 512."""
+    from xlstm_kernels.triton_window import window_triton
+
+    q = torch.empty(1, 4, 1024, dim, **BF16, requires_grad=True)
+    k, v = (torch.empty(1, 1, 1024, dim, **BF16, requires_grad=True) for _ in range(2))
+    ids = torch.empty(1, 1024, dtype=torch.int64, device="meta")
+    window_triton(q, k, v, 512, 4, ids, 1.0).sum().backward()
+
+
+OPERATORS: tuple[Callable[[int], None], ...] = (launch_mlstm, launch_steps, launch_window)
 
 
 def measure(archs: list[int], dims: list[int]) -> dict[str, Resources]:

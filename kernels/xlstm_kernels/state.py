@@ -1,4 +1,4 @@
-"""The mLSTM state and its dtype."""
+"""What decoding carries: the mLSTM state, the ring of recent keys and values; and the dtype of the state."""
 
 from __future__ import annotations
 
@@ -38,6 +38,42 @@ class MLSTMState(NamedTuple):
             C=torch.zeros(batch, heads, key_dim, value_dim, dtype=dtype, device=device),
             n=torch.zeros(batch, heads, key_dim, dtype=dtype, device=device),
             m=torch.full((batch, heads), LOG_ZERO, dtype=dtype, device=device),
+        )
+
+
+class Ring(NamedTuple):
+    """Keys and values that window and sinks still need, for decoding; N sinks, then a ring of W.
+
+    keys (B, G, N + W, D), values (B, G, N + W, Dv). positions (B, N + W), int64: the position in its document of the token
+    that a slot holds, -1 if empty. Slot p < N holds the token at position p, slot N + p mod W the latest one that
+    falls there. lengths (B,), int64: tokens of the document so far.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        groups: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        window: int,
+        sinks: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Ring:
+        """Make a ring that holds nothing."""
+        slots = sinks + window
+        return cls(
+            keys=torch.zeros(batch, groups, slots, key_dim, dtype=dtype, device=device),
+            values=torch.zeros(batch, groups, slots, value_dim, dtype=dtype, device=device),
+            positions=torch.full((batch, slots), -1, dtype=torch.int64, device=device),
+            lengths=torch.zeros(batch, dtype=torch.int64, device=device),
         )
 
 

@@ -6,11 +6,19 @@ Letters: L tokens of a chunk, R = H / G. Gates, stabilisers and weights are floa
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 # Log-weight of nothing, as in `xlstm_kernels.state`.
 LOG_ZERO = tl.constexpr(-1e30)
+
+
+def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, str]:
+    """Dtype and precision of dot operands: float16 as TF32, which has its digits and the range that products need."""
+    if dtype == torch.bfloat16:
+        return torch.bfloat16, "ieee"
+    return torch.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
 @triton.jit

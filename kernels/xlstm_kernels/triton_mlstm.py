@@ -14,6 +14,7 @@ from xlstm_kernels import triton_mlstm_bwd as bwd
 from xlstm_kernels import triton_mlstm_fwd as fwd
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState
+from xlstm_kernels.triton_common import dot_format
 from xlstm_kernels.triton_configs import MLSTMConfig, mlstm_config
 
 
@@ -48,13 +49,6 @@ class Sizes(NamedTuple):
             "SEGMENTED": self.segmented, "PRECISION": self.precision, "L": chunk, "DK": self.Dk, "DV": self.Dv,
             "BK": block_k, "BV": block_v, "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
-
-
-def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, str]:
-    """Dtype and precision of dot operands: float16 as TF32, which has its digits and the range that products need."""
-    if dtype == torch.bfloat16:
-        return torch.bfloat16, "ieee"
-    return torch.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
 def mlstm_triton(

@@ -5,6 +5,8 @@ One program per head: it reads and writes its part of the state once, all heads 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -145,11 +147,13 @@ def mlstm_step_triton(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, sta
     (B, H, Dk), Dv = q.shape, v.shape[-1]
     q, k, v = (_features(x) for x in (q, k, v))
     h = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
+    held = [x.contiguous() for x in state]
     strides = [n for x in (q, k, v, i, f) for n in x.stride()[:2]]
     with torch.cuda.device_of(q):
         step_kernel[(B * H,)](
-            q, k, v, i, f, *state, h, *strides, H, H // v.shape[1], DK=Dk, DV=Dv, BK=min(ROWS, Dk), num_warps=WARPS
+            q, k, v, i, f, *held, h, *strides, H, H // v.shape[1], DK=Dk, DV=Dv, BK=min(ROWS, Dk), num_warps=WARPS
         )
+    _write_back(held, state)
     return h
 
 
@@ -172,14 +176,23 @@ def hybrid_step_triton(
     (B, H, D), Dv, Dk = q.shape, v.shape[-1], phi_q.shape[-1]
     q, k, v, phi_q, phi_k = (_features(x) for x in (q, k, v, phi_q, phi_k))
     out = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
+    held = [x.contiguous() for x in (*state, *ring)]
     strides = [n for x in (q, k, v, phi_q, phi_k, i, f, gate) for n in x.stride()[:2]]
     with torch.cuda.device_of(q):
         hybrid_step_kernel[(B * H,)](
-            q, k, v, phi_q, phi_k, i, f, gate, *state, *ring, out, *strides, scale, H, H // k.shape[1],
+            q, k, v, phi_q, phi_k, i, f, gate, *held, out, *strides, scale, H, H // k.shape[1],
             ring.positions.shape[1] - sinks, sinks, D=D, DK=Dk, DV=Dv, BK=min(ROWS, Dk), SLOTS=ROWS, num_warps=WARPS,
         )  # fmt: skip
+    _write_back(held, (*state, *ring))
     ring.lengths.add_(1)
     return out
+
+
+def _write_back(held: Sequence[Tensor], owners: Sequence[Tensor]) -> None:
+    """Copy what was updated in a contiguous copy of a tensor into the tensor."""
+    for x, owner in zip(held, owners, strict=True):
+        if x is not owner:
+            owner.copy_(x)
 
 
 def _features(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ SHARPNESS = 12.0  # of the offset heads
 SLOWEST = 0.05  # radians a token: pairs of RoPE that the offset heads use
 MATCH = 1.7  # of the comparing heads
 WRITE = 0.15  # size of what a head writes
-AVERSION = 4.0  # of the comparing heads to the end of a turn, which follows the key in the question itself
+QUIET = 0.1  # scale of what else the first layers write at first
+AVERSION = 2.5  # of the comparing heads to the end of a turn, which follows the key in the question itself
 STABLE_TURN = 0.4  # radians: pairs of RoPE that turn less than this over LONGEST tokens can compare contents
 LONGEST = 120
 
@@ -40,7 +41,8 @@ def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
     # The marks' space holds nothing else, so that comparing is not disturbed.
     embedding = model.model.embed_tokens.weight
     embedding -= embedding @ torch.cat(marks).T @ torch.cat(marks)
-    model.model.layers[0].mlp.down_proj.weight *= 0.3
+    for quiet in (model.model.layers[0].mlp.down_proj, first.o_proj, second.o_proj):
+        quiet.weight *= QUIET
     offset_heads(model, theta=theta)
     for head, mark in enumerate(marks, start=1):
         first.v_proj.weight[_rows(head // shared, dim)] = read
