@@ -73,8 +73,13 @@ def train(
     Returns the last step's figures.
 
     Raises:
-        RunError: the loss or the gradient is not finite.
+        RunError: the loss or the gradient is not finite, or the processes cannot share the batch evenly.
     """
+    if plan.batch % accelerator.num_processes:
+        raise RunError(
+            f"{plan.label}: batch {plan.batch} cannot be shared by {accelerator.num_processes} processes; "
+            "start a number of processes that divides it."
+        )
     optimizer = make_optimizer(task.named_parameters(), optim)
     schedule = make_schedule(optimizer, optim, plan.peaks())
     wrapped, optimizer = accelerator.prepare(task, optimizer)

@@ -17,7 +17,6 @@ from xlstm_kernels.window import banded_attention
 
 Backend = Literal["auto", "torch"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @overload
@@ -73,9 +72,9 @@ def mlstm(
     Differentiable in q, k, v, i, f and in C, n of both states; m is detached. Time and memory are linear in T.
     Raises ValueError naming the argument, its value and what is allowed.
     """
-    _check_sequence(q, k, v, i, f, segment_ids)
+    check_sequence(q, k, v, i, f, segment_ids)
     if state is not None:
-        _check_state("mlstm", state, q, v, state_dtype(q, k, v, i, f))
+        check_state("mlstm", state, q, v, state_dtype(q, k, v, i, f))
     if backend not in BACKENDS:
         raise ValueError(f"mlstm: backend={backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
     h, final = mlstm_chunkwise(q, k, v, i, f, segment_ids, state)
@@ -89,14 +88,14 @@ def mlstm_step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLS
     Returns h (B, H, Dv) in v's dtype. The state's tensors keep their addresses. For gradients, call `mlstm` with T = 1.
     Raises ValueError naming the argument, its value and what is allowed.
     """
-    _check_floats("mlstm_step", q=q, k=k, v=v, i=i, f=f)
-    _check_shape("mlstm_step", "q", q, "(B, H, Dk)", (None, None, None))
-    _check_shape("mlstm_step", "k", k, "(B, H, Dk), as q", tuple(q.shape))
-    _check_shape("mlstm_step", "v", v, "(B, G, Dv)", (q.shape[0], None, None))
-    _check_groups("mlstm_step", "v", v, q)
+    check_floats("mlstm_step", q=q, k=k, v=v, i=i, f=f)
+    check_shape("mlstm_step", "q", q, "(B, H, Dk)", (None, None, None))
+    check_shape("mlstm_step", "k", k, "(B, H, Dk), as q", tuple(q.shape))
+    check_shape("mlstm_step", "v", v, "(B, G, Dv)", (q.shape[0], None, None))
+    check_groups("mlstm_step", "v", v, q)
     for name, gate in (("i", i), ("f", f)):
-        _check_shape("mlstm_step", name, gate, "(B, H)", tuple(q.shape[:2]))
-    _check_state("mlstm_step", state, q, v, state_dtype(q, k, v, i, f))
+        check_shape("mlstm_step", name, gate, "(B, H)", tuple(q.shape[:2]))
+    check_state("mlstm_step", state, q, v, state_dtype(q, k, v, i, f))
     return mlstm_step_in_place(q, k, v, i, f, state).to(v.dtype)
 
 
@@ -117,82 +116,7 @@ def sliding_window_attention(
     scale: factor of q . k, 1 / sqrt(D) by default. Returns (B, H, T, D) in q's dtype. Linear in T for a fixed window.
     Raises ValueError naming the argument, its value and what is allowed.
     """
-    _check_window(q, k, v, window, sinks, segment_ids)
+    check_window(q, k, v, window, sinks, segment_ids)
     return banded_attention(q, k, v, window, sinks, segment_ids, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _check_sequence(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, segment_ids: Tensor | None) -> None:
-    _check_floats("mlstm", q=q, k=k, v=v, i=i, f=f)
-    _check_shape("mlstm", "q", q, "(B, H, T, Dk)", (None, None, None, None))
-    B, H, T, _ = q.shape
-    _check_shape("mlstm", "k", k, "(B, H, T, Dk), as q", tuple(q.shape))
-    _check_shape("mlstm", "v", v, "(B, G, T, Dv)", (B, None, T, None))
-    _check_groups("mlstm", "v", v, q)
-    for name, gate in (("i", i), ("f", f)):
-        _check_shape("mlstm", name, gate, "(B, H, T)", (B, H, T))
-    _check_segments("mlstm", segment_ids, q)
-
-
-def _check_window(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segment_ids: Tensor | None) -> None:
-    name = "sliding_window_attention"
-    _check_floats(name, q=q, k=k, v=v)
-    _check_shape(name, "q", q, "(B, H, T, D)", (None, None, None, None))
-    B, _, T, D = q.shape
-    _check_shape(name, "k", k, "(B, G, T, D)", (B, None, T, D))
-    _check_shape(name, "v", v, "(B, G, T, D), as k", tuple(k.shape))
-    _check_groups(name, "k", k, q)
-    _check_segments(name, segment_ids, q)
-    if window < 1:
-        raise ValueError(f"{name}: window={window} is not allowed; at least 1 (the query itself)")
-    if sinks < 0:
-        raise ValueError(f"{name}: sinks={sinks} is not allowed; 0 or more")
-
-
-def _check_floats(operator: str, **tensors: Tensor) -> None:
-    device = next(iter(tensors.values())).device
-    for name, x in tensors.items():
-        if x.dtype not in FLOATS:
-            allowed = ", ".join(map(_name, FLOATS))
-            raise ValueError(f"{operator}: {name} has dtype {_name(x.dtype)}; allowed: {allowed}")
-        if x.device != device:
-            raise ValueError(f"{operator}: {name} is on {x.device}, but the first argument is on {device}; use one")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_shape(operator: str, name: str, x: Tensor, letters: str, expected: tuple[int | None, ...]) -> None:
-    """Refuse x unless its shape is `expected`, where None allows any size of at least 1."""
-    fits = x.ndim == len(expected)
-    if not (fits and all(n == (e or max(n, 1)) for n, e in zip(x.shape, expected, strict=True))):
-        wanted = ", ".join("any >= 1" if e is None else str(e) for e in expected)
-        raise ValueError(f"{operator}: {name} has shape {tuple(x.shape)}; expected {letters} = ({wanted})")
-
-
-def _check_groups(operator: str, name: str, x: Tensor, q: Tensor) -> None:
-    heads, groups = q.shape[1], x.shape[1]
-    if heads % groups:
-        raise ValueError(f"{operator}: {name} has {groups} heads; the {heads} heads of q must be a multiple of them")
-
-
-def _check_segments(operator: str, segment_ids: Tensor | None, q: Tensor) -> None:
-    if segment_ids is None:
-        return
-    _check_shape(operator, "segment_ids", segment_ids, "(B, T)", (q.shape[0], q.shape[2]))
-    if segment_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise ValueError(f"{operator}: segment_ids has dtype {_name(segment_ids.dtype)}; allowed: integers")
-    if segment_ids.device != q.device:
-        raise ValueError(f"{operator}: segment_ids is on {segment_ids.device}, but q is on {q.device}; use one")
-
-
-def _check_state(operator: str, state: MLSTMState, q: Tensor, v: Tensor, dtype: torch.dtype) -> None:
-    B, H, Dk, Dv = *q.shape[:2], q.shape[-1], v.shape[-1]
-    _check_shape(operator, "state.C", state.C, "(B, H, Dk, Dv)", (B, H, Dk, Dv))
-    _check_shape(operator, "state.n", state.n, "(B, H, Dk)", (B, H, Dk))
-    _check_shape(operator, "state.m", state.m, "(B, H)", (B, H))
-    for name, x in zip(state._fields, state, strict=True):
-        if x.dtype != dtype:
-            raise ValueError(f"{operator}: state.{name} has dtype {_name(x.dtype)}; allowed: {_name(dtype)}")
-        if x.device != q.device:
-            raise ValueError(f"{operator}: state.{name} is on {x.device}, but q is on {q.device}; use one")

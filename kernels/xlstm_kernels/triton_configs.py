@@ -11,8 +11,6 @@ import torch
 
 from xlstm_kernels.triton_table import MLSTM, WINDOW
 
-HEAD_DIMS = (16, 32, 64, 128, 256)
-
 
 class Launch(NamedTuple):
     """Tile of key features and of value features of a program, warps, and stages of the software pipeline."""

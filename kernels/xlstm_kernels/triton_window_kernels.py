@@ -64,7 +64,7 @@ def window_kernel(
     k_ptr += b * k_b + (h // R) * k_h
     v_ptr += b * v_b + (h // R) * v_h
     q = load_rows(q_ptr + b * q_b + h * q_h, q_t, t, T, d).to(DOT)
-    run, _ = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
+    run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
     peak = tl.full((L,), NEGATIVE, tl.float32)
     total = tl.zeros((L,), tl.float32)
     out = tl.zeros((L, D), tl.float32)
@@ -125,7 +125,7 @@ def query_grad_kernel(
     dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(DOT)
     log_total = tl.load(log_total_ptr + bh * T + t, mask=t < T, other=0.0)
     mean = tl.load(mean_ptr + bh * T + t, mask=t < T, other=0.0)
-    run, _ = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
+    run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
     dq = tl.zeros((L, D), tl.float32)
     if S > 0:
         at, counts, sink_run = load_sinks(runs_ptr, starts_ptr, b, c, T, window, sinks, SEGMENTED, L, S)
@@ -185,7 +185,7 @@ def key_value_grad_kernel(
         dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(DOT)
         log_total = tl.load(log_total_ptr + bh * T + t, mask=t < T, other=0.0)
         mean = tl.load(mean_ptr + bh * T + t, mask=t < T, other=0.0)
-        run, _ = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
+        run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
         visible = in_band(t, s, run, run_s, start_s, T, window, sinks)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - log_total[:, None]
         weights = tl.exp(tl.where(visible, scores, NEGATIVE))
@@ -212,15 +212,17 @@ def sink_grad_kernel(
     b = bg // G
     row, d = tl.arange(0, S), tl.arange(0, D)
     run, start = load_documents(runs_ptr, starts_ptr, b, first_block(c, window, L) * L, T, SEGMENTED)
-    before, _ = load_documents(runs_ptr, starts_ptr, b, first_block(tl.maximum(c - 1, 0), window, L) * L, T, SEGMENTED)
+    band_before = first_block(tl.maximum(c - 1, 0), window, L) * L
+    run_before, _start_before = load_documents(runs_ptr, starts_ptr, b, band_before, T, SEGMENTED)
     dk = tl.zeros((S, D), tl.float32)
     dv = tl.zeros((S, D), tl.float32)
-    ours = (c == 0) | (run != before)
+    ours = (c == 0) | (run != run_before)
+    more = ours
     first = c
-    while ours & (first < blocks):
+    while more & (first < blocks):
         block = first + tl.arange(0, AT_ONCE)
-        band, _ = load_documents(runs_ptr, starts_ptr, b, first_block(block, window, L) * L, T, SEGMENTED)
-        same = (block < blocks) & (band == run)
+        run_block, _start_block = load_documents(runs_ptr, starts_ptr, b, first_block(block, window, L) * L, T, SEGMENTED)
+        same = (block < blocks) & (run_block == run)
         kept = same[:, None, None] & (row < sinks)[None, :, None]
         for r in range(R):
             bh = b * H + (bg % G) * R + r
@@ -228,10 +230,10 @@ def sink_grad_kernel(
             dk += tl.sum(tl.load(sink_dk_ptr + part, mask=kept, other=0.0), 0)
             dv += tl.sum(tl.load(sink_dv_ptr + part, mask=kept, other=0.0), 0)
         first += AT_ONCE
-        ours = tl.sum(same.to(tl.int32), 0) == AT_ONCE
+        more = tl.sum(same.to(tl.int32), 0) == AT_ONCE
     at = start + row
-    run_at, _ = load_documents(runs_ptr, starts_ptr, b, at, T, SEGMENTED)
-    written = ((c == 0) | (run != before)) & (row < sinks) & (at < T) & (run_at == run)
+    run_at, _start_at = load_documents(runs_ptr, starts_ptr, b, at, T, SEGMENTED)
+    written = ours & (row < sinks) & (at < T) & (run_at == run)
     out = bg * T * D + at[:, None].to(tl.int64) * D + d[None, :]
     old_k = tl.load(dk_ptr + out, mask=written[:, None], other=0.0).to(tl.float32)
     old_v = tl.load(dv_ptr + out, mask=written[:, None], other=0.0).to(tl.float32)

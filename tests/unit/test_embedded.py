@@ -17,7 +17,7 @@ from xlstm_distill.embedded.packing import PROMPT_WEIGHT, take
 from xlstm_distill.embedded.scoring import accuracies, answers
 from xlstm_distill.embedded.tasks import FACTS, TASKS, draw, held_out_items, is_held_out
 from xlstm_distill.embedded.tokenizer import VOCABULARY, render, train_tokenizer
-from xlstm_distill.embedded.train import Settings, build, learning_rate, loss_of, main, start_with_offset_heads
+from xlstm_distill.embedded.train import Settings, build, learning_rate, loss_of, main
 from xlstm_distill.errors import UserError
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
@@ -55,7 +55,7 @@ def solve(prompt: str) -> str | None:
     if found := re.fullmatch(r"Convert (\d+) (\w+) to (\w+)\.", prompt):
         size = {"km": 10**6, "hm": 10**5, "m": 1000, "dm": 100, "cm": 10, "mm": 1, "kg": 10**6, "g": 1000, "mg": 1}
         return str(int(found[1]) * size[found[2]] // size[found[3]])
-    if found := re.fullmatch(r"(?:Count |Open |Gift for |echo \$)(\w+)", lines[-1]):
+    if found := re.fullmatch(r"(?:How many |What is in |Gift for |echo \$)(\w+)[?;]", lines[-1]):
         return next(line for line in lines if re.match(rf"{found[1]}\b", line)).replace("=", " ").split()[-1]
     if prompt.startswith("print(") or "=" in lines[0]:
         printed: list[str] = []
@@ -187,20 +187,22 @@ def test_loss_weights_agree_with_the_template_mask(tokenizer: PreTrainedTokenize
     assert (weights == 1.0).long().tolist() == mask["assistant_masks"]
 
 
-def test_first_heads_start_at_their_offsets(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = build(Settings(offset_heads=False), tokenizer)
-    model.set_attn_implementation("eager")
-    ids = next(take(tokenizer, 1, rows=1, length=256, seed=0)).input_ids[:, :64]
+def test_induction_is_there_before_training(tokenizer: PreTrainedTokenizerFast) -> None:
+    table = "Flasks:\nu Cr\nq Se\nj Be\np Fe\nf Mo\ng Mg\nWhat is in p?"
+    ids = tokenizer(f"<|bos|><|user|>{table}<|end|><|assistant|>", return_tensors="pt")["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(ids[0].tolist())
 
-    def attended() -> list[float]:
+    def looks(induction: bool) -> tuple[float, float]:
+        """Return layer 0's attention at the four offsets (the least) and layer 1's on the right value."""
+        model = build(Settings(induction=induction), tokenizer)
+        model.set_attn_implementation("eager")
         with torch.no_grad():
-            weights = model(ids, output_attentions=True).attentions[0][0]
-        return [float(weights[head].diagonal(-head - 1).mean()) for head in range(3)]
+            first, second, _ = model(ids, output_attentions=True).attentions
+        offsets = min(float(first[0, head].diagonal(-head - 1).mean()) for head in range(4))
+        return offsets, float(second[0, 0, -1, tokens.index("Fe")])
 
-    before = attended()
-    start_with_offset_heads(model, theta=500_000.0)
-    assert max(before) < 0.2
-    assert min(attended()) > 0.7
+    assert max(looks(induction=False)) < 0.2
+    assert min(looks(induction=True)) > 0.5
 
 
 def test_training_is_deterministic_and_learns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -38,21 +38,36 @@ def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
     tokenizer = load_tokenizer(recipe.teacher)
     suite = functools.cache(lambda: load_suite(_suite(recipe)))  # takes seconds: only when something is to be scored
     data = prepare_domains(recipe, run, recipe.data.domains, console)
-    students = _students(recipe, run, console)
-    artifacts = []
-    for name, source in {TEACHER: None, **students}.items():
-        request = _request(recipe, name, source, data)
 
-        def build(draft: Draft, name: str = name, source: Artifact | None = source) -> None:
-            device = make_accelerator(recipe).device
-            dtype = getattr(torch, recipe.teacher.dtype)
-            model = load_student(source, dtype, device) if source else load_teacher(recipe.teacher, device)
-            _score(model.eval(), tokenizer, suite(), name, recipe, draft, console)
-            if source is not None:
-                draft.write_json("gates.json", mean_gates(model, open_domains(recipe, data), device))
+    def build(name: str, source: Artifact | None, draft: Draft) -> None:
+        device = make_accelerator(recipe).device
+        dtype = getattr(torch, recipe.teacher.dtype)
+        model = load_student(source, dtype, device) if source else load_teacher(recipe.teacher, device)
+        _score(model.eval(), tokenizer, suite(), name, recipe, draft, console)
+        if source is not None:
+            draft.write_json("gates.json", mean_gates(model, open_domains(recipe, data), device))
 
-        artifacts.append(run.make(request, build))
-    return artifacts
+    planned = _plan(recipe, run, data, console).items()
+    return [run.make(request, functools.partial(build, name, source)) for name, (request, source) in planned]
+
+
+def find_evaluations(recipe: Recipe, run: Run, console: Console) -> dict[str, Artifact]:
+    """The published evaluations of this recipe, the teacher's first.
+
+    Raises:
+        RunError: one is missing, or was made from other settings.
+    """
+    data = prepare_domains(recipe, run, recipe.data.domains, console)
+    planned = _plan(recipe, run, data, console)
+    return {name: run.need(request.label, request.fingerprint) for name, (request, _) in planned.items()}
+
+
+def _plan(
+    recipe: Recipe, run: Run, data: dict[str, Artifact], console: Console
+) -> dict[str, tuple[Request, Artifact | None]]:
+    """What is evaluated: each model's request and the artifact that holds it (None for the teacher)."""
+    sources: dict[str, Artifact | None] = {TEACHER: None, **_students(recipe, run, console)}
+    return {name: (_request(recipe, name, source, data), source) for name, source in sources.items()}
 
 
 def _students(recipe: Recipe, run: Run, console: Console) -> dict[str, Artifact]:

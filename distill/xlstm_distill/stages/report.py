@@ -17,22 +17,19 @@ from xlstm_distill.distributed import is_main_process
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe_io import recipe_to_yaml
 from xlstm_distill.stages.common import part
-from xlstm_distill.stages.evaluate import MERGED, TEACHER
+from xlstm_distill.stages.evaluate import MERGED, TEACHER, find_evaluations
 from xlstm_distill.trainer import LOG_FILE
 from xlstm_eval.report import Curve, ReportData, ReportModel, write_report
 from xlstm_eval.schema import EvalError, TaskResult
 
 CURVE_POINTS = 200
 UNITS = {"mse": "squared error", "ce": "nats per token", "kl": "nats per token"}
-
-
 FOLDER = "report"
 
 
 def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
     """Publish the report and put report.{html,md,json} into RUN/report."""
-    names = [TEACHER, MERGED, *(recipe.distill.experts if recipe.evaluate.experts else ())]
-    evaluated = {name: run.need(f"evaluate/{name}") for name in names}
+    evaluated = find_evaluations(recipe, run, console)
     _require_same_requests(evaluated)
     request = Request(
         "report",
