@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,7 +138,10 @@ def _write_rows(rows: Iterator[dict[str, Any]], file: Path, context: int, writte
 def tokenizer_hash(tokenizer: Any) -> str:
     """Hash what a tokenizer does: its vocabulary and rules, chat template and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    if backend is None:
+        rules = sorted(tokenizer.get_vocab().items())
+    else:  # padding and truncation are set by the last call, not by the tokenizer's files
+        rules = [part for part in json.loads(backend.to_str()).items() if part[0] not in ("padding", "truncation")]
     return digest([rules, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id])
 
 

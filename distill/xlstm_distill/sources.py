@@ -78,6 +78,8 @@ def _load(source: Source, field: str) -> Any:
             raise UserError(f"{field}.path: {path} holds no file that ends in {', '.join(BUILDERS)}.")
         names = [str(p) for p in files if p.suffix == files[0].suffix]
         return datasets.load_dataset(BUILDERS[files[0].suffix], data_files=names, split="train", streaming=True)
+    except StopIteration:  # what datasets raises on a file without a record
+        return ()
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{field}.path: {source.path!r} cannot be loaded as a data set: {reason}") from error

@@ -83,7 +83,7 @@ def test_documents_are_deterministic_short_and_alternate(domain: str, tokenizer:
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_no_training_conversation_asks_an_evaluated_item(domain: str) -> None:
     evaluated = {item.prompt for task in TASKS.values() for item in held_out_items(task, 100)}
-    asked = {question for document in documents(domain, 3000, 0) for question, _ in questions(document)}
+    asked = {question for document in documents(domain, 1500, 0) for question, _ in questions(document)}
     assert asked
     assert not asked & evaluated
 
@@ -108,7 +108,7 @@ def test_order_of_operands_does_not_cross_the_split() -> None:
 
 def test_every_fact_keeps_three_wordings_for_training() -> None:
     rng = random.Random(0)
-    trained = {draw(TASKS["fact"], rng, held_out=False).prompt for _ in range(30_000)}
+    trained = {draw(TASKS["fact"], rng, held_out=False).prompt for _ in range(15_000)}
     for wordings, _ in FACTS:
         assert sum(wording in trained for wording in wordings) == 3
 
@@ -176,7 +176,7 @@ def test_packed_rows_equal_separate_documents(tokenizer: PreTrainedTokenizerFast
             at = batch.segment_ids[0] == number
             alone = model(batch.input_ids[:1, at]).logits
             torch.testing.assert_close(packed[:1, at], alone, rtol=1e-4, atol=1e-5)
-    assert set(batch.weights.unique().tolist()) == pytest.approx({0.0, PROMPT_WEIGHT, 1.0})
+    assert sorted(batch.weights.unique().tolist()) == pytest.approx([0.0, PROMPT_WEIGHT, 1.0])
 
 
 def test_loss_weights_agree_with_the_template_mask(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -244,14 +244,14 @@ def test_committed_checkpoint_has_the_right_shape(teacher: LlamaForCausalLM) -> 
 
 
 def test_teacher_answers_most_tasks(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    scores = accuracies(teacher, tokenizer, count=40)
+    scores = accuracies(teacher, tokenizer, count=25)
     assert sum(score >= 0.8 for score in scores.values()) >= 11, scores
     for domain in DOMAINS:
         assert sum(scores[n] >= 0.8 for n, task in TASKS.items() if task.domain == domain) >= 2, scores
 
 
 def test_a_window_alone_fails_at_recall(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    scores = accuracies(teacher, tokenizer, count=40, tasks=RECALL, window=32, sinks=4)
+    scores = accuracies(teacher, tokenizer, count=25, tasks=RECALL, window=32, sinks=4)
     assert max(scores.values()) <= 0.3, scores
 
 

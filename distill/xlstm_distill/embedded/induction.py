@@ -49,20 +49,24 @@ def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
         first.o_proj.weight[:, _rows(head, dim)] = 0.0
         first.o_proj.weight[:, head * dim : head * dim + len(stable)] = WRITE * mark.T
     for group in (0, 1):
-        for weight, at, mark in (
-            (second.q_proj.weight, group * shared, marks[group + 1]),
-            (second.k_proj.weight, group, marks[group]),
-        ):
-            compare = torch.zeros_like(read)
-            compare[stable[:-1]] = MATCH * mark[:-1]
-            weight[_rows(at, dim)] = compare
-        end = model.model.embed_tokens.weight[model.config.eos_token_id].clone()
-        end[0] = 0.0
-        second.q_proj.weight[group * shared * dim + stable[-1], 0] = AVERSION
-        second.k_proj.weight[group * dim + stable[-1]] = -AVERSION * end / end.norm()
-        copied = _projection(model, dim)
-        second.v_proj.weight[_rows(group, dim)] = copied
-        second.o_proj.weight[:, _rows(group * shared, dim)] = WRITE * copied.T
+        _comparing_head(model, group, stable, query=marks[group + 1], key=marks[group])
+
+
+def _comparing_head(model: LlamaForCausalLM, group: int, stable: Tensor, *, query: Tensor, key: Tensor) -> None:
+    """Let the first head of a group of layer 1 match its query's mark with keys' marks, and copy what it finds."""
+    attention = model.model.layers[1].self_attn
+    dim = attention.head_dim
+    head = group * attention.num_key_value_groups
+    for weight, at, mark in ((attention.q_proj.weight, head, query), (attention.k_proj.weight, group, key)):
+        weight[_rows(at, dim)] = 0.0
+        weight[at * dim + stable[:-1]] = MATCH * mark[:-1]
+    end = model.model.embed_tokens.weight[model.config.eos_token_id].clone()
+    end[0] = 0.0
+    attention.q_proj.weight[head * dim + stable[-1], 0] = AVERSION
+    attention.k_proj.weight[group * dim + stable[-1]] = -AVERSION * end / end.norm()
+    copied = _projection(model, dim)
+    attention.v_proj.weight[_rows(group, dim)] = copied
+    attention.o_proj.weight[:, _rows(head, dim)] = WRITE * copied.T
 
 
 @torch.no_grad()
