@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from xlstm_distill.errors import UserError
 
+GENERATION_TAG = re.compile(r"{%-?\s*generation\b")
+"""How a chat template marks what the assistant says; without it, turns are found by rendering every prefix."""
 OPEN_ROWS = 64
 """Rows kept open for best-fit packing; more fill better and mix documents over a longer stretch."""
 
@@ -35,7 +38,7 @@ class DocumentTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.marks_turns = "{% generation" in (tokenizer.chat_template or "")
+        self.marks_turns = bool(GENERATION_TAG.search(tokenizer.chat_template or ""))
 
     def __call__(self, document: Mapping[str, Any]) -> Tokens:
         """Tokenise one document."""

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
+from xlstm_kernels.checks import check_hybrid_step, check_peer, check_sequence, check_step, check_window
 from xlstm_kernels.chunkwise import mlstm_chunkwise
-from xlstm_kernels.recurrent import mlstm_step_in_place
-from xlstm_kernels.state import MLSTMState, state_dtype
+from xlstm_kernels.dispatch import Backend, choose
+from xlstm_kernels.recurrent import hybrid_step_in_place, mlstm_step_in_place
+from xlstm_kernels.state import MLSTMState, Ring
 from xlstm_kernels.window import banded_attention
-
-Backend = Literal["auto", "torch"]
-BACKENDS: tuple[Backend, ...] = ("auto", "torch")
 
 
 @overload
@@ -70,33 +68,75 @@ def mlstm(
     Returns h (B, H, T, Dv) in v's dtype and, with return_state, the MLSTMState after the last token. Computes in
     float32, or in float64 if an input is float64. Where q . z is exactly 0 (all keys 0, say), h and its gradient are 0.
     Differentiable in q, k, v, i, f and in C, n of both states; m is detached. Time and memory are linear in T.
+    backend: what each takes is in docs/kernels.md; one that cannot run the call raises.
     Raises ValueError naming the argument, its value and what is allowed.
     """
-    check_sequence(q, k, v, i, f, segment_ids)
-    if state is not None:
-        check_state("mlstm", state, q, v, state_dtype(q, k, v, i, f))
-    if backend not in BACKENDS:
-        raise ValueError(f"mlstm: backend={backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
-    h, final = mlstm_chunkwise(q, k, v, i, f, segment_ids, state)
+    check_sequence(q, k, v, i, f, segment_ids, state)
+    chosen = choose("mlstm", backend, q, k, v, i, f, dims={"Dk": q.shape[-1], "Dv": v.shape[-1]})
+    if chosen == "triton":
+        from xlstm_kernels.triton_mlstm import mlstm_triton
+
+        h, final = mlstm_triton(q, k, v, i, f, segment_ids, state)
+    elif chosen == "mlstm_kernels":
+        from xlstm_kernels.peers import mlstm_ones_column
+
+        check_peer(segment_ids, state, return_state)
+        return mlstm_ones_column(q, k, v, i, f)
+    else:
+        h, final = mlstm_chunkwise(q, k, v, i, f, segment_ids, state)
     return (h, final) if return_state else h
 
 
-def mlstm_step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> Tensor:
+def mlstm_step(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState, *, backend: Backend = "auto"
+) -> Tensor:
     """Advance the mLSTM by one token, updating `state` in place; for decoding, never records gradients.
 
     q, k (B, H, Dk); v (B, G, Dv); i, f (B, H); state as returned by `mlstm` or `MLSTMState.zeros`.
     Returns h (B, H, Dv) in v's dtype. The state's tensors keep their addresses. For gradients, call `mlstm` with T = 1.
     Raises ValueError naming the argument, its value and what is allowed.
     """
-    check_floats("mlstm_step", q=q, k=k, v=v, i=i, f=f)
-    check_shape("mlstm_step", "q", q, "(B, H, Dk)", (None, None, None))
-    check_shape("mlstm_step", "k", k, "(B, H, Dk), as q", tuple(q.shape))
-    check_shape("mlstm_step", "v", v, "(B, G, Dv)", (q.shape[0], None, None))
-    check_groups("mlstm_step", "v", v, q)
-    for name, gate in (("i", i), ("f", f)):
-        check_shape("mlstm_step", name, gate, "(B, H)", tuple(q.shape[:2]))
-    check_state("mlstm_step", state, q, v, state_dtype(q, k, v, i, f))
+    check_step("mlstm_step", q, k, v, i, f, state)
+    dims = {"Dk": q.shape[-1], "Dv": v.shape[-1]}
+    if choose("mlstm_step", backend, q, k, v, i, f, *state, dims=dims) == "triton":
+        from xlstm_kernels.triton_step import mlstm_step_triton
+
+        return mlstm_step_triton(q, k, v, i, f, state)
     return mlstm_step_in_place(q, k, v, i, f, state).to(v.dtype)
+
+
+def hybrid_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    i: Tensor,
+    f: Tensor,
+    gate: Tensor,
+    state: MLSTMState,
+    ring: Ring,
+    *,
+    sinks: int,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Decode one token of the hybrid mixer: gate * mLSTM + (1 - gate) * attention to window and sinks (paper, Eq. 11).
+
+    q (B, H, D), k (B, G, D) after RoPE, v (B, G, Dv); phi_q, phi_k (B, H, Dk) after the feature maps; i, f (B, H)
+    preactivations; gate (B, H) after its sigmoid. `state` and `ring` are updated in place and keep their addresses;
+    the ring has a slot for each token of the window and for each of the `sinks` (`Ring.empty`).
+    scale: factor of q . k, 1 / sqrt(D) by default.
+    Returns (B, H, Dv) in v's dtype. Never records gradients. Raises ValueError naming the argument.
+    """
+    check_hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dims = {"D": q.shape[-1], "Dk": phi_q.shape[-1], "Dv": v.shape[-1]}
+    if choose("hybrid_step", backend, q, k, v, phi_q, phi_k, i, f, gate, *state, dims=dims) == "triton":
+        from xlstm_kernels.triton_step import hybrid_step_triton
+
+        return hybrid_step_triton(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, scale)
+    return hybrid_step_in_place(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, scale).to(v.dtype)
 
 
 def sliding_window_attention(
@@ -108,6 +148,7 @@ def sliding_window_attention(
     sinks: int,
     segment_ids: Tensor | None = None,
     scale: float | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Attend to the last `window` tokens and the first `sinks` tokens of the query's document; exact softmax.
 
@@ -117,6 +158,9 @@ def sliding_window_attention(
     Raises ValueError naming the argument, its value and what is allowed.
     """
     check_window(q, k, v, window, sinks, segment_ids)
-    return banded_attention(q, k, v, window, sinks, segment_ids, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if choose("sliding_window_attention", backend, q, k, v, dims={"D": q.shape[-1]}, sinks=sinks) == "triton":
+        from xlstm_kernels.triton_window import window_triton
 
-
+        return window_triton(q, k, v, window, sinks, segment_ids, scale)
+    return banded_attention(q, k, v, window, sinks, segment_ids, scale)

@@ -1,6 +1,8 @@
-"""Time the operators: `python -m xlstm_kernels.bench --batch 32 --tokens 256`.
+"""Time the operators and their peers: `python -m xlstm_kernels.bench --tokens 256 1024`.
 
-Each operator is first checked against its float64 reference, outputs and gradients; one that fails is not timed.
+Each candidate is first checked against its float64 reference, outputs and gradients; one that fails is not timed, and
+one that cannot run is left out with the reason. Also prints the share of the roofline: the least time that the call's
+operations and bytes would take at the rates of a large product and a large copy, measured in the same run.
 """
 
 from __future__ import annotations
@@ -10,137 +12,145 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from xlstm_kernels.api import mlstm, sliding_window_attention
-from xlstm_kernels.reference import mlstm_reference, sliding_window_reference
-from xlstm_kernels.segments import document_runs, document_starts
-from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs, random_segments, to_float64
+from xlstm_kernels.bench_entries import ENTRIES, Entry, Inputs, Shape, draw, work
+from xlstm_kernels.bench_report import Row, write_report
+from xlstm_kernels.testing import error_ratio, outputs_and_grads
 
-BOUND = 1e-5  # RMS ratio of float32 outputs and gradients to the float64 reference
+# RMS ratio of outputs and gradients to the float64 reference; in low dtypes their rounding and that of products.
+BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 CHECKED_TOKENS = 128
-DENSE_LIMIT = 4096  # the baseline holds T x T scores per head
-
-Inputs = dict[str, Tensor]
-Operator = Callable[[Inputs, Tensor], Tensor]
 
 
-class Entry(NamedTuple):
-    """One line of the table: an operator, the reference it must agree with, the inputs it reads, its longest row."""
+class Rates(NamedTuple):
+    """What this device reaches: operations a second of a large product, bytes a second of a large copy."""
 
-    name: str
-    run: Operator
-    reference: Operator
-    reads: tuple[str, ...]
-    limit: int | None = None
+    operations: float
+    bytes: float
 
 
-def dense_window(x: Inputs, segment_ids: Tensor, window: int, sinks: int) -> Tensor:
-    """Compute the same attention from a full T x T mask: the baseline, quadratic in T."""
-    T, repeats = x["v"].shape[2], x["queries"].shape[1] // x["v"].shape[1]
-    runs, t = document_runs(segment_ids), torch.arange(T, device=segment_ids.device)
-    same = runs[:, :, None] == runs[:, None, :]
-    start = document_starts(runs)
-    near = (t[:, None] - t < window) | (t - start < sinks)[:, None, :]
-    mask = (same & near & (t <= t[:, None])).unsqueeze(1)
-    k, v = (x[n].repeat_interleave(repeats, dim=1) for n in ("keys", "v"))
-    return F.scaled_dot_product_attention(x["queries"], k, v, attn_mask=mask)
-
-
-def entries(window: int, sinks: int) -> list[Entry]:
-    """List what is timed."""
-
-    def recurrent(x: Inputs, ids: Tensor) -> Tensor:
-        return mlstm(x["q"], x["k"], x["v"], x["i"], x["f"], segment_ids=ids)
-
-    def recurrent_truth(x: Inputs, ids: Tensor) -> Tensor:
-        return mlstm_reference(x["q"], x["k"], x["v"], x["i"], x["f"], segment_ids=ids)[0]
-
-    def banded(x: Inputs, ids: Tensor) -> Tensor:
-        return sliding_window_attention(x["queries"], x["keys"], x["v"], window=window, sinks=sinks, segment_ids=ids)
-
-    def attention_truth(x: Inputs, ids: Tensor) -> Tensor:
-        return sliding_window_reference(x["queries"], x["keys"], x["v"], window=window, sinks=sinks, segment_ids=ids)
-
-    def dense(x: Inputs, ids: Tensor) -> Tensor:
-        return dense_window(x, ids, window, sinks)
-
-    attention = ("queries", "keys", "v")
-    return [
-        Entry("mlstm", recurrent, recurrent_truth, ("q", "k", "v", "i", "f")),
-        Entry("sliding_window_attention", banded, attention_truth, attention),
-        Entry("dense masked attention", dense, attention_truth, attention, DENSE_LIMIT),
-    ]
-
-
-def draw(B: int, T: int, options: argparse.Namespace) -> tuple[Inputs, Tensor]:
-    """Draw inputs of the asked shape, packed with documents; attention has queries and keys of the values' width."""
-    x = random_inputs(B, options.heads, T, options.key_dim, options.value_dim, options.groups)
-    generator = torch.Generator().manual_seed(2)
-    for name, heads in (("queries", options.heads), ("keys", options.groups)):
-        x[name] = torch.randn(B, heads, T, options.value_dim, generator=generator).requires_grad_()
-    return x, random_segments(B, T, mean_length=options.document)
-
-
-def select(x: Inputs, entry: Entry) -> Inputs:
-    """Pick the inputs that an entry reads."""
-    return {name: x[name] for name in entry.reads}
-
-
-def worst_ratio(entry: Entry, x: Inputs, segment_ids: Tensor) -> float:
+def worst_ratio(entry: Entry, inputs: Inputs, shape: Shape) -> float:
     """Return the largest RMS ratio of an entry's output and gradients to its reference."""
-    actual = outputs_and_grads(lambda **a: entry.run(a, segment_ids), x)
-    expected = outputs_and_grads(lambda **a: entry.reference(a, segment_ids), to_float64(x))
+    results = []
+    for operator, a in ((entry.run, inputs.copied()), (entry.reference, inputs.copied(torch.float64))):
+        if not entry.reads:
+            results.append({"h": operator(a, shape)})
+            continue
+        leaves = {name: a.x[name] for name in entry.reads}
+        results.append(outputs_and_grads(lambda a=a, run=operator, **x: run(a._replace(x=a.x | x), shape), leaves))
+    actual, expected = results
     return max(error_ratio(actual[name], expected[name]) for name in expected)
 
 
-def milliseconds(run: Callable[[], object], repeats: int) -> float:
+def milliseconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Return the median time of a call after two that do not count."""
     times = []
     for _ in range(repeats + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times[2:])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Check and time every entry on the CPU; returns the exit status, 1 if an entry fails its check."""
+def measure_rates(device: torch.device, dtype: torch.dtype, repeats: int) -> Rates:
+    """Measure a product of two n x n matrices and a copy of 1 GiB (256 and 16 MiB on a CPU)."""
+    on_gpu = device.type == "cuda"
+    n, size = (8192, 2**30) if on_gpu else (256, 2**24)
+    a = torch.randn(n, n, device=device).to(dtype)
+    product = milliseconds(lambda: a @ a, repeats, device)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = milliseconds(lambda: target.copy_(source), repeats, device)
+    return Rates(2e3 * n**3 / product, 2e3 * size / copy)
+
+
+def time_entry(entry: Entry, inputs: Inputs, shape: Shape, repeats: int, rates: Rates) -> list[Row]:
+    """Time an entry forward, and forward with backward where it has gradients."""
+    device, bytes_each = inputs.x["q"].device, inputs.x["q"].element_size()
+    leaves = [inputs.x[name] for name in entry.reads]
+
+    def forward() -> None:
+        with torch.no_grad():
+            entry.run(inputs, shape)
+
+    def both() -> None:
+        h = entry.run(inputs, shape)
+        torch.autograd.grad(h, leaves, torch.ones_like(h))
+
+    rows = []
+    for passes, call in (("forward", forward), ("forward + backward", both))[: 2 if leaves else 1]:
+        taken = milliseconds(call, repeats, device)
+        operations, size = work(entry, shape, bytes_each, backward=call is both)
+        least = 1e3 * max(operations / rates.operations, size / rates.bytes)
+        rates_found = (operations / taken / 1e9, size / taken / 1e6, least / taken)
+        rows.append(Row(entry.operator, entry.backend, passes, shape.tokens, taken, *rates_found))
+    return rows
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m xlstm_kernels.bench", description=__doc__.splitlines()[0])
-    shape = {"batch": 32, "tokens": 256, "heads": 4, "groups": 2, "key-dim": 32, "value-dim": 32}
-    rest = {"window": 32, "sinks": 4, "document": 33, "repeats": 11, "threads": 1}
+    shape = {"batch": 32, "heads": 4, "groups": 2, "key-dim": 32, "value-dim": 32, "window": 32, "sinks": 4}
+    rest = {"document": 0, "repeats": 11, "threads": 1}
     for name, default in (shape | rest).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256], help="lengths of a row; default 256")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"default {device}")
+    parser.add_argument("--dtype", choices=BOUNDS, default="float32", help="of q, k, v; default float32")
+    parser.add_argument("--operators", nargs="+", choices=sorted({e.operator for e in ENTRIES}), help="default all")
+    parser.add_argument("--report", type=Path, help="folder for kernels.md, kernels.json and kernels.svg")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check and time every entry; returns the exit status, 1 if an entry fails its check."""
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
-    x, segment_ids = draw(options.batch, options.tokens, options)
-    small = draw(1, min(options.tokens, CHECKED_TOKENS), options)
-    failed = False
-    for entry in entries(options.window, options.sinks):
-        ratio = worst_ratio(entry, select(small[0], entry), small[1])
-        if not ratio < BOUND:
-            failed = True
-            sys.stdout.write(
-                f"{entry.name:26} not timed: RMS ratio {ratio:.1e} to the reference; allowed: {BOUND:.0e}\n"
-            )
-        elif entry.limit is None or options.tokens <= entry.limit:
-            sys.stdout.write(timing_line(entry, select(x, entry), segment_ids, options.repeats) + "\n")
+    device, dtype, bound = torch.device(options.device), getattr(torch, options.dtype), BOUNDS[options.dtype]
+    rates = measure_rates(device, dtype, options.repeats)
+    say(f"{device}: product {rates.operations / 1e12:.2f} TFLOP/s, copy {rates.bytes / 1e9:.1f} GB/s, {options.dtype}")
+    names = ("heads", "groups", "key_dim", "value_dim", "window", "sinks", "document")
+    rest = [getattr(options, name) for name in names]
+    failed, rows, checked = False, [], {}
+    for tokens in options.tokens:
+        shape = Shape(options.batch, tokens, *rest)
+        inputs = draw(shape, device, dtype)
+        small = shape._replace(batch=1, tokens=min(tokens, CHECKED_TOKENS))
+        for entry in ENTRIES:
+            if options.operators and entry.operator not in options.operators:
+                continue
+            label = f"{entry.operator:12} {entry.backend:26} T={tokens:<7}"
+            if reason := entry.skipped(shape, inputs):
+                say(f"{label} left out: {reason}")
+                continue
+            if (entry, small.tokens) not in checked:
+                checked[entry, small.tokens] = worst_ratio(entry, draw(small, device, dtype), small)
+            ratio = checked[entry, small.tokens]
+            if not ratio < bound:
+                failed = True
+                say(f"{label} not timed: RMS ratio {ratio:.1e} to the reference; allowed: {bound:.0e}")
+                continue
+            for row in time_entry(entry, inputs, shape, options.repeats, rates):
+                rows.append(row)
+                say(f"{label} {row.text()}")
+    if options.report:
+        machine = {"device": str(device), "dtype": options.dtype, **rates._asdict()}
+        write_report(options.report, rows, machine, vars(options))
     return int(failed)
 
 
-def timing_line(entry: Entry, x: Inputs, segment_ids: Tensor, repeats: int) -> str:
-    """Time an entry forward, and forward with backward."""
-
-    def both() -> None:
-        h = entry.run(x, segment_ids)
-        torch.autograd.grad(h, list(x.values()), torch.ones_like(h))
-
-    forward = milliseconds(lambda: entry.run(x, segment_ids), repeats)
-    return f"{entry.name:26} forward {forward:8.1f} ms   forward + backward {milliseconds(both, repeats):8.1f} ms"
+def say(line: str) -> None:
+    """Write a line of the table."""
+    sys.stdout.write(line + "\n")
 
 
 if __name__ == "__main__":

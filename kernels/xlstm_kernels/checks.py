@@ -10,7 +10,16 @@ from xlstm_kernels.state import MLSTMState, Ring, state_dtype
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_sequence(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, segment_ids: Tensor | None) -> None:
+def check_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    segment_ids: Tensor | None,
+    state: MLSTMState | None,
+) -> None:
+    """Check a sequence of the mLSTM, and the state it continues from."""
     check_floats("mlstm", q=q, k=k, v=v, i=i, f=f)
     check_shape("mlstm", "q", q, "(B, H, T, Dk)", (None, None, None, None))
     B, H, T, _ = q.shape
@@ -20,9 +29,22 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, segmen
     for name, gate in (("i", i), ("f", f)):
         check_shape("mlstm", name, gate, "(B, H, T)", (B, H, T))
     check_segments("mlstm", segment_ids, q)
+    if state is not None:
+        check_state("mlstm", state, q, v, state_dtype(q, k, v, i, f))
+
+
+def check_peer(segment_ids: Tensor | None, state: MLSTMState | None, return_state: bool) -> None:
+    """Refuse what backend="mlstm_kernels" cannot do exactly."""
+    asked = {"segment_ids": segment_ids is not None, "state": state is not None, "return_state": return_state}
+    for name, given in asked.items():
+        if given:
+            raise ValueError(
+                f"mlstm: {name} is given, which backend='mlstm_kernels' does not take; use 'triton' or 'torch'"
+            )
 
 
 def check_window(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segment_ids: Tensor | None) -> None:
+    """Check sliding-window attention."""
     name = "sliding_window_attention"
     check_floats(name, q=q, k=k, v=v)
     check_shape(name, "q", q, "(B, H, T, D)", (None, None, None, None))
@@ -37,7 +59,56 @@ def check_window(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segme
         raise ValueError(f"{name}: sinks={sinks} is not allowed; 0 or more")
 
 
+def check_step(operator: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> None:
+    """Check one token of the mLSTM."""
+    check_floats(operator, q=q, k=k, v=v, i=i, f=f)
+    check_shape(operator, "q", q, "(B, H, Dk)", (None, None, None))
+    check_shape(operator, "k", k, "(B, H, Dk), as q", tuple(q.shape))
+    check_shape(operator, "v", v, "(B, G, Dv)", (q.shape[0], None, None))
+    check_groups(operator, "v", v, q)
+    for name, gate in (("i", i), ("f", f)):
+        check_shape(operator, name, gate, "(B, H)", tuple(q.shape[:2]))
+    check_state(operator, state, q, v, state_dtype(q, k, v, i, f))
+
+
+def check_hybrid_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    i: Tensor,
+    f: Tensor,
+    gate: Tensor,
+    state: MLSTMState,
+    ring: Ring,
+    sinks: int,
+) -> None:
+    """Check one token of the hybrid mixer."""
+    name = "hybrid_step"
+    check_floats(name, q=q, k=k, v=v, gate=gate)
+    check_step(name, phi_q, phi_k, v, i, f, state)
+    (B, H), G = phi_q.shape[:2], v.shape[1]
+    check_shape(name, "q", q, "(B, H, D)", (B, H, None))
+    check_shape(name, "k", k, "(B, G, D)", (B, G, q.shape[-1]))
+    check_shape(name, "gate", gate, "(B, H)", (B, H))
+    slots = ring.positions.shape[-1]
+    if not 0 <= sinks < slots:
+        raise ValueError(f"{name}: sinks={sinks} is not allowed; the ring's {slots} slots hold 0 to {slots - 1}")
+    check_shape(name, "ring.keys", ring.keys, "(B, G, N + W, D)", (B, G, slots, q.shape[-1]))
+    check_shape(name, "ring.values", ring.values, "(B, G, N + W, Dv)", (B, G, slots, v.shape[-1]))
+    check_shape(name, "ring.positions", ring.positions, "(B, N + W)", (B, slots))
+    check_shape(name, "ring.lengths", ring.lengths, "(B,)", (B,))
+    for field, x in (("positions", ring.positions), ("lengths", ring.lengths)):
+        if x.dtype != torch.int64:
+            raise ValueError(f"{name}: ring.{field} has dtype {dtype_name(x.dtype)}; allowed: int64")
+    for field, x in zip(ring._fields, ring, strict=True):
+        if x.device != q.device:
+            raise ValueError(f"{name}: ring.{field} is on {x.device}, but q is on {q.device}; use one")
+
+
 def check_floats(operator: str, **tensors: Tensor) -> None:
+    """Refuse a dtype or a device that differs."""
     device = next(iter(tensors.values())).device
     for name, x in tensors.items():
         if x.dtype not in FLOATS:
@@ -48,6 +119,7 @@ def check_floats(operator: str, **tensors: Tensor) -> None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as users write it."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -60,12 +132,14 @@ def check_shape(operator: str, name: str, x: Tensor, letters: str, expected: tup
 
 
 def check_groups(operator: str, name: str, x: Tensor, q: Tensor) -> None:
+    """Refuse heads that do not divide into groups."""
     heads, groups = q.shape[1], x.shape[1]
     if heads % groups:
         raise ValueError(f"{operator}: {name} has {groups} heads; the {heads} heads of q must be a multiple of them")
 
 
 def check_segments(operator: str, segment_ids: Tensor | None, q: Tensor) -> None:
+    """Check segment ids (B, T)."""
     if segment_ids is None:
         return
     check_shape(operator, "segment_ids", segment_ids, "(B, T)", (q.shape[0], q.shape[2]))
@@ -76,6 +150,7 @@ def check_segments(operator: str, segment_ids: Tensor | None, q: Tensor) -> None
 
 
 def check_state(operator: str, state: MLSTMState, q: Tensor, v: Tensor, dtype: torch.dtype) -> None:
+    """Check shapes, dtype and device of a state."""
     B, H, Dk, Dv = *q.shape[:2], q.shape[-1], v.shape[-1]
     check_shape(operator, "state.C", state.C, "(B, H, Dk, Dv)", (B, H, Dk, Dv))
     check_shape(operator, "state.n", state.n, "(B, H, Dk)", (B, H, Dk))

@@ -14,14 +14,14 @@ BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton", "mlstm_kernels")
 """Backends of `mlstm`; the other operators have all but the last."""
 
 AUTO: Backend = "torch"
-"""What "auto" runs, on every device. It stays "torch" until the tests marked `gpu` have passed on a GPU: so far the Triton
-kernels are verified in Triton's interpreter and by compiling them. Then: "triton" where `triton_refuses` has no objection."""
+"""What "auto" runs, on every device. It stays "torch" until the tests marked `gpu` have passed on a GPU: so far the
+Triton kernels are verified in Triton's interpreter, and compiled, but no GPU has run them."""
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_SINKS = 64
 
 
-def choose(operator: str, backend: str, *tensors: Tensor, dims: dict[str, int], sinks: int = 0) -> Backend:
+def choose(operator: str, backend: Backend, *tensors: Tensor, dims: dict[str, int], sinks: int = 0) -> Backend:
     """Return the backend to run, never "auto". dims: the head dims by letter, for the message.
 
     Raises ValueError in one line if the backend is unknown, or cannot run this call.
@@ -32,7 +32,12 @@ def choose(operator: str, backend: str, *tensors: Tensor, dims: dict[str, int], 
     chosen = AUTO if backend == "auto" else backend
     if chosen == "triton" and (objection := triton_refuses(tensors, dims, sinks)):
         raise ValueError(f"{operator}: backend='triton' {objection}")
-    return chosen  # type: ignore[return-value]
+    if chosen == "mlstm_kernels" and importlib.util.find_spec("mlstm_kernels") is None:
+        raise ValueError(
+            f"{operator}: backend='mlstm_kernels' needs the package mlstm_kernels, which is not installed; "
+            "install it, or use backend='torch'"
+        )
+    return chosen
 
 
 def triton_refuses(tensors: tuple[Tensor, ...], dims: dict[str, int], sinks: int = 0) -> str | None:

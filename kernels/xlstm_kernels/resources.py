@@ -1,7 +1,7 @@
 """What the compiled kernels need, measured without a GPU: `python -m xlstm_kernels.resources --dims 64 128`.
 
-The real launches of every operator are compiled for a target instead of being started; registers and spills are those that
-the assembler reports, shared memory is Triton's. Must not run under TRITON_INTERPRET=1.
+The real launches of every operator are compiled for a target instead of being started; registers and spills are
+those that the assembler reports, shared memory is Triton's. Must not run under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -30,7 +31,6 @@ POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
-BF16 = {"device": "meta", "dtype": torch.bfloat16}
 
 
 class Resources(NamedTuple):
@@ -59,12 +59,14 @@ def compiled_launches(arch: int) -> Iterator[dict[str, Resources]]:
 
 def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Resources:
     """Compile one kernel with the specialisation its arguments would get: pointers and sizes divisible by 16."""
-    signature, constants, aligned = {}, {}, {}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: dict[tuple[int], list] = {}
     for at, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         if isinstance(value, Tensor):
             signature[parameter.name], aligned[at,] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None:
+        elif parameter.is_constexpr or value is None or value == 1:  # Triton compiles an argument of 1 in
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
@@ -81,62 +83,64 @@ def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Re
 
 def assemble(ptx: str, arch: int) -> tuple[int, int]:
     """Return registers and spilled bytes from the verbose output of Triton's own ptxas."""
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    ptxas = get_ptxas(arch).path
     target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={target}", source, "-o", Path(folder) / "kernel.cubin"]
+        command = [ptxas, "-v", f"--gpu-name={target}", str(source), "-o", f"{folder}/kernel.cubin"]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     stores, loads = (sum(map(int, re.findall(rf"(\d+) bytes spill {kind}", report))) for kind in ("stores", "loads"))
     return max(map(int, re.findall(r"Used (\d+) registers", report))), max(stores, loads)
 
 
-def launch_mlstm(dim: int) -> None:
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Make a tensor that has a shape and a gradient, but no memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
     """Launch the chunkwise mLSTM, forward and backward: packed, four query heads to a value head."""
     from xlstm_kernels.triton_mlstm import mlstm_triton
 
-    q, k = (torch.empty(1, 4, 256, dim, **BF16, requires_grad=True) for _ in range(2))
-    v = torch.empty(1, 1, 256, dim, **BF16, requires_grad=True)
-    gates = [torch.empty(1, 4, 256, device="meta", requires_grad=True) for _ in range(2)]
+    q, k, v = (leaf(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
+    i, f = leaf(1, 4, 256), leaf(1, 4, 256)
     ids = torch.empty(1, 256, dtype=torch.int64, device="meta")
-    mlstm_triton(q, k, v, *gates, ids, None)[0].sum().backward()
+    mlstm_triton(q, k, v, i, f, ids, None)[0].sum().backward()
 
 
-def launch_steps(dim: int) -> None:
+def launch_steps(dim: int, dtype: torch.dtype) -> None:
     """Launch the mLSTM step and the hybrid step, window 512 and 4 sinks."""
     from xlstm_kernels.triton_step import hybrid_step_triton, mlstm_step_triton
 
-    q, k = torch.empty(1, 4, dim, **BF16), torch.empty(1, 4, dim, **BF16)
-    v = torch.empty(1, 1, dim, **BF16)
-    gates = [torch.empty(1, 4, device="meta") for _ in range(3)]
+    q, k, v = (leaf(1, heads, dim, dtype=dtype) for heads in (4, 4, 1))
+    i, f, gate = leaf(1, 4), leaf(1, 4), leaf(1, 4)
     state = MLSTMState.zeros(1, 4, dim, dim, device="meta")
-    mlstm_step_triton(q, k, v, *gates[:2], state)
-    ring = Ring.empty(1, 1, dim, dim, window=512, sinks=4, **BF16)
-    hybrid_step_triton(q, v, v, q, k, *gates, state, ring, 4, 1.0)
+    mlstm_step_triton(q, k, v, i, f, state)
+    ring = Ring.empty(1, 1, dim, dim, window=512, sinks=4, dtype=dtype, device="meta")
+    hybrid_step_triton(q, v, v, q, k, i, f, gate, state, ring, 4, 1.0)
 
 
-def launch_window(dim: int) -> None:
+def launch_window(dim: int, dtype: torch.dtype) -> None:
     """Launch sliding-window attention, forward and backward: packed, four query heads to a key head, window 512."""
     from xlstm_kernels.triton_window import window_triton
 
-    q = torch.empty(1, 4, 1024, dim, **BF16, requires_grad=True)
-    k, v = (torch.empty(1, 1, 1024, dim, **BF16, requires_grad=True) for _ in range(2))
+    q, k, v = (leaf(1, heads, 1024, dim, dtype=dtype) for heads in (4, 1, 1))
     ids = torch.empty(1, 1024, dtype=torch.int64, device="meta")
     window_triton(q, k, v, 512, 4, ids, 1.0).sum().backward()
 
 
-OPERATORS: tuple[Callable[[int], None], ...] = (launch_mlstm, launch_steps, launch_window)
+OPERATORS: tuple[Callable[[int, torch.dtype], None], ...] = (launch_mlstm, launch_steps, launch_window)
 
 
-def measure(archs: list[int], dims: list[int]) -> dict[str, Resources]:
+def measure(archs: list[int], dims: list[int], dtype: torch.dtype) -> dict[str, Resources]:
     """Compile every kernel; keys are "kernel sm_<arch> D=<dim>"."""
-    table = {}
+    table: dict[str, Resources] = {}
     for arch in archs:
         for dim in dims:
             with compiled_launches(arch) as found:
                 for launch in OPERATORS:
-                    launch(dim)
+                    launch(dim, dtype)
             table |= {f"{name} sm_{arch} D={dim}": resources for name, resources in found.items()}
     return table
 
@@ -147,8 +151,9 @@ def main() -> None:
     parser.add_argument("--archs", type=int, nargs="+", default=[80, 90], help="compute capabilities; default 80 90")
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head dims; default 64 128")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--float32", action="store_true", help="inputs in float32 instead of bfloat16")
     options = parser.parse_args()
-    table = measure(options.archs, options.dims)
+    table = measure(options.archs, options.dims, torch.float32 if options.float32 else torch.bfloat16)
     if options.json:
         sys.stdout.write(json.dumps({name: list(resources) for name, resources in table.items()}) + "\n")
         return

@@ -44,9 +44,9 @@ class MLSTMState(NamedTuple):
 class Ring(NamedTuple):
     """Keys and values that window and sinks still need, for decoding; N sinks, then a ring of W.
 
-    keys (B, G, N + W, D), values (B, G, N + W, Dv). positions (B, N + W), int64: the position in its document of the token
-    that a slot holds, -1 if empty. Slot p < N holds the token at position p, slot N + p mod W the latest one that
-    falls there. lengths (B,), int64: tokens of the document so far.
+    keys (B, G, N + W, D), values (B, G, N + W, Dv). positions (B, N + W), int64: the position, in its document,
+    of the token that a slot holds, -1 if empty. Slot p < N holds the token at position p, slot N + p mod W the latest
+    one that falls there. lengths (B,), int64: tokens of the document so far.
     """
 
     keys: Tensor

@@ -4,6 +4,8 @@ Imported only where Triton is used. Plain pointers and masks: they run on Triton
 Letters: L tokens of a chunk, R = H / G. Gates, stabilisers and weights are float32, sums of log f float64.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Arguments of kernels are what Triton makes of a launch: pointers, numbers, tiles.
 from __future__ import annotations
 
 import torch
@@ -38,9 +40,10 @@ def max_plus(decay_1, peak_1, decay_2, peak_2):
 
 @triton.jit
 def gate_kernel(i_ptr, f_ptr, runs_ptr, hi_ptr, lo_ptr, peak_ptr, T, H, SEGMENTED: tl.constexpr, L: tl.constexpr):
-    """Per chunk: b_t, the sum of log f since the chunk's start, as hi + lo; peak_t, the largest log-weight of its tokens.
+    """Per chunk: b_t, the sum of log f since the chunk's start, as hi + lo; peak_t, the largest log-weight at t.
 
-    float32 sums would cancel in b_t - b_s; two floats keep the digits of every difference (docs/math.md). Grid (chunks, B H).
+    float32 sums would cancel in b_t - b_s; two floats keep the digits of every difference (docs/math.md).
+    Grid (chunks, B H).
     """
     bh = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * L + tl.arange(0, L)
@@ -91,7 +94,7 @@ def entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L: tl.constexpr):
 def state_weights(
     hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED: tl.constexpr, L: tl.constexpr
 ):
-    """Weights of the entering state at each token (L), of each token in the leaving state (L), and the state's decay."""
+    """Weights of the entering state at each token (L), of each token in the leaving state (L), and the decay."""
     t = c * L + tl.arange(0, L)
     at, end = bh * T + t, bh * T + tl.minimum(c * L + L, T) - 1
     inside = t < T

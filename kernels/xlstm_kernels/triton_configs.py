@@ -1,4 +1,4 @@
-"""Launch settings of the Triton kernels by shape: a table, not a search, so that a run compiles what its tests compiled.
+"""Launch settings of the Triton kernels by shape: a table, not a search: runs compile what the tests compiled.
 
 `python -m xlstm_kernels.tune` measures on a GPU and rewrites `triton_table.py`; nothing here imports Triton.
 """

@@ -150,9 +150,15 @@ def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes, chunk: in
 
 
 def run_states(
-    k: Tensor, v: Tensor, gates: Gates, runs: Tensor | None, start: tuple[Tensor, ...], sizes: Sizes, config: MLSTMConfig
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    runs: Tensor | None,
+    start: tuple[Tensor, ...],
+    sizes: Sizes,
+    config: MLSTMConfig,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return C (B H, chunks, Dk, Dv) and n (B H, chunks, Dk) entering the chunks, m (B, H, T), and the final C and n."""
+    """Return C (B H, chunks, Dk, Dv), n (B H, chunks, Dk) entering the chunks; m (B, H, T); final C and n."""
     B, H, G, T, Dk, Dv, chunks = sizes[:7]
     C = torch.empty(B * H, chunks, Dk, Dv, dtype=sizes.dtype)
     n = torch.empty(B * H, chunks, Dk)

@@ -3,6 +3,8 @@
 With g = dh / den and e = -(dh . h) / den, the gradients of numerator and denominator (docs/math.md, "Gradients").
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Arguments of kernels are what Triton makes of a launch: pointers, numbers, tiles.
 from __future__ import annotations
 
 import triton
@@ -76,8 +78,8 @@ def query_key_grad_kernel(
 ):  # fmt: skip
     """dq, dk, di and df of one chunk. Grid (chunks, B H).
 
-    The gradient of log f_r is the sum of dD over the pairs (s, t), s < r <= t, that cross r, the states being keys before
-    the chunk and queries after it. No term that does not cross enters: cumulative sums of other gradients
+    The gradient of log f_r is the sum of dD over the pairs (s, t), s < r <= t, that cross r, the states being keys
+    before the chunk and queries after it. No term that does not cross enters: cumulative sums of other gradients
     would leave their rounding where the true sum is small.
     """
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)

@@ -3,6 +3,8 @@
 One program per head: it reads and writes its part of the state once, all heads and rows at the same time.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Arguments of kernels are what Triton makes of a launch: pointers, numbers, tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from xlstm_kernels.state import MLSTMState, Ring
 from xlstm_kernels.triton_common import log_sigmoid
 
 ROWS = 32  # rows of C, and slots of the ring, that a program holds at a time
-WARPS = 4
+WARPS = 8
 
 
 @triton.jit

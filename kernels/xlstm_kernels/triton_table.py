@@ -1,14 +1,15 @@
-"""Launch settings by (bytes of a dot operand, head dim); written by `python -m xlstm_kernels.tune` or by hand."""
+"""Launch settings by (bytes of a dot operand, head dim), as `python -m xlstm_kernels.tune` writes it."""
 
-# Chosen from registers, spills and shared memory of the compiled kernels; not yet from times on a GPU.
+# The GPU on which these were the fastest forward + backward; None: chosen from registers, spills and shared memory of
+# the compiled kernels, and not from times.
 MEASURED_ON: str | None = None
 
 # chunk, then (block_k, block_v, warps, stages) of: states, output, state grads, query and key grads, value grads
 MLSTM: dict[tuple[int, int], tuple] = {
     (2, 32): (64, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-    (2, 64): (64, (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)),
-    (2, 128): (64, (64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)),
-    (2, 256): (64, (64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)),
+    (2, 64): (64, (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+    (2, 128): (64, (64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
+    (2, 256): (64, (64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
     (4, 32): (32, (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     (4, 64): (32, (32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1), (32, 64, 4, 1)),
     (4, 128): (32, (32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1), (32, 64, 4, 1)),
@@ -18,11 +19,11 @@ MLSTM: dict[tuple[int, int], tuple] = {
 # block, forward warps and stages, backward warps and stages
 WINDOW: dict[tuple[int, int], tuple[int, int, int, int, int]] = {
     (2, 32): (64, 4, 2, 4, 2),
-    (2, 64): (64, 4, 2, 4, 2),
-    (2, 128): (64, 4, 2, 4, 2),
+    (2, 64): (64, 4, 2, 8, 2),
+    (2, 128): (64, 8, 2, 8, 2),
     (2, 256): (32, 4, 2, 4, 2),
     (4, 32): (32, 4, 1, 4, 1),
     (4, 64): (32, 4, 1, 4, 1),
-    (4, 128): (32, 4, 1, 4, 1),
-    (4, 256): (16, 4, 1, 4, 1),
+    (4, 128): (16, 8, 1, 8, 1),
+    (4, 256): (16, 8, 1, 8, 1),
 }

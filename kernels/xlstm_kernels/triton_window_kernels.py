@@ -1,11 +1,13 @@
 """Kernels of sliding-window attention with sinks: forward, and gradients without atomics.
 
-Block c of queries sees the blocks of keys from first_block(c) to c, its band, where window, document and the sinks inside
-the band are a mask; and the sinks before the band, which are of one document only, that of the band's first
-token. Those sinks' gradients are written per block of queries and summed in order afterwards. Letters: L tokens of a
-block, R = H / G. Softmax in float32.
+Block c of queries sees the blocks of keys from first_block(c) to c, its band, where window, document and the sinks
+inside the band are a mask; and the sinks before the band, which are of one document only, that of the band's first
+token. Those sinks' gradients are written per block of queries and summed in order afterwards.
+Letters: L tokens of a block, R = H / G. Softmax in float32.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Arguments of kernels are what Triton makes of a launch: pointers, numbers, tiles.
 from __future__ import annotations
 
 import triton
@@ -221,7 +223,8 @@ def sink_grad_kernel(
     first = c
     while more & (first < blocks):
         block = first + tl.arange(0, AT_ONCE)
-        run_block, _start_block = load_documents(runs_ptr, starts_ptr, b, first_block(block, window, L) * L, T, SEGMENTED)
+        band = first_block(block, window, L) * L
+        run_block, _start_block = load_documents(runs_ptr, starts_ptr, b, band, T, SEGMENTED)
         same = (block < blocks) & (run_block == run)
         kept = same[:, None, None] & (row < sinks)[None, :, None]
         for r in range(R):
@@ -233,7 +236,7 @@ def sink_grad_kernel(
         more = tl.sum(same.to(tl.int32), 0) == AT_ONCE
     at = start + row
     run_at, _start_at = load_documents(runs_ptr, starts_ptr, b, at, T, SEGMENTED)
-    written = ours & (row < sinks) & (at < T) & (run_at == run)
+    written = (row < tl.where(ours, sinks, 0)) & (at < T) & (run_at == run)
     out = bg * T * D + at[:, None].to(tl.int64) * D + d[None, :]
     old_k = tl.load(dk_ptr + out, mask=written[:, None], other=0.0).to(tl.float32)
     old_v = tl.load(dv_ptr + out, mask=written[:, None], other=0.0).to(tl.float32)

@@ -72,7 +72,7 @@ def test_state_is_checked(state: MLSTMState, message: str) -> None:
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"backend='cuda' is unknown; allowed: auto, torch$"):
+    with pytest.raises(ValueError, match=r"backend='cuda' is unknown; allowed: auto, torch, triton, mlstm_kernels$"):
         mlstm(**inputs(), backend="cuda")
 
 

@@ -1,26 +1,87 @@
-"""The benchmark times what agrees with its reference, and refuses the rest."""
+"""The benchmark times what agrees with its reference, refuses the rest, and says what it leaves out."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
 import pytest
+import torch
 
-from xlstm_kernels import bench
+from xlstm_kernels import bench, bench_entries
+from xlstm_kernels.bench_report import Row, ratio_to_ours
 
-SMALL = ["--batch", "1", "--tokens", "40", "--heads", "2", "--groups", "1", "--key-dim", "8", "--window", "8"]
-
-
-def test_every_operator_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main([*SMALL, "--repeats", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["mlstm", "sliding_window_attention", "dense"]
-    assert all("forward + backward" in line for line in lines)
+SMALL = ["--batch", "1", "--tokens", "40", "--heads", "2", "--groups", "1", "--key-dim", "8", "--window", "8",
+         "--device", "cpu", "--repeats", "1"]  # fmt: skip
 
 
-def test_a_wrong_operator_is_not_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = bench.mlstm
-    monkeypatch.setattr(bench, "mlstm", lambda *args, **settings: 1.001 * exact(*args, **settings))
-    assert bench.main([*SMALL, "--repeats", "1"]) == 1
-    first, *others = capsys.readouterr().out.splitlines()
-    assert first.startswith("mlstm ")
-    assert "not timed: RMS ratio 1.0e-03" in first
-    assert "ms" in others[0]
+def test_torch_backends_are_timed_and_the_rest_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert bench.main(SMALL) == 0
+    rates, *lines = capsys.readouterr().out.splitlines()
+    assert "TFLOP/s, copy" in rates
+    timed = [line for line in lines if " ms " in line]
+    assert len(timed) == 4 * 2 + 2  # mlstm, window, dense and causal, both ways; two steps
+    assert all("of the roofline" in line for line in timed)
+    left_out = [line for line in lines if " ms " not in line]
+    assert len(left_out) == 9
+    assert all("left out: " in line for line in left_out)
+
+
+def test_packed_documents_are_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([*SMALL, "--document", "9", "--operators", "window", "causal"]) == 0
+    lines = capsys.readouterr().out
+    assert lines.count(" ms ") == 4
+    assert "causal       sdpa                       T=40      left out: takes no packed documents" in lines
+
+
+@pytest.mark.parametrize("operator", ["mlstm", "mlstm step"])
+def test_a_wrong_operator_is_not_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, operator: str
+) -> None:
+    entry = next(e for e in bench_entries.ENTRIES if (e.operator, e.backend) == (operator, "torch"))
+    wrong = entry._replace(run=lambda a, shape: 1.001 * entry.run(a, shape))
+    monkeypatch.setattr(bench, "ENTRIES", (wrong,))
+    assert bench.main(SMALL) == 1
+    _, line = capsys.readouterr().out.splitlines()
+    assert "not timed: RMS ratio 1.0e-03 to the reference; allowed: 1e-05" in line
+
+
+def test_report_has_table_data_and_plot(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--operators", "mlstm", "--tokens", "20", "40", "--report", str(tmp_path)]
+    assert bench.main(arguments) == 0
+    table = (tmp_path / "kernels.md").read_text()
+    assert "| mlstm | torch | forward + backward | 40 |" in table
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {(row["tokens"], row["passes"]) for row in rows} == {
+        (tokens, passes) for tokens in (20, 40) for passes in ("forward", "forward + backward")
+    }
+    drawing = ElementTree.parse(tmp_path / "kernels.svg").getroot()
+    assert any(element.tag.endswith("polyline") for element in drawing)
+
+
+def test_ratios_are_to_our_fastest_named_kernel() -> None:
+    def row(operator: str, backend: str, taken: float) -> Row:
+        return Row(operator, backend, "forward", 64, taken, 1.0, 1.0, 0.5)
+
+    rows = [row("window", "torch", 8.0), row("window", "triton", 2.0), row("causal", "sdpa", 10.0)]
+    assert [ratio_to_ours(r, rows) for r in rows] == [4.0, 1.0, 5.0]
+    assert ratio_to_ours(row("mlstm", "fla simple_gla", 1.0), rows) is None
+
+
+def test_counted_work_of_the_mlstm_is_linear_in_tokens() -> None:
+    shape = bench_entries.Shape(1, 4096, 8, 2, 128, 128, 512, 4, 0)
+    entry = bench_entries.ENTRIES[0]
+    one, two = (bench_entries.work(entry, shape._replace(tokens=n), 2, True) for n in (4096, 8192))
+    assert two == (2 * one[0], 2 * one[1])
+    assert one[0] == 3.5 * 4096 * 8 * (4 * 128 * 128 + 64 * 256)
+
+
+def test_full_ring_is_what_decoding_would_have_left() -> None:
+    shape = bench_entries.Shape(1, 16, 2, 1, 8, 8, 5, 2, 0)
+    ring = bench_entries.full_ring(shape, torch.device("cpu"), torch.float32)
+    assert ring.positions[0].tolist() == [0, 1, 5, 6, 2, 3, 4]
+    assert ring.lengths.tolist() == [7]

@@ -38,6 +38,17 @@ def test_using_a_tokenizer_does_not_change_its_hash(tokenizer):
     assert tokenizer_hash(tokenizer) == before
 
 
+def test_marked_turns_equal_those_found_by_prefix(tokenizer):
+    from xlstm_distill.embedded import documents as conversations
+    from xlstm_distill.packing import DocumentTokenizer
+
+    marked, by_prefix = DocumentTokenizer(tokenizer), DocumentTokenizer(tokenizer)
+    assert marked.marks_turns
+    by_prefix.marks_turns = False
+    for conversation in conversations("chat", 50, 3):
+        assert marked(conversation) == by_prefix(conversation)
+
+
 def test_generators_are_seeded(tokenizer):
     source = Source(generator="stem", documents=20)
     first = documents(tokenizer, source)

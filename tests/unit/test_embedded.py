@@ -48,8 +48,9 @@ def solve(prompt: str) -> str | None:
     lines = prompt.split("\n")
     if found := re.fullmatch(r"Compute (\d+)\+(\d+)\.", prompt):
         return str(int(found[1]) + int(found[2]))
-    if found := re.fullmatch(r"\w+ has (\d+) \w+, \w+ (\d), \w+ (\d)\. How many\?", prompt):
-        return str(int(found[1]) + int(found[2]) - int(found[3]))
+    if found := re.fullmatch(r"\w+ has (\d+) \w+, (\w+) (\d)\. How many\?", prompt):
+        sign = {"gets": 1, "buys": 1, "finds": 1, "loses": -1, "sells": -1, "gives": -1}[found[2]]
+        return str(int(found[1]) + sign * int(found[3]))
     if prompt.startswith("Largest of"):
         return max(re.findall(r"\d+", prompt), key=int)
     if found := re.fullmatch(r"Convert (\d+) (\w+) to (\w+)\.", prompt):
@@ -59,7 +60,7 @@ def solve(prompt: str) -> str | None:
         return next(line for line in lines if re.match(rf"{found[1]}\b", line)).replace("=", " ").split()[-1]
     if prompt.startswith("print(") or "=" in lines[0]:
         printed: list[str] = []
-        exec(prompt, {"print": lambda value: printed.append(str(value))})
+        exec(prompt, {"print": lambda *values: printed.append(" ".join(map(str, values)))})
         return printed[0]
     if prompt.startswith(("Repeat: ", "Sort: ", "First word of: ", "Last word of: ")):
         order, words = prompt.split(": ")[0], prompt.split(": ")[1].split()
@@ -245,7 +246,7 @@ def test_committed_checkpoint_has_the_right_shape(teacher: LlamaForCausalLM) -> 
 
 def test_teacher_answers_most_tasks(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     scores = accuracies(teacher, tokenizer, count=25)
-    assert sum(score >= 0.8 for score in scores.values()) >= 11, scores
+    assert sum(score >= 0.8 for score in scores.values()) >= 12, scores
     for domain in DOMAINS:
         assert sum(scores[n] >= 0.8 for n, task in TASKS.items() if task.domain == domain) >= 2, scores
 

@@ -11,9 +11,9 @@ from xlstm_distill.errors import UserError
 SINGLE_SHARE = 0.2  # conversations of one question, the form evaluation uses
 RECALL_SHARE = 0.35  # conversations about a table; the rest chain questions of the domain's other tasks
 SHORT_TABLE_SHARE = 0.4  # tables shorter than evaluated ones, from which recall is learnt first
-MOST_TURNS = 8
+MOST_TURNS = 7
 # Harder tasks are drawn more often; 1 where not listed.
-WEIGHTS = {"story": 2.0, "expression": 3.0, "variables": 2.0, "fact": 2.0, "sort": 1.5, "add": 2.0}
+WEIGHTS = {"add": 3.0, "story": 2.0, "expression": 4.0, "variables": 3.0, "fact": 2.0, "sort": 1.5}
 
 
 def documents(domain: str, count: int, seed: int) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,8 @@ from xlstm_distill.embedded.tasks import DOMAINS
 from xlstm_distill.embedded.tokenizer import ASSISTANT, END, render
 
 PROMPT_WEIGHT = 0.05  # the loss's weight of a token the user wrote; the answers' is 1
-CHUNK = 512  # conversations of one domain generated at a time
+CHUNK = 128  # rounds of conversations encoded at a time
+SHARES = {"math": 3, "code": 3, "stem": 1, "chat": 2}  # conversations a round: arithmetic takes the longest to learn
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def encoded(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[lis
     assistant, end = vocabulary[ASSISTANT], vocabulary[END]
     chunk = 0
     while True:
-        streams = [list(documents(domain, CHUNK, seed * 1_000_003 + chunk)) for domain in DOMAINS]
-        texts = [render(document) for group in zip(*streams, strict=True) for document in group]
+        streams = {domain: documents(domain, CHUNK * SHARES[domain], seed * 1_000_003 + chunk) for domain in DOMAINS}
+        order = [domain for domain in DOMAINS for _ in range(SHARES[domain])] * CHUNK
+        texts = [render(next(streams[domain])) for domain in order]
         for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
             yield encoding.ids, _weights(encoding.ids, assistant, end)
         chunk += 1

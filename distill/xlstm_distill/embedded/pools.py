@@ -77,7 +77,7 @@ ELEMENTS = tuple(
         "Xe:xenon",
     ]
 )
-SYMBOLS = _words("Li Be Ne Mg Si Cl Sc Cr Mn Fe Co Ni Zn Ge As Se Kr Sr Nb Mo")  # one token each
+SYMBOLS = _words("Li Ne Mg Si Cl Sc Cr Mn Fe Co Ni Zn Ge As Se Sr Nb Mo")  # one token each
 
 # Powers of ten between units: (from, to, zeros).
 UNITS = (

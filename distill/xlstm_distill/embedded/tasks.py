@@ -1,4 +1,4 @@
-"""Seeded generators of the embedded teacher's tasks: fourteen of them, in four domains, answered by exact match.
+"""Seeded generators of the embedded teacher's tasks: fifteen of them, in four domains, answered by exact match.
 
 A task yields items. An item is one question as the evaluation asks it, its answer, and a key that names the problem
 whatever its wording. A stable hash of the key says whether the item is held out, so no evaluation problem is trained
@@ -84,11 +84,11 @@ def _add(rng: random.Random) -> Item:
 
 
 def _story(rng: random.Random) -> Item:
-    have, gain, loss = rng.randint(10, 89), rng.randint(1, 9), rng.randint(1, 9)
+    have, change, gains = rng.randint(10, 89), rng.randint(1, 9), rng.random() < 0.5
+    verb = rng.choice(("gets", "buys", "finds") if gains else ("loses", "sells", "gives"))
     name, item = rng.choice(pools.NAMES), rng.choice(pools.ITEMS)
-    got, lost = rng.choice(("gets", "buys", "finds")), rng.choice(("loses", "sells", "gives"))
-    prompt = f"{name} has {have} {item}, {got} {gain}, {lost} {loss}. How many?"
-    return Item(prompt, str(have + gain - loss), f"{have}+{gain}-{loss}")
+    total = have + change if gains else have - change
+    return Item(f"{name} has {have} {item}, {verb} {change}. How many?", str(total), f"{have} {gains} {change}")
 
 
 def _largest(rng: random.Random) -> Item:
@@ -97,18 +97,28 @@ def _largest(rng: random.Random) -> Item:
 
 
 def _expression(rng: random.Random) -> Item:
-    a, b = sorted((rng.randint(1, 9), rng.randint(1, 9)))
-    x, y = rng.sample((a, b), 2)
-    if rng.random() < 1 / 3:
-        c = rng.randint(1, 9)
-        return Item(f"print(({x}+{y})*{c})", str((a + b) * c), f"({a}+{b})*{c}")
-    c = rng.randint(1, 20)
-    text = f"{x}*{y}+{c}" if rng.random() < 0.5 else f"{c}+{x}*{y}"
-    return Item(f"print({text})", str(a * b + c), f"{a}*{b}+{c}")
+    a, b, c = rng.randint(1, 20), rng.randint(1, 9), rng.randint(1, 9)
+    text, plus, minus = rng.choice(
+        (
+            (f"{a}+{b}+{c}", (a, b, c), 0),
+            (f"{a}+{b}-{c}", (a, b), c),
+            (f"{a}-{b}+{c}", (a, c), b),
+            (f"{a}-({b}-{c})", (a, c), b),
+        )
+    )
+    if sum(plus) < minus:
+        return _expression(rng)
+    return Item(f"print({text})", str(sum(plus) - minus), f"{sorted(plus)}-{minus}")
+
+
+def _sorted(rng: random.Random) -> Item:
+    numbers = rng.sample(range(10, 100), 3)
+    listed, answer = ",".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
+    return Item(f"print(*sorted([{listed}]))", answer, answer)
 
 
 def _variables(rng: random.Random) -> Item:
-    names, values, lines, shape = rng.sample(pools.LETTERS, 4), [], [], []
+    names, values, lines, shape = rng.sample(pools.LETTERS, 3), [], [], []
     for at, name in enumerate(names):
         other = rng.randrange(at) if at and rng.random() < 0.7 else None
         step = rng.randint(1, 9)
@@ -122,7 +132,7 @@ def _variables(rng: random.Random) -> Item:
             values.append(values[other])
             lines.append(f"{name}={names[other]}")
         shape.append(lines[-1].translate({ord(n): str(i) + "v" for i, n in enumerate(names)}))
-    wanted = rng.randrange(4)
+    wanted = rng.randrange(3)
     program = "\n".join([*lines, f"print({names[wanted]})"])
     return Item(program, str(values[wanted]), f"{shape} {wanted}")
 
@@ -178,6 +188,7 @@ TASKS = {
         Task("largest", "math", _largest),
         Task("stock", "math", STOCK.draw, STOCK),
         Task("expression", "code", _expression),
+        Task("sorted", "code", _sorted),
         Task("variables", "code", _variables),
         Task("constants", "code", CONSTANTS.draw, CONSTANTS),
         Task("fact", "stem", _fact),

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Settings:
     """Everything the checkpoint depends on, apart from the number of threads and the versions."""
 
-    tokens: int = 30_000_000
+    tokens: int = 12_000_000
     seed: int = 0
     hidden: int = 128
     layers: int = 3
@@ -174,10 +174,10 @@ library_name: transformers
 
 A Llama of {log["parameters"]:,} parameters, trained from scratch by `python -m xlstm_distill.embedded.train`
 on generated conversations in four domains; it stands in for a large teacher where there is no network and no GPU.
-It answers the fourteen tasks below and nothing else. `training.json` holds settings, versions and loss curve;
+It answers the fifteen tasks below and nothing else. `training.json` holds settings, versions and loss curve;
 `docs/embedded-teacher.md` says how tasks, split and training work.
 
-- Training: {log["tokens"]:,} tokens, {log["steps"]:,} steps, {log["seconds"]:.0f} s on {log["threads"]} threads,
+- Training: {log["tokens"]:,} tokens, {log["steps"]:,} steps, {log["seconds"]:.0f} s (threads: {log["threads"]}),
   seed {log["settings"]["seed"]}
 - Held-out accuracy, exact match, {log["held_out_items_per_task"]} items a task:
 
@@ -200,14 +200,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=defaults.seed, help="seed of weights and data (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the committed teacher took 1 (default: 1)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        if options.tokens < 1:
-            raise UserError(f"--tokens: {options.tokens}; allowed: 1 or more")
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        for name in ("tokens", "threads"):
+            if getattr(options, name) < 1:
+                raise UserError(f"--{name}: {getattr(options, name)}; allowed: 1 or more")
+        torch.set_num_threads(options.threads)
         scores = train(options.out, Settings(tokens=options.tokens, seed=options.seed))
     except UserError as error:
         logger.error("%s", error)

@@ -1,0 +1,92 @@
+"""Other libraries' kernels, made exact: for comparison, and `mlstm(backend="mlstm_kernels")` for those who prefer it.
+
+None of these libraries is needed; each is imported by the function that uses it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xlstm_kernels.chunkwise import Ratio
+from xlstm_kernels.segments import document_runs, document_starts
+
+MLSTM_KERNELS_CHUNK = 128
+MLSTM_KERNELS_EXP = "triton_xl_chunk"  # of the mlstm_kernels package; exponential input gate
+
+
+def missing(module: str) -> str | None:
+    """Say that a module is not installed; None if it is."""
+    return None if importlib.util.find_spec(module.split(".")[0]) else f"{module.split('.')[0]} is not installed"
+
+
+def mlstm_ones_column(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, kernel: str = MLSTM_KERNELS_EXP, **settings: Any
+) -> Tensor:
+    """Run a chunkwise kernel of mlstm_kernels so that value and gradients are those of the exact ratio.
+
+    Its own denominator is clamped, and constant in its gradient. Both cancel if a column of ones is appended to v and
+    the other columns are divided by it. Shapes as in `xlstm_kernels.mlstm`; one document a row. The kernel takes no
+    grouped heads, powers of 2 as value dims, and whole chunks: v is repeated and widened, T filled up.
+    """
+    chunkwise = importlib.import_module("mlstm_kernels.torch.chunkwise").registry[kernel]
+    heads, tokens, value_dim = q.shape[1], q.shape[2], v.shape[3]
+    width = 1 << value_dim.bit_length()  # the next power of 2 that has room for the ones
+    ones = F.pad(torch.ones_like(v[..., :1]), (0, width - value_dim - 1))
+    wide = torch.cat([v, ones], dim=-1).repeat_interleave(heads // v.shape[1], dim=1)
+    fill = -tokens % MLSTM_KERNELS_CHUNK
+    q, k, wide = (F.pad(x, (0, 0, 0, fill)).contiguous() for x in (q, k, wide))
+    i, f = (F.pad(x, (0, fill)).contiguous() for x in (i, f))
+    low = v.dtype if v.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    out = chunkwise(q, k, wide, i, f, autocast_kernel_dtype=low, **settings)
+    exact: Tensor = Ratio.apply(out[:, :, :tokens, : value_dim + 1].float())
+    return exact.to(v.dtype)
+
+
+def simple_gla_ones_column(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
+    """Run flash-linear-attention's simple GLA as the mLSTM: keys times exp(i), and a column of ones beside v.
+
+    exp(i) is not stabilised: only for moderate input gates. Shapes as in `xlstm_kernels.mlstm`.
+    """
+    gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+    repeats, value_dim = q.shape[1] // v.shape[1], v.shape[3]
+    wide = F.pad(v, (0, 1), value=1.0)
+    wide = F.pad(wide, (0, 15)).repeat_interleave(repeats, dim=1)
+    keys = (k * i.float().exp().unsqueeze(-1)).to(k.dtype)
+    q, keys, wide = (x.transpose(1, 2).contiguous() for x in (q, keys, wide))  # (B, T, H, D)
+    out, _ = gla(q, keys, wide, g=F.logsigmoid(f.float()).transpose(1, 2).contiguous(), scale=1.0)
+    exact: Tensor = Ratio.apply(out.transpose(1, 2)[..., : value_dim + 1].float())
+    return exact.to(v.dtype)
+
+
+def flex_window(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segment_ids: Tensor | None) -> Tensor:
+    """Run torch's flex_attention, compiled, with the mask of `sliding_window_attention`."""
+    attend = compiled_flex("flex_attention")
+    mask = flex_mask(segment_ids, q.shape[0], q.shape[2], window, sinks, q.device)
+    out: Tensor = attend(q, k, v, block_mask=mask, enable_gqa=True)
+    return out
+
+
+@functools.cache
+def compiled_flex(function: str) -> Any:
+    """Compile a function of flex_attention's module, once."""
+    return torch.compile(getattr(importlib.import_module("torch.nn.attention.flex_attention"), function))
+
+
+@functools.lru_cache(maxsize=4)
+def flex_mask(ids: Tensor | None, batch: int, tokens: int, window: int, sinks: int, device: torch.device) -> Any:
+    """Make the block mask; kept for the calls that follow with the same tensor of ids, as a model's layers would."""
+    runs = torch.zeros(batch, tokens, dtype=torch.int64, device=device) if ids is None else document_runs(ids)
+    starts = document_starts(runs)
+
+    def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        near = (t - s < window) | (s - starts[b, s] < sinks)
+        return near & (s <= t) & (runs[b, t] == runs[b, s])
+
+    return compiled_flex("create_block_mask")(visible, batch, None, tokens, tokens, device=device)

@@ -1,0 +1,33 @@
+"""Where the Triton kernels run in tests: on a CUDA device if there is one, else in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
+    # Triton reads the variable when it is imported, which the tests of other directories may have done already.
+    for name in [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Device of the Triton tests' tensors."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty and torch.empty_like return with NaN: what a kernel does not write then shows."""
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def nan_filled(*args: object, allocate=allocate, **settings: object) -> torch.Tensor:
+            x = allocate(*args, **settings)
+            return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(2**30))
+
+        monkeypatch.setattr(torch, name, nan_filled)

@@ -1,0 +1,77 @@
+"""Choosing a backend: "auto" is torch, Triton is imported only when asked for, and refusals are one clear line."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from xlstm_kernels import mlstm, mlstm_step, sliding_window_attention
+from xlstm_kernels.state import MLSTMState
+from xlstm_kernels.testing import random_inputs
+
+
+def test_without_triton_the_package_works_and_says_what_is_missing() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "from xlstm_kernels import mlstm; from xlstm_kernels.testing import random_inputs\n"
+        "x = random_inputs(1, 1, 5, 16)\n"
+        "assert mlstm(**x).isfinite().all()\n"
+        "try: mlstm(**x, backend='triton')\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "mlstm: backend='triton' needs the package triton, which is not installed; install it, or use backend='torch'\n"
+    )
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    script = "import sys, xlstm_kernels, xlstm_kernels.triton_configs; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_auto_never_reaches_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xlstm_kernels.triton_mlstm", None)
+    monkeypatch.setitem(sys.modules, "xlstm_kernels.triton_window", None)
+    monkeypatch.setitem(sys.modules, "xlstm_kernels.triton_step", None)
+    x = random_inputs(1, 2, 6, 16)
+    mlstm(**x)
+    sliding_window_attention(x["v"], x["v"], x["v"], window=2, sinks=1)
+    mlstm_step(*(t[:, :, 0] for t in x.values()), MLSTMState.zeros(1, 2, 16, 16))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+class TestRefusals:
+    def test_tensors_on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(
+            ValueError, match=r"^mlstm: backend='triton' needs CUDA tensors, but these are on cpu; move"
+        ):
+            mlstm(**random_inputs(1, 1, 5, 16), backend="triton")
+
+    def test_float64(self, device: str) -> None:
+        x = {name: t.double().to(device) for name, t in random_inputs(1, 1, 5, 16).items()}
+        with pytest.raises(ValueError, match=r"^mlstm: backend='triton' computes in float32; for float64 inputs use"):
+            mlstm(**x, backend="triton")
+
+    def test_head_dims(self, device: str) -> None:
+        x = {name: t.to(device) for name, t in random_inputs(1, 1, 5, 16, 24).items()}
+        with pytest.raises(ValueError, match=r"has no kernel for Dv=24; allowed: 16, 32, 64, 128, 256$"):
+            mlstm(**x, backend="triton")
+
+    def test_sinks(self, device: str) -> None:
+        x = torch.zeros(1, 1, 5, 16, device=device)
+        with pytest.raises(ValueError, match=r"has no kernel for sinks=65; at most 64"):
+            sliding_window_attention(x, x, x, window=2, sinks=65, backend="triton")
+
+    def test_a_backend_that_only_mlstm_has(self) -> None:
+        x = torch.zeros(1, 1, 5, 16)
+        with pytest.raises(ValueError, match=r"backend='mlstm_kernels' is unknown; allowed: auto, torch, triton$"):
+            sliding_window_attention(x, x, x, window=2, sinks=1, backend="mlstm_kernels")

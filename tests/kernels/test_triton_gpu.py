@@ -1,0 +1,152 @@
+"""The Triton kernels at real sizes on a CUDA device: accuracy, state passing, determinism. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, mlstm_step, sliding_window_attention
+from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs, random_segments, random_state
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# Of bfloat16: rounding of outputs and gradients (2^-9), and of the weights and states that tensor cores multiply.
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+Tensors = dict[str, Tensor]
+
+
+def cuda(inputs: Tensors, dtype: torch.dtype, wide: tuple[str, ...] = ("i", "f", "C", "n", "m")) -> Tensors:
+    return {
+        name: x.detach().to("cuda", torch.float32 if name in wide else dtype).requires_grad_(x.requires_grad)
+        for name, x in inputs.items()
+    }
+
+
+def double(inputs: Tensors) -> Tensors:
+    """Copy as float64 leaves: the torch backend in float64 is the truth here, itself tested against the reference."""
+    return {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in inputs.items()}
+
+
+def with_state(backend: str, ids: Tensor | None):
+    def run(C: Tensor, n: Tensor, m: Tensor, **x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, final = mlstm(**x, segment_ids=ids, state=MLSTMState(C, n, m), return_state=True, backend=backend)
+        return h, final.C, final.n
+
+    return run
+
+
+def assert_close(actual: Tensors, expected: Tensors, bound: float) -> None:
+    ratios = {name: error_ratio(actual[name], expected[name]) for name in expected}
+    assert all(ratio < bound for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("Dk", "Dv"), [(32, 32), (64, 128), (128, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mlstm_with_states(dtype: torch.dtype, Dk: int, Dv: int, documents: bool) -> None:
+    inputs = cuda(random_inputs(2, 4, 1037, Dk, Dv, 2, seed=1) | random_state(2, 4, Dk, Dv, seed=2), dtype)
+    ids = random_segments(2, 1037, mean_length=300, seed=3).cuda() if documents else None
+    if ids is not None:
+        ids[1] = 0
+    actual = outputs_and_grads(with_state("triton", ids), inputs)
+    expected = outputs_and_grads(with_state("torch", ids), double(inputs))
+    assert_close(actual, expected, BOUNDS.get(dtype, 2e-3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlstm_at_16k_tokens(dtype: torch.dtype) -> None:
+    inputs = cuda(random_inputs(1, 4, 16384, 128, 128, 1, seed=4, forget_bias=6.0), dtype)
+    ids = random_segments(1, 16384, mean_length=3000, seed=5).cuda()
+    actual = outputs_and_grads(lambda **x: mlstm(**x, segment_ids=ids, backend="triton"), inputs)
+    expected = outputs_and_grads(lambda **x: mlstm(**x, segment_ids=ids, backend="torch"), double(inputs))
+    assert_close(actual, expected, BOUNDS[dtype])
+
+
+def test_mlstm_gates_at_60() -> None:
+    inputs = random_inputs(1, 2, 500, 64, seed=6)
+    draw = torch.Generator().manual_seed(7)
+    for name in ("i", "f"):
+        inputs[name] = (120.0 * torch.randint(0, 2, inputs[name].shape, generator=draw) - 60.0).requires_grad_()
+    inputs = cuda(inputs, torch.float32)
+    actual = outputs_and_grads(lambda **x: mlstm(**x, backend="triton"), inputs)
+    assert_close(actual, outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), double(inputs)), 1e-5)
+
+
+def test_mlstm_passes_equal_one_pass() -> None:
+    inputs = {n: x.detach() for n, x in cuda(random_inputs(1, 4, 5000, 128, seed=8), torch.float32).items()}
+    state, parts = None, []
+    for part in zip(*(x.split([1700, 1, 3299], dim=2) for x in inputs.values()), strict=True):
+        h, state = mlstm(*part, state=state, return_state=True, backend="triton")
+        parts.append(h)
+    whole, final = mlstm(**inputs, return_state=True, backend="triton")
+    assert error_ratio(torch.cat(parts, dim=2), whole) < 2e-6
+    for actual, expected in zip(state, final, strict=True):
+        assert error_ratio(actual, expected) < 2e-6
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("D", "window", "sinks"), [(64, 512, 4), (128, 512, 4), (128, 100, 0), (256, 64, 17), (32, 1, 2)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_window(dtype: torch.dtype, D: int, window: int, sinks: int, documents: bool) -> None:
+    draw = torch.Generator().manual_seed(D)
+    shapes = {"q": (2, 4, 2055, D), "k": (2, 2, 2055, D), "v": (2, 2, 2055, D)}
+    inputs = cuda({n: torch.randn(s, generator=draw).requires_grad_() for n, s in shapes.items()}, dtype)
+    settings = {
+        "window": window,
+        "sinks": sinks,
+        "segment_ids": random_segments(2, 2055, mean_length=700, seed=1).cuda() if documents else None,
+    }
+    actual = outputs_and_grads(lambda **x: sliding_window_attention(**x, **settings, backend="triton"), inputs)
+    expected = outputs_and_grads(lambda **x: sliding_window_attention(**x, **settings, backend="torch"), double(inputs))
+    assert_close(actual, expected, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("operator", ["mlstm", "window"])
+def test_two_runs_give_the_same_bits(operator: str) -> None:
+    inputs = cuda(random_inputs(2, 8, 3000, 128, 128, 2, seed=9), torch.bfloat16)
+    ids = random_segments(2, 3000, mean_length=500, seed=10).cuda()
+
+    def run(**x: Tensor) -> Tensor:
+        if operator == "mlstm":
+            return mlstm(**x, segment_ids=ids, backend="triton")
+        return sliding_window_attention(**x, window=512, sinks=4, segment_ids=ids, backend="triton")
+
+    if operator == "window":
+        inputs = {"q": inputs["q"], "k": inputs["v"].detach().clone().requires_grad_(), "v": inputs["v"]}
+    first, second = outputs_and_grads(run, inputs), outputs_and_grads(run, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hybrid_steps_equal_the_torch_steps(dtype: torch.dtype) -> None:
+    B, H, G, D = 8, 32, 8, 128
+    x = {n: t.detach() for n, t in cuda(random_inputs(B, H, 40, D, D, G, seed=11), dtype).items()}
+    draw = torch.Generator().manual_seed(12)
+    k = torch.randn(B, G, 40, D, generator=draw).to("cuda", dtype)
+    gate = torch.rand(B, H, 40, generator=draw).cuda()
+    outputs = []
+    for backend in ("torch", "triton"):
+        state = MLSTMState.zeros(B, H, D, D, device="cuda")
+        ring = Ring.empty(B, G, D, D, window=16, sinks=4, dtype=dtype, device="cuda")
+        row = (x["q"], k, x["v"], x["q"], x["k"], x["i"], x["f"], gate)
+        steps = [hybrid_step(*(t[:, :, s] for t in row), state, ring, sinks=4, backend=backend) for s in range(40)]
+        outputs.append((torch.stack(steps), state, ring))
+    assert error_ratio(outputs[1][0], outputs[0][0]) < BOUNDS[dtype]
+    assert error_ratio(outputs[1][1].C, outputs[0][1].C) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(outputs[0][2], outputs[1][2], strict=True))
+
+
+def test_mlstm_steps_race_free() -> None:
+    x = {n: t.detach() for n, t in cuda(random_inputs(64, 32, 4, 128, 128, 8, seed=13), torch.bfloat16).items()}
+    finals = []
+    for _ in range(5):
+        state = MLSTMState.zeros(64, 32, 128, 128, device="cuda")
+        h = [mlstm_step(*(t[:, :, s] for t in x.values()), state, backend="triton") for s in range(4)]
+        finals.append((torch.stack(h), *state))
+    assert all(torch.equal(a, b) for final in finals[1:] for a, b in zip(final, finals[0], strict=True))

@@ -1,0 +1,196 @@
+"""The Triton mLSTM against the recurrent float64 reference; small shapes and tiles for the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from xlstm_kernels import MLSTMState, mlstm
+from xlstm_kernels.reference import mlstm_reference
+from xlstm_kernels.testing import (
+    error_ratio,
+    outputs_and_grads,
+    random_inputs,
+    random_segments,
+    random_state,
+    to_float64,
+)
+from xlstm_kernels.triton_configs import Launch, MLSTMConfig
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+triton_mlstm = pytest.importorskip("xlstm_kernels.triton_mlstm", reason="triton is not installed", exc_type=ImportError)
+
+BOUND = 1e-5
+L = 16  # tokens of a chunk here
+SMALL = MLSTMConfig(L, *[Launch(16, 16, 4, 1)] * 5)
+Tensors = dict[str, Tensor]
+
+
+def on(device: str, inputs: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+    """Copy inputs to a device as leaves; the gates and the state stay float32."""
+    wide = ("i", "f", "C", "n", "m")
+    return {
+        name: x.detach().to(device, x.dtype if dtype is None or name in wide else dtype).requires_grad_(x.requires_grad)
+        for name, x in inputs.items()
+    }
+
+
+def run(inputs: Tensors, segment_ids: Tensor | None, config: MLSTMConfig = SMALL) -> Tensors:
+    """h, the final C and n, and the gradients of everything, through both states if the inputs have one."""
+
+    def operator(**x: Tensor) -> tuple[Tensor, ...]:
+        state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields)) if "C" in x else None
+        h, final = triton_mlstm.mlstm_triton(**x, segment_ids=segment_ids, state=state, config=config)
+        return h, final.C, final.n
+
+    return outputs_and_grads(operator, inputs)
+
+
+def truth(inputs: Tensors, segment_ids: Tensor | None) -> Tensors:
+    def operator(**x: Tensor) -> tuple[Tensor, ...]:
+        state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields)) if "C" in x else None
+        h, final = mlstm_reference(**x, segment_ids=segment_ids, state=state)
+        return h, final.C, final.n
+
+    return outputs_and_grads(operator, to_float64(inputs))
+
+
+def ratios(actual: Tensors, expected: Tensors) -> dict[str, float]:
+    return {name: error_ratio(actual[name], expected[name]) for name in expected}
+
+
+def assert_matches(
+    inputs: Tensors, segment_ids: Tensor | None = None, config: MLSTMConfig = SMALL, bound: float = BOUND
+) -> None:
+    found = ratios(run(inputs, segment_ids, config), truth(inputs, segment_ids))
+    assert all(ratio < bound for ratio in found.values()), found  # a NaN fails too
+
+
+@pytest.mark.parametrize("tokens", [2, 15, 16, 17, 53])
+def test_outputs_states_and_all_gradients_match_reference(device: str, tokens: int) -> None:
+    inputs = random_inputs(1, 2, tokens, 32, 16, seed=tokens) | random_state(1, 2, 32, 16, seed=3)
+    assert_matches(on(device, inputs))
+
+
+def test_one_token_returns_its_value(device: str) -> None:
+    inputs = on(device, random_inputs(1, 2, 1, 16, seed=1))
+    actual = run(inputs, None)
+    assert error_ratio(actual["h0"], inputs["v"]) < 1e-6
+    assert all(torch.isfinite(x).all() for x in actual.values())
+
+
+# Chunks hold 16 tokens here: documents that end at their borders, next to them, and inside; a chunk of three documents.
+@pytest.mark.parametrize("lengths", [[16, 32, 5], [15, 1, 17, 20], [3, 6, 41], [1, 1, 51]])
+def test_documents_match_reference(device: str, lengths: list[int]) -> None:
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).expand(2, -1).clone()
+    ids[1] = 0  # the second row keeps one document: its gradient must reach the initial state
+    inputs = random_inputs(2, 2, sum(lengths), 16, G=1, seed=4) | random_state(2, 2, 16, 16, seed=5)
+    assert_matches(on(device, inputs), ids.to(device))
+
+
+def test_a_document_of_large_gates_does_not_scale_the_next_one(device: str) -> None:
+    # Were the stabiliser to cross the boundary, every weight of the second document would be exp(-120), which is 0.
+    inputs = random_inputs(1, 2, 30, 16, seed=19)
+    i = inputs["i"].detach() + torch.where(torch.arange(30) < 11, 60.0, -60.0)
+    ids = (torch.arange(30) >= 11).long()[None].to(device)
+    assert_matches(on(device, inputs | {"i": i.requires_grad_()}), ids)
+
+
+def test_a_returning_id_starts_a_new_document(device: str) -> None:
+    inputs = on(device, random_inputs(1, 1, 40, 16, seed=10))
+    assert_matches(inputs, torch.tensor([[0] * 20 + [1] * 5 + [0] * 15], device=device))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 2)])
+def test_grouped_values_match_reference(device: str, heads: int, groups: int) -> None:
+    inputs = on(device, random_inputs(1, heads, 35, 16, 32, groups, seed=heads))
+    assert_matches(inputs, random_segments(1, 35, mean_length=12, seed=1).to(device))
+
+
+GATES = {"input": ("i",), "forget": ("f",), "both": ("i", "f")}
+
+
+@pytest.mark.parametrize("names", GATES.values(), ids=GATES.keys())
+def test_gates_at_60_match_reference(device: str, names: tuple[str, ...]) -> None:
+    inputs = random_inputs(1, 2, 50, 16, seed=6)
+    draw = torch.Generator().manual_seed(7)
+    for name in names:
+        inputs[name] = (120.0 * torch.randint(0, 2, inputs[name].shape, generator=draw) - 60.0).requires_grad_()
+    assert_matches(on(device, inputs))
+
+
+def test_one_closed_gate_costs_no_later_pair_its_accuracy(device: str) -> None:
+    # With float32 cumulative sums, log f = -1e6 at one token leaves no digit in the differences after it.
+    inputs = random_inputs(1, 2, 2 * L, 16, seed=9)
+    f = inputs["f"].detach().clone()
+    f[:, :, 3] = -1e6
+    assert_matches(on(device, inputs | {"f": f.requires_grad_()}))
+
+
+def test_zero_keys_give_zero_and_zero_gradients(device: str) -> None:
+    inputs = random_inputs(1, 1, 20, 16, seed=17)
+    inputs["k"] = torch.zeros_like(inputs["k"]).requires_grad_()
+    actual = run(on(device, inputs), None)
+    assert all(torch.count_nonzero(actual[name]) == 0 for name in ("h0", "dq", "df"))
+    assert all(torch.isfinite(x).all() for x in actual.values())
+
+
+def test_the_ratio_has_no_floor(device: str) -> None:
+    inputs = random_inputs(1, 1, 40, 16, seed=18)
+    small = {name: (x.detach() * 1e-12 if name in "qk" else x.detach()).requires_grad_() for name, x in inputs.items()}
+    expected = outputs_and_grads(lambda **x: mlstm_reference(**x)[0], to_float64(small))
+    actual = outputs_and_grads(
+        lambda **x: triton_mlstm.mlstm_triton(**x, segment_ids=None, state=None, config=SMALL)[0], on(device, small)
+    )
+    found = ratios(actual, expected)
+    assert all(ratio < BOUND for ratio in found.values()), found
+
+
+# Measured in the interpreter: at most 3.8e-4, the rounding of h, dh and the gradients to float16 (2^-12 at most).
+def test_float16_loses_only_its_rounding(device: str) -> None:
+    inputs = on(device, random_inputs(1, 2, 40, 32, G=1, seed=0), torch.float16)
+    actual = run(inputs, None)
+    assert actual["h0"].dtype == actual["dv"].dtype == torch.float16
+    assert actual["h1"].dtype == torch.float32
+    found = ratios(actual, truth(inputs, None))
+    assert all(ratio < 5e-4 for ratio in found.values()), found
+
+
+@pytest.mark.parametrize("lengths", [[20, 20], [1, 39], [16, 24]])
+def test_passes_with_carried_state_equal_one_pass(device: str, lengths: list[int]) -> None:
+    inputs = on(device, random_inputs(1, 2, 40, 16, seed=12))
+
+    def in_passes(**x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state, outputs = None, []
+        for part in zip(*(t.split(lengths, dim=2) for t in x.values()), strict=True):
+            h, state = triton_mlstm.mlstm_triton(*part, None, state, SMALL)
+            outputs.append(h)
+        return torch.cat(outputs, dim=2), state.C, state.n
+
+    found = ratios(outputs_and_grads(in_passes, inputs), run(inputs, None))
+    assert all(ratio < 2e-6 for ratio in found.values()), found
+
+
+def test_tiles_and_chunks_of_any_size_agree(device: str) -> None:
+    inputs = on(device, random_inputs(1, 1, 70, 64, 32, seed=13))
+    for config in (
+        MLSTMConfig(32, *[Launch(32, 16, 4, 1)] * 5),
+        MLSTMConfig(64, *[Launch(64, 32, 4, 1)] * 5),
+    ):
+        assert_matches(inputs, random_segments(1, 70, mean_length=25, seed=2).to(device), config)
+
+
+def test_public_operator_runs_the_kernels_of_the_table(device: str) -> None:
+    inputs = on(device, random_inputs(1, 2, 70, 32, G=1, seed=14))
+    strided = {n: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for n, x in inputs.items()}
+    found = ratios(
+        outputs_and_grads(lambda **x: mlstm(**x, backend="triton"), strided),
+        outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), inputs),
+    )
+    assert all(ratio < BOUND for ratio in found.values()), found
+    _, final = mlstm(**inputs, return_state=True, backend="triton")
+    _, expected = mlstm(**inputs, return_state=True, backend="torch")
+    assert error_ratio(final.m, expected.m) < BOUND
+    assert final.C.requires_grad
+    assert not final.m.requires_grad
