@@ -1,5 +1,6 @@
 # Each target does all its own set-up in .venv; Python 3.11 or newer and make are all a machine needs.
-PYTHON ?= $(firstword $(shell command -v python3.13 python3.12 python3.11 python3))
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
 RUN ?= runs/quickstart
 VENV := .venv
@@ -23,7 +24,7 @@ check: $(STAMP)  ## format, lint and type checks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-teacher: $(STAMP)  ## train the embedded teacher anew (about an hour on 2 cores)
+teacher: $(STAMP)  ## train the embedded teacher anew (about 15 minutes, one thread)
 	$(BIN)/python -m xlstm_distill.embedded.train --out recipes/quickstart/teacher
 
 docs: $(STAMP)  ## write the generated documents: recipe schema and reference
@@ -34,7 +35,7 @@ clean:  ## remove the environment and the runs
 
 # torch goes first: with a version that the rest accepts already there, nothing replaces it by a larger build.
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@test -n '$(PYTHON)' && $(PYTHON) $(NEW_ENOUGH) || \
 		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip

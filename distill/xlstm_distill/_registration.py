@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-AUTO_MODELS = "transformers.models.auto.modeling_auto"
+AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+PLACEHOLDERS = "xlstm_distill._placeholders"
 
 
 class _LoadThenRegister(importlib.abc.Loader):
-    """Run the wrapped loader, then import `xlstm_distill.student`, which registers the student classes."""
+    """Run the wrapped loader, then import the students' placeholders, which register themselves."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
@@ -24,16 +25,16 @@ class _LoadThenRegister(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module("xlstm_distill.student")
+        importlib.import_module(PLACEHOLDERS)
 
 
-class _AutoModelsFinder(importlib.abc.MetaPathFinder):
-    """Wait for the module that holds the Auto model mappings, once."""
+class _AutoConfigFinder(importlib.abc.MetaPathFinder):
+    """Wait for the module that holds `AutoConfig`, once."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != AUTO_MODELS:
+        if fullname != AUTO_CONFIG:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -43,12 +44,13 @@ class _AutoModelsFinder(importlib.abc.MetaPathFinder):
 
 
 def register_when_transformers_loads() -> None:
-    """Register the students now if the Auto models are loaded, else at the moment they load.
+    """Register the students now if `AutoConfig` is loaded, else at the moment it loads.
 
     A user may import this package before or after transformers, and the command line must answer `--help`
-    without importing either; a hook on one module is what serves all three.
+    without importing either; a hook on one module is what serves all three. Only placeholders are imported then:
+    the classes that students are made of are often what transformers is in the middle of importing.
     """
-    if AUTO_MODELS in sys.modules:
-        importlib.import_module("xlstm_distill.student")
+    if AUTO_CONFIG in sys.modules:
+        importlib.import_module(PLACEHOLDERS)
     else:
-        sys.meta_path.insert(0, _AutoModelsFinder())
+        sys.meta_path.insert(0, _AutoConfigFinder())

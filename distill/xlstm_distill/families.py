@@ -6,15 +6,16 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from xlstm_distill.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CausalLM: TypeAlias = Any
 """A causal language model of transformers, teacher or student: its attributes are set per instance, so not typed."""
-Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Rotary: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Family:
     @property
     def config(self) -> Any:
         """The family's configuration class."""
-        return self.causal_lm.config_class
+        module = importlib.import_module(f"transformers.models.{self.model_type}.configuration_{self.model_type}")
+        return getattr(module, f"{self.class_prefix}Config")
 
     @property
     def apply_rotary(self) -> Rotary:

@@ -124,7 +124,8 @@ class Distill(Optimization):
         default=0.1, description="Weight of the KL divergence to the teacher (paper's beta)."
     )
     trainable: Literal["all", "mixer"] = Field(
-        default="all", description="Parameters that train: `all` (the paper's), or only those the mixers add."
+        default="all",
+        description="Parameters that train: `all` (the paper's), or the mixers' own (projections, maps, gates).",
     )
     experts: dict[Name, Expert] = Field(min_length=1, description="Experts by name; one alone makes no merge.")
 

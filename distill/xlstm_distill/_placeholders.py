@@ -1,0 +1,33 @@
+"""Stand-ins for the students' configurations, which give way to the real ones when the first student is loaded."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from xlstm_distill.families import FAMILIES
+
+
+class _Placeholder(PreTrainedConfig):
+    """Registered under a student's model type; whatever is made of it is made of the real class."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._real()(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._real().from_dict(*args, **kwargs)
+
+    @classmethod
+    def _real(cls) -> Any:
+        """Import the students, which replaces this class in the registry."""
+        students = importlib.import_module("xlstm_distill.student").STUDENTS
+        return students[cls.model_type.removeprefix("xlstm_")].config_class
+
+
+for _model_type in FAMILIES:
+    _name = f"xlstm_{_model_type}"
+    AutoConfig.register(_name, type("_Placeholder", (_Placeholder,), {"__module__": __name__, "model_type": _name}))
