@@ -105,6 +105,10 @@ class Run:
         """Where the artifact of a stage (`stage` or `stage/name`) lies."""
         return self.directory / "artifacts" / label
 
+    def work_directory(self, request: Request) -> Path:
+        """Where what an artifact is made of lies until it is published: checkpoints and the log of a training."""
+        return self.directory / "training" / f"{request.label.replace('/', '-')}-{request.fingerprint[:12]}"
+
     def find(self, request: Request) -> Artifact | None:
         """Return the published artifact if it was made from exactly this, else None."""
         artifact = self.load(request.label)
@@ -141,6 +145,8 @@ class Run:
             self._build(request, build)
         wait_for_everyone()
         artifact = self.need(request.label, request.fingerprint)
+        if is_main_process():
+            shutil.rmtree(self.work_directory(request), ignore_errors=True)
         return replace(artifact, reused=False)
 
     def _build(self, request: Request, build: Callable[[Draft], None]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xlstm_distill import stopping
 from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.distributed import is_main_process
 from xlstm_distill.errors import RunError, UserError
@@ -213,10 +214,11 @@ def _print_summary(directory: Path, console: Console) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors(debug: bool) -> Iterator[None]:
-    """Turn an error into one line on stderr and an exit code: 2 for bad input, 1 at run time, 130 when interrupted.
+    """Turn an error into one line on stderr and an exit code: 2 for bad input, 1 at run time, 130 or 75 when stopped.
 
     This is the outermost frame, so it takes every exception: what is not bad input is a failure of the run.
     """
+    stopping.listen()
     try:
         yield
     except typer.Exit:
@@ -224,6 +226,9 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("Interrupted. Finished stages are kept: run the command again to go on.", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except stopping.Stopped as request:
+        typer.echo(str(request), err=True)
+        raise typer.Exit(stopping.EXIT_CODE) from None
     except Exception as error:
         if debug:
             traceback.print_exc()

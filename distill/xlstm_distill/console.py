@@ -23,6 +23,9 @@ class Progress(Protocol):
     def update(self, n: float, *, total: float | None = None, **metrics: float) -> None:
         """Add `n` units done and show the latest metrics; `total` replaces the total, if it was not known before."""
 
+    def skip(self, n: float) -> None:
+        """Count `n` units as done before this progress began: they are no part of its rate."""
+
 
 class Console:
     """Writes lines and progress to one stream; a stream that is no terminal gets no control characters."""
@@ -88,7 +91,7 @@ class PlainProgress:
         self, write: Callable[[str], None], label: str, total: float | None, unit: str, clock: Callable[[], float]
     ) -> None:
         self._write, self._label, self._total, self._unit, self._clock = write, label, total, unit, clock
-        self._done = 0.0
+        self._done = self._skipped = 0.0
         self._metrics: dict[str, float] = {}
         self._started = self._written = clock()
         self._last = ""
@@ -101,6 +104,11 @@ class PlainProgress:
         if self._clock() - self._written >= PLAIN_SECONDS and not self._complete():
             self._written = self._clock()
             self._say()
+
+    def skip(self, n: float) -> None:
+        """Count `n` units as done before."""
+        self._done += n
+        self._skipped += n
 
     def finish(self) -> None:
         """Write the last line."""
@@ -115,7 +123,7 @@ class PlainProgress:
         return self._total is not None and self._done >= self._total
 
     def _line(self) -> str:
-        rate = self._done / max(self._clock() - self._started, 1e-9)
+        rate = (self._done - self._skipped) / max(self._clock() - self._started, 1e-9)
         parts = [f"{short(self._done)} {self._unit}", f"{short(rate)} {self._unit}/s"]
         if self._total:
             parts[0] = f"{short(self._done)} of {short(self._total)} {self._unit} ({self._done / self._total:.0%})"
@@ -140,6 +148,10 @@ class RichProgress:
         rate = self._done / max(self._clock() - self._started, 1e-9)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self._metrics.items())
         self._bar.update(self._task, advance=n, total=total, rate=f"{short(rate)} {self._unit}/s", metrics=shown)
+
+    def skip(self, n: float) -> None:
+        """Count `n` units as done before."""
+        self._bar.update(self._task, completed=n)
 
 
 def _bar(console: rich.console.Console) -> rich.progress.Progress:

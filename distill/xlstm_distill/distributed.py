@@ -27,3 +27,20 @@ def wait_for_everyone() -> None:
 
         # The first call starts the process group; on a machine without an accelerator it has to be told so.
         PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT).wait_for_everyone()
+
+
+def process_index() -> int:
+    """This process's number among those of the run, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def all_agree(mine: bool) -> bool:
+    """Whether the answer is yes on every process; all of them must ask."""
+    if process_count() == 1:
+        return mine
+    import torch
+    from accelerate import PartialState
+
+    answer = torch.tensor([int(mine)], device=PartialState(cpu=not torch.accelerator.is_available()).device)
+    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)
+    return bool(answer.item())

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from xlstm_distill.recipe import Optimization
 
@@ -39,13 +37,3 @@ def schedule_factor(config: Optimization, steps: int, step: int) -> float:
     floor = (config.final_lr or 0.0) / config.lr
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return floor + (1 - floor) * shape
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, config: Optimization, peaks: Sequence[float]) -> LambdaLR:
-    """The recipe's schedule over as many steps as `peaks` has entries, each the peak learning rate at that step."""
-
-    def factor(step: int) -> float:
-        peak = peaks[min(step, len(peaks) - 1)]
-        return schedule_factor(config, len(peaks), step) * peak / config.lr
-
-    return LambdaLR(optimizer, factor)

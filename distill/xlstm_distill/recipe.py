@@ -25,11 +25,20 @@ from xlstm_distill.recipe_fields import (
     Section,
     Text,
 )
-from xlstm_distill.recipe_training import Align, Capture, Distill, Expert, Merge, Optimization, Phase
+from xlstm_distill.recipe_training import (
+    Align,
+    Capture,
+    Distill,
+    Expert,
+    Merge,
+    Optimization,
+    Phase,
+    Training,
+)
 
 __all__ = [
     "Align", "Capture", "Data", "Distill", "Domain", "Evaluate", "Expert", "Merge", "MixerConfig", "Optimization",
-    "Phase", "Recipe", "Report", "Source", "Student", "Task", "Teacher",
+    "Phase", "Recipe", "Report", "Source", "Student", "Task", "Teacher", "Training",
 ]  # fmt: skip
 SUM_TOLERANCE = 1e-6
 
@@ -216,6 +225,7 @@ class Recipe(Section):
     align: Align = Field(description="Stage I.")
     distill: Distill = Field(description="Stage II.")
     merge: Merge = Field(default_factory=Merge, description="Stage III.")
+    training: Training = Field(default_factory=Training, description="Checkpoints and logs of stages I and II.")
     evaluate: Evaluate = Field(description="The evaluation.")
     report: Report = Field(default_factory=Report, description="The report.")
 

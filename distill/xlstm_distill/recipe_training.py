@@ -52,6 +52,10 @@ class Optimization(Section):
     weight_decay: NonNegative = Field(default=0.1, description="AdamW's decoupled weight decay.")
     betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
     clip: Positive | None = Field(default=1.0, description="Largest norm of the gradient; null means no clipping.")
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What to do at a loss or gradient that is not finite: `stop`, or `skip` the step and say so.",
+    )
 
     @model_validator(mode="after")
     def _batch_is_whole(self) -> Self:
@@ -136,6 +140,22 @@ class Distill(Optimization):
         if taken := [name for name in self.experts if name in RESERVED]:
             raise FieldError(f"experts.{taken[0]}", "the report uses this name itself; choose another.")
         return self
+
+
+class Training(Section):
+    """How training is kept and watched; nothing here changes the weights, so nothing is made anew when it changes."""
+
+    checkpoint_steps: Count | None = Field(
+        default=500, description="Optimiser steps from one checkpoint to the next; null keeps none."
+    )
+    keep_checkpoints: Count = Field(default=2, description="Checkpoints of a training that are kept at most.")
+    validate_steps: Count | None = Field(
+        default=None,
+        description="Optimiser steps from one look at the held-out rows to the next; null: before and after only.",
+    )
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        default=(), description="Where figures go besides the log; each needs its package."
+    )
 
 
 MergeWeights = Annotated[

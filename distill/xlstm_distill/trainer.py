@@ -1,27 +1,34 @@
-"""One training loop for alignment and distillation, on Accelerate."""
+"""One training loop for alignment and distillation, on Accelerate, that ends the same however often it is cut short."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import resource
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from xlstm_distill.console import Console
+from xlstm_distill import stopping
+from xlstm_distill.checkpoints import Checkpoints, exclusive
+from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.data import Batch, DomainRows, Row, RowSchedule, load_batch
+from xlstm_distill.diagnosis import first_bad_gradient, first_bad_module
 from xlstm_distill.errors import RunError
-from xlstm_distill.optim import make_optimizer, make_schedule
-from xlstm_distill.recipe import Optimization
+from xlstm_distill.optim import make_optimizer, schedule_factor
+from xlstm_distill.recipe import Optimization, Training
 from xlstm_distill.tasks import Task
+from xlstm_distill.tracking import TrainingLog, training_log
+from xlstm_distill.training_state import TrainingState
+from xlstm_distill.validation import validate
 
-LOG_FILE = "log.jsonl"
+MOST_SKIPS = 10
+"""Steps in a row that are skipped for a loss that is not finite; then it is not the data, and training stops."""
 
 
 @dataclass(frozen=True)
@@ -47,108 +54,204 @@ class Plan:
         """Optimiser steps in all."""
         return sum(stretch.steps for stretch in self.stretches)
 
-    def rows(self) -> Iterator[list[Row]]:
-        """Rows of every step, stretch after stretch."""
+    def stretch_of(self, step: int) -> tuple[Stretch, int]:
+        """The stretch a step belongs to, and its number there."""
         for stretch in self.stretches:
-            for step in range(stretch.steps):
-                yield stretch.schedule.rows(step, self.batch)
-
-    def peaks(self) -> list[float]:
-        """Peak learning rate of every step."""
-        return [stretch.lr for stretch in self.stretches for _ in range(stretch.steps)]
+            if step < stretch.steps:
+                return stretch, step
+            step -= stretch.steps
+        raise IndexError(step)
 
 
-def train(
-    task: Task,
-    optim: Optimization,
-    plan: Plan,
-    domains: Mapping[str, DomainRows],
-    directory: Path,
-    console: Console,
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """Train the task's trainable parameters in place; log every step to `directory/log.jsonl`.
+@dataclass(frozen=True)
+class Outcome:
+    """The last step's figures, and the held-out figures before and after."""
 
-    Losses are averaged over the tokens of the whole optimiser step, on all processes and micro-batches together.
-    Returns the last step's figures.
+    last: dict[str, float]
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+class Trainer:
+    """Trains a task's trainable parameters in place.
+
+    Losses are averaged over the tokens of the whole optimiser step, on all processes and micro-batches together. The
+    rows and the learning rate of a step are functions of its number, so that a checkpoint holds tensors and a number.
+    `directory` keeps checkpoints and the log between two runs of the same training.
 
     Raises:
-        RunError: the loss or the gradient is not finite, or the processes cannot share the batch evenly.
+        RunError: the processes cannot share the batch evenly, or a loss or gradient is not finite.
+        Stopped: a signal asked for it; a checkpoint was written before.
     """
-    if plan.batch % accelerator.num_processes:
-        raise RunError(
-            f"{plan.label}: batch {plan.batch} cannot be shared by {accelerator.num_processes} processes; "
-            "start a number of processes that divides it."
-        )
-    optimizer = make_optimizer(task.named_parameters(), optim)
-    schedule = make_schedule(optimizer, optim, plan.peaks())
-    wrapped, optimizer = accelerator.prepare(task, optimizer)
-    wrapped.train()
-    figures: dict[str, float] = {}
-    context = next(iter(domains.values())).context
-    with (
-        (directory / LOG_FILE).open("w") as log,
-        console.progress(plan.label, plan.steps * plan.batch * context) as bar,
-    ):
-        for step, rows in enumerate(plan.rows()):
-            started = time.monotonic()
-            batches = _micro_batches(rows, domains, plan, accelerator)
-            figures = _step(wrapped, task, batches, optimizer, optim.clip, accelerator, f"{plan.label}: step {step}")
-            figures["lr"] = float(schedule.get_last_lr()[0])
-            schedule.step()
-            figures["tokens_per_second"] = plan.batch * context / (time.monotonic() - started)
-            if accelerator.is_main_process:
-                log.write(json.dumps({"step": step, **figures}) + "\n")
-            bar.update(plan.batch * context, loss=figures["loss"])
-    return figures
 
-
-def _micro_batches(
-    rows: list[Row], domains: Mapping[str, DomainRows], plan: Plan, accelerator: Accelerator
-) -> list[Batch]:
-    """This process's share of a step's rows, in micro-batches."""
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    return [
-        load_batch(domains, mine[start : start + plan.micro_batch]).to(accelerator.device)
-        for start in range(0, len(mine), plan.micro_batch)
-    ]
-
-
-def _step(
-    wrapped: nn.Module,
-    task: Task,
-    batches: list[Batch],
-    optimizer: torch.optim.Optimizer,
-    clip: float | None,
-    accelerator: Accelerator,
-    where: str,
-) -> dict[str, float]:
-    """One optimiser step; returns its loss parts per token and the gradient norm."""
-    counts = torch.tensor([sum(task.count(b) for b in batches)], device=accelerator.device)
-    tokens = int(accelerator.reduce(counts, "sum"))
-    if tokens == 0:
-        raise RunError(f"{where}: none of its rows {_names(batches)} has a supervised token; check the data's labels.")
-    totals: dict[str, torch.Tensor] = {}
-    for n, batch in enumerate(batches):
-        with contextlib.nullcontext() if n == len(batches) - 1 else accelerator.no_sync(wrapped):
-            sums = wrapped(batch)
-            # Gradients are averaged over processes afterwards; the factor turns that mean back into a sum.
-            accelerator.backward(sums.loss * (accelerator.num_processes / tokens))
-        for name, value in {"loss": sums.loss.detach(), **sums.parts}.items():
-            totals[name] = totals.get(name, 0) + value.float()
-    stacked = accelerator.reduce(torch.stack(list(totals.values())), "sum") / tokens
-    figures = dict(zip(totals, stacked.tolist(), strict=True))
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), clip if clip is not None else math.inf)
-    figures["grad_norm"] = float(norm)
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(figures[name]):
+    def __init__(
+        self,
+        task: Task,
+        optim: Optimization,
+        plan: Plan,
+        domains: Mapping[str, DomainRows],
+        directory: Path,
+        accelerator: Accelerator,
+        *,
+        training: Training | None = None,
+        console: Console | None = None,
+    ) -> None:
+        if plan.batch % accelerator.num_processes:
             raise RunError(
-                f"{where}: {name} is {figures[name]} (rows {_names(batches)}); nothing was published. "
-                "Lower lr, or look at these rows."
+                f"{plan.label}: batch {plan.batch} cannot be shared by {accelerator.num_processes} processes; "
+                "start a number of processes that divides it."
             )
-    optimizer.step()
-    optimizer.zero_grad()
-    return figures
+        self.task, self.optim, self.plan, self.domains, self.directory = task, optim, plan, domains, directory
+        self.accelerator, self.training = accelerator, training or Training()
+        self.console = console or QuietConsole()
+        self.tokens_per_step = plan.batch * next(iter(domains.values())).context
+        self.wrapped, self.optimizer = accelerator.prepare(task, make_optimizer(task.named_parameters(), optim))
+        self.state = TrainingState(task, self.optimizer)
+        self.checkpoints = Checkpoints(directory, self.training.keep_checkpoints)
+        self.skipped = 0
+
+    def run(self) -> Outcome:
+        """Train from the newest checkpoint, or from the start, to the end."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.directory) if self.accelerator.is_main_process else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> Outcome:
+        start, before = self._resume()
+        before = before or self.validate()
+        last: dict[str, float] = {}
+        with (
+            stopping.deferred(),
+            self._log(start) as log,
+            self.console.progress(self.plan.label, self.plan.steps * self.tokens_per_step) as bar,
+        ):
+            bar.skip(start * self.tokens_per_step)
+            for step in range(start, self.plan.steps):
+                last, asked = self._timed_step(step)
+                if self._due(self.training.validate_steps, step + 1):
+                    last |= {f"held_out_{name}": value for name, value in self.validate().items()}
+                if log is not None:
+                    log.write(step, last)
+                bar.update(self.tokens_per_step, loss=last.get("loss", math.nan))
+                if asked:
+                    self._save(step + 1, before)
+                    raise stopping.stop(f"after step {step} of {self.plan.label}, which is in a checkpoint")
+                if self._due(self.training.checkpoint_steps, step + 1):
+                    self._save(step + 1, before)
+            return Outcome(last, before, self.validate())
+
+    def _due(self, every: int | None, done: int) -> bool:
+        return every is not None and done % every == 0 and done < self.plan.steps
+
+    def _resume(self) -> tuple[int, dict[str, float] | None]:
+        """Load the newest checkpoint: the step to go on with, and the held-out figures of the start."""
+        found = self.checkpoints.latest(self.console.line)
+        if found is None:
+            return 0, None
+        exact = self.state.load(found)
+        self.console.line(
+            f"{self.plan.label}: goes on at step {found.step} of {self.plan.steps}"
+            + ("" if exact else f"; {found.processes} processes wrote the checkpoint, so not to the last bit as before")
+        )
+        return found.step, dict(found.facts["before"])
+
+    def _save(self, step: int, before: dict[str, float]) -> None:
+        self.checkpoints.save(step, self.state.tensors(), {"before": before, "layout": self.state.layout()})
+
+    def _log(self, start: int) -> contextlib.AbstractContextManager[TrainingLog | None]:
+        """The main process's log."""
+        if not self.accelerator.is_main_process:
+            return contextlib.nullcontext()
+        header = {
+            "steps": self.plan.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "processes": self.accelerator.num_processes,
+            "distributed_type": str(self.accelerator.distributed_type.value),
+        }
+        return training_log(self.directory, self.plan.label, header, start, self.training.trackers)
+
+    def _timed_step(self, step: int) -> tuple[dict[str, float], bool]:
+        """Do a step; returns its figures and whether a process was asked to stop."""
+        started = time.monotonic()
+        stretch, number = self.plan.stretch_of(step)
+        lr = schedule_factor(self.optim, self.plan.steps, step) * stretch.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batches = self._micro_batches(stretch.schedule.rows(number, self.plan.batch))
+        figures, asked = self._step(step, batches)
+        figures["lr"] = lr
+        figures["tokens_per_second"] = self.tokens_per_step / (time.monotonic() - started)
+        figures["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
+        return figures, asked
+
+    def _micro_batches(self, rows: list[Row]) -> list[Batch]:
+        """This process's share of a step's rows, in micro-batches."""
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        size = self.plan.micro_batch
+        return [
+            load_batch(self.domains, mine[start : start + size]).to(self.accelerator.device)
+            for start in range(0, len(mine), size)
+        ]
+
+    def _step(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], bool]:
+        """One optimiser step; returns its loss parts per token, its gradient norm, and who was asked to stop."""
+        accelerator, where = self.accelerator, f"{self.plan.label}: step {step}"
+        counted = [sum(self.task.count(b) for b in batches), int(stopping.requested())]
+        tokens, asked = accelerator.reduce(torch.tensor(counted, device=accelerator.device), "sum").tolist()
+        if tokens == 0:
+            raise RunError(
+                f"{where}: none of its rows {_names(batches)} has a supervised token; check the data's labels."
+            )
+        figures = self._backward(batches, tokens)
+        clip = self.optim.clip if self.optim.clip is not None else math.inf
+        figures["grad_norm"] = float(accelerator.clip_grad_norm_(self.wrapped.parameters(), clip))
+        if bad := next((name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])), None):
+            self._not_finite(bad, figures[bad], batches, where)
+            figures = {name: value for name, value in figures.items() if math.isfinite(value)} | {"skipped": 1.0}
+        else:
+            self.skipped = 0
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return figures, bool(asked)
+
+    def _backward(self, batches: list[Batch], tokens: int) -> dict[str, float]:
+        """Run the micro-batches forward and backward; returns the loss and its parts per token of the whole step."""
+        accelerator = self.accelerator
+        totals: dict[str, torch.Tensor] = {}
+        for n, batch in enumerate(batches):
+            last = n == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                sums = self.wrapped(batch)
+                # Gradients are averaged over processes afterwards; the factor turns that mean back into a sum.
+                accelerator.backward(sums.loss * (accelerator.num_processes / tokens))
+            for name, value in {"loss": sums.loss.detach(), **sums.parts}.items():
+                totals[name] = totals.get(name, 0) + value.float()
+        stacked = accelerator.reduce(torch.stack(list(totals.values())), "sum") / tokens
+        return dict(zip(totals, stacked.tolist(), strict=True))
+
+    def _not_finite(self, name: str, value: float, batches: list[Batch], where: str) -> None:
+        """Say where it comes from; then stop, or skip the step if the recipe says so.
+
+        Raises:
+            RunError: the recipe says stop, or too many steps in a row were skipped.
+        """
+        origin = first_bad_module(self.wrapped, batches) if name == "loss" else first_bad_gradient(self.task)
+        message = f"{where}: {name} is {value}, first at {origin or 'the loss'} (rows {_names(batches)})"
+        self.skipped += 1
+        if self.optim.non_finite == "skip" and self.skipped <= MOST_SKIPS:
+            self.console.line(f"{message}; the step is skipped")
+            return
+        again = (
+            f"{MOST_SKIPS} steps before it were skipped, so it is not these rows alone. " if self.skipped > 1 else ""
+        )
+        raise RunError(
+            f"{message}; nothing was published, the last checkpoint is kept. {again}Lower lr, look at these rows, or "
+            f"set non_finite: skip."
+        )
+
+    def validate(self) -> dict[str, float]:
+        """Held-out figures of the task as it is now."""
+        return validate(self.wrapped, self.task.count, self.domains, self.plan.micro_batch, self.accelerator)
 
 
 def _names(batches: Sequence[Batch]) -> str:
@@ -156,17 +259,9 @@ def _names(batches: Sequence[Batch]) -> str:
     return ", ".join(rows[:4]) + (", ..." if len(rows) > 4 else "")
 
 
-@torch.no_grad()
-def validate(task: Task, domains: Mapping[str, DomainRows], batch: int, device: torch.device) -> dict[str, float]:
-    """Mean loss parts per token over the validation rows of the given domains."""
-    names = [(name, index) for name, rows in domains.items() for index in range(rows.validation)]
-    totals: dict[str, float] = {}
-    tokens = 0
-    task.eval()
-    for start in range(0, len(names), batch):
-        part = load_batch(domains, names[start : start + batch]).to(device)
-        sums = task(part)
-        tokens += task.count(part)
-        for name, value in sums.parts.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    return {name: value / max(tokens, 1) for name, value in totals.items()}
+def peak_memory(device: torch.device) -> int:
+    """Most memory this process has held (bytes): on the device, or on a CPU altogether."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

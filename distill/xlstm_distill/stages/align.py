@@ -10,17 +10,27 @@ from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import RowSchedule
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.stages.common import align_request, make_accelerator, open_domains, prepare_domains, save_model
+from xlstm_distill.stages.common import (
+    align_request,
+    keep_training,
+    make_accelerator,
+    open_domains,
+    prepare_domains,
+    save_model,
+)
 from xlstm_distill.student import convert
 from xlstm_distill.tasks import AlignTask
 from xlstm_distill.teacher import load_teacher, load_tokenizer
-from xlstm_distill.trainer import Plan, Stretch, train, validate
+from xlstm_distill.tracking import check_trackers
+from xlstm_distill.trainer import Plan, Stretch, Trainer
 
 
 def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
     """Convert the teacher and align the new parameters; the result is the seed θ(0) of every expert."""
     weights = recipe.align.domains or dict.fromkeys(recipe.data.domains, 1.0)
+    check_trackers(recipe.training.trackers)
     data = prepare_domains(recipe, run, weights, console)
+    request = align_request(recipe, data)
 
     def build(draft: Draft) -> None:
         accelerator = make_accelerator(recipe)
@@ -34,14 +44,14 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
         schedule = RowSchedule(domains, weights, recipe.seed, steps * recipe.align.batch)
         stretch = Stretch(schedule, steps, recipe.align.lr)
         plan = Plan("align", (stretch,), recipe.align.batch, recipe.align.micro_batch or recipe.align.batch)
-        before = validate(task, domains, plan.micro_batch, accelerator.device)
-        train(task, recipe.align, plan, domains, draft.path, console, accelerator)
-        after = validate(task, domains, plan.micro_batch, accelerator.device)
-        draft.results |= {"steps": steps, "validation_before": before, "validation_after": after}
-        save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
-        console.line(
-            f"align: held-out relative error {before['mse'] / before['teacher_power']:.3f} -> "
-            f"{after['mse'] / after['teacher_power']:.3f}"
+        work = run.work_directory(request)
+        trainer = Trainer(
+            task, recipe.align, plan, domains, work, accelerator, training=recipe.training, console=console
         )
+        outcome = trainer.run()
+        keep_training(draft, work, plan, outcome)
+        save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
+        errors = [held["mse"] / held["teacher_power"] for held in (outcome.before, outcome.after)]
+        console.line(f"align: held-out relative error {errors[0]:.3f} -> {errors[1]:.3f}")
 
-    return run.make(align_request(recipe, data), build, together=True)
+    return run.make(request, build, together=True)

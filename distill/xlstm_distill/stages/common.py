@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import transformers
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from xlstm_distill.artifacts import Artifact, Request, Run
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, prepare_domain
-from xlstm_distill.distributed import process_count
+from xlstm_distill.distributed import is_main_process, process_count
 from xlstm_distill.errors import RunError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.teacher import load_tokenizer, teacher_hash
+from xlstm_distill.tracking import LOG_FILE
+from xlstm_distill.trainer import Outcome, Plan
 
 
 def quiet_libraries() -> None:
@@ -78,7 +81,7 @@ def align_request(recipe: Recipe, data: Mapping[str, Artifact]) -> Request:
     """What the seed weights θ(0) of all experts are made from."""
     return Request(
         "align",
-        parts={"align": part(recipe.align), "mixer": part(recipe.student.mixer), "seed": recipe.seed},
+        parts={"align": part(recipe.align, "micro_batch"), "mixer": part(recipe.student.mixer), "seed": recipe.seed},
         inputs={"teacher": teacher_hash(recipe.teacher), **data_inputs(data)},
     )
 
@@ -91,6 +94,18 @@ def capture_request(recipe: Recipe, domain: str, data: Artifact) -> Request:
         parts={"top_k": recipe.capture.top_k},
         inputs={"teacher": teacher_hash(recipe.teacher), f"data/{domain}": data.fingerprint},
     )
+
+
+def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> None:
+    """Note a training's outcome in its artifact, and keep its log."""
+    draft.results |= {
+        "steps": plan.steps,
+        "last": outcome.last,
+        "validation_before": outcome.before,
+        "validation_after": outcome.after,
+    }
+    if is_main_process():
+        shutil.copy(work / LOG_FILE, draft.path / LOG_FILE)
 
 
 def save_model(model: CausalLM, tokenizer: Any, directory: Path) -> None:

@@ -19,6 +19,7 @@ from xlstm_distill.stages.common import (
     capture_request,
     data_inputs,
     expert_domains,
+    keep_training,
     load_student,
     make_accelerator,
     open_domains,
@@ -29,7 +30,8 @@ from xlstm_distill.stages.common import (
 from xlstm_distill.targets import OnlineTargets, StoredTargets, TargetSource
 from xlstm_distill.tasks import DistillTask
 from xlstm_distill.teacher import load_teacher, load_tokenizer, teacher_hash
-from xlstm_distill.trainer import Plan, Stretch, train, validate
+from xlstm_distill.tracking import check_trackers
+from xlstm_distill.trainer import Plan, Stretch, Trainer
 
 
 def run(recipe: Recipe, run: Run, console: Console, expert: str | None = None) -> list[Artifact]:
@@ -37,6 +39,7 @@ def run(recipe: Recipe, run: Run, console: Console, expert: str | None = None) -
     if expert is not None and expert not in recipe.distill.experts:
         known = ", ".join(recipe.distill.experts)
         raise UserError(f"--expert: {expert!r} is not in the recipe's distill.experts; it has {known}.")
+    check_trackers(recipe.training.trackers)
     return [_run_expert(recipe, run, name, console) for name in ([expert] if expert else recipe.distill.experts)]
 
 
@@ -47,7 +50,7 @@ def expert_request(recipe: Recipe, name: str, data: Mapping[str, Artifact], seed
         if recipe.capture.targets == "stored":
             inputs[f"capture/{domain}"] = capture_request(recipe, domain, artifact).fingerprint
     parts = {
-        "distill": part(recipe.distill, "experts"),
+        "distill": part(recipe.distill, "experts", "micro_batch"),
         "expert": part(recipe.distill.experts[name]),
         "capture": part(recipe.capture, "batch"),
         "seed": recipe.seed,
@@ -92,14 +95,14 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         domains = open_domains(recipe, data)
         stretches = _stretches(recipe, recipe.distill.experts[name], domains)
         plan = Plan(f"distill/{name}", stretches, settings.batch, settings.micro_batch or settings.batch)
-        before = validate(task, domains, plan.micro_batch, accelerator.device)
-        train(task, settings, plan, domains, draft.path, console, accelerator)
-        after = validate(task, domains, plan.micro_batch, accelerator.device)
-        draft.results |= {"steps": plan.steps, "validation_before": before, "validation_after": after}
+        work = run.work_directory(request)
+        trainer = Trainer(task, settings, plan, domains, work, accelerator, training=recipe.training, console=console)
+        outcome = trainer.run()
+        keep_training(draft, work, plan, outcome)
         save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
         console.line(
-            f"{plan.label}: held-out CE {before['ce']:.3f} -> {after['ce']:.3f}, "
-            f"KL {before['kl']:.3f} -> {after['kl']:.3f} nats"
+            f"{plan.label}: held-out CE {outcome.before['ce']:.3f} -> {outcome.after['ce']:.3f}, "
+            f"KL {outcome.before['kl']:.3f} -> {outcome.after['kl']:.3f} nats"
         )
 
     return run.make(request, build, together=True)

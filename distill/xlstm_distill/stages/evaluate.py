@@ -12,7 +12,7 @@ from xlstm_distill.artifacts import Artifact, Draft, Request, Run, hash_path
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, load_batch
 from xlstm_distill.families import CausalLM
-from xlstm_distill.mixer import OutputGate
+from xlstm_distill.gates import GateMeter
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.common import (
     data_inputs,
@@ -145,27 +145,14 @@ def _score(
 
 @torch.no_grad()
 def mean_gates(model: CausalLM, domains: dict[str, DomainRows], device: torch.device) -> list[list[float]]:
-    """Mean output gate of every layer and head over held-out rows: 0 is all window, 1 is all mLSTM. Layers x heads.
-
-    Empty where the mixers have one branch only, and so no gate.
-    """
-    gates = [module for module in model.modules() if isinstance(module, OutputGate)]
+    """Mean output gate of every layer and head over held-out rows, layers x heads; empty where there are no gates."""
     rows = [(name, row) for name, held in domains.items() for row in range(min(GATE_ROWS, held.validation))]
-    if not gates or not rows:
+    if not rows:
         return []
     batch = load_batch(domains, rows).to(device)
-    sums: dict[int, torch.Tensor] = {}
-    weight = batch.real[:, None, :, None].float()
-
-    def record(number: int, output: torch.Tensor) -> None:
-        sums[number] = (output.float() * weight).sum(dim=(0, 2, 3)) / weight.sum()
-
-    handles = [g.register_forward_hook(lambda _, __, out, n=n: record(n, out)) for n, g in enumerate(gates)]
-    try:
+    with GateMeter(model) as meter:
+        meter.expect(batch.real)
         model.model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, use_cache=False
         )
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [[round(x, 6) for x in sums[n].tolist()] for n in range(len(gates))]
+    return meter.means()

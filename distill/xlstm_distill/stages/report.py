@@ -18,7 +18,7 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe_io import recipe_to_yaml
 from xlstm_distill.stages.common import part
 from xlstm_distill.stages.evaluate import MERGED, TEACHER, find_evaluations
-from xlstm_distill.trainer import LOG_FILE
+from xlstm_distill.tracking import LOG_FILE
 from xlstm_eval.report import Curve, ReportData, ReportModel, write_report
 from xlstm_eval.schema import EvalError, TaskResult
 
@@ -88,7 +88,7 @@ def _losses(recipe: Recipe, run: Run) -> dict[str, dict[str, Curve]]:
     for label, series in stages.items():
         file = run.path(label) / LOG_FILE
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        if lines:
+        if lines := [line for line in lines if not line.get("skipped")]:
             curves[label] = {name: _curve(lines, name) for name in series}
     return curves
 

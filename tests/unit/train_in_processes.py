@@ -1,6 +1,6 @@
 """Trains a small distillation in however many processes it was started; the first writes the weights.
 
-Started by test_training.py through torch.distributed.run.
+Started through torch.distributed.run with: file for the weights, directory for checkpoints, steps.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlstm_distill import MixerConfig, convert
+from xlstm_distill import MixerConfig, convert, stopping
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.console import QuietConsole
 from xlstm_distill.data import DomainRows, RowSchedule, _write_rows
 from xlstm_distill.packing import Tokens, pack
-from xlstm_distill.recipe import Align
+from xlstm_distill.recipe import Align, Training
 from xlstm_distill.targets import OnlineTargets
 from xlstm_distill.tasks import DistillTask
-from xlstm_distill.trainer import Plan, Stretch, train
+from xlstm_distill.trainer import Plan, Stretch, Trainer
 
 
-def main(out: str) -> None:
+def main(out: Path, directory: Path, steps: int) -> None:
+    stopping.listen()
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -40,11 +41,15 @@ def main(out: str) -> None:
         ]
         _write_rows(iter(list(pack(documents, 32, 0))), Path(folder) / "rows.arrow", 32, lambda: None)
         domains = {"a": DomainRows("a", Artifact(Path(folder), {}), validation=2)}
-        stretch = Stretch(RowSchedule(domains, {"a": 1.0}, 0, 32), 4, 1e-2)
+        stretch = Stretch(RowSchedule(domains, {"a": 1.0}, 0, steps * 8), steps, 1e-2)
         plan = Plan("test", (stretch,), 8, 2)
-        train(task, Align(tokens=4096, batch=8), plan, domains, Path(folder), QuietConsole(), accelerator)
+        training = Training(checkpoint_steps=3)
+        Trainer(task, Align(tokens=4096, batch=8), plan, domains, directory, accelerator, training=training).run()
     if accelerator.is_main_process:
-        torch.save(student.state_dict(), out)
+        save_file({name: tensor.clone() for name, tensor in student.state_dict().items()}, out)
 
 
-main(sys.argv[1])
+try:
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+except stopping.Stopped:
+    sys.exit(stopping.EXIT_CODE)

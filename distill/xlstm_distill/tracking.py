@@ -1,0 +1,99 @@
+"""What a training writes down while it runs: one JSON line a step, always; and the trackers the recipe names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+from xlstm_distill.errors import UserError
+
+LOG_FILE, HEADER_FILE = "log.jsonl", "training.json"
+
+
+class TrainingLog:
+    """Appends a line of figures for each step, and sends them to the trackers."""
+
+    def __init__(self, file: Path, trackers: Sequence[GeneralTracker], start: int) -> None:
+        _keep_before(file, start)
+        self.stream = file.open("a")
+        self.trackers = trackers
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the figures of a step."""
+        self.stream.write(json.dumps({"step": step, **figures}) + "\n")
+        self.stream.flush()
+        for tracker in self.trackers:
+            tracker.log(dict(figures), step=step)
+
+
+@contextlib.contextmanager
+def training_log(
+    directory: Path, label: str, header: Mapping[str, Any], start: int, trackers: Sequence[str]
+) -> Iterator[TrainingLog]:
+    """Open the log in a training's directory to go on at step `start`; lines of later steps are dropped first.
+
+    `header` is what another shell needs to make sense of the lines: steps in all, tokens of a step.
+    """
+    facts = {
+        **header,
+        "label": label,
+        "first_step": start,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    (directory / HEADER_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    opened = [_open_tracker(name, label, directory.parent, facts) for name in trackers]
+    log = TrainingLog(directory / LOG_FILE, opened, start)
+    try:
+        yield log
+    finally:
+        log.stream.close()
+        for tracker in opened:
+            tracker.finish()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker whose package is not installed, before any work is done.
+
+    Raises:
+        UserError: names the tracker and what to install.
+    """
+    for n, name in enumerate(names):
+        if find_spec(name) is None:
+            raise UserError(
+                f"training.trackers[{n}]: {name!r} is not installed; "
+                "pip install 'xlstm-distill[trackers]', or leave it out."
+            )
+
+
+def _open_tracker(name: str, label: str, directory: Path, facts: Mapping[str, Any]) -> GeneralTracker:
+    run_name = label.replace("/", "-")
+    kind: Any = LOGGER_TYPE_TO_CLASS[name]
+    arguments = {"logging_dir": directory / name} if kind.requires_logging_directory else {}
+    tracker = kind(run_name, **arguments)
+    if hasattr(tracker, "start"):
+        tracker.start()
+    tracker.store_init_configuration({key: value for key, value in facts.items() if value is not None})
+    return tracker
+
+
+def _keep_before(file: Path, start: int) -> None:
+    """Drop the lines of steps that will be done again; a line that a crash cut short is one of them."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] < start:
+                kept.append(line + "\n")
+    file.write_text("".join(kept))
