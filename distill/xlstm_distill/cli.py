@@ -136,6 +136,23 @@ def report(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = N
 
 
 @app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show how far a run is, from another shell."""
+    with _one_line_errors(debug):
+        from xlstm_distill.status import read_status, status_table, to_json
+
+        stages = read_status(run_dir)
+        if as_json:
+            typer.echo(to_json(stages))
+        else:
+            Console().rich().print(status_table(stages))
+
+
+@app.command()
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE.json", help='Scores: {"tasks": [{"task", "teacher", ...}]}.')],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
