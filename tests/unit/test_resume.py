@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,53 +18,50 @@ from xlstm_distill.checkpoints import INDEX, Checkpoints, exclusive
 from xlstm_distill.errors import RunError
 from xlstm_kernels.testing import error_ratio
 
-SCRIPT = Path(__file__).parent / "train_in_processes.py"
 STEPS = 10
 
 
-def start(processes: int, out: Path, directory: Path) -> subprocess.Popen[str]:
-    """Start the training."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    if processes == 1:
-        command = [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(SCRIPT), str(out), str(directory), str(STEPS)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+@pytest.fixture(scope="module")
+def train():
+    """Run a training in so many processes; with a signal and a step, send it to all once the step is in the log."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "training_server.py")], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
+    def run(processes, folder, number=None, step=0, delay=0.0, steps=STEPS):
+        kill = None if number is None else {"step": step, "signal": int(number), "delay": delay}
+        paths = {"out": str(folder / "out.safetensors"), "directory": str(folder / "work")}
+        server.stdin.write(json.dumps({"processes": processes, "steps": steps, "kill": kill, **paths}) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
 
-def finish(training: subprocess.Popen[str]) -> str:
-    output, _ = training.communicate(timeout=120)
-    assert training.returncode == 0, output[-3000:]
-    return output
-
-
-def kill_at(training: subprocess.Popen[str], directory: Path, step: int, number: int = signal.SIGKILL) -> None:
-    """Send a signal to all processes of a training as soon as it has logged a step."""
-    log = directory / "log.jsonl"
-    while training.poll() is None and not (log.is_file() and log.read_text().count("\n") > step):
-        time.sleep(0.005)
-    assert training.poll() is None, training.communicate()[0][-3000:]
-    for process in psutil.Process(training.pid).children(recursive=True):  # the launcher's workers first
-        process.send_signal(number)
-    training.send_signal(number)
-    training.communicate(timeout=60)
+    yield run
+    server.stdin.close()
+    server.wait(timeout=30)
 
 
-def steps_logged(directory: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (directory / "log.jsonl").read_text().splitlines()]
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "out.safetensors")
+
+
+def steps_logged(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "work" / "log.jsonl").read_text().splitlines()]
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    return sorted((folder / "work").glob("step-*"))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(train, tmp_path_factory):
     """Weights of uninterrupted trainings, by number of processes."""
-    folder = tmp_path_factory.mktemp("whole")
-    weights = {}
+    found = {}
     for processes in (1, 2):
-        finish(start(processes, folder / f"{processes}.safetensors", folder / str(processes)))
-        weights[processes] = load_file(folder / f"{processes}.safetensors")
-    return weights
+        folder = tmp_path_factory.mktemp(f"whole{processes}")
+        assert train(processes, folder) == [0] * processes
+        found[processes] = weights(folder)
+    return found
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -81,36 +77,48 @@ def test_two_processes_equal_one(whole):
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_started_again_ends_in_the_same_weights(processes, whole, tmp_path):
-    work, out = tmp_path / "work", tmp_path / "out.safetensors"
-    for step in (1, 7):  # before the first checkpoint, and after the second
-        kill_at(start(processes, out, work), work, step)
-    assert len(list(work.glob("step-*"))) == 2
-    assert not out.exists()
-    finish(start(processes, out, work))
-    assert same(load_file(out), whole[processes])
-    assert steps_logged(work) == list(range(STEPS))
+def test_killed_and_started_again_ends_in_the_same_weights(processes, train, whole, tmp_path):
+    for step in (1, 6):  # before the first checkpoint, and after the second
+        assert train(processes, tmp_path, signal.SIGKILL, step) == [-signal.SIGKILL] * processes
+    assert len(checkpoints_in(tmp_path)) == 2
+    assert train(processes, tmp_path) == [0] * processes
+    assert same(weights(tmp_path), whole[processes])
+    assert steps_logged(tmp_path) == list(range(STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("processes", [1, 2])
+def test_twenty_kills_at_random_moments_change_nothing(processes, train, tmp_path):
+    random.seed(processes)
+    reference, broken, steps = tmp_path / "reference", tmp_path / "broken", 66
+    reference.mkdir()
+    broken.mkdir()
+    assert train(processes, reference, steps=steps) == [0] * processes
+    for kill in range(20):
+        step, delay = 3 * kill + random.randrange(3), random.uniform(0, 0.1)
+        codes = train(processes, broken, signal.SIGKILL, step, delay, steps=steps)
+        assert set(codes) <= {-signal.SIGKILL, 0}, f"kill {kill} after step {step} + {delay:.3f} s: {codes}"
+    assert train(processes, broken, steps=steps) == [0] * processes
+    assert same(weights(broken), weights(reference))
 
 
 @pytest.mark.multi_process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_leaves_a_checkpoint_and_the_code_to_start_again(number, whole, tmp_path):
-    work, out = tmp_path / "work", tmp_path / "out.safetensors"
-    training = start(1, out, work)
-    kill_at(training, work, 4, number)
-    assert training.returncode == 75
-    newest = max(work.glob("step-*"))
-    assert json.loads((newest / INDEX).read_text())["step"] == len(steps_logged(work))
-    finish(start(1, out, work))
-    assert same(load_file(out), whole[1])
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
+def test_a_signal_leaves_a_checkpoint_and_the_code_to_start_again(number, processes, train, whole, tmp_path):
+    assert train(processes, tmp_path, number, step=4) == [75] * processes
+    newest = checkpoints_in(tmp_path)[-1]
+    assert json.loads((newest / INDEX).read_text())["step"] == len(steps_logged(tmp_path))
+    assert train(processes, tmp_path) == [0] * processes
+    assert same(weights(tmp_path), whole[processes])
 
 
 @pytest.mark.multi_process
-def test_another_number_of_processes_goes_on_nearly_as_well(whole, tmp_path):
-    work, out = tmp_path / "work", tmp_path / "out.safetensors"
-    kill_at(start(2, out, work), work, 4)
-    finish(start(1, out, work))
-    loaded = load_file(out)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_nearly_as_well(before, after, train, whole, tmp_path):
+    train(before, tmp_path, signal.SIGKILL, step=4)
+    assert train(after, tmp_path) == [0] * after
+    loaded = weights(tmp_path)
     for name, expected in whole[1].items():
         if not name.endswith("input_gate.bias"):
             assert error_ratio(loaded[name], expected.double()) < 1e-3, name

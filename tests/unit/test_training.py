@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, _write_rows, load_batch, next_token_labels
-from xlstm_distill.errors import RunError
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import SparseTargets
 from xlstm_distill.packing import Tokens, pack
-from xlstm_distill.recipe import Align, Distill
+from xlstm_distill.recipe import Align, Distill, Training
 from xlstm_distill.targets import OnlineTargets, StoredTargets, StoreWriter, kept_logits
 from xlstm_distill.tasks import AlignTask, DistillTask, Sums, TeacherObserver
+from xlstm_distill.tracking import check_trackers
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 from xlstm_distill.validation import validate
 from xlstm_kernels.testing import error_ratio
@@ -218,3 +221,80 @@ def test_rows_without_a_supervised_token_are_an_error(tiny_teacher, domains, tmp
 def test_sparse_targets_survive_a_small_vocabulary():
     targets = SparseTargets.from_logits(torch.randn(3, 5), top_k=256)
     assert targets.ids.shape == (3, 5)
+
+
+def poisoned(tiny_teacher, rows):
+    """A task whose loss is not finite on the given rows."""
+    task = distill_task(tiny_teacher)
+    real = task.targets
+
+    def targets(batch):
+        found = real(batch)
+        bad = any(row in rows for row in batch.rows)
+        return replace(found, log_probs=found.log_probs * float("nan")) if bad else found
+
+    task.targets = targets
+    return task
+
+
+def test_a_bad_batch_can_be_skipped_and_the_rest_goes_on(tiny_teacher, domains, tmp_path):
+    steps = stretch(domains, 6)
+    bad = {row for step in (2, 4) for row in steps.schedule.rows(step, 4)[:1]}
+    optim = Distill(experts=EXPERTS, batch=4, lr=1e-3, non_finite="skip")
+    with pytest.raises(RunError, match=r"step 2: loss is nan, first at the loss \(rows .* the last checkpoint is kept"):
+        trained(
+            poisoned(tiny_teacher, bad),
+            domains,
+            tmp_path / "stop",
+            steps=6,
+            optim=Distill(experts=EXPERTS, batch=4, lr=1e-3),
+        )
+    task = poisoned(tiny_teacher, bad)
+    trained(task, domains, tmp_path / "skip", steps=6, optim=optim)
+    log = [json.loads(line) for line in (tmp_path / "skip" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if line.get("skipped")] == [2, 4]
+    assert all(torch.isfinite(p).all() for p in task.parameters())
+
+
+def test_skipping_ends_where_nothing_is_finite_any_more(tiny_teacher, domains, tmp_path):
+    task = distill_task(tiny_teacher)
+    with torch.no_grad():
+        task.student.lm_head.weight[5, 0] = float("nan")
+    with pytest.raises(RunError, match=r"step 10: .* 10 steps before it were skipped, so it is not these rows alone"):
+        trained(task, domains, tmp_path, steps=20, optim=Distill(experts=EXPERTS, batch=4, lr=1e-3, non_finite="skip"))
+
+
+def test_held_out_figures_go_to_the_log_and_to_trackers(tiny_teacher, domains, tmp_path, monkeypatch):
+    seen = []
+
+    class Memory(GeneralTracker):
+        name, requires_logging_directory, tracker, main_process_only = "memory", False, None, True
+
+        def __init__(self, run_name):
+            super().__init__()
+            seen.append(run_name)
+
+        def store_init_configuration(self, values):
+            seen.append(values["steps"])
+
+        def log(self, values, step):
+            seen.append((step, values["loss"]))
+
+        def finish(self):
+            seen.append("finished")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Memory)
+    task, optim = distill_task(tiny_teacher), Distill(experts=EXPERTS, batch=4, lr=1e-3)
+    plan = Plan("distill/a", (stretch(domains, 4),), 4, 4)
+    settings = Training(validate_steps=2, trackers=("tensorboard",))
+    Trainer(task, optim, plan, domains, tmp_path, Accelerator(cpu=True), training=settings).run()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "held_out_kl" in line] == [1]
+    assert {"held_out_ce", "held_out_gate"} <= log[1].keys()
+    assert seen == ["distill-a", 4, *((line["step"], line["loss"]) for line in log), "finished"]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("xlstm_distill.tracking.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"training.trackers\[0\]: 'wandb' is not installed; pip install"):
+        check_trackers(("wandb",))

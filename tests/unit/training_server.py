@@ -1,0 +1,96 @@
+"""Runs small trainings in forked processes, which start at once since all is imported; for test_resume.py.
+
+Reads one JSON object a line: `processes`, `out` (file for the weights), `directory` (checkpoints and log), `steps`, and
+`kill`: null, or `step`, `signal` and `delay` (send the signal that many seconds after the step is in the log). Answers
+with the exit codes of the processes, negative for the signal that ended one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xlstm_distill import MixerConfig, convert, stopping
+from xlstm_distill.artifacts import Artifact
+from xlstm_distill.data import DomainRows, RowSchedule, _write_rows
+from xlstm_distill.packing import Tokens, pack
+from xlstm_distill.recipe import Align, Training
+from xlstm_distill.targets import OnlineTargets
+from xlstm_distill.tasks import DistillTask
+from xlstm_distill.trainer import Plan, Stretch, Trainer
+
+
+def train(out: Path, directory: Path, steps: int) -> None:
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    teacher = LlamaForCausalLM(config)
+    student = convert(teacher, MixerConfig(window=8, sinks=2))
+    task = DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        documents = [
+            Tokens(rng.integers(3, 97, n).tolist(), [m > n // 2 for m in range(n)]) for n in rng.integers(3, 30, 80)
+        ]
+        _write_rows(iter(list(pack(documents, 32, 0))), Path(folder) / "rows.arrow", 32, lambda: None)
+        domains = {"a": DomainRows("a", Artifact(Path(folder), {}), validation=2)}
+        stretch = Stretch(RowSchedule(domains, {"a": 1.0}, 0, steps * 8), steps, 1e-2)
+        plan = Plan("test", (stretch,), 8, 2)
+        training = Training(checkpoint_steps=3)
+        Trainer(task, Align(tokens=4096, batch=8), plan, domains, directory, accelerator, training=training).run()
+    if accelerator.is_main_process:
+        save_file({name: tensor.clone() for name, tensor in student.state_dict().items()}, out)
+
+
+def child(request: dict[str, Any], rank: int, port: int) -> int:
+    """Train as one of the processes; returns the exit code."""
+    if request["processes"] > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"]),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    stopping.listen()
+    try:
+        train(Path(request["out"]), Path(request["directory"]), request["steps"])
+    except stopping.Stopped:
+        return stopping.EXIT_CODE
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def serve(request: dict[str, Any]) -> list[int]:
+    """Fork the processes, send the signal when it is time, and collect exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(request["processes"]):
+        if (pid := os.fork()) == 0:
+            os._exit(child(request, rank, port))
+        children.append(pid)
+    if kill := request["kill"]:
+        log = Path(request["directory"]) / "log.jsonl"
+        while not (log.is_file() and log.read_text().count("\n") > kill["step"]):
+            time.sleep(0.002)
+        time.sleep(kill["delay"])
+        for pid in children:
+            os.kill(pid, kill["signal"])
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+for line in sys.stdin:
+    print(json.dumps(serve(json.loads(line))), flush=True)
