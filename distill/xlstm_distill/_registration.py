@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from types import ModuleType
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-PLACEHOLDERS = "xlstm_distill._placeholders"
+STAND_INS = "xlstm_distill._stand_ins"
 
 
 class _LoadThenRegister(importlib.abc.Loader):
-    """Run the wrapped loader, then import the students' placeholders, which register themselves."""
+    """Run the wrapped loader, then import the students' stand-ins, which register themselves."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
@@ -25,7 +25,7 @@ class _LoadThenRegister(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(PLACEHOLDERS)
+        importlib.import_module(STAND_INS)
 
 
 class _AutoConfigFinder(importlib.abc.MetaPathFinder):
@@ -47,10 +47,10 @@ def register_when_transformers_loads() -> None:
     """Register the students now if `AutoConfig` is loaded, else at the moment it loads.
 
     A user may import this package before or after transformers, and the command line must answer `--help`
-    without importing either; a hook on one module is what serves all three. Only placeholders are imported then:
+    without importing either; a hook on one module is what serves all three. Only stand-ins are imported then:
     the classes that students are made of are often what transformers is in the middle of importing.
     """
     if AUTO_CONFIG in sys.modules:
-        importlib.import_module(PLACEHOLDERS)
+        importlib.import_module(STAND_INS)
     else:
         sys.meta_path.insert(0, _AutoConfigFinder())

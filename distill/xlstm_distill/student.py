@@ -135,7 +135,7 @@ def _student_class(family: Family) -> Any:
         "family": family,
     }
     model: Any = type(f"{name}ForCausalLM", (StudentMixin, family.causal_lm), model_body)
-    AutoConfig.register(config.model_type, config, exist_ok=True)  # a placeholder may be there
+    AutoConfig.register(config.model_type, config, exist_ok=True)  # a stand-in may be there
     AutoModelForCausalLM.register(config, model)
     return model
 

@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from xlstm_distill.families import FAMILIES
 
 
-class _Placeholder(PreTrainedConfig):
+class _StandIn(PreTrainedConfig):
     """Registered under a student's model type; whatever is made of it is made of the real class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -30,4 +30,4 @@ class _Placeholder(PreTrainedConfig):
 
 for _model_type in FAMILIES:
     _name = f"xlstm_{_model_type}"
-    AutoConfig.register(_name, type("_Placeholder", (_Placeholder,), {"__module__": __name__, "model_type": _name}))
+    AutoConfig.register(_name, type("_StandIn", (_StandIn,), {"__module__": __name__, "model_type": _name}))
