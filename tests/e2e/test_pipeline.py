@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,29 @@ def test_every_stage_publishes_an_artifact_with_a_manifest(run):
         assert manifest["wall_seconds"] >= 0
         assert {"recipe", "inputs", "versions", "fingerprint"} <= set(manifest)
     assert not list((run / "artifacts").rglob("*.partial"))
+
+
+def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_been(run, tmp_path):
+    """SIGKILL, then SIGTERM, then to the end: the weights are those of the run that nobody disturbed."""
+    shutil.copytree(run / "artifacts" / "data", tmp_path / "artifacts" / "data")
+    words = ["align", str(RECIPE), "--run", str(tmp_path), "--set", "training.checkpoint_steps=3"]
+    command = [sys.executable, "-m", "xlstm_distill", *words, *(w for value in SMALL for w in ("--set", value))]
+    for number, step, code in ((signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 8, 75)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not any(
+            log.read_text().count("\n") > step for log in (tmp_path / "training").glob("align-*/log.jsonl")
+        ):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+    assert "stopped by SIGTERM after step" in errors
+    assert re.search(r"align +training +\d+ of 16", cli("status", tmp_path, sets=()).stdout)
+    done = cli(*words)
+    assert "align: goes on at step" in done.stdout, done.stderr
+    model = Path("artifacts", "align", "model", "model.safetensors")
+    assert (tmp_path / model).read_bytes() == (run / model).read_bytes()
+    assert not list((tmp_path / "training").iterdir())
 
 
 def test_models_are_hugging_face_directories_that_generate(run):
