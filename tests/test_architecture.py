@@ -12,7 +12,7 @@ PACKAGES = {"xlstm_distill": ROOT / "distill", "xlstm_kernels": ROOT / "kernels"
 
 # Lowest first; a module imports only from its own layer and those before it.
 LAYERS = (
-    {"errors", "stopping", "_registration", "distributed", "recipe_fields", "recipe_training"},
+    {"errors", "stopping", "_registration", "distributed", "launch", "recipe_fields", "recipe_training"},
     {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "status"},
     {
         "recipe",
@@ -40,6 +40,8 @@ LAYERS = (
         "training_state",
         "diagnosis",
         "validation",
+        "accelerator",
+        "lora",
         "trainer",
     },
     {"stages"},

@@ -120,6 +120,7 @@ class HybridMixer(nn.Module):
         q, k, v = self._project(hidden_states)
         gate = self.output_gate(q, k, v) if self.has_mlstm and self.has_window else None
         q, k = self.family.apply_rotary(q, k, *position_embeddings)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, projections are bf16 and rotary positions fp32
         layer = self._cache_layer(past_key_values)
         if not self.has_mlstm:
             mixed = self._window(q, k, v, layer, segment_ids)

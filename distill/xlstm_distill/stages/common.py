@@ -10,14 +10,13 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
+from xlstm_distill.accelerator import make_accelerator as make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, prepare_domain
-from xlstm_distill.distributed import is_main_process, process_count
-from xlstm_distill.errors import RunError
+from xlstm_distill.distributed import is_main_process
 from xlstm_distill.families import CausalLM
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.teacher import load_tokenizer, teacher_hash
@@ -35,23 +34,6 @@ def quiet_libraries() -> None:
 def part(model: Any, *exclude: str) -> dict[str, Any]:
     """A part of the recipe as JSON, for manifests and fingerprints."""
     return model.model_dump(mode="json", exclude=set(exclude) or None)
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The Accelerator of this process: bf16 autocast on CUDA where the teacher is bf16, else fp32.
-
-    Raises:
-        RunError: it runs in another number of processes than were started.
-    """
-    bf16 = recipe.teacher.dtype == "bfloat16" and torch.cuda.is_available()
-    # On a machine without an accelerator, several processes run as one unless cpu is said.
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.accelerator.is_available())
-    if accelerator.num_processes != process_count():
-        raise RunError(
-            f"{process_count()} processes were started and accelerate runs {accelerator.num_processes}; "
-            "check its configuration (distributed_type) against how it was launched."
-        )
-    return accelerator
 
 
 def prepare_domains(recipe: Recipe, run: Run, names: Iterable[str], console: Console) -> dict[str, Artifact]:

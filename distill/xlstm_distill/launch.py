@@ -1,0 +1,143 @@
+"""`--launch CONFIG`: start a command through accelerate launch, hand signals to its processes, return their exit code.
+
+The launcher runs inside this process. Left to itself it kills its processes 30 seconds after SIGTERM and dies of SIGUSR1
+without telling them; here they get either signal and all the time they need to write a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from xlstm_distill.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOPPED = 75
+"""Exit code of a run that was asked to stop and can be started again (EX_TEMPFAIL)."""
+OPTIONS = ("--launch", "--launch-args")
+MODULE = "xlstm_distill"
+POLL_SECONDS = 0.1
+
+
+def own_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line's arguments without the options that are for the launcher."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        if word in OPTIONS:
+            next(rest, None)
+        elif not word.startswith(tuple(f"{option}=" for option in OPTIONS)):
+            kept.append(word)
+    return kept
+
+
+def start(config: Path, extra: str, arguments: Sequence[str]) -> int:
+    """Run `xlstm-distill ARGUMENTS` in the processes that an accelerate configuration names; returns their exit code.
+
+    `extra` holds more arguments of accelerate launch, as a shell would read them. SIGTERM and SIGUSR1 go on to the
+    processes; the code is `STOPPED` if they ended because of one.
+
+    Raises:
+        UserError: the configuration or the arguments are not accelerate's.
+    """
+    launcher = _parse(config, [*shlex.split(extra), "-m", MODULE, *arguments])
+    logging.disable(logging.ERROR)  # the launcher's reports on processes that have told their error themselves
+    outcome = _Outcome()
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the processes itself
+    try:
+        # Not in the main thread, so that the launcher leaves the signal handlers alone.
+        thread = threading.Thread(target=outcome.run, args=(launcher,), daemon=True)
+        thread.start()
+        _supervise(thread, received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return outcome.exit_code(stopping=bool(received))
+
+
+def _parse(config: Path, words: list[str]) -> Any:
+    """Parse accelerate launch's own arguments, and complete them."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    if not config.is_file():
+        raise UserError(f"--launch: {str(config)!r} is not there; recipes/accelerate/ has configurations.")
+    try:
+        settings: Any = load_config_from_file(str(config))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"--launch: {str(config)!r} is not a configuration of accelerate launch: {error}") from None
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed: Any = launch_command_parser().parse_args(["--config_file", str(config), *words])
+    except SystemExit:
+        last = complaint.getvalue().strip().splitlines()[-1]
+        raise UserError(f"--launch-args: {last.split('error: ')[-1]}") from None
+    if settings.use_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # which accelerate itself forgets with MULTI_GPU
+    alone = (parsed.num_machines or settings.num_machines or 1) == 1
+    if alone and parsed.main_process_port is None and settings.main_process_port is None:
+        parsed.main_process_port = 0  # any free port, so that two runs can share a machine
+    return parsed
+
+
+class _Outcome:
+    """How the launcher ended; filled by the thread it runs in."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+        self.error: Exception | None = None
+
+    def run(self, launcher: Any) -> None:
+        from accelerate.commands.launch import launch_command
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+        try:
+            launch_command(launcher)
+        except ChildFailedError as failed:
+            ordered = sorted(failed.failures.values(), key=lambda failure: failure.timestamp)
+            self.codes = [failure.exitcode for failure in ordered]
+        except subprocess.CalledProcessError as failed:
+            self.codes = [failed.returncode]
+        except Exception as error:  # carried over to the main thread
+            self.error = error
+
+    def exit_code(self, *, stopping: bool) -> int:
+        """The first failure's code; `STOPPED` where processes stopped as asked, or a signal came before they listened."""
+        if self.error is not None:
+            raise UserError(f"--launch: accelerate launch failed: {self.error}") from self.error
+        if STOPPED in self.codes or (stopping and {-number for number in SIGNALS} & set(self.codes)):
+            return STOPPED
+        first = self.codes[0] if self.codes else 0
+        return first if first >= 0 else 128 - first
+
+
+def _supervise(thread: threading.Thread, received: list[int]) -> None:
+    """Wait for the launcher's end; send every process each signal that came, once, also if it starts later."""
+    import psutil
+
+    told: set[tuple[int, int]] = set()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        for number in received:
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if (child.pid, number) not in told and MODULE in child.cmdline():
+                        told.add((child.pid, number))
+                        child.send_signal(number)

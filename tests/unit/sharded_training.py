@@ -1,0 +1,106 @@
+"""Trains a tiny student for a few steps in however many processes it was started; the main one writes the weights.
+
+Started by test_accelerator.py, through torch.distributed.run or alone. Takes the path to write and options as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xlstm_distill import MixerConfig, convert
+from xlstm_distill.accelerator import (
+    checkpoint_activations,
+    clip_gradients,
+    full_state_dict,
+    make_accelerator,
+    micro_step,
+    prepare,
+    reshard,
+    shard_teacher,
+)
+from xlstm_distill.data import IGNORE_INDEX, Batch
+from xlstm_distill.lora import add_lora, merged_state
+from xlstm_distill.optim import make_optimizer
+from xlstm_distill.recipe import Align
+from xlstm_distill.stages.distill import choose_trainable
+from xlstm_distill.targets import OnlineTargets
+from xlstm_distill.tasks import AlignTask, DistillTask
+
+ROWS, MICRO_BATCH, TOKENS, STEPS = 8, 2, 32, 4
+
+
+def rows(step: int) -> torch.Tensor:
+    return torch.randint(3, 97, (ROWS, TOKENS), generator=torch.Generator().manual_seed(step))
+
+
+def batch(ids: torch.Tensor) -> Batch:
+    labels = ids.roll(-1, 1)
+    labels[:, ::3] = IGNORE_INDEX
+    positions = torch.arange(TOKENS).expand_as(ids)
+    return Batch(ids, positions, torch.zeros_like(ids), labels, torch.ones_like(ids, dtype=torch.bool), (("a", 0),))
+
+
+def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.15,
+                         tie_word_embeddings=options.get("tied", False))  # fmt: skip
+    teacher = LlamaForCausalLM(config).eval()
+    mixer = MixerConfig(window=8, sinks=2)
+    student = convert(teacher, mixer, share_weights=options.get("stage") == "align")
+    if options.get("checkpoint"):
+        checkpoint_activations(student)
+    if options.get("stage") == "align":
+        return AlignTask(student, teacher), student
+    if options.get("trainable") == "lora":
+        add_lora(student, rank=4, alpha=8.0)
+    else:
+        choose_trainable(student, options.get("trainable", "all"))
+    if options.get("shard_teacher"):
+        shard_teacher(teacher)
+    return DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1), student
+
+
+def main(out: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype=options.get("dtype", "float32")))
+    accelerator = make_accelerator(recipe)
+    task, student = make_task(options)
+    optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
+    wrapped, optimizer = prepare(
+        accelerator, task, make_optimizer(task.named_parameters(), optim), micro_batch=MICRO_BATCH, clip=1.0
+    )
+    figures = []
+    with torch.no_grad():
+        wrapped(batch(rows(100)))
+        reshard(wrapped)
+    for step in range(STEPS):
+        wrapped.train()
+        mine = rows(step)[accelerator.process_index :: accelerator.num_processes]
+        parts = mine.split(options.get("micro_batch", MICRO_BATCH))
+        total = torch.zeros(())
+        for n, part in enumerate(parts):
+            with micro_step(accelerator, wrapped, last=n == len(parts) - 1):
+                loss = wrapped(batch(part)).loss
+                accelerator.backward(loss * (accelerator.num_processes / (ROWS * TOKENS)))
+            total += loss.detach()
+        norm = clip_gradients(accelerator, wrapped, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        figures.append((float(accelerator.reduce(total, "sum")) / (ROWS * TOKENS), norm))
+    weights = full_state_dict(accelerator, student)
+    if accelerator.is_main_process:
+        if options.get("trainable") == "lora":
+            weights = merged_state(weights, rank=4, alpha=8.0)
+        torch.save({"weights": weights, "figures": figures, "layout": str(accelerator.distributed_type)}, out)
+    return weights
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
