@@ -32,7 +32,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     asked = asked_layout()
     precision = _precision(recipe, asked)
     if asked.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise UserError("accelerate launch: distributed_type DEEPSPEED needs deepspeed; install xlstm-distill[deepspeed].")
+        raise UserError(
+            "accelerate launch: distributed_type DEEPSPEED needs deepspeed; install xlstm-distill[deepspeed]."
+        )
     accelerator = Accelerator(
         mixed_precision=precision,
         # On a machine without an accelerator, several processes run as one unless cpu is said.

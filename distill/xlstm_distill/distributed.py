@@ -107,9 +107,7 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     one_node = environment.get("SLURM_STEP_NUM_NODES", "1") == "1"
     # The same on all tasks; different for two jobs, and two steps of a job, on the same machine.
     port = 20000 + (int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment.get("SLURM_STEP_ID", "0"))) % 20000
-    environment.update(
-        RANK=environment["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=environment["SLURM_LOCALID"]
-    )
+    environment.update(RANK=environment["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=environment["SLURM_LOCALID"])
     environment.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else first_host(nodes))
     environment.setdefault("MASTER_PORT", str(port))
 

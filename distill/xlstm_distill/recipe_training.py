@@ -11,6 +11,7 @@ from xlstm_distill.recipe_fields import (
     Count,
     CountOrZero,
     FieldError,
+    Flag,
     Mixture,
     Name,
     NonNegative,
@@ -127,9 +128,15 @@ class Distill(Optimization):
     kl_weight: NonNegative = Field(
         default=0.1, description="Weight of the KL divergence to the teacher (paper's beta)."
     )
-    trainable: Literal["all", "mixer"] = Field(
+    trainable: Literal["all", "mixer", "lora"] = Field(
         default="all",
-        description="Parameters that train: `all` (the paper's), or the mixers' own (projections, maps, gates).",
+        description="Parameters that train: `all` (the paper's), the mixers' own (projections, maps, gates), or "
+        "`lora`: low-rank adapters on all projections, and what the mixers add.",
+    )
+    lora_rank: Count = Field(default=256, description="Rank of the adapters, with `trainable: lora` (paper: 256).")
+    lora_alpha: Count = Field(default=512, description="Scale of the adapters times their rank.")
+    activation_checkpointing: Flag = Field(
+        default=False, description="Keep each decoder layer's input only and compute the rest again: less memory."
     )
     experts: dict[Name, Expert] = Field(min_length=1, description="Experts by name; one alone makes no merge.")
 

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from xlstm_distill import stopping
+from xlstm_distill.accelerator import clip_gradients, micro_step, prepare
 from xlstm_distill.checkpoints import Checkpoints, exclusive
 from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.data import Batch, DomainRows, Row, RowSchedule, load_batch
 from xlstm_distill.diagnosis import first_bad_gradient, first_bad_module
-from xlstm_distill.errors import RunError
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.optim import make_optimizer, schedule_factor
 from xlstm_distill.recipe import Optimization, Training
 from xlstm_distill.tasks import Task
@@ -101,11 +103,19 @@ class Trainer:
                 f"{plan.label}: batch {plan.batch} cannot be shared by {accelerator.num_processes} processes; "
                 "start a number of processes that divides it."
             )
+        if optim.non_finite == "skip" and accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise UserError(
+                f"{plan.label.split('/')[0]}.non_finite: 'skip' cannot be had under DeepSpeed, whose backward pass "
+                "takes the step; set it to 'stop'."
+            )
         self.task, self.optim, self.plan, self.domains, self.directory = task, optim, plan, domains, directory
         self.accelerator, self.training = accelerator, training or Training()
         self.console = console or QuietConsole()
         self.tokens_per_step = plan.batch * next(iter(domains.values())).context
-        self.wrapped, self.optimizer = accelerator.prepare(task, make_optimizer(task.named_parameters(), optim))
+        optimizer = make_optimizer(task.named_parameters(), optim)
+        self.wrapped, self.optimizer = prepare(
+            accelerator, task, optimizer, micro_batch=plan.micro_batch, clip=optim.clip
+        )
         self.state = TrainingState(task, self.optimizer)
         self.checkpoints = Checkpoints(directory, self.training.keep_checkpoints)
         self.skipped = 0
@@ -203,8 +213,7 @@ class Trainer:
                 f"{where}: none of its rows {_names(batches)} has a supervised token; check the data's labels."
             )
         figures = self._backward(batches, tokens)
-        clip = self.optim.clip if self.optim.clip is not None else math.inf
-        figures["grad_norm"] = float(accelerator.clip_grad_norm_(self.wrapped.parameters(), clip))
+        figures["grad_norm"] = clip_gradients(accelerator, self.wrapped, self.optim.clip)
         if bad := next((name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])), None):
             self._not_finite(bad, figures[bad], batches, where)
             figures = {name: value for name, value in figures.items() if math.isfinite(value)} | {"skipped": 1.0}
@@ -219,8 +228,7 @@ class Trainer:
         accelerator = self.accelerator
         totals: dict[str, torch.Tensor] = {}
         for n, batch in enumerate(batches):
-            last = n == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+            with micro_step(accelerator, self.wrapped, last=n == len(batches) - 1):
                 sums = self.wrapped(batch)
                 # Gradients are averaged over processes afterwards; the factor turns that mean back into a sum.
                 accelerator.backward(sums.loss * (accelerator.num_processes / tokens))

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from xlstm_distill.accelerator import reshard
 from xlstm_distill.data import Batch, DomainRows, Row, load_batch
 from xlstm_distill.gates import GateMeter
 
@@ -34,6 +35,7 @@ def validate(
             figures = {"tokens": torch.tensor(count(batch)), **sums.parts}
             for name, value in figures.items():
                 totals[name] = totals.get(name, 0.0) + value.double().to(accelerator.device) * counts
+    reshard(wrapped)
     wrapped.train()
     gates = torch.tensor(meter.tokens), meter.total()
     stacked = torch.stack([*totals.values(), *(value.double().to(accelerator.device) for value in gates)])

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import RowSchedule
@@ -13,7 +14,6 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.common import (
     align_request,
     keep_training,
-    make_accelerator,
     open_domains,
     prepare_domains,
     save_model,
@@ -50,7 +50,9 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
         )
         outcome = trainer.run()
         keep_training(draft, work, plan, outcome)
-        save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
+        trained = full_state_dict(accelerator, student)
+        if accelerator.is_main_process:
+            save_model(student, load_tokenizer(recipe.teacher), draft.path / "model", trained)
         errors = [held["mse"] / held["teacher_power"] for held in (outcome.before, outcome.after)]
         console.line(f"align: held-out relative error {errors[0]:.3f} -> {errors[1]:.3f}")
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
+from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import IGNORE_INDEX, DomainRows, load_batch
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.stages.common import capture_request, expert_domains, make_accelerator, open_domains, prepare_domains
+from xlstm_distill.stages.common import capture_request, expert_domains, open_domains, prepare_domains
 from xlstm_distill.targets import OnlineTargets, StoreWriter
 from xlstm_distill.teacher import load_teacher
 

@@ -12,7 +12,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from xlstm_distill.accelerator import make_accelerator as make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, prepare_domain
@@ -90,9 +89,11 @@ def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> Non
         shutil.copy(work / LOG_FILE, draft.path / LOG_FILE)
 
 
-def save_model(model: CausalLM, tokenizer: Any, directory: Path) -> None:
-    """Write a Hugging Face directory: safetensors, config and tokenizer."""
-    model.save_pretrained(directory)
+def save_model(
+    model: CausalLM, tokenizer: Any, directory: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a Hugging Face directory: safetensors, config and tokenizer; of the model's own weights or of others."""
+    model.save_pretrained(directory, state_dict=dict(weights) if weights else None)
     tokenizer.save_pretrained(directory)
 
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 import torch
 
+from xlstm_distill.accelerator import checkpoint_activations, full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, RowSchedule
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM
+from xlstm_distill.lora import add_lora, merged_state
 from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.stages.capture import STORE
 from xlstm_distill.stages.common import (
@@ -21,7 +23,6 @@ from xlstm_distill.stages.common import (
     expert_domains,
     keep_training,
     load_student,
-    make_accelerator,
     open_domains,
     part,
     prepare_domains,
@@ -50,7 +51,7 @@ def expert_request(recipe: Recipe, name: str, data: Mapping[str, Artifact], seed
         if recipe.capture.targets == "stored":
             inputs[f"capture/{domain}"] = capture_request(recipe, domain, artifact).fingerprint
     parts = {
-        "distill": part(recipe.distill, "experts", "micro_batch"),
+        "distill": part(recipe.distill, "experts", "micro_batch", "activation_checkpointing"),
         "expert": part(recipe.distill.experts[name]),
         "capture": part(recipe.capture, "batch"),
         "seed": recipe.seed,
@@ -87,9 +88,14 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         aligned = run.need("align", seed)
         accelerator = make_accelerator(recipe)
         torch.manual_seed(recipe.seed)
-        student = load_student(aligned, torch.float32, accelerator.device)
-        choose_trainable(student, recipe.distill.trainable)
+        student = load_student(aligned, torch.float32)  # on the CPU: what is sharded moves shard by shard
         settings = recipe.distill
+        if settings.trainable == "lora":
+            add_lora(student, settings.lora_rank, settings.lora_alpha)
+        else:
+            choose_trainable(student, settings.trainable)
+        if settings.activation_checkpointing:
+            checkpoint_activations(student)
         targets = _targets(recipe, run, data, accelerator.device)
         task = DistillTask(student, targets, settings.ce_weight, settings.kl_weight)
         domains = open_domains(recipe, data)
@@ -99,7 +105,11 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         trainer = Trainer(task, settings, plan, domains, work, accelerator, training=recipe.training, console=console)
         outcome = trainer.run()
         keep_training(draft, work, plan, outcome)
-        save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
+        weights = full_state_dict(accelerator, student)
+        if accelerator.is_main_process:
+            if settings.trainable == "lora":
+                weights = merged_state(weights, settings.lora_rank, settings.lora_alpha)
+            save_model(student, load_tokenizer(recipe.teacher), draft.path / "model", weights)
         console.line(
             f"{plan.label}: held-out CE {outcome.before['ce']:.3f} -> {outcome.after['ce']:.3f}, "
             f"KL {outcome.before['kl']:.3f} -> {outcome.after['kl']:.3f} nats"

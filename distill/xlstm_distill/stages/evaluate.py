@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run, hash_path
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, load_batch
@@ -17,7 +18,6 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.common import (
     data_inputs,
     load_student,
-    make_accelerator,
     open_domains,
     part,
     prepare_domains,
