@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,14 +168,23 @@ def measure(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
         if step >= options.warmup:
             seconds.append(clock(accelerator.device) - start)
+    memory = peak_bytes(accelerator.device)
     per_token = useful_flops(variant, options, tokens / batch.input_ids.numel())
     rate = batch.input_ids.numel() / statistics.median(seconds)
     peak, origin = peak_rate(accelerator.device, options)
     return {
         "tokens_per_second": rate, "mfu": rate * per_token / peak, "flops_per_token": per_token,
-        "peak_flops": peak, "peak_origin": origin, "peak_bytes": peak_bytes(accelerator.device),
+        "peak_flops": peak, "peak_origin": origin, "peak_bytes": memory,
         "seconds": seconds, "device": device_name(accelerator.device),
     }  # fmt: skip
+
+
+def measured(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
+    """`measure`, or why there is nothing to report."""
+    try:
+        return measure(variant, options)
+    except torch.OutOfMemoryError as error:
+        return {"failed": "out of memory", "reason": str(error)}
 
 
 def useful_flops(variant: Variant, options: argparse.Namespace, supervised: float) -> float:
@@ -212,7 +222,8 @@ def device_name(device: torch.device) -> str:
 
 
 def check(options: argparse.Namespace) -> dict[str, float]:
-    """RMS ratios of the fused loss and the model's gradient to the plain ones, on the student."""
+    """RMS ratios of the fused loss and the model's gradient to the plain ones, on the student and one row."""
+    options = argparse.Namespace(**{**vars(options), "batch": 1})
     batch, accelerator = random_batch(options), make_accelerator(options)
     found = []
     for variant in VARIANTS[:2]:
@@ -251,27 +262,35 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def table(rounds: list[list[dict[str, Any]]], agreement: dict[str, float], options: argparse.Namespace) -> str:
     """The variants as Markdown: medians over rounds, and the range of tokens/s."""
-    first = rounds[0][0]
     shape = f"{options.batch} rows of {options.context} tokens, window {options.window}, top {options.top_k}"
     lines = [
-        f"{first['device']}, {options.dtype}, model {options.model}, {shape}; torch {torch.__version__}, transformers "
+        f"{options.dtype}, model {options.model}, {shape}; torch {torch.__version__}, transformers "
         f"{transformers.__version__}. Fused to plain, RMS ratio: loss {agreement['loss']:.1e}, gradient "
-        f"{agreement['gradient']:.1e}. MFU of {first['peak_flops'] / 1e12:.3g} TFLOP/s ({first['peak_origin']}).",
+        f"{agreement['gradient']:.1e}.",
         "",
         "| variant | tokens/s (range) | to the first | MFU | MFLOP/token | peak, MiB |",
         "|---|---|---|---|---|---|",
     ]
-    base = statistics.median(r[0]["tokens_per_second"] for r in rounds)
-    for n, variant in enumerate(VARIANTS):
-        runs = [r[n] for r in rounds]
+    columns = list(zip(*rounds, strict=True))
+    base = _median(columns[0], "tokens_per_second")
+    for variant, runs in zip(VARIANTS, columns, strict=True):
+        if failed := next((run["failed"] for run in runs if "failed" in run), None):
+            lines.append(f"| {variant.name} | {failed} | | | | |")
+            continue
         rates = [run["tokens_per_second"] for run in runs]
-        middle = statistics.median(rates)
-        mfu, memory = (statistics.median(run[key] for run in runs) for key in ("mfu", "peak_bytes"))
         lines.append(
-            f"| {variant.name} | {middle:,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | {middle / base:.2f} "
-            f"| {mfu:.1%} | {runs[0]['flops_per_token'] / 1e6:,.1f} | {memory / MIB:,.0f} |"
+            f"| {variant.name} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
+            f"| {f'{statistics.median(rates) / base:.2f}' if base else ''} | {_median(runs, 'mfu'):.1%} "
+            f"| {runs[0]['flops_per_token'] / 1e6:,.1f} | {_median(runs, 'peak_bytes') / MIB:,.0f} |"
         )
-    return "\n".join(lines)
+    seen = {f"{run['device']}; {run['peak_origin']}" for runs in columns for run in runs if "device" in run}
+    rate = statistics.median([run["peak_flops"] for runs in columns for run in runs if "device" in run] or [0.0])
+    return "\n".join([f"{', '.join(sorted(seen))}: MFU is a share of {rate / 1e12:.3g} TFLOP/s.", *lines])
+
+
+def _median(runs: Sequence[dict[str, Any]], key: str) -> float:
+    """Median of a figure over the runs that have it; 0 where none has."""
+    return statistics.median([run[key] for run in runs if key in run] or [0.0])
 
 
 def child(arguments: list[str], only: str) -> Any:
@@ -287,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     if options.only:
-        found = check(options) if options.only == "check" else measure(VARIANTS[int(options.only)], options)
+        found = check(options) if options.only == "check" else measured(VARIANTS[int(options.only)], options)
         sys.stdout.write(json.dumps(found) + "\n")
         return 0
     agreement = child(arguments, "check")
