@@ -12,7 +12,7 @@ PACKAGES = {"xlstm_distill": ROOT / "distill", "xlstm_kernels": ROOT / "kernels"
 
 # Lowest first; a module imports only from its own layer and those before it.
 LAYERS = (
-    {"errors", "stopping", "_registration", "distributed", "launch", "recipe_fields", "recipe_training"},
+    {"errors", "stopping", "_registration", "distributed", "launch", "recipe_fields", "recipe_training", "flops"},
     {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "status"},
     {
         "recipe",
@@ -20,6 +20,7 @@ LAYERS = (
         "recipe_docs",
         "artifacts",
         "losses",
+        "fused_loss",
         "cache",
         "mixer",
         "merging",
@@ -44,7 +45,7 @@ LAYERS = (
         "lora",
         "trainer",
     },
-    {"stages"},
+    {"stages", "loss_bench", "throughput"},
     {"cli", "__main__"},
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "matplotlib", "numpy"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 class SparseTargets:
     """The teacher's distribution at K kept tokens: its `top_k` most likely tokens and the mass of all others.
 
-    ids (K, k) int64; log_probs (K, k) fp32, natural logarithms of the full distribution; tail (K,) fp32.
+    ids (K, k) int64; log_probs (K, k) fp32, natural logarithms of the full distribution; tail (K,) fp32. Padded
+    entries, of rows that keep fewer than k tokens, have log_probs == -inf and ids 0; they carry no mass.
     """
 
     ids: Tensor
@@ -39,11 +41,12 @@ class LossParts:
 def sparse_kl(logits: Tensor, targets: SparseTargets) -> Tensor:
     """KL(teacher || student) of the distributions restricted to the teacher's top k and renormalised (paper, Eq. 13).
 
-    logits (K, V); returns (K,) in nats.
+    logits (K, V); returns (K,) in nats. Padded entries of the targets give neither value nor gradient.
     """
+    padding = targets.log_probs == -math.inf
     teacher = targets.log_probs.float().log_softmax(dim=-1)  # restricting is renormalising: subtract log of the mass
-    student = logits.float().gather(-1, targets.ids).log_softmax(dim=-1)
-    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+    student = logits.float().gather(-1, targets.ids).masked_fill(padding, -math.inf).log_softmax(dim=-1)
+    return (teacher.exp() * (teacher - student).masked_fill(padding, 0.0)).sum(dim=-1)
 
 
 def distill_loss(logits: Tensor, labels: Tensor, targets: SparseTargets) -> LossParts:

@@ -15,6 +15,7 @@ from torch import Tensor
 from xlstm_distill.data import IGNORE_INDEX, Batch
 from xlstm_distill.errors import RunError
 from xlstm_distill.families import CausalLM
+from xlstm_distill.fused_loss import fuse_head
 from xlstm_distill.losses import SparseTargets
 
 INDEX_FILE = "index.json"
@@ -27,12 +28,17 @@ class TargetSource(Protocol):
     def __call__(self, batch: Batch) -> SparseTargets: ...
 
 
-def kept_logits(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
-    """Logits (K, V) at the kept tokens only, so that the (B, T, V) tensor is never made."""
+def kept_hidden(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
+    """Hidden states (K, d) that the model's head gets at the kept tokens."""
     hidden = model.model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
     ).last_hidden_state
-    return model.lm_head(hidden[batch.labels != IGNORE_INDEX])
+    return hidden[batch.labels != IGNORE_INDEX]
+
+
+def kept_logits(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
+    """Logits (K, V) at the kept tokens only."""
+    return model.lm_head(kept_hidden(model, batch, **inputs))
 
 
 class OnlineTargets:
@@ -40,10 +46,11 @@ class OnlineTargets:
 
     def __init__(self, teacher: CausalLM, top_k: int) -> None:
         self.teacher, self.top_k = teacher.eval().requires_grad_(False), top_k
+        self.head = fuse_head(teacher)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> SparseTargets:
-        return SparseTargets.from_logits(kept_logits(self.teacher, batch), self.top_k)
+        return self.head.targets(kept_hidden(self.teacher, batch), self.top_k)
 
 
 class StoreWriter:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from xlstm_distill.data import IGNORE_INDEX, Batch
 from xlstm_distill.families import CausalLM
-from xlstm_distill.losses import SparseTargets, alignment_error, distill_loss
+from xlstm_distill.fused_loss import fuse_head
+from xlstm_distill.losses import SparseTargets, alignment_error
 from xlstm_distill.mixer import HybridMixer
-from xlstm_distill.targets import TargetSource, kept_logits
+from xlstm_distill.targets import TargetSource, kept_hidden
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,14 @@ class TeacherObserver:
 
 
 class DistillTask(Task):
-    """Stage II: γ · cross-entropy + β · sparse KL to the teacher, on supervised tokens (paper, Eq. 13)."""
+    """Stage II: γ · cross-entropy + β · sparse KL to the teacher, on supervised tokens (paper, Eq. 13).
+
+    The student's head becomes a `FusedHead`, which computes the loss without the tensor of logits.
+    """
 
     def __init__(self, student: CausalLM, targets: TargetSource, ce_weight: float, kl_weight: float) -> None:
         super().__init__()
+        fuse_head(student)
         self.student = student
         self.targets = targets
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
@@ -128,7 +133,7 @@ class DistillTask(Task):
     def forward(self, batch: Batch) -> Sums:
         """Weighted loss summed over kept tokens, and its two parts."""
         targets: SparseTargets = self.targets(batch)
-        logits = kept_logits(self.student, batch, segment_ids=batch.segment_ids)
-        parts = distill_loss(logits, batch.labels[batch.labels != IGNORE_INDEX], targets)
-        loss = self.ce_weight * parts.cross_entropy + self.kl_weight * parts.kl
-        return Sums(loss, {"ce": parts.cross_entropy.detach(), "kl": parts.kl.detach()})
+        hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
+        labels = batch.labels[batch.labels != IGNORE_INDEX]
+        loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.ce_weight, self.kl_weight)
+        return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})

@@ -1,0 +1,324 @@
+"""The fused loss against the plain formula in float64: values, gradients, and however the tokens are cut."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xlstm_distill import MixerConfig, convert
+from xlstm_distill.data import IGNORE_INDEX, Batch, next_token_labels
+from xlstm_distill.errors import UserError
+from xlstm_distill.fused_loss import FusedHead, chunk_rows, fuse_head, linear_distill_loss, targets_from_hidden
+from xlstm_distill.losses import SparseTargets, distill_loss, sparse_kl
+from xlstm_distill.targets import OnlineTargets, kept_logits
+from xlstm_distill.tasks import DistillTask
+from xlstm_kernels.testing import error_ratio
+
+CE, KL = 0.9, 0.1
+LEAVES = ("hidden", "weight", "bias")
+
+
+def problem(tokens=50, vocabulary=301, width=16, top_k=24, bias=True, padded=False):
+    """Random inputs, labels and targets; `padded` blanks a random part of every row of the targets but its first."""
+    generator = torch.Generator().manual_seed(tokens + vocabulary)
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator) * 0.5
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    targets = SparseTargets.from_logits(3 * torch.randn(tokens, vocabulary, generator=generator), top_k)
+    if padded:
+        blank = torch.rand(targets.ids.shape, generator=generator) < 0.5
+        blank[:, 0] = False
+        targets = blanked(targets, blank)
+    return [hidden, weight, torch.randn(vocabulary, generator=generator) if bias else None], labels, targets
+
+
+def blanked(targets, blank):
+    return SparseTargets(
+        targets.ids.masked_fill(blank, 0), targets.log_probs.masked_fill(blank, -math.inf), targets.tail
+    )
+
+
+def formula(hidden, weight, bias, labels, targets):
+    """Cross-entropy and sparse KL of every token, written out row by row over the entries that are there."""
+    log_q = (hidden @ weight.T + (0 if bias is None else bias)).log_softmax(-1)
+    cross_entropy, kl = hidden.sum() * 0, hidden.sum() * 0
+    for row, label in enumerate(labels):
+        there = targets.log_probs[row] > -math.inf
+        p = targets.log_probs[row][there].to(hidden).log_softmax(-1)
+        q = log_q[row][targets.ids[row][there]].log_softmax(-1)
+        cross_entropy = cross_entropy - log_q[row, label]
+        kl = kl + (p.exp() * (p - q)).sum()
+    return CE * cross_entropy + KL * kl, cross_entropy, kl
+
+
+def fused(hidden, weight, bias, labels, targets, chunk=None):
+    total, parts = linear_distill_loss(
+        hidden, weight, bias, labels, targets, ce_weight=CE, kl_weight=KL, chunk=chunk
+    )  # fmt: skip
+    return total, parts.cross_entropy, parts.kl
+
+
+def results(loss, leaves, *rest, dtype=torch.float32, scale=1.0):
+    """Values and gradients by name; the loss is multiplied by `scale` before its backward pass."""
+    copies = [None if x is None else x.detach().to(dtype, copy=True).requires_grad_() for x in leaves]
+    total, cross_entropy, kl = loss(*copies, *rest)
+    (total * scale).backward()
+    found = {"total": total, "cross_entropy": cross_entropy, "kl": kl}
+    return {k: v.detach() for k, v in found.items()} | {
+        f"d{name}": x.grad for name, x in zip(LEAVES, copies, strict=True) if x is not None
+    }
+
+
+def assert_close(actual, expected, bound):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert error_ratio(actual[name], value) < bound, name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 49, 50, 64])
+def test_values_and_gradients_equal_the_formula(chunk, padded, bias):
+    leaves, labels, targets = problem(bias=bias, padded=padded)
+    expected = results(formula, leaves, labels, targets, dtype=torch.float64)
+    assert_close(results(fused, leaves, labels, targets, chunk), expected, 1e-6)
+
+
+def test_the_plain_loss_equals_the_formula_with_padded_targets():
+    leaves, labels, targets = problem(padded=True)
+
+    def plain(hidden, weight, bias, labels, targets):
+        parts = distill_loss(F.linear(hidden, weight, bias), labels, targets)
+        return CE * parts.cross_entropy + KL * parts.kl, parts.cross_entropy, parts.kl
+
+    expected = results(formula, leaves, labels, targets, dtype=torch.float64)
+    assert_close(results(plain, leaves, labels, targets), expected, 1e-6)
+
+
+def test_padded_entries_are_as_if_they_were_not_there():
+    leaves, labels, targets = problem(top_k=8)
+    wide = SparseTargets(
+        F.pad(targets.ids, (0, 5)), F.pad(targets.log_probs, (0, 5), value=-math.inf), targets.tail
+    )  # fmt: skip
+    logits = F.linear(*leaves)
+    torch.testing.assert_close(sparse_kl(logits, wide), sparse_kl(logits, targets), rtol=1e-6, atol=1e-7)
+    assert_close(results(fused, leaves, labels, wide), results(fused, leaves, labels, targets), 1e-6)
+
+
+def test_large_logits_and_a_teacher_sure_of_its_token_stay_finite():
+    leaves, labels, targets = problem(padded=True)
+    leaves[1] *= 200
+    blank = torch.ones_like(targets.ids, dtype=torch.bool)
+    blank[:, 0] = False
+    sure = blanked(targets, blank)  # one token kept: renormalised, its KL is 0
+    expected = results(formula, leaves, labels, sure, dtype=torch.float64)
+    actual = results(fused, leaves, labels, sure)
+    assert actual["kl"] == 0
+    for name in ("total", "dhidden", "dweight", "dbias"):
+        assert error_ratio(actual[name], expected[name]) < 1e-5, name  # rounding of logits of about 1000
+
+
+def test_no_tokens_give_zero_and_zero_gradients():
+    leaves, labels, targets = problem(tokens=0)
+    for name, value in results(fused, leaves, labels, targets).items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+
+
+@pytest.mark.parametrize("scale", [0.0, 8 / 12345, 1024.0])
+def test_a_factor_on_the_loss_is_one_on_its_gradients(scale):
+    leaves, labels, targets = problem()
+    once, scaled = (results(fused, leaves, labels, targets, 16, scale=s) for s in (1.0, scale))
+    for name in ("dhidden", "dweight", "dbias"):
+        torch.testing.assert_close(scaled[name], once[name] * scale, rtol=1e-6, atol=0.0)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    leaves, labels, targets = problem()
+    whole = results(fused, leaves, labels, targets)
+    copies = [x.clone().requires_grad_() for x in leaves]
+    for piece in (slice(0, 13), slice(13, 13), slice(13, 50)):
+        part = SparseTargets(targets.ids[piece], targets.log_probs[piece], targets.tail[piece])
+        fused(copies[0][piece], *copies[1:], labels[piece], part, 5)[0].backward()
+    for name, x in zip(LEAVES, copies, strict=True):
+        assert error_ratio(x.grad, whole[f"d{name}"].double()) < 1e-6, name
+
+
+def test_only_what_is_trained_gets_a_gradient_and_no_gradient_mode_makes_none():
+    (hidden, weight, bias), labels, targets = problem()
+    full = results(fused, (hidden, weight, bias), labels, targets)
+    hidden.requires_grad_()
+    total = fused(hidden, weight, bias, labels, targets)[0]
+    total.backward()
+    assert torch.equal(hidden.grad, full["dhidden"])
+    assert weight.grad is None
+    with torch.no_grad():
+        total = fused(hidden, weight.requires_grad_(), bias, labels, targets)[0]
+    assert not total.requires_grad
+    assert torch.equal(total, full["total"])
+    assert not any(part.requires_grad for part in fused(hidden, weight, bias, labels, targets)[1:])
+
+
+def test_a_second_backward_pass_and_a_second_derivative_are_refused():
+    (hidden, weight, bias), labels, targets = problem()
+    total = fused(hidden.requires_grad_(), weight, bias, labels, targets)[0]
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used its gradients up already; compute the loss again"):
+        total.backward()
+    total = fused(hidden, weight, bias, labels, targets)[0]
+    with pytest.raises(RuntimeError, match="first derivatives only; leave create_graph=True out"):
+        torch.autograd.grad(total, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_products_are_added_up_in_fp32(autocast, monkeypatch):
+    """Many chunks must not lose digits: the error stays that of rounding the products, as in one chunk."""
+    monkeypatch.setattr("xlstm_distill.fused_loss.WEIGHT_BLOCK", 100)
+    leaves, labels, targets = problem(tokens=512, padded=True)
+    leaves = [x.bfloat16().float() for x in leaves]
+    dtype = torch.float32 if autocast else torch.bfloat16
+    expected = results(formula, leaves, labels, targets, dtype=torch.float64)
+    for chunk in (2, 512):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            actual = results(fused, leaves, labels, targets, chunk, dtype=dtype)
+        assert actual["total"].dtype == torch.float32
+        assert actual["dweight"].dtype == actual["dhidden"].dtype == dtype
+        assert error_ratio(actual["total"], expected["total"]) < 1e-4
+        for name in ("dhidden", "dweight", "dbias"):
+            assert error_ratio(actual[name], expected[name]) < 5e-3, (chunk, name)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(0, 1), (1, 1), (7, 7), (10, 10), (11, 6), (31, 8)])
+def test_chunks_are_of_about_equal_size_within_the_memory(tokens, rows):
+    assert chunk_rows(tokens, vocabulary=100, memory=4 * 100 * 10 + 399) == rows
+
+
+def test_a_vocabulary_beyond_the_memory_goes_token_by_token():
+    assert chunk_rows(5, vocabulary=100, memory=10) == 1
+
+
+def test_shapes_that_do_not_fit_are_named():
+    (hidden, weight, bias), labels, targets = problem()
+    with pytest.raises(ValueError, match=r"weight \(0,\): must be .*use FusedHead"):
+        fused(hidden, torch.empty(0), bias, labels, targets)
+    with pytest.raises(ValueError, match=r"labels \(49,\), targets \(50, 24\): must be \(50,\) and \(50, k\)"):
+        fused(hidden, weight, bias, labels[1:], targets)
+
+
+@pytest.mark.parametrize("chunk", [None, 7, 64])
+@pytest.mark.parametrize("top_k", [24, 400])
+def test_targets_from_hidden_states_equal_those_from_logits(top_k, chunk):
+    leaves, _, _ = problem()
+    expected = SparseTargets.from_logits(F.linear(*(x.double() for x in leaves)), top_k)
+    actual = targets_from_hidden(*leaves, top_k, chunk=chunk)
+    assert torch.equal(actual.ids, expected.ids)
+    torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.tail, expected.tail, rtol=1e-4, atol=1e-6)
+    assert targets_from_hidden(leaves[0][:0], *leaves[1:], top_k).ids.shape == (0, min(top_k, 301))
+
+
+def packed_batch(vocabulary=97, context=48):
+    """Two rows of packed documents, half of their tokens supervised."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (2, context), generator=generator)
+    segments = (torch.arange(context) // 20).expand(2, -1).contiguous()
+    supervised = torch.rand(2, context, generator=generator) < 0.5
+    positions = (torch.arange(context) % 20).expand(2, -1).contiguous()
+    labels = next_token_labels(ids, supervised, segments)
+    return Batch(ids, positions, segments, labels, torch.ones_like(supervised), (("a", 0), ("a", 1)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_the_task_has_the_plain_formulas_loss_and_gradients(family, tied, tiny_teacher, monkeypatch):
+    monkeypatch.setattr("xlstm_distill.fused_loss.CHUNK_BYTES", 4 * 97 * 10)
+    teacher, batch = tiny_teacher(family, tie_word_embeddings=tied), packed_batch()
+    plain = convert(teacher, MixerConfig(window=8, sinks=2)).double()
+    student = convert(teacher, MixerConfig(window=8, sinks=2))
+    plain.load_state_dict(student.state_dict())
+    keep = batch.labels != IGNORE_INDEX
+    with torch.no_grad():
+        targets = SparseTargets.from_logits(kept_logits(teacher, batch), 16)
+    logits = plain(batch.input_ids, segment_ids=batch.segment_ids).logits[keep]
+    log_q = logits.log_softmax(-1)
+    p, q = targets.log_probs.double().log_softmax(-1), logits.gather(-1, targets.ids).log_softmax(-1)
+    cross_entropy = -log_q.gather(1, batch.labels[keep][:, None]).sum()
+    (CE * cross_entropy + KL * (p.exp() * (p - q)).sum()).backward()
+
+    task = DistillTask(student, OnlineTargets(teacher, 16), CE, KL)
+    sums = task(batch)
+    sums.loss.backward()
+    assert error_ratio(sums.parts["ce"], cross_entropy.detach()) < 1e-6
+    assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+    for (name, mine), theirs in zip(student.named_parameters(), plain.parameters(), strict=True):
+        if not name.endswith("input_gate.bias"):  # its gradient is zero but for rounding
+            assert error_ratio(mine.grad, theirs.grad) < 1e-5, name
+
+
+def test_tokens_without_supervision_change_nothing(tiny_teacher):
+    teacher, batch = tiny_teacher(), packed_batch()
+    task = DistillTask(convert(teacher, MixerConfig(window=8, sinks=2)), OnlineTargets(teacher, 16), CE, KL)
+    full = task(batch)
+    silent = copy.deepcopy(batch)
+    silent.labels[1] = IGNORE_INDEX
+    first = Batch(*(x[:1] for x in list(vars(batch).values())[:5]), rows=(("a", 0),))
+    torch.testing.assert_close(task(silent).loss, task(first).loss, rtol=1e-6, atol=0.0)
+    assert task(silent).loss < full.loss
+    silent.labels[0] = IGNORE_INDEX
+    loss = task(silent).loss
+    loss.backward()
+    assert loss == 0
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in task.student.parameters())
+
+
+def test_the_fused_head_is_the_head(tiny_teacher, tmp_path):
+    model = tiny_teacher(tie_word_embeddings=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weight, state = model.lm_head.weight, torch.random.get_rng_state()
+    head = fuse_head(model)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert fuse_head(model) is head is model.lm_head
+    assert head.weight is weight is model.model.embed_tokens.weight
+    assert model.state_dict().keys() == before.keys()
+    x = torch.randn(2, 3, 64)
+    assert torch.equal(head(x), F.linear(x, weight))
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert type(again.lm_head) is nn.Linear
+    assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
+
+
+def test_hooks_of_the_head_run_for_the_loss():
+    """As FSDP and ZeRO-3 do: the weight is whole only while the module is called."""
+    leaves, labels, targets = problem(bias=False)
+    head = FusedHead(nn.Linear(16, 301, bias=False))
+    whole, head.weight.data = leaves[1], torch.empty(0)
+
+    def gather(module, _):
+        module.weight.data = whole
+
+    def shard(module, *_):
+        module.weight.data = torch.empty(0)
+
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(shard)
+    total, parts = head.loss(leaves[0], labels, targets, CE, KL)
+    expected = formula(*(None if x is None else x.double() for x in leaves), labels, targets)
+    assert error_ratio(total.detach(), expected[0]) < 1e-6
+    assert error_ratio(parts.kl, expected[2]) < 1e-6
+    assert torch.equal(head.targets(leaves[0], 8).ids, F.linear(*leaves).topk(8).indices)
+    assert head.weight.numel() == 0
+
+
+def test_a_replaced_head_is_refused():
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(UserError, match=r"lm_head: a torch.nn.modules.container.Sequential, the loss needs a plain"):
+        fuse_head(model)
