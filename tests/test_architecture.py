@@ -25,6 +25,8 @@ LAYERS = (
         "merging",
         "packing",
         "optim",
+        "store_codec",
+        "store",
         "gates",
         "checkpoints",
         "stopping",
@@ -44,7 +46,7 @@ LAYERS = (
         "lora",
         "trainer",
     },
-    {"stages"},
+    {"stages", "store_bench"},
     {"cli", "__main__"},
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "matplotlib", "numpy"}
