@@ -26,6 +26,8 @@ LAYERS = (
         "merging",
         "packing",
         "optim",
+        "store_codec",
+        "store",
         "gates",
         "checkpoints",
         "stopping",
@@ -45,7 +47,7 @@ LAYERS = (
         "lora",
         "trainer",
     },
-    {"stages", "loss_bench", "throughput"},
+    {"stages", "loss_bench", "throughput", "store_bench"},
     {"cli", "__main__"},
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "matplotlib", "numpy"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -10,12 +11,13 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from xlstm_distill.distributed import is_main_process, wait_for_everyone
+from xlstm_distill.distributed import all_agree, is_main_process, wait_for_everyone
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
 
@@ -129,20 +131,31 @@ class Run:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{manifest}: not a manifest; delete {self.path(label)} to make it again.") from None
 
-    def make(self, request: Request, build: Callable[[Draft], None], *, together: bool = False) -> Artifact:
+    def make(
+        self,
+        request: Request,
+        build: Callable[[Draft], None],
+        *,
+        together: bool = False,
+        gathered: Path | None = None,
+    ) -> Artifact:
         """Return the artifact made from exactly this, building it if it is not there.
 
         `build` writes into a temporary directory, which is renamed into place when it returns; an earlier artifact of
         the same stage stays until then, and for good when `build` raises. Of several processes the first builds and
-        the others wait; with `together` all build (training), and what the others wrote is dropped.
+        the others wait; with `together` all build (training), and what the others wrote is dropped. `gathered` is a
+        directory in which independent runs of the program have gathered the artifact's files; it becomes the artifact
+        once, after `build` has completed it, and it stays when `build` raises.
         """
         wait_for_everyone()  # so that all see the same answer
         done = self.find(request)
-        wait_for_everyone()
-        if done:
+        if all_agree(done is not None) and done:
             return done
         if is_main_process() or together:
-            self._build(request, build)
+            if gathered is None:
+                self._build(request, build)
+            else:
+                self._complete(request, build, gathered)
         wait_for_everyone()
         artifact = self.need(request.label, request.fingerprint)
         if is_main_process():
@@ -152,17 +165,43 @@ class Run:
     def _build(self, request: Request, build: Callable[[Draft], None]) -> None:
         final = self.path(request.label)
         final.parent.mkdir(parents=True, exist_ok=True)
-        draft = Draft(final.parent / f".{final.name}.{os.getpid()}.partial")
-        shutil.rmtree(draft.path, ignore_errors=True)
+        draft = Draft(final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
         draft.path.mkdir()
-        started = time.monotonic()
         try:
-            build(draft)
+            self._fill(request, build, draft)
             if is_main_process():
-                draft.write_json(MANIFEST, self._manifest(request, draft, time.monotonic() - started))
-                replace_directory(draft.path, final)
+                with self._lock(request):
+                    if self.find(request) is None:  # else another run of the program was first
+                        replace_directory(draft.path, final)
         finally:
             shutil.rmtree(draft.path, ignore_errors=True)
+
+    def _complete(self, request: Request, build: Callable[[Draft], None], gathered: Path) -> None:
+        """Complete and publish a gathered directory, unless another run of the program has done so meanwhile."""
+        final = self.path(request.label)
+        with self._lock(request):
+            if self.find(request) is None:
+                self._fill(request, build, Draft(gathered))
+                replace_directory(gathered, final)
+        shutil.rmtree(gathered, ignore_errors=True)
+
+    def _fill(self, request: Request, build: Callable[[Draft], None], draft: Draft) -> None:
+        started = time.monotonic()
+        build(draft)
+        draft.write_json(MANIFEST, self._manifest(request, draft, time.monotonic() - started))
+
+    @contextlib.contextmanager
+    def _lock(self, request: Request) -> Iterator[None]:
+        """Hold the right to publish this artifact; the system takes it back from a process that dies.
+
+        A file system without locks gives it to everyone: then only runs at the very same moment can disturb each other.
+        """
+        locks = self.directory / ".locks"
+        locks.mkdir(exist_ok=True)
+        with (locks / request.label.replace("/", "-")).open("w") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _manifest(self, request: Request, draft: Draft, seconds: float) -> dict[str, Any]:
         return {
@@ -196,7 +235,7 @@ class Run:
 
 def replace_directory(source: Path, final: Path) -> None:
     """Rename a complete directory into place; a directory that was there is removed afterwards."""
-    old = final.parent / f".{final.name}.{os.getpid()}.old"
+    old = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.old"
     if final.exists():
         final.rename(old)
     source.rename(final)

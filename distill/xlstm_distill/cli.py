@@ -88,9 +88,18 @@ def run(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None
 
 
 @app.command()
-def capture(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def capture(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Do share I (0 to N - 1) of N, for a Slurm array.", show_default="all"),
+    ] = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
     """Store the teacher's sparse next-token targets."""
-    _one_stage("capture", recipe, run_dir, overrides, debug)
+    _one_stage("capture", recipe, run_dir, overrides, debug, shard=shard)
 
 
 @app.command()

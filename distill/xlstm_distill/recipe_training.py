@@ -17,11 +17,14 @@ from xlstm_distill.recipe_fields import (
     NonNegative,
     Positive,
     Section,
+    ShareOfAll,
     shape_of,
 )
 
 RESERVED = ("teacher", "merged")
 """Names that the report gives to models; no expert may have one."""
+
+MIN_K = 16
 
 
 class Capture(Section):
@@ -32,9 +35,33 @@ class Capture(Section):
         description="`stored` runs the teacher once and keeps its top tokens; `online` runs it in each step.",
     )
     top_k: int = Field(
-        default=256, strict=True, ge=1, le=256, description="Tokens kept of each distribution (paper: 256)."
+        default=256, strict=True, ge=1, le=256, description="Tokens kept of each distribution at most (paper: 256)."
+    )
+    mass: ShareOfAll | None = Field(
+        default=0.98,
+        description="Keep of each distribution only the smallest set of tokens that holds this mass; null keeps all "
+        "`top_k`. docs/targets.md has what each choice costs.",
+    )
+    min_k: int = Field(
+        default=MIN_K,
+        strict=True,
+        ge=1,
+        le=256,
+        description="With `mass`, keep so many tokens at least (or all `top_k`).",
     )
     batch: Count = Field(default=8, description="Rows per forward pass of the teacher (rows).")
+
+    @model_validator(mode="after")
+    def _min_k_is_used(self) -> Self:
+        if self.min_k == MIN_K:  # a recipe written out in full names it too
+            return self
+        if self.mass is None:
+            raise FieldError(
+                "min_k", f"{self.min_k} has no effect with mass null, which keeps all top_k; leave it out."
+            )
+        if self.min_k > self.top_k:
+            raise FieldError("min_k", f"{self.min_k} is above top_k ({self.top_k}); it must not be.")
+        return self
 
 
 class Optimization(Section):

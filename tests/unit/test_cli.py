@@ -168,6 +168,13 @@ def test_distill_passes_the_expert(call: Call, stages: dict[str, Any], words: li
     assert stages["calls"] == [("distill", {"expert": expert})]
 
 
+def test_capture_passes_its_share(call: Call, stages: dict[str, Any]) -> None:
+    stages["capture"] = [None]  # shards of other shares are missing
+    result = call("capture", "small.yaml", "--shard", "3/8")
+    assert result.stdout.startswith("capture   done in ")
+    assert stages["calls"] == [("capture", {"shard": "3/8"})]
+
+
 def test_partly_done_and_empty_stages_say_so(call: Call, stages: dict[str, Any], tmp_path: Path) -> None:
     stages["distill"] = [
         Artifact(tmp_path, {}, reused=True),

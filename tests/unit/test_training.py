@@ -19,7 +19,7 @@ from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import SparseTargets
 from xlstm_distill.packing import Tokens, pack
 from xlstm_distill.recipe import Align, Distill, Training
-from xlstm_distill.targets import OnlineTargets, StoredTargets, StoreWriter, kept_logits
+from xlstm_distill.targets import OnlineTargets, kept_logits
 from xlstm_distill.tasks import AlignTask, DistillTask, Sums, TeacherObserver
 from xlstm_distill.tracking import check_trackers
 from xlstm_distill.trainer import Plan, Stretch, Trainer
@@ -79,40 +79,6 @@ def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domain
     for mixer, seen in zip(exact.mixers(), TeacherObserver(teacher)(batch), strict=True):
         mixed = mixer.mix(seen.hidden_states, seen.position_embeddings, segment_ids=batch.segment_ids)
         assert error_ratio(mixed[batch.real], seen.heads[batch.real].double()) < 1e-6
-
-
-def test_stored_targets_equal_online_ones(tiny_teacher, domains, tmp_path):
-    online = OnlineTargets(tiny_teacher(), top_k=8)
-    writer = StoreWriter(tmp_path / "store", 8)
-    for start in range(0, 24, 5):
-        batch = load_batch(domains, [("a", row) for row in range(start, min(start + 5, 24))])
-        writer.add((batch.labels != IGNORE_INDEX).sum(1).tolist(), online(batch))
-    figures = writer.close()
-    stored = StoredTargets({"a": tmp_path / "store"})
-    batch = load_batch(domains, [("a", 23), ("a", 0), ("a", 11)])
-    mine, theirs = stored(batch), online(batch)
-    assert torch.equal(mine.ids, theirs.ids)
-    torch.testing.assert_close(mine.log_probs, theirs.log_probs, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(mine.tail, theirs.tail)
-    assert 0 <= figures["mean_kl_error"] < 1e-5
-    assert figures["tokens"] == sum((load_batch(domains, [("a", r)]).labels != IGNORE_INDEX).sum() for r in range(24))
-
-
-def test_a_store_of_other_data_or_cut_short_is_refused(tiny_teacher, domains, tmp_path):
-    online = OnlineTargets(tiny_teacher(), top_k=8)
-    writer = StoreWriter(tmp_path / "store", 8)
-    batch = load_batch(domains, [("a", row) for row in range(24)])
-    writer.add((batch.labels != IGNORE_INDEX).sum(1).tolist(), online(batch))
-    writer.close()
-    with pytest.raises(RunError, match="belongs to other data"):
-        for row in range(24):
-            StoredTargets({"b": tmp_path / "store"})(load_batch(domains, [("b", row)]))
-    with pytest.raises(RunError, match="domain 'b' are not in the store"):
-        StoredTargets({"a": tmp_path / "store"})(load_batch(domains, [("b", 1)]))
-    shard = tmp_path / "store" / "targets-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(RunError, match=r"targets-00000.safetensors: cannot be read .* run capture again"):
-        StoredTargets({"a": tmp_path / "store"})(batch)
 
 
 def align_task(tiny_teacher):

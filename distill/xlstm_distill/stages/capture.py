@@ -1,60 +1,256 @@
-"""Capture: run the teacher once over the rows the experts will read, and store its sparse targets."""
+"""Capture: run the teacher once over the rows the experts will read, and store its sparse targets.
+
+A domain's rows are cut into shards, which any number of processes and of independent runs of the program (Slurm array
+tasks) share. Finished shards gather in one directory; who finds them all there tests and publishes the store.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from xlstm_distill.accelerator import make_accelerator
-from xlstm_distill.artifacts import Artifact, Draft, Run
-from xlstm_distill.console import Console
-from xlstm_distill.data import IGNORE_INDEX, DomainRows, load_batch
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.console import Console, Progress, short
+from xlstm_distill.data import IGNORE_INDEX, Batch, DomainRows, load_batch
+from xlstm_distill.distributed import all_agree, is_main_process, process_count, process_index, wait_for_everyone
+from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.losses import sparse_kl
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.stages.common import capture_request, expert_domains, open_domains, prepare_domains
-from xlstm_distill.targets import OnlineTargets, StoreWriter
+from xlstm_distill.stages.common import (
+    STORE,
+    capture_request,
+    expert_domains,
+    open_domains,
+    prepare_domains,
+    store_identity,
+)
+from xlstm_distill.store import Identity, Store, read_header, shard_name, write_index, write_shard
+from xlstm_distill.targets import OnlineTargets, StoredTargets, kept_logits, text_checksums
 from xlstm_distill.teacher import load_teacher
 
-STORE = "store"
+SHARDS = 64
+SHARD_TOKENS = (2**16, 2**22)
+"""A domain is cut into about so many shards, but none smaller or larger than this (tokens of text)."""
+SELF_TEST_ROWS, SPEED_ROWS = 4, 64
+SELF_TEST_LIMIT = 0.02
+"""Largest mean KL (nats) of the teacher from a row's targets, and difference of their mass. It leaves room for other
+batch sizes and kernels in bf16; targets of another text or teacher miss by whole nats."""
 
 
-def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
-    """Store top-k targets of every domain that an expert uses; nothing to do where targets are computed online."""
+@dataclass(frozen=True)
+class ShardRows:
+    """The rows of one shard."""
+
+    number: int
+    first: int
+    count: int
+
+
+def run(recipe: Recipe, run: Run, console: Console, shard: str | None = None) -> list[Artifact | None]:
+    """Store top-k targets of every domain that an expert uses; nothing to do where targets are computed online.
+
+    `shard` (`I/N`) is the share of this run of the program among N. None stands for a domain that is not published
+    yet, because shards of other shares are missing.
+    """
+    share = parse_share(shard) if shard is not None else (0, 1)
     if recipe.capture.targets == "online":
+        if shard is not None:
+            raise UserError("--shard: capture.targets is 'online', so there is nothing to share; leave it out.")
         return []
     names = [n for n in recipe.data.domains if any(n in expert_domains(recipe, e) for e in recipe.distill.experts)]
     data = prepare_domains(recipe, run, names, console)
-    requests = {name: capture_request(recipe, name, data[name]) for name in names}
-    missing = [name for name in names if run.find(requests[name]) is None]
-    teacher = None
-    if missing:
-        device = make_accelerator(recipe).device
-        teacher = OnlineTargets(load_teacher(recipe.teacher, device), recipe.capture.top_k)
-    rows = open_domains(recipe, {name: data[name] for name in missing})
 
-    def build(name: str, draft: Draft) -> None:
-        assert teacher is not None
-        writer = StoreWriter(draft.path / STORE, recipe.capture.top_k)
-        _capture_domain(teacher, rows, name, recipe.capture.batch, writer, console)
-        draft.results |= writer.close()
+    @functools.cache
+    def teacher() -> OnlineTargets:
+        return OnlineTargets(load_teacher(recipe.teacher, make_accelerator(recipe).device), recipe.capture.top_k)
 
-    return [run.make(requests[name], functools.partial(build, name)) for name in names]
+    rows = open_domains(recipe, data)
+    return [
+        DomainCapture(
+            run=run,
+            request=capture_request(recipe, name, data[name]),
+            identity=store_identity(recipe, name, data[name]),
+            rows=rows[name],
+            batch=recipe.capture.batch,
+            teacher=teacher,
+            console=console,
+        ).work(share)
+        for name in names
+    ]
 
 
-def _capture_domain(
-    teacher: OnlineTargets,
-    rows: Mapping[str, DomainRows],
-    name: str,
-    batch_rows: int,
-    writer: StoreWriter,
-    console: Console,
-) -> None:
-    device = next(teacher.teacher.parameters()).device
-    total = len(rows[name])
-    with console.progress(f"capture/{name}", total * rows[name].context) as progress, torch.no_grad():
-        for start in range(0, total, batch_rows):
-            batch = load_batch(rows, [(name, row) for row in range(start, min(start + batch_rows, total))])
-            counts = (batch.labels != IGNORE_INDEX).sum(dim=1).tolist()
-            writer.add(counts, teacher(batch.to(device)))
-            progress.update(batch.input_ids.numel())
+def parse_share(text: str) -> tuple[int, int]:
+    """Read `I/N`.
+
+    Raises:
+        UserError: it is not of this form, or I is not below N.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match and int(match[1]) < int(match[2]):
+        return int(match[1]), int(match[2])
+    raise UserError(f"--shard: {text!r} must be I/N with I from 0 to N - 1, for example 0/8.")
+
+
+def plan_shards(rows: int, context: int) -> list[ShardRows]:
+    """Cut a domain's rows into shards: always the same, whoever shares them."""
+    least, most = (max(tokens // context, 1) for tokens in SHARD_TOKENS)
+    size = min(max(-(-rows // SHARDS), least), most)
+    return [ShardRows(n, first, min(size, rows - first)) for n, first in enumerate(range(0, rows, size))]
+
+
+@dataclass(frozen=True)
+class DomainCapture:
+    """The capture of one domain: what is to be made of which rows."""
+
+    run: Run
+    request: Request
+    identity: Identity
+    rows: DomainRows
+    batch: int
+    teacher: Callable[[], OnlineTargets]
+    console: Console
+
+    @property
+    def directory(self) -> Path:
+        """Where finished shards gather until the store is published."""
+        return self.run.path("capture") / f".{self.rows.name}.{self.request.fingerprint[:12]}.shards"
+
+    @property
+    def shards(self) -> list[ShardRows]:
+        """All shards of the domain."""
+        return plan_shards(len(self.rows), self.rows.context)
+
+    def work(self, share: tuple[int, int]) -> Artifact | None:
+        """Write the missing shards of this share and, if no other is missing then, publish the store."""
+        wait_for_everyone()
+        done = self.run.find(self.request)
+        if all_agree(done is not None) and done:
+            return done
+        part, parts = share
+        worker, workers = part * process_count() + process_index(), parts * process_count()
+        self._write(self.shards[worker::workers])
+        wait_for_everyone()
+        missing = [shard.number for shard in self.shards if not self._finished(shard)]
+        if not all_agree(not missing or self._published()):
+            self.console.line(
+                f"{self.request.label}: this share is done; {len(missing)} of {len(self.shards)} shards are still to "
+                f"come from others ({', '.join(map(str, missing[:4]))}{', ...' if len(missing) > 4 else ''})"
+            )
+            return None
+        artifact = self.run.make(self.request, self._publish, gathered=self.directory)
+        if is_main_process():
+            self._clean()
+        return artifact
+
+    def _clean(self) -> None:
+        """Remove what is left of gathering: a shard written twice, shards for other settings of the recipe."""
+        pattern = re.compile(rf"\.{re.escape(self.rows.name)}\.[0-9a-f]{{12}}\.shards")
+        for path in self.directory.parent.iterdir():
+            if pattern.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _published(self) -> bool:
+        return self.run.find(self.request) is not None
+
+    def _finished(self, shard: ShardRows) -> bool:
+        """Whether the shard lies there whole, made from the same; one that does not is made again."""
+        path = self.directory / STORE / shard_name(shard.number)
+        if not path.exists():
+            return False
+        try:
+            header = read_header(path)
+        except RunError as error:
+            self.console.line(f"{error} It is made again.")
+            return False
+        place = ShardRows(header.shard, header.first_row, header.rows)
+        return place == shard and header.identity == self.identity
+
+    def _write(self, shards: Sequence[ShardRows]) -> None:
+        """Write shards, until all are written or another run of the program has published the store."""
+        total = sum(shard.count for shard in shards) * self.rows.context
+        with self.console.progress(self.request.label, total) as progress:
+            for shard in shards:
+                if self._published():
+                    return
+                if self._finished(shard):
+                    progress.update(shard.count * self.rows.context)
+                    continue
+                (self.directory / STORE).mkdir(parents=True, exist_ok=True)
+                try:
+                    self._write_shard(shard, progress)
+                except FileNotFoundError:  # moved away by another run of the program, which had it already
+                    if not self._finished(shard) and not self._published():
+                        raise
+
+    def _write_shard(self, shard: ShardRows, progress: Progress) -> None:
+        """Write one shard. Batches start with the shard, so that its bytes do not depend on who writes it."""
+        teacher, stop = self.teacher(), shard.first + shard.count
+        vocabulary = teacher.teacher.config.vocab_size
+        with write_shard(self.directory / STORE, self.identity, vocabulary, shard.number, shard.first) as writer:
+            for start in range(shard.first, stop, self.batch):
+                batch = self._load(range(start, min(start + self.batch, stop)))
+                counts = (batch.labels != IGNORE_INDEX).sum(dim=1).tolist()
+                writer.add(counts, text_checksums(batch), teacher(batch.to(teacher.device)))
+                progress.update(batch.input_ids.numel())
+
+    def _load(self, rows: Iterable[int]) -> Batch:
+        return load_batch({self.rows.name: self.rows}, [(self.rows.name, row) for row in rows])
+
+    def _publish(self, draft: Draft) -> None:
+        """Complete the gathered shards to a store, test it, and say what it costs."""
+        figures = write_index(draft.path / STORE, self.identity).means()
+        store = Store(draft.path / STORE, self.identity)
+        stored = StoredTargets({self.rows.name: store})
+        chosen = np.random.default_rng(zlib.crc32(self.request.fingerprint.encode())).permutation(len(self.rows))
+        self._self_test(stored, sorted(chosen[:SELF_TEST_ROWS].tolist()))
+        speed = self._read_speed(stored, sorted(chosen[:SPEED_ROWS].tolist()))
+        draft.results |= {**figures, "read_tokens_per_second": speed}
+        self.console.line(
+            f"{self.request.label}: {short(figures['tokens'])} tokens at {figures['bytes_per_token']:.1f} bytes, "
+            f"mean k {figures['mean_k']:.1f}, KL error {figures['mean_kl_error']:.1e} nats "
+            f"(cut by mass: {figures['mean_cut']:.1e}), read at {short(speed)} tokens/s"
+        )
+
+    def _self_test(self, stored: StoredTargets, rows: Sequence[int]) -> None:
+        """Run the teacher on a few rows again and compare with what is stored.
+
+        Raises:
+            RunError: the teacher's distribution is not the stored one.
+        """
+        teacher = self.teacher()
+        for row in rows:
+            batch = self._load([row]).to(teacher.device)
+            if not (batch.labels != IGNORE_INDEX).any():
+                continue
+            targets = stored(batch)
+            with torch.no_grad():
+                logits = kept_logits(teacher.teacher, batch).float()
+            mass = logits.log_softmax(-1).gather(-1, targets.ids).exp().masked_fill(targets.log_probs == -torch.inf, 0)
+            error = float(sparse_kl(logits, targets).mean())
+            drift = float((1 - mass.sum(-1) - targets.tail).abs().mean())
+            if not max(error, drift) <= SELF_TEST_LIMIT:
+                raise RunError(
+                    f"{self.directory}: self-test failed: at row {row} the teacher is {error:.2g} nats from the stored "
+                    f"targets and their mass is off by {drift:.2g} (allowed: {SELF_TEST_LIMIT}); nothing was "
+                    f"published. Delete this folder and run capture again."
+                )
+
+    def _read_speed(self, stored: StoredTargets, rows: Sequence[int]) -> float:
+        """Kept tokens read and decoded per second by this process."""
+        seconds, tokens = 0.0, 0
+        for start in range(0, len(rows), self.batch):
+            batch = self._load(rows[start : start + self.batch])
+            started = time.perf_counter()
+            tokens += len(stored(batch).tail)
+            seconds += time.perf_counter() - started
+        return tokens / seconds

@@ -18,9 +18,13 @@ from xlstm_distill.data import DomainRows, prepare_domain
 from xlstm_distill.distributed import is_main_process
 from xlstm_distill.families import CausalLM
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.store import VERSION, Identity
 from xlstm_distill.teacher import load_tokenizer, teacher_hash
 from xlstm_distill.tracking import LOG_FILE
 from xlstm_distill.trainer import Outcome, Plan
+
+STORE = "store"
+"""Folder of a capture's shards inside its artifact."""
 
 
 def quiet_libraries() -> None:
@@ -72,7 +76,7 @@ def capture_request(recipe: Recipe, domain: str, data: Artifact) -> Request:
     return Request(
         "capture",
         name=domain,
-        parts={"top_k": recipe.capture.top_k},
+        parts={**part(recipe.capture, "batch", "targets"), "store": VERSION},
         inputs={"teacher": teacher_hash(recipe.teacher), f"data/{domain}": data.fingerprint},
     )
 
@@ -87,6 +91,21 @@ def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> Non
     }
     if is_main_process():
         shutil.copy(work / LOG_FILE, draft.path / LOG_FILE)
+
+
+def store_identity(recipe: Recipe, domain: str, data: Artifact) -> Identity:
+    """What every shard of a domain's targets says it was made from."""
+    return Identity(
+        domain=domain,
+        data=data.fingerprint,
+        tokenizer=data.manifest["inputs"]["tokenizer"],
+        teacher=teacher_hash(recipe.teacher),
+        revision=recipe.teacher.revision,
+        dtype=recipe.teacher.dtype,
+        top_k=recipe.capture.top_k,
+        mass=recipe.capture.mass,
+        min_k=recipe.capture.min_k,
+    )
 
 
 def save_model(

@@ -15,8 +15,8 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.lora import add_lora, merged_state
 from xlstm_distill.recipe import Expert, Recipe
-from xlstm_distill.stages.capture import STORE
 from xlstm_distill.stages.common import (
+    STORE,
     align_request,
     capture_request,
     data_inputs,
@@ -27,7 +27,9 @@ from xlstm_distill.stages.common import (
     part,
     prepare_domains,
     save_model,
+    store_identity,
 )
+from xlstm_distill.store import Store
 from xlstm_distill.targets import OnlineTargets, StoredTargets, TargetSource
 from xlstm_distill.tasks import DistillTask
 from xlstm_distill.teacher import load_teacher, load_tokenizer, teacher_hash
@@ -128,11 +130,13 @@ def choose_trainable(student: CausalLM, which: str) -> None:
 
 def _targets(recipe: Recipe, run: Run, data: Mapping[str, Artifact], device: torch.device) -> TargetSource:
     if recipe.capture.targets == "online":
-        return OnlineTargets(load_teacher(recipe.teacher, device), recipe.capture.top_k)
+        kept = recipe.capture
+        return OnlineTargets(load_teacher(recipe.teacher, device), kept.top_k, kept.mass, kept.min_k)
     stores = {}
     for domain, artifact in data.items():
         request = capture_request(recipe, domain, artifact)
-        stores[domain] = run.need(request.label, request.fingerprint).path / STORE
+        directory = run.need(request.label, request.fingerprint).path / STORE
+        stores[domain] = Store(directory, store_identity(recipe, domain, artifact))
     return StoredTargets(stores)
 
 

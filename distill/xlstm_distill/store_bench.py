@@ -1,0 +1,158 @@
+"""Measure the store of targets on synthetic distributions: bytes, KL error and speed (docs/targets.md has a run).
+
+Two families of logits over the vocabulary, with ids at random, which is the worst case for their coding:
+`zipf s` is -s * ln(rank) plus normal noise of deviation 0.5; `normal s` is normal with deviation s. A range `a-b` draws
+s anew for every token, uniformly, so that peaked and flat distributions mix as in text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xlstm_distill.losses import SparseTargets
+from xlstm_distill.store import Identity, Store, write_index, write_shard
+from xlstm_distill.targets import to_targets
+
+FAMILIES = (
+    ("zipf", 1.5, 1.5), ("zipf", 2.0, 2.0), ("zipf", 2.5, 2.5), ("zipf", 3.0, 3.0), ("zipf", 1.2, 4.0),
+    ("normal", 5.0, 5.0), ("normal", 8.0, 8.0), ("normal", 12.0, 12.0), ("normal", 2.0, 16.0),
+)  # fmt: skip
+GOAL_BYTES, GOAL_KL = 160.0, 1e-3
+NOISE = 0.5
+CHUNK = 64
+TOP_K = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Targets of a family (their ids are random), and the means of the distributions they are taken from."""
+
+    name: str
+    targets: SparseTargets
+    entropy: float
+
+    @property
+    def top_1(self) -> float:
+        """Mean mass of the most likely token."""
+        return float(self.targets.log_probs[:, 0].exp().mean())
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one way of storing a sample costs; speeds are per second of one core."""
+
+    sample: Sample
+    mass: float | None
+    min_k: int
+    figures: dict[str, float]
+    write_speed: float
+    read_speed: float
+
+    def line(self) -> str:
+        """One line of the table."""
+        s, f = self.sample, self.figures
+        met = f["bytes_per_token"] <= GOAL_BYTES and f["mean_kl_error"] <= GOAL_KL
+        return (
+            f"| {s.name} | {s.top_1:.2f} | {s.entropy:.2f} | {self.mass} | {f['mean_k']:.1f} "
+            f"| {f['bytes_per_token']:.1f} | {f['mean_kl_error']:.1e} | {f['mean_cut']:.1e} | {'yes' if met else 'no'} "
+            f"| {self.write_speed / 1e3:.0f} | {self.read_speed / 1e3:.0f} "
+            f"| {self.read_speed * f['bytes_per_token'] / 1e6:.0f} |"
+        )
+
+
+HEADER = (
+    "| family | top-1 | entropy | mass | mean k | bytes/token | KL error | cut | goal | write k tokens/s "
+    "| read k tokens/s | read MB/s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def family_logits(kind: str, low: float, high: float, tokens: int, vocabulary: int, seed: int) -> Tensor:
+    """Logits (tokens, V) of a family; for zipf in the order of their rank before noise."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(tokens, 1, generator=generator) * (high - low) + low
+    noise = torch.randn(tokens, vocabulary, generator=generator)
+    if kind == "normal":
+        return scale * noise
+    return NOISE * noise - scale * torch.arange(1, vocabulary + 1).log()
+
+
+def draw(kind: str, low: float, high: float, tokens: int, vocabulary: int, seed: int) -> Sample:
+    """Draw targets of a family."""
+    generator = torch.Generator().manual_seed(seed)
+    parts, entropy = [], 0.0
+    for start in range(0, tokens, CHUNK):
+        count = min(CHUNK, tokens - start)
+        chunk_seed = int(torch.randint(2**62, (), generator=generator))
+        logits = family_logits(kind, low, high, count, vocabulary, chunk_seed)
+        part = SparseTargets.from_logits(logits, TOP_K)
+        shuffle = torch.randperm(vocabulary, generator=generator)
+        parts.append(SparseTargets(shuffle[part.ids], part.log_probs, part.tail))
+        log_probs = logits.log_softmax(-1)
+        entropy -= float((log_probs.exp() * log_probs).sum())
+    joined = SparseTargets(*(torch.cat([getattr(p, n) for p in parts]) for n in ("ids", "log_probs", "tail")))
+    name = f"{kind} {low:g}" if low == high else f"{kind} {low:g}-{high:g}"
+    return Sample(name, joined, entropy / tokens)
+
+
+def measure(sample: Sample, mass: float | None, min_k: int, vocabulary: int, context: int) -> Measurement:
+    """Write a sample through the store and read it back, row by row."""
+    identity = Identity("bench", "", "", "", None, "float32", TOP_K, mass, min_k)
+    tokens = len(sample.targets.tail)
+    counts = [min(context, tokens - start) for start in range(0, tokens, context)]
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+
+        def write() -> None:
+            with write_shard(directory, identity, vocabulary, 0, 0) as writer:
+                writer.add(counts, [0] * len(counts), sample.targets)
+
+        write_seconds = best_time(write)
+        figures = write_index(directory, identity).means()
+        store = Store(directory, identity)
+
+        def read() -> None:
+            for row in range(len(counts)):
+                to_targets([store.row(row)[0]])
+
+        return Measurement(sample, mass, min_k, figures, tokens / write_seconds, tokens / best_time(read))
+
+
+def best_time(work: Callable[[], None], repeats: int = 3) -> float:
+    """Least CPU time of some repetitions (seconds)."""
+    best = math.inf
+    for _ in range(repeats):
+        started = time.process_time()
+        work()
+        best = min(best, time.process_time() - started)
+    return best
+
+
+def main() -> None:
+    """Print a table in Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.store_bench", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens drawn of each family")
+    parser.add_argument("--vocabulary", type=int, default=128_256, help="size of the vocabulary")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a row, which are decoded at once")
+    parser.add_argument("--mass", type=float, nargs="+", default=[0.99, 0.999], help="mass to keep")
+    parser.add_argument("--min-k", type=int, default=16, help="tokens to keep at least")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the distributions")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(HEADER)
+    for kind, low, high in FAMILIES:
+        sample = draw(kind, low, high, options.tokens, options.vocabulary, options.seed)
+        for mass in options.mass:
+            print(measure(sample, mass, options.min_k, options.vocabulary, options.context).line(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

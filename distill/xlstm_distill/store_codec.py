@@ -1,0 +1,286 @@
+"""Code the sparse targets of a packed row into bytes and back: pure functions of arrays (format: docs/targets.md).
+
+Letters: K kept tokens of a row, k ids of one of them (1 to MAX_K), n all ids of the row, V vocabulary.
+Ids are stored in descending order of probability; from rank 64 on in groups whose ids are sorted and so cost less.
+Log-probabilities are a curve over ranks: its values at a few ranks (knots), as coded gaps; in between it is
+interpolated over log rank, and a group has one value.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints: TypeAlias = "NDArray[np.integer]"
+Floats: TypeAlias = "NDArray[np.floating]"
+
+MAX_K = 256
+GROUPS = ((64, 16), (128, 32))
+"""From which rank on ids are stored in sorted groups of which size; what does not fill a group is stored singly."""
+SINGLE_KNOTS = 16
+KNOT_RATIO = 1.35
+"""The first ranks are all knots; after them the next knot's rank is this much higher."""
+LARGEST_GAP, GAP_CURVE = 24.0, 400.0
+"""Fall of log-probability that the largest code stands for (nats), and how much finer small gaps are coded."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Targets of one packed row: counts (K,), tail (K,) fp32; ids (n,) and log_probs (n,) fp32, token after token."""
+
+    counts: Ints
+    ids: Ints
+    log_probs: Floats
+    tail: Floats
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What follows from k alone; the first axis is k.
+
+    knots (257, J) rank of each knot; gaps (257,) number of coded gaps, one less than knots; left (257, 256) knot before
+    each rank and weight (257, 256) of the knot after it; group (257, 256) size of the rank's group, 1 for a single id;
+    levels (256,) the gap that a code stands for, in nats.
+    """
+
+    knots: Ints
+    gaps: Ints
+    left: Ints
+    weight: Floats
+    group: Ints
+    levels: Floats
+
+
+@functools.cache
+def tables() -> Tables:
+    """Make the tables, once."""
+    schedule = list(range(SINGLE_KNOTS))
+    while schedule[-1] < MAX_K - 1:
+        schedule.append(max(schedule[-1] + 1, round((schedule[-1] + 1) * KNOT_RATIO) - 1))
+    knots = np.zeros((MAX_K + 1, len(schedule)), np.int64)
+    gaps = np.zeros(MAX_K + 1, np.int64)
+    left = np.zeros((MAX_K + 1, MAX_K), np.uint8)
+    weight = np.zeros((MAX_K + 1, MAX_K), np.float32)
+    group = np.ones((MAX_K + 1, MAX_K), np.uint8)
+    for k in range(1, MAX_K + 1):
+        own = [rank for rank in schedule if rank < k - 1] + [k - 1]
+        knots[k, : len(own)], knots[k, len(own) :] = own, own[-1]
+        gaps[k] = len(own) - 1
+        place = np.arange(k, dtype=np.float64)
+        for start, size in _groups(k):
+            group[k, start : start + size] = size
+            place[start : start + size] = start + (size - 1) / 2
+        if k > 1:
+            x, at = np.log1p(own), np.log1p(place)
+            before = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(own) - 2)
+            left[k, :k] = before
+            weight[k, :k] = (at - x[before]) / (x[before + 1] - x[before])
+    levels = LARGEST_GAP * ((1 + GAP_CURVE) ** (np.arange(256) / 255) - 1) / GAP_CURVE
+    return Tables(knots, gaps, left, weight, group, levels)
+
+
+def _groups(k: int) -> list[tuple[int, int]]:
+    """First rank and size of the sorted groups of a set of k ids: at each rank the largest that may start and fits."""
+    found, rank = [], GROUPS[0][0]
+    while fitting := [size for start, size in GROUPS if rank >= start and rank + size <= k]:
+        found.append((rank, fitting[-1]))
+        rank += fitting[-1]
+    return found
+
+
+def arrange(counts: Ints, ids: Ints, log_probs: Floats, tail: Floats) -> Row:
+    """Bring targets (K, width), padded behind `counts` (K,) and descending, into the order in which they are stored."""
+    mask = np.arange(ids.shape[1]) < counts[:, None]
+    flat_ids, flat_probs = ids[mask].astype(np.uint32), log_probs[mask].astype(np.float32)
+    _, _, group = _per_id(counts)
+    for _, size in GROUPS:
+        places = np.flatnonzero(group == size).reshape(-1, size)
+        order = np.argsort(flat_ids[places], axis=1)
+        for values in (flat_ids, flat_probs):
+            values[places] = np.take_along_axis(values[places], order, axis=1)
+    return Row(counts.astype(np.int64), flat_ids, flat_probs, tail.astype(np.float32))
+
+
+def encode(row: Row, vocabulary: int) -> bytes:
+    """Code an arranged row."""
+    _, _, group = _per_id(row.counts)
+    parts = [
+        (row.counts - 1).astype(np.uint8),
+        row.tail.astype("<f2"),
+        _encode_curve(row),
+        pack_bits(row.ids[group == 1], id_bits(vocabulary)),
+    ]
+    for _, size in GROUPS:
+        parts += _encode_groups(row.ids[group == size].reshape(-1, size), vocabulary)
+    return b"".join(part.tobytes() for part in parts)
+
+
+def decode(data: bytes | memoryview, tokens: int, vocabulary: int) -> Row:
+    """Read back a row of `tokens` kept tokens.
+
+    Raises:
+        ValueError: the bytes are not of the length that their own counts imply, or an id is not of the vocabulary.
+    """
+    buffer = _Buffer(np.frombuffer(data, np.uint8))
+    counts = buffer.take(tokens).astype(np.int64) + 1
+    tail = buffer.take(2 * tokens).view("<f2").astype(np.float32)
+    codes = buffer.take(int(tables().gaps[counts].sum()))
+    token, index, group = _per_id(counts)
+    ids = np.empty(len(index), np.uint32)
+    single = np.flatnonzero(group == 1)
+    bits = id_bits(vocabulary)
+    ids[single] = unpack_bits(buffer.take(packed_bytes(len(single), bits)), len(single), bits)
+    for _, size in GROUPS:
+        places = np.flatnonzero(group == size)
+        if len(places):
+            ids[places] = _decode_groups(buffer, len(places) // size, size, vocabulary).ravel()
+    if buffer.left or (len(ids) and int(ids.max()) >= vocabulary):
+        raise ValueError("its bytes are no row of targets")
+    return Row(counts, ids, _decode_curve(counts, codes, tail, token, index), tail)
+
+
+def kl_error(exact: Row, decoded: Row) -> Floats:
+    """KL(exact || decoded) of the distributions over the kept ids, renormalised as the loss does; (K,) in nats."""
+    first, token = np.cumsum(exact.counts) - exact.counts, np.repeat(np.arange(len(exact.counts)), exact.counts)
+
+    def restricted(row: Row) -> Floats:
+        values = row.log_probs.astype(np.float64)
+        return values - np.log(np.add.reduceat(np.exp(values), first))[token]
+
+    if not len(first):
+        return np.zeros(0)
+    p, q = restricted(exact), restricted(decoded)
+    return np.add.reduceat(np.exp(p) * (p - q), first)
+
+
+def _per_id(counts: Ints) -> tuple[Ints, Ints, Ints]:
+    """Token of every id (n,), its place in the tables' flattened (k, rank) axes (n,), and its group's size (n,)."""
+    token = np.repeat(np.arange(len(counts)), counts)
+    first = np.cumsum(counts) - counts
+    index = np.arange(len(token)) + np.repeat(counts * MAX_K - first, counts)
+    return token, index, tables().group.ravel()[index]
+
+
+def _encode_curve(row: Row) -> NDArray[np.uint8]:
+    """Code the gaps between knots, each from the decoded value of the knot before it, so that errors do not add up."""
+    table = tables()
+    middles = (table.levels[1:] + table.levels[:-1]) / 2
+    first = np.cumsum(row.counts) - row.counts
+    curve = row.log_probs.astype(np.float64)
+    value = curve[first] if len(first) else np.zeros(0)
+    codes = np.zeros((len(first), table.knots.shape[1] - 1), np.uint8)
+    for knot in range(1, table.knots.shape[1]):
+        gap = value - curve[first + table.knots[row.counts, knot]]
+        codes[:, knot - 1] = np.searchsorted(middles, gap)
+        value = value - table.levels[codes[:, knot - 1]]
+    return codes[np.arange(codes.shape[1]) < table.gaps[row.counts][:, None]]
+
+
+def _decode_curve(counts: Ints, codes: Ints, tail: Floats, token: Ints, index: Ints) -> Floats:
+    """Interpolate between knots and normalise to the mass 1 - tail; (n,) fp32."""
+    if not len(counts):
+        return np.zeros(0, np.float32)
+    table = tables()
+    knots = table.gaps[counts] + 1
+    start = np.cumsum(knots) - knots
+    falls = np.zeros(int(knots.sum()) + 1)  # one more: a lone knot has none after it
+    is_gap = np.ones(len(falls), bool)
+    is_gap[start] = is_gap[-1] = False
+    falls[is_gap] = table.levels[codes]
+    total = np.cumsum(falls)
+    curve = (np.append(np.repeat(total[start], knots), total[-1]) - total).astype(np.float32)
+    before = start[token] + table.left.ravel()[index]
+    low = curve[before]
+    values = low + (curve[before + 1] - low) * table.weight.ravel()[index]
+    mass = np.add.reduceat(np.exp(values), np.cumsum(counts) - counts)
+    shift = np.log1p(-np.minimum(tail, np.float32(1 - 2**-11))) - np.log(mass)
+    return values + shift[token]
+
+
+def id_bits(vocabulary: int) -> int:
+    """Bits of an id that is stored singly."""
+    return max((vocabulary - 1).bit_length(), 1)
+
+
+def _low_bits(size: int, vocabulary: int) -> int:
+    """Low bits of a group's ids that make it smallest (Elias-Fano)."""
+    return min(range(id_bits(vocabulary)), key=lambda low: size * low + _high_length(size, vocabulary, low))
+
+
+def _high_length(size: int, vocabulary: int, low: int) -> int:
+    """Bits that hold the rest of a group's ids in unary."""
+    return size + ((vocabulary - 1) >> low)
+
+
+def _encode_groups(ids: Ints, vocabulary: int) -> list[NDArray[np.uint8]]:
+    """Code sorted groups (S, size): low bits as they are, high parts as gaps in unary (Elias 1974; Fano 1971)."""
+    groups, size = ids.shape
+    low = _low_bits(size, vocabulary)
+    length = _high_length(size, vocabulary, low)
+    unary = np.zeros((groups, length), bool)
+    np.put_along_axis(unary, (ids >> low).astype(np.int64) + np.arange(size), True, axis=1)
+    return [pack_bits((ids & ((1 << low) - 1)).ravel(), low), np.packbits(unary, bitorder="little")]
+
+
+def _decode_groups(buffer: _Buffer, groups: int, size: int, vocabulary: int) -> Ints:
+    """Read sorted groups (S, size)."""
+    low = _low_bits(size, vocabulary)
+    length = _high_length(size, vocabulary, low)
+    lows = unpack_bits(buffer.take(packed_bytes(groups * size, low)), groups * size, low).reshape(groups, size)
+    unary = np.unpackbits(buffer.take(-(-groups * length // 8)), count=groups * length, bitorder="little")
+    ones = np.flatnonzero(unary)
+    if len(ones) != groups * size:
+        raise ValueError("a group of ids is damaged")
+    place = ones.reshape(groups, size) - np.arange(groups)[:, None] * length - np.arange(size)
+    return (place.astype(np.uint32) << low) | lows
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` packed numbers: they are packed by eights."""
+    return -(-count // 8) * bits
+
+
+def pack_bits(values: Ints, bits: int) -> NDArray[np.uint8]:
+    """Pack numbers below 2**bits (bits up to 25), lowest bit first; the last eight are filled with zeros."""
+    padded = np.zeros(-(-len(values) // 8) * 8, "<u4")
+    padded[: len(values)] = values
+    planes = np.unpackbits(padded.view(np.uint8).reshape(-1, 4), axis=1, count=bits or None, bitorder="little")
+    return np.packbits(planes, bitorder="little") if bits else np.zeros(0, np.uint8)
+
+
+def unpack_bits(data: NDArray[np.uint8], count: int, bits: int) -> Ints:
+    """Read back `count` packed numbers as uint32; eight of them fill `bits` bytes, so each column is read at once."""
+    if not bits:
+        return np.zeros(count, np.uint32)
+    columns = np.ascontiguousarray(data.reshape(-1, bits).T)
+    values = np.empty((8, columns.shape[1]), np.uint32)
+    for n in range(8):
+        start, shift = divmod(n * bits, 8)
+        word = columns[start].astype(np.uint32)
+        for more in range(1, (shift + bits + 7) // 8):
+            word |= columns[start + more].astype(np.uint32) << (8 * more)
+        values[n] = (word >> shift) & ((1 << bits) - 1)
+    return values.T.reshape(-1)[:count]
+
+
+class _Buffer:
+    """Bytes that are taken from the front."""
+
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self.data, self.at = data, 0
+
+    @property
+    def left(self) -> int:
+        """Bytes not yet taken."""
+        return len(self.data) - self.at
+
+    def take(self, count: int) -> NDArray[np.uint8]:
+        """Take the next bytes; ValueError where there are too few."""
+        if count > self.left:
+            raise ValueError("its bytes end early")
+        self.at += count
+        return self.data[self.at - count : self.at]

@@ -1,0 +1,220 @@
+"""The capture stage on the embedded teacher: shared, interrupted and resumed, it always makes the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from xlstm_distill.artifacts import Run
+from xlstm_distill.console import QuietConsole
+from xlstm_distill.data import load_batch
+from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.losses import sparse_kl
+from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.stages import capture
+from xlstm_distill.stages.common import capture_request, open_domains, prepare_domains, store_identity
+from xlstm_distill.stages.distill import _targets
+from xlstm_distill.targets import OnlineTargets
+from xlstm_distill.teacher import load_teacher
+
+SCRIPT = Path(__file__).parent / "capture_process.py"
+sys.path.insert(0, str(SCRIPT.parent))
+from capture_process import SETTINGS, run_capture  # noqa: E402
+
+RECIPE = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+
+
+def shards(run, domain="math"):
+    """Content of a published domain's shards."""
+    return {p.name: p.read_bytes() for p in sorted((run / "artifacts/capture" / domain / "store").glob("*.bin"))}
+
+
+def leftovers(run):
+    """Anything in the capture's folder besides published domains."""
+    return {p.name for p in (run / "artifacts/capture").iterdir()} - {"math", "chat"}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that captured everything at once."""
+    directory = tmp_path_factory.mktemp("capture") / "run"
+    lines = run_capture(RECIPE, str(directory))
+    assert any("capture/math: " in line and "KL error" in line and "read at" in line for line in lines)
+    return directory
+
+
+@pytest.fixture
+def fresh(reference, tmp_path):
+    """A run with the same rows and no targets."""
+    shutil.copytree(reference, tmp_path / "run", ignore=shutil.ignore_patterns("capture"))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Shards that this process writes."""
+    numbers = []
+    write = capture.DomainCapture._write_shard
+
+    def noted(self, shard, progress):
+        numbers.append((self.rows.name, shard.number))
+        write(self, shard, progress)
+
+    monkeypatch.setattr(capture.DomainCapture, "_write_shard", noted)
+    return numbers
+
+
+def opened(directory):
+    loaded = load_recipe(Path(RECIPE), SETTINGS)
+    run = Run.open(directory, loaded)
+    return loaded, run, prepare_domains(loaded, run, ["math", "chat"], QuietConsole())
+
+
+def test_the_store_reaches_the_goal_and_gives_the_loss_of_the_teacher_at_work(reference):
+    loaded, run, data = opened(reference)
+    figures = run.load("capture/math").manifest["results"]
+    assert figures["bytes_per_token"] <= 160
+    assert figures["mean_kl_error"] <= 1e-3
+    assert figures["mean_k"] >= 4
+    assert len(shards(reference)) > 2
+    rows = open_domains(loaded, data)
+    stored = _targets(loaded, run, data, torch.device("cpu"))
+    online = OnlineTargets(load_teacher(loaded.teacher), 256, loaded.capture.mass, loaded.capture.min_k)
+    batch = load_batch(rows, [("math", 20), ("chat", 3), ("math", 0)])
+    mine, theirs = stored(batch), online(batch)
+    student = torch.randn(len(mine.tail), 512, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sparse_kl(student, mine).mean(), sparse_kl(student, theirs).mean(), rtol=1e-3, atol=1e-3)
+
+
+def test_shares_make_the_same_files_and_the_last_one_publishes(reference, fresh, written):
+    lines = run_capture(RECIPE, str(fresh), "1/2")
+    assert {number % 2 for _, number in written} == {1}
+    assert not (fresh / "artifacts/capture/math").exists()
+    assert any("this share is done; " in line and "are still to come from others (0, 2" in line for line in lines)
+    run_capture(RECIPE, str(fresh), "0/2")
+    assert len(written) == len(set(written)) == len(shards(reference)) + len(shards(reference, "chat"))
+    for domain in ("math", "chat"):
+        assert shards(fresh, domain) == shards(reference, domain)
+    assert not leftovers(fresh)
+    before = len(written)
+    run_capture(RECIPE, str(fresh), "1/2")
+    assert len(written) == before
+
+
+def test_only_missing_and_damaged_shards_are_made_again(reference, fresh, written):
+    run_capture(RECIPE, str(fresh), "0/2")
+    (gathered,) = (fresh / "artifacts/capture").glob(".math.*.shards")
+    damaged = gathered / "store/targets-00002.bin"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    (gathered / "store/.targets-00001.bin.0123456789ab.partial").write_bytes(b"half a shard")
+    written.clear()
+    lines = run_capture(RECIPE, str(fresh))
+    odd = [n for n in range(len(shards(reference))) if n % 2]
+    assert sorted(number for name, number in written if name == "math") == sorted([*odd, 2])
+    assert any("targets-00002.bin: cut short" in line and "made again" in line for line in lines)
+    assert shards(fresh) == shards(reference)
+    assert not list(fresh.rglob("*.partial"))
+
+
+def test_a_store_that_is_not_the_teachers_is_not_published(fresh, monkeypatch):
+    def other(config, device="cpu"):
+        teacher = load_teacher(config, device)
+        with torch.no_grad():
+            teacher.model.norm.weight.mul_(0.5)
+        return teacher
+
+    monkeypatch.setattr(capture, "SELF_TEST_ROWS", 12)
+    monkeypatch.setattr(capture, "load_teacher", other)
+    run_capture(RECIPE, str(fresh), "0/2")
+    monkeypatch.setattr(capture, "load_teacher", load_teacher)
+    with pytest.raises(RunError, match=r"self-test failed: at row \d+ the teacher is .* nats from the stored targets"):
+        run_capture(RECIPE, str(fresh), "1/2")
+    assert not (fresh / "artifacts/capture/math").exists()
+
+
+def test_distillation_refuses_a_store_of_another_tokenizer(reference, tmp_path):
+    copy = shutil.copytree(reference, tmp_path / "run")
+    loaded, run, data = opened(copy)
+    manifest = json.loads((data["math"].path / "manifest.json").read_text())
+    manifest["inputs"]["tokenizer"] = "others"
+    (data["math"].path / "manifest.json").write_text(json.dumps(manifest))
+    tampered = {**data, "math": run.load("data/math")}
+    with pytest.raises(
+        RunError, match=r"index\.json: belongs to another run: its tokenizer is .*, here it is 'others'"
+    ):
+        _targets(loaded, run, tampered, torch.device("cpu"))
+    assert capture_request(loaded, "math", tampered["math"]).fingerprint == run.load("capture/math").fingerprint
+    assert store_identity(loaded, "math", tampered["math"]).tokenizer == "others"
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "a/2", "-1/2", "0/0", "1/2/3", ""])
+def test_a_share_that_is_none_is_one_line(text):
+    loaded = load_recipe(Path(RECIPE), SETTINGS)
+    with pytest.raises(UserError, match=r"--shard: .* must be I/N with I from 0 to N - 1"):
+        capture.run(loaded, None, QuietConsole(), text)
+
+
+def test_a_share_of_online_targets_is_refused():
+    loaded = load_recipe(Path(RECIPE), (*SETTINGS, "capture.targets=online"))
+    with pytest.raises(UserError, match=r"--shard: capture\.targets is 'online'"):
+        capture.run(loaded, None, QuietConsole(), "0/2")
+
+
+@pytest.mark.parametrize(("rows", "context"), [(1, 64), (1000, 64), (2356, 256), (10**6, 4096), (5 * 10**6, 4096)])
+def test_shards_cover_all_rows_once(rows, context):
+    plan = capture.plan_shards(rows, context)
+    assert [n for s in plan for n in (s.first, s.first + s.count)][1:-1] == [s.first for s in plan[1:] for _ in "ab"]
+    assert (plan[0].first, plan[-1].first + plan[-1].count) == (0, rows)
+    assert [s.number for s in plan] == list(range(len(plan)))
+    assert max(s.count for s in plan) * context <= 2**22
+
+
+def start(run, share, wait, *launcher):
+    command = [sys.executable, *launcher, str(SCRIPT), RECIPE, str(run), share, str(wait)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-2000:]
+    return output
+
+
+@pytest.mark.multi_process
+def test_after_sigkill_two_at_once_finish_the_work(reference, fresh):
+    killed = start(fresh, "-", 0.2)
+    deadline = time.monotonic() + 100
+    while not list(fresh.glob("artifacts/capture/.math.*/store/targets-00001.bin")):
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (fresh / "artifacts/capture/math").exists()
+    other, before = start(fresh, "0/1", 0.05), len(list(fresh.rglob("targets-*.bin")))
+    while other.poll() is None and len(list(fresh.rglob("targets-*.bin"))) == before:
+        time.sleep(0.01)
+    run_capture(RECIPE, str(fresh))  # both want all of it
+    finish(other)
+    for domain in ("math", "chat"):
+        assert shards(fresh, domain) == shards(reference, domain)
+    assert not leftovers(fresh)
+
+
+@pytest.mark.multi_process
+def test_two_ranks_make_the_same_files(reference, fresh):
+    output = finish(start(fresh, "-", 0, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    assert output.count("read at") == 2  # once a domain, by the rank that published
+    for domain in ("math", "chat"):
+        assert shards(fresh, domain) == shards(reference, domain)
+    assert not leftovers(fresh)

@@ -1,0 +1,192 @@
+"""Shards and stores: what was written comes back, and nothing else is ever taken for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+import zlib
+
+import pytest
+import torch
+
+from xlstm_distill import store as store_module
+from xlstm_distill.errors import RunError
+from xlstm_distill.losses import SparseTargets
+from xlstm_distill.store import HEADER_BYTES, INDEX_FILE, PREFIX, Identity, Store, read_header, write_index, write_shard
+from xlstm_distill.store_codec import arrange, kl_error
+from xlstm_distill.targets import to_targets
+
+VOCABULARY = 300
+IDENTITY = Identity("math", "rows", "words", "teacher", "main", "bfloat16", 64, 0.95, 4)
+COUNTS = ([5, 0, 9], [7, 1], [3])
+"""Kept tokens of the rows of three shards."""
+
+
+def exact_targets(shard):
+    logits = 3 * torch.randn(sum(COUNTS[shard]), VOCABULARY, generator=torch.Generator().manual_seed(shard))
+    return SparseTargets.from_logits(logits, IDENTITY.top_k)
+
+
+def write(directory, shards=(0, 1, 2), identity=IDENTITY):
+    directory.mkdir(parents=True, exist_ok=True)
+    for shard in shards:
+        first = sum(len(counts) for counts in COUNTS[:shard])
+        with write_shard(directory, identity, VOCABULARY, shard, first) as writer:
+            writer.add(COUNTS[shard], [100 + first + n for n in range(len(COUNTS[shard]))], exact_targets(shard))
+    write_index(directory, identity)
+    return directory
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return write(tmp_path / "capture" / "math" / "store")
+
+
+def read_all(store):
+    return to_targets([store.row(row)[0] for row in range(store.rows)])
+
+
+def test_rows_come_back_in_any_order(directory, monkeypatch):
+    monkeypatch.setattr(store_module, "OPEN_SHARDS", 1)
+    store = Store(directory, IDENTITY)
+    assert store.rows == 6
+    expected = [exact_targets(n).keep_mass(0.95, 4) for n in range(3)]
+    for row, shard, start, count in ((5, 2, 0, 3), (0, 0, 0, 5), (4, 1, 7, 1), (1, 0, 5, 0), (2, 0, 5, 9)):
+        found, source = store.row(row)
+        assert source == 100 + row
+        own = slice(start, start + count)
+        mine = SparseTargets(expected[shard].ids[own], expected[shard].log_probs[own], expected[shard].tail[own])
+        kept = torch.isfinite(mine.log_probs)
+        assert found.ids.tolist() == mine.ids[kept].tolist()
+        exact = arrange(kept.sum(1).numpy(), *(part.numpy() for part in (mine.ids, mine.log_probs, mine.tail)))
+        assert found.counts.tolist() == exact.counts.tolist()
+        assert kl_error(exact, found).sum() <= 1e-3 * count
+    assert len(store.open) == 1
+
+
+def test_figures_are_those_of_the_files(directory):
+    figures = json.loads((directory / INDEX_FILE).read_text())["figures"]
+    shards = list(directory.glob("*.bin"))
+    kept = read_all(Store(directory, IDENTITY))
+    assert figures["tokens"] == 25
+    assert figures["bytes_per_token"] == sum(p.stat().st_size for p in shards) / 25
+    assert figures["mean_k"] == float(torch.isfinite(kept.log_probs).sum()) / 25
+    full = [exact_targets(n) for n in range(3)]
+    cut = sum(float((1 - t.tail).log().sum() - (1 - t.keep_mass(0.95, 4).tail).log().sum()) for t in full) / 25
+    assert figures["mean_cut"] == pytest.approx(cut, abs=1e-5)
+    assert 0 < figures["mean_kl_error"] < 1e-3
+
+
+@pytest.mark.parametrize("place", [0, 8, 20, 40, HEADER_BYTES + 3, HEADER_BYTES + 60, -30, -1])
+def test_a_byte_that_changed_is_found_when_it_matters(directory, place):
+    path = directory / "targets-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(RunError, match=rf"{path}: .*Delete {directory.parent} and run capture again"):
+        read_all(Store(directory, IDENTITY))
+
+
+@pytest.mark.parametrize("size", [0, 10, HEADER_BYTES, HEADER_BYTES + 50, -1])
+def test_a_shard_cut_short_names_itself(directory, size):
+    path = directory / "targets-00001.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[:size])
+    with pytest.raises(RunError, match=r"targets-00001\.bin: cut short"):
+        Store(directory, IDENTITY)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(RunError, match=r"targets-00001\.bin: cut short or overlong"):
+        Store(directory, IDENTITY)
+
+
+def test_other_files_in_the_place_of_a_shard_are_refused(directory, tmp_path):
+    path = directory / "targets-00002.bin"
+    good = path.read_bytes()
+    for content, message in (
+        (b"x" * 5000, "not a shard of targets"),
+        (good[:8] + struct.pack("<I", 7) + good[12:], "has format version 7, this program reads version 1"),
+        ((directory / "targets-00001.bin").read_bytes(), "is not the shard that index.json was written for"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=message):
+            Store(directory, IDENTITY)
+    path.unlink()
+    with pytest.raises(RunError, match=r"targets-00002\.bin: cannot be read \(No such file"):
+        Store(directory, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tokenizer", "others"), ("data", "others"), ("teacher", "others"), ("dtype", "float32"), ("revision", None),
+     ("domain", "code"), ("top_k", 63), ("mass", None), ("min_k", 5)],
+)  # fmt: skip
+def test_a_store_made_from_something_else_is_refused(directory, field, value):
+    expected = dataclasses.replace(IDENTITY, **{field: value})
+    with pytest.raises(RunError, match=rf"belongs to another run: its {field} is .*, here it is {value!r}"):
+        Store(directory, expected)
+
+
+def test_one_shard_of_another_tokenizer_is_refused(directory):
+    write(directory, shards=(1,), identity=dataclasses.replace(IDENTITY, tokenizer="others"))
+    write_index(directory, IDENTITY)
+    with pytest.raises(RunError, match=r"targets-00001\.bin: belongs to another run: its tokenizer is 'others'"):
+        Store(directory, IDENTITY)
+
+
+def test_an_index_that_is_missing_damaged_or_of_another_version_is_refused(directory):
+    path = directory / INDEX_FILE
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "version": 2}))
+    with pytest.raises(RunError, match="has format version 2, this program reads version 1"):
+        Store(directory, IDENTITY)
+    for spoil in (lambda: path.write_text("{"), lambda: path.write_text("[]"), path.unlink):
+        spoil()
+        with pytest.raises(RunError, match=r"index\.json: cannot be read"):
+            Store(directory, IDENTITY)
+
+
+def test_a_header_that_lies_with_a_right_checksum_does_not_reach_the_decoder(directory):
+    """Rows are checked by their own checksums, so a shard put together by hand fails at the latest there."""
+    path = directory / "targets-00000.bin"
+    data = path.read_bytes()
+    length = PREFIX.unpack_from(data)[2]
+    header = json.loads(data[PREFIX.size : PREFIX.size + length])
+    header["first_row"] = 1
+    text = json.dumps(header, sort_keys=True).encode()
+    page = PREFIX.pack(store_module.MAGIC, 1, len(text), zlib.crc32(text)) + text
+    path.write_bytes(page.ljust(HEADER_BYTES, b"\0") + data[HEADER_BYTES:])
+    assert read_header(path).first_row == 1
+    with pytest.raises(RunError, match=r"is not the shard that index\.json"):
+        Store(directory, IDENTITY)
+
+
+def test_a_row_beyond_the_last_is_refused(directory):
+    with pytest.raises(RunError, match="has 6 rows, row 6 was asked for"):
+        Store(directory, IDENTITY).row(6)
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), write_shard(tmp_path, IDENTITY, VOCABULARY, 0, 0) as writer:
+        writer.add([5, 0, 9], [1, 2, 3], exact_targets(0))
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_not_finite_name_their_row(tmp_path):
+    logits = torch.randn(4, VOCABULARY)
+    logits[3, 7] = torch.nan
+    targets = SparseTargets.from_logits(logits, 8)
+    with (
+        pytest.raises(RunError, match="capture/math: the teacher's logits of row 11 are not finite"),
+        write_shard(tmp_path, IDENTITY, VOCABULARY, 0, 10) as writer,
+    ):
+        writer.add([3, 1], [0, 0], targets)
+
+
+def test_what_a_killed_writer_left_is_not_counted(directory):
+    left = directory / ".targets-00003.bin.0123456789ab.partial"
+    left.write_bytes((directory / "targets-00000.bin").read_bytes()[:5000])
+    write_index(directory, IDENTITY)
+    assert Store(directory, IDENTITY).rows == 6
+    assert not left.exists()
