@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +40,16 @@ def linear_distill_loss(
     *,
     ce_weight: float,
     kl_weight: float,
+    kl_tail: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, LossParts]:
     """ce_weight · cross-entropy + kl_weight · sparse KL of the logits `hidden @ weight.T + bias` (paper, Eq. 13).
 
     hidden (N, d) of the kept tokens, weight (V, d), bias (V,), labels (N,) in 0..V-1, targets of the same N tokens;
     `chunk` tokens at a time (default: `chunk_rows`). Returns the weighted sum over tokens, to differentiate, and its
-    two parts, which carry no gradient. Equal to `distill_loss`; products are computed in autocast's dtype where it is
-    on, softmax and the sum of the head's gradient in fp32. The gradients are computed with the loss, so one backward
-    pass is all it has.
+    two parts, which carry no gradient. Equal to `distill_loss`, `kl_tail` too; products are computed in autocast's
+    dtype where it is on, softmax and the sum of the head's gradient in fp32. The gradients are computed with the loss,
+    so one backward pass is all it has.
 
     Raises:
         ValueError: shapes do not fit (a sharded weight is read outside of its module's call).
@@ -57,7 +58,7 @@ def linear_distill_loss(
     rows = chunk or chunk_rows(len(hidden), len(weight))
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     total, cross_entropy, kl = _LinearDistillLoss.apply(
-        hidden, weight, bias, labels, targets.ids, targets.log_probs, ce_weight, kl_weight, rows, needs
+        hidden, weight, bias, labels, targets, _Weights(ce_weight, kl_weight, kl_tail), rows, needs
     )
     return total, LossParts(cross_entropy, kl)
 
@@ -93,13 +94,19 @@ class FusedHead(nn.Linear):
         return super().forward(hidden) if reduce is None else reduce(hidden, self.weight, self.bias)
 
     def loss(
-        self, hidden: Tensor, labels: Tensor, targets: SparseTargets, ce_weight: float, kl_weight: float
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        targets: SparseTargets,
+        ce_weight: float,
+        kl_weight: float,
+        kl_tail: bool = False,
     ) -> tuple[Tensor, LossParts]:
         """`linear_distill_loss` with this head."""
 
         def reduce(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             total, parts = linear_distill_loss(
-                hidden, weight, bias, labels, targets, ce_weight=ce_weight, kl_weight=kl_weight
+                hidden, weight, bias, labels, targets, ce_weight=ce_weight, kl_weight=kl_weight, kl_tail=kl_tail
             )
             return total, parts.cross_entropy, parts.kl  # hooks look for tensors in tuples, not in dataclasses
 
@@ -128,6 +135,14 @@ def fuse_head(model: Any) -> FusedHead:
     return head
 
 
+class _Weights(NamedTuple):
+    """Weights of the two losses, and whether the tokens outside of the targets are an outcome of the KL."""
+
+    ce: float
+    kl: float
+    tail: bool
+
+
 class _LinearDistillLoss(torch.autograd.Function):
     """The loss with its gradients computed in the forward pass, one chunk of tokens after the other."""
 
@@ -138,10 +153,8 @@ class _LinearDistillLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        ids: Tensor,
-        log_probs: Tensor,
-        ce_weight: float,
-        kl_weight: float,
+        targets: SparseTargets,
+        weights: _Weights,
         rows: int,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,11 +162,12 @@ class _LinearDistillLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), rows):
                 piece = slice(start, start + rows)
-                work.add(piece, labels[piece], ids[piece], log_probs[piece], ce_weight, kl_weight)
+                part = SparseTargets(targets.ids[piece], targets.log_probs[piece], targets.tail[piece])
+                work.add(piece, labels[piece], part, weights)
         ctx.gradients = (work.hidden_grad, work.weight_grad, work.bias_grad)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
         ctx.mark_non_differentiable(work.cross_entropy, work.kl)
-        return ce_weight * work.cross_entropy + kl_weight * work.kl, work.cross_entropy, work.kl
+        return weights.ce * work.cross_entropy + weights.kl * work.kl, work.cross_entropy, work.kl
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,7 +182,7 @@ class _LinearDistillLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(scale).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 class _Work:
@@ -185,23 +199,22 @@ class _Work:
         self.bias_grad = torch.zeros_like(bias, dtype=self.fp) if bias is not None and needs[2] else None
         self.cross_entropy, self.kl = hidden.new_zeros(2, dtype=self.fp).unbind()
 
-    def add(
-        self, piece: slice, labels: Tensor, ids: Tensor, log_probs: Tensor, ce_weight: float, kl_weight: float
-    ) -> None:
-        """Add a chunk of n tokens: labels (n,), ids and log_probs (n, k)."""
+    def add(self, piece: slice, labels: Tensor, targets: SparseTargets, weights: _Weights) -> None:
+        """Add a chunk of n tokens: labels (n,) and their targets."""
         hidden = self.hidden[piece].to(self.dtype)
         logits = nn.functional.linear(hidden, self.weight, self.bias).to(self.fp)  # (n, V), in place from here on
         at_label = logits.gather(1, labels[:, None])
-        kl, kl_slope = _sparse_kl(logits.gather(1, ids), log_probs.to(self.fp))
+        restricted = None if weights.tail else _sparse_kl(logits.gather(1, targets.ids), targets)
         highest = logits.amax(dim=1, keepdim=True)
-        weights = logits.sub_(highest).exp_()
-        mass = weights.sum(dim=1, keepdim=True)
+        powers = logits.sub_(highest).exp_()
+        mass = powers.sum(dim=1, keepdim=True)
         self.cross_entropy = self.cross_entropy + (highest - at_label + mass.log()).sum()
+        kl, all_slope, kl_slope, ids = _tail_kl(powers, mass, targets) if restricted is None else restricted
         self.kl = self.kl + kl.sum()
         if self.needs:
-            slope = weights.mul_(ce_weight / mass)
-            slope.scatter_add_(1, labels[:, None], torch.full_like(at_label, -ce_weight))
-            slope.scatter_add_(1, ids, kl_slope.mul_(kl_weight))
+            slope = powers.mul_((weights.ce + weights.kl * all_slope) / mass)
+            slope.scatter_add_(1, labels[:, None], torch.full_like(at_label, -weights.ce))
+            slope.scatter_add_(1, ids, kl_slope.mul_(weights.kl))
             self._add_gradients(piece, hidden, slope)
 
     def _add_gradients(self, piece: slice, hidden: Tensor, slope: Tensor) -> None:
@@ -220,14 +233,41 @@ class _Work:
             block += columns.T @ hidden
 
 
-def _sparse_kl(logits: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """`losses.sparse_kl` and its gradient with respect to the logits (n, k) at the targets' ids: (n,) and (n, k)."""
+_KlParts = tuple[Tensor, Tensor | float, Tensor, Tensor]
+"""A KL (n,); the share of the softmax (n, 1) in its gradient; what is added to that (n, k), and at which ids (n, k)."""
+
+
+def _sparse_kl(logits: Tensor, targets: SparseTargets) -> _KlParts:
+    """`losses.sparse_kl` and its gradient, from the logits (n, k) at the targets' ids."""
+    log_probs = targets.log_probs.to(logits.dtype)
     padding = log_probs == -math.inf
     teacher = log_probs.log_softmax(dim=1)
     student = logits.masked_fill(padding, -math.inf).log_softmax(dim=1)
     p = teacher.exp()
     kl = (p * (teacher - student).masked_fill_(padding, 0.0)).sum(dim=1)
-    return kl, student.exp_().sub_(p)
+    return kl, 0.0, student.exp_().sub_(p), targets.ids
+
+
+def _tail_kl(powers: Tensor, mass: Tensor, targets: SparseTargets) -> _KlParts:
+    """`losses.tail_kl` and its gradient, from powers (n, V), the exponentials of the logits, and their sum (n, 1).
+
+    With q the student's softmax, r its mass outside of the targets and t the teacher's, the gradient is q - p at a
+    token of the targets and q (1 - t / r) at every other. r is summed over these: 1 - sum(q) would be rounding alone.
+    """
+    padding = targets.log_probs == -math.inf
+    ids = torch.where(padding, targets.ids[:, :1], targets.ids)  # a row's first entry is never padding
+    kept = powers.gather(1, ids)
+    outside = powers.scatter_(1, ids, 0.0).sum(dim=1, keepdim=True)
+    powers.scatter_(1, ids, kept)
+    rest = torch.cat([targets.log_probs, targets.tail[:, None].log()], dim=1).to(powers.dtype).log_softmax(dim=1)
+    teacher, log_tail = rest[:, :-1], rest[:, -1:]
+    empty = outside == 0
+    p, tail = teacher.exp(), log_tail.exp().masked_fill(empty, 0.0)
+    inside = (p * (teacher - (kept / mass).log()).masked_fill(padding, 0.0)).sum(dim=1)
+    beyond = (tail * (log_tail - (outside / mass).log())).masked_fill(tail == 0, 0.0)
+    ratio = (tail * mass / outside).masked_fill(empty, 0.0)
+    slope = (ratio * (kept / mass) - p).masked_fill(padding, 0.0)
+    return inside + beyond[:, 0], 1 - ratio, slope, ids
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -64,9 +64,9 @@ def random_targets(tokens: int, vocabulary: int, top_k: int, device: str) -> Spa
 def weighted_loss(kind: str, inputs: Inputs, chunk: int | None) -> Tensor:
     """The loss that stage II differentiates, `fused` or `plain`."""
     if kind == "fused":
-        weights = {"ce_weight": CE_WEIGHT, "kl_weight": KL_WEIGHT}
         return linear_distill_loss(
-            inputs.hidden, inputs.weight, None, inputs.labels, inputs.targets, chunk=chunk, **weights
+            inputs.hidden, inputs.weight, None, inputs.labels, inputs.targets,
+            ce_weight=CE_WEIGHT, kl_weight=KL_WEIGHT, chunk=chunk,
         )[0]  # fmt: skip
     parts = distill_loss(linear(inputs.hidden, inputs.weight), inputs.labels, inputs.targets)
     return CE_WEIGHT * parts.cross_entropy + KL_WEIGHT * parts.kl

@@ -155,6 +155,11 @@ class Distill(Optimization):
     kl_weight: NonNegative = Field(
         default=0.1, description="Weight of the KL divergence to the teacher (paper's beta)."
     )
+    kl_tail: Flag = Field(
+        default=True,
+        description="Count all tokens outside of the targets as one outcome of the KL divergence; false leaves them "
+        "out and renormalises both distributions (the paper's, which then needs `capture.mass: null`).",
+    )
     trainable: Literal["all", "mixer", "lora"] = Field(
         default="all",
         description="Parameters that train: `all` (the paper's), the mixers' own (projections, maps, gates), or "

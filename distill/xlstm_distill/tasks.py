@@ -119,12 +119,14 @@ class DistillTask(Task):
     The student's head becomes a `FusedHead`, which computes the loss without the tensor of logits.
     """
 
-    def __init__(self, student: CausalLM, targets: TargetSource, ce_weight: float, kl_weight: float) -> None:
+    def __init__(
+        self, student: CausalLM, targets: TargetSource, ce_weight: float, kl_weight: float, *, kl_tail: bool = False
+    ) -> None:
         super().__init__()
         fuse_head(student)
         self.student = student
         self.targets = targets
-        self.ce_weight, self.kl_weight = ce_weight, kl_weight
+        self.ce_weight, self.kl_weight, self.kl_tail = ce_weight, kl_weight, kl_tail
 
     def count(self, batch: Batch) -> int:
         """Tokens the loss is averaged over: the supervised ones."""
@@ -135,5 +137,5 @@ class DistillTask(Task):
         targets: SparseTargets = self.targets(batch)
         hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
         labels = batch.labels[batch.labels != IGNORE_INDEX]
-        loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.ce_weight, self.kl_weight)
+        loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.ce_weight, self.kl_weight, self.kl_tail)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})

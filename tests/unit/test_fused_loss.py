@@ -101,6 +101,73 @@ def test_the_plain_loss_equals_the_formula_with_padded_targets():
     assert_close(results(plain, leaves, labels, targets), expected, 1e-6)
 
 
+def tail_formula(hidden, weight, bias, labels, targets):
+    """Cross-entropy and the KL of two distributions with an outcome for each kept token and one for the others."""
+    q = (hidden @ weight.T + (0 if bias is None else bias)).softmax(-1)
+    cross_entropy, kl = hidden.sum() * 0, hidden.sum() * 0
+    for row, label in enumerate(labels):
+        there = targets.log_probs[row] > -math.inf
+        kept = targets.ids[row][there]
+        outside = torch.ones(len(weight), dtype=torch.bool)
+        outside[kept] = False
+        mine = torch.cat([q[row][kept], q[row][outside].sum()[None]])
+        teacher = torch.cat([targets.log_probs[row][there].to(hidden).exp(), targets.tail[row].to(hidden)[None]])
+        teacher = teacher / teacher.sum()
+        cross_entropy = cross_entropy - q[row, label].log()
+        kl = kl + (teacher * (teacher / mine).log()).sum()
+    return CE * cross_entropy + KL * kl, cross_entropy, kl
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("chunk", [None, 7, 64])
+def test_the_tail_as_one_outcome_equals_its_formula(chunk, padded):
+    leaves, labels, targets = problem(padded=padded)
+    if padded:  # what was blanked belongs to the tail
+        mass = targets.log_probs.double().exp().sum(-1)
+        targets = SparseTargets(targets.ids, targets.log_probs, (1 - mass).float())
+
+    def plain(hidden, weight, bias, labels, targets):
+        parts = distill_loss(F.linear(hidden, weight, bias), labels, targets, kl_tail=True)
+        return CE * parts.cross_entropy + KL * parts.kl, parts.cross_entropy, parts.kl
+
+    def in_chunks(hidden, weight, bias, labels, targets):
+        total, parts = linear_distill_loss(
+            hidden, weight, bias, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True, chunk=chunk
+        )
+        return total, parts.cross_entropy, parts.kl
+
+    expected = results(tail_formula, leaves, labels, targets, dtype=torch.float64)
+    assert_close(results(in_chunks, leaves, labels, targets), expected, 1e-6)
+    assert_close(results(plain, leaves, labels, targets), expected, 1e-6)
+
+
+def test_few_tokens_and_the_tail_see_what_renormalised_ones_do_not():
+    """With one token kept, the restricted KL is blind; with the tail its gradient points where the full KL's does."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 4 * torch.randn(64, 500, generator=generator)
+    student = (teacher + torch.randn(64, 500, generator=generator)).requires_grad_()
+    full = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum")
+    exact = torch.autograd.grad(full, student)[0].flatten()
+    targets = SparseTargets.from_logits(teacher, 256).keep_mass(0.9)
+    cosine = {}
+    for tail in (False, True):
+        kl = distill_loss(student, torch.zeros(64, dtype=torch.long), targets, kl_tail=tail).kl
+        gradient = torch.autograd.grad(kl, student)[0].flatten()
+        cosine[tail] = float(F.cosine_similarity(exact, gradient, dim=0))
+    assert cosine[False] < 0.97 < cosine[True]
+
+
+def test_a_vocabulary_that_is_kept_whole_has_no_tail():
+    leaves, labels, targets = problem(vocabulary=20, top_k=64)
+    _, parts = linear_distill_loss(*leaves, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True)
+    restricted = results(fused, leaves, labels, targets)
+    assert float(parts.kl) == pytest.approx(float(restricted["kl"]), rel=1e-5)
+    copies = [x.clone().requires_grad_() for x in leaves]
+    linear_distill_loss(*copies, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True)[0].backward()
+    for name, leaf in zip(LEAVES, copies, strict=True):
+        assert error_ratio(leaf.grad, restricted[f"d{name}"].double()) < 1e-5, name
+
+
 def test_padded_entries_are_as_if_they_were_not_there():
     leaves, labels, targets = problem(top_k=8)
     wide = SparseTargets(

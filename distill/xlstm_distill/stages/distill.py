@@ -99,7 +99,7 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         if settings.activation_checkpointing:
             checkpoint_activations(student)
         targets = _targets(recipe, run, data, accelerator.device)
-        task = DistillTask(student, targets, settings.ce_weight, settings.kl_weight)
+        task = DistillTask(student, targets, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail)
         domains = open_domains(recipe, data)
         stretches = _stretches(recipe, recipe.distill.experts[name], domains)
         plan = Plan(f"distill/{name}", stretches, settings.batch, settings.micro_batch or settings.batch)
