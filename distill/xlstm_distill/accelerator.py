@@ -1,4 +1,4 @@
-"""The Accelerator of a stage: refuse what differs from what was asked, wrap a task for it, and read its weights back."""
+"""The Accelerator of a stage: refuse what differs from what was asked, wrap a task, read its weights back."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from xlstm_distill.distributed import CONFIGS, Layout, asked_layout
-from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.distributed import CONFIGS, Layout, asked_layout, on_cpu
+from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.recipe import Recipe
 
@@ -26,8 +26,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     A bf16 teacher means bf16 compute (of fp32 weights, with gradients reduced in fp32) where there is an accelerator.
 
     Raises:
-        UserError: what the launcher asked for is not supported, or contradicts the recipe.
-        RunError: something else than what was asked for runs.
+        UserError: what the launcher asked for is not supported, contradicts the recipe, or is not what runs.
     """
     asked = asked_layout()
     precision = _precision(recipe, asked)
@@ -38,7 +37,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=precision,
         # On a machine without an accelerator, several processes run as one unless cpu is said.
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu(),
         fsdp_plugin=_fsdp_plugin(precision) if asked.kind == "fsdp" else None,
     )
     refuse_difference(asked, running_layout(accelerator), precision)
@@ -53,7 +52,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def _precision(recipe: Recipe, asked: Layout) -> str:
     """`bf16` or `no`: what the recipe says, and the launcher must not contradict it."""
     bf16 = recipe.teacher.dtype == "bfloat16"
-    on_accelerator = torch.accelerator.is_available()
+    on_accelerator = not on_cpu()
     if asked.precision is None:
         return "bf16" if bf16 and on_accelerator else "no"
     if asked.precision == "bf16" and not bf16:
@@ -90,17 +89,17 @@ def refuse_difference(asked: Layout, running: Layout, precision: str) -> None:
     """Compare what was asked for with what runs.
 
     Raises:
-        RunError: kind, number of processes, FSDP version, ZeRO stage or precision differ.
+        UserError: kind, number of processes, FSDP version, ZeRO stage or precision differ.
     """
     same = (asked.kind, asked.processes) == (running.kind, running.processes)
     if not same or asked.sharding not in (None, running.sharding):
-        hint = "FSDP and DeepSpeed need GPUs: " if not torch.accelerator.is_available() else ""
-        raise RunError(
+        hint = "FSDP and DeepSpeed need GPUs: " if on_cpu() else ""
+        raise UserError(
             f"asked for {asked}, and accelerate runs {running}; {hint}check its configuration, "
             f"or take one of {CONFIGS} ({CONFIGS}ddp-cpu.yaml without a GPU)."
         )
     if running.precision != precision:
-        raise RunError(f"mixed_precision: {precision!r} is wanted, and accelerate runs {running.precision!r}.")
+        raise UserError(f"mixed_precision: {precision!r} is wanted, and accelerate runs {running.precision!r}.")
 
 
 def prepare(

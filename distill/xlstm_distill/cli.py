@@ -17,7 +17,7 @@ import typer
 
 from xlstm_distill import stopping
 from xlstm_distill.console import Console, QuietConsole
-from xlstm_distill.distributed import is_main_process
+from xlstm_distill.distributed import adopt_slurm, asked_layout, is_main_process
 from xlstm_distill.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -51,6 +51,24 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value, for example align.lr=0.003. May be repeated."),
 ]
+LaunchConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--launch",
+        metavar="CONFIG",
+        help="Start in several processes, through accelerate launch with this configuration (recipes/accelerate/).",
+        show_default="in this process",
+    ),
+]
+LaunchArgs = Annotated[
+    str,
+    typer.Option(
+        "--launch-args",
+        metavar="WORDS",
+        help="More options of accelerate launch, in one string: '--num_processes 4'.",
+        show_default="none",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -77,9 +95,17 @@ def _options(
 
 
 @app.command()
-def run(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def run(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
+    debug: Debug = False,
+) -> None:
     """Go through all stages, from teacher to report; finished ones are skipped."""
     with _one_line_errors(debug):
+        _launch(launch, launch_args, recipe, overrides)
         loaded, opened = _open(recipe, run_dir, overrides)
         console = _console()
         for stage in STAGES:
@@ -96,16 +122,25 @@ def capture(
         typer.Option(metavar="I/N", help="Do share I (0 to N - 1) of N, for a Slurm array.", show_default="all"),
     ] = None,
     overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
     debug: Debug = False,
 ) -> None:
     """Store the teacher's sparse next-token targets."""
-    _one_stage("capture", recipe, run_dir, overrides, debug, shard=shard)
+    _one_stage("capture", recipe, run_dir, overrides, debug, launched=(launch, launch_args), shard=shard)
 
 
 @app.command()
-def align(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def align(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
+    debug: Debug = False,
+) -> None:
     """Teach each mixer its teacher layer's attention output (stage I)."""
-    _one_stage("align", recipe, run_dir, overrides, debug)
+    _one_stage("align", recipe, run_dir, overrides, debug, launched=(launch, launch_args))
 
 
 @app.command()
@@ -116,10 +151,12 @@ def distill(
         str | None, typer.Option(metavar="NAME", help="Train this expert alone.", show_default="all, one by one")
     ] = None,
     overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
     debug: Debug = False,
 ) -> None:
     """Train the experts from the aligned student (stage II)."""
-    _one_stage("distill", recipe, run_dir, overrides, debug, expert=expert)
+    _one_stage("distill", recipe, run_dir, overrides, debug, launched=(launch, launch_args), expert=expert)
 
 
 @app.command()
@@ -129,9 +166,16 @@ def merge(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = No
 
 
 @app.command()
-def evaluate(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def evaluate(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
+    debug: Debug = False,
+) -> None:
     """Measure teacher and students on the recipe's tasks."""
-    _one_stage("evaluate", recipe, run_dir, overrides, debug)
+    _one_stage("evaluate", recipe, run_dir, overrides, debug, launched=(launch, launch_args))
 
 
 @app.command()
@@ -186,11 +230,33 @@ def schema() -> None:
 
 
 def _one_stage(
-    stage: str, recipe: Path, run_dir: Path | None, overrides: list[str] | None, debug: bool, **options: Any
+    stage: str,
+    recipe: Path,
+    run_dir: Path | None,
+    overrides: list[str] | None,
+    debug: bool,
+    launched: tuple[Path | None, str] = (None, ""),
+    **options: Any,
 ) -> None:
     with _one_line_errors(debug):
+        _launch(*launched, recipe, overrides)
         loaded, opened = _open(recipe, run_dir, overrides)
         _run_stage(stage, loaded, opened, _console(), **options)
+
+
+def _launch(config: Path | None, extra: str, recipe: Path, overrides: list[str] | None) -> None:
+    """Where a configuration is given, run the whole command in the processes it names and exit as they do."""
+    if config is None:
+        if extra:
+            raise UserError(f"--launch-args: {extra!r} has no effect without --launch; give both.")
+        adopt_slurm()
+        asked_layout()
+        return
+    from xlstm_distill.launch import own_arguments, start
+    from xlstm_distill.recipe_io import load_recipe
+
+    load_recipe(recipe, overrides or ())  # a bad one is said once, not by every process
+    raise typer.Exit(start(config, extra, own_arguments(sys.argv[1:])))
 
 
 def _console() -> Console:

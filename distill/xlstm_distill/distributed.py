@@ -1,4 +1,4 @@
-"""Several processes in one run: what started them, who writes, who waits. Imports accelerate only where there are several."""
+"""Several processes in one run: what started them, who writes, who waits. Imports accelerate only for several."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def _refuse(environment: Mapping[str, str]) -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in environment
     if launched and "RANK" not in environment and "MASTER_ADDR" in environment:
         raise UserError(
-            "accelerate launch: several processes were asked for and one was started, as its distributed_type MULTI_CPU "
-            f"and NO do; take {CONFIGS}ddp-cpu.yaml, or unset MASTER_ADDR if one is meant."
+            "accelerate launch: several processes were asked for and one was started, as with distributed_type "
+            f"MULTI_CPU or NO; take {CONFIGS}ddp-cpu.yaml, or unset MASTER_ADDR if one is meant."
         )
     expected = {
         "ACCELERATE_MIXED_PRECISION": ("mixed_precision", ("no", "bf16")),
@@ -120,6 +120,13 @@ def first_host(nodes: str) -> str:
     return "".join(part or "" for part in found.groups())
 
 
+def on_cpu() -> bool:
+    """Whether models run on the CPU: there is nothing else, or the launcher said so (use_cpu)."""
+    import torch
+
+    return _yes(os.environ, "ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
 def process_count() -> int:
     """Processes that a launcher (accelerate, torchrun, srun through either) started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -133,11 +140,10 @@ def is_main_process() -> bool:
 def wait_for_everyone() -> None:
     """Wait until all processes are here; returns at once where there is one."""
     if process_count() > 1:
-        import torch
         from accelerate import PartialState
 
         # The first call starts the process group; on a machine without an accelerator it has to be told so.
-        PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT).wait_for_everyone()
+        PartialState(cpu=on_cpu(), timeout=LONGEST_WAIT).wait_for_everyone()
 
 
 def process_index() -> int:
@@ -152,6 +158,6 @@ def all_agree(mine: bool) -> bool:
     import torch
     from accelerate import PartialState
 
-    answer = torch.tensor([int(mine)], device=PartialState(cpu=not torch.accelerator.is_available()).device)
+    answer = torch.tensor([int(mine)], device=PartialState(cpu=on_cpu()).device)
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)
     return bool(answer.item())

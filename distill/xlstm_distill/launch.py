@@ -1,7 +1,7 @@
 """`--launch CONFIG`: start a command through accelerate launch, hand signals to its processes, return their exit code.
 
-The launcher runs inside this process. Left to itself it kills its processes 30 seconds after SIGTERM and dies of SIGUSR1
-without telling them; here they get either signal and all the time they need to write a checkpoint.
+The launcher runs inside this process. By itself it kills its processes 30 seconds after a SIGTERM, and dies of a SIGUSR1
+without telling them; here they get either signal, and the time they need to write a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from types import FrameType
 from typing import Any
 
 from xlstm_distill.errors import UserError
+from xlstm_distill.stopping import EXIT_CODE, SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-STOPPED = 75
-"""Exit code of a run that was asked to stop and can be started again (EX_TEMPFAIL)."""
 OPTIONS = ("--launch", "--launch-args")
 MODULE = "xlstm_distill"
 POLL_SECONDS = 0.1
@@ -45,7 +43,7 @@ def start(config: Path, extra: str, arguments: Sequence[str]) -> int:
     """Run `xlstm-distill ARGUMENTS` in the processes that an accelerate configuration names; returns their exit code.
 
     `extra` holds more arguments of accelerate launch, as a shell would read them. SIGTERM and SIGUSR1 go on to the
-    processes; the code is `STOPPED` if they ended because of one.
+    processes; the code is `stopping.EXIT_CODE` if they ended because of one.
 
     Raises:
         UserError: the configuration or the arguments are not accelerate's.
@@ -68,7 +66,7 @@ def start(config: Path, extra: str, arguments: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return outcome.exit_code(stopping=bool(received))
+    return outcome.exit_code(asked=bool(received))
 
 
 def _parse(config: Path, words: list[str]) -> Any:
@@ -118,12 +116,15 @@ class _Outcome:
         except Exception as error:  # carried over to the main thread
             self.error = error
 
-    def exit_code(self, *, stopping: bool) -> int:
-        """The first failure's code; `STOPPED` where processes stopped as asked, or a signal came before they listened."""
+    def exit_code(self, *, asked: bool) -> int:
+        """The code of the first process that failed; that of a stop where one was asked for and followed.
+
+        A process that had no handler yet when the signal came died of it, and had nothing to save.
+        """
         if self.error is not None:
             raise UserError(f"--launch: accelerate launch failed: {self.error}") from self.error
-        if STOPPED in self.codes or (stopping and {-number for number in SIGNALS} & set(self.codes)):
-            return STOPPED
+        if asked and {EXIT_CODE, *(-number for number in SIGNALS)} & set(self.codes):
+            return EXIT_CODE
         first = self.codes[0] if self.codes else 0
         return first if first >= 0 else 128 - first
 
