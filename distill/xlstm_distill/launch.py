@@ -1,6 +1,6 @@
 """`--launch CONFIG`: start a command through accelerate launch, hand signals to its processes, return their exit code.
 
-The launcher runs inside this process. By itself it kills its processes 30 seconds after a SIGTERM, and dies of a SIGUSR1
+The launcher runs inside this process. By itself it kills its processes 30 s after a SIGTERM, and dies of a SIGUSR1
 without telling them; here they get either signal, and the time they need to write a checkpoint.
 """
 

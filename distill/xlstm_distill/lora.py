@@ -14,7 +14,7 @@ ADAPTER = "default"
 BASE, DOWN, UP = ".base_layer.", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
-def add_lora(student: CausalLM, rank: int, alpha: float) -> None:
+def add_lora(student: CausalLM, rank: int, alpha: int) -> None:
     """Give every projection of the decoder layers an adapter; train these and the mixers' new parameters only.
 
     A projection computes W x + (alpha / rank) B A x, with A random and B zero, so that the student starts unchanged.
@@ -52,7 +52,7 @@ def merge_lora(student: CausalLM) -> None:
     student.requires_grad_(True)
 
 
-def merged_state(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
+def merged_state(weights: Mapping[str, Tensor], rank: int, alpha: int) -> dict[str, Tensor]:
     """Merge the adapters in a state dict: what `merge_lora` does, for weights gathered from several processes."""
     merged: dict[str, Tensor] = {}
     for name, value in weights.items():

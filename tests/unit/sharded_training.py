@@ -60,7 +60,7 @@ def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
     if options.get("stage") == "align":
         return AlignTask(student, teacher), student
     if options.get("trainable") == "lora":
-        add_lora(student, rank=4, alpha=8.0)
+        add_lora(student, rank=4, alpha=8)
     else:
         choose_trainable(student, options.get("trainable", "all"))
     if options.get("shard_teacher"):
@@ -97,7 +97,7 @@ def main(out: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     weights = full_state_dict(accelerator, student)
     if accelerator.is_main_process:
         if options.get("trainable") == "lora":
-            weights = merged_state(weights, rank=4, alpha=8.0)
+            weights = merged_state(weights, rank=4, alpha=8)
         torch.save({"weights": weights, "figures": figures, "layout": str(accelerator.distributed_type)}, out)
     return weights
 
