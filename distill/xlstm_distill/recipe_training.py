@@ -50,6 +50,16 @@ class Capture(Section):
         description="With `mass`, keep so many tokens at least (or all `top_k`).",
     )
     batch: Count = Field(default=8, description="Rows per forward pass of the teacher (rows).")
+    shard_teacher: bool = Field(
+        default=False,
+        description="Spread the online teacher's layers over the processes, as FSDP2 does; for teachers that do not fit.",
+    )
+
+    @model_validator(mode="after")
+    def _only_online_teachers_are_sharded(self) -> Self:
+        if self.shard_teacher and self.targets == "stored":
+            raise FieldError("shard_teacher", "true has no effect with targets 'stored'; set targets to 'online'.")
+        return self
 
     @model_validator(mode="after")
     def _min_k_is_used(self) -> Self:
@@ -171,6 +181,13 @@ class Distill(Optimization):
         default=False, description="Keep each decoder layer's input only and compute the rest again: less memory."
     )
     experts: dict[Name, Expert] = Field(min_length=1, description="Experts by name; one alone makes no merge.")
+
+    @model_validator(mode="after")
+    def _adapters_are_used(self) -> Self:
+        given = [name for name in ("lora_rank", "lora_alpha") if name in self.model_fields_set]
+        if given and self.trainable != "lora":
+            raise FieldError(given[0], f"has no effect with trainable {self.trainable!r}; set trainable to 'lora'.")
+        return self
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
