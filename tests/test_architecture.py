@@ -12,7 +12,7 @@ PACKAGES = {"xlstm_distill": ROOT / "distill", "xlstm_kernels": ROOT / "kernels"
 
 # Lowest first; a module imports only from its own layer and those before it.
 LAYERS = (
-    {"errors", "stopping", "_registration", "distributed", "launch", "recipe_fields", "recipe_training", "flops"},
+    {"errors", "stopping", "_registration", "distributed", "recipe_fields", "recipe_training", "flops"},
     {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "status"},
     {
         "recipe",
@@ -30,6 +30,7 @@ LAYERS = (
         "store",
         "gates",
         "checkpoints",
+        "launch",
         "stopping",
         "tracking",
     },
@@ -51,7 +52,7 @@ LAYERS = (
     {"cli", "__main__"},
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "matplotlib", "numpy"}
-LIGHT = ("xlstm_distill/cli.py", "xlstm_distill/recipe.py", "xlstm_distill/recipe_io.py", "xlstm_distill/console.py",
+LIGHT = ("xlstm_distill/cli.py", "xlstm_distill/launch.py", "xlstm_distill/recipe.py", "xlstm_distill/recipe_io.py", "xlstm_distill/console.py",
          "xlstm_distill/__init__.py", "xlstm_distill/__main__.py", "xlstm_distill/embedded/__init__.py",
          "xlstm_eval/metrics.py", "xlstm_eval/schema.py", "xlstm_eval/score.py")  # fmt: skip
 

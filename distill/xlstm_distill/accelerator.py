@@ -13,8 +13,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from xlstm_distill.distributed import CONFIGS, Layout, asked_layout, on_cpu
+from xlstm_distill.distributed import CONFIGS, Layout, asked_layout, on_cpu, process_count, wait_for_everyone
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.recipe import Recipe
@@ -71,7 +72,10 @@ def _precision(recipe: Recipe, asked: Layout) -> str:
 def _fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin:
     """FSDP2 as the launcher set it, but with fp32 reduction; accelerate's own bf16 also reduces and returns in bf16."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy if precision == "bf16" else None)
+    return FullyShardedDataParallelPlugin(
+        mixed_precision_policy=policy if precision == "bf16" else None,
+        activation_checkpointing=False,  # prepare does it, as for every other launcher
+    )
 
 
 def running_layout(accelerator: Accelerator) -> Layout:
@@ -111,6 +115,10 @@ def prepare(
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _layer_classes(task)
+        if asked_layout().activation_checkpointing:
+            for model in task.children():
+                if isinstance(model, PreTrainedModel):
+                    checkpoint_activations(model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, micro_batch, clip)
     wrapped, prepared = accelerator.prepare(task, optimizer)
@@ -208,6 +216,9 @@ def shard_teacher(teacher: CausalLM) -> None:
 
     Embeddings, final norm and head stay whole. Forward passes become collective: all processes must make as many.
     """
+    if process_count() == 1:
+        return
+    wait_for_everyone()  # starts the process group where nothing has
     body = teacher.model
     for layer in body.layers:
         fully_shard(layer)

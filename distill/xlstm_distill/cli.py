@@ -17,8 +17,9 @@ import typer
 
 from xlstm_distill import stopping
 from xlstm_distill.console import Console, QuietConsole
-from xlstm_distill.distributed import adopt_slurm, asked_layout, is_main_process
+from xlstm_distill.distributed import is_main_process
 from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.launch import LaunchArgs, LaunchConfig, dispatch
 
 if TYPE_CHECKING:
     from xlstm_distill.artifacts import Run
@@ -50,24 +51,6 @@ RunPath = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value, for example align.lr=0.003. May be repeated."),
-]
-LaunchConfig = Annotated[
-    Path | None,
-    typer.Option(
-        "--launch",
-        metavar="CONFIG",
-        help="Start in several processes, through accelerate launch with this configuration (recipes/accelerate/).",
-        show_default="in this process",
-    ),
-]
-LaunchArgs = Annotated[
-    str,
-    typer.Option(
-        "--launch-args",
-        metavar="WORDS",
-        help="More options of accelerate launch, in one string: '--num_processes 4'.",
-        show_default="none",
-    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -105,7 +88,7 @@ def run(
 ) -> None:
     """Go through all stages, from teacher to report; finished ones are skipped."""
     with _one_line_errors(debug):
-        _launch(launch, launch_args, recipe, overrides)
+        dispatch(launch, launch_args, recipe, overrides)
         loaded, opened = _open(recipe, run_dir, overrides)
         console = _console()
         for stage in STAGES:
@@ -239,24 +222,9 @@ def _one_stage(
     **options: Any,
 ) -> None:
     with _one_line_errors(debug):
-        _launch(*launched, recipe, overrides)
+        dispatch(*launched, recipe, overrides)
         loaded, opened = _open(recipe, run_dir, overrides)
         _run_stage(stage, loaded, opened, _console(), **options)
-
-
-def _launch(config: Path | None, extra: str, recipe: Path, overrides: list[str] | None) -> None:
-    """Where a configuration is given, run the whole command in the processes it names and exit as they do."""
-    if config is None:
-        if extra:
-            raise UserError(f"--launch-args: {extra!r} has no effect without --launch; give both.")
-        adopt_slurm()
-        asked_layout()
-        return
-    from xlstm_distill.launch import own_arguments, start
-    from xlstm_distill.recipe_io import load_recipe
-
-    load_recipe(recipe, overrides or ())  # a bad one is said once, not by every process
-    raise typer.Exit(start(config, extra, own_arguments(sys.argv[1:])))
 
 
 def _console() -> Console:

@@ -29,6 +29,7 @@ class Layout:
     processes: int
     sharding: int | None = None
     precision: str | None = None
+    activation_checkpointing: bool = False
 
     def __str__(self) -> str:
         names = {"single": "one process", "ddp": "DDP", "fsdp": "FSDP", "deepspeed": "DeepSpeed ZeRO-"}
@@ -46,7 +47,8 @@ def asked_layout(environment: Mapping[str, str] = os.environ) -> Layout:
     precision = environment.get("ACCELERATE_MIXED_PRECISION")
     processes = int(environment.get("WORLD_SIZE", "1"))
     if _yes(environment, "ACCELERATE_USE_FSDP"):
-        return Layout("fsdp", processes, int(environment.get("FSDP_VERSION", "1")), precision)
+        checkpointing = _yes(environment, "FSDP_ACTIVATION_CHECKPOINTING")
+        return Layout("fsdp", processes, int(environment.get("FSDP_VERSION", "1")), precision, checkpointing)
     if _yes(environment, "ACCELERATE_USE_DEEPSPEED"):
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return Layout("deepspeed", processes, None if stage is None else int(stage), precision)
@@ -74,6 +76,7 @@ def _refuse(environment: Mapping[str, str]) -> None:
     }
     if _yes(environment, "ACCELERATE_USE_FSDP"):
         expected["FSDP_VERSION"] = ("fsdp_version", ("2",))
+        expected["FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"] = ("fsdp_activation_checkpointing_offload", ("false",))
         expected["FSDP_CPU_RAM_EFFICIENT_LOADING"] = ("fsdp_cpu_ram_efficient_loading", ("false",))
     if _yes(environment, "ACCELERATE_USE_DEEPSPEED"):
         expected["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = ("zero3_init_flag", ("false",))

@@ -13,18 +13,61 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from xlstm_distill.distributed import adopt_slurm, asked_layout
 from xlstm_distill.errors import UserError
 from xlstm_distill.stopping import EXIT_CODE, SIGNALS
 
 OPTIONS = ("--launch", "--launch-args")
 MODULE = "xlstm_distill"
 POLL_SECONDS = 0.1
+
+LaunchConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--launch",
+        metavar="CONFIG",
+        help="Start in several processes, through accelerate launch with this configuration (recipes/accelerate/).",
+        show_default="in this process",
+    ),
+]
+LaunchArgs = Annotated[
+    str,
+    typer.Option(
+        "--launch-args",
+        metavar="WORDS",
+        help="More options of accelerate launch, in one string: '--num_processes 4'.",
+        show_default="none",
+    ),
+]
+
+
+def dispatch(config: Path | None, extra: str, recipe: Path, overrides: Sequence[str] | None) -> None:
+    """Where a configuration is given, run this command line in the processes it names, and exit as they do.
+
+    Else take the place in the run that srun or a launcher has given this process.
+
+    Raises:
+        UserError: the recipe, the configuration or what the launcher asks for cannot be used.
+    """
+    if config is None:
+        if extra:
+            raise UserError(f"--launch-args: {extra!r} has no effect without --launch; give both.")
+        adopt_slurm()
+        asked_layout()
+        return
+    from xlstm_distill.recipe_io import load_recipe
+
+    load_recipe(recipe, overrides or ())  # a bad one is said once, not by every process
+    raise typer.Exit(start(config, extra, own_arguments(sys.argv[1:])))
 
 
 def own_arguments(arguments: Sequence[str]) -> list[str]:

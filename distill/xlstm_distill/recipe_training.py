@@ -50,9 +50,8 @@ class Capture(Section):
         description="With `mass`, keep so many tokens at least (or all `top_k`).",
     )
     batch: Count = Field(default=8, description="Rows per forward pass of the teacher (rows).")
-    shard_teacher: bool = Field(
-        default=False,
-        description="Spread the online teacher's layers over the processes, as FSDP2 does; for teachers that do not fit.",
+    shard_teacher: Flag = Field(
+        default=False, description="Spread the layers of an online teacher over the processes, as FSDP2 does."
     )
 
     @model_validator(mode="after")

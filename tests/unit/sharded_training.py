@@ -1,6 +1,6 @@
 """Trains a tiny student for a few steps in however many processes it was started; the main one writes the weights.
 
-Started by test_accelerator.py, through torch.distributed.run or alone. Takes the path to write and options as JSON.
+Started by test_accelerator.py, alone or through torch.distributed.run. Takes the path to write and options as JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
@@ -68,6 +69,18 @@ def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
     return DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1), student
 
 
+def reduction(wrapped: Any) -> torch.dtype:
+    """In what precision gradients are reduced."""
+    if isinstance(wrapped, FSDPModule):
+        policies = [m._get_fsdp_state()._mp_policy for m in wrapped.modules() if isinstance(m, FSDPModule)]
+        (dtype,) = {policy.reduce_dtype or torch.float32 for policy in policies}
+        return dtype
+    if hasattr(wrapped, "communication_data_type"):  # DeepSpeed's engine
+        return wrapped.communication_data_type
+    (dtype,) = {p.dtype for p in wrapped.parameters() if p.requires_grad}  # DDP reduces gradients as they are
+    return dtype
+
+
 def main(out: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype=options.get("dtype", "float32")))
     accelerator = make_accelerator(recipe)
@@ -98,7 +111,8 @@ def main(out: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     if accelerator.is_main_process:
         if options.get("trainable") == "lora":
             weights = merged_state(weights, rank=4, alpha=8)
-        torch.save({"weights": weights, "figures": figures, "layout": str(accelerator.distributed_type)}, out)
+        kind = str(accelerator.distributed_type)
+        torch.save({"weights": weights, "figures": figures, "layout": kind, "reduction": str(reduction(wrapped))}, out)
     return weights
 
 

@@ -76,7 +76,7 @@ def capture_request(recipe: Recipe, domain: str, data: Artifact) -> Request:
     return Request(
         "capture",
         name=domain,
-        parts={**part(recipe.capture, "batch", "targets"), "store": VERSION},
+        parts={**part(recipe.capture, "batch", "targets", "shard_teacher"), "store": VERSION},
         inputs={"teacher": teacher_hash(recipe.teacher), f"data/{domain}": data.fingerprint},
     )
 

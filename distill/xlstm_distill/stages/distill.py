@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from xlstm_distill.accelerator import checkpoint_activations, full_state_dict, make_accelerator
+from xlstm_distill.accelerator import checkpoint_activations, full_state_dict, make_accelerator, shard_teacher
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, RowSchedule
@@ -55,7 +55,7 @@ def expert_request(recipe: Recipe, name: str, data: Mapping[str, Artifact], seed
     parts = {
         "distill": part(recipe.distill, "experts", "micro_batch", "activation_checkpointing"),
         "expert": part(recipe.distill.experts[name]),
-        "capture": part(recipe.capture, "batch"),
+        "capture": part(recipe.capture, "batch", "shard_teacher"),
         "seed": recipe.seed,
     }
     return Request("distill", name=name, parts=parts, inputs={**inputs, **data_inputs(data)})
