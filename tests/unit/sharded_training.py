@@ -1,6 +1,7 @@
-"""Trains a tiny student for a few steps in however many processes it was started; the main one writes the weights.
+"""Trains tiny students for a few steps in however many processes it was started; the main one writes the weights.
 
-Started by test_accelerator.py, alone or through torch.distributed.run. Takes the path to write and options as JSON.
+Started by test_accelerator.py, alone or through torch.distributed.run. Takes the file to write and, as JSON, options of
+each training by name; one after the other, as the stages of a run are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from xlstm_distill.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.data import IGNORE_INDEX, Batch
+from xlstm_distill.distributed import is_main_process
 from xlstm_distill.lora import add_lora, merged_state
 from xlstm_distill.optim import make_optimizer
 from xlstm_distill.recipe import Align
@@ -81,22 +83,22 @@ def reduction(wrapped: Any) -> torch.dtype:
     return dtype
 
 
-def main(out: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+def train(options: dict[str, Any]) -> dict[str, Any]:
+    """Train once; returns weights and figures, on the main process."""
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype=options.get("dtype", "float32")))
     accelerator = make_accelerator(recipe)
     task, student = make_task(options)
     optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
-    wrapped, optimizer = prepare(
-        accelerator, task, make_optimizer(task.named_parameters(), optim), micro_batch=MICRO_BATCH, clip=1.0
-    )
+    optimizer = make_optimizer(task.named_parameters(), optim)
+    wrapped, optimizer = prepare(accelerator, task, optimizer, micro_batch=MICRO_BATCH, clip=1.0)
     figures = []
-    with torch.no_grad():
+    with torch.no_grad():  # as validation before training does
         wrapped(batch(rows(100)))
         reshard(wrapped)
     for step in range(STEPS):
         wrapped.train()
         mine = rows(step)[accelerator.process_index :: accelerator.num_processes]
-        parts = mine.split(options.get("micro_batch", MICRO_BATCH))
+        parts = mine.split(MICRO_BATCH)
         total = torch.zeros(())
         for n, part in enumerate(parts):
             with micro_step(accelerator, wrapped, last=n == len(parts) - 1):
@@ -108,13 +110,13 @@ def main(out: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         figures.append((float(accelerator.reduce(total, "sum")) / (ROWS * TOKENS), norm))
     weights = full_state_dict(accelerator, student)
-    if accelerator.is_main_process:
-        if options.get("trainable") == "lora":
-            weights = merged_state(weights, rank=4, alpha=8)
-        kind = str(accelerator.distributed_type)
-        torch.save({"weights": weights, "figures": figures, "layout": kind, "reduction": str(reduction(wrapped))}, out)
-    return weights
+    if accelerator.is_main_process and options.get("trainable") == "lora":
+        weights = merged_state(weights, rank=4, alpha=8)
+    kind = accelerator.distributed_type.name
+    return {"weights": weights, "figures": figures, "kind": kind, "reduction": str(reduction(wrapped))}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    trained = {name: train(options) for name, options in json.loads(sys.argv[2]).items()}
+    if is_main_process():
+        torch.save(trained, sys.argv[1])

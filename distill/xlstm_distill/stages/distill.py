@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from xlstm_distill.accelerator import checkpoint_activations, full_state_dict, make_accelerator, shard_teacher
+from xlstm_distill.accelerator import checkpoint_activations, full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, RowSchedule

@@ -1,0 +1,155 @@
+"""Stages in several processes, as a user starts them: --launch, accelerate launch, torchrun and the console script."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.multi_process
+
+ROOT = Path(__file__).parents[2]
+RECIPE, CONFIGS = ROOT / "recipes" / "quickstart.yaml", ROOT / "recipes" / "accelerate"
+SETS = (
+    "align.tokens=16384", "align.warmup_steps=1", "data.validation_rows=4", "capture.targets=online",
+    "distill.experts={math: {phases: [{domain: math, tokens: 16384}]}}", "distill.warmup_steps=1",
+)  # fmt: skip
+CPU = str(CONFIGS / "ddp-cpu.yaml")
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is an extra")
+
+
+def words(stage: str, run: Path, *more: str, sets: tuple[str, ...] = SETS) -> list[str]:
+    return [stage, str(RECIPE), "--run-dir", str(run), *more, *(w for value in sets for w in ("--set", value))]
+
+
+def environment(shim: bool = False) -> dict[str, str]:
+    path = [str(ROOT / "tests" / "shims")] if shim else []
+    path += [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+
+
+def start(command: list[str], shim: bool = False) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env=environment(shim), check=False, cwd=ROOT)
+
+
+def cli(*arguments: str, shim: bool = False) -> subprocess.CompletedProcess[str]:
+    return start([sys.executable, "-m", "xlstm_distill", *arguments], shim)
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory) -> Path:
+    """A run whose student was aligned by two processes, through --launch."""
+    run = tmp_path_factory.mktemp("launch") / "run"
+    done = cli(*words("align", run, "--launch", CPU))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("align     done in") == 1
+    log = [json.loads(line) for line in (run / "artifacts" / "align" / "log.jsonl").read_text().splitlines()]
+    assert any(line.get("processes") == 2 for line in log)
+    return run
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--config_file", CPU, "-m", "xlstm_distill"],
+        ["accelerate.commands.launch", "--config_file", CPU, str(Path(sys.executable).parent / "xlstm-distill")],
+        ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xlstm_distill"],
+    ],
+    ids=["accelerate-module", "accelerate-console-script", "torchrun"],
+)
+def test_other_launchers_work_as_well(launcher, aligned):
+    done = start([sys.executable, "-m", *launcher, *words("align", aligned)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("align     already done") == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fsdp2", *(pytest.param(f"zero{n}", marks=[needs_deepspeed, pytest.mark.slow]) for n in (1, 2, 3))],
+)
+def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    import xlstm_distill  # noqa: F401  (makes students known to the Auto classes)
+
+    run = shutil.copytree(aligned, tmp_path / "run")
+    launch = ("--launch", str(CONFIGS / f"{name}.yaml"), "--launch-args", "--num_processes 2 --mixed_precision no")
+    sharded = words("distill", run, *launch, "--set", "capture.shard_teacher=true")
+    done = cli(*sharded, shim=True)
+    assert done.returncode == 0, done.stderr
+    models = [run / "artifacts" / stage / "model" for stage in ("align", "distill/math")]
+    before, after = (load_file(model / "model.safetensors") for model in models)
+    assert {name: w.shape for name, w in before.items()} == {name: w.shape for name, w in after.items()}
+    assert any((before[name] != after[name]).any() for name in before)
+    _, loading = AutoModelForCausalLM.from_pretrained(models[1], output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_sharding_that_would_silently_not_happen_is_refused(name, aligned, tmp_path):
+    run = shutil.copytree(aligned, tmp_path / "run")
+    done = cli(
+        *words("distill", run, "--launch", str(CONFIGS / f"{name}.yaml"),
+               "--launch-args", "--num_processes 2 --mixed_precision no")
+    )  # fmt: skip
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    asked = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}[name]
+    assert any(f"asked for {asked} on 2 processes, and accelerate runs DDP on 2 processes" in line for line in lines)
+    assert "Traceback" not in done.stderr
+    assert not (run / "artifacts" / "distill").exists() or not list((run / "artifacts" / "distill").iterdir())
+
+
+def test_several_processes_that_accelerate_would_not_start_are_refused(tmp_path):
+    config = (CONFIGS / "ddp-cpu.yaml").read_text().replace("MULTI_GPU\nmixed", "MULTI_CPU\nmixed")
+    (tmp_path / "multi_cpu.yaml").write_text(config)
+    done = cli(*words("align", tmp_path / "run", "--launch", str(tmp_path / "multi_cpu.yaml")))
+    assert done.returncode == 2
+    assert "several processes were asked for and one was started" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_bad_recipe_is_said_once(tmp_path):
+    done = cli(*words("align", tmp_path / "run", "--launch", CPU, "--set", "align.lr=fast"))
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "align.lr" in done.stderr
+    done = cli(*words("align", tmp_path / "run", "--launch-args", "--num_processes 2"))
+    assert done.returncode == 2
+    assert "--launch-args: '--num_processes 2' has no effect without --launch" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number, aligned, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(aligned / "artifacts" / "data", run / "artifacts" / "data")
+    command = words("align", run, "--launch", CPU, sets=("align.tokens=4000000", *SETS[1:]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xlstm_distill", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while sum(len(log.read_text().splitlines()) for log in run.glob("training/*/log.jsonl")) < 3:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    assert process.returncode == 75, errors
+    assert f"stopped by {number.name} after step" in errors
+    assert list(run.glob("training/*/step-*"))

@@ -1,0 +1,121 @@
+"""`--launch`: shipped configurations ask for what they say, arguments reach the right parser, exit codes come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from xlstm_distill.distributed import Layout, asked_layout
+from xlstm_distill.errors import UserError
+from xlstm_distill.launch import _Outcome, _parse, own_arguments, start
+from xlstm_distill.stopping import EXIT_CODE
+
+CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
+LAYOUTS = {
+    "ddp": Layout("ddp", 8, None, "bf16"),
+    "ddp-cpu": Layout("ddp", 2, None, "no"),
+    "fsdp2": Layout("fsdp", 8, 2, "bf16"),
+    **{f"zero{stage}": Layout("deepspeed", 8, stage, "bf16") for stage in (1, 2, 3)},
+}
+
+
+def test_every_shipped_configuration_is_known_here():
+    assert {path.stem for path in CONFIGS.iterdir()} == set(LAYOUTS)
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is removed again
+        monkeypatch.delenv(name)
+
+
+def environment_of(name: str, *words: str) -> dict[str, str]:
+    """What accelerate launch would tell the processes."""
+    from accelerate.commands.launch import _validate_launch_command
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    parsed = _parse(CONFIGS / f"{name}.yaml", [*words, "-m", "xlstm_distill", "align", "recipe.yaml", "--run", "out"])
+    checked, _, _ = _validate_launch_command(parsed)
+    assert checked.training_script_args == ["align", "recipe.yaml", "--run", "out"]
+    checked.deepspeed_fields_from_accelerate_config = ""
+    told = prepare_deepspeed_cmd_env(checked)[1] if checked.use_deepspeed else prepare_multi_gpu_env(checked)
+    return {**told, "RANK": "0", "WORLD_SIZE": str(checked.num_processes)}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_shipped_configuration_asks_for_what_it_is_named_after(name):
+    assert asked_layout(environment_of(name)) == LAYOUTS[name]
+    changed = asked_layout(environment_of(name, "--num_processes", "4", "--mixed_precision", "no"))
+    assert (changed.kind, changed.processes, changed.precision) == (LAYOUTS[name].kind, 4, "no")
+
+
+def test_several_machines_come_from_the_command_line():
+    words = (
+        "--num_machines",
+        "2",
+        "--machine_rank",
+        "1",
+        "--main_process_ip",
+        "10.0.0.1",
+        "--main_process_port",
+        "2950",
+    )
+    parsed = _parse(CONFIGS / "fsdp2.yaml", [*words, "-m", "xlstm_distill"])
+    assert (parsed.num_machines, parsed.machine_rank, parsed.main_process_port) == (2, "1", 2950) or (
+        parsed.num_machines, int(parsed.machine_rank), parsed.main_process_port) == (2, 1, 2950)  # fmt: skip
+
+
+def test_the_switch_for_activation_checkpointing_is_read(tmp_path):
+    settings = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
+    settings["fsdp_config"]["fsdp_activation_checkpointing"] = True
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
+    assert asked_layout(environment_of(str(tmp_path / "own"))).activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ("align r.yaml --launch c.yaml --run d", "align r.yaml --run d"),
+        ("align --launch=c.yaml r.yaml --launch-args=--x", "align r.yaml"),
+        ("distill r.yaml --launch-args --x --launch c.yaml --expert math", "distill r.yaml --expert math"),
+    ],
+)
+def test_the_processes_get_the_command_without_the_launcher_s_options(words, kept):
+    assert own_arguments(words.split()) == kept.split()
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked", "code"),
+    [
+        ([], False, 0),
+        ([2, -15], False, 2),
+        ([1, EXIT_CODE], False, 1),  # the others were stopped because one failed
+        ([EXIT_CODE, EXIT_CODE], False, EXIT_CODE),  # a process was asked to stop by itself
+        ([1, EXIT_CODE], True, EXIT_CODE),
+        ([-10], True, EXIT_CODE),  # the signal came before there was a handler
+        ([-9, -15], False, 137),
+        ([-9, -9], True, 137),
+    ],
+)
+def test_exit_codes(codes, asked, code):
+    outcome = _Outcome()
+    outcome.codes = codes
+    assert outcome.exit_code(asked=asked) == code
+
+
+def test_what_is_no_configuration_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"--launch: '.*nowhere.yaml' is not there"):
+        start(tmp_path / "nowhere.yaml", "", ["align"])
+    (tmp_path / "odd.yaml").write_text("compute_environment: LOCAL_MACHINE\ndistributed_typ: FSDP\n")
+    with pytest.raises(
+        UserError, match=r"--launch: '.*odd.yaml' is not a configuration of accelerate launch: .*distrib"
+    ):
+        start(tmp_path / "odd.yaml", "", ["align"])
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match=r"--launch: '.*list.yaml' is not a configuration of accelerate launch"):
+        start(tmp_path / "list.yaml", "", ["align"])
+    with pytest.raises(UserError, match=r"--launch-args: .*--num_procs"):
+        start(CONFIGS / "ddp.yaml", "--num_procs 4", ["align"])
