@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -47,13 +46,11 @@ def cli(*arguments: str, shim: bool = False) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory) -> Path:
-    """A run whose student was aligned by two processes, through --launch."""
+    """A run whose student was aligned by the processes that --launch started."""
     run = tmp_path_factory.mktemp("launch") / "run"
     done = cli(*words("align", run, "--launch", CPU))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("align     done in") == 1
-    log = [json.loads(line) for line in (run / "artifacts" / "align" / "log.jsonl").read_text().splitlines()]
-    assert any(line.get("processes") == 2 for line in log)
     return run
 
 
@@ -134,7 +131,7 @@ def test_a_bad_recipe_is_said_once(tmp_path):
 def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number, aligned, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(aligned / "artifacts" / "data", run / "artifacts" / "data")
-    command = words("align", run, "--launch", CPU, sets=("align.tokens=4000000", *SETS[1:]))
+    command = words("align", run, "--launch", CPU, sets=("align.tokens=4000000", "align.batch=4", *SETS[1:]))
     process = subprocess.Popen(
         [sys.executable, "-m", "xlstm_distill", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True, env=environment(), cwd=ROOT,
@@ -151,5 +148,5 @@ def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number,
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     assert process.returncode == 75, errors
-    assert f"stopped by {number.name} after step" in errors
+    assert errors.count(f"stopped by {number.name} after step") == 2
     assert list(run.glob("training/*/step-*"))
