@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from xlstm_distill import sources
-from xlstm_distill.artifacts import Artifact, Request, Run, digest
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run, digest
 from xlstm_distill.console import Console
 from xlstm_distill.distributed import is_main_process
 from xlstm_distill.documents import positions_in_documents
 from xlstm_distill.packing import PackedRow
-from xlstm_distill.preparation import Preparation, exclusive
+from xlstm_distill.preparation import Preparation, clean, exclusive
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.shards import ShardReader
 
@@ -121,14 +121,16 @@ def prepare_domain(recipe: Recipe, run: Run, name: str, tokenizer: Any, console:
         "seed": recipe.seed,
     }
     request = Request("data", name=name, parts=parts, inputs={"tokenizer": tokenizer_hash(tokenizer)})
-    final = run.path(request.label)
-    folder = final.with_name(f".{name}.{request.fingerprint}.preparing")
-    preparation = Preparation(recipe, name, needed, tokenizer, folder, console)
+    folder = run.work_directory(request)
+
+    def build(draft: Draft) -> None:
+        Preparation(recipe, name, needed, tokenizer, folder, console).build(draft)
+
     if not is_main_process() or run.find(request):
-        return run.make(request, preparation.build)
-    with exclusive(final.with_name(f".{name}.lock"), f"data/{name}", console):
-        artifact = run.make(request, preparation.build)
-        preparation.clean()
+        return run.make(request, build)
+    with exclusive(folder.with_name(f"data-{name}.lock"), request.label, console):
+        artifact = run.make(request, build)
+        clean(folder)
     return artifact
 
 

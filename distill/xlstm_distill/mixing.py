@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+from xlstm_distill import stopping
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Domain
 from xlstm_distill.sources import Position, SourceReader
@@ -21,7 +22,15 @@ from xlstm_distill.tokenization import Chunk, ChunkTokenizer, Outcome, Tokens
 
 AHEAD_BYTES = 2**26
 """Text of a source that may wait for the workers (bytes), whatever their number."""
+HOPELESS = 1000
+"""Documents of a source without a single token kept from which it is refused."""
 Submit = Callable[[Chunk], "Future[list[Tokens]]"]
+LEFT_OUT = {
+    Outcome.DROPPED: "too long",
+    Outcome.EMPTY: "empty",
+    Outcome.UNSUPERVISED: "with nothing to train on",
+    Outcome.REFUSED: "refused by the chat template",
+}
 _tokenizer_of_worker: ChunkTokenizer | None = None
 
 
@@ -59,7 +68,8 @@ def _done(tokenizer: ChunkTokenizer, chunk: Chunk) -> Future[list[Tokens]]:
 def _start_worker(tokenizer: ChunkTokenizer) -> None:
     global _tokenizer_of_worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    for number in (signal.SIGINT, *stopping.SIGNALS):
+        signal.signal(number, signal.SIG_IGN)  # the parent gets them too, and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer_of_worker = tokenizer
 
@@ -79,7 +89,7 @@ def _work(chunk: Chunk) -> list[Tokens]:
 
 @dataclass
 class Progress:
-    """How far a source has been read, as JSON values: the chunk's place, documents used of it, and what came of them."""
+    """How far a source has been read, as JSON values: a chunk's place, documents used of it, and what came of them."""
 
     position: dict[str, Any] = field(default_factory=lambda: asdict(Position()))
     used: int = 0
@@ -87,6 +97,13 @@ class Progress:
     dry: bool = False
     outcomes: dict[str, int] = field(default_factory=lambda: {outcome.name.lower(): 0 for outcome in Outcome})
     reason: str | None = None
+
+    def losses(self) -> str:
+        """Say how many documents were left out, and why."""
+        lost = {name: n for name, n in self.outcomes.items() if n and Outcome[name.upper()] in LEFT_OUT}
+        said = ", ".join(f"{n} {LEFT_OUT[Outcome[name.upper()]]}" for name, n in lost.items())
+        reason = f" (the first: {self.reason})" if self.reason else ""
+        return f"of {sum(self.outcomes.values())} documents {said or 'none'} left out{reason}"
 
 
 class _Stream:
@@ -127,7 +144,7 @@ class _Stream:
         return True
 
     def _read_ahead(self) -> None:
-        """Submit chunks; an error is kept until all before it has been used, so that workers do not change what runs."""
+        """Submit chunks; an error waits until all before it has been used, so that workers do not change what is seen."""
         while not self._ended and (
             not self._waiting or (len(self._waiting) < self._ahead and self._bytes < AHEAD_BYTES)
         ):
@@ -167,6 +184,7 @@ class Mixture:
         ahead: int,
         progress: list[Progress] | None = None,
     ) -> None:
+        self._field = field
         self.progress = progress or [Progress() for _ in domain.sources]
         self._weights = [source.weight for source in domain.sources]
         self._streams = [
@@ -184,9 +202,7 @@ class Mixture:
             progress.outcomes[document.outcome.name.lower()] += 1
             progress.reason = progress.reason or document.reason
             progress.tokens += len(document)
+            if progress.tokens == 0 and sum(progress.outcomes.values()) >= HOPELESS:
+                raise UserError(f"{self._field}.sources[{turn}]: {progress.losses()}; nothing of it can be used.")
             if len(document):
                 yield document
-
-    def outcomes(self) -> Counter[str]:
-        """Documents of all sources by what became of them."""
-        return sum((Counter(progress.outcomes) for progress in self.progress), Counter())

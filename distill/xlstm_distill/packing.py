@@ -110,7 +110,7 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def pack(documents: Iterable[Tokens], context: int, pad: int) -> Iterator[PackedRow]:
-    """Pack documents to the end; one longer than the context becomes several. For rows from other tokens than a recipe's."""
+    """Pack documents to the end, for rows from other tokens than a recipe's; one that is too long becomes several."""
     packer = Packer(context, pad)
     for document in documents:
         for piece in document.pieces(context):

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,7 +19,7 @@ import numpy as np
 from xlstm_distill import console as consoles
 from xlstm_distill.artifacts import Draft
 from xlstm_distill.errors import UserError
-from xlstm_distill.mixing import Mixture, Progress, tokenizing
+from xlstm_distill.mixing import LEFT_OUT, Mixture, Progress, tokenizing
 from xlstm_distill.packing import OPEN_ROWS, Packer
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.shards import ShardWriter, written_whole
@@ -49,8 +48,16 @@ def exclusive(path: Path, label: str, console: consoles.Console) -> Iterator[Non
             console.line(f"{label}: another process prepares it; waiting.")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass
+            pass  # no locks here
         yield
+
+
+def clean(folder: Path) -> None:
+    """Remove what preparations of the same domain with other settings have left beside a work directory."""
+    stem = folder.name.rsplit("-", 1)[0]
+    for other in folder.parent.glob(f"{stem}-*"):
+        if other.name.rsplit("-", 1)[0] == stem and (other / CHECKPOINT).exists():
+            shutil.rmtree(other, ignore_errors=True)
 
 
 class Preparation:
@@ -87,9 +94,11 @@ class Preparation:
         self.writer.close()
         validation = self.recipe.data.validation_rows
         if self.writer.rows <= validation:
+            losses = "; ".join(f"sources[{n}]: {progress.losses()}" for n, progress in enumerate(self.progress))
             raise UserError(
                 f"{self.field}: its documents fill {self.writer.rows} rows of {self.recipe.data.context} tokens and "
-                f"data.validation_rows holds back {validation} of them; give more documents or hold back fewer."
+                f"data.validation_rows holds back {validation} of them; give more documents or hold back fewer "
+                f"({losses})."
             )
         draft.results |= self._results()
         self._warn(draft.results)
@@ -97,18 +106,14 @@ class Preparation:
         draft.path.rmdir()
         self.folder.rename(draft.path)
 
-    def clean(self) -> None:
-        """Remove what earlier preparations of other settings have left."""
-        for folder in self.folder.parent.glob(f".{self.name}.*.preparing"):
-            shutil.rmtree(folder, ignore_errors=True)
-
     def workers(self) -> int:
         """Processes that tokenise: the recipe's number, or one per core that the main process leaves free."""
         if self.recipe.data.workers is not None:
             return self.recipe.data.workers
         if (self.needed - self.writer.rows) * self.recipe.data.context < WORTH_WORKERS:
             return 0
-        return min(len(os.sched_getaffinity(0)) - 1, MOST_WORKERS)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores - 1, MOST_WORKERS)
 
     def _fill(self) -> None:
         """Read, pack and write until there are enough rows or the sources are dry."""
@@ -142,8 +147,10 @@ class Preparation:
             "totals": self.writer.totals,
             "progress": [asdict(progress) for progress in self.progress],
         }
+        arrays: dict[str, Any] = self.packer.state()
+        arrays["state"] = np.frombuffer(json.dumps(state).encode(), dtype=np.uint8)
         content = io.BytesIO()
-        np.savez(content, state=np.frombuffer(json.dumps(state).encode(), dtype=np.uint8), **self.packer.state())
+        np.savez(content, **arrays)
         with written_whole(self.folder / CHECKPOINT) as file:
             file.write(content.getbuffer())
 
@@ -193,18 +200,15 @@ class Preparation:
 
     def _warn(self, results: dict[str, Any]) -> None:
         """Say what is other than the recipe asks for."""
-        for number, source in enumerate(results["sources"]):
+        for number, (source, progress) in enumerate(zip(results["sources"], self.progress, strict=True)):
             field = f"{self.field}.sources[{number}]"
-            if source["ran_out"] and abs(source["share"] / source["weight_share"] - 1) > SAID:
+            if progress.dry and abs(source["share"] / source["weight_share"] - 1) > SAID:
                 self.console.line(
                     f"{field}: ran out after {source['documents']} documents and gives {source['share']:.1%} of the "
                     f"tokens, not {source['weight_share']:.1%}."
                 )
-            outcomes, reason = self.progress[number].outcomes, self.progress[number].reason
-            if refused := outcomes["refused"]:
-                self.console.line(f"{field}: the chat template refused {refused} documents, the first: {reason}")
-            if unsupervised := outcomes["unsupervised"]:
-                self.console.line(f"{field}: {unsupervised} documents have nothing to train on; left out.")
+            if any(progress.outcomes[outcome.name.lower()] for outcome in LEFT_OUT):
+                self.console.line(f"{field}: {progress.losses()}.")
         if results["rows"] < self.needed:
             self.console.line(
                 f"{self.label}: {results['rows']} rows of the {self.needed} that the recipe reads; they will be read "

@@ -19,7 +19,7 @@ from xlstm_distill.packing import PackedRow
 
 INDEX_FILE = "index.json"
 SHARD_TOKENS = 2**24
-"""Tokens of a shard: what a killed preparation loses at most, and about what a writer holds in memory (5 bytes each)."""
+"""Tokens of a shard: what a killed preparation loses at most, and what a writer holds in memory (5 bytes each)."""
 OPEN_SHARDS = 64
 SMALL_VOCABULARY = 2**16
 
@@ -190,4 +190,6 @@ class ShardReader:
 
 
 def _damaged(path: Path, reason: object) -> RunError:
-    return RunError(f"{path}: cannot be read ({reason}); delete {path.parent} and run the command again to make it anew.")
+    return RunError(
+        f"{path}: cannot be read ({reason}); delete {path.parent} and run the command again to make it anew."
+    )

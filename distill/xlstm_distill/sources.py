@@ -164,8 +164,8 @@ class SourceReader:
         where = f"record {position.record + 1} or one soon after it"
         if file.path is None and position.read:
             return RunError(
-                f"{self.field}: {file.label} stopped at {where}: {reason}. Run the command again to go on from the last "
-                "finished shard."
+                f"{self.field}: {file.label} stopped at {where}: {reason}. Run the command again to go on from the "
+                "last finished shard."
             )
         if file.path is not None and (line := _bad_json_line(file.path)) is not None:
             where, reason = f"line {line[0]}", line[1]
@@ -217,7 +217,9 @@ class SourceReader:
             raise UserError(f"{self.field}.path: {path} holds no file that ends in {', '.join(BUILDERS)}.")
         if len(formats) > 1:
             found = ", ".join(f"{count} {name}" for name, count in formats.items())
-            raise UserError(f"{self.field}.path: {path} holds files of several formats ({found}); name a folder with one.")
+            raise UserError(
+                f"{self.field}.path: {path} holds files of several formats ({found}); name a folder with one."
+            )
         return [_File(str(file), file, functools.partial(_open_file, file)) for file in files if file.stat().st_size]
 
     def _hub_files(self) -> list[_File]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ class Tokens:
 class Chunk:
     """Documents of one source in a row, to be tokenised together; `first` is the record number of the first one."""
 
-    documents: list[Mapping[str, Any]]
+    documents: Sequence[Mapping[str, Any]]
     field: str
     origin: str
     first: int
@@ -143,8 +142,8 @@ class DocumentTokenizer:
         """Find the assistant's turns as what each adds to the rendered text before it."""
         if not self.tokenizer.is_fast:
             raise UserError(
-                "teacher.path: its tokenizer is a slow one, without the character offsets that chats need; use its fast "
-                "version, or a chat template with generation tags."
+                "teacher.path: its tokenizer is a slow one, without the character offsets that chats need; use its "
+                "fast version, or a chat template with generation tags."
             )
         texts = [self._render(chat) for chat in chats]
         encoded = self.tokenizer(
@@ -152,9 +151,7 @@ class DocumentTokenizer:
             return_token_type_ids=False,
         )  # fmt: skip
         found = []
-        for chat, text, ids, offsets in zip(
-            chats, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
+        for chat, text, ids, offsets in zip(chats, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
             supervised = np.zeros(len(ids), dtype=bool)
             for start, stop in self._turns(chat, text):
@@ -178,7 +175,7 @@ class DocumentTokenizer:
             if not (text.startswith(before) and text.startswith(through)):
                 continue
             # A generation prompt may hold more than the turn itself, such as an opening reasoning tag.
-            start = max(len(before), len(os.path.commonprefix([asked, text])))
+            start = max(len(before), _common(asked, text))
             closed = through.rstrip()
             # White space after the closing token is the template's, and the model never has to write it.
             spans.append((start, len(closed) if closed.endswith(self.closing) else len(through)))
@@ -186,6 +183,13 @@ class DocumentTokenizer:
 
     def _render(self, chat: Messages, **options: bool) -> str:
         return self.tokenizer.apply_chat_template(chat, chat_template=self.template, tokenize=False, **options)
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common beginning."""
+    if b.startswith(a):
+        return len(a)
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _dated(template: str) -> str:
@@ -252,6 +256,8 @@ def _is_empty(document: Mapping[str, Any], chunk: Chunk, index: int) -> bool:
             continue
         if role not in ("messages", "prompt"):
             raise UserError(f"{chunk.where(index)}: its {role} is {type(value).__name__}; text is needed.")
-        if not isinstance(value, list) or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value):
+        if not isinstance(value, list) or not all(
+            isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value
+        ):
             raise UserError(f"{chunk.where(index)}: its {role} must be a list of messages with 'role' and 'content'.")
     return False
