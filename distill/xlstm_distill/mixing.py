@@ -144,7 +144,7 @@ class _Stream:
         return True
 
     def _read_ahead(self) -> None:
-        """Submit chunks; an error waits until all before it has been used, so that workers do not change what is seen."""
+        """Submit chunks; an error waits until all before it is used, so that workers do not change what is seen."""
         while not self._ended and (
             not self._waiting or (len(self._waiting) < self._ahead and self._bytes < AHEAD_BYTES)
         ):

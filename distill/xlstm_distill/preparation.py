@@ -88,6 +88,18 @@ class Preparation:
             RunError: hub data stopped coming, or a worker died.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._make()
+            draft.results |= self._results()
+            self._warn(draft.results)
+            draft.path.rmdir()
+            self.folder.rename(draft.path)
+            (draft.path / CHECKPOINT).unlink(missing_ok=True)
+        finally:
+            if not (self.folder / CHECKPOINT).exists():  # nothing to go on from
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _make(self) -> None:
         self._restore()
         if self.writer.rows < self.needed:
             self._fill()
@@ -100,11 +112,6 @@ class Preparation:
                 f"data.validation_rows holds back {validation} of them; give more documents or hold back fewer "
                 f"({losses})."
             )
-        draft.results |= self._results()
-        self._warn(draft.results)
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        draft.path.rmdir()
-        self.folder.rename(draft.path)
 
     def workers(self) -> int:
         """Processes that tokenise: the recipe's number, or one per core that the main process leaves free."""
