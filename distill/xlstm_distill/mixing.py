@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+import transformers
+
 from xlstm_distill import stopping
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Domain
@@ -70,6 +72,7 @@ def _start_worker(tokenizer: ChunkTokenizer) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     for number in (signal.SIGINT, *stopping.SIGNALS):
         signal.signal(number, signal.SIG_IGN)  # the parent gets them too, and ends its workers
+    transformers.utils.logging.set_verbosity_error()  # long documents are no mistake here
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer_of_worker = tokenizer
 

@@ -42,6 +42,7 @@ __all__ = [
     "Phase", "Recipe", "Report", "Source", "Student", "Task", "Teacher", "Training",
 ]  # fmt: skip
 SUM_TOLERANCE = 1e-6
+USED_BY_GENERATORS = ("generator", "documents", "weight")
 LongDocuments = Literal["split", "truncate", "drop", "error"]
 
 
@@ -134,8 +135,8 @@ class Source(Section):
             return self
         if self.documents is None:
             raise FieldError("documents", "missing; a generator needs the number of documents to make.")
-        odd = self.model_fields_set - {"path", "generator", "documents", "weight"}
-        if unused := [field for field in type(self).model_fields if field in odd and getattr(self, field) is not None]:
+        fields = {name: field for name, field in type(self).model_fields.items() if name not in USED_BY_GENERATORS}
+        if unused := [name for name, field in fields.items() if getattr(self, name) != field.default]:
             raise FieldError(unused[0], "does not apply to a generator; leave it out.")
         return self
 

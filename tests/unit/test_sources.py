@@ -155,7 +155,9 @@ class TestHub:
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(stream))
         reader = SourceReader(Source(path="owner/name"), "f", 0).chunks(Position())
         next(reader)
-        with pytest.raises(RunError, match=r"f: 'owner/name'.* stopped at record 65 or one soon after it: reset by peer"):
+        with pytest.raises(
+            RunError, match=r"f: 'owner/name'.* stopped at record 65 or one soon after it: reset by peer"
+        ):
             list(reader)
 
 
@@ -163,7 +165,11 @@ class TestHub:
     ("records", "columns", "message"),
     [
         ([{"body": "x"}], {}, r"data.domains.x.sources\[0\]: .* none of the columns .*; it has body\."),
-        ([{"text": "x"}], {"text": "body"}, r"sources\[0\]: .*d.jsonl has no column 'body' \(record 1\); it has text\."),
+        (
+            [{"text": "x"}],
+            {"text": "body"},
+            r"sources\[0\]: .*d.jsonl has no column 'body' \(record 1\); it has text\.",
+        ),
         ([], {}, r"data.domains.x.sources\[0\]: .*, split 'train', has no documents"),
     ],
     ids=["no known column", "missing column", "empty"],

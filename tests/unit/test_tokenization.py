@@ -187,7 +187,9 @@ def test_each_policy_for_long_documents(with_template):
         short, long = fitted(tokenize, policy, documents)
         assert short.outcome is Outcome.KEPT
         assert (long.outcome, long.ids.tolist()) == (outcome, kept)
-    message = rf"sources\[0\]: record 42 of d.jsonl has {len(whole[1])} tokens, more than data.context \(6\), and .*'error'"
+    message = (
+        rf"sources\[0\]: record 42 of d.jsonl has {len(whole[1])} tokens, more than data.context \(6\), and .*'error'"
+    )
     with pytest.raises(UserError, match=message):
         fitted(tokenize, "error", documents)
     assert fitted(tokenize, "error", documents[:1])[0].ids.tolist() == whole[0]
