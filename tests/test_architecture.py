@@ -41,6 +41,7 @@ LAYERS = (
         "sources",
         "mixing",
         "preparation",
+        "data_bench",
         "data",
         "targets",
         "tasks",
