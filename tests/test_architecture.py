@@ -41,7 +41,6 @@ LAYERS = (
         "sources",
         "mixing",
         "preparation",
-        "data_bench",
         "data",
         "targets",
         "tasks",
@@ -52,7 +51,7 @@ LAYERS = (
         "lora",
         "trainer",
     },
-    {"stages", "loss_bench", "throughput", "store_bench"},
+    {"stages", "loss_bench", "throughput", "store_bench", "data_bench"},
     {"cli", "__main__"},
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "matplotlib", "numpy"}

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import transformers
 
@@ -23,12 +23,12 @@ from xlstm_distill.console import QuietConsole
 from xlstm_distill.data import DomainRows, RowSchedule, load_batch, prepare_domain
 from xlstm_distill.recipe import Recipe
 
-CONTEXT = 4096
+CONTEXT, VALIDATION = 4096, 64
 MEAN, SPREAD = 7.8, 1.1
 """Length of generated documents (characters): mean and standard deviation of its logarithm."""
 
 
-def main(arguments: Sequence[str] | None = None, out: TextIO = sys.stdout) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print what the preparation costs with each number of workers, and what reading costs afterwards."""
     parser = argparse.ArgumentParser(prog="xlstm_distill.data_bench", description=__doc__)
     parser.add_argument("tokenizer", type=Path, help="folder of a tokenizer")
@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None, out: TextIO = sys.stdout) -> in
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        data = options.data or _generate(Path(folder) / "text.jsonl", 4 * options.tokens)
+        data = options.data or _generate(Path(folder) / "text.jsonl", 4 * (options.tokens + VALIDATION * CONTEXT))
         for workers in options.workers:
             recipe = _recipe(options.tokenizer, data, options.tokens, workers)
-            artifact = _prepare(recipe, Path(folder) / str(workers), tokenizer, workers, out)
-        _read(artifact, out)
+            artifact = _prepare(recipe, Path(folder) / str(workers), tokenizer, workers)
+        _read(artifact)
     return 0
 
 
@@ -68,7 +68,7 @@ def _recipe(tokenizer: Path, data: Path, tokens: int, workers: int) -> Recipe:
             "name": "bench",
             "teacher": {"path": str(tokenizer)},
             "data": {
-                "context": CONTEXT, "workers": workers,
+                "context": CONTEXT, "workers": workers, "validation_rows": VALIDATION,
                 "domains": {"x": {"sources": [{"path": str(data.resolve()), "text": "text"}]}},
             },
             "align": {"tokens": tokens, "batch": 1},
@@ -80,7 +80,7 @@ def _recipe(tokenizer: Path, data: Path, tokens: int, workers: int) -> Recipe:
     )  # fmt: skip
 
 
-def _prepare(recipe: Recipe, folder: Path, tokenizer: Any, workers: int, out: TextIO) -> Artifact:
+def _prepare(recipe: Recipe, folder: Path, tokenizer: Any, workers: int) -> Artifact:
     run = Run.open(folder, recipe)
     started, before = time.monotonic(), os.times()
     artifact = prepare_domain(recipe, run, "x", tokenizer, QuietConsole())
@@ -94,27 +94,26 @@ def _prepare(recipe: Recipe, folder: Path, tokenizer: Any, workers: int, out: Te
         f"({results['tokens'] / main_cpu:,.0f} a CPU second of the main process), "
         f"{results['bytes_per_token']:.2f} bytes/token, fill {results['fill']:.2%}, {results['rows']} rows, "
         f"peak memory {peak:,.0f} MiB, load {load:.1f}",
-        file=out,
     )
     return artifact
 
 
-def _read(artifact: Artifact, out: TextIO) -> None:
+def _read(artifact: Artifact) -> None:
     """Measure reading, and the order of 5 million rows of four domains."""
-    rows = {"x": DomainRows("x", artifact, 64)}
+    rows = {"x": DomainRows("x", artifact, VALIDATION)}
     schedule = RowSchedule(rows, {"x": 1.0}, 0, 100 * 64)
     started = time.process_time()
     for step in range(100):
         load_batch(rows, schedule.rows(step, 64))
     seconds = time.process_time() - started
-    print(f"reading: {100 * 64 * CONTEXT / seconds:,.0f} tokens a CPU second, 64 rows of {CONTEXT} a batch", file=out)
+    print(f"reading: {100 * 64 * CONTEXT / seconds:,.0f} tokens a CPU second, 64 rows of {CONTEXT} a batch")
     total, names = 5_000_000, "abcd"
     started = time.process_time()
-    order = RowSchedule(dict.fromkeys(names, _Many("many", artifact, 64)), dict.fromkeys(names, 1.0), 0, total)
+    order = RowSchedule(dict.fromkeys(names, _Many("many", artifact, VALIDATION)), dict.fromkeys(names, 1.0), 0, total)
     made = time.process_time() - started
     order.rows(total // 64 - 1, 64)
     seconds = time.process_time() - started
-    print(f"order of {total:,} rows: made in {made:.4f} s, the last step's rows after {seconds:.3f} s", file=out)
+    print(f"order of {total:,} rows: made in {made:.4f} s, the last step's rows after {seconds:.3f} s")
 
 
 class _Many(DomainRows):

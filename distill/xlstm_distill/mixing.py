@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,7 +17,6 @@ from typing import Any
 
 import transformers
 
-from xlstm_distill import stopping
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Domain
 from xlstm_distill.sources import Position, SourceReader
@@ -24,6 +24,8 @@ from xlstm_distill.tokenization import Chunk, ChunkTokenizer, Outcome, Tokens
 
 AHEAD_BYTES = 2**26
 """Text of a source that may wait for the workers (bytes), whatever their number."""
+SIGNAL_SECONDS = 0.5
+"""How far apart processes of a job may get the same signal (seconds)."""
 HOPELESS = 1000
 """Documents of a source without a single token kept from which it is refused."""
 Submit = Callable[[Chunk], "Future[list[Tokens]]"]
@@ -53,6 +55,7 @@ def tokenizing(tokenizer: ChunkTokenizer, workers: int) -> Iterator[tuple[Submit
     try:
         yield lambda chunk: pool.submit(_work, chunk), 2 * workers
     except BrokenProcessPool as error:
+        time.sleep(SIGNAL_SECONDS)  # a SIGTERM to all processes raises Stopped here
         raise RunError(
             "data: a process that tokenises has died, perhaps for lack of memory; run the command again to go on from "
             "the last finished shard, with fewer data.workers if it happens again."
@@ -70,8 +73,8 @@ def _done(tokenizer: ChunkTokenizer, chunk: Chunk) -> Future[list[Tokens]]:
 def _start_worker(tokenizer: ChunkTokenizer) -> None:
     global _tokenizer_of_worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
-    for number in (signal.SIGINT, *stopping.SIGNALS):
-        signal.signal(number, signal.SIG_IGN)  # the parent gets them too, and ends its workers
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the parent gets them too, and ends its workers: by SIGTERM if need be
     transformers.utils.logging.set_verbosity_error()  # long documents are no mistake here
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer_of_worker = tokenizer
@@ -103,10 +106,13 @@ class Progress:
 
     def losses(self) -> str:
         """Say how many documents were left out, and why."""
-        lost = {name: n for name, n in self.outcomes.items() if n and Outcome[name.upper()] in LEFT_OUT}
-        said = ", ".join(f"{n} {LEFT_OUT[Outcome[name.upper()]]}" for name, n in lost.items())
+        said = ", ".join(f"{n} {why}" for why, n in self.lost().items())
         reason = f" (the first: {self.reason})" if self.reason else ""
-        return f"of {sum(self.outcomes.values())} documents {said or 'none'} left out{reason}"
+        return f"of {sum(self.outcomes.values())} documents {said} left out{reason}"
+
+    def lost(self) -> dict[str, int]:
+        """Documents that were left out, by reason."""
+        return {why: n for outcome, why in LEFT_OUT.items() if (n := self.outcomes[outcome.name.lower()])}
 
 
 class _Stream:

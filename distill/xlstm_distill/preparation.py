@@ -19,7 +19,7 @@ import numpy as np
 from xlstm_distill import console as consoles
 from xlstm_distill.artifacts import Draft
 from xlstm_distill.errors import UserError
-from xlstm_distill.mixing import LEFT_OUT, Mixture, Progress, tokenizing
+from xlstm_distill.mixing import Mixture, Progress, tokenizing
 from xlstm_distill.packing import OPEN_ROWS, Packer
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.shards import ShardWriter, written_whole
@@ -106,11 +106,11 @@ class Preparation:
         self.writer.close()
         validation = self.recipe.data.validation_rows
         if self.writer.rows <= validation:
-            losses = "; ".join(f"sources[{n}]: {progress.losses()}" for n, progress in enumerate(self.progress))
+            losses = [f" sources[{n}]: {p.losses()}." for n, p in enumerate(self.progress) if p.lost()]
             raise UserError(
                 f"{self.field}: its documents fill {self.writer.rows} rows of {self.recipe.data.context} tokens and "
-                f"data.validation_rows holds back {validation} of them; give more documents or hold back fewer "
-                f"({losses})."
+                f"data.validation_rows holds back {validation} of them; give more documents or hold back fewer."
+                + "".join(losses)
             )
 
     def workers(self) -> int:
@@ -214,7 +214,7 @@ class Preparation:
                     f"{field}: ran out after {source['documents']} documents and gives {source['share']:.1%} of the "
                     f"tokens, not {source['weight_share']:.1%}."
                 )
-            if any(progress.outcomes[outcome.name.lower()] for outcome in LEFT_OUT):
+            if progress.lost():
                 self.console.line(f"{field}: {progress.losses()}.")
         if results["rows"] < self.needed:
             self.console.line(

@@ -153,3 +153,12 @@ def test_using_a_tokenizer_does_not_change_its_hash():
     assert tokenizer_hash(tokenizer) == before
     tokenizer.chat_template += " "
     assert tokenizer_hash(tokenizer) != before
+
+
+def test_the_measurement_measures(capsys):
+    from xlstm_distill.data_bench import main
+
+    assert main([str(TEACHER), "--tokens", "100_000", "--workers", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["workers", "reading:", "order"]
+    assert "89 rows" in lines[0]  # 25 to train on and 64 held out

@@ -116,7 +116,9 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(domain, tokenizer):
         tokenizing(tokenizer, 2) as (submit, ahead),
     ):
         mixture = iter(Mixture(domain, "x", 0, submit, ahead))
-        next(mixture)
+        assert len(list(islice(mixture, 400))) == 400
+        while len(multiprocessing.active_children()) < 2:  # the one that is left must be ended too
+            time.sleep(0.01)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         for _ in mixture:
             pass
