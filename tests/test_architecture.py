@@ -25,6 +25,8 @@ LAYERS = (
         "mixer",
         "merging",
         "packing",
+        "tokenization",
+        "shards",
         "optim",
         "store_codec",
         "store",
@@ -38,6 +40,8 @@ LAYERS = (
         "student",
         "teacher",
         "sources",
+        "mixing",
+        "preparation",
         "data",
         "targets",
         "tasks",
@@ -48,7 +52,7 @@ LAYERS = (
         "lora",
         "trainer",
     },
-    {"stages", "loss_bench", "throughput", "store_bench"},
+    {"stages", "loss_bench", "throughput", "store_bench", "data_bench"},
     {"cli", "__main__"},
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "matplotlib", "numpy"}

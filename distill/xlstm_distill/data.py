@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
 from xlstm_distill import sources
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run, digest
 from xlstm_distill.console import Console
+from xlstm_distill.distributed import is_main_process
 from xlstm_distill.documents import positions_in_documents
-from xlstm_distill.errors import UserError
-from xlstm_distill.packing import pack
+from xlstm_distill.packing import PackedRow
+from xlstm_distill.preparation import Preparation, clean, exclusive
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.shards import ShardReader
 
 IGNORE_INDEX = -100
-ROWS_FILE = "rows.arrow"
-ROW_COLUMNS = {"input_ids": "int32", "supervised": "bool", "segment_ids": "int32"}
+ROWS_FORMAT = 2
+"""Raised when rows change meaning, so that those made before are made anew."""
+BLOCK = 4096.0
+"""Rows that a schedule puts in order at a time."""
 Row = tuple[str, int]
 """A row's domain and its index there."""
 
@@ -53,32 +53,51 @@ class Batch:
 
 
 class DomainRows:
-    """The packed rows of one domain; the first `validation` of them are never trained on."""
+    """The packed rows of one domain; the first `validation` of them are never trained on.
+
+    Validation rows lie evenly over what was read: they trade places with the rows that come first on the disk.
+    """
 
     def __init__(self, name: str, artifact: Artifact, validation: int) -> None:
         self.name, self.validation = name, validation
-        self.dataset = datasets.Dataset.from_file(str(artifact.path / ROWS_FILE)).with_format("numpy")
+        self._shards = ShardReader(artifact.path)
+        self._traded: dict[int, int] = {}
+        for first in range(min(validation, len(self))):
+            other = first * len(self) // validation
+            here, there = self._traded.get(first, first), self._traded.get(other, other)
+            self._traded[first], self._traded[other] = there, here
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self._shards)
 
     @property
     def context(self) -> int:
         """Tokens per row."""
-        return self.dataset.features["input_ids"].length
+        return self._shards.context
 
     @property
     def train_rows(self) -> int:
         """Rows that may be trained on."""
         return len(self) - self.validation
 
+    def row(self, index: int) -> PackedRow:
+        """Read a row, memory-mapped."""
+        return self._shards.row(self._traded.get(index, index))
+
 
 def rows_needed(recipe: Recipe, domain: str) -> int:
     """Rows of a domain that the longest of its uses reads once, and its validation rows."""
-    uses = [recipe.align.tokens * _share(recipe.align.domains or dict.fromkeys(recipe.data.domains, 1.0), domain)]
+    aligned_on = recipe.align.domains or dict.fromkeys(recipe.data.domains, 1.0)
+    uses = [_rows_read(recipe.align.tokens, recipe.align.batch, recipe) * _share(aligned_on, domain)]
     for expert in recipe.distill.experts.values():
-        uses.append(sum(phase.tokens * _share(phase.domains, domain) for phase in expert.phases))
-    return math.ceil(max(uses) / recipe.data.context) + recipe.data.validation_rows
+        rows = [_rows_read(p.tokens, recipe.distill.batch, recipe) * _share(p.domains, domain) for p in expert.phases]
+        uses.append(sum(rows))
+    return math.ceil(max(uses)) + recipe.data.validation_rows
+
+
+def _rows_read(tokens: int, batch: int, recipe: Recipe) -> int:
+    """Rows of a budget, rounded up to whole optimiser steps."""
+    return math.ceil(tokens / (batch * recipe.data.context)) * batch
 
 
 def _share(weights: Mapping[str, float], domain: str) -> float:
@@ -86,53 +105,33 @@ def _share(weights: Mapping[str, float], domain: str) -> float:
 
 
 def prepare_domain(recipe: Recipe, run: Run, name: str, tokenizer: Any, console: Console) -> Artifact:
-    """Tokenise and pack a domain's documents into rows, once; the artifact is `data/<domain>`."""
-    domain, context, needed = recipe.data.domains[name], recipe.data.context, rows_needed(recipe, name)
-    validation = recipe.data.validation_rows
-    field = f"data.domains.{name}"
-    request = Request(
-        "data",
-        name=name,
-        parts={
-            "sources": [sources.identity(s) for s in domain.sources],
-            "context": context,
-            "rows": needed,
-            "validation_rows": validation,
-            "seed": recipe.seed,
-        },
-        inputs={"tokenizer": tokenizer_hash(tokenizer)},
-    )
+    """Tokenise and pack a domain's documents into rows, once; the artifact is `data/<domain>`.
+
+    A preparation that was killed goes on from its last finished shard and ends with the same rows. Of several runs of
+    the command on one run directory the first prepares and the others wait.
+    """
+    domain, needed = recipe.data.domains[name], rows_needed(recipe, name)
+    parts = {
+        "format": ROWS_FORMAT,
+        "sources": [sources.identity(s) for s in domain.sources],
+        "context": recipe.data.context,
+        "rows": needed,
+        "validation_rows": recipe.data.validation_rows,
+        "long_documents": recipe.data.long_documents,
+        "seed": recipe.seed,
+    }
+    request = Request("data", name=name, parts=parts, inputs={"tokenizer": tokenizer_hash(tokenizer)})
+    folder = run.work_directory(request)
 
     def build(draft: Draft) -> None:
-        documents = sources.mixed_documents(domain, tokenizer, field=field, seed=recipe.seed)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        packed = itertools.islice(pack(documents, context, pad), needed)
-        with console.progress(f"data/{name}", needed * context) as progress:
-            count = _write_rows(packed, draft.path / ROWS_FILE, context, lambda: progress.update(context))
-        if count <= validation:
-            raise UserError(
-                f"{field}: its documents fill {count} rows of {context} tokens and data.validation_rows holds back "
-                f"{validation} of them; give more documents or hold back fewer."
-            )
-        draft.results |= {"rows": count, "rows_needed": needed}
+        Preparation(recipe, name, needed, tokenizer, folder, console).build(draft)
 
-    return run.make(request, build)
-
-
-def _write_rows(rows: Iterator[dict[str, Any]], file: Path, context: int, written: Callable[[], None]) -> int:
-    """Write rows as an Arrow stream, one at a time; returns how many there were."""
-    features = datasets.Features(
-        {name: datasets.Sequence(datasets.Value(kind), length=context) for name, kind in ROW_COLUMNS.items()}
-        | {"length": datasets.Value("int32")}
-    )
-    count = 0
-    with ArrowWriter(path=str(file), features=features) as writer:
-        for row in rows:
-            writer.write(row)
-            written()
-            count += 1
-        writer.finalize()
-    return count
+    if not is_main_process() or run.find(request):
+        return run.make(request, build)
+    with exclusive(folder.with_name(f"data-{name}.lock"), request.label, console):
+        artifact = run.make(request, build)
+        clean(folder)
+    return artifact
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -148,48 +147,72 @@ def tokenizer_hash(tokenizer: Any) -> str:
 class RowSchedule:
     """Which rows the n-th step reads: a pure function of seed and step, so that a resumed run reads the same.
 
-    Domains alternate so that each keeps to its weight at every point; within a domain every epoch is a new
-    permutation of its training rows.
+    Domains alternate so that each keeps to its weight at every point: its k-th row is due at (k + 1/2) / share, and
+    rows come in the order in which they are due. Within a domain every epoch is a new permutation of its training
+    rows. Nothing is computed before it is asked for: rows are put in order in blocks of the time in which they are due.
     """
 
     def __init__(self, domains: Mapping[str, DomainRows], weights: Mapping[str, float], seed: int, total: int) -> None:
-        self.domains, self.seed = domains, seed
+        self.domains, self.seed, self.total = domains, seed, total
         self.names = [name for name, weight in weights.items() if weight > 0]
-        share = np.array([weights[name] for name in self.names]) / sum(weights[name] for name in self.names)
-        order, drawn = np.empty(total, dtype=np.int32), np.zeros(len(share))
-        self.draws = np.empty(total, dtype=np.int64)
-        for n in range(total):
-            order[n] = choice = int(np.argmax(share * (n + 1) - drawn))
-            self.draws[n] = drawn[choice]
-            drawn[choice] += 1
-        self.order = order
-        self.permutations: dict[tuple[str, int], np.ndarray] = {}
+        self._share = np.array([weights[name] for name in self.names]) / sum(weights[name] for name in self.names)
+        self._block: tuple[int, np.ndarray, np.ndarray] = (0, *self._order_block(0))
+        self._permutations: dict[str, tuple[int, np.ndarray]] = {}
 
     def rows(self, step: int, batch: int) -> list[Row]:
         """The rows of a step, with `batch` rows a step."""
+        if (step + 1) * batch > self.total:
+            raise IndexError(f"step {step} of {batch} rows is beyond the schedule's {self.total} rows")
         return [self._row(n) for n in range(step * batch, (step + 1) * batch)]
 
     def _row(self, n: int) -> Row:
-        name = self.names[self.order[n]]
+        first, choices, draws = self._block
+        if not first <= n < first + len(choices):
+            first, choices, draws = self._block = self._find_block(n)
+        name = self.names[choices[n - first]]
         rows = self.domains[name]
-        epoch, index = divmod(int(self.draws[n]), rows.train_rows)
-        if (name, epoch) not in self.permutations:
+        epoch, index = divmod(int(draws[n - first]), rows.train_rows)
+        return name, rows.validation + int(self._permutation(name, epoch, rows.train_rows)[index])
+
+    def _find_block(self, n: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """The block that holds row n: its first row, and the domain and draw of each of its rows."""
+        number = int(n // BLOCK)  # rounding moves a block's first row by less than a row per domain
+        while int(self._drawn(number).sum()) > n:
+            number -= 1
+        while int(self._drawn(number + 1).sum()) <= n:
+            number += 1
+        return int(self._drawn(number).sum()), *self._order_block(number)
+
+    def _drawn(self, number: int) -> np.ndarray:
+        """Rows of each domain that are due before a block."""
+        return np.maximum(np.ceil(self._share * (number * BLOCK) - 0.5), 0).astype(np.int64)
+
+    def _order_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        starts, stops = self._drawn(number), self._drawn(number + 1)
+        choices = np.repeat(np.arange(len(starts)), stops - starts)
+        draws = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
+        order = np.argsort((draws + 0.5) / self._share[choices], kind="stable")
+        return choices[order], draws[order]
+
+    def _permutation(self, name: str, epoch: int, rows: int) -> np.ndarray:
+        if self._permutations.get(name, (-1,))[0] != epoch:
             generator = np.random.default_rng([self.seed, zlib.crc32(name.encode()), epoch])
-            self.permutations[name, epoch] = generator.permutation(rows.train_rows)
-        return name, rows.validation + int(self.permutations[name, epoch][index])
+            self._permutations[name] = (epoch, generator.permutation(rows).astype(np.uint32))
+        return self._permutations[name][1]
 
 
 def load_batch(domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
     """Read rows and make the labels."""
-    records = [domains[name].dataset[index] for name, index in rows]
-    columns = {name: torch.from_numpy(np.stack([r[name] for r in records])) for name in ROW_COLUMNS}
-    input_ids, segments = columns["input_ids"].long(), columns["segment_ids"].long()
-    lengths = torch.tensor([int(r["length"]) for r in records])
+    packed = [domains[name].row(index) for name, index in rows]
+    input_ids = torch.from_numpy(np.stack([row.ids for row in packed]).astype(np.int64))
+    segments = torch.from_numpy(np.stack([row.segment_ids for row in packed]))
+    supervised = torch.from_numpy(np.stack([row.supervised for row in packed]))
+    lengths = torch.tensor([row.used for row in packed])
     return Batch(
         input_ids=input_ids,
         position_ids=positions_in_documents(segments),
         segment_ids=segments,
-        labels=next_token_labels(input_ids, columns["supervised"], segments),
+        labels=next_token_labels(input_ids, supervised, segments),
         real=torch.arange(input_ids.shape[1]) < lengths[:, None],
         rows=tuple(rows),
     )

@@ -1,136 +1,119 @@
-"""From documents to rows: tokens, which of them are supervised, and best-fit packing to the context length."""
+"""Best-fit packing of tokenised documents into rows of a fixed number of tokens."""
 
 from __future__ import annotations
 
-import re
+import bisect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from xlstm_distill.errors import UserError
+import numpy as np
 
-GENERATION_TAG = re.compile(r"{%-?\s*generation\b")
-"""How a chat template marks what the assistant says; without it, turns are found by rendering every prefix."""
-OPEN_ROWS = 64
-"""Rows kept open for best-fit packing; more fill better and mix documents over a longer stretch."""
+from xlstm_distill.tokenization import Tokens
 
-
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenised document: ids, and which of them the student is trained to predict."""
-
-    ids: list[int]
-    supervised: list[bool]
-
-    def pieces(self, length: int) -> Iterator[Tokens]:
-        """Split into pieces of at most `length` tokens."""
-        for start in range(0, len(self.ids), length):
-            yield Tokens(self.ids[start : start + length], self.supervised[start : start + length])
-
-
-class DocumentTokenizer:
-    """Tokenise documents of three styles: `messages`, `prompt` + `response`, or `text`.
-
-    Supervised are the assistant's turns, the response, or all of the text; each ends with the end-of-text token. A
-    prompt that is a list of messages is a chat that the response ends; so is a plain one where the tokenizer has a
-    chat template, since such a teacher was tuned on nothing else.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.marks_turns = bool(GENERATION_TAG.search(tokenizer.chat_template or ""))
-
-    def __call__(self, document: Mapping[str, Any]) -> Tokens:
-        """Tokenise one document."""
-        if "messages" in document:
-            return self._messages(list(document["messages"]))
-        if "prompt" in document:
-            prompt, response = document["prompt"], document["response"]
-            if isinstance(prompt, str) and self.tokenizer.chat_template is None:
-                return self._join(self.tokenizer(prompt)["input_ids"], self._ending(response))
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            return self._messages([*turns, {"role": "assistant", "content": response}])
-        return self._join([], self.tokenizer(document["text"])["input_ids"] + self._end())
-
-    def _messages(self, messages: list[dict[str, str]]) -> Tokens:
-        if self.tokenizer.chat_template is None:
-            raise UserError("teacher.path: its tokenizer has no chat template, which data with 'messages' needs.")
-        if self.marks_turns:
-            encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            return Tokens(encoded["input_ids"], [bool(x) for x in encoded["assistant_masks"]])
-        return self._messages_by_prefix(messages)
-
-    def _messages_by_prefix(self, messages: list[dict[str, str]]) -> Tokens:
-        """Find the assistant's tokens as what each turn adds to the prompt before it."""
-        ids = self._render(messages)
-        supervised = [False] * len(ids)
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start = len(self._render(messages[:turn], add_generation_prompt=True))
-                stop = len(self._render(messages[: turn + 1]))
-                supervised[start:stop] = [True] * (stop - start)
-        return Tokens(ids, supervised)
-
-    def _render(self, messages: list[dict[str, str]], **options: bool) -> list[int]:
-        return self.tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-
-    def _end(self) -> list[int]:
-        return [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-
-    def _ending(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + self._end()
-
-    @staticmethod
-    def _join(prompt: list[int], rest: list[int]) -> Tokens:
-        return Tokens(prompt + rest, [False] * len(prompt) + [True] * len(rest))
+OPEN_ROWS = 256
+"""Rows kept open for best-fit packing; more fill better and mix documents over a longer stretch (docs/data.md)."""
 
 
 @dataclass
-class _Row:
-    """A row that is being filled."""
+class PackedRow:
+    """A row: tokens (T,) int32, which are supervised (T,) bool, and the lengths of its documents in order."""
 
-    ids: list[int] = field(default_factory=list)
-    supervised: list[bool] = field(default_factory=list)
-    segments: list[int] = field(default_factory=list)
+    ids: np.ndarray
+    supervised: np.ndarray
+    lengths: list[int] = field(default_factory=list)
+    used: int = 0
+
+    @classmethod
+    def empty(cls, context: int, pad: int) -> PackedRow:
+        """Make a row of padding."""
+        return cls(np.full(context, pad, dtype=np.int32), np.zeros(context, dtype=bool))
 
     def add(self, document: Tokens) -> None:
-        segment = self.segments[-1] + 1 if self.segments else 0
-        self.ids += document.ids
-        self.supervised += document.supervised
-        self.segments += [segment] * len(document.ids)
+        """Append a document that fits."""
+        stop = self.used + len(document)
+        self.ids[self.used : stop] = document.ids
+        self.supervised[self.used : stop] = document.supervised
+        self.lengths.append(len(document))
+        self.used = stop
 
-    def finish(self, context: int, pad: int) -> dict[str, Any]:
-        length, missing = len(self.ids), context - len(self.ids)
-        last = self.segments[-1] + 1
+    @property
+    def segment_ids(self) -> np.ndarray:
+        """Number of each token's document (T,) int64, one more for padding."""
+        missing = len(self.ids) - sum(self.lengths)
+        return np.repeat(np.arange(len(self.lengths) + 1), [*self.lengths, missing])
+
+
+class Packer:
+    """Puts each document into the fullest open row that it fits (online best fit); nothing is cut off.
+
+    When too many rows are open the fullest is finished. Open rows are kept in order of the room they have left, so
+    that the right one is found by bisection; of equal ones the oldest is taken.
+    """
+
+    def __init__(self, context: int, pad: int, open_rows: int = OPEN_ROWS) -> None:
+        self.context, self.pad, self.open_rows = context, pad, open_rows
+        self._order: list[tuple[int, int]] = []  # (room left, number), ascending
+        self._rows: dict[int, PackedRow] = {}
+        self._next = 0
+
+    def add(self, document: Tokens) -> PackedRow | None:
+        """Add a document of at most `context` tokens; returns the row that this finished, if any."""
+        finished = None
+        place = bisect.bisect_left(self._order, (len(document), -1))
+        if place < len(self._order):
+            room, number = self._order.pop(place)
+        else:
+            if len(self._order) == self.open_rows and len(document) < self.context:
+                finished = self._rows.pop(self._order.pop(0)[1])
+            room, number = self.context, self._next
+            self._rows[number] = PackedRow.empty(self.context, self.pad)
+            self._next += 1
+        self._rows[number].add(document)
+        if room == len(document):
+            return self._rows.pop(number)
+        bisect.insort(self._order, (room - len(document), number))
+        return finished
+
+    def drain(self) -> Iterator[PackedRow]:
+        """Finish all open rows, the fullest first."""
+        while self._order:
+            yield self._rows.pop(self._order.pop(0)[1])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the open rows, oldest first, as arrays from which `restore` goes on."""
+        rows = [self._rows[number] for number in sorted(self._rows)]
         return {
-            "input_ids": self.ids + [pad] * missing,
-            "supervised": self.supervised + [False] * missing,
-            "segment_ids": self.segments + [last] * missing,
-            "length": length,
+            "open_used": np.array([row.used for row in rows], dtype=np.int64),
+            "open_documents": np.array([len(row.lengths) for row in rows], dtype=np.int64),
+            "open_lengths": np.array([n for row in rows for n in row.lengths], dtype=np.int64),
+            "open_ids": _joined([row.ids[: row.used] for row in rows], np.int32),
+            "open_supervised": _joined([row.supervised[: row.used] for row in rows], bool),
         }
 
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over the open rows of another packer's `state`."""
+        tokens = documents = 0
+        for used, count in zip(state["open_used"].tolist(), state["open_documents"].tolist(), strict=True):
+            row = PackedRow.empty(self.context, self.pad)
+            row.ids[:used] = state["open_ids"][tokens : tokens + used]
+            row.supervised[:used] = state["open_supervised"][tokens : tokens + used]
+            row.lengths = state["open_lengths"][documents : documents + count].tolist()
+            row.used = used
+            bisect.insort(self._order, (self.context - used, self._next))
+            self._rows[self._next] = row
+            self._next += 1
+            tokens, documents = tokens + used, documents + count
 
-def pack(documents: Iterable[Tokens], context: int, pad: int) -> Iterator[dict[str, Any]]:
-    """Pack documents into rows of `context` tokens, each into the fullest open row it fits (online best fit).
 
-    A document longer than the context becomes several, and nothing is cut off. Yields rows with `input_ids`,
-    `supervised`, `segment_ids` (one number per document, one more for padding) and `length` (tokens before padding).
-    """
-    rows: list[_Row] = []
+def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+
+
+def pack(documents: Iterable[Tokens], context: int, pad: int) -> Iterator[PackedRow]:
+    """Pack documents to the end, for rows from other tokens than a recipe's; one that is too long becomes several."""
+    packer = Packer(context, pad)
     for document in documents:
         for piece in document.pieces(context):
-            fitting = [row for row in rows if len(row.ids) + len(piece.ids) <= context]
-            row = max(fitting, key=lambda row: len(row.ids), default=None)
-            if row is None:
-                if len(rows) == OPEN_ROWS:
-                    fullest = max(rows, key=lambda row: len(row.ids))
-                    rows.remove(fullest)
-                    yield fullest.finish(context, pad)
-                row = _Row()
-                rows.append(row)
-            row.add(piece)
-            if len(row.ids) == context:
-                rows.remove(row)
-                yield row.finish(context, pad)
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        yield row.finish(context, pad)
+            if row := packer.add(piece):
+                yield row
+    yield from packer.drain()

@@ -7,6 +7,7 @@ The reference of all fields, `docs/recipes.md`, is generated from the descriptio
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -41,6 +42,8 @@ __all__ = [
     "Phase", "Recipe", "Report", "Source", "Student", "Task", "Teacher", "Training",
 ]  # fmt: skip
 SUM_TOLERANCE = 1e-6
+USED_BY_GENERATORS = ("generator", "documents", "weight")
+LongDocuments = Literal["split", "truncate", "drop", "error"]
 
 
 class Teacher(Section):
@@ -109,7 +112,13 @@ class Source(Section):
     )
     name: Text | None = Field(default=None, description="Configuration (subset) of the data set.")
     split: Text = Field(default="train", description="Split of the data set.")
-    revision: Text | None = Field(default=None, description="Branch, tag or commit on the hub.")
+    revision: Text | None = Field(
+        default=None, description="Branch, tag or commit on the hub; pin it to reproduce a run."
+    )
+    streaming: Flag = Field(
+        default=True,
+        description="Read hub data as it is needed; false downloads all of it first, and finds it again offline.",
+    )
     weight: Positive = Field(default=1.0, description="Share of the domain's tokens, relative to its other sources.")
     documents: Count | None = Field(default=None, description="Documents to read at most; a generator needs it.")
     text: Text | None = Field(default=None, description="Column that holds plain text.")
@@ -126,9 +135,18 @@ class Source(Section):
             return self
         if self.documents is None:
             raise FieldError("documents", "missing; a generator needs the number of documents to make.")
-        odd = self.model_fields_set - {"path", "generator", "documents", "weight"}
-        if unused := [field for field in type(self).model_fields if field in odd and getattr(self, field) is not None]:
+        fields = {name: field for name, field in type(self).model_fields.items() if name not in USED_BY_GENERATORS}
+        if unused := [name for name, field in fields.items() if getattr(self, name) != field.default]:
             raise FieldError(unused[0], "does not apply to a generator; leave it out.")
+        return self
+
+    @model_validator(mode="after")
+    def _hub_settings(self) -> Self:
+        """A local path comes absolute from validation; what only the hub has must not be ignored there."""
+        if self.path is not None and Path(self.path).is_absolute():
+            for field in ("name", "revision", "streaming"):
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    raise FieldError(field, f"does not apply to the local path {self.path}; leave it out.")
         return self
 
     @model_validator(mode="after")
@@ -146,6 +164,22 @@ class Domain(Section):
     """A named kind of text, mixed from sources by tokens."""
 
     sources: tuple[Source, ...] = Field(min_length=1, description="Where the documents come from.")
+    weights_sum: Positive | None = Field(
+        default=None,
+        description="What the sources' weights must sum to where they are meant as shares: 1 or 100, say; null lets "
+        "them be relative.",
+    )
+
+    @model_validator(mode="after")
+    def _weights_add_up(self) -> Self:
+        total = math.fsum(source.weight for source in self.sources)
+        if self.weights_sum is not None and abs(total - self.weights_sum) > SUM_TOLERANCE * self.weights_sum:
+            raise FieldError(
+                "weights_sum",
+                f"the sources' weights sum to {total:.6g}, not {self.weights_sum:.6g}; mend them, or leave weights_sum "
+                "out to have them relative.",
+            )
+        return self
 
 
 class Data(Section):
@@ -154,6 +188,16 @@ class Data(Section):
     context: int = Field(strict=True, ge=2, description="Length of a packed row (tokens).")
     domains: dict[Name, Domain] = Field(min_length=1, description="Domains by name.")
     validation_rows: Count = Field(default=64, description="Rows of each domain held out for validation (rows).")
+    long_documents: LongDocuments = Field(
+        default="split",
+        description="What happens to a document longer than `context`: `split` into rows of its own, nothing lost; "
+        "`truncate` to its first `context` tokens; `drop`; or `error`.",
+    )
+    workers: CountOrZero | None = Field(
+        default=None,
+        description="Processes that tokenise beside the main one; 0 means none, null one per free core (at most 16) "
+        "where there is enough text. The rows are the same for any number.",
+    )
 
 
 class Task(Section):

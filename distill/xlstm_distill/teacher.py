@@ -29,16 +29,17 @@ def load_tokenizer(config: Teacher) -> Any:
     """Load the teacher's tokenizer and check that it fits the teacher.
 
     Raises:
-        UserError: it is missing, has no end-of-text token, or has more tokens than the teacher's embedding.
+        UserError: it is missing, has no end-of-text token, or has ids beyond the teacher's embedding.
     """
     _check_path(config)
     tokenizer = _load(AutoTokenizer, config, "a tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"teacher.path: the tokenizer of {config.path!r} has no end-of-text token; set its eos_token.")
     vocabulary = _load(AutoConfig, config, "a model").vocab_size
-    if len(tokenizer) > vocabulary:
+    tokens = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    if tokens > vocabulary:
         raise UserError(
-            f"teacher.path: the tokenizer of {config.path!r} has {len(tokenizer)} tokens, its model only {vocabulary}; "
+            f"teacher.path: the tokenizer of {config.path!r} has {tokens} tokens, its model only {vocabulary}; "
             "they do not belong together. Use the tokenizer the teacher was trained with."
         )
     return tokenizer

@@ -1,115 +1,164 @@
-"""Domains: sources of each kind, mixed by tokens, and errors that name the field."""
+"""What training reads: rows by index, their order, and how many of them a recipe needs."""
 
 from __future__ import annotations
 
-import json
+import time
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from xlstm_distill.data import tokenizer_hash
-from xlstm_distill.errors import UserError
-from xlstm_distill.recipe import Domain, Source
-from xlstm_distill.sources import identity, mixed_documents
+from xlstm_distill.artifacts import Artifact
+from xlstm_distill.data import BLOCK, DomainRows, RowSchedule, load_batch, rows_needed, tokenizer_hash
+from xlstm_distill.packing import pack
+from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.shards import write_rows
+from xlstm_distill.tokenization import Tokens
 
-TEACHER = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
+ROOT = Path(__file__).parents[2]
+TEACHER = ROOT / "recipes" / "quickstart" / "teacher"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+class Rows:
+    """Stands for a domain of any number of rows."""
+
+    def __init__(self, train_rows, validation=4):
+        self.train_rows, self.validation = train_rows, validation
+
+
+def names_of(schedule, total, batch=1):
+    return [name for step in range(total // batch) for name, _ in schedule.rows(step, batch)]
+
+
+MIXTURES = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MIXTURES, st.integers(1, 3000))
+def test_every_domain_keeps_to_its_weight_at_every_point(weights, total):
+    mixture = {str(n): weight for n, weight in enumerate(weights)}
+    schedule = RowSchedule({name: Rows(7) for name in mixture}, mixture, 0, total)
+    order = np.array([int(name) for name in names_of(schedule, total)])
+    drawn = np.cumsum(order[:, None] == np.arange(len(weights)), axis=0)
+    share = np.array(weights) / sum(weights)
+    # Rounding to the nearest gives half a row; when the n-th row is due is known to half a row per domain.
+    bound = 0.5 + share * (len(weights) / 2 + 1)
+    assert (np.abs(drawn - share * np.arange(1, total + 1)[:, None]) <= bound + 1e-9).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(MIXTURES, st.integers(0, 10**7), st.integers(0, 3))
+def test_any_stretch_is_the_same_read_alone_or_in_passing(weights, start, seed):
+    mixture = {str(n): weight for n, weight in enumerate(weights)}
+    domains = {name: Rows(50) for name in mixture}
+    passing = RowSchedule(domains, mixture, seed, start + 4 * int(BLOCK))
+    first = start // 8
+    rows = [passing.rows(step, 8) for step in range(first, first + 300)]
+    for n in (299, 0, 150):
+        assert RowSchedule(domains, mixture, seed, start + 4 * int(BLOCK)).rows(first + n, 8) == rows[n]
+    assert [row for step in rows for row in step] == [
+        row for step in range(2 * first, 2 * first + 600) for row in passing.rows(step, 4)
+    ]
+
+
+def test_an_epoch_reads_every_training_row_once_across_blocks():
+    rows = int(1.5 * BLOCK)
+    domains = {"a": Rows(rows), "b": Rows(1000)}
+    schedule = RowSchedule(domains, {"a": 2.0, "b": 1.0, "none": 0.0}, 5, 6 * rows)
+    read = [row for step in range(6 * rows // 8) for row in schedule.rows(step, 8)]
+    of_a = [index for name, index in read if name == "a"]
+    for epoch in range(len(of_a) // rows):
+        assert sorted(of_a[epoch * rows : (epoch + 1) * rows]) == list(range(4, 4 + rows))
+    assert of_a[:rows] != of_a[rows : 2 * rows]
+    assert min(Counter(index for name, index in read if name == "b").values()) >= 3
+    with pytest.raises(IndexError, match="beyond the schedule's"):
+        schedule.rows(6 * rows // 8, 8)
+
+
+def test_twenty_billion_tokens_cost_no_time_and_little_memory():
+    total = 20_000_000_000 // 4096
+    tracemalloc.start()
+    started = time.process_time()
+    schedule = RowSchedule({n: Rows(total // 4) for n in "abcd"}, dict.fromkeys("abcd", 1.0), 0, total)
+    made = time.process_time() - started
+    schedule.rows(0, 64)
+    schedule.rows(total // 64 - 1, 64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert made < 0.1
+    assert peak < 64 * 2**20
+
+
+@pytest.fixture
+def rows(tmp_path):
+    rng = np.random.default_rng(0)
+    documents = [Tokens.of(rng.integers(3, 97, n).tolist(), [m > 1 for m in range(n)]) for n in rng.integers(3, 40, 90)]
+    write_rows(tmp_path, pack(documents, 32, 0), context=32, vocabulary=97)
+    return lambda validation: DomainRows("a", Artifact(tmp_path, {}), validation)
+
+
+@pytest.mark.parametrize("validation", [1, 2, 5, 7, 16, 30])
+def test_validation_rows_lie_evenly_over_the_domain(validation, rows):
+    on_disk = rows(1)
+    order = {on_disk.row(n).ids.tobytes(): n for n in range(len(on_disk))}
+    found = rows(validation)
+    places = [order[found.row(n).ids.tobytes()] for n in range(len(found))]
+    assert sorted(places) == list(range(len(found)))  # every row once
+    held_out = sorted(places[:validation])
+    assert held_out == [n * len(found) // validation for n in range(validation)]
+    assert found.train_rows == len(found) - validation
+
+
+def test_batches_are_rows_with_positions_per_document(rows):
+    domain = rows(4)
+    batch = load_batch({"a": domain}, [("a", 9), ("a", 0)])
+    for row, (_, index) in enumerate(batch.rows):
+        packed = domain.row(index)
+        assert batch.input_ids[row].tolist() == packed.ids.tolist()
+        positions = [n for length in [*packed.lengths, 32 - packed.used] for n in range(length)]
+        assert batch.position_ids[row].tolist() == positions
+        assert int(batch.real[row].sum()) == packed.used
+        for t in range(31):
+            same = packed.segment_ids[t] == packed.segment_ids[t + 1]
+            label = int(packed.ids[t + 1]) if same and packed.supervised[t + 1] else -100
+            assert int(batch.labels[row, t]) == label
+    assert batch.labels[:, -1].tolist() == [-100, -100]
+
+
+def test_rows_are_needed_for_the_longest_use_in_whole_steps():
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["align.tokens=60_000", "data.validation_rows=5"])
+    assert rows_needed(recipe, "math") == 147 * 16 + 5  # 600,000 tokens are 146.5 steps of 16 rows of 256
+    recipe = load_recipe(
+        ROOT / "recipes" / "quickstart.yaml",
+        [
+            "align.tokens=409_600", "align.domains={math: 3.0, chat: 1.0}", "data.validation_rows=5",
+            "distill.warmup_steps=0", "distill.experts={e: {phases: [{domain: chat, tokens: 8192}]}}",
+        ],
+    )  # fmt: skip
+    assert rows_needed(recipe, "math") == 1200 + 5
+    assert rows_needed(recipe, "chat") == 400 + 5
+    assert rows_needed(recipe, "stem") == 5
+
+
+def test_using_a_tokenizer_does_not_change_its_hash():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(TEACHER)
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
-def documents(tokenizer, *sources):
-    return list(mixed_documents(Domain(sources=sources), tokenizer, field="data.domains.x", seed=0))
-
-
-def test_using_a_tokenizer_does_not_change_its_hash(tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     before = tokenizer_hash(tokenizer)
-    documents(tokenizer, Source(generator="math", documents=3))
     tokenizer("one two three", padding="max_length", truncation=True, max_length=4)
     assert tokenizer_hash(tokenizer) == before
+    tokenizer.chat_template += " "
+    assert tokenizer_hash(tokenizer) != before
 
 
-def test_marked_turns_equal_those_found_by_prefix(tokenizer):
-    from xlstm_distill.embedded import documents as conversations
-    from xlstm_distill.packing import DocumentTokenizer
+def test_the_measurement_measures(capsys):
+    from xlstm_distill.data_bench import main
 
-    marked, by_prefix = DocumentTokenizer(tokenizer), DocumentTokenizer(tokenizer)
-    assert marked.marks_turns
-    by_prefix.marks_turns = False
-    for conversation in conversations("chat", 50, 3):
-        assert marked(conversation) == by_prefix(conversation)
-
-
-def test_generators_are_seeded(tokenizer):
-    source = Source(generator="stem", documents=20)
-    first = documents(tokenizer, source)
-    assert first == documents(tokenizer, source)
-    assert len(first) == 20
-    other = list(mixed_documents(Domain(sources=(source,)), tokenizer, field="x", seed=1))
-    assert other != first
-
-
-@pytest.mark.parametrize(
-    ("record", "columns"),
-    [
-        ({"text": "sun fog"}, {}),
-        ({"prompt": "Repeat: sun", "response": "sun"}, {}),
-        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "sun"}]}, {}),
-        ({"question": "hi", "answer": "sun"}, {"prompt": "question", "response": "answer"}),
-    ],
-    ids=["text", "prompt", "messages", "named"],
-)
-def test_each_style_of_a_local_file_is_read(record, columns, tokenizer, tmp_path):
-    path = write(tmp_path / "d.jsonl", [record] * 3)
-    found = documents(tokenizer, Source(path=path, **columns))
-    assert len(found) == 3
-    supervised = tokenizer.decode([i for i, s in zip(found[0].ids, found[0].supervised, strict=True) if s])
-    assert "sun" in supervised
-
-
-def test_sources_keep_to_their_weights_in_tokens(tokenizer, tmp_path):
-    short = write(tmp_path / "a.jsonl", [{"text": "sun"}] * 3000)
-    long = write(tmp_path / "b.jsonl", [{"text": "fog " * 40}] * 3000)
-    sources = Source(path=short, weight=3.0), Source(path=long, weight=1.0)
-    found = documents(tokenizer, *sources)[:2000]
-    lengths = [len(d.ids) for d in found]
-    small = min(lengths)
-    share = sum(n for n in lengths if n == small) / sum(lengths)
-    assert share == pytest.approx(0.75, abs=0.02)
-
-
-def test_a_local_file_is_identified_by_its_content(tmp_path):
-    path = write(tmp_path / "d.jsonl", [{"text": "one"}])
-    before = identity(Source(path=path))
-    write(tmp_path / "d.jsonl", [{"text": "two"}])
-    assert identity(Source(path=path)) != before
-
-
-@pytest.mark.parametrize(
-    ("records", "columns", "message"),
-    [
-        ([{"body": "x"}], {}, r"data.domains.x.sources\[0\]: .* none of the columns .*; it has body\."),
-        ([{"text": "x"}], {"text": "body"}, r"data.domains.x.sources\[0\]: .* no column 'body'; it has text\."),
-        ([], {}, r"data.domains.x.sources\[0\]: .* has no documents"),
-    ],
-    ids=["no known column", "missing column", "empty"],
-)
-def test_bad_sources_are_one_line(records, columns, message, tokenizer, tmp_path):
-    path = write(tmp_path / "d.jsonl", records)
-    with pytest.raises(UserError, match=message) as caught:
-        documents(tokenizer, Source(path=path, **columns))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_without_data_is_one_line(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"sources\[0\].path: .* holds no file that ends in \.json"):
-        documents(tokenizer, Source(path=str(tmp_path)))
+    assert main([str(TEACHER), "--tokens", "100_000", "--workers", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["workers", "reading:", "order"]
+    assert "89 rows" in lines[0]  # 25 to train on and 64 held out

@@ -187,6 +187,12 @@ def test_mixer_round_trips_through_json() -> None:
     assert MixerConfig(**json.loads(mixer.model_dump_json())) == mixer
 
 
+def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> None:
+    sources = "sources: [{path: a/b, weight: 0.1}, {path: c/d, weight: 0.2}, {path: e/f, weight: 0.7}]"
+    load_recipe(small, [f"data.domains.math={{weights_sum: 1, {sources}}}"])
+    load_recipe(small, [f"data.domains.math={{{sources.replace('0.7', '3')}}}"])
+
+
 # --- what loading refuses
 
 
@@ -266,6 +272,19 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
          "data.domains.math.sources[0].messages: given beside 'text'; name the columns of one style only."),
         ("data.domains.math.sources=[{path: a/b, weight: 0}]",
          "data.domains.math.sources[0].weight: 0 must be greater than 0.0."),
+        ("data.domains.math.sources=[{path: a/b, weight: -2}]",
+         "data.domains.math.sources[0].weight: -2 must be greater than 0.0."),
+        ("data.domains.math={weights_sum: 100, sources: [{path: a/b, weight: 70}, {path: c/d, weight: 25.5}]}",
+         "data.domains.math.weights_sum: the sources' weights sum to 95.5, not 100; mend them, or leave"),
+        ("data.domains.math.sources=[{path: teacher, revision: main}]",
+         "data.domains.math.sources[0].revision: does not apply to the local path "),
+        ("data.domains.math.sources=[{path: teacher, streaming: false}]",
+         "data.domains.math.sources[0].streaming: does not apply to the local path "),
+        ("data.domains.math.sources=[{generator: math, documents: 9, split: test}]",
+         "data.domains.math.sources[0].split: does not apply to a generator; leave it out."),
+        ("data.long_documents=cut",
+         "data.long_documents: 'cut' is not allowed. Allowed: 'split', 'truncate', 'drop' or 'error'."),
+        ("data.workers=-1", "data.workers: -1 must be at least 0."),
         ("data.domains={a/b: {sources: [{path: x/y}]}}", "data.domains.a/b: 'a/b' cannot name a folder;"),
     ],
 )  # fmt: skip

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.data import IGNORE_INDEX, DomainRows, _write_rows, load_batch
+from xlstm_distill.data import IGNORE_INDEX, DomainRows, load_batch
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses import SparseTargets, sparse_kl
-from xlstm_distill.packing import Tokens, pack
+from xlstm_distill.packing import pack
+from xlstm_distill.shards import write_rows
 from xlstm_distill.store import Identity, Store, write_index, write_shard
 from xlstm_distill.targets import OnlineTargets, StoredTargets, kept_logits, text_checksums
+from xlstm_distill.tokenization import Tokens
 from xlstm_kernels.testing import error_ratio
 
 
@@ -115,8 +117,8 @@ def rows(tmp_path):
     rng = np.random.default_rng(0)
     documents = []
     for length in rng.integers(3, 20, 120):
-        documents.append(Tokens(rng.integers(3, 97, length).tolist(), [n > 1 for n in range(length)]))
-    _write_rows(iter(list(pack(documents, 32, 0))[:12]), tmp_path / "rows.arrow", 32, lambda: None)
+        documents.append(Tokens.of(rng.integers(3, 97, length).tolist(), [n > 1 for n in range(length)]))
+    write_rows(tmp_path, list(pack(documents, 32, 0))[:12], context=32, vocabulary=97)
     return {"a": DomainRows("a", Artifact(tmp_path, {}), validation=2)}
 
 

@@ -14,13 +14,15 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, _write_rows, load_batch, next_token_labels
+from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, load_batch, next_token_labels
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import SparseTargets
-from xlstm_distill.packing import Tokens, pack
+from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Distill, Training
+from xlstm_distill.shards import write_rows
 from xlstm_distill.targets import OnlineTargets, kept_logits
 from xlstm_distill.tasks import AlignTask, DistillTask, Sums, TeacherObserver
+from xlstm_distill.tokenization import Tokens
 from xlstm_distill.tracking import check_trackers
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 from xlstm_distill.validation import validate
@@ -39,10 +41,10 @@ def domains(tmp_path):
         documents = []
         for _ in range(120):
             ids = rng.integers(3, 97, rng.integers(3, 20)).tolist()
-            documents.append(Tokens(ids, [n > 1 for n in range(len(ids))]))
+            documents.append(Tokens.of(ids, [n > 1 for n in range(len(ids))]))
         folder = tmp_path / name
         folder.mkdir()
-        _write_rows(iter(list(pack(documents, 32, 0))[:24]), folder / "rows.arrow", 32, lambda: None)
+        write_rows(folder, list(pack(documents, 32, 0))[:24], context=32, vocabulary=97)
         made[name] = DomainRows(name, Artifact(folder, {}), validation=4)
     return made
 

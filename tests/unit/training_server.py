@@ -25,11 +25,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert, stopping
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.data import DomainRows, RowSchedule, _write_rows
-from xlstm_distill.packing import Tokens, pack
+from xlstm_distill.data import DomainRows, RowSchedule
+from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Training
+from xlstm_distill.shards import write_rows
 from xlstm_distill.targets import OnlineTargets
 from xlstm_distill.tasks import DistillTask
+from xlstm_distill.tokenization import Tokens
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 
 
@@ -44,9 +46,9 @@ def train(out: Path, directory: Path, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         documents = [
-            Tokens(rng.integers(3, 97, n).tolist(), [m > n // 2 for m in range(n)]) for n in rng.integers(3, 30, 80)
+            Tokens.of(rng.integers(3, 97, n).tolist(), [m > n // 2 for m in range(n)]) for n in rng.integers(3, 30, 80)
         ]
-        _write_rows(iter(list(pack(documents, 32, 0))), Path(folder) / "rows.arrow", 32, lambda: None)
+        write_rows(Path(folder), pack(documents, 32, 0), context=32, vocabulary=97)
         domains = {"a": DomainRows("a", Artifact(Path(folder), {}), validation=2)}
         stretch = Stretch(RowSchedule(domains, {"a": 1.0}, 0, steps * 8), steps, 1e-2)
         plan = Plan("test", (stretch,), 8, 2)

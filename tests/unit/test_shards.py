@@ -1,0 +1,125 @@
+"""Shards give back what was written, compactly, and name themselves when they are damaged."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from xlstm_distill.errors import RunError
+from xlstm_distill.packing import PackedRow
+from xlstm_distill.shards import INDEX_FILE, ShardReader, ShardWriter, write_rows
+
+
+def random_rows(count, context, vocabulary, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        used = int(rng.integers(1, context + 1))
+        cuts = np.unique(rng.integers(1, used, 3)) if used > 1 else np.empty(0, int)
+        lengths = np.diff([0, *cuts.tolist(), used]).tolist()
+        ids = np.full(context, 0, np.int32)
+        ids[:used] = rng.integers(0, vocabulary, used)
+        supervised = np.zeros(context, bool)
+        supervised[:used] = rng.random(used) < 0.5
+        rows.append(PackedRow(ids, supervised, lengths, used))
+    return rows
+
+
+def assert_same(row, expected):
+    assert np.array_equal(row.ids, expected.ids)
+    assert np.array_equal(row.supervised, expected.supervised)
+    assert row.lengths == expected.lengths
+    assert row.used == expected.used
+
+
+@pytest.mark.parametrize("vocabulary", [2**16, 2**16 + 1, 2**20], ids=["2 bytes", "just 4 bytes", "4 bytes"])
+@pytest.mark.parametrize("context", [1, 7, 64, 129])
+def test_rows_come_back_from_several_shards(context, vocabulary, tmp_path):
+    rows = random_rows(50, context, vocabulary)
+    rows[3].ids[0] = vocabulary - 1
+    writer = ShardWriter(tmp_path, context, vocabulary)
+    for n, row in enumerate(rows):
+        writer.add(row)
+        if n % 17 == 16:
+            writer.end_shard()
+    writer.close()
+    reader = ShardReader(tmp_path)
+    assert (len(reader), reader.context, len(reader.shards)) == (50, context, 3)
+    for n in np.random.default_rng(1).permutation(50).tolist():
+        assert_same(reader.row(n), rows[n])
+    for outside in (-1, 50):
+        with pytest.raises(IndexError):
+            reader.row(outside)
+    assert writer.totals["tokens"] == sum(row.used for row in rows)
+    assert writer.totals["supervised"] == sum(int(row.supervised.sum()) for row in rows)
+
+
+def test_shards_are_mapped_and_keep_no_file_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("xlstm_distill.shards.OPEN_SHARDS", 2)
+    rows = random_rows(12, 512, 2**17)
+    writer = ShardWriter(tmp_path, 512, 2**17)
+    for row in rows:
+        writer.add(row)
+        writer.end_shard()
+    writer.close()
+    reader, allocated = ShardReader(tmp_path), pa.total_allocated_bytes()
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [reader.row(n) for n in range(12)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(reader._open) == 2
+    assert pa.total_allocated_bytes() == allocated
+    for row, expected in zip(kept, rows, strict=True):  # those of closed shards too
+        assert_same(row, expected)
+
+
+def test_a_token_takes_four_bytes_and_a_bit(tmp_path):
+    write_rows(tmp_path, random_rows(64, 4096, 128_256), 4096, 128_256)
+    (shard,) = tmp_path.glob("*.arrow")
+    assert shard.stat().st_size / (64 * 4096) < 4.15
+
+
+def test_the_datasets_library_reads_a_shard(tmp_path):
+    import datasets
+
+    rows = random_rows(5, 16, 100)
+    write_rows(tmp_path, rows, 16, 100)
+    found = datasets.Dataset.from_file(str(tmp_path / "rows-00000.arrow"))
+    assert found.column_names == ["input_ids", "supervised", "lengths"]
+    assert found[4]["input_ids"] == rows[4].ids.tolist()
+    assert found[4]["lengths"] == rows[4].lengths
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "garbled", "index"])
+def test_a_damaged_file_names_itself(damage, tmp_path):
+    write_rows(tmp_path, random_rows(8, 16, 100), 16, 100)
+    shard = tmp_path / "rows-00000.arrow"
+    content = shard.read_bytes()
+    if damage == "cut":
+        shard.write_bytes(content[:-8])
+    elif damage == "gone":
+        shard.unlink()
+    elif damage == "garbled":
+        shard.write_bytes(b"\xff" * len(content))
+    else:
+        (tmp_path / INDEX_FILE).write_text("{")
+    name = INDEX_FILE if damage == "index" else "rows-00000.arrow"
+    with pytest.raises(RunError, match=rf"{name}: cannot be read .* run the command again to make it anew") as caught:
+        ShardReader(tmp_path).row(0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_an_error_and_leaves_no_shard(tmp_path):
+    (tmp_path / "rows-00000.arrow.partial").symlink_to("/dev/full")
+    writer = ShardWriter(tmp_path, 16, 100)
+    for row in random_rows(8, 16, 100):
+        writer.add(row)
+    with pytest.raises(OSError) as caught:
+        writer.end_shard()
+    assert caught.value.errno == errno.ENOSPC
+    assert not (tmp_path / "rows-00000.arrow").exists()
+    assert writer.shards == []
