@@ -1,6 +1,7 @@
 """Runs small trainings in forked processes, which start at once since all is imported; for test_resume.py.
 
-Reads one JSON object a line: `processes`, `out` (file for the weights), `directory` (checkpoints and log), `steps`, and
+Reads one JSON object a line: `processes`, `out` (file for the weights), `directory` (checkpoints and log), `steps`,
+`settings` (of accelerate's launcher, for sharding), and
 `kill`: null, or `step`, `signal` and `delay` (send the signal that many seconds after the step is in the log). Answers
 with the exit codes of the processes, negative for the signal that ended one.
 """
@@ -9,21 +10,23 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import socket
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert, stopping
+from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data import DomainRows, RowSchedule
 from xlstm_distill.packing import pack
@@ -34,9 +37,12 @@ from xlstm_distill.tasks import DistillTask
 from xlstm_distill.tokenization import Tokens
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 
+SHIMS = Path(__file__).parents[1] / "shims" / "sitecustomize.py"
+
 
 def train(out: Path, directory: Path, steps: int) -> None:
-    accelerator = Accelerator(cpu=True)
+    recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype="float32"))
+    accelerator = make_accelerator(recipe)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
@@ -54,8 +60,9 @@ def train(out: Path, directory: Path, steps: int) -> None:
         plan = Plan("test", (stretch,), 8, 2)
         training = Training(checkpoint_steps=3)
         Trainer(task, Align(tokens=4096, batch=8), plan, domains, directory, accelerator, training=training).run()
+    weights = full_state_dict(accelerator, student)
     if accelerator.is_main_process:
-        save_file({name: tensor.clone() for name, tensor in student.state_dict().items()}, out)
+        save_file({name: tensor.clone() for name, tensor in weights.items()}, out)
 
 
 def child(request: dict[str, Any], rank: int, port: int) -> int:
@@ -63,6 +70,9 @@ def child(request: dict[str, Any], rank: int, port: int) -> int:
     if request["processes"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"]),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    if request["settings"]:
+        os.environ |= request["settings"]
+        runpy.run_path(str(SHIMS))
     stopping.listen()
     try:
         train(Path(request["out"]), Path(request["directory"]), request["steps"])

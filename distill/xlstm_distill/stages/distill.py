@@ -7,10 +7,16 @@ from collections.abc import Mapping
 
 import torch
 
-from xlstm_distill.accelerator import checkpoint_activations, full_state_dict, make_accelerator
+from xlstm_distill.accelerator import (
+    checkpoint_activations,
+    full_state_dict,
+    make_accelerator,
+    shard_teacher,
+)
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, RowSchedule
+from xlstm_distill.distributed import process_count
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.lora import add_lora, merged_state
@@ -131,7 +137,13 @@ def choose_trainable(student: CausalLM, which: str) -> None:
 def _targets(recipe: Recipe, run: Run, data: Mapping[str, Artifact], device: torch.device) -> TargetSource:
     if recipe.capture.targets == "online":
         kept = recipe.capture
-        return OnlineTargets(load_teacher(recipe.teacher, device), kept.top_k, kept.mass, kept.min_k)
+        teacher = load_teacher(recipe.teacher, device)
+        if recipe.capture.shard_teacher and process_count() > 1:
+            shard_teacher(teacher)
+        teacher = load_teacher(recipe.teacher, device)
+        if kept.shard_teacher and process_count() > 1:
+            shard_teacher(teacher)
+        return OnlineTargets(teacher, kept.top_k, kept.mass, kept.min_k)
     stores = {}
     for domain, artifact in data.items():
         request = capture_request(recipe, domain, artifact)
