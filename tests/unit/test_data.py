@@ -130,7 +130,14 @@ def test_batches_are_rows_with_positions_per_document(rows):
 
 
 def test_rows_are_needed_for_the_longest_use_in_whole_steps():
-    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["align.tokens=60_000", "data.validation_rows=5"])
+    recipe = load_recipe(
+        ROOT / "recipes" / "quickstart.yaml",
+        [
+            "align.tokens=60_000",
+            "data.validation_rows=5",
+            "distill.experts={e: {phases: [{domain: math, tokens: 600_000}]}}",
+        ],
+    )
     assert rows_needed(recipe, "math") == 147 * 16 + 5  # 600,000 tokens are 146.5 steps of 16 rows of 256
     recipe = load_recipe(
         ROOT / "recipes" / "quickstart.yaml",
