@@ -129,19 +129,19 @@ def test_batches_are_rows_with_positions_per_document(rows):
     assert batch.labels[:, -1].tolist() == [-100, -100]
 
 
+def needed(domain, *overrides):
+    settings = ["data.validation_rows=5", "align.batch=16", "distill.batch=16", "distill.warmup_steps=0", *overrides]
+    return rows_needed(load_recipe(ROOT / "recipes" / "quickstart.yaml", settings), domain)
+
+
 def test_rows_are_needed_for_the_longest_use_in_whole_steps():
-    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["align.tokens=60_000", "data.validation_rows=5"])
-    assert rows_needed(recipe, "math") == 147 * 16 + 5  # 600,000 tokens are 146.5 steps of 16 rows of 256
-    recipe = load_recipe(
-        ROOT / "recipes" / "quickstart.yaml",
-        [
-            "align.tokens=409_600", "align.domains={math: 3.0, chat: 1.0}", "data.validation_rows=5",
-            "distill.warmup_steps=0", "distill.experts={e: {phases: [{domain: chat, tokens: 8192}]}}",
-        ],
-    )  # fmt: skip
-    assert rows_needed(recipe, "math") == 1200 + 5
-    assert rows_needed(recipe, "chat") == 400 + 5
-    assert rows_needed(recipe, "stem") == 5
+    math = "distill.experts={e: {phases: [{domain: math, tokens: 600_000}]}}"
+    assert needed("math", "align.tokens=60_000", math) == 147 * 16 + 5  # 600,000 tokens are 146.5 steps of 16 x 256
+    both = "distill.experts={e: {phases: [{domain: math, tokens: 600_000}, {domain: math, tokens: 4096}]}}"
+    assert needed("math", "align.tokens=60_000", both) == 148 * 16 + 5
+    chat = ["align.tokens=409_600", "align.domains={math: 3.0, chat: 1.0}"]
+    chat.append("distill.experts={e: {phases: [{domain: chat, tokens: 8192}]}}")
+    assert [needed(domain, *chat) for domain in ("math", "chat", "stem")] == [1205, 405, 5]
 
 
 def test_using_a_tokenizer_does_not_change_its_hash():
