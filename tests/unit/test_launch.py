@@ -102,9 +102,7 @@ def test_what_is_no_configuration_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"--launch: '.*nowhere.yaml' is not there"):
         start(tmp_path / "nowhere.yaml", "", ["align"])
     (tmp_path / "odd.yaml").write_text("compute_environment: LOCAL_MACHINE\ndistributed_typ: FSDP\n")
-    with pytest.raises(
-        UserError, match=r"--launch: '.*odd.yaml' is not a configuration of accelerate launch: .*typ"
-    ):
+    with pytest.raises(UserError, match=r"--launch: '.*odd.yaml' is not a configuration of accelerate launch: .*typ"):
         start(tmp_path / "odd.yaml", "", ["align"])
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match=r"--launch: '.*list.yaml' is not a configuration of accelerate launch"):
