@@ -183,9 +183,12 @@ class Distill(Optimization):
 
     @model_validator(mode="after")
     def _adapters_are_used(self) -> Self:
-        given = [name for name in ("lora_rank", "lora_alpha") if name in self.model_fields_set]
-        if given and self.trainable != "lora":
-            raise FieldError(given[0], f"has no effect with trainable {self.trainable!r}; set trainable to 'lora'.")
+        for name in ("lora_rank", "lora_alpha"):  # a recipe written out in full names them, at their defaults
+            value = getattr(self, name)
+            if self.trainable != "lora" and value != type(self).model_fields[name].default:
+                raise FieldError(
+                    name, f"{value} has no effect with trainable {self.trainable!r}; set trainable to 'lora'."
+                )
         return self
 
     @model_validator(mode="after")
