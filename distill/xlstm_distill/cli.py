@@ -203,6 +203,46 @@ def score(
 
 
 @app.command()
+def plan(
+    recipe: RecipePath,
+    gpu: Annotated[
+        str, typer.Option(help="a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb or l40s-48gb.")
+    ] = "h100-80gb",
+    gpus: Annotated[int, typer.Option(help="GPUs, over all nodes.")] = 8,
+    sharding: Annotated[
+        str | None,
+        typer.Option(help="none, ddp, fsdp2, zero1, zero2 or zero3.", show_default="fsdp2; none on one GPU"),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Kernels: auto (what the stages take), torch or triton.")] = "auto",
+    mfu: Annotated[
+        float | None, typer.Option(help="Share of the GPUs' peak that is reached.", show_default="one for each stage")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a GPU for an hour, in any currency.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="The teacher's config.json.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Take the size of stored targets from this run.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Say what a recipe takes on given GPUs: tokens, FLOPs, memory, disk, hours, cost. Needs no network."""
+    with _one_line_errors(debug):
+        import json
+
+        from xlstm_distill import planning, planning_machine, planning_text
+        from xlstm_distill.recipe_io import load_recipe
+
+        loaded, rates = load_recipe(recipe, overrides or ()), {"mfu": mfu, "price": price}
+        machine = planning_machine.make_machine(gpu, gpus, sharding, backend, **rates)
+        made = planning.plan_recipe(loaded, recipe.resolve().parent, machine, config=config, run=run_dir)
+        if as_json:
+            typer.echo(json.dumps(planning_text.to_json(made), indent=2))
+        else:
+            planning_text.show(made, _console())
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     import json

@@ -21,7 +21,7 @@ from xlstm_distill.cli import STAGES, app
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe_io import json_schema
 
-COMMANDS = (*STAGES, "run", "score", "schema")
+COMMANDS = (*STAGES, "run", "score", "plan", "schema")
 
 RECIPE = """\
 name: small

@@ -1,0 +1,48 @@
+"""The planner's count of what the Triton operators keep for the backward pass, against a pass of a small student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from xlstm_distill.families import CausalLM
+from xlstm_distill.planning_activations import Pass, layer_saved
+from xlstm_distill.planning_model import read_architecture
+from xlstm_distill.recipe import MixerConfig
+from xlstm_distill.student import convert
+from xlstm_kernels import dispatch
+
+pytest.importorskip("xlstm_kernels.triton_mlstm", reason="triton is not installed", exc_type=ImportError)
+ROWS, TOKENS = 2, 64
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "hedgehog"])
+def test_activations_saved_by_the_triton_operators(
+    tiny_teacher: Callable[..., CausalLM], device: str, monkeypatch: pytest.MonkeyPatch, feature_map: str
+) -> None:
+    monkeypatch.setattr(dispatch, "AUTO", "triton")
+    mixer = MixerConfig(window=16, feature_map=feature_map)
+    ids = torch.ones(ROWS, TOKENS, dtype=torch.long, device=device)
+    segments = (torch.arange(TOKENS, device=device) >= 40).long().expand(ROWS, -1)
+    measured = []
+    for layers in (1, 2):
+        teacher = tiny_teacher(num_hidden_layers=layers)
+        student = convert(teacher, mixer).train().to(device)
+        weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def pack(
+            tensor: torch.Tensor, weights: set[int] = weights, kept: dict[int, torch.Tensor] = kept
+        ) -> torch.Tensor:
+            if (address := tensor.untyped_storage().data_ptr()) not in weights:
+                kept.setdefault(address, tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            student(input_ids=ids, segment_ids=segments, use_cache=False)
+        measured.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    run = Pass(ROWS, TOKENS, "fp32", "triton", "cuda")
+    planned = layer_saved(read_architecture(teacher.config.to_dict(), "test"), mixer, run).bytes(run)
+    assert planned == pytest.approx(measured[1] - measured[0], rel=0.02)

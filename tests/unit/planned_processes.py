@@ -1,0 +1,107 @@
+"""Measure a step of stage II on several processes: `torchrun planned_processes.py OUT SHARDING DTYPE PASSES`.
+
+Writes to OUT what the step allocated at its peak beyond weights, moments and buckets, and what the planner expects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+from xlstm_distill.accelerator import checkpoint_activations
+from xlstm_distill.data import Batch
+from xlstm_distill.families import FAMILIES
+from xlstm_distill.losses import SparseTargets
+from xlstm_distill.optim import make_optimizer
+from xlstm_distill.planning_memory import Setup, distill_memory
+from xlstm_distill.planning_model import read_architecture
+from xlstm_distill.recipe import Align, MixerConfig
+from xlstm_distill.student import convert
+from xlstm_distill.tasks import DistillTask
+
+TOKENS = 256
+SIZES = {
+    "vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
+    """Measure one step and write the figures from the first process."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    family, mixer = FAMILIES["llama"], MixerConfig(window=64)
+    student = convert(family.causal_lm(family.config(**SIZES)), mixer).train()
+    checkpoint_activations(student)
+    targets = SparseTargets.from_logits(torch.randn(TOKENS, SIZES["vocab_size"]), 8)
+    task = DistillTask(student, lambda _: targets, 0.9, 0.1)
+    wrapped = shard(task, dtype) if sharding == "fsdp2" else DistributedDataParallel(task)
+    optimizer = make_optimizer(task.named_parameters(), Align(tokens=1))
+
+    def step() -> None:
+        for number in range(passes):
+            waits = isinstance(wrapped, DistributedDataParallel) and number < passes - 1
+            with wrapped.no_sync() if waits else contextlib.nullcontext():
+                wrapped(batch()).loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    setup = Setup(
+        read_architecture({**SIZES, "model_type": "llama"}, "test"), mixer, dtype, dist.get_world_size(), sharding, 1,
+        TOKENS, passes > 1, True, "torch", top_k=0, device="cpu",
+    )  # fmt: skip
+    planned = distill_memory(setup)
+    held = planned.weights + planned.optimizer + (planned.working_copies if sharding == "ddp" else 0.0)
+    measured = held + allocated_peak(step)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps({"measured": measured, "planned": planned.allocated}))
+    dist.destroy_process_group()
+
+
+def shard(task: DistillTask, dtype: str) -> DistillTask:
+    """Shard as the accelerator module does: by decoder layer, gradients reduced in fp32."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bf16 if dtype == "bfloat16" else MixedPrecisionPolicy()
+    for layer in task.student.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(task, mesh=mesh, mp_policy=policy)
+    return task
+
+
+def batch() -> Batch:
+    """One row of one document."""
+    ids = torch.arange(TOKENS)[None] % SIZES["vocab_size"]
+    return Batch(
+        ids, torch.arange(TOKENS)[None], torch.zeros_like(ids), ids, torch.ones_like(ids, dtype=torch.bool), ()
+    )
+
+
+def allocated_peak(step: Callable[[], None]) -> int:
+    """Most bytes that the CPU allocator held during a step, beyond those it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
