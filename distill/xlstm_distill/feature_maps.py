@@ -10,6 +10,11 @@ from torch import Tensor, nn
 FeatureMapName = Literal["softmax", "hedgehog"]
 
 
+def in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
+    """Convert x for a product with a weight: stage I trains fp32 parameters among bf16 ones. Autocast converts itself."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
 class FeatureMap(nn.Module):
     """Map each head's vectors to non-negative features that sum to one.
 
@@ -44,7 +49,7 @@ class FeatureMap(nn.Module):
         heads, features, dim = self.weight.shape
         batch, groups, tokens, _ = x.shape
         weight = self.weight.view(groups, heads // groups * features, dim)
-        mapped = torch.matmul(x, weight.transpose(1, 2))  # (B, G, T, H/G * F)
+        mapped = torch.matmul(in_dtype_of(x, weight), weight.transpose(1, 2))  # (B, G, T, H/G * F)
         mapped = mapped.view(batch, groups, tokens, heads // groups, features).transpose(2, 3)
         mapped = mapped.reshape(batch, heads, tokens, features).float()
         if self.name == "softmax":

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from xlstm_distill.cache import MixerCacheLayer
 from xlstm_distill.families import Family
-from xlstm_distill.feature_maps import FeatureMap
+from xlstm_distill.feature_maps import FeatureMap, in_dtype_of
 from xlstm_distill.recipe import MixerConfig
 from xlstm_kernels import MLSTMState, mlstm, mlstm_step, sliding_window_attention
 
@@ -31,7 +31,7 @@ class ScalarGate(nn.Linear):
         nn.init.constant_(self.bias, self.initial_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).transpose(1, 2).float()
+        return super().forward(in_dtype_of(x, self.weight)).transpose(1, 2).float()
 
 
 class OutputGate(nn.Module):
@@ -55,11 +55,13 @@ class OutputGate(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, _, dim = self.weight.shape
         batch, groups, tokens, _ = k.shape
+        dtype = q.dtype
+        q, k, v = (in_dtype_of(x, self.weight) for x in (q, k, v))
         w_q, w_k, w_v = self.weight.view(groups, heads // groups, 3, dim).unbind(2)  # (G, H/G, D) each
         logits = (q * w_q.reshape(heads, 1, dim)).sum(-1)  # (B, H, T)
         shared = k @ w_k.transpose(1, 2) + v @ w_v.transpose(1, 2)  # (B, G, T, H/G)
         logits = logits + shared.transpose(2, 3).reshape(batch, heads, tokens)
-        return torch.sigmoid((logits + self.bias[:, None]).float())[..., None].to(q.dtype)
+        return torch.sigmoid((logits + self.bias[:, None]).float())[..., None].to(dtype)
 
 
 class HybridMixer(nn.Module):
@@ -129,7 +131,7 @@ class HybridMixer(nn.Module):
             if layer is not None or self.has_window:  # the cache also counts tokens by its window
                 attended = self._window(q, k, v, layer, segment_ids)
             if gate is not None:
-                mixed = torch.lerp(attended, mixed, gate)
+                mixed = torch.lerp(attended, mixed, gate.to(mixed.dtype))
         return mixed.transpose(1, 2).flatten(2)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -95,7 +95,7 @@ def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_bee
         _, errors = process.communicate(timeout=120)
         assert process.returncode == code, errors
     assert "stopped by SIGTERM after step" in errors
-    assert re.search(r"align +training +\d+ of 16", cli("status", tmp_path, sets=()).stdout)
+    assert re.search(r"align +training +\d+ of 32", cli("status", tmp_path, sets=()).stdout)
     done = cli(*words)
     assert "align: goes on at step" in done.stdout, done.stderr
     model = Path("artifacts", "align", "model", "model.safetensors")

@@ -217,7 +217,7 @@ def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> 
         ("capture.mass=0", "capture.mass: 0 must be greater than 0"),
         ("capture.mass=1.01", "capture.mass: 1.01 must be at most 1"),
         ("capture={mass: null, min_k: 4}", "capture.min_k: 4 has no effect with mass null, which keeps all top_k;"),
-        ("capture.shard_teacher=true", "capture.shard_teacher: true has no effect with targets 'stored'; set targets to"),
+        ("capture.shard_teacher=true", "capture.shard_teacher: true has no effect with targets 'stored'; set targets"),
         ("distill.lora_rank=8", "distill.lora_rank: 8 has no effect with trainable 'all'; set trainable to 'lora'."),
         ("capture={top_k: 8, min_k: 9}", "capture.min_k: 9 is above top_k (8); it must not be."),
         ("teacher.dtype=fp32", "teacher.dtype: 'fp32' is not allowed. Allowed: 'float32', 'bfloat16' or 'float16'."),

@@ -1,9 +1,9 @@
 """Runs small trainings in forked processes, which start at once since all is imported; for test_resume.py.
 
 Reads one JSON object a line: `processes`, `out` (file for the weights), `directory` (checkpoints and log), `steps`,
-`settings` (variables of accelerate's launcher, for sharding; or null), and `kill`: null, or `step`, `signal` and `delay`
-(send the signal that many seconds after the step is in the log). Answers with the exit codes of the processes, negative
-for the signal that ended one.
+`settings` (variables of accelerate's launcher, for sharding; or null), and `kill`: null, or `step`, `signal` and
+`delay` (send the signal that many seconds after the step is in the log). Answers with the exit codes of the processes,
+negative for the signal that ended one.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
         # Both hold the same tensors: only the student's new parameters train, so one copy of the weights is enough.
         teacher = load_teacher(recipe.teacher, accelerator.device)
         student = convert(teacher, recipe.student.mixer, share_weights=True)
+        for _, parameter in student.new_parameters():  # small steps would be lost in bf16
+            parameter.data = parameter.data.float()
         task = AlignTask(student, teacher)
         domains = open_domains(recipe, data)
         steps = math.ceil(recipe.align.tokens / (recipe.align.batch * recipe.data.context))
