@@ -204,17 +204,15 @@ class _Work:
         hidden = self.hidden[piece].to(self.dtype)
         logits = nn.functional.linear(hidden, self.weight, self.bias).to(self.fp)  # (n, V), in place from here on
         at_label = logits.gather(1, labels[:, None])
-        restricted = None if weights.tail else _sparse_kl(logits.gather(1, targets.ids), targets)
-        highest = logits.amax(dim=1, keepdim=True)
-        powers = logits.sub_(highest).exp_()
-        mass = powers.sum(dim=1, keepdim=True)
-        self.cross_entropy = self.cross_entropy + (highest - at_label + mass.log()).sum()
-        kl, all_slope, kl_slope, ids = _tail_kl(powers, mass, targets) if restricted is None else restricted
+        chunk = _Split.of(logits, targets)
+        self.cross_entropy = self.cross_entropy + (chunk.highest - at_label + chunk.log_mass).sum()
+        kl, outside_slope, kept_slope = (_tail_kl if weights.tail else _sparse_kl)(chunk, targets)
         self.kl = self.kl + kl.sum()
         if self.needs:
-            slope = powers.mul_((weights.ce + weights.kl * all_slope) / mass)
+            share = (chunk.highest_outside - chunk.highest - chunk.log_mass).exp()
+            slope = chunk.powers.mul_(weights.ce * share + weights.kl * outside_slope)
+            slope.scatter_add_(1, chunk.ids, weights.ce * chunk.log_p.exp() + weights.kl * kept_slope)
             slope.scatter_add_(1, labels[:, None], torch.full_like(at_label, -weights.ce))
-            slope.scatter_add_(1, ids, kl_slope.mul_(weights.kl))
             self._add_gradients(piece, hidden, slope)
 
     def _add_gradients(self, piece: slice, hidden: Tensor, slope: Tensor) -> None:
@@ -233,41 +231,69 @@ class _Work:
             block += columns.T @ hidden
 
 
-_KlParts = tuple[Tensor, Tensor | float, Tensor, Tensor]
-"""A KL (n,); the share of the softmax (n, 1) in its gradient; what is added to that (n, k), and at which ids (n, k)."""
+class _Split(NamedTuple):
+    """Logits of n tokens, taken apart at the targets' ids, so that nothing that matters under- or overflows.
+
+    powers (n, V): in the logits' memory, their exponentials over that of the highest outside of the targets, 0 at the
+    ids; outside (n, 1): their sum, at least 1, or 0 where the ids are the whole vocabulary; log_p (n, k): the
+    student's log-probabilities at the ids, -inf at padding; the softmax's normaliser is exp(highest + log_mass).
+    """
+
+    powers: Tensor
+    outside: Tensor
+    highest_outside: Tensor
+    highest: Tensor
+    log_mass: Tensor
+    ids: Tensor
+    log_p: Tensor
+    padding: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: SparseTargets) -> _Split:
+        """Take the logits (n, V) apart in place."""
+        padding = targets.log_probs == -math.inf
+        ids = torch.where(padding, targets.ids[:, :1], targets.ids)  # a row's first entry is never padding
+        kept = logits.gather(1, ids).masked_fill_(padding, -math.inf)
+        top = kept.amax(dim=1, keepdim=True)
+        rest = logits.scatter_(1, ids, -math.inf)
+        highest_outside = rest.amax(dim=1, keepdim=True)
+        highest_outside = torch.where(highest_outside == -math.inf, top, highest_outside)
+        highest = torch.maximum(top, highest_outside)
+        powers = rest.sub_(highest_outside).exp_()
+        outside = powers.sum(dim=1, keepdim=True)
+        kept = kept - highest
+        log_mass = (outside * (highest_outside - highest).exp() + kept.exp().sum(dim=1, keepdim=True)).log()
+        return cls(powers, outside, highest_outside, highest, log_mass, ids, kept - log_mass, padding)
 
 
-def _sparse_kl(logits: Tensor, targets: SparseTargets) -> _KlParts:
-    """`losses.sparse_kl` and its gradient, from the logits (n, k) at the targets' ids."""
-    log_probs = targets.log_probs.to(logits.dtype)
-    padding = log_probs == -math.inf
-    teacher = log_probs.log_softmax(dim=1)
-    student = logits.masked_fill(padding, -math.inf).log_softmax(dim=1)
+_KlParts = tuple[Tensor, Tensor | float, Tensor]
+"""A KL (n,) and its gradient: a multiple (n, 1) of `powers` outside of the targets, and (n, k) at their ids."""
+
+
+def _sparse_kl(chunk: _Split, targets: SparseTargets) -> _KlParts:
+    """`losses.sparse_kl` and its gradient: q - p at the ids, both renormalised there."""
+    teacher = targets.log_probs.to(chunk.log_p.dtype).log_softmax(dim=1)
+    student = chunk.log_p.log_softmax(dim=1)
     p = teacher.exp()
-    kl = (p * (teacher - student).masked_fill_(padding, 0.0)).sum(dim=1)
-    return kl, 0.0, student.exp_().sub_(p), targets.ids
+    kl = (p * (teacher - student).masked_fill_(chunk.padding, 0.0)).sum(dim=1)
+    return kl, 0.0, student.exp_().sub_(p)
 
 
-def _tail_kl(powers: Tensor, mass: Tensor, targets: SparseTargets) -> _KlParts:
-    """`losses.tail_kl` and its gradient, from powers (n, V), the exponentials of the logits, and their sum (n, 1).
+def _tail_kl(chunk: _Split, targets: SparseTargets) -> _KlParts:
+    """`losses.tail_kl` and its gradient.
 
     With q the student's softmax, r its mass outside of the targets and t the teacher's, the gradient is q - p at a
-    token of the targets and q (1 - t / r) at every other. r is summed over these: 1 - sum(q) would be rounding alone.
+    token of the targets and q - t q / r at every other, where q / r is `powers / outside`.
     """
-    padding = targets.log_probs == -math.inf
-    ids = torch.where(padding, targets.ids[:, :1], targets.ids)  # a row's first entry is never padding
-    kept = powers.gather(1, ids)
-    outside = powers.scatter_(1, ids, 0.0).sum(dim=1, keepdim=True)
-    powers.scatter_(1, ids, kept)
-    rest = torch.cat([targets.log_probs, targets.tail[:, None].log()], dim=1).to(powers.dtype).log_softmax(dim=1)
-    teacher, log_tail = rest[:, :-1], rest[:, -1:]
-    empty = outside == 0
-    p, tail = teacher.exp(), log_tail.exp().masked_fill(empty, 0.0)
-    inside = (p * (teacher - (kept / mass).log()).masked_fill(padding, 0.0)).sum(dim=1)
-    beyond = (tail * (log_tail - (outside / mass).log())).masked_fill(tail == 0, 0.0)
-    ratio = (tail * mass / outside).masked_fill(empty, 0.0)
-    slope = (ratio * (kept / mass) - p).masked_fill(padding, 0.0)
-    return inside + beyond[:, 0], 1 - ratio, slope, ids
+    all_log = torch.cat([targets.log_probs, targets.tail[:, None].log()], dim=1).to(chunk.log_p.dtype)
+    teacher, log_tail = all_log.log_softmax(dim=1).tensor_split([all_log.shape[1] - 1], dim=1)
+    p, tail = teacher.exp(), log_tail.exp().masked_fill(chunk.outside == 0, 0.0)
+    shift = chunk.highest_outside - chunk.highest - chunk.log_mass
+    log_rest = shift + chunk.outside.log()
+    inside = (p * (teacher - chunk.log_p).masked_fill(chunk.padding, 0.0)).sum(dim=1)
+    beyond = (tail * (log_tail - log_rest)).masked_fill(tail == 0, 0.0)
+    slope = shift.exp() - (tail / chunk.outside).masked_fill(tail == 0, 0.0)
+    return inside + beyond[:, 0], slope, chunk.log_p.exp().sub_(p)
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -103,18 +103,18 @@ def test_the_plain_loss_equals_the_formula_with_padded_targets():
 
 def tail_formula(hidden, weight, bias, labels, targets):
     """Cross-entropy and the KL of two distributions with an outcome for each kept token and one for the others."""
-    q = (hidden @ weight.T + (0 if bias is None else bias)).softmax(-1)
+    log_q = (hidden @ weight.T + (0 if bias is None else bias)).log_softmax(-1)
     cross_entropy, kl = hidden.sum() * 0, hidden.sum() * 0
     for row, label in enumerate(labels):
         there = targets.log_probs[row] > -math.inf
         kept = targets.ids[row][there]
         outside = torch.ones(len(weight), dtype=torch.bool)
         outside[kept] = False
-        mine = torch.cat([q[row][kept], q[row][outside].sum()[None]])
+        mine = torch.cat([log_q[row][kept], log_q[row][outside].logsumexp(0)[None]])
         teacher = torch.cat([targets.log_probs[row][there].to(hidden).exp(), targets.tail[row].to(hidden)[None]])
         teacher = teacher / teacher.sum()
-        cross_entropy = cross_entropy - q[row, label].log()
-        kl = kl + (teacher * (teacher / mine).log()).sum()
+        cross_entropy = cross_entropy - log_q[row, label]
+        kl = kl + (teacher * (teacher.log() - mine)).sum()
     return CE * cross_entropy + KL * kl, cross_entropy, kl
 
 
@@ -189,6 +189,23 @@ def test_large_logits_and_a_teacher_sure_of_its_token_stay_finite():
     assert actual["kl"] == 0
     for name in ("total", "dhidden", "dweight", "dbias"):
         assert error_ratio(actual[name], expected[name]) < 1e-5, name  # rounding of logits of about 1000
+
+
+@pytest.mark.parametrize("mass", [None, 0.9])
+def test_a_student_sure_of_other_tokens_has_a_finite_loss_with_the_tail(mass):
+    """Its probability of the teacher's tokens, or of all others, is below what fp32 can hold; its logarithm is not."""
+    leaves, labels, targets = problem(bias=False)
+    leaves[1] *= 60
+    targets = targets.keep_mass(mass)
+    labels[:10] = targets.ids[:10, 0]
+    leaves[1][targets.ids[1]] += 1000 * leaves[0][1] / leaves[0][1].norm()
+
+    def tail(*inputs):
+        total, parts = linear_distill_loss(*inputs, ce_weight=CE, kl_weight=KL, kl_tail=True)
+        return total, parts.cross_entropy, parts.kl
+
+    expected = results(tail_formula, leaves, labels, targets, dtype=torch.float64)
+    assert_close(results(tail, leaves, labels, targets), expected, 1e-5)  # rounding of logits of about 1000
 
 
 def test_no_tokens_give_zero_and_zero_gradients():
