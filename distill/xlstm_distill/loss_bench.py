@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from xlstm_distill.device import peak_bytes
 from xlstm_distill.fused_loss import linear_distill_loss
 from xlstm_distill.losses import SparseTargets, distill_loss
 
@@ -103,16 +102,6 @@ def clock(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time()
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Highest memory so far: allocated on CUDA, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # a process's ru_maxrss starts at its parent's size on Linux, this does not
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def disagreement(fused: dict[str, list[float]], plain: dict[str, list[float]]) -> dict[str, float]:

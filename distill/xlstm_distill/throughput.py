@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill.data import IGNORE_INDEX, Batch
+from xlstm_distill.device import peak_bytes, published_peak
 from xlstm_distill.families import CausalLM
 from xlstm_distill.flops import Architecture, MixerShape, token_flops
-from xlstm_distill.loss_bench import BOUNDS, MIB, clock, peak_bytes, random_targets
+from xlstm_distill.loss_bench import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.losses import SparseTargets, distill_loss
 from xlstm_distill.optim import make_optimizer
 from xlstm_distill.recipe import MixerConfig, Optimization
@@ -50,8 +51,6 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Llama configurations by name; 1b has the shape of Llama 3.2 1B."""
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312}
-"""Published dense bf16 rate of GPUs, by a part of the device's name, first match counts."""
 PRODUCT = 1024
 """Width of the product that is timed where no peak is published."""
 
@@ -201,11 +200,8 @@ def peak_rate(device: torch.device, options: argparse.Namespace) -> tuple[float,
     """Operations a second that the device could do, and where the figure is from."""
     if options.peak_tflops is not None:
         return 1e12 * options.peak_tflops, "given"
-    if device.type == "cuda" and options.dtype == "bfloat16":
-        name = torch.cuda.get_device_name(device)
-        for part, teraflops in PEAK_TFLOPS.items():
-            if all(word in name for word in part.split()):
-                return 1e12 * teraflops, f"published for {part}"
+    if options.dtype == "bfloat16" and (known := published_peak(device)):
+        return known[0], f"published for {known[1]}"
     n = PRODUCT * (8 if device.type == "cuda" else 1)
     a = torch.randn(n, n, device=device, dtype=getattr(torch, options.dtype))
     times = []

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +19,7 @@ from xlstm_distill.accelerator import clip_gradients, micro_step, prepare
 from xlstm_distill.checkpoints import Checkpoints, exclusive
 from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.data import Batch, DomainRows, Row, RowSchedule, load_batch
+from xlstm_distill.device import peak_bytes, published_peak
 from xlstm_distill.diagnosis import first_bad_gradient, first_bad_module
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.optim import make_optimizer, schedule_factor
@@ -44,12 +44,16 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train on and in what portions: `batch` rows an optimiser step, `micro_batch` at a time."""
+    """What to train on and in what portions: `batch` rows an optimiser step, `micro_batch` at a time.
+
+    `flops_per_token` are the useful operations per token of text, for the model FLOPs utilisation (MFU).
+    """
 
     label: str
     stretches: tuple[Stretch, ...]
     batch: int
     micro_batch: int
+    flops_per_token: float | None = None
 
     @property
     def steps(self) -> int:
@@ -103,13 +107,11 @@ class Trainer:
                 f"{plan.label}: batch {plan.batch} cannot be shared by {accelerator.num_processes} processes; "
                 "start a number of processes that divides it."
             )
-        if optim.non_finite == "skip" and accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise UserError(
-                f"{plan.label.split('/')[0]}.non_finite: 'skip' cannot be had under DeepSpeed, whose backward pass "
-                "takes the step; set it to 'stop'."
-            )
+        self.training = training or Training()
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            _refuse_under_deepspeed(plan.label.split("/")[0], optim, self.training)
         self.task, self.optim, self.plan, self.domains, self.directory = task, optim, plan, domains, directory
-        self.accelerator, self.training = accelerator, training or Training()
+        self.accelerator = accelerator
         self.console = console or QuietConsole()
         self.tokens_per_step = plan.batch * next(iter(domains.values())).context
         optimizer = make_optimizer(task.named_parameters(), optim)
@@ -118,6 +120,7 @@ class Trainer:
         )
         self.state = TrainingState(task, self.optimizer)
         self.checkpoints = Checkpoints(directory, self.training.keep_checkpoints)
+        self.peak = published_peak(accelerator.device)
         self.skipped = 0
 
     def run(self) -> Outcome:
@@ -144,11 +147,18 @@ class Trainer:
                     log.write(step, last)
                 bar.update(self.tokens_per_step, loss=last.get("loss", math.nan))
                 if asked:
-                    self._save(step + 1, before)
-                    raise stopping.stop(f"after step {step} of {self.plan.label}, which is in a checkpoint")
+                    self._stop(step, before)
                 if self._due(self.training.checkpoint_steps, step + 1):
                     self._save(step + 1, before)
             return Outcome(last, before, self.validate())
+
+    def _stop(self, step: int, before: dict[str, float]) -> NoReturn:
+        """End after a step, with a checkpoint where the recipe has any."""
+        kept = "no checkpoint, as the recipe says"
+        if self.training.checkpoint_steps is not None:
+            self._save(step + 1, before)
+            kept = "a checkpoint"
+        raise stopping.stop(f"after step {step} of {self.plan.label}, with {kept}")
 
     def _due(self, every: int | None, done: int) -> bool:
         return every is not None and done % every == 0 and done < self.plan.steps
@@ -191,7 +201,10 @@ class Trainer:
         figures, asked = self._step(step, batches)
         figures["lr"] = lr
         figures["tokens_per_second"] = self.tokens_per_step / (time.monotonic() - started)
-        figures["peak_memory_gib"] = peak_memory(self.accelerator.device) / 2**30
+        figures["peak_memory_gib"] = peak_bytes(self.accelerator.device) / 2**30
+        if self.plan.flops_per_token and self.peak:
+            rate = figures["tokens_per_second"] / self.accelerator.num_processes
+            figures["mfu"] = self.plan.flops_per_token * rate / self.peak[0]
         return figures, asked
 
     def _micro_batches(self, rows: list[Row]) -> list[Batch]:
@@ -262,14 +275,23 @@ class Trainer:
         return validate(self.wrapped, self.task.count, self.domains, self.plan.micro_batch, self.accelerator)
 
 
+def _refuse_under_deepspeed(section: str, optim: Optimization, training: Training) -> None:
+    """Refuse what DeepSpeed's engine cannot give.
+
+    Raises:
+        UserError: names the recipe's key, and what to set.
+    """
+    if optim.non_finite == "skip":
+        raise UserError(
+            f"{section}.non_finite: 'skip' cannot be had under DeepSpeed, whose backward pass takes the step; set 'stop'."
+        )
+    if training.checkpoint_steps is not None:
+        raise UserError(
+            f"training.checkpoint_steps: {training.checkpoint_steps} cannot be had under DeepSpeed, whose checkpoints are "
+            "pickled; set it to null, or launch with FSDP2, which goes on exactly."
+        )
+
+
 def _names(batches: Sequence[Batch]) -> str:
     rows = [f"{name}[{index}]" for batch in batches for name, index in batch.rows]
     return ", ".join(rows[:4]) + (", ..." if len(rows) > 4 else "")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most memory this process has held (bytes): on the device, or on a CPU altogether."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,9 +10,11 @@ from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import RowSchedule
+from xlstm_distill.planning_flops import align_flops
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.common import (
     align_request,
+    architecture_of,
     keep_training,
     open_domains,
     prepare_domains,
@@ -45,7 +47,8 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
         steps = math.ceil(recipe.align.tokens / (recipe.align.batch * recipe.data.context))
         schedule = RowSchedule(domains, weights, recipe.seed, steps * recipe.align.batch)
         stretch = Stretch(schedule, steps, recipe.align.lr)
-        plan = Plan("align", (stretch,), recipe.align.batch, recipe.align.micro_batch or recipe.align.batch)
+        flops = align_flops(architecture_of(teacher), recipe.student.mixer, recipe.data.context)
+        plan = Plan("align", (stretch,), recipe.align.batch, recipe.align.micro_batch or recipe.align.batch, flops)
         work = run.work_directory(request)
         trainer = Trainer(
             task, recipe.align, plan, domains, work, accelerator, training=recipe.training, console=console

@@ -17,6 +17,7 @@ from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, prepare_domain
 from xlstm_distill.distributed import is_main_process
 from xlstm_distill.families import CausalLM
+from xlstm_distill.planning_model import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.store import VERSION, Identity
 from xlstm_distill.teacher import load_tokenizer, teacher_hash
@@ -79,6 +80,12 @@ def capture_request(recipe: Recipe, domain: str, data: Artifact) -> Request:
         parts={**part(recipe.capture, "batch", "targets", "shard_teacher"), "store": VERSION},
         inputs={"teacher": teacher_hash(recipe.teacher), f"data/{domain}": data.fingerprint},
     )
+
+
+def architecture_of(model: CausalLM) -> Architecture:
+    """The numbers of a model's architecture; a student counts as its teacher."""
+    config = model.config.to_dict()
+    return read_architecture({**config, "model_type": config["model_type"].removeprefix("xlstm_")}, "config")
 
 
 def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> None:

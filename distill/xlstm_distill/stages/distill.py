@@ -20,10 +20,12 @@ from xlstm_distill.distributed import process_count
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.lora import add_lora, merged_state
+from xlstm_distill.planning_flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.stages.common import (
     STORE,
     align_request,
+    architecture_of,
     capture_request,
     data_inputs,
     expert_domains,
@@ -108,7 +110,12 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         task = DistillTask(student, targets, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail)
         domains = open_domains(recipe, data)
         stretches = _stretches(recipe, recipe.distill.experts[name], domains)
-        plan = Plan(f"distill/{name}", stretches, settings.batch, settings.micro_batch or settings.batch)
+        flops = distill_flops(
+            architecture_of(student), recipe.student.mixer, recipe.data.context, settings.trainable,
+            lora_rank=settings.lora_rank, online=recipe.capture.targets == "online",
+        )  # fmt: skip
+        micro_batch = settings.micro_batch or settings.batch
+        plan = Plan(f"distill/{name}", stretches, settings.batch, micro_batch, flops)
         work = run.work_directory(request)
         trainer = Trainer(task, settings, plan, domains, work, accelerator, training=recipe.training, console=console)
         outcome = trainer.run()
