@@ -58,10 +58,10 @@ def train(out: Path, kind: str, trainings: dict[str, dict[str, Any]]) -> Trained
     bf16 = any("dtype" in options for options in trainings.values())
     path = os.pathsep.join([str(ROOT / "tests" / "shims"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **SETTINGS.get(kind, {})}
-    environment |= {"ACCELERATE_MIXED_PRECISION": "bf16"} if bf16 else {}
+    environment |= {"PYTHONFAULTHANDLER": "1", **({"ACCELERATE_MIXED_PRECISION": "bf16"} if bf16 else {})}
     command = [sys.executable, *launcher, str(SCRIPT), str(out), json.dumps(trainings)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return torch.load(out, weights_only=True)
 
 
