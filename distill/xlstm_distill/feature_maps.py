@@ -11,7 +11,7 @@ FeatureMapName = Literal["softmax", "hedgehog"]
 
 
 def in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
-    """Convert x for a product with a weight: stage I trains fp32 parameters in a bf16 model. Autocast does it itself."""
+    """Convert x for a product with a weight: stage I trains fp32 parameters in a bf16 model. Autocast converts."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
 

@@ -283,12 +283,12 @@ def _refuse_under_deepspeed(section: str, optim: Optimization, training: Trainin
     """
     if optim.non_finite == "skip":
         raise UserError(
-            f"{section}.non_finite: 'skip' cannot be had under DeepSpeed, whose backward pass takes the step; set 'stop'."
+            f"{section}.non_finite: 'skip' cannot be had under DeepSpeed, whose backward pass steps; set it to 'stop'."
         )
     if training.checkpoint_steps is not None:
         raise UserError(
-            f"training.checkpoint_steps: {training.checkpoint_steps} cannot be had under DeepSpeed, whose checkpoints are "
-            "pickled; set it to null, or launch with FSDP2, which goes on exactly."
+            f"training.checkpoint_steps: {training.checkpoint_steps} cannot be had under DeepSpeed, whose checkpoints "
+            "are pickled; set it to null, or launch with FSDP2, which goes on exactly."
         )
 
 
