@@ -208,7 +208,7 @@ class Training(Section):
     )
     keep_checkpoints: Count = Field(default=2, description="Checkpoints of a training that are kept at most.")
     validate_steps: Count | None = Field(
-        default=None,
+        default=500,
         description="Optimiser steps from one look at the held-out rows to the next; null: before and after only.",
     )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(

@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from xlstm_distill.errors import UserError
 
+PROJECT = "xlstm-distill"
 LOG_FILE, HEADER_FILE = "log.jsonl", "training.json"
 
 
@@ -79,8 +80,11 @@ def check_trackers(names: Sequence[str]) -> None:
 def _open_tracker(name: str, label: str, directory: Path, facts: Mapping[str, Any]) -> GeneralTracker:
     run_name = label.replace("/", "-")
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
-    arguments = {"logging_dir": directory / name} if kind.requires_logging_directory else {}
-    tracker = kind(run_name, **arguments)
+    if kind.requires_logging_directory:
+        tracker = kind(run_name, logging_dir=directory / name)
+    else:  # these want a project, and a name in it
+        place = {"dir": str(directory)} if name == "wandb" else {}
+        tracker = kind(PROJECT, name=f"{directory.parent.name}-{run_name}", **place)
     if hasattr(tracker, "start"):
         tracker.start()
     tracker.store_init_configuration({key: value for key, value in facts.items() if value is not None})

@@ -241,9 +241,9 @@ def test_held_out_figures_go_to_the_log_and_to_trackers(tiny_teacher, domains, t
     class Memory(GeneralTracker):
         name, requires_logging_directory, tracker, main_process_only = "memory", False, None, True
 
-        def __init__(self, run_name):
+        def __init__(self, project, name):
             super().__init__()
-            seen.append(run_name)
+            seen.append((project, name))
 
         def store_init_configuration(self, values):
             seen.append(values["steps"])
@@ -258,11 +258,12 @@ def test_held_out_figures_go_to_the_log_and_to_trackers(tiny_teacher, domains, t
     task, optim = distill_task(tiny_teacher), Distill(experts=EXPERTS, batch=4, lr=1e-3)
     plan = Plan("distill/a", (stretch(domains, 4),), 4, 4)
     settings = Training(validate_steps=2, trackers=("tensorboard",))
-    Trainer(task, optim, plan, domains, tmp_path, Accelerator(cpu=True), training=settings).run()
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    directory = tmp_path / "run" / "training" / "distill-a-0123"
+    Trainer(task, optim, plan, domains, directory, Accelerator(cpu=True), training=settings).run()
+    log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "held_out_kl" in line] == [1]
     assert {"held_out_ce", "held_out_gate"} <= log[1].keys()
-    assert seen == ["distill-a", 4, *((line["step"], line["loss"]) for line in log), "finished"]
+    assert seen == [("xlstm-distill", "run-distill-a"), 4, *((line["step"], line["loss"]) for line in log), "finished"]
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
