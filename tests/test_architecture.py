@@ -61,10 +61,10 @@ LAYERS = (
         "planning_text",
     },
     {"stages", "loss_bench", "throughput", "store_bench", "data_bench"},
-    {"cli", "__main__"},
+    {"cli", "failures", "__main__"},
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "matplotlib", "numpy"}
-LIGHT = ("xlstm_distill/cli.py", "xlstm_distill/launch.py", "xlstm_distill/distributed.py",
+LIGHT = ("xlstm_distill/cli.py", "xlstm_distill/failures.py", "xlstm_distill/launch.py", "xlstm_distill/distributed.py",
          "xlstm_distill/recipe.py", "xlstm_distill/recipe_io.py", "xlstm_distill/console.py",
          "xlstm_distill/__init__.py", "xlstm_distill/__main__.py", "xlstm_distill/embedded/__init__.py",
          "xlstm_eval/metrics.py", "xlstm_eval/schema.py", "xlstm_eval/score.py")  # fmt: skip

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import importlib
-import os
-import sys
 import time
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlstm_distill import stopping
 from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.distributed import is_main_process
-from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.failures import one_line_errors
 from xlstm_distill.launch import LaunchArgs, LaunchConfig, dispatch
 
 if TYPE_CHECKING:
@@ -26,7 +19,6 @@ if TYPE_CHECKING:
     from xlstm_distill.recipe import Recipe
 
 STAGES = ("capture", "align", "distill", "merge", "evaluate", "report")
-USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 
 app = typer.Typer(
     name="xlstm-distill",
@@ -87,7 +79,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Go through all stages, from teacher to report; finished ones are skipped."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         dispatch(launch, launch_args, recipe, overrides)
         loaded, opened = _open(recipe, run_dir, overrides)
         console = _console()
@@ -164,7 +156,7 @@ def evaluate(
 @app.command()
 def report(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
     """Write the report of a run and show its summary."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         loaded, opened = _open(recipe, run_dir, overrides)
         console = _console()
         _run_stage("report", loaded, opened, console)
@@ -178,7 +170,7 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Show how far a run is, from another shell."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from xlstm_distill.status import read_status, status_table, to_json
 
         stages = read_status(run_dir)
@@ -195,7 +187,7 @@ def score(
     debug: Debug = False,
 ) -> None:
     """Compare scores of a student with its teacher's: recovery, Win-and-Tie rates, critical tolerance."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from xlstm_eval.score import score_file
 
         result = score_file(file)
@@ -227,7 +219,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a recipe takes on given GPUs: tokens, FLOPs, memory, disk, hours, cost. Needs no network."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         import json
 
         from xlstm_distill import planning, planning_machine, planning_text
@@ -261,7 +253,7 @@ def _one_stage(
     launched: tuple[Path | None, str] = (None, ""),
     **options: Any,
 ) -> None:
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         dispatch(*launched, recipe, overrides)
         loaded, opened = _open(recipe, run_dir, overrides)
         _run_stage(stage, loaded, opened, _console(), **options)
@@ -310,57 +302,3 @@ def _print_summary(directory: Path, console: Console) -> None:
     folder = directory / "report"
     console.rich().print(summary_table(json.loads((folder / "report.json").read_text(encoding="utf-8"))))
     console.line(f"Report: {folder / 'report.html'}")
-
-
-@contextlib.contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
-    """Turn an error into one line on stderr and an exit code: 2 for bad input, 1 at run time, 130 or 75 when stopped.
-
-    This is the outermost frame, so it takes every exception: what is not bad input is a failure of the run.
-    """
-    stopping.listen()
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. Finished stages are kept: run the command again to go on.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except stopping.Stopped as request:
-        typer.echo(str(request), err=True)
-        raise typer.Exit(stopping.EXIT_CODE) from None
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        code, message = _explain(error)
-        typer.echo("error: " + " ".join(message.split()), err=True)
-        raise typer.Exit(code) from None
-
-
-def _explain(error: Exception) -> tuple[int, str]:
-    """Return exit code and message of an error."""
-    if isinstance(error, UserError):
-        return USER_ERROR, str(error)
-    if full := _disk_full(error):
-        return RUN_ERROR, full
-    if isinstance(error, RunError):
-        return RUN_ERROR, str(error)
-    evaluation = sys.modules.get("xlstm_eval.schema")  # loaded if it can have raised
-    if evaluation is not None and isinstance(error, evaluation.EvalError):
-        return USER_ERROR, str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return RUN_ERROR, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return RUN_ERROR, f"{type(error).__name__}: {error} (--debug shows where)"
-
-
-def _disk_full(error: BaseException) -> str | None:
-    """Recognise a full disk in an error or its causes: torch and safetensors wrap it in types of their own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or os.strerror(errno.ENOSPC) in str(cause):
-            name = getattr(cause, "filename", None)
-            where = f" while writing {name}" if name else ""
-            return f"disk full{where}: free some space and run the command again; finished stages are kept."
-        cause = cause.__cause__ or cause.__context__
-    return None

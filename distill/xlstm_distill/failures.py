@@ -1,0 +1,71 @@
+"""What a failure looks like to a user: one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+import typer
+
+from xlstm_distill import stopping
+from xlstm_distill.errors import RunError, UserError
+
+USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Turn an error into one line on stderr and an exit code: 2 for bad input, 1 at run time, 130 or 75 when stopped.
+
+    This is the outermost frame, so it takes every exception: what is not bad input is a failure of the run.
+    """
+    stopping.listen()
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. Finished stages are kept: run the command again to go on.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except stopping.Stopped as request:
+        typer.echo(str(request), err=True)
+        raise typer.Exit(stopping.EXIT_CODE) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, message = _explain(error)
+        typer.echo("error: " + " ".join(message.split()), err=True)
+        raise typer.Exit(code) from None
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Return exit code and message of an error."""
+    if isinstance(error, UserError):
+        return USER_ERROR, str(error)
+    if full := _disk_full(error):
+        return RUN_ERROR, full
+    if isinstance(error, RunError):
+        return RUN_ERROR, str(error)
+    evaluation = sys.modules.get("xlstm_eval.schema")  # loaded if it can have raised
+    if evaluation is not None and isinstance(error, evaluation.EvalError):
+        return USER_ERROR, str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return RUN_ERROR, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return RUN_ERROR, f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _disk_full(error: BaseException) -> str | None:
+    """Recognise a full disk in an error or its causes: torch and safetensors wrap it in types of their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or os.strerror(errno.ENOSPC) in str(cause):
+            name = getattr(cause, "filename", None)
+            where = f" while writing {name}" if name else ""
+            return f"disk full{where}: free some space and run the command again; finished stages are kept."
+        cause = cause.__cause__ or cause.__context__
+    return None
