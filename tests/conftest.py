@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """DeepSpeed compiles a part of itself at its first start: without it or a compiler, its tests are skipped."""
+    missing = [] if importlib.util.find_spec("deepspeed") else ["DeepSpeed"]
+    missing += [] if shutil.which("c++") else ["a C++ compiler"]
+    for item in items:
+        if missing and item.get_closest_marker("deepspeed"):
+            item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}"))
 
 
 @pytest.fixture(scope="session")

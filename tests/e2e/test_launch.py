@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -23,7 +22,6 @@ SETS = (
     "distill.experts={math: {phases: [{domain: math, tokens: 16384}]}}", "distill.warmup_steps=1",
 )  # fmt: skip
 CPU = str(CONFIGS / "ddp-cpu.yaml")
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is an extra")
 
 
 def words(stage: str, run: Path, *more: str, sets: tuple[str, ...] = SETS) -> list[str]:
@@ -71,7 +69,7 @@ def test_other_launchers_work_as_well(launcher, aligned):
 
 @pytest.mark.parametrize(
     "name",
-    ["fsdp2", *(pytest.param(f"zero{n}", marks=[needs_deepspeed, pytest.mark.slow]) for n in (1, 2, 3))],
+    ["fsdp2", *(pytest.param(f"zero{n}", marks=[pytest.mark.deepspeed, pytest.mark.slow]) for n in (1, 2, 3))],
 )
 def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     from safetensors.torch import load_file
@@ -94,7 +92,7 @@ def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     assert not loading["unexpected_keys"]
 
 
-@pytest.mark.parametrize("name", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed)])
 def test_sharding_that_would_silently_not_happen_is_refused(name, aligned, tmp_path):
     run = shutil.copytree(aligned, tmp_path / "run")
     done = cli(

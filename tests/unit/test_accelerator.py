@@ -36,11 +36,10 @@ SETTINGS = {
         for stage in (1, 2, 3)
     },
 }  # fmt: skip
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is an extra")
 has_peft = importlib.util.find_spec("peft") is not None
 KINDS = [
-    "ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed),
-    *(pytest.param(kind, marks=[needs_deepspeed, pytest.mark.slow]) for kind in ("zero1", "zero2")),
+    "ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed),
+    *(pytest.param(kind, marks=[pytest.mark.deepspeed, pytest.mark.slow]) for kind in ("zero1", "zero2")),
 ]  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "distill": {},

@@ -104,12 +104,12 @@ def test_sizes_follow_the_model_unless_given():
 
 def test_the_loss_benchmark_runs_each_loss_in_a_process_of_its_own(capsys, monkeypatch, root):
     monkeypatch.setenv("PYTHONPATH", ":".join(str(root / name) for name in ("distill", "kernels", "eval")))
-    flags = ["--device", "cpu", "--tokens", "256", "--vocabulary", "40000", "--hidden", "16", "--top-k", "8"]
+    flags = ["--device", "cpu", "--tokens", "768", "--vocabulary", "40000", "--hidden", "16", "--top-k", "8"]
     assert loss_bench.main([*flags, "--repeats", "2", "--chunk", "16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert max(found["disagreement"].values()) < 1e-5
     assert len(found["plain"]["seconds"]) == len(found["fused"]["seconds"]) == 2
-    logits = 256 * 40000 * 4
+    logits = 768 * 40000 * 4
     assert found["plain"]["peak_bytes"] > 2 * logits
     assert found["fused"]["peak_bytes"] < logits / 2
 
