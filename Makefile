@@ -2,6 +2,7 @@
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
+DEEPSPEED ?= deepspeed==0.19.8
 RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,7 +46,7 @@ $(STAMP): pyproject.toml
 
 # DeepSpeed builds against the torch that is there; where it does not install, its tests are skipped.
 $(VENV)/deepspeed: $(STAMP)
-	@$(BIN)/pip install --quiet 'setuptools>=77,<82' wheel && \
-		DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[deepspeed]' || \
+	@$(BIN)/pip install --quiet 'setuptools<82' wheel && \
+		DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation '$(DEEPSPEED)' ninja || \
 		echo "DeepSpeed was not installed: its tests are skipped"
 	@touch $@

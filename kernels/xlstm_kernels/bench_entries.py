@@ -247,40 +247,19 @@ def run_flex(a: Inputs, shape: Shape) -> Tensor:
 GATED = ("q", "k", "v", "i", "f")
 ATTENDED = ("queries", "keys", "v")
 
+
+def peer_entry(backend: str, run: Callable[[Inputs, Shape], Tensor], truth: Callable[[Inputs, Shape], Tensor]) -> Entry:
+    """Make the line of another library's mLSTM; `backend` starts with the library's module."""
+    return Entry("mlstm", backend, run, truth, GATED, needs=backend.split()[0], cuda_only=True, packs=False)
+
+
 ENTRIES: tuple[Entry, ...] = (
     Entry("mlstm", "torch", run_mlstm("torch"), mlstm_truth, GATED),
     Entry("mlstm", "triton", run_mlstm("triton"), mlstm_truth, GATED),
-    Entry(
-        "mlstm",
-        "mlstm_kernels xl_chunk",
-        run_peer("triton_xl_chunk"),
-        mlstm_truth,
-        GATED,
-        needs="mlstm_kernels",
-        cuda_only=True,
-        packs=False,
-    ),
-    Entry(
-        "mlstm",
-        "mlstm_kernels limit_chunk",
-        run_peer("triton_limit_chunk"),
-        mlstm_truth,
-        GATED,
-        needs="mlstm_kernels",
-        cuda_only=True,
-        packs=False,
-    ),
-    Entry(
-        "mlstm",
-        "mlstm_kernels siging",
-        run_siging,
-        siging_truth,
-        GATED,
-        needs="mlstm_kernels",
-        cuda_only=True,
-        packs=False,
-    ),
-    Entry("mlstm", "fla simple_gla", run_gla, mlstm_truth, GATED, needs="fla", cuda_only=True, packs=False),
+    peer_entry("mlstm_kernels xl_chunk", run_peer("triton_xl_chunk"), mlstm_truth),
+    peer_entry("mlstm_kernels limit_chunk", run_peer("triton_limit_chunk"), mlstm_truth),
+    peer_entry("mlstm_kernels siging", run_siging, siging_truth),
+    peer_entry("fla simple_gla", run_gla, mlstm_truth),
     Entry("window", "torch", run_window("torch"), window_truth, ATTENDED),
     Entry("window", "triton", run_window("triton"), window_truth, ATTENDED),
     Entry("window", "flex_attention", run_flex, window_truth, ATTENDED, cuda_only=True),

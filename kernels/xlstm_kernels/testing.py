@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 
 def error_ratio(actual: Tensor, expected: Tensor) -> float:
@@ -86,3 +87,15 @@ def outputs_and_grads(
     return dict(zip(names, (x.detach() for x in outputs), strict=True)) | {
         f"d{name}": g for name, g in zip(leaves, grads, strict=True)
     }
+
+
+def allocated_peak(step: Callable[[], None]) -> int:
+    """Most bytes that the CPU allocator held during a step, beyond those it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

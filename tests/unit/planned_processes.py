@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
 from xlstm_distill.accelerator import checkpoint_activations
 from xlstm_distill.data import Batch
@@ -29,6 +27,7 @@ from xlstm_distill.planning_model import read_architecture
 from xlstm_distill.recipe import Align, MixerConfig
 from xlstm_distill.student import convert
 from xlstm_distill.tasks import DistillTask
+from xlstm_kernels.testing import allocated_peak
 
 TOKENS = 256
 SIZES = {
@@ -89,18 +88,6 @@ def batch() -> Batch:
     return Batch(
         ids, torch.arange(TOKENS)[None], torch.zeros_like(ids), ids, torch.ones_like(ids, dtype=torch.bool), ()
     )
-
-
-def allocated_peak(step: Callable[[], None]) -> int:
-    """Most bytes that the CPU allocator held during a step, beyond those it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 if __name__ == "__main__":

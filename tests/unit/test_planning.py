@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -42,6 +41,7 @@ from xlstm_distill.recipe import Align, MixerConfig, Recipe
 from xlstm_distill.recipe_io import load_recipe
 from xlstm_distill.student import STUDENTS, convert
 from xlstm_distill.tasks import AlignTask, DistillTask
+from xlstm_kernels.testing import allocated_peak
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -163,18 +163,6 @@ PEAKS = {
     "align-wide": {"align": True, "hidden_size": 256, "head_dim": 64, "tokens": 512, "num_hidden_layers": 4},
     "align-accumulated": {"align": True, "micro_batches": 2},
 }
-
-
-def allocated_peak(step: Callable[[], None]) -> int:
-    """Most bytes that the CPU allocator held during a step, beyond those it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("case", PEAKS)
