@@ -53,9 +53,13 @@ class Artifact:
 
 @dataclass
 class Draft:
-    """An artifact being written; `path` is a temporary directory that becomes the artifact when all went well."""
+    """An artifact being written; `path` is a temporary directory that becomes the artifact when all went well.
+
+    `earlier_seconds` is what went into it before this: into gathering its files, or into a training that was cut short.
+    """
 
     path: Path
+    earlier_seconds: float = 0.0
     results: dict[str, Any] = field(default_factory=dict)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -188,7 +192,8 @@ class Run:
     def _fill(self, request: Request, build: Callable[[Draft], None], draft: Draft) -> None:
         started = time.monotonic()
         build(draft)
-        draft.write_json(MANIFEST, self._manifest(request, draft, time.monotonic() - started))
+        seconds = draft.earlier_seconds + time.monotonic() - started
+        draft.write_json(MANIFEST, self._manifest(request, draft, seconds))
 
     @contextlib.contextmanager
     def _lock(self, request: Request) -> Iterator[None]:

@@ -71,11 +71,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The last step's figures, and the held-out figures before and after."""
+    """Figures of the last step, held-out ones before and after, and the seconds before the checkpoint gone on from."""
 
     last: dict[str, float]
     before: dict[str, float]
     after: dict[str, float]
+    earlier_seconds: float = 0.0
 
 
 class Trainer:
@@ -122,6 +123,7 @@ class Trainer:
         self.checkpoints = Checkpoints(directory, self.training.keep_checkpoints)
         self.peak = published_peak(accelerator.device)
         self.skipped = 0
+        self.started, self.earlier_seconds = time.monotonic(), 0.0
 
     def run(self) -> Outcome:
         """Train from the newest checkpoint, or from the start, to the end."""
@@ -150,7 +152,7 @@ class Trainer:
                     self._stop(step, before)
                 if self._due(self.training.checkpoint_steps, step + 1):
                     self._save(step + 1, before)
-            return Outcome(last, before, self.validate())
+            return Outcome(last, before, self.validate(), self.earlier_seconds)
 
     def _stop(self, step: int, before: dict[str, float]) -> NoReturn:
         """End after a step, with a checkpoint where the recipe has any."""
@@ -169,6 +171,7 @@ class Trainer:
         if found is None:
             return 0, None
         exact = self.state.load(found)
+        self.earlier_seconds = found.facts["seconds"]
         self.console.line(
             f"{self.plan.label}: goes on at step {found.step} of {self.plan.steps}"
             + ("" if exact else f"; {found.processes} processes wrote the checkpoint, so not to the last bit as before")
@@ -176,7 +179,9 @@ class Trainer:
         return found.step, dict(found.facts["before"])
 
     def _save(self, step: int, before: dict[str, float]) -> None:
-        self.checkpoints.save(step, self.state.tensors(), {"before": before, "layout": self.state.layout()})
+        seconds = round(self.earlier_seconds + time.monotonic() - self.started, 3)
+        facts = {"before": before, "layout": self.state.layout(), "seconds": seconds}
+        self.checkpoints.save(step, self.state.tensors(), facts)
 
     def _log(self, start: int) -> contextlib.AbstractContextManager[TrainingLog | None]:
         """The main process's log."""

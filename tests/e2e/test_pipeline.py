@@ -101,6 +101,11 @@ def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_bee
     model = Path("artifacts", "align", "model", "model.safetensors")
     assert (tmp_path / model).read_bytes() == (run / model).read_bytes()
     assert not list((tmp_path / "training").iterdir())
+    artifact = tmp_path / "artifacts" / "align"
+    log = [json.loads(line) for line in (artifact / "log.jsonl").read_text().splitlines()]
+    steps = [65536 / 32 / line["tokens_per_second"] for line in log]
+    assert len(steps) == 32
+    assert json.loads((artifact / "manifest.json").read_text())["wall_seconds"] > sum(steps)
 
 
 def test_models_are_hugging_face_directories_that_generate(run):

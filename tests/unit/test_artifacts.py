@@ -45,6 +45,13 @@ def test_manifest_tells_what_it_was_made_from(run):
     assert json.loads((run.path("stage/x") / "manifest.json").read_text()) == manifest
 
 
+def test_time_spent_before_counts(run):
+    def build(draft):
+        draft.earlier_seconds = 100.0
+
+    assert 100 <= run.make(request_(), build).manifest["wall_seconds"] < 110
+
+
 @pytest.mark.parametrize("changed", [request_(2), request_(1, teacher="other")])
 def test_a_changed_part_or_input_builds_anew(run, changed):
     run.make(request_(1), write("a"))

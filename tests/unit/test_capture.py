@@ -110,6 +110,15 @@ def test_shares_make_the_same_files_and_the_last_one_publishes(reference, fresh,
     assert len(written) == before
 
 
+def test_the_seconds_of_a_capture_are_those_of_the_teacher_too(fresh, monkeypatch):
+    write = capture.DomainCapture._write_shard
+    slow = lambda *given: (time.sleep(0.2), write(*given))  # noqa: E731
+    monkeypatch.setattr(capture.DomainCapture, "_write_shard", slow)
+    run_capture(RECIPE, str(fresh))
+    manifest = json.loads((fresh / "artifacts/capture/math/manifest.json").read_text())
+    assert manifest["wall_seconds"] > 0.2 * len(shards(fresh))
+
+
 def test_only_missing_and_damaged_shards_are_made_again(reference, fresh, written):
     run_capture(RECIPE, str(fresh), "0/2")
     (gathered,) = (fresh / "artifacts/capture").glob(".math.*.shards")

@@ -133,6 +133,7 @@ class DomainCapture:
     def work(self, share: tuple[int, int]) -> Artifact | None:
         """Write the missing shards of this share and, if no other is missing then, publish the store."""
         wait_for_everyone()
+        started = time.monotonic()
         done = self.run.find(self.request)
         if all_agree(done is not None) and done:
             return done
@@ -147,7 +148,8 @@ class DomainCapture:
                 f"come from others ({', '.join(map(str, missing[:4]))}{', ...' if len(missing) > 4 else ''})"
             )
             return None
-        artifact = self.run.make(self.request, self._publish, gathered=self.directory)
+        publish = functools.partial(self._publish, started=started)
+        artifact = self.run.make(self.request, publish, gathered=self.directory)
         if is_main_process():
             self._clean()
         return artifact
@@ -206,8 +208,9 @@ class DomainCapture:
     def _load(self, rows: Iterable[int]) -> Batch:
         return load_batch({self.rows.name: self.rows}, [(self.rows.name, row) for row in rows])
 
-    def _publish(self, draft: Draft) -> None:
+    def _publish(self, draft: Draft, started: float) -> None:
         """Complete the gathered shards to a store, test it, and say what it costs."""
+        draft.earlier_seconds = time.monotonic() - started
         figures = write_index(draft.path / STORE, self.identity).means()
         store = Store(draft.path / STORE, self.identity)
         stored = StoredTargets({self.rows.name: store})

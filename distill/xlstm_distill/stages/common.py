@@ -90,6 +90,7 @@ def architecture_of(model: CausalLM) -> Architecture:
 
 def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> None:
     """Note a training's outcome in its artifact, and keep its log."""
+    draft.earlier_seconds = outcome.earlier_seconds
     draft.results |= {
         "steps": plan.steps,
         "last": outcome.last,
