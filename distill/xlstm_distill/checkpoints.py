@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from xlstm_distill.checksums import crc32
 from xlstm_distill.distributed import all_agree, is_main_process, process_count, process_index, wait_for_everyone
 from xlstm_distill.errors import RunError
 
 INDEX = "checkpoint.json"
 FORMAT = 1
-BLOCK = 2**24
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Checkpoint:
             return f"{path}: missing"
         if (size := path.stat().st_size) != expected["bytes"]:
             return f"{path}: {size} bytes, it was written with {expected['bytes']}"
-        if _crc32(path) != expected["crc32"]:
+        if crc32(path) != expected["crc32"]:
             return f"{path}: its checksum is not the one it was written with"
         return None
 
@@ -78,7 +77,7 @@ class Checkpoints:
         file = partial / _file(process_index())
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
         _flush(file)
-        file.with_suffix(".json").write_text(json.dumps({"bytes": file.stat().st_size, "crc32": _crc32(file)}))
+        file.with_suffix(".json").write_text(json.dumps({"bytes": file.stat().st_size, "crc32": crc32(file)}))
         wait_for_everyone()
         if is_main_process():
             self._publish(partial, step, facts)
@@ -154,14 +153,6 @@ def _name(step: int) -> str:
 
 def _file(process: int) -> str:
     return f"process-{process:05d}.safetensors"
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def _flush(path: Path) -> None:

@@ -24,7 +24,7 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.shards import ShardReader
 
 IGNORE_INDEX = -100
-ROWS_FORMAT = 2
+ROWS_FORMAT = 3
 """Raised when rows change meaning, so that those made before are made anew."""
 BLOCK = 4096.0
 """Rows that a schedule puts in order at a time."""
@@ -150,10 +150,18 @@ class RowSchedule:
     Domains alternate so that each keeps to its weight at every point: its k-th row is due at (k + 1/2) / share, and
     rows come in the order in which they are due. Within a domain every epoch is a new permutation of its training
     rows. Nothing is computed before it is asked for: rows are put in order in blocks of the time in which they are due.
+    `before` counts the rows that earlier schedules of this seed have drawn of each domain; this one goes on after them.
     """
 
-    def __init__(self, domains: Mapping[str, DomainRows], weights: Mapping[str, float], seed: int, total: int) -> None:
-        self.domains, self.seed, self.total = domains, seed, total
+    def __init__(
+        self,
+        domains: Mapping[str, DomainRows],
+        weights: Mapping[str, float],
+        seed: int,
+        total: int,
+        before: Mapping[str, int] | None = None,
+    ) -> None:
+        self.domains, self.seed, self.total, self.before = domains, seed, total, dict(before or {})
         self.names = [name for name, weight in weights.items() if weight > 0]
         self._share = np.array([weights[name] for name in self.names]) / sum(weights[name] for name in self.names)
         self._block: tuple[int, np.ndarray, np.ndarray] = (0, *self._order_block(0))
@@ -171,17 +179,29 @@ class RowSchedule:
             first, choices, draws = self._block = self._find_block(n)
         name = self.names[choices[n - first]]
         rows = self.domains[name]
-        epoch, index = divmod(int(draws[n - first]), rows.train_rows)
+        epoch, index = divmod(self.before.get(name, 0) + int(draws[n - first]), rows.train_rows)
         return name, rows.validation + int(self._permutation(name, epoch, rows.train_rows)[index])
+
+    def drawn(self) -> dict[str, int]:
+        """Rows that have been drawn of each domain when this schedule ends, by it and before it."""
+        number = self._block_number(self.total - 1)
+        due = self._drawn(number)
+        choices, _ = self._order_block(number)
+        counts = due + np.bincount(choices[: self.total - due.sum()], minlength=len(due))
+        return self.before | {n: self.before.get(n, 0) + int(c) for n, c in zip(self.names, counts, strict=True)}
 
     def _find_block(self, n: int) -> tuple[int, np.ndarray, np.ndarray]:
         """The block that holds row n: its first row, and the domain and draw of each of its rows."""
+        number = self._block_number(n)
+        return int(self._drawn(number).sum()), *self._order_block(number)
+
+    def _block_number(self, n: int) -> int:
         number = int(n // BLOCK)  # rounding moves a block's first row by less than a row per domain
         while int(self._drawn(number).sum()) > n:
             number -= 1
         while int(self._drawn(number + 1).sum()) <= n:
             number += 1
-        return int(self._drawn(number).sum()), *self._order_block(number)
+        return number
 
     def _drawn(self, number: int) -> np.ndarray:
         """Rows of each domain that are due before a block."""

@@ -18,11 +18,11 @@ import numpy as np
 
 from xlstm_distill import console as consoles
 from xlstm_distill.artifacts import Draft
-from xlstm_distill.errors import UserError
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.mixing import Mixture, Progress, tokenizing
 from xlstm_distill.packing import OPEN_ROWS, Packer
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.shards import ShardWriter, written_whole
+from xlstm_distill.shards import ShardWriter, check_shard, written_whole
 from xlstm_distill.tokenization import ChunkTokenizer, DocumentTokenizer, Outcome
 
 CHECKPOINT = "checkpoint.npz"
@@ -168,10 +168,10 @@ class Preparation:
         try:
             with np.load(self.folder / CHECKPOINT) as saved:
                 state = json.loads(saved["state"].tobytes())
-                if not all((self.folder / s["file"]).stat().st_size == s["bytes"] for s in state["shards"]):
-                    raise ValueError("a shard is cut short")
+                for shard in state["shards"]:
+                    check_shard(self.folder, shard)
                 self.packer.restore(saved)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, RunError) as error:
             self.console.line(f"{self.label}: {self.folder} cannot be used ({error}); starting over.")
             return
         self.writer.shards, self.writer.totals = state["shards"], state["totals"]

@@ -280,6 +280,12 @@ class Recipe(Section):
             raise FieldError(
                 "student.mixer.window", f"{mixer.window} must be below data.context ({self.data.context})."
             )
+        if not self.distill.kl_tail and self.capture.mass is not None:
+            raise FieldError(
+                "distill.kl_tail",
+                f"false renormalises over targets that capture.mass ({self.capture.mass:g}) cuts to a few tokens, and "
+                "leaves little of the KL divergence; set capture.mass to null, or distill.kl_tail to true.",
+            )
         self._check_domains("align.domains", self.align.domains or {})
         self._check_steps("align", self.align, self.align.tokens)
         for name, expert in self.distill.experts.items():

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from xlstm_distill.checksums import crc32
 from xlstm_distill.errors import RunError
 from xlstm_distill.packing import PackedRow
 
@@ -71,7 +72,9 @@ class ShardWriter:
         batch = self._batch()
         with written_whole(self.folder / name) as file, pa.ipc.new_stream(file, batch.schema) as stream:
             stream.write_batch(batch)
-        self.shards.append({"file": name, "rows": len(self._rows), "bytes": (self.folder / name).stat().st_size})
+        path = self.folder / name
+        size, checksum = path.stat().st_size, crc32(path)
+        self.shards.append({"file": name, "rows": len(self._rows), "bytes": size, "crc32": checksum})
         for row in self._rows:
             self.totals["tokens"] += row.used
             self.totals["supervised"] += int(row.supervised.sum())
@@ -129,6 +132,8 @@ class _Shard:
 class ShardReader:
     """Reads any row of a folder of shards, memory-mapped; keeps the most recently used shards open.
 
+    A shard's checksum is compared when it is opened for the first time.
+
     Raises:
         RunError: the index or a shard is missing, cut short or damaged; the message names the file.
     """
@@ -143,8 +148,9 @@ class ShardReader:
         except (OSError, ValueError, KeyError) as error:
             raise _damaged(folder / INDEX_FILE, error) from error
         for shard in self.shards:
-            self._check_size(shard)
+            check_size(folder, shard)
         self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._sound: set[int] = set()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -158,6 +164,9 @@ class ShardReader:
 
     def _shard(self, number: int) -> _Shard:
         if number not in self._open:
+            if number not in self._sound:
+                check_shard(self.folder, self.shards[number])
+                self._sound.add(number)
             self._open[number] = self._map(self.folder / self.shards[number]["file"])
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -179,14 +188,28 @@ class ShardReader:
         except (OSError, ValueError, KeyError, StopIteration) as error:
             raise _damaged(path, error) from error
 
-    def _check_size(self, shard: dict[str, Any]) -> None:
-        path = self.folder / shard["file"]
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise _damaged(path, error) from error
-        if size != shard["bytes"]:
-            raise _damaged(path, f"{size} bytes, {shard['bytes']} were written")
+
+def check_shard(folder: Path, shard: Mapping[str, Any]) -> None:
+    """Compare a shard with what the index says was written.
+
+    Raises:
+        RunError: it is missing, cut short or damaged.
+    """
+    path = folder / shard["file"]
+    check_size(folder, shard)
+    if crc32(path) != shard["crc32"]:
+        raise _damaged(path, "its checksum is not the one it was written with")
+
+
+def check_size(folder: Path, shard: Mapping[str, Any]) -> None:
+    """Compare a shard's size with what the index says was written; raises as `check_shard` does."""
+    path = folder / shard["file"]
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _damaged(path, error) from error
+    if size != shard["bytes"]:
+        raise _damaged(path, f"{size} bytes, {shard['bytes']} were written")
 
 
 def _damaged(path: Path, reason: object) -> RunError:

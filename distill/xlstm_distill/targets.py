@@ -15,7 +15,7 @@ from xlstm_distill.errors import RunError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.fused_loss import fuse_head
 from xlstm_distill.losses import SparseTargets
-from xlstm_distill.store import Store, refusal
+from xlstm_distill.store import INDEX_FILE, Store, refusal
 from xlstm_distill.store_codec import Row
 
 
@@ -86,7 +86,8 @@ class StoredTargets:
         targets, source = self.stores[name].row(row)
         if source != checksum:
             raise refusal(
-                self.stores[name].directory, f"row {row} of {name!r} holds targets of another text than the data has"
+                self.stores[name].directory / INDEX_FILE,
+                f"row {row} of {name!r} holds targets of another text than the data has",
             )
         return targets
 

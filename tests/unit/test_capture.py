@@ -20,7 +20,7 @@ from xlstm_distill.data import load_batch
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import sparse_kl
 from xlstm_distill.recipe_io import load_recipe
-from xlstm_distill.stages import capture
+from xlstm_distill.stages import capture, distill
 from xlstm_distill.stages.common import capture_request, open_domains, prepare_domains, store_identity
 from xlstm_distill.stages.distill import _targets
 from xlstm_distill.targets import OnlineTargets
@@ -163,6 +163,14 @@ def test_distillation_refuses_a_store_of_another_tokenizer(reference, tmp_path):
         _targets(loaded, run, tampered, torch.device("cpu"))
     assert capture_request(loaded, "math", tampered["math"]).fingerprint == run.load("capture/math").fingerprint
     assert store_identity(loaded, "math", tampered["math"]).tokenizer == "others"
+
+
+def test_an_online_teacher_is_loaded_once(reference, monkeypatch):
+    loaded = load_recipe(Path(RECIPE), [*SETTINGS, "capture.targets=online"])
+    loads = []
+    monkeypatch.setattr(distill, "load_teacher", lambda *given: loads.append(given) or load_teacher(*given))
+    assert isinstance(_targets(loaded, Run.open(reference, loaded), {}, torch.device("cpu")), OnlineTargets)
+    assert len(loads) == 1
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/2", "-1/2", "0/0", "1/2/3", ""])

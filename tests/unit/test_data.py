@@ -79,6 +79,21 @@ def test_an_epoch_reads_every_training_row_once_across_blocks():
         schedule.rows(6 * rows // 8, 8)
 
 
+@settings(max_examples=40, deadline=None)
+@given(MIXTURES, st.lists(st.integers(1, int(1.5 * BLOCK)), min_size=1, max_size=3))
+def test_schedules_in_turn_read_what_the_ones_before_did_not(weights, totals):
+    mixture = {str(n): weight for n, weight in enumerate(weights)}
+    domains = {name: Rows(sum(totals) + 3 * len(weights)) for name in [*mixture, "other"]}
+    read, drawn = [], {"other": 3}
+    for total in totals:
+        schedule = RowSchedule(domains, mixture, 0, total, drawn)
+        read += [row for step in range(total) for row in schedule.rows(step, 1)]
+        drawn = schedule.drawn()
+    assert len(set(read)) == len(read)
+    counts = Counter(name for name, _ in read)
+    assert drawn == {"other": 3} | {name: counts[name] for name, weight in mixture.items() if weight > 0}
+
+
 def test_twenty_billion_tokens_cost_no_time_and_little_memory():
     total = 20_000_000_000 // 4096
     tracemalloc.start()

@@ -254,6 +254,7 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
         ("align.schedule=constant", "align.final_lr: 1e-05 has no effect with schedule 'constant'; set it to null."),
         ("align.lr=1.0e-6", "align.final_lr: 1e-05 is above lr (1e-06); it must not be."),
         ("distill.kl_weight=0", "distill.ce_weight: 0.0 beside kl_weight 0.0 leaves no loss;"),
+        ("distill.kl_tail=false", "distill.kl_tail: false renormalises over targets that capture.mass (0.98) cuts"),
         ("merge.weights=unifrm", "merge.weights: 'unifrm' is not allowed. Allowed: 'uniform'."),
         ("merge.weights={math: 0.5}", "merge.weights: no weight for expert 'code'; give one (0 leaves it out)."),
         ("merge.weights={math: 0.5, code: 0.7}", "merge.weights: they sum to 1.2; they must sum to 1."),

@@ -93,7 +93,7 @@ def test_the_datasets_library_reads_a_shard(tmp_path):
     assert found[4]["lengths"] == rows[4].lengths
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "garbled", "index"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "garbled", "flipped", "index"])
 def test_a_damaged_file_names_itself(damage, tmp_path):
     write_rows(tmp_path, random_rows(8, 16, 100), 16, 100)
     shard = tmp_path / "rows-00000.arrow"
@@ -104,6 +104,8 @@ def test_a_damaged_file_names_itself(damage, tmp_path):
         shard.unlink()
     elif damage == "garbled":
         shard.write_bytes(b"\xff" * len(content))
+    elif damage == "flipped":
+        shard.write_bytes(bytes([*content[:-200], content[-200] ^ 1, *content[-199:]]))
     else:
         (tmp_path / INDEX_FILE).write_text("{")
     name = INDEX_FILE if damage == "index" else "rows-00000.arrow"

@@ -145,9 +145,6 @@ def _targets(recipe: Recipe, run: Run, data: Mapping[str, Artifact], device: tor
     if recipe.capture.targets == "online":
         kept = recipe.capture
         teacher = load_teacher(recipe.teacher, device)
-        if recipe.capture.shard_teacher and process_count() > 1:
-            shard_teacher(teacher)
-        teacher = load_teacher(recipe.teacher, device)
         if kept.shard_teacher and process_count() > 1:
             shard_teacher(teacher)
         return OnlineTargets(teacher, kept.top_k, kept.mass, kept.min_k)
@@ -160,11 +157,13 @@ def _targets(recipe: Recipe, run: Run, data: Mapping[str, Artifact], device: tor
 
 
 def _stretches(recipe: Recipe, expert: Expert, domains: Mapping[str, DomainRows]) -> tuple[Stretch, ...]:
-    """The expert's phases in steps; each phase has an order of its own."""
+    """The expert's phases in steps; a phase reads rows that earlier ones did not, as long as there are any."""
     batch = recipe.distill.batch
     stretches = []
-    for n, phase in enumerate(expert.phases):
+    drawn: dict[str, int] = {}
+    for phase in expert.phases:
         steps = math.ceil(phase.tokens / (batch * recipe.data.context))
-        schedule = RowSchedule(domains, phase.domains, recipe.seed + n, steps * batch)
+        schedule = RowSchedule(domains, phase.domains, recipe.seed, steps * batch, drawn)
+        drawn = schedule.drawn()
         stretches.append(Stretch(schedule, steps, phase.lr or recipe.distill.lr))
     return tuple(stretches)
