@@ -120,6 +120,10 @@ class Run:
         artifact = self.load(request.label)
         return artifact if artifact is not None and artifact.fingerprint == request.fingerprint else None
 
+    def has(self, request: Request) -> bool:
+        """Whether the artifact made from exactly this is published. All processes ask, and get one answer."""
+        return all_agree(self.find(request) is not None)
+
     def load(self, label: str) -> Artifact | None:
         """Return the published artifact whatever it was made from, or None.
 

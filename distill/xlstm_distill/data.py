@@ -26,6 +26,8 @@ from xlstm_distill.shards import ShardReader
 IGNORE_INDEX = -100
 ROWS_FORMAT = 3
 """Raised when rows change meaning, so that those made before are made anew."""
+HELD_OUT_SPREAD = 16
+"""Held-out rows lie evenly over so many times as many rows at the start, whatever comes after them."""
 BLOCK = 4096.0
 """Rows that a schedule puts in order at a time."""
 Row = tuple[str, int]
@@ -53,22 +55,28 @@ class Batch:
 
 
 class DomainRows:
-    """The packed rows of one domain; the first `validation` of them are never trained on.
+    """The first `limit` packed rows of one domain; the first `validation` of them are never trained on.
 
-    Validation rows lie evenly over what was read: they trade places with the rows that come first on the disk.
+    Validation rows lie evenly over the first `span` rows: they trade places with the rows that come first on the disk.
+    Without span and limit all rows count.
     """
 
-    def __init__(self, name: str, artifact: Artifact, validation: int) -> None:
-        self.name, self.validation = name, validation
+    def __init__(
+        self, name: str, artifact: Artifact, validation: int, span: int | None = None, limit: int | None = None
+    ) -> None:
+        self.name, self.validation, self.limit = name, validation, limit
         self._shards = ShardReader(artifact.path)
         self._traded: dict[int, int] = {}
-        for first in range(min(validation, len(self))):
-            other = first * len(self) // validation
+        stored = len(self._shards)
+        span = stored if span is None else min(span, stored)
+        for first in range(min(validation, span)):
+            other = first * span // validation
             here, there = self._traded.get(first, first), self._traded.get(other, other)
             self._traded[first], self._traded[other] = there, here
 
     def __len__(self) -> int:
-        return len(self._shards)
+        stored = len(self._shards)
+        return stored if self.limit is None else min(self.limit, stored)
 
     @property
     def context(self) -> int:
@@ -87,12 +95,40 @@ class DomainRows:
 
 def rows_needed(recipe: Recipe, domain: str) -> int:
     """Rows of a domain that the longest of its uses reads once, and its validation rows."""
+    return max(rows_to_align(recipe, domain), captured_rows(recipe).get(domain, 0))
+
+
+def rows_to_align(recipe: Recipe, domain: str) -> int:
+    """Rows of a domain that alignment reads once, and its validation rows."""
     aligned_on = recipe.align.domains or dict.fromkeys(recipe.data.domains, 1.0)
-    uses = [_rows_read(recipe.align.tokens, recipe.align.batch, recipe) * _share(aligned_on, domain)]
-    for expert in recipe.distill.experts.values():
-        rows = [_rows_read(p.tokens, recipe.distill.batch, recipe) * _share(p.domains, domain) for p in expert.phases]
-        uses.append(sum(rows))
-    return math.ceil(max(uses)) + recipe.data.validation_rows
+    read = _rows_read(recipe.align.tokens, recipe.align.batch, recipe) * _share(aligned_on, domain)
+    return math.ceil(read) + recipe.data.validation_rows
+
+
+def expert_rows(recipe: Recipe, expert: str) -> dict[str, int]:
+    """Rows of each of its domains that an expert reads once, and validation rows; in the recipe's order."""
+    phases = recipe.distill.experts[expert].phases
+    steps = [(phase, _rows_read(phase.tokens, recipe.distill.batch, recipe)) for phase in phases]
+    return {
+        name: math.ceil(sum(rows * _share(phase.domains, name) for phase, rows in steps)) + recipe.data.validation_rows
+        for name in recipe.data.domains
+        if any(name in phase.domains for phase in phases)
+    }
+
+
+def captured_rows(recipe: Recipe) -> dict[str, int]:
+    """Rows of each domain that some expert reads, in the recipe's order."""
+    seen = [expert_rows(recipe, expert) for expert in recipe.distill.experts]
+    return {
+        name: max(rows[name] for rows in seen if name in rows)
+        for name in recipe.data.domains
+        if any(name in rows for rows in seen)
+    }
+
+
+def held_out_span(recipe: Recipe, domain: str) -> int:
+    """Rows at the start of a domain over which its validation rows lie."""
+    return min(rows_needed(recipe, domain), HELD_OUT_SPREAD * recipe.data.validation_rows)
 
 
 def _rows_read(tokens: int, batch: int, recipe: Recipe) -> int:
@@ -110,17 +146,8 @@ def prepare_domain(recipe: Recipe, run: Run, name: str, tokenizer: Any, console:
     A preparation that was killed goes on from its last finished shard and ends with the same rows. Of several runs of
     the command on one run directory the first prepares and the others wait.
     """
-    domain, needed = recipe.data.domains[name], rows_needed(recipe, name)
-    parts = {
-        "format": ROWS_FORMAT,
-        "sources": [sources.identity(s) for s in domain.sources],
-        "context": recipe.data.context,
-        "rows": needed,
-        "validation_rows": recipe.data.validation_rows,
-        "long_documents": recipe.data.long_documents,
-        "seed": recipe.seed,
-    }
-    request = Request("data", name=name, parts=parts, inputs={"tokenizer": tokenizer_hash(tokenizer)})
+    needed = max(rows_needed(recipe, name), _rows_there(recipe, run, name, tokenizer))
+    request = _data_request(recipe, name, tokenizer, rows=needed)
     folder = run.work_directory(request)
 
     def build(draft: Draft) -> None:
@@ -132,6 +159,35 @@ def prepare_domain(recipe: Recipe, run: Run, name: str, tokenizer: Any, console:
         artifact = run.make(request, build)
         clean(folder)
     return artifact
+
+
+def data_identity(recipe: Recipe, name: str, tokenizer: Any) -> str:
+    """Hash of what a domain's rows are, however many of them there are: the first are the same for any number.
+
+    A stage's result depends on this, and on the number of rows that its own settings make it read.
+    """
+    span = {"held_out_span": held_out_span(recipe, name), "validation_rows": recipe.data.validation_rows}
+    return _data_request(recipe, name, tokenizer, **span).fingerprint
+
+
+def _data_request(recipe: Recipe, name: str, tokenizer: Any, **counts: int) -> Request:
+    parts = {
+        "format": ROWS_FORMAT,
+        "sources": [sources.identity(s) for s in recipe.data.domains[name].sources],
+        "context": recipe.data.context,
+        "long_documents": recipe.data.long_documents,
+        "seed": recipe.seed,
+        **counts,
+    }
+    return Request("data", name=name, parts=parts, inputs={"tokenizer": tokenizer_hash(tokenizer)})
+
+
+def _rows_there(recipe: Recipe, run: Run, name: str, tokenizer: Any) -> int:
+    """Rows asked for when the published artifact was made, if it holds this recipe's rows; else 0."""
+    published = run.load(f"data/{name}")
+    rows = published.manifest["recipe"].get("rows", 0) if published else 0
+    same = published and _data_request(recipe, name, tokenizer, rows=rows).fingerprint == published.fingerprint
+    return rows if same else 0
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from xlstm_distill import planning_flops
 from xlstm_distill.artifacts import Run
-from xlstm_distill.data import rows_needed
+from xlstm_distill.data import captured_rows, rows_needed
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning_fit import Fit, Stage, what_fits
 from xlstm_distill.planning_machine import Machine, Utilisation, utilisation
@@ -210,26 +210,16 @@ def _batch_problems(name: str, section: Optimization, gpus: int) -> Iterator[str
         )
 
 
-def _data_tokens(recipe: Recipe, domains: list[str]) -> int:
-    return sum(rows_needed(recipe, domain) for domain in domains) * recipe.data.context
-
-
-def _used_domains(recipe: Recipe) -> list[str]:
-    """Domains that an expert reads."""
-    phases = [phase for expert in recipe.distill.experts.values() for phase in expert.phases]
-    return [domain for domain in recipe.data.domains if any(domain in phase.domains for phase in phases)]
-
-
 def _data(planner: _Planner) -> StagePlan:
-    tokens = _data_tokens(planner.recipe, list(planner.recipe.data.domains))
+    recipe = planner.recipe
+    tokens = sum(rows_needed(recipe, domain) for domain in recipe.data.domains) * recipe.data.context
     size = 2 if planner.architecture.vocabulary <= SMALL_VOCABULARY else 4
     return StagePlan("data", tokens=tokens, disk=tokens * (size + 1 / 8))
 
 
 def _capture(planner: _Planner) -> StagePlan:
     recipe, a = planner.recipe, planner.architecture
-    domains = _used_domains(recipe)
-    tokens = {domain: _data_tokens(recipe, [domain]) for domain in domains}
+    tokens = {domain: rows * recipe.data.context for domain, rows in captured_rows(recipe).items()}
     total = sum(tokens.values())
     rows = recipe.capture.batch
     fit = what_fits(Stage("capture", capture_memory, planner.setup(rows=rows), rows), planner.machine.gpu)

@@ -157,6 +157,27 @@ def test_new_merge_weights_redo_only_what_depends_on_them(run, tmp_path):
     assert {label for label in after if after[label] != before[label]} == {"merge", "evaluate/merged", "report"}
 
 
+def test_a_longer_expert_redoes_only_itself(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
+    before = manifests(copy)
+    longer = SMALL[2].replace("{domain: math, tokens: 49152}", "{domain: math, tokens: 65536}")
+    assert longer != SMALL[2]
+    done = cli("run", RECIPE, "--run", copy, sets=(*SMALL[:2], longer, *SMALL[3:]))
+    assert done.returncode == 0, done.stderr
+    after = manifests(copy)
+    assert {label for label in after if after[label] != before[label]} == {
+        "data/math", "capture/math", "distill/math", "merge", "evaluate/math", "evaluate/merged", "report",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["distill", "merge", "evaluate", "report"])
+def test_a_stage_that_lacks_what_it_builds_on_leaves_the_run_as_it_was(stage, run):
+    before = manifests(run)
+    line = one_line(cli(stage, RECIPE, "--run", run, sets=(*SMALL, "data.context=128")), 1)
+    assert "made from other settings than this recipe's" in line
+    assert manifests(run) == before
+
+
 def test_stages_run_one_by_one_and_say_what_is_missing(tmp_path):
     line = one_line(cli("merge", RECIPE, "--run", tmp_path / "run"), 1)
     assert "run the stage 'distill' first" in line

@@ -113,7 +113,7 @@ def rows(tmp_path):
     rng = np.random.default_rng(0)
     documents = [Tokens.of(rng.integers(3, 97, n).tolist(), [m > 1 for m in range(n)]) for n in rng.integers(3, 40, 90)]
     write_rows(tmp_path, pack(documents, 32, 0), context=32, vocabulary=97)
-    return lambda validation: DomainRows("a", Artifact(tmp_path, {}), validation)
+    return lambda *settings: DomainRows("a", Artifact(tmp_path, {}), *settings)
 
 
 @pytest.mark.parametrize("validation", [1, 2, 5, 7, 16, 30])
@@ -126,6 +126,23 @@ def test_validation_rows_lie_evenly_over_the_domain(validation, rows):
     held_out = sorted(places[:validation])
     assert held_out == [n * len(found) // validation for n in range(validation)]
     assert found.train_rows == len(found) - validation
+
+
+@pytest.mark.parametrize(
+    ("validation", "span", "limit"), [(3, 20, 12), (3, 20, 40), (5, 5, 6), (4, 9, 999), (4, 999, 30)]
+)
+def test_fewer_rows_are_the_first_of_more(validation, span, limit, rows):
+    every, some = rows(validation, span), rows(validation, span, limit)
+    stored = len(rows(0))
+    assert (len(every), len(some)) == (stored, min(limit, stored))
+    assert some.train_rows == len(some) - validation
+    for n in range(len(some)):
+        assert (some.row(n).ids == every.row(n).ids).all()
+    on_disk = rows(0)
+    places = [
+        next(n for n in range(stored) if (on_disk.row(n).ids == some.row(i).ids).all()) for i in range(validation)
+    ]
+    assert sorted(places) == [n * min(span, stored) // validation for n in range(validation)]
 
 
 def test_batches_are_rows_with_positions_per_document(rows):

@@ -22,7 +22,7 @@ from xlstm_distill import planning_flops as flops
 from xlstm_distill.accelerator import checkpoint_activations
 from xlstm_distill.artifacts import MANIFEST
 from xlstm_distill.cli import app
-from xlstm_distill.data import Batch
+from xlstm_distill.data import Batch, captured_rows
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import FAMILIES, CausalLM
 from xlstm_distill.losses import SparseTargets
@@ -430,7 +430,7 @@ def test_measured_size_of_targets_replaces_the_goal(tmp_path: Path) -> None:
     assert [plan.measured for plan in plans] == [False, True]
     assert plans[1].target_bytes == {"math": 72.5, "code": 128.0, "stem": 128.0, "chat": 128.0}
     goal, measured = (next(s for s in plan.stages if s.stage == "capture") for plan in plans)
-    tokens = planning._data_tokens(recipe, ["math"])
+    tokens = captured_rows(recipe)["math"] * recipe.data.context
     assert goal.disk - measured.disk == pytest.approx(tokens * (128 - 72.5))
 
 

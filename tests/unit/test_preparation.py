@@ -18,7 +18,7 @@ import pytest
 from xlstm_distill import preparation, shards
 from xlstm_distill.artifacts import Run
 from xlstm_distill.console import QuietConsole
-from xlstm_distill.data import DomainRows, prepare_domain, rows_needed
+from xlstm_distill.data import DomainRows, data_identity, prepare_domain, rows_needed
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.teacher import load_tokenizer
@@ -209,6 +209,21 @@ def test_a_full_disk_is_said_and_what_was_finished_is_kept(sources, tokenizer, t
     console = QuietConsole()
     assert content(prepared(recipe, tokenizer, tmp_path / "full", console)) == content(whole)
     assert any("going on after" in line for line in console.lines)
+
+
+def test_fewer_rows_are_the_first_of_more_and_are_not_made_again(sources, tokenizer, tmp_path):
+    few, many = recipe_of(*sources, rows=100), recipe_of(*sources, rows=300)
+    short, long = prepared(few, tokenizer, tmp_path / "few"), prepared(many, tokenizer, tmp_path / "many")
+    rows, more = DomainRows("x", short, 0), DomainRows("x", long, 0)
+    assert (len(rows), len(more)) == (100, 300)
+    for n in range(100):
+        assert (rows.row(n).ids == more.row(n).ids).all()
+        assert (rows.row(n).supervised == more.row(n).supervised).all()
+    assert data_identity(few, "x", tokenizer) == data_identity(many, "x", tokenizer)
+    again = prepared(few, tokenizer, tmp_path / "many")
+    assert (again.reused, again.fingerprint) == (True, long.fingerprint)
+    grown = prepared(many, tokenizer, tmp_path / "few")
+    assert (grown.reused, content(grown)) == (False, content(long))
 
 
 def test_figures_count_what_was_read(sources, tokenizer, tmp_path):

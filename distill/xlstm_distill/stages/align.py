@@ -14,6 +14,8 @@ from xlstm_distill.planning_flops import align_flops
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.common import (
     align_request,
+    align_rows,
+    aligned_domains,
     architecture_of,
     keep_training,
     open_domains,
@@ -29,10 +31,10 @@ from xlstm_distill.trainer import Plan, Stretch, Trainer
 
 def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
     """Convert the teacher and align the new parameters; the result is the seed θ(0) of every expert."""
-    weights = recipe.align.domains or dict.fromkeys(recipe.data.domains, 1.0)
+    weights = aligned_domains(recipe)
     check_trackers(recipe.training.trackers)
-    data = prepare_domains(recipe, run, weights, console)
-    request = align_request(recipe, data)
+    request = align_request(recipe)
+    data = {} if run.has(request) else prepare_domains(recipe, run, weights, console)
 
     def build(draft: Draft) -> None:
         accelerator = make_accelerator(recipe)
@@ -43,7 +45,7 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
         for _, parameter in student.new_parameters():  # small steps would be lost in bf16
             parameter.data = parameter.data.float()
         task = AlignTask(student, teacher)
-        domains = open_domains(recipe, data)
+        domains = open_domains(recipe, data, align_rows(recipe))
         steps = math.ceil(recipe.align.tokens / (recipe.align.batch * recipe.data.context))
         schedule = RowSchedule(domains, weights, recipe.seed, steps * recipe.align.batch)
         stretch = Stretch(schedule, steps, recipe.align.lr)

@@ -21,7 +21,7 @@ import torch
 from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console, Progress, short
-from xlstm_distill.data import IGNORE_INDEX, Batch, DomainRows, load_batch
+from xlstm_distill.data import IGNORE_INDEX, Batch, DomainRows, captured_rows, load_batch
 from xlstm_distill.distributed import all_agree, is_main_process, process_count, process_index, wait_for_everyone
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import sparse_kl
@@ -29,7 +29,6 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.common import (
     STORE,
     capture_request,
-    expert_domains,
     open_domains,
     prepare_domains,
     store_identity,
@@ -67,25 +66,27 @@ def run(recipe: Recipe, run: Run, console: Console, shard: str | None = None) ->
         if shard is not None:
             raise UserError("--shard: capture.targets is 'online', so there is nothing to share; leave it out.")
         return []
-    names = [n for n in recipe.data.domains if any(n in expert_domains(recipe, e) for e in recipe.distill.experts)]
-    data = prepare_domains(recipe, run, names, console)
+    limits = captured_rows(recipe)
+    requests = {name: capture_request(recipe, name) for name in limits}
+    if all(run.has(request) for request in requests.values()):
+        return [run.need(request.label, request.fingerprint) for request in requests.values()]
 
     @functools.cache
     def teacher() -> OnlineTargets:
         return OnlineTargets(load_teacher(recipe.teacher, make_accelerator(recipe).device), recipe.capture.top_k)
 
-    rows = open_domains(recipe, data)
+    rows = open_domains(recipe, prepare_domains(recipe, run, limits, console), limits)
     return [
         DomainCapture(
             run=run,
-            request=capture_request(recipe, name, data[name]),
-            identity=store_identity(recipe, name, data[name]),
+            request=request,
+            identity=store_identity(recipe, name),
             rows=rows[name],
             batch=recipe.capture.batch,
             teacher=teacher,
             console=console,
         ).work(share)
-        for name in names
+        for name, request in requests.items()
     ]
 
 

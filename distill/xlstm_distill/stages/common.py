@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
-from xlstm_distill.data import DomainRows, prepare_domain
+from xlstm_distill.data import (
+    DomainRows,
+    captured_rows,
+    data_identity,
+    held_out_span,
+    prepare_domain,
+    rows_to_align,
+    tokenizer_hash,
+)
 from xlstm_distill.distributed import is_main_process
 from xlstm_distill.families import CausalLM
 from xlstm_distill.planning_model import Architecture, read_architecture
@@ -47,38 +55,56 @@ def prepare_domains(recipe: Recipe, run: Run, names: Iterable[str], console: Con
     return {name: prepare_domain(recipe, run, name, tokenizer, console) for name in ordered}
 
 
-def open_domains(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> dict[str, DomainRows]:
-    """Open packed rows for reading."""
-    return {name: DomainRows(name, artifact, recipe.data.validation_rows) for name, artifact in artifacts.items()}
+def open_domains(recipe: Recipe, artifacts: Mapping[str, Artifact], limits: Mapping[str, int]) -> dict[str, DomainRows]:
+    """Open the first rows of domains for reading: as many as the use needs, so that more of them change nothing."""
+    held = recipe.data.validation_rows
+    return {
+        name: DomainRows(name, artifact, held, held_out_span(recipe, name), limits[name])
+        for name, artifact in artifacts.items()
+    }
 
 
-def data_inputs(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-    """Fingerprints of packed rows, as inputs of a stage."""
-    return {f"data/{name}": artifact.fingerprint for name, artifact in artifacts.items()}
+def data_inputs(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
+    """Identities of packed rows, as inputs of a stage; the rows need not be there."""
+    tokenizer = load_tokenizer(recipe.teacher)
+    return {f"data/{name}": data_identity(recipe, name, tokenizer) for name in names}
 
 
-def expert_domains(recipe: Recipe, expert: str) -> list[str]:
-    """Domains an expert is trained on, in the recipe's order."""
-    used = {name for phase in recipe.distill.experts[expert].phases for name in phase.domains}
-    return [name for name in recipe.data.domains if name in used]
+def aligned_domains(recipe: Recipe) -> dict[str, float]:
+    """Domains that alignment reads, and their weights."""
+    return dict(recipe.align.domains or dict.fromkeys(recipe.data.domains, 1.0))
 
 
-def align_request(recipe: Recipe, data: Mapping[str, Artifact]) -> Request:
+def align_rows(recipe: Recipe) -> dict[str, int]:
+    """Rows of each domain that alignment sees."""
+    return {name: rows_to_align(recipe, name) for name in aligned_domains(recipe)}
+
+
+def align_request(recipe: Recipe) -> Request:
     """What the seed weights θ(0) of all experts are made from."""
     return Request(
         "align",
         parts={"align": part(recipe.align, "micro_batch"), "mixer": part(recipe.student.mixer), "seed": recipe.seed},
-        inputs={"teacher": teacher_hash(recipe.teacher), **data_inputs(data)},
+        inputs={"teacher": teacher_hash(recipe.teacher), **data_inputs(recipe, aligned_domains(recipe))},
     )
 
 
-def capture_request(recipe: Recipe, domain: str, data: Artifact) -> Request:
+def capture_request(recipe: Recipe, domain: str) -> Request:
     """What a domain's stored targets are made from."""
+    return _capture_request(recipe, domain, rows=captured_rows(recipe)[domain])
+
+
+def capture_identity(recipe: Recipe, domain: str) -> str:
+    """Hash of what a domain's targets are, for however many rows they were captured."""
+    return _capture_request(recipe, domain).fingerprint
+
+
+def _capture_request(recipe: Recipe, domain: str, **counts: int) -> Request:
     return Request(
         "capture",
         name=domain,
-        parts={**part(recipe.capture, "batch", "targets", "shard_teacher"), "store": VERSION},
-        inputs={"teacher": teacher_hash(recipe.teacher), f"data/{domain}": data.fingerprint},
+        parts={**part(recipe.capture, "batch", "targets", "shard_teacher"), "store": VERSION, **counts},
+        inputs={"teacher": teacher_hash(recipe.teacher), **data_inputs(recipe, [domain])},
     )
 
 
@@ -101,12 +127,13 @@ def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> Non
         shutil.copy(work / LOG_FILE, draft.path / LOG_FILE)
 
 
-def store_identity(recipe: Recipe, domain: str, data: Artifact) -> Identity:
+def store_identity(recipe: Recipe, domain: str) -> Identity:
     """What every shard of a domain's targets says it was made from."""
+    tokenizer = load_tokenizer(recipe.teacher)
     return Identity(
         domain=domain,
-        data=data.fingerprint,
-        tokenizer=data.manifest["inputs"]["tokenizer"],
+        data=data_identity(recipe, domain, tokenizer),
+        tokenizer=tokenizer_hash(tokenizer),
         teacher=teacher_hash(recipe.teacher),
         revision=recipe.teacher.revision,
         dtype=recipe.teacher.dtype,

@@ -15,7 +15,7 @@ from xlstm_distill.accelerator import (
 )
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
-from xlstm_distill.data import DomainRows, RowSchedule
+from xlstm_distill.data import DomainRows, RowSchedule, expert_rows
 from xlstm_distill.distributed import process_count
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM
@@ -26,9 +26,9 @@ from xlstm_distill.stages.common import (
     STORE,
     align_request,
     architecture_of,
+    capture_identity,
     capture_request,
     data_inputs,
-    expert_domains,
     keep_training,
     load_student,
     open_domains,
@@ -54,31 +54,22 @@ def run(recipe: Recipe, run: Run, console: Console, expert: str | None = None) -
     return [_run_expert(recipe, run, name, console) for name in ([expert] if expert else recipe.distill.experts)]
 
 
-def expert_request(recipe: Recipe, name: str, data: Mapping[str, Artifact], seed_weights: str) -> Request:
+def expert_request(recipe: Recipe, name: str) -> Request:
     """What an expert is made from: settings shared by all, its own phases, seed weights, data and targets."""
-    inputs = {"align": seed_weights, "teacher": teacher_hash(recipe.teacher)}
-    for domain, artifact in data.items():
-        if recipe.capture.targets == "stored":
-            inputs[f"capture/{domain}"] = capture_request(recipe, domain, artifact).fingerprint
+    domains = expert_rows(recipe, name)
+    inputs = {"align": align_request(recipe).fingerprint, "teacher": teacher_hash(recipe.teacher)}
+    if recipe.capture.targets == "stored":
+        inputs |= {f"capture/{domain}": capture_identity(recipe, domain) for domain in domains}
     parts = {
         "distill": part(recipe.distill, "experts", "micro_batch", "activation_checkpointing"),
         "expert": part(recipe.distill.experts[name]),
         "capture": part(recipe.capture, "batch", "shard_teacher"),
         "seed": recipe.seed,
     }
-    return Request("distill", name=name, parts=parts, inputs={**inputs, **data_inputs(data)})
+    return Request("distill", name=name, parts=parts, inputs={**inputs, **data_inputs(recipe, domains)})
 
 
-def _plan_expert(recipe: Recipe, run: Run, name: str, console: Console) -> tuple[Request, str, dict[str, Artifact]]:
-    """An expert's request, the fingerprint of its seed weights, and the rows it reads."""
-    aligned_on = recipe.align.domains or recipe.data.domains
-    everything = prepare_domains(recipe, run, {*aligned_on, *expert_domains(recipe, name)}, console)
-    data = {domain: everything[domain] for domain in expert_domains(recipe, name)}
-    seed = align_request(recipe, {domain: everything[domain] for domain in aligned_on}).fingerprint
-    return expert_request(recipe, name, data, seed), seed, data
-
-
-def find_experts(recipe: Recipe, run: Run, console: Console) -> dict[str, Artifact]:
+def find_experts(recipe: Recipe, run: Run) -> dict[str, Artifact]:
     """The published experts of this recipe.
 
     Raises:
@@ -86,16 +77,20 @@ def find_experts(recipe: Recipe, run: Run, console: Console) -> dict[str, Artifa
     """
     found = {}
     for name in recipe.distill.experts:
-        request, _, _ = _plan_expert(recipe, run, name, console)
+        request = expert_request(recipe, name)
         found[name] = run.need(request.label, request.fingerprint)
     return found
 
 
 def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifact:
-    request, seed, data = _plan_expert(recipe, run, name, console)
+    request = expert_request(recipe, name)
+    if run.has(request):
+        return run.need(request.label, request.fingerprint)
+    aligned = run.need("align", request.inputs["align"])
+    targets = _find_targets(recipe, run, name)
+    data = prepare_domains(recipe, run, expert_rows(recipe, name), console)
 
     def build(draft: Draft) -> None:
-        aligned = run.need("align", seed)
         accelerator = make_accelerator(recipe)
         torch.manual_seed(recipe.seed)
         student = load_student(aligned, torch.float32)  # on the CPU: what is sharded moves shard by shard
@@ -106,9 +101,9 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
             choose_trainable(student, settings.trainable)
         if settings.activation_checkpointing:
             checkpoint_activations(student)
-        targets = _targets(recipe, run, data, accelerator.device)
-        task = DistillTask(student, targets, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail)
-        domains = open_domains(recipe, data)
+        source = _targets(recipe, targets, accelerator.device)
+        task = DistillTask(student, source, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail)
+        domains = open_domains(recipe, data, expert_rows(recipe, name))
         stretches = _stretches(recipe, recipe.distill.experts[name], domains)
         flops = distill_flops(
             architecture_of(student), recipe.student.mixer, recipe.data.context, settings.trainable,
@@ -141,19 +136,28 @@ def choose_trainable(student: CausalLM, which: str) -> None:
             mixer.requires_grad_(True)
 
 
-def _targets(recipe: Recipe, run: Run, data: Mapping[str, Artifact], device: torch.device) -> TargetSource:
+def _find_targets(recipe: Recipe, run: Run, name: str) -> dict[str, Artifact]:
+    """The published targets of an expert's domains; none where they are computed online.
+
+    Raises:
+        RunError: one is missing, or was made from other settings.
+    """
+    if recipe.capture.targets == "online":
+        return {}
+    requests = {domain: capture_request(recipe, domain) for domain in expert_rows(recipe, name)}
+    return {domain: run.need(request.label, request.fingerprint) for domain, request in requests.items()}
+
+
+def _targets(recipe: Recipe, captured: Mapping[str, Artifact], device: torch.device) -> TargetSource:
     if recipe.capture.targets == "online":
         kept = recipe.capture
         teacher = load_teacher(recipe.teacher, device)
         if kept.shard_teacher and process_count() > 1:
             shard_teacher(teacher)
         return OnlineTargets(teacher, kept.top_k, kept.mass, kept.min_k)
-    stores = {}
-    for domain, artifact in data.items():
-        request = capture_request(recipe, domain, artifact)
-        directory = run.need(request.label, request.fingerprint).path / STORE
-        stores[domain] = Store(directory, store_identity(recipe, domain, artifact))
-    return StoredTargets(stores)
+    return StoredTargets(
+        {domain: Store(a.path / STORE, store_identity(recipe, domain)) for domain, a in captured.items()}
+    )
 
 
 def _stretches(recipe: Recipe, expert: Expert, domains: Mapping[str, DomainRows]) -> tuple[Stretch, ...]:

@@ -37,7 +37,9 @@ def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
     """Evaluate every model under the same settings; each has its own artifact, so a new merge redoes only itself."""
     tokenizer = load_tokenizer(recipe.teacher)
     suite = functools.cache(lambda: load_suite(_suite(recipe)))  # takes seconds: only when something is to be scored
-    data = prepare_domains(recipe, run, recipe.data.domains, console)
+    planned = _plan(recipe, run)
+    done = all(run.has(request) for request, _ in planned.values())
+    data = {} if done else prepare_domains(recipe, run, recipe.data.domains, console)
 
     def build(name: str, source: Artifact | None, draft: Draft) -> None:
         device = make_accelerator(recipe).device
@@ -45,43 +47,41 @@ def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
         model = load_student(source, dtype, device) if source else load_teacher(recipe.teacher, device)
         _score(model.eval(), tokenizer, suite(), name, recipe, draft, console)
         if source is not None:
-            draft.write_json("gates.json", mean_gates(model, open_domains(recipe, data), device))
+            held_out = open_domains(recipe, data, dict.fromkeys(data, recipe.data.validation_rows))
+            draft.write_json("gates.json", mean_gates(model, held_out, device))
 
-    planned = _plan(recipe, run, data, console).items()
-    return [run.make(request, functools.partial(build, name, source)) for name, (request, source) in planned]
+    return [run.make(request, functools.partial(build, name, source)) for name, (request, source) in planned.items()]
 
 
-def find_evaluations(recipe: Recipe, run: Run, console: Console) -> dict[str, Artifact]:
+def find_evaluations(recipe: Recipe, run: Run) -> dict[str, Artifact]:
     """The published evaluations of this recipe, the teacher's first.
 
     Raises:
         RunError: one is missing, or was made from other settings.
     """
-    data = prepare_domains(recipe, run, recipe.data.domains, console)
-    planned = _plan(recipe, run, data, console)
+    planned = _plan(recipe, run)
     return {name: run.need(request.label, request.fingerprint) for name, (request, _) in planned.items()}
 
 
-def _plan(
-    recipe: Recipe, run: Run, data: dict[str, Artifact], console: Console
-) -> dict[str, tuple[Request, Artifact | None]]:
+def _plan(recipe: Recipe, run: Run) -> dict[str, tuple[Request, Artifact | None]]:
     """What is evaluated: each model's request and the artifact that holds it (None for the teacher)."""
-    sources: dict[str, Artifact | None] = {TEACHER: None, **_students(recipe, run, console)}
+    sources: dict[str, Artifact | None] = {TEACHER: None, **_students(recipe, run)}
+    data = data_inputs(recipe, recipe.data.domains)
     return {name: (_request(recipe, name, source, data), source) for name, source in sources.items()}
 
 
-def _students(recipe: Recipe, run: Run, console: Console) -> dict[str, Artifact]:
+def _students(recipe: Recipe, run: Run) -> dict[str, Artifact]:
     """The merged student, then the experts where the recipe wants them scored."""
-    request, experts = merge_request(recipe, run, console)
+    request, experts = merge_request(recipe, run)
     students = {MERGED: run.need(request.label, request.fingerprint)}
     return {**students, **(experts if recipe.evaluate.experts else {})}
 
 
-def _request(recipe: Recipe, name: str, source: Artifact | None, data: dict[str, Artifact]) -> Request:
+def _request(recipe: Recipe, name: str, source: Artifact | None, data: dict[str, str]) -> Request:
     if source is None:
         inputs = {"teacher": teacher_hash(recipe.teacher)}
     else:
-        inputs = {f"{source.manifest['stage']}/{name}": source.fingerprint, **data_inputs(data)}
+        inputs = {f"{source.manifest['stage']}/{name}": source.fingerprint, **data}
     if recipe.evaluate.include is not None:
         inputs["tasks"] = hash_path(Path(recipe.evaluate.include))
     parts = {

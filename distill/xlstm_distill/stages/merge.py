@@ -21,10 +21,10 @@ def merge_weights(recipe: Recipe) -> dict[str, float]:
     return dict(recipe.merge.weights)
 
 
-def merge_request(recipe: Recipe, run: Run, console: Console) -> tuple[Request, dict[str, Artifact]]:
+def merge_request(recipe: Recipe, run: Run) -> tuple[Request, dict[str, Artifact]]:
     """What the merged student is made from, and the experts, which must be there and of this recipe."""
     weights = merge_weights(recipe)
-    experts = find_experts(recipe, run, console)
+    experts = find_experts(recipe, run)
     request = Request(
         "merge",
         parts={"method": recipe.merge.method, "weights": weights},
@@ -35,7 +35,7 @@ def merge_request(recipe: Recipe, run: Run, console: Console) -> tuple[Request, 
 
 def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
     """Merge the experts; with one expert the result is that expert."""
-    request, experts = merge_request(recipe, run, console)
+    request, experts = merge_request(recipe, run)
     weights = merge_weights(recipe)
 
     def build(draft: Draft) -> None:

@@ -29,7 +29,7 @@ FOLDER = "report"
 
 def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
     """Publish the report and put report.{html,md,json} into RUN/report."""
-    evaluated = find_evaluations(recipe, run, console)
+    evaluated = find_evaluations(recipe, run)
     _require_same_requests(evaluated)
     request = Request(
         "report",
