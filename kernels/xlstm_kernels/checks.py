@@ -53,17 +53,23 @@ def check_window(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segme
     check_shape(name, "v", v, "(B, G, T, D), as k", tuple(k.shape))
     check_groups(name, "k", k, q)
     check_segments(name, segment_ids, q)
+    for field, count in (("window", window), ("sinks", sinks)):
+        if not isinstance(count, int):
+            raise ValueError(f"{name}: {field}={count!r} is not allowed; a whole number")
     if window < 1:
         raise ValueError(f"{name}: window={window} is not allowed; at least 1 (the query itself)")
     if sinks < 0:
         raise ValueError(f"{name}: sinks={sinks} is not allowed; 0 or more")
 
 
-def check_step(operator: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> None:
-    """Check one token of the mLSTM."""
-    check_floats(operator, q=q, k=k, v=v, i=i, f=f)
-    check_shape(operator, "q", q, "(B, H, Dk)", (None, None, None))
-    check_shape(operator, "k", k, "(B, H, Dk), as q", tuple(q.shape))
+def check_step(
+    operator: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState, prefix: str = ""
+) -> None:
+    """Check one token of the mLSTM; `prefix` is what the caller's names of q and k begin with."""
+    query, key = f"{prefix}q", f"{prefix}k"
+    check_floats(operator, **{query: q, key: k, "v": v, "i": i, "f": f})
+    check_shape(operator, query, q, "(B, H, Dk)", (None, None, None))
+    check_shape(operator, key, k, f"(B, H, Dk), as {query}", tuple(q.shape))
     check_shape(operator, "v", v, "(B, G, Dv)", (q.shape[0], None, None))
     check_groups(operator, "v", v, q)
     for name, gate in (("i", i), ("f", f)):
@@ -86,8 +92,8 @@ def check_hybrid_step(
 ) -> None:
     """Check one token of the hybrid mixer."""
     name = "hybrid_step"
-    check_floats(name, q=q, k=k, v=v, gate=gate)
-    check_step(name, phi_q, phi_k, v, i, f, state)
+    check_floats(name, q=q, k=k, v=v, gate=gate, **{"ring.keys": ring.keys, "ring.values": ring.values})
+    check_step(name, phi_q, phi_k, v, i, f, state, prefix="phi_")
     (B, H), G = phi_q.shape[:2], v.shape[1]
     check_shape(name, "q", q, "(B, H, D)", (B, H, None))
     check_shape(name, "k", k, "(B, G, D)", (B, G, q.shape[-1]))

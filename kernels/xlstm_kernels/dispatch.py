@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import Literal
@@ -32,23 +33,46 @@ def choose(operator: str, backend: Backend, *tensors: Tensor, dims: dict[str, in
     chosen = AUTO if backend == "auto" else backend
     if chosen == "triton" and (objection := triton_refuses(tensors, dims, sinks)):
         raise ValueError(f"{operator}: backend='triton' {objection}")
-    if chosen == "mlstm_kernels" and importlib.util.find_spec("mlstm_kernels") is None:
-        raise ValueError(
-            f"{operator}: backend='mlstm_kernels' needs the package mlstm_kernels, which is not installed; "
-            "install it, or use backend='torch'"
-        )
+    if chosen == "mlstm_kernels" and (objection := peer_refuses(tensors)):
+        raise ValueError(f"{operator}: backend='mlstm_kernels' {objection}")
     return chosen
 
 
-def triton_refuses(tensors: tuple[Tensor, ...], dims: dict[str, int], sinks: int = 0) -> str | None:
-    """Say why the Triton kernels cannot run a call, and what to do; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton, which is not installed; install it, or use backend='torch'"
+@functools.cache
+def installed(package: str) -> bool:
+    """Whether a package can be imported; looked up once, as decoding asks in every layer for every token."""
+    return importlib.util.find_spec(package) is not None
+
+
+def peer_refuses(tensors: tuple[Tensor, ...]) -> str | None:
+    """Say why mlstm_kernels cannot run a call, and what to do; None if it can."""
+    for package in ("mlstm_kernels", "triton"):
+        if not installed(package):
+            return f"needs the package {package}, which is not installed; install it, or use backend='torch'"
+    if objection := _device_refused(tensors):
+        return objection
+    from triton import language
+
+    if not hasattr(language, "make_block_ptr"):
+        return "needs block pointers, which this Triton no longer has; take Triton 3.8 or older, or backend='triton'"
+    return None
+
+
+def _device_refused(tensors: tuple[Tensor, ...]) -> str | None:
     device = tensors[0].device.type
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs CUDA tensors, but these are on {device}; move them, or use backend='torch'"
     if any(x.dtype == torch.float64 for x in tensors):
         return "computes in float32; for float64 inputs use backend='torch'"
+    return None
+
+
+def triton_refuses(tensors: tuple[Tensor, ...], dims: dict[str, int], sinks: int = 0) -> str | None:
+    """Say why the Triton kernels cannot run a call, and what to do; None if they can."""
+    if not installed("triton"):
+        return "needs the package triton, which is not installed; install it, or use backend='torch'"
+    if objection := _device_refused(tensors):
+        return objection
     for letter, size in dims.items():
         if size not in HEAD_DIMS:
             return f"has no kernel for {letter}={size}; allowed: {', '.join(map(str, HEAD_DIMS))}"

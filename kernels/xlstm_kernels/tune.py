@@ -33,7 +33,7 @@ from xlstm_kernels.window import banded_attention
 CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 BLOCKS = (16, 32, 64, 128)
 WINDOW, SINKS, GROUP = 512, 4, 4
-CHECKED_TOKENS, REPEATS = 300, 5
+CHECKED_TOKENS, REPEATS = 2 * (WINDOW + SINKS) + 65, 5
 TEMPLATE = '''"""Launch settings by (bytes of a dot operand, head dim), as `python -m xlstm_kernels.tune` writes it."""
 
 # The GPU on which these were the fastest forward + backward; None: chosen from registers, spills and shared memory of

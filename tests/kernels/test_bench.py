@@ -50,6 +50,27 @@ def test_a_wrong_operator_is_not_timed(
     assert "not timed: RMS ratio 1.0e-03 to the reference; allowed: 1e-05" in line
 
 
+@pytest.mark.parametrize(("operator", "wrong"), [
+    ("window", {"window": 99}), ("window", {"sinks": 0}), ("causal", {}), ("hybrid step", {"sinks": 0}),
+])  # fmt: skip
+def test_the_check_sees_beyond_window_and_sinks(operator: str, wrong: dict[str, int]) -> None:
+    shape = bench_entries.Shape(4, 100_000, 2, 1, 8, 8, 100, 4, 0)
+    entry = next(e for e in bench_entries.ENTRIES if e.operator == operator and not e.needs and not e.cuda_only)
+    if operator == "causal":  # that is a window without end
+        entry = entry._replace(operator="window", reference=bench_entries.window_truth)
+    changed = entry._replace(run=lambda a, s: entry.run(a, s._replace(**wrong)))
+    assert bench.worst_ratio(changed, shape, torch.device("cpu"), torch.float32) > 1e-2
+    if wrong:
+        assert bench.worst_ratio(entry, shape, torch.device("cpu"), torch.float32) < 1e-5
+
+
+def test_documents_are_checked_where_rows_without_are_timed() -> None:
+    entry = bench_entries.ENTRIES[0]
+    joined = entry._replace(run=lambda a, s: entry.run(a._replace(ids=None), s))
+    shape = bench_entries.Shape(1, 1000, 2, 1, 8, 8, 32, 4, 0)
+    assert bench.worst_ratio(joined, shape, torch.device("cpu"), torch.float32) > 1e-2
+
+
 def test_report_has_table_data_and_plot(tmp_path: Path) -> None:
     arguments = [*SMALL, "--operators", "mlstm", "--tokens", "20", "40", "--report", str(tmp_path)]
     assert bench.main(arguments) == 0

@@ -116,7 +116,7 @@ def test_extreme_gates_stay_exact_in_the_step(device: str) -> None:
         ({"gate": torch.zeros(2, 3)}, r"gate has shape \(2, 3\); expected \(B, H\) = \(2, 4\)"),
         ({"q": torch.zeros(2, 3, 16)}, r"q has shape \(2, 3, 16\)"),
         ({"k": torch.zeros(2, 2, 8)}, r"k has shape \(2, 2, 8\)"),
-        ({"phi_k": torch.zeros(2, 4, 8)}, r"k has shape \(2, 4, 8\); expected \(B, H, Dk\), as q"),
+        ({"phi_k": torch.zeros(2, 4, 8)}, r"phi_k has shape \(2, 4, 8\); expected \(B, H, Dk\), as phi_q"),
     ],
 )
 def test_bad_tensors_are_refused(change: dict[str, Tensor], message: str) -> None:
@@ -134,5 +134,7 @@ def test_a_ring_that_does_not_fit_is_refused() -> None:
         hybrid_step(*token, state, ring, sinks=6)
     with pytest.raises(ValueError, match=r"^hybrid_step: ring.keys has shape \(2, 2, 6, 8\)"):
         hybrid_step(*token, state, ring._replace(keys=ring.keys[..., :8]), sinks=2)
+    with pytest.raises(ValueError, match=r"^hybrid_step: ring.keys has dtype int32; allowed: float32, bfloat16"):
+        hybrid_step(*token, state, ring._replace(keys=ring.keys.int()), sinks=2)
     with pytest.raises(ValueError, match=r"^hybrid_step: ring.lengths has dtype int32; allowed: int64"):
         hybrid_step(*token, state, ring._replace(lengths=ring.lengths.int()), sinks=2)
