@@ -45,6 +45,7 @@ LAYERS = (
     {
         "student",
         "teacher",
+        "readers",
         "sources",
         "mixing",
         "preparation",
