@@ -110,9 +110,9 @@ def _listed(values: Iterable[Any]) -> Iterator[tuple[dict[str, Any], State]]:
 
 def _parsed(text: bytes, where: str) -> Any:
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        hint = "" if where == "its list" else " (a JSON file holds one object per line, or one list of them)"
+        hint = " (a JSON file holds one object per line, or one list of them)" if where == "line 1" else ""
         raise BadRecord(where, f"{error}{hint}") from None
     if b"\\ud" in text or b"\\uD" in text:  # perhaps half a character, which no tokenizer takes
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
