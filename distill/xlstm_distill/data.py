@@ -24,7 +24,7 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.shards import ShardReader
 
 IGNORE_INDEX = -100
-ROWS_FORMAT = 2
+ROWS_FORMAT = 3
 """Raised when rows change meaning, so that those made before are made anew."""
 BLOCK = 4096.0
 """Rows that a schedule puts in order at a time."""
@@ -141,7 +141,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
         rules = sorted(tokenizer.get_vocab().items())
     else:  # padding and truncation are set by the last call, not by the tokenizer's files
         rules = [part for part in json.loads(backend.to_str()).items() if part[0] not in ("padding", "truncation")]
-    return digest([rules, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id])
+    special = json.loads(json.dumps(tokenizer.special_tokens_map, default=str))  # templates render some by name
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return digest([rules, tokenizer.chat_template, *ids, special, splits])
 
 
 class RowSchedule:
