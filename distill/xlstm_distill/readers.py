@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import io
 import itertools
 import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, cast
-
-import pyarrow as pa
 
 BATCH_RECORDS = 64
 AHEAD_RECORDS = 1000
@@ -23,11 +20,6 @@ Batch = Mapping[str, list[Any]]
 State = dict[str, Any]
 Reader = Callable[[State | None], Iterator[tuple[Batch, State]]]
 """Yields batches of a file, from its beginning or from a state on, which is a JSON value."""
-READ_ERRORS = (
-    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, EOFError, ImportError,
-    zlib.error, lzma.LZMAError, pa.ArrowException,
-)  # fmt: skip
-"""What reading a bad file has been seen to raise, or may."""
 
 
 class BadRecord(ValueError):
@@ -73,7 +65,33 @@ def open_bytes(path: str) -> BinaryIO:
     from datasets.utils.file_utils import xopen
 
     file = xopen(datasets.StreamingDownloadManager().extract(path), "rb")
-    return cast(BinaryIO, file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BLOCK_BYTES))
+    return cast(BinaryIO, file if isinstance(file, io.BufferedReader) else io.BufferedReader(_Raw(file), BLOCK_BYTES))
+
+
+class _Raw(io.RawIOBase):
+    """A file to buffer, of which only `read` is used: it is what `datasets` tries again when a connection breaks."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._file.read(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._file.seek(offset, whence)
+        return int(self._file.tell())
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _json_batches(path: str, state: State | None) -> Iterator[tuple[Batch, State]]:
@@ -126,8 +144,10 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _skip(file: BinaryIO, count: int) -> None:
-    """Go forward by bytes, also where a decompressor cannot seek."""
-    if file.seekable():
+    """Go forward by bytes from the beginning, also where a decompressor or a remote file cannot seek."""
+    if count == 0:
+        return
+    with contextlib.suppress(OSError, ValueError):
         file.seek(count)
         return
     while count > 0 and (block := file.read(min(count, BLOCK_BYTES))):

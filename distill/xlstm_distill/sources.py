@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from xlstm_distill import embedded
 from xlstm_distill.artifacts import digest, hash_path
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.readers import (
     BATCH_RECORDS,
-    READ_ERRORS,
     BadRecord,
     Batch,
     Reader,
@@ -33,6 +33,8 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 STYLES = (("messages",), ("prompt", "response"), ("text",))
 ROLES = ("messages", "system", "prompt", "response", "text")
+LIST_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, pa.ArrowException)
+"""What `datasets` raises, besides its own errors, on a data set or folder that it cannot make out."""
 OWN_READERS: Mapping[str, Callable[[str], Reader]] = {"json": json_reader, "csv": csv_reader}
 Document = Mapping[str, Any]
 
@@ -131,13 +133,13 @@ class SourceReader:
 
     def _records(self, file: _File, start: Position) -> Iterator[tuple[Position, list[Document]]]:
         """Yield a file's documents in batches, and where they begin."""
-        from datasets.exceptions import DatasetsError
-
         position, batches = start, file.read(start.state)
         while True:
             try:
                 found = next(batches, None)
-            except (*READ_ERRORS, DatasetsError) as error:
+            except (
+                Exception
+            ) as error:  # each format and decompressor has errors of its own; here is nothing but reading
                 raise self._unreadable(file, position, error) from error
             if found is None:
                 return
@@ -212,7 +214,7 @@ class SourceReader:
                 return self._hub_files()
             if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
                 return self._saved(datasets.load_from_disk(str(path)))
-        except (*READ_ERRORS, datasets.exceptions.DatasetsError) as error:
+        except (*LIST_ERRORS, datasets.exceptions.DatasetsError) as error:
             raise self._unreadable(None, Position(), error) from error
         self._refuse_split("plain files have no splits")
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _builder(p))

@@ -350,7 +350,9 @@ def test_bad_json_names_its_line(content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [TypeError("Couldn't cast"), AttributeError("no"), KeyError("k"), OverflowError("o")])
+@pytest.mark.parametrize(
+    "error", [TypeError("Couldn't cast"), AttributeError("no"), KeyError("k"), Exception("its own")]
+)
 def test_whatever_a_reader_raises_names_the_file_and_the_place(error, tmp_path, monkeypatch):
     def batches(state):
         yield {"text": ["a"] * 64}, {}
