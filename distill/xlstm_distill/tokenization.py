@@ -299,7 +299,7 @@ def _checked_messages(value: Any, where: str) -> Messages | None:
 
     Keys without a value are left out: a schema adds them to all messages, and templates ask whether they are there.
     """
-    found = []
+    found: Messages = []
     for message in value if isinstance(value, list) else [None]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f"{where} must be a list of messages with 'role' and 'content'.")

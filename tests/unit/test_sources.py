@@ -379,7 +379,7 @@ def test_csv_values_are_the_texts_that_they_are(tmp_path):
     path.write_text("prompt,response,n\n1+1,2,1\nwhich,NA,\nnull,None,2\n3,,4\nshort\n")
     expected = [("1+1", "2"), ("which", "NA"), ("null", "None"), ("3", ""), ("short", "")]
     found = chunks(Source(path=str(path)))[0][1].documents
-    assert [(d["prompt"], d["response"] or "") for d in found] == expected
+    assert [(d["prompt"], d["response"]) for d in found] == expected
 
 
 def test_what_a_document_of_a_text_file_is_can_be_chosen(tmp_path):
