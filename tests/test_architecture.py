@@ -55,6 +55,7 @@ LAYERS = (
     {
         "student",
         "teacher",
+        "readers",
         "sources",
         "mixing",
         "preparation",

@@ -197,7 +197,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
         rules = sorted(tokenizer.get_vocab().items())
     else:  # padding and truncation are set by the last call, not by the tokenizer's files
         rules = [part for part in json.loads(backend.to_str()).items() if part[0] not in ("padding", "truncation")]
-    return digest([rules, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id])
+    special = json.loads(json.dumps(tokenizer.special_tokens_map, default=str))  # templates render some by name
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return digest([rules, tokenizer.chat_template, *ids, special, splits])
 
 
 class RowSchedule:

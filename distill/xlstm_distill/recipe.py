@@ -124,7 +124,14 @@ class Source(Section):
     text: Text | None = Field(default=None, description="Column that holds plain text.")
     prompt: Text | None = Field(default=None, description="Column that holds the prompt; with `response`.")
     response: Text | None = Field(default=None, description="Column that holds the response; with `prompt`.")
+    system: Text | None = Field(
+        default=None, description="Column that holds a system message, to stand before `prompt`; empty means none."
+    )
     messages: Text | None = Field(default=None, description="Column that holds chat messages (role, content).")
+    sample_by: Literal["line", "paragraph", "document"] = Field(
+        default="line",
+        description="What a document is in local `.txt` files: a line, a paragraph (up to an empty line), or a file.",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -147,6 +154,8 @@ class Source(Section):
             for field in ("name", "revision", "streaming"):
                 if getattr(self, field) != type(self).model_fields[field].default:
                     raise FieldError(field, f"does not apply to the local path {self.path}; leave it out.")
+        elif self.path is not None and self.sample_by != "line":
+            raise FieldError("sample_by", f"does not apply to {self.path!r} on the hub, only to local files.")
         return self
 
     @model_validator(mode="after")
@@ -154,6 +163,8 @@ class Source(Section):
         if (self.prompt is None) != (self.response is None):
             missing = "prompt" if self.prompt is None else "response"
             raise FieldError(missing, "missing; 'prompt' and 'response' go together.")
+        if self.system is not None and self.prompt is None:
+            raise FieldError("system", "given without 'prompt' and 'response'; it stands before a prompt.")
         styles = [name for name in ("text", "prompt", "messages") if getattr(self, name) is not None]
         if len(styles) > 1:
             raise FieldError(styles[1], f"given beside '{styles[0]}'; name the columns of one style only.")

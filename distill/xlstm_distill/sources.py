@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import itertools
-import json
-import lzma
-import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +15,27 @@ import numpy as np
 import pyarrow as pa
 
 from xlstm_distill import embedded
-from xlstm_distill.artifacts import hash_path
+from xlstm_distill.artifacts import digest, hash_path
 from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.readers import (
+    BATCH_RECORDS,
+    BadRecord,
+    Batch,
+    Reader,
+    csv_reader,
+    dataset_reader,
+    json_reader,
+)
 from xlstm_distill.recipe import Source
 from xlstm_distill.tokenization import Chunk
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".csv": "csv"}
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 STYLES = (("messages",), ("prompt", "response"), ("text",))
-READ_ERRORS = (OSError, ValueError, EOFError, ImportError, zlib.error, lzma.LZMAError, pa.ArrowException)
-CHUNK_DOCUMENTS = 64
-WHOLE_HASH_BYTES, END_BYTES = 2**30, 2**20
+ROLES = ("messages", "system", "prompt", "response", "text")
+LIST_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, pa.ArrowException)
+"""What `datasets` raises, besides its own errors, on a data set or folder that it cannot make out."""
+OWN_READERS: Mapping[str, Callable[[str], Reader]] = {"json": json_reader, "csv": csv_reader}
 Document = Mapping[str, Any]
 
 
@@ -50,39 +55,28 @@ class Position:
 
 @dataclass(frozen=True)
 class _File:
-    """A part of a source that is read in one go: a file, a shard of hub data, or a generator's output."""
+    """A part of a source that is read in one go: a file, or a shard of hub data."""
 
     label: str
-    path: Path | None
-    open: Callable[[], Any]
+    read: Reader
+    remote: bool = False
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """What a source's content depends on, for fingerprints: its settings and, for local files, a hash."""
+    """What a source's content depends on, for fingerprints: its settings and a hash of local files or a generator."""
     settings = source.model_dump(mode="json")
-    if source.path is not None and (path := Path(source.path)).exists():
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        stamps = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-        settings["path"] = _content_hash(path, stamps)
+    if source.generator is not None:
+        settings["code"] = _generators_hash()
+    elif source.path is not None and (path := Path(source.path)).exists():
+        settings["path"] = hash_path(path)
     return settings
 
 
-@functools.lru_cache(maxsize=256)
-def _content_hash(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """Hash a file or folder; above 1 GiB in all, of each file the name, the size and both ends.
-
-    Every stage asks, so the answer is kept for as long as sizes and times of change stay.
-    """
-    if sum(size for _, size, _ in stamps) <= WHOLE_HASH_BYTES:
-        return hash_path(path)
-    total = hashlib.sha256()
-    for name, size, _ in stamps:
-        total.update(f"{os.path.relpath(name, path)}\0{size}\0".encode())
-        with open(name, "rb") as stream:
-            total.update(stream.read(END_BYTES))
-            stream.seek(max(0, size - END_BYTES))
-            total.update(stream.read())
-    return total.hexdigest()[:32]
+@functools.cache
+def _generators_hash() -> str:
+    """Hash of the files that decide what the embedded generators write."""
+    folder = Path(embedded.__file__).parent
+    return digest([(folder / name).read_text(encoding="utf-8") for name in embedded.GENERATOR_FILES])
 
 
 class SourceReader:
@@ -107,8 +101,12 @@ class SourceReader:
             yield from self._generated(start)
             return
         files = self._files()
+        order = np.random.default_rng(self.seed).permutation(len(files))
+        self._columns = self._named_columns()
+        if start.read and not self._columns:
+            self._settle_columns([files[number] for number in order])
         here, read = start, start.read
-        for number in np.random.default_rng(self.seed).permutation(len(files))[start.file :]:
+        for number in order[start.file :]:
             for position, documents in self._records(files[number], here):
                 if self.source.documents is not None:
                     documents = documents[: self.source.documents - position.read]
@@ -127,7 +125,7 @@ class SourceReader:
         stream = embedded.documents(self.source.generator, self.source.documents, self.seed)
         rest = itertools.islice(stream, start.record, None)
         position = start
-        while batch := list(itertools.islice(rest, CHUNK_DOCUMENTS)):
+        while batch := list(itertools.islice(rest, BATCH_RECORDS)):
             documents = [{"messages": document["messages"]} for document in batch]
             yield position, Chunk(documents, self.field, label, position.record)
             done = position.record + len(batch)
@@ -135,59 +133,61 @@ class SourceReader:
 
     def _records(self, file: _File, start: Position) -> Iterator[tuple[Position, list[Document]]]:
         """Yield a file's documents in batches, and where they begin."""
-        import datasets
-
-        position = start
-        try:
-            data = file.open()
-            if data is None:
+        position, batches = start, file.read(start.state)
+        while True:
+            try:
+                found = next(batches, None)
+            except (
+                Exception
+            ) as error:  # each format and decompressor has errors of its own; here is nothing but reading
+                raise self._unreadable(file, position, error) from error
+            if found is None:
                 return
-            if start.state is not None:
-                data.load_state_dict(start.state)
-            for batch in data.iter(CHUNK_DOCUMENTS):
-                documents = self._documents(batch, file, position)
-                yield position, documents
-                position = Position(
-                    file=position.file,
-                    record=position.record + len(documents),
-                    read=position.read + len(documents),
-                    state=data.state_dict(),
-                )
-        except (*READ_ERRORS, datasets.exceptions.DatasetsError) as error:
-            raise self._unreadable(file, position, error) from error
+            documents = self._documents(found[0], file, position)
+            yield position, documents
+            count = len(documents)
+            position = Position(position.file, position.record + count, position.read + count, found[1])
 
-    def _unreadable(self, file: _File, position: Position, error: Exception) -> Exception:
-        """Say which file could not be read, and where in it."""
+    def _unreadable(self, file: _File | None, position: Position, error: Exception) -> Exception:
+        """Say which file could not be read, and where in it; without a file, that the source could not be listed."""
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return error
         reason = " ".join(str(error).split()) or type(error).__name__
-        where = f"record {position.record + 1} or one soon after it"
-        if file.path is None and position.read:
+        where = f"record {position.record + 1} or one soon after it" if position.record else "it"
+        if isinstance(error, BadRecord):
+            where = error.where
+        elif file and file.remote and position.read:
             return RunError(
                 f"{self.field}: {file.label} stopped at {where}: {reason}. Run the command again to go on from the "
                 "last finished shard."
             )
-        if file.path is not None and (line := _bad_json_line(file.path)) is not None:
-            where, reason = f"line {line[0]}", line[1]
-        elif not position.record:
-            where = "it"
-        return UserError(f"{self.field}.path: {file.label}: {where} cannot be read: {reason}")
+        return UserError(
+            f"{self.field}.path: {file.label if file else repr(self.source.path)}: {where} cannot be read: {reason}"
+        )
 
-    def _documents(self, batch: Mapping[str, list[Any]], file: _File, position: Position) -> list[Document]:
-        """Take the columns that the recipe names, else those with the usual names."""
+    def _documents(self, batch: Batch, file: _File, position: Position) -> list[Document]:
+        """Take the columns that the recipe names, else those with the usual names.
+
+        A file has its columns from the first batch on; what lacks one later (JSON has no schema) has null there.
+        """
         columns = self._columns or self._choose_columns(batch)
-        if missing := [column for column in columns.values() if column not in batch]:
+        missing = [column for column in columns.values() if column not in batch]
+        if missing and not position.record:
             raise UserError(
                 f"{self.field}: {file.label} has no column {missing[0]!r} (record {position.record + 1}); it has "
                 f"{', '.join(sorted(batch))}. Name the right ones with messages, prompt and response, or text."
             )
         self._columns = columns
-        rows = zip(*(batch[column] for column in columns.values()), strict=True)
+        nulls = [None] * len(next(iter(batch.values()), []))
+        rows = zip(*(batch.get(column, nulls) for column in columns.values()), strict=True)
         return [dict(zip(columns, row, strict=True)) for row in rows]
 
-    def _choose_columns(self, batch: Mapping[str, Any]) -> dict[str, str]:
-        named = {role: getattr(self.source, role) for style in STYLES for role in style}
-        if columns := {role: column for role, column in named.items() if column is not None}:
+    def _named_columns(self) -> dict[str, str]:
+        named = {role: getattr(self.source, role) for role in ROLES}
+        return {role: column for role, column in named.items() if column is not None}
+
+    def _choose_columns(self, batch: Batch) -> dict[str, str]:
+        if columns := self._named_columns():
             return columns
         for style in STYLES:
             if all(role in batch for role in style):
@@ -196,6 +196,12 @@ class SourceReader:
             f"{self.field}: {self.source.path!r} has none of the columns messages, prompt + response, text; it has "
             f"{', '.join(sorted(batch))}. Name the right ones with messages, prompt and response, or text."
         )
+
+    def _settle_columns(self, files: Sequence[_File]) -> None:
+        """Choose columns as reading from the beginning does, by the first file that has a record."""
+        for file in files:
+            if next(self._records(file, Position()), None):
+                return
 
     def _files(self) -> list[_File]:
         """List the source's files; of hub data, its shards."""
@@ -208,8 +214,8 @@ class SourceReader:
                 return self._hub_files()
             if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
                 return self._saved(datasets.load_from_disk(str(path)))
-        except (*READ_ERRORS, datasets.exceptions.DatasetsError) as error:
-            raise self._unreadable(_File(repr(self.source.path), None, lambda: None), Position(), error) from error
+        except (*LIST_ERRORS, datasets.exceptions.DatasetsError) as error:
+            raise self._unreadable(None, Position(), error) from error
         self._refuse_split("plain files have no splits")
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _builder(p))
         formats = Counter(_builder(file) for file in files)
@@ -220,21 +226,36 @@ class SourceReader:
             raise UserError(
                 f"{self.field}.path: {path} holds files of several formats ({found}); name a folder with one."
             )
-        return [_File(str(file), file, functools.partial(_open_file, file)) for file in files if file.stat().st_size]
+        if self.source.sample_by != "line" and (others := set(formats) - {"text"}):
+            raise UserError(f"{self.field}.sample_by: does not apply to {others.pop()} files; leave it out.")
+        return [_File(str(file), self._reader(file)) for file in files if file.stat().st_size]
+
+    def _reader(self, file: Path) -> Reader:
+        """How a local file is read."""
+        builder = str(_builder(file))
+        if builder in OWN_READERS:
+            return OWN_READERS[builder](str(file))
+        options = {"sample_by": self.source.sample_by} if builder == "text" else {}
+        return dataset_reader(functools.partial(_open_file, file, builder, options))
 
     def _hub_files(self) -> list[_File]:
+        """List hub data by files where these are read here, else by the shards that `datasets` makes of it."""
         import datasets
 
-        source = self.source
-        data = datasets.load_dataset(
-            source.path, source.name, split=source.split, revision=source.revision, streaming=source.streaming
-        )
-        if isinstance(data, datasets.Dataset):
-            return [_File(f"{source.path!r}", None, data.to_iterable_dataset)]
+        source, name = self.source, repr(self.source.path)
+        if not source.streaming:
+            data = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+            return [_File(name, dataset_reader(data.to_iterable_dataset), remote=True)]
+        builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
+        reader, addresses = _own_reader(builder), (builder.config.data_files or {}).get(source.split)
+        if reader and addresses:
+            return [_File(f"{name}, {address}", reader(str(address)), remote=True) for address in addresses]
+        data = builder.as_streaming_dataset(split=source.split)
         count = data.num_shards
+        shards = [functools.partial(data.shard, count, n) for n in range(count)]
         return [
-            _File(f"{source.path!r}, shard {n + 1} of {count},", None, functools.partial(data.shard, count, n))
-            for n in range(count)
+            _File(f"{name}, shard {n + 1} of {count},", dataset_reader(shard), remote=True)
+            for n, shard in enumerate(shards)
         ]
 
     def _saved(self, data: Any) -> list[_File]:
@@ -247,7 +268,7 @@ class SourceReader:
             )
         else:
             data = data[self.source.split]
-        return [_File(str(self.source.path), None, data.to_iterable_dataset)]
+        return [_File(str(self.source.path), dataset_reader(data.to_iterable_dataset))]
 
     def _refuse_split(self, reason: str) -> None:
         if self.source.split != "train":
@@ -262,24 +283,24 @@ def _builder(file: Path) -> str | None:
     return BUILDERS.get(Path(name).suffix)
 
 
-def _open_file(file: Path) -> Any:
+def _open_file(file: Path, builder: str, options: Mapping[str, Any]) -> Any:
     """Open a file as a streaming data set; None if it has no record."""
     import datasets
 
     try:
-        return datasets.load_dataset(str(_builder(file)), data_files=[str(file)], split="train", streaming=True)
+        return datasets.load_dataset(builder, data_files=[str(file)], split="train", streaming=True, **options)
     except StopIteration:  # what datasets raises on a file without a record
         return None
 
 
-def _bad_json_line(file: Path) -> tuple[int, str] | None:
-    """Find the first line of a JSON-lines file that is no JSON; None where lines are not the trouble."""
-    if file.suffix != ".jsonl":
-        return None
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line or b"null")
-            except ValueError as error:
-                return number, str(error)
+def _own_reader(builder: Any) -> Callable[[str], Reader] | None:
+    """The reader of this project that does what a hub data set's builder does, but without a schema; None if none."""
+    from datasets.packaged_modules.csv.csv import Csv, CsvConfig
+    from datasets.packaged_modules.json.json import Json
+
+    config = builder.config
+    if isinstance(builder, Json) and (config.field, config.encoding, config.encoding_errors) == (None, "utf-8", None):
+        return json_reader
+    if isinstance(builder, Csv) and config.pd_read_csv_kwargs == CsvConfig().pd_read_csv_kwargs:
+        return csv_reader
     return None

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -77,8 +77,15 @@ class Chunk:
         return f"{self.field}: record {self.first + index + 1} of {self.origin}"
 
 
+class Chat(NamedTuple):
+    """Messages, and the first of them that may be supervised: of a prompt and its response, the response."""
+
+    messages: Messages
+    first: int = 0
+
+
 class DocumentTokenizer:
-    """Tokenise documents of three styles: `messages`, `prompt` + `response`, or `text`.
+    """Tokenise documents of three styles: `messages`, `prompt` + `response` (and `system`), or `text`.
 
     Supervised are the assistant's turns, the response, or all of the text; each ends with the end-of-text token. A
     prompt that is a list of messages is a chat that the response ends; so is a plain one where the tokenizer has a
@@ -98,10 +105,10 @@ class DocumentTokenizer:
         if "text" in documents[0]:
             return self._texts([document["text"] for document in documents])
         if "messages" in documents[0]:
-            return self._chats([list(document["messages"]) for document in documents])
-        if self.template is None and all(isinstance(document["prompt"], str) for document in documents):
+            return self._chats([Chat(list(document["messages"])) for document in documents])
+        if self.template is None and all(isinstance(d["prompt"], str) and "system" not in d for d in documents):
             return self._pairs([d["prompt"] for d in documents], [d["response"] for d in documents])
-        return self._chats([_as_chat(document["prompt"], document["response"]) for document in documents])
+        return self._chats([_as_chat(document) for document in documents])
 
     def _texts(self, texts: list[str]) -> list[Tokens]:
         encoded = [self._ended(ids) for ids in self._encode(texts)]
@@ -120,9 +127,9 @@ class DocumentTokenizer:
     def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
         return self.tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)["input_ids"]
 
-    def _chats(self, chats: list[Messages]) -> list[Tokens]:
+    def _chats(self, chats: list[Chat]) -> list[Tokens]:
         if self.template is None:
-            raise UserError("teacher.path: its tokenizer has no chat template, which data with 'messages' needs.")
+            raise UserError("teacher.path: its tokenizer has no chat template, which chats need.")
         whole = self._marked if self.marks_turns else self._by_prefix
         try:
             return whole(chats)
@@ -132,20 +139,30 @@ class DocumentTokenizer:
                 return [Tokens.without(Outcome.REFUSED, " ".join(str(error).split()))]
             return [self._chats([chat])[0] for chat in chats]
 
-    def _marked(self, chats: list[Messages]) -> list[Tokens]:
-        encoded = self.tokenizer.apply_chat_template(
+    def _marked(self, chats: list[Chat]) -> list[Tokens]:
+        encoded = self._encode_marked([chat.messages for chat in chats])
+        found = [Tokens.of(*pair) for pair in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)]
+        for chat, tokens in zip(chats, found, strict=True):
+            if any(message["role"] == "assistant" for message in chat.messages[: chat.first]):
+                (before,) = self._encode_marked([chat.messages[: chat.first]])["assistant_masks"]
+                turns = len(_starts(np.array(before, dtype=bool)))
+                starts = _starts(tokens.supervised)
+                tokens.supervised[: starts[turns] if turns < len(starts) else None] = False
+        return found
+
+    def _encode_marked(self, chats: list[Messages]) -> Any:
+        return self.tokenizer.apply_chat_template(
             chats, chat_template=self.template, return_dict=True, return_assistant_tokens_mask=True
         )
-        return [Tokens.of(*pair) for pair in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)]
 
-    def _by_prefix(self, chats: list[Messages]) -> list[Tokens]:
+    def _by_prefix(self, chats: list[Chat]) -> list[Tokens]:
         """Find the assistant's turns as what each adds to the rendered text before it."""
         if not self.tokenizer.is_fast:
             raise UserError(
                 "teacher.path: its tokenizer is a slow one, without the character offsets that chats need; use its "
                 "fast version, or a chat template with generation tags."
             )
-        texts = [self._render(chat) for chat in chats]
+        texts = [self._render(chat.messages) for chat in chats]
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
             return_token_type_ids=False,
@@ -160,18 +177,18 @@ class DocumentTokenizer:
             found.append(Tokens(np.array(ids, dtype=np.int32), supervised))
         return found
 
-    def _turns(self, chat: Messages, text: str) -> list[tuple[int, int]]:
-        """Characters of every assistant turn of a rendered chat, its closing token included.
+    def _turns(self, chat: Chat, text: str) -> list[tuple[int, int]]:
+        """Characters of every assistant turn to supervise of a rendered chat, its closing token included.
 
         A turn that the template renders otherwise once more turns follow (some drop the reasoning) is left out.
         """
-        spans = []
-        for turn, message in enumerate(chat):
-            if message["role"] != "assistant" or turn == 0:
+        spans, messages = [], chat.messages
+        for turn in range(max(chat.first, 1), len(messages)):
+            if messages[turn]["role"] != "assistant":
                 continue
-            before = self._render(chat[:turn])
-            asked = self._render(chat[:turn], add_generation_prompt=True)
-            through = self._render(chat[: turn + 1]) if turn + 1 < len(chat) else text
+            before = self._render(messages[:turn])
+            asked = self._render(messages[:turn], add_generation_prompt=True)
+            through = self._render(messages[: turn + 1]) if turn + 1 < len(messages) else text
             if not (text.startswith(before) and text.startswith(through)):
                 continue
             # A generation prompt may hold more than the turn itself, such as an opening reasoning tag.
@@ -197,9 +214,18 @@ def _dated(template: str) -> str:
     return DATE_CALL.sub(lambda call: repr(TODAY.strftime(call[2])), template)
 
 
-def _as_chat(prompt: str | Messages, response: str) -> Messages:
+def _starts(mask: np.ndarray) -> np.ndarray:
+    """Where stretches of True begin."""
+    return np.flatnonzero(mask & ~np.concatenate([[False], mask[:-1]]))
+
+
+def _as_chat(document: Mapping[str, Any]) -> Chat:
+    """A prompt, after the system message if there is one, and the response, which alone is supervised."""
+    prompt = document["prompt"]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [*turns, {"role": "assistant", "content": response}]
+    if "system" in document:
+        turns.insert(0, {"role": "system", "content": document["system"]})
+    return Chat([*turns, {"role": "assistant", "content": document["response"]}], first=len(turns))
 
 
 @dataclass(frozen=True)
@@ -216,11 +242,11 @@ class ChunkTokenizer:
         Raises:
             UserError: a document has a wrong type, or is too long and the policy is `error`.
         """
-        empty = [_is_empty(document, chunk, index) for index, document in enumerate(chunk.documents)]
-        tokenized = iter(self.tokenize([d for d, skip in zip(chunk.documents, empty, strict=True) if not skip]))
+        documents = [_checked(document, chunk.where(index)) for index, document in enumerate(chunk.documents)]
+        tokenized = iter(self.tokenize([document for document in documents if document is not None]))
         return [
-            Tokens.without(Outcome.EMPTY) if skip else self._fit(next(tokenized), chunk, index)
-            for index, skip in enumerate(empty)
+            Tokens.without(Outcome.EMPTY) if document is None else self._fit(next(tokenized), chunk, index)
+            for index, document in enumerate(documents)
         ]
 
     def _fit(self, tokens: Tokens, chunk: Chunk, index: int) -> Tokens:
@@ -243,21 +269,59 @@ class ChunkTokenizer:
         return tokens if tokens.supervised[1:].any() else Tokens.without(Outcome.UNSUPERVISED)
 
 
-def _is_empty(document: Mapping[str, Any], chunk: Chunk, index: int) -> bool:
-    """Whether a document has nothing to read; nulls count as empty.
+def _checked(document: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """A document as it is tokenised, or None if there is nothing to read or to learn; nulls count as empty.
 
     Raises:
         UserError: a column holds something else than its style needs.
     """
+    found: dict[str, Any] = {}
     for role, value in document.items():
         if value is None or (isinstance(value, str | list) and not value):
-            return True
+            if role == "system":
+                continue
+            return None
         if isinstance(value, str) and role != "messages":
+            found[role] = value
             continue
         if role not in ("messages", "prompt"):
-            raise UserError(f"{chunk.where(index)}: its {role} is {type(value).__name__}; text is needed.")
-        if not isinstance(value, list) or not all(
-            isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value
-        ):
-            raise UserError(f"{chunk.where(index)}: its {role} must be a list of messages with 'role' and 'content'.")
-    return False
+            raise UserError(f"{where}: its {role} is {type(value).__name__}; text is needed.")
+        if (messages := _checked_messages(value, f"{where}: its {role}")) is None:
+            return None
+        found[role] = messages
+    if "system" in found and isinstance(found["prompt"], list) and found["prompt"][0]["role"] == "system":
+        raise UserError(f"{where}: its prompt begins with a system message; leave out the source's 'system' column.")
+    return found
+
+
+def _checked_messages(value: Any, where: str) -> Messages | None:
+    """Messages whose contents are text; None if one has no content, or an assistant's an empty one, and no tool call.
+
+    Keys without a value are left out: a schema adds them to all messages, and templates ask whether they are there.
+    """
+    found: Messages = []
+    for message in value if isinstance(value, list) else [None]:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UserError(f"{where} must be a list of messages with 'role' and 'content'.")
+        calls = bool(message.get("tool_calls"))
+        if "content" not in message and not calls:
+            raise UserError(f"{where} must be a list of messages with 'role' and 'content'.")
+        content = _text_of(message.get("content"), f"{where} has a content in message {len(found) + 1} that")
+        if not calls and (content is None or (not content and message["role"] == "assistant")):
+            return None
+        whole = {**message, "content": content}
+        found.append({key: part for key, part in whole.items() if part is not None and part != []})
+    return found
+
+
+def _text_of(content: Any, where: str) -> str | None:
+    """A content's text, which may lie in parts."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f"{where} is {type(content).__name__}; text, or a list of parts of type 'text', is needed.")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = repr(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
+            raise UserError(f"{where} has a part of type {kind}; text, or a list of parts of type 'text', is needed.")
+    return "".join(part["text"] for part in content)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 
-from xlstm_distill.artifacts import Request, Run, digest, hash_path
+from xlstm_distill.artifacts import Request, Run, _hash_files, digest, hash_path
 from xlstm_distill.errors import RunError, UserError
 
 
@@ -100,3 +103,31 @@ def test_digest_ignores_key_order_and_hash_path_sees_content(tmp_path):
     before = hash_path(tmp_path)
     (tmp_path / "a").write_text("two")
     assert hash_path(tmp_path) != before
+
+
+def test_a_change_anywhere_in_a_large_file_is_seen(tmp_path):
+    file = tmp_path / "weights"
+    with file.open("wb") as stream:
+        stream.truncate(80 * 2**20)
+    before = hash_path(tmp_path)
+    with file.open("r+b") as stream:
+        stream.seek(40 * 2**20)
+        stream.write(b"changed")
+    assert hash_path(tmp_path) != before
+
+
+def test_beyond_the_limit_times_stand_for_the_middle_of_files(tmp_path, monkeypatch):
+    file = tmp_path / "data"
+    file.write_bytes(b"a" * 5 * 2**20)
+    whole = hash_path(file)
+    monkeypatch.setattr("xlstm_distill.artifacts.WHOLE_HASH_BYTES", 1)
+    _hash_files.cache_clear()
+    ends = hash_path(file)
+    assert ends != whole
+    (tmp_path / "copy").mkdir()
+    assert hash_path(Path(shutil.copy2(file, tmp_path / "copy"))) == ends
+    with file.open("r+b") as stream:
+        stream.seek(2 * 2**20)
+        stream.write(b"b")
+    os.utime(file, ns=(0, 1))
+    assert hash_path(file) != ends

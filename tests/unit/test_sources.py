@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 
+from xlstm_distill import embedded, sources
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Source
 from xlstm_distill.sources import Position, SourceReader, identity
@@ -25,6 +30,10 @@ def quiet():
 def write(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def saved_as(form, folder):
@@ -107,7 +116,7 @@ def test_a_generator_goes_on_from_any_chunk():
 
 
 class TestHub:
-    """The hub is out of reach of tests: its one entry, datasets.load_dataset, is replaced."""
+    """The hub is out of reach of tests: its entries, load_dataset and load_dataset_builder, are replaced."""
 
     @pytest.fixture
     def asked(self, monkeypatch):
@@ -115,18 +124,43 @@ class TestHub:
 
         def load(path, name=None, **options):
             calls.append((path, name, options))
-            if options["split"] not in ("train", "math"):
-                raise ValueError(f"Bad split: {options['split']}. Available splits: ['train', 'math']")
-            data = datasets.Dataset.from_list(RECORDS)
-            return data.to_iterable_dataset(num_shards=5) if options["streaming"] else data
+            return datasets.Dataset.from_list(RECORDS)
+
+        def stream(split):
+            calls[-1][2]["split"] = split
+            if split not in ("train", "math"):
+                raise ValueError(f"Bad split: {split}. Available splits: ['train', 'math']")
+            return datasets.Dataset.from_list(RECORDS).to_iterable_dataset(num_shards=5)
+
+        def builder(path, name=None, **options):
+            calls.append((path, name, options))
+            return SimpleNamespace(config=SimpleNamespace(data_files=None), as_streaming_dataset=stream)
 
         monkeypatch.setattr(datasets, "load_dataset", load)
+        monkeypatch.setattr(datasets, "load_dataset_builder", builder)
         return calls
+
+    @pytest.fixture
+    def served(self, monkeypatch, tmp_path):
+        """Serve files of a format as those of a hub data set, under two splits."""
+        real = datasets.load_dataset_builder
+
+        def serve(form, *contents, **config):
+            files = [tmp_path / f"{n}.{form}" for n in range(len(contents))]
+            for file, content in zip(files, contents, strict=True):
+                file.write_bytes(content)
+            splits = {"train": [str(file) for file in files], "test": str(files[0])}
+            kind = "csv" if "csv" in form else "json"
+            built = real(kind, data_files=splits, cache_dir=str(tmp_path / "cache"), **config)
+            monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: built)
+            return Source(path="owner/name")
+
+        return serve
 
     def test_all_settings_reach_the_hub_and_shards_are_shuffled(self, asked):
         source = Source(path="owner/name", name="part", split="math", revision="abc123")
         found = chunks(source)
-        options = {"split": "math", "revision": "abc123", "streaming": True}
+        options = {"split": "math", "revision": "abc123"}
         assert asked == [("owner/name", "part", options)]
         assert sorted(texts(found)) == sorted(r["text"] for r in RECORDS)
         assert texts(found) != [r["text"] for r in RECORDS]
@@ -135,7 +169,7 @@ class TestHub:
 
     def test_data_can_be_downloaded_first(self, asked):
         found = chunks(Source(path="owner/name", streaming=False))
-        assert asked[0][2]["streaming"] is False
+        assert asked == [("owner/name", None, {"split": "train", "revision": None})]
         assert texts(found) == [r["text"] for r in RECORDS]
 
     def test_a_split_that_is_not_there_is_one_line(self, asked):
@@ -152,13 +186,43 @@ class TestHub:
             yield from RECORDS[:100]
             raise ConnectionError("reset by peer")
 
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(stream))
+        data = datasets.IterableDataset.from_generator(stream)
+        builder = SimpleNamespace(config=SimpleNamespace(data_files=None), as_streaming_dataset=lambda split: data)
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
         reader = SourceReader(Source(path="owner/name"), "f", 0).chunks(Position())
         next(reader)
         with pytest.raises(
             RunError, match=r"f: 'owner/name'.* stopped at record 65 or one soon after it: reset by peer"
         ):
             list(reader)
+
+    @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz"])
+    def test_json_is_read_file_by_file_without_a_schema(self, form, served):
+        later = lines(*RECORDS[100:], {"text": "last", "other": {"a": 1}, "more": [1]})
+        contents = [lines(*RECORDS[:100]), later]
+        source = served(form, *(gzip.compress(c) if form.endswith("gz") else c for c in contents))
+        found = chunks(source)
+        assert sorted(texts(found)) == sorted([r["text"] for r in RECORDS] + ["last"])
+        for n, (position, _) in enumerate(found):
+            assert texts(chunks(source, position)) == texts(found[n:])
+        assert texts(chunks(source.model_copy(update={"split": "test"}))) == [r["text"] for r in RECORDS[:100]]
+        with pytest.raises(UserError, match=r"Bad split: dev. Available splits: \['train', 'test'\]"):
+            chunks(source.model_copy(update={"split": "dev"}))
+
+    def test_a_bad_line_of_hub_data_is_named_and_is_no_broken_connection(self, served):
+        source = served("jsonl", lines(*RECORDS) + b'{"text": "cut')
+        with pytest.raises(UserError, match=r"'owner/name', .*0.jsonl: line 151 cannot be read: Unterminated"):
+            chunks(source)
+
+    def test_csv_values_are_texts(self, served):
+        source = served("csv", b"prompt,response\n1+1,2\nwhich,NA\n")
+        assert [d for _, c in chunks(source) for d in c.documents] == [
+            {"prompt": "1+1", "response": "2"}, {"prompt": "which", "response": "NA"},
+        ]  # fmt: skip
+
+    def test_settings_of_the_data_set_for_its_files_hold(self, served):
+        source = served("csv", b"prompt;response\nask;tell\n", sep=";")
+        assert chunks(source)[0][1].documents == [{"prompt": "ask", "response": "tell"}]
 
 
 @pytest.mark.parametrize(
@@ -224,14 +288,135 @@ def test_splits_are_taken_from_saved_data_and_refused_elsewhere(tmp_path):
         chunks(Source(path=write(tmp_path / "d.jsonl", RECORDS), split="test"))
 
 
-def test_a_local_source_is_identified_by_its_content(tmp_path, monkeypatch):
+def test_a_local_source_is_identified_by_its_content(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"text": "one"}])
     before = identity(Source(path=path))
     (tmp_path / "elsewhere").mkdir()
     assert identity(Source(path=str(shutil.copy(path, tmp_path / "elsewhere")))) == before
     write(tmp_path / "d.jsonl", [{"text": "two"}])
     assert identity(Source(path=path)) != before
-    monkeypatch.setattr("xlstm_distill.sources.WHOLE_HASH_BYTES", 1)
-    large = identity(Source(path=path))
-    write(tmp_path / "d.jsonl", [{"text": "three"}])
-    assert identity(Source(path=path)) != large
+
+
+LONG = "x" * 1000
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ({"text": LONG, "source": None}, {"text": "b", "source": "web"}),
+        ({"text": LONG, "metadata": {"a": 1}}, {"text": "b", "metadata": {"a": 1, "b": 2}}),
+        ({"text": LONG, "metadata": {"a": 1}}, {"text": "b", "metadata": {"a": "u"}}),
+        ({"text": None, "pad": LONG}, {"text": "b", "pad": "x"}),
+    ],
+    ids=["null then text", "another key", "another type", "null text"],
+)
+def test_json_records_may_differ_after_any_number_of_bytes(first, last, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(lines(first) * 11_000 + lines(last))  # beyond the 10 MB by which `datasets` fixes a schema
+    found = texts(chunks(Source(path=str(path))))
+    assert (len(found), found[0], found[-1]) == (11_001, first["text"], "b")
+
+
+def test_json_values_are_taken_as_they_are(tmp_path):
+    records = [{"text": "2024-01-31"}, {"text": 5}, {"other": 1}, {"text": "a\u2028b \ud83d\ude00 \ud83d"}]
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines(*records).replace(b"\n", b"\n\n"))
+    assert texts(chunks(Source(path=str(path)))) == ["2024-01-31", 5, None, "a\u2028b \U0001f600 ?"]
+
+
+def test_a_list_in_json_may_hold_texts_and_lie_on_many_lines(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(["a", "b"], indent=1))
+    assert texts(chunks(Source(path=str(path)))) == ["a", "b"]
+    path.write_text("\n" + json.dumps(RECORDS, indent=1))
+    assert texts(chunks(Source(path=str(path)))) == [r["text"] for r in RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'\n{"text": "a"}\n\n{"text": oops}\n', r"d.json: line 4 cannot be read: Expecting value"),
+        (b'{\n "text": "a"\n}\n', r"line 1 cannot be read: .*one object per line, or one list of them"),
+        (b'{"text": "a"}\n5\n', r"line 2 cannot be read: it is int; an object with columns is needed"),
+        (b'[{"text": "a"}, null]', r"record 2 cannot be read: it is NoneType; an object"),
+        (b'[{"text": "a"}, ', r"its list cannot be read: Expecting value"),
+        (b'{"text": "gr\xf6n"}\n', r"line 1 cannot be read: 'utf-8' codec can't decode"),
+    ],
+)
+def test_bad_json_names_its_line(content, message, tmp_path):
+    (tmp_path / "d.json").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        chunks(Source(path=str(tmp_path / "d.json")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("Couldn't cast"), AttributeError("no"), KeyError("k"), Exception("its own")]
+)
+def test_whatever_a_reader_raises_names_the_file_and_the_place(error, tmp_path, monkeypatch):
+    def batches(state):
+        yield {"text": ["a"] * 64}, {}
+        raise error
+
+    monkeypatch.setattr(sources, "dataset_reader", lambda load: batches)
+    with pytest.raises(UserError, match=r"d.parquet: record 65 or one soon after it cannot be read: ") as caught:
+        chunks(Source(path=saved_as("parquet", tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_are_chosen_alike_when_reading_goes_on(tmp_path):
+    first, second = np.random.default_rng(0).permutation(2)
+    write(tmp_path / f"{first}.jsonl", [{"text": str(n)} for n in range(70)])
+    write(tmp_path / f"{second}.jsonl", [{"text": str(n), "messages": []} for n in range(70)])
+    source = Source(path=str(tmp_path))
+    found = chunks(source)
+    for n, (position, _) in enumerate(found):
+        assert texts(chunks(source, position)) == texts(found[n:])
+
+
+def test_csv_values_are_the_texts_that_they_are(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("prompt,response,n\n1+1,2,1\nwhich,NA,\nnull,None,2\n3,,4\nshort\n")
+    expected = [("1+1", "2"), ("which", "NA"), ("null", "None"), ("3", ""), ("short", "")]
+    found = chunks(Source(path=str(path)))[0][1].documents
+    assert [(d["prompt"], d["response"]) for d in found] == expected
+
+
+def test_what_a_document_of_a_text_file_is_can_be_chosen(tmp_path):
+    (tmp_path / "d.txt").write_text("one\ntwo\n\nthree\n")
+    source = {"path": str(tmp_path)}
+    assert texts(chunks(Source(**source))) == ["one", "two", "", "three"]
+    assert [t.strip() for t in texts(chunks(Source(**source, sample_by="paragraph")))] == ["one\ntwo", "three"]
+    assert texts(chunks(Source(**source, sample_by="document"))) == ["one\ntwo\n\nthree\n"]
+    path = write(tmp_path / "d.jsonl", RECORDS)
+    with pytest.raises(UserError, match=r"sources\[0\].sample_by: does not apply to json files; leave it out"):
+        chunks(Source(path=path, sample_by="document"))
+
+
+def test_a_generator_is_identified_by_its_code(monkeypatch, tmp_path):
+    source = Source(generator="math", documents=5)
+    before = identity(source)
+    folder = Path(embedded.__file__).parent
+    for name in embedded.GENERATOR_FILES:
+        shutil.copy(folder / name, tmp_path / name)
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "__init__.py"))
+    sources._generators_hash.cache_clear()
+    assert identity(source) == before
+    with (tmp_path / "pools.py").open("a") as file:
+        file.write("X = 1\n")
+    sources._generators_hash.cache_clear()
+    assert identity(source) != before
+    sources._generators_hash.cache_clear()
+
+
+def test_all_files_that_generators_import_are_in_their_identity():
+    folder, needed, waiting = Path(embedded.__file__).parent, set(), ["conversations"]
+    while waiting:
+        name = waiting.pop()
+        needed.add(f"{name}.py")
+        source = (folder / f"{name}.py").read_text()
+        below = re.findall(r"from xlstm_distill\.embedded\.(\w+) import", source)
+        for found in re.findall(r"from xlstm_distill\.embedded import (.+)", source):
+            below += found.split(", ")
+        waiting += [found for found in below if f"{found}.py" not in needed]
+    assert needed == set(embedded.GENERATOR_FILES)

@@ -195,6 +195,85 @@ def test_each_policy_for_long_documents(with_template):
     assert fitted(tokenize, "error", documents[:1])[0].ids.tolist() == whole[0]
 
 
+TALK = [
+    {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tagged", [True, False], ids=["tags", "no tags"])
+def test_of_a_prompt_with_answers_only_the_response_is_supervised(tagged, with_template):
+    tokenize = with_template(QWEN25, tagged)
+    response = [{"role": "assistant", "content": "e"}]
+    one, two, whole = *tokenize(
+        [{"prompt": TALK, "response": "e"}, {"prompt": TALK[:3], "response": "e"}]
+    ), tokenize([{"messages": [*TALK, *response]}])[0]  # fmt: skip
+    assert supervised(tokenize.tokenizer, one) == supervised(tokenize.tokenizer, two) == "e<|im_end|>"
+    assert one.ids.tolist() == whole.ids.tolist()
+    assert supervised(tokenize.tokenizer, whole) == "b<|im_end|>c<|im_end|>e<|im_end|>"
+
+
+def test_a_system_column_stands_before_the_prompt(with_template):
+    tokenize = with_template(QWEN25)
+    documents = [
+        {"system": "be brief", "prompt": "ask", "response": "tell"},
+        {"system": None, "prompt": TALK[:1], "response": "tell"},
+        {"system": "be brief", "prompt": TALK[:1], "response": "tell"},
+    ]
+    one, none, listed = fitted(tokenize, "error", documents, 512)
+    assert text(tokenize.tokenizer, one).startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nask")
+    assert text(tokenize.tokenizer, none).startswith("<|im_start|>system\nYou are helpful.<|im_end|>")
+    assert text(tokenize.tokenizer, listed).startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na")
+    assert all(supervised(tokenize.tokenizer, tokens) == "tell<|im_end|>" for tokens in (one, none, listed))
+    with pytest.raises(UserError, match=r"record 41 of d\.jsonl: its prompt begins with a system message; leave out"):
+        fitted(tokenize, "error", [{"system": "be brief", "prompt": CHAT[:2], "response": "tell"}])
+    with pytest.raises(UserError, match="no chat template, which chats need"):
+        fitted(with_template(None), "error", documents[:1])
+
+
+@pytest.mark.parametrize("nothing", [[], None])
+def test_keys_without_a_value_do_not_reach_the_template(nothing, with_template):
+    template = LLAMA3.replace(
+        "{% if m.role not in",
+        "{% if 'tool_calls' in m %}{{ raise_exception('one call') }}{% endif %}{% if m.role not in",
+    )
+    tokenize = with_template(template)
+    chat = [{**message, "tool_calls": nothing, "name": None} for message in CHAT]
+    for tokens, again in (
+        (fitted(tokenize, "error", [{"messages": chat}], 512), fitted(tokenize, "error", [{"messages": CHAT}], 512)),
+        (
+            fitted(tokenize, "error", [{"prompt": chat[:2], "response": "x"}], 512),
+            fitted(tokenize, "error", [{"prompt": CHAT[:2], "response": "x"}], 512),
+        ),
+    ):
+        assert tokens[0].outcome is Outcome.KEPT
+        assert tokens[0].ids.tolist() == again[0].ids.tolist()
+
+
+def test_contents_in_text_parts_are_joined(with_template):
+    tokenize = with_template(QWEN25)
+    parts = [{"type": "text", "text": "so", "image_url": None}, {"type": "text", "text": "-so"}]
+    chat = [{"role": "user", "content": parts[:1]}, {"role": "assistant", "content": parts}]
+    (tokens,) = fitted(tokenize, "error", [{"messages": chat}], 512)
+    assert supervised(tokenize.tokenizer, tokens) == "so-so<|im_end|>"
+    assert "user\nso<|im_end|>" in text(tokenize.tokenizer, tokens)
+
+
+def test_an_answer_without_content_is_an_empty_document_unless_it_calls_a_tool(with_template):
+    tokenize = with_template(
+        "{% for m in messages %}{{ m.role }}:{{ m.content or 'calls ' + m.tool_calls[0].name }}|{% endfor %}"
+    )
+    ask = {"role": "user", "content": "ask"}
+    for content in (None, "", []):
+        answer = {"role": "assistant", "content": content}
+        assert fitted(tokenize, "error", [{"messages": [ask, answer]}], 512)[0].outcome is Outcome.EMPTY
+        calling = {**answer, "tool_calls": [{"name": "f"}]}
+        (tokens,) = fitted(tokenize, "error", [{"messages": [ask, calling]}], 512)
+        assert text(tokenize.tokenizer, tokens) == "user:ask|assistant:calls f|"
+    (tokens,) = fitted(tokenize, "error", [{"messages": [{"role": "user", "content": None}, CHAT[2]]}], 512)
+    assert tokens.outcome is Outcome.EMPTY
+
+
 def test_what_has_nothing_to_train_on_is_told_apart(with_template):
     tokenize = with_template(QWEN25)
     outcomes = [t.outcome for t in fitted(tokenize, "split", [{"messages": []}, {"messages": CHAT[:2]}], 512)]
@@ -210,6 +289,15 @@ def test_what_has_nothing_to_train_on_is_told_apart(with_template):
         ({"text": 5}, "record 42 of d.jsonl: its text is int; text is needed"),
         ({"prompt": "a", "response": ["b"]}, "record 42 of d.jsonl: its response is list; text is needed"),
         ({"messages": "hi"}, "record 42 of d.jsonl: its messages must be a list of messages with 'role'"),
+        ({"messages": [{"role": None, "content": "b"}]}, "record 42 .* must be a list of messages with 'role'"),
+        (
+            {"messages": [CHAT[1], {"role": "assistant", "content": 5}]},
+            "record 42 of d.jsonl: its messages has a content in message 2 that is int; text, or a list of parts of",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "text": None}]}], "response": "b"},
+            "record 42 of d.jsonl: its prompt has a content in message 1 that has a part of type 'image'; text, or",
+        ),
         ({"messages": [{"from": "a", "value": "b"}]}, "record 42 .* must be a list of messages with 'role'"),
     ],
 )

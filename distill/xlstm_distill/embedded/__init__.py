@@ -6,4 +6,6 @@ Importing this package imports no torch: the recipe and the data module name its
 from xlstm_distill.embedded.conversations import documents
 from xlstm_distill.embedded.tasks import DOMAINS
 
-__all__ = ["DOMAINS", "documents"]
+__all__ = ["DOMAINS", "GENERATOR_FILES", "documents"]
+GENERATOR_FILES = ("conversations.py", "pools.py", "tasks.py")
+"""What decides the generators' documents; rows made of them depend on it."""
