@@ -80,7 +80,8 @@ class HybridMixer(nn.Module):
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
         self.family, self.mixer_config = family, config
-        self.window: int = config.window
+        reach = getattr(attention, "sliding_window", None)  # of the teacher's own layer, in some families
+        self.window: int = config.window if reach is None else min(config.window, reach)
         self.q_proj: nn.Module
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
         self.o_proj = attention.o_proj

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,12 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
     family = family_of(teacher.config.model_type)
     cls = STUDENTS[family.model_type]
     settings = {k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "architectures")}
+    if settings.get("attention_dropout"):
+        warnings.warn(
+            f"teacher.attention_dropout: {settings['attention_dropout']}, but mixers drop nothing; the student's is 0.",
+            stacklevel=2,
+        )
+        settings["attention_dropout"] = 0.0
     config = cls.config_class(**settings, mixer=mixer.model_dump(mode="json"))
     with torch.device("meta"):
         student = cls(config)
