@@ -196,6 +196,16 @@ class StudentCache(Cache):
         super().__init__(layers=[MixerCacheLayer(window, sinks) for window in windows])
         self.ends: RowEnds | None = None
 
+    def end_rows(self, ends: RowEnds) -> None:
+        """Keep how the rows end now, in place where that is held, and never as views of what the caller may change."""
+
+        position, padding, segment = self.ends or (None, None, None)
+        self.ends = RowEnds(
+            position=_kept(position, ends.position),
+            padding=None if ends.padding is None else _kept(padding, ends.padding),
+            segment=None if ends.segment is None else _kept(segment, ends.segment),
+        )
+
     def nbytes(self) -> int:
         """Bytes held by all layers."""
         return sum(layer.nbytes() for layer in self.layers if isinstance(layer, MixerCacheLayer))
@@ -225,6 +235,10 @@ class StudentCache(Cache):
     def _select_ends(self, index: Tensor) -> None:
         if self.ends is not None:
             self.ends = self.ends.select(index)
+
+
+def _kept(held: Tensor | None, new: Tensor) -> Tensor:
+    return new.clone() if held is None else held.copy_(new)
 
 
 def checked_cache(cache: Any) -> StudentCache:

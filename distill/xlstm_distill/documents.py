@@ -54,13 +54,18 @@ def chunk_documents(
     device.
 
     Raises:
-        ValueError: segment ids of another shape, or none for the tokens before; padding inside a row.
+        ValueError: another number of rows than the cache's; segment ids of another shape, or none for the tokens
+            before; padding inside a row.
     """
     if segment_ids is not None and segment_ids.shape != shape:
         raise ValueError(
             f"segment_ids: shape {tuple(segment_ids.shape)}, allowed {shape}: give those of this call's tokens only."
         )
     batch, tokens = shape
+    if past is not None and len(past.position) != batch:
+        raise ValueError(
+            f"input_ids: {batch} rows, but the cache holds {len(past.position)}; give as many, or a new one."
+        )
     if tokens > 1:
         _check_padding(attention_mask, tokens, past)
     mask = None if attention_mask is None else attention_mask[:, -tokens:]

@@ -105,7 +105,7 @@ def _prepare_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         raise ValueError("attention_mask: padding on the right cannot be cached; pad on the left.")
     found = chunk_documents(shape, given.device, kwargs.get("segment_ids"), kwargs.get("position_ids"), mask, past)
     if cache is not None:
-        cache.ends = found.ends
+        cache.end_rows(found.ends)
     kwargs |= {
         "past_key_values": cache,
         "use_cache": cache is not None,

@@ -241,6 +241,31 @@ def test_a_cache_can_be_reset_before_and_after_use(student):
         assert torch.equal(model(row, past_key_values=cache).logits, first)
 
 
+def test_tensors_that_the_caller_changes_in_place_leave_the_cache_as_it_is(student):
+    """Decoding loops keep one tensor of positions and add to it; the cache's own tensors keep their addresses too."""
+    model, row, cache = student(), ids(), student().new_cache()
+    with torch.no_grad():
+        whole = model(row, use_cache=False).logits
+        position, mask = torch.arange(30).repeat(2, 1), torch.ones(2, 40, dtype=torch.long)
+        model(row[:, :30], position_ids=position, attention_mask=mask[:, :30], past_key_values=cache)
+        position, held = position[:, -1:], [t.data_ptr() for t in cache.ends[:2]]
+        for t in range(30, 40):
+            step = model(
+                row[:, t : t + 1], position_ids=position.add_(1), attention_mask=mask[:, : t + 1], past_key_values=cache
+            )
+            assert error_ratio(step.logits[:, 0], whole[:, t].double()) < 3e-6
+    assert [t.data_ptr() for t in cache.ends[:2]] == held
+
+
+def test_other_rows_than_the_caches_are_refused(student):
+    model, cache = student(), student().new_cache()
+    with torch.no_grad():
+        model(ids(1), past_key_values=cache)
+        for tokens in (1, 5):
+            with pytest.raises(ValueError, match="input_ids: 2 rows, but the cache holds 1"):
+                model(ids(2, tokens), past_key_values=cache)
+
+
 def test_double_precision_decodes(student):
     model, row = student().double(), ids()
     with torch.no_grad():
