@@ -5,13 +5,16 @@ Memory does not depend on the number of tokens seen, and every tensor is updated
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from xlstm_distill.documents import RowEnds
 from xlstm_kernels import MLSTMState
+from xlstm_kernels.state import LOG_ZERO
 
 
 class MixerCacheLayer(CacheLayerMixin):
@@ -47,18 +50,32 @@ class MixerCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, segment_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take in T new tokens (B, G, T, D); only what the row's last document needs is kept. Returns all slots."""
+        """Take in T new tokens (B, G, T, D); only what the row's last document needs is kept. Returns all slots.
+
+        segment_ids (B, T): rows whose first id is 0 continue the document that is held, others begin one.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[2] == 1:
-            self._append_token(key_states, value_states)
+            self._append_token(key_states, value_states, segment_ids)
         else:
             self._append_chunk(key_states, value_states, segment_ids)
         self.seen += key_states.shape[2]
         return self.keys, self.values
 
-    def _append_token(self, key: Tensor, value: Tensor) -> None:
+    def restart_state(self, segment_ids: Tensor) -> None:
+        """Empty the mLSTM's state in rows where a document begins with the chunk."""
+        assert self.state is not None
+        new = segment_ids[:, 0] != 0
+        self.state.C.masked_fill_(new[:, None, None, None], 0)
+        self.state.n.masked_fill_(new[:, None, None], 0)
+        self.state.m.masked_fill_(new[:, None], LOG_ZERO)
+
+    def _append_token(self, key: Tensor, value: Tensor, segment_ids: Tensor | None) -> None:
         """Write one token per row into the ring, and into the sinks while the document is younger than N."""
+        if segment_ids is not None:
+            self.positions.masked_fill_(segment_ids != 0, -1)
+            self.lengths.masked_fill_(segment_ids[:, 0] != 0, 0)
         ring = self.sinks + self.lengths % self.window  # (B,)
         slots = torch.stack([ring, torch.where(self.lengths < self.sinks, self.lengths, ring)], dim=1)  # (B, 2)
         index = slots[:, None, :, None]
@@ -87,7 +104,7 @@ class MixerCacheLayer(CacheLayerMixin):
         if segment_ids is None:
             return torch.zeros_like(self.lengths), self.lengths.clone()
         start = tokens - (segment_ids == segment_ids[:, -1:]).long().flip(1).cumprod(dim=1).sum(dim=1)
-        return start, torch.where(start > 0, 0, self.lengths)
+        return start, torch.where((start > 0) | (segment_ids[:, 0] != 0), 0, self.lengths)
 
     def _slot_positions(self, lengths: Tensor) -> Tensor:
         """Position held by each slot of a document with `lengths` tokens, -1 where empty: (B,) -> (B, N + W)."""
@@ -138,8 +155,16 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
+        if self.is_initialized:
+            del self.keys, self.values, self.positions, self.lengths
         self.is_initialized, self.seen, self.state = False, 0, None
-        del self.keys, self.values, self.positions, self.lengths
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: what a state has taken in cannot be taken out."""
+        raise ValueError(
+            f"crop: {tokens_to_remove} tokens cannot be taken back from a student's cache; decode without an assistant "
+            "and without prompt_lookup_num_tokens, or keep a copy (copy.deepcopy) to go back to."
+        )
 
     def _select(self, index: Tensor) -> None:
         if not self.is_initialized:
@@ -165,11 +190,66 @@ class MixerCacheLayer(CacheLayerMixin):
 
 
 class StudentCache(Cache):
-    """One `MixerCacheLayer` per layer."""
+    """One `MixerCacheLayer` per layer, and how the rows end (`documents.RowEnds`), None before the first token."""
 
-    def __init__(self, layers: int, window: int, sinks: int) -> None:
-        super().__init__(layers=[MixerCacheLayer(window, sinks) for _ in range(layers)])
+    def __init__(self, windows: Sequence[int], sinks: int) -> None:
+        super().__init__(layers=[MixerCacheLayer(window, sinks) for window in windows])
+        self.ends: RowEnds | None = None
+
+    def end_rows(self, ends: RowEnds) -> None:
+        """Keep how the rows end now, in place where that is held, and never as views of what the caller may change."""
+
+        position, padding, segment = self.ends or (None, None, None)
+        self.ends = RowEnds(
+            position=_kept(position, ends.position),
+            padding=None if ends.padding is None else _kept(padding, ends.padding),
+            segment=None if ends.segment is None else _kept(segment, ends.segment),
+        )
 
     def nbytes(self) -> int:
         """Bytes held by all layers."""
         return sum(layer.nbytes() for layer in self.layers if isinstance(layer, MixerCacheLayer))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.ends = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self._select_ends(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the given rows."""
+        super().batch_select_indices(indices)
+        self._select_ends(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        if self.ends is not None:
+            rows = torch.arange(len(self.ends.position), device=self.ends.position.device)
+            self._select_ends(rows.repeat_interleave(repeats))
+
+    def _select_ends(self, index: Tensor) -> None:
+        if self.ends is not None:
+            self.ends = self.ends.select(index)
+
+
+def _kept(held: Tensor | None, new: Tensor) -> Tensor:
+    return new.clone() if held is None else held.copy_(new)
+
+
+def checked_cache(cache: Any) -> StudentCache:
+    """Return the cache if it can hold the state of mixers.
+
+    Raises:
+        ValueError: it is of another class.
+    """
+    if not isinstance(cache, StudentCache):
+        raise ValueError(
+            f"past_key_values: {type(cache).__name__} cannot hold a mixer's state; "
+            "pass student.new_cache(), or nothing."
+        )
+    return cache

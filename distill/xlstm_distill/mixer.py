@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from xlstm_distill.cache import MixerCacheLayer
+from xlstm_distill.cache import MixerCacheLayer, checked_cache
 from xlstm_distill.families import Family
 from xlstm_distill.feature_maps import FeatureMap, in_dtype_of
 from xlstm_distill.recipe import MixerConfig
 from xlstm_kernels import MLSTMState, mlstm, mlstm_step, sliding_window_attention
+from xlstm_kernels.state import LOG_ZERO, state_dtype
 
 NEW_MODULES = ("feature_map_q", "feature_map_k", "input_gate", "forget_gate", "output_gate")
 """Names of the mixer's children that the teacher does not have; stage I trains these and nothing else."""
@@ -79,6 +80,8 @@ class HybridMixer(nn.Module):
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
         self.family, self.mixer_config = family, config
+        reach = getattr(attention, "sliding_window", None)  # of the teacher's own layer, in some families
+        self.window: int = config.window if reach is None else min(config.window, reach)
         self.q_proj: nn.Module
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
         self.o_proj = attention.o_proj
@@ -106,7 +109,8 @@ class HybridMixer(nn.Module):
     ) -> tuple[Tensor, None]:
         """Return the layer's output (B, T, d) and no attention weights.
 
-        `attention_mask` is not read: documents and padding come as `segment_ids` (B, T), which the student makes.
+        `attention_mask` is not read: documents and padding come as `segment_ids` (B, T), which the student makes. With
+        a cache, tokens of id 0 continue the document that it holds.
         """
         mixed = self.mix(hidden_states, position_embeddings, past_key_values, segment_ids)
         return self.o_proj(mixed), None
@@ -151,27 +155,28 @@ class HybridMixer(nn.Module):
     def _cache_layer(self, past_key_values: Cache | None) -> MixerCacheLayer | None:
         if past_key_values is None:
             return None
-        layer = past_key_values.layers[self.layer_idx] if len(past_key_values.layers) > self.layer_idx else None
-        if not isinstance(layer, MixerCacheLayer):
-            raise ValueError(
-                f"past_key_values: {type(past_key_values).__name__} cannot hold a mixer's state; "
-                "pass student.new_cache(), or nothing."
-            )
+        layer = checked_cache(past_key_values).layers[self.layer_idx]
+        assert isinstance(layer, MixerCacheLayer)
         return layer
 
     def _mlstm(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, layer: MixerCacheLayer | None, segment_ids: Tensor | None
     ) -> Tensor:
-        """Read the mLSTM, (B, H, T, D); with a cache, continue from its state and update it."""
+        """Read the mLSTM, (B, H, T, D); with a cache, continue from its state and update it in place."""
         q, k = self.feature_map_q(q), self.feature_map_k(k)
         i, f = self.input_gate(x), self.forget_gate(x)
         if layer is None:
             return mlstm(q, k, v, i, f, segment_ids=segment_ids)
         if layer.state is None:
             batch, heads, _, features = q.shape
-            layer.state = MLSTMState.zeros(batch, heads, features, v.shape[-1], device=q.device)
+            dtype = state_dtype(q, v)
+            layer.state = MLSTMState.zeros(batch, heads, features, v.shape[-1], dtype=dtype, device=q.device)
         if q.shape[2] == 1:
+            if segment_ids is not None:  # a closed gate is a new document, and spares a pass over the state
+                f = f.masked_fill((segment_ids != 0)[:, None], LOG_ZERO)
             return mlstm_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], i[..., 0], f[..., 0], layer.state)[:, :, None]
+        if segment_ids is not None:
+            layer.restart_state(segment_ids)
         h, state = mlstm(q, k, v, i, f, segment_ids=segment_ids, state=layer.state, return_state=True)
         for held, new in zip(layer.state, state, strict=True):
             held.copy_(new)
@@ -184,7 +189,7 @@ class HybridMixer(nn.Module):
         if layer is None:
             return self._attend(q, k, v, segment_ids)
         if q.shape[2] == 1:
-            keys, values = layer.update(k, v)
+            keys, values = layer.update(k, v, segment_ids)
             return torch.nn.functional.scaled_dot_product_attention(
                 q, keys, values, attn_mask=layer.visible()[:, None, None], scale=self.scale, enable_gqa=True
             )
@@ -194,16 +199,17 @@ class HybridMixer(nn.Module):
         return self._attend_after_prefix(q, k, v, layer, segment_ids)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
-        window, sinks = self.mixer_config.window, self.mixer_config.sinks
-        return sliding_window_attention(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=self.scale)
+        return sliding_window_attention(
+            q, k, v, window=self.window, sinks=self.mixer_config.sinks, segment_ids=segment_ids, scale=self.scale
+        )
 
     def _attend_after_prefix(
         self, q: Tensor, k: Tensor, v: Tensor, layer: MixerCacheLayer, segment_ids: Tensor | None
     ) -> Tensor:
-        """Put the held tokens in front of the chunk, as tokens of its first document whose outputs are dropped."""
+        """Put the held tokens in front of the chunk, as tokens of document 0 whose outputs are dropped."""
         held_k, held_v, valid = layer.prefix()
         tokens = q.shape[2]
-        chunk = segment_ids - segment_ids[:, :1] if segment_ids is not None else valid.new_zeros(len(q), tokens).long()
+        chunk = segment_ids if segment_ids is not None else valid.new_zeros(len(q), tokens).long()
         segments = torch.cat([valid.long() - 1, chunk], dim=1)  # empty slots are a document of their own
         queries = torch.cat([q.new_zeros(*q.shape[:2], held_k.shape[2], q.shape[3]), q], dim=2)
         layer.update(k, v, segment_ids)

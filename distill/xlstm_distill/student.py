@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from xlstm_distill.cache import StudentCache
-from xlstm_distill.documents import document_segments, positions_in_documents
+from xlstm_distill.cache import StudentCache, checked_cache
+from xlstm_distill.documents import chunk_documents, ends_in_padding
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import FAMILIES, CausalLM, Family, family_of
 from xlstm_distill.feature_maps import FeatureMap
@@ -34,12 +35,14 @@ class StudentMixin(_CausalLM):
 
     Besides the family's arguments, `forward` takes `segment_ids` (B, T): tokens of different documents do not see each
     other in state, window or sinks. Without it documents are told apart by positions that restart, and padding by the
-    two-dimensional `attention_mask`.
+    two-dimensional `attention_mask`. Positions that are not given count from each document's first token. With a
+    cache all of this holds across calls: a chunk, or a token, continues its row's document or begins one.
     """
 
     family: Family
     config: Any
     model: Any
+    _is_stateful = True  # transformers then says itself that assisted decoding, which takes tokens back, is not for it
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -57,7 +60,7 @@ class StudentMixin(_CausalLM):
 
     def new_cache(self) -> StudentCache:
         """Make an empty decoding cache; its memory does not grow with the tokens seen."""
-        return _new_cache(self.config)
+        return _new_cache(self.model)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any) -> None:  # type: ignore[override]
         """Give `generate` the student's own cache."""
@@ -80,41 +83,55 @@ class StudentMixin(_CausalLM):
                 yield name, parameter
 
 
-def _new_cache(config: Any) -> StudentCache:
-    return StudentCache(config.num_hidden_layers, config.mixer["window"], config.mixer["sinks"])
+def _new_cache(model: Any) -> StudentCache:
+    """Make an empty cache for a model's body."""
+    return StudentCache([layer.self_attn.window for layer in model.layers], model.config.mixer["sinks"])
 
 
 def _prepare_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Turn masks and positions into `segment_ids`, and make the student's cache where one is wanted."""
     ids = args[0] if args else kwargs.get("input_ids")
-    tokens = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
+    given = ids if ids is not None else kwargs["inputs_embeds"]
+    shape = (given.shape[0], given.shape[1])
     mask = kwargs.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] < shape[1]):
         raise ValueError(
             f"attention_mask: shape {tuple(mask.shape)}, a student takes (B, T); give documents as segment_ids."
         )
-    cache = kwargs.get("past_key_values")
-    if cache is None and _wants_cache(model, kwargs.get("use_cache")):
-        cache = kwargs["past_key_values"] = _new_cache(model.config)
-    kwargs["use_cache"] = cache is not None
-    kwargs["attention_mask"] = NO_MASK
-    if tokens == 1 and cache is not None:  # decoding: the token continues each row's document
-        kwargs["segment_ids"] = None
-        return args, kwargs
-    mask = mask[:, -tokens:] if mask is not None else None
-    given, positions = kwargs.get("segment_ids"), kwargs.get("position_ids")
-    if cache is not None and mask is not None and not bool(mask[:, -1].all()):
+    cache = _cache_for(model, kwargs, mask)
+    past = None if cache is None else cache.ends
+    # A decoding step does not wait for the device; there, a padded token ends its row.
+    if cache is not None and shape[1] > 1 and ends_in_padding(mask, past):
         raise ValueError("attention_mask: padding on the right cannot be cached; pad on the left.")
-    kwargs["segment_ids"] = document_segments(given, positions, mask)
-    if positions is None and given is not None:
-        kwargs["position_ids"] = positions_in_documents(given)
+    found = chunk_documents(shape, given.device, kwargs.get("segment_ids"), kwargs.get("position_ids"), mask, past)
+    if cache is not None:
+        cache.end_rows(found.ends)
+    kwargs |= {
+        "past_key_values": cache,
+        "use_cache": cache is not None,
+        "attention_mask": NO_MASK,
+        "segment_ids": found.segments,
+        "position_ids": found.positions,
+    }
     return args, kwargs
 
 
-def _wants_cache(model: Any, use_cache: bool | None) -> bool:
-    """The caller's word, else the configuration's; never where gradients are recorded, since states are constants."""
-    wanted = model.config.use_cache if use_cache is None else use_cache
-    return bool(wanted) and not torch.is_grad_enabled()
+def _cache_for(model: Any, kwargs: dict[str, Any], mask: torch.Tensor | None) -> StudentCache | None:
+    """The caller's cache or a new one where one is wanted; never where gradients are recorded: states are constants.
+
+    What only the configuration wants is not made for rows that end in padding, which cannot be cached.
+    """
+    cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    if cache is not None:
+        cache = checked_cache(cache)
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "past_key_values: a student's cache holds constants, so gradients would stop there; "
+                "use torch.no_grad(), or leave the cache out."
+            )
+        return cache
+    wanted = model.config.use_cache and not ends_in_padding(mask) if use_cache is None else use_cache
+    return _new_cache(model) if wanted and not torch.is_grad_enabled() else None
 
 
 def _student_class(family: Family) -> Any:
@@ -158,6 +175,12 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
     family = family_of(teacher.config.model_type)
     cls = STUDENTS[family.model_type]
     settings = {k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "architectures")}
+    if settings.get("attention_dropout"):
+        warnings.warn(
+            f"teacher.attention_dropout: {settings['attention_dropout']}, but mixers drop nothing; the student's is 0.",
+            stacklevel=2,
+        )
+        settings["attention_dropout"] = 0.0
     config = cls.config_class(**settings, mixer=mixer.model_dump(mode="json"))
     with torch.device("meta"):
         student = cls(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -67,6 +69,58 @@ def test_documents_that_change_inside_a_cached_chunk(student):
     assert error_ratio(parts, whole.double()) < 3e-6
 
 
+PACKED = [[1, 3, 2, 5], [4, 1, 6], [11]]  # lengths of the documents of three rows
+
+
+def packed():
+    """Ids of three packed rows of 11 tokens, and how each way of telling documents apart says it."""
+    segments = torch.stack([torch.repeat_interleave(torch.arange(len(n)) * 3, torch.tensor(n)) for n in PACKED])
+    positions = torch.stack([torch.cat([torch.arange(k) for k in n]) for n in PACKED])
+    return ids(3, 11), {"segment_ids": {"segment_ids": segments}, "position_ids": {"position_ids": positions}}
+
+
+@pytest.mark.parametrize("said", ["segment_ids", "position_ids"])
+@pytest.mark.parametrize("branches", [("mlstm", "window"), ("window",), ("mlstm",)], ids="+".join)
+def test_every_split_of_packed_rows_equals_one_pass(said, branches, student):
+    model, (rows, ways) = student(window=3, sinks=1, branches=branches), packed()
+    with torch.no_grad():
+        whole = model(rows, use_cache=False, **ways[said]).logits.double()
+    splits = [[1] * 11, *([a, b - a, 11 - b] for a in range(1, 10) for b in range(a + 1, 11))]
+    for parts in [*splits, *([n, 11 - n] for n in range(1, 11)), *([n] + [1] * (11 - n) for n in range(1, 11))]:
+        assert error_ratio(run_in_parts(model, rows, parts, **ways[said]), whole) < 3e-6, parts
+
+
+@pytest.mark.parametrize("said", ["segment_ids", "position_ids"])
+@pytest.mark.parametrize("family", ALL)
+def test_tokens_after_a_packed_prefill_continue_the_last_document(family, said, student):
+    model, (rows, ways) = student(family), packed()
+    documents = [n[-1] for n in PACKED]
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(rows[:, :9], past_key_values=cache, **{k: v[:, :9] for k, v in ways[said].items()})
+        told_nothing = torch.cat([model(rows[:, t : t + 1], past_key_values=cache).logits for t in (9, 10)], dim=1)
+        for row, length, logits in zip(rows, documents, told_nothing, strict=True):
+            alone = model(row[None, 11 - length :], use_cache=False).logits[0, -2:]
+            assert error_ratio(logits, alone.double()) < 3e-6
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 14, None])
+def test_left_padded_rows_equal_rows_alone_without_positions_and_in_chunks(chunk, student):
+    model, lengths = student(), (3, 14, 9)
+    prompts = [ids(1, n, seed=n)[0] for n in lengths]
+    batch = torch.stack([torch.nn.functional.pad(p, (14 - len(p), 0)) for p in prompts])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (14 - len(p), 0)) for p in prompts])
+    with torch.no_grad():
+        if chunk is None:
+            together = model(batch, attention_mask=mask, use_cache=False).logits
+        else:
+            parts = [min(chunk, 14 - n) for n in range(0, 14, chunk)]
+            together = run_in_parts(model, batch, parts, attention_mask=mask)
+        for prompt, row in zip(prompts, together, strict=True):
+            alone = model(prompt[None], use_cache=False).logits[0]
+            assert error_ratio(row[-len(prompt) :], alone.double()) < 3e-6
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_greedy_generation_equals_uncached_forward(family, student):
     model, prompt = student(family), ids(2, 11)
@@ -88,6 +142,25 @@ def test_left_padding_changes_nothing(student):
     for prompt, row in zip(prompts, together, strict=True):
         alone = model.generate(prompt[None], max_new_tokens=16, do_sample=False, eos_token_id=None)
         assert torch.equal(row[width:], alone[0, len(prompt) :])
+    for size in (1, 5, 7):  # the first chunk of a row may be all padding
+        chunked = model.generate(
+            batch, attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None, prefill_chunk_size=size
+        )
+        assert torch.equal(chunked, together)
+
+
+def test_rows_that_move_in_the_cache_take_along_how_they_end(student):
+    model, (rows, ways) = student(), packed()
+    cache = model.new_cache()
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        model(rows, past_key_values=cache, **ways["segment_ids"])
+        plain = model(rows[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        cache.reorder_cache(order)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([1, 3, 5]))
+        moved = model(rows[order, :1], past_key_values=cache).logits
+    assert error_ratio(moved, plain[order].double()) < 1e-6
 
 
 def test_beam_search_and_sampling_with_repeats_run_on_the_cache(student):
@@ -119,5 +192,92 @@ def test_a_foreign_cache_and_right_padding_are_refused(student):
     mask[0, -3:] = 0
     with torch.no_grad(), pytest.raises(ValueError, match="padding on the right"):
         model(ids(), attention_mask=mask, use_cache=True)
+    cache = model.new_cache()
+    with torch.no_grad(), pytest.raises(ValueError, match="padding on the right"):
+        model(ids(), past_key_values=cache)
+        model(ids(), past_key_values=cache, attention_mask=mask)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(ids(), max_new_tokens=2, cache_implementation="static")
+
+
+def test_right_padding_needs_no_word_about_the_cache(student):
+    model, rows, mask = student(), ids(), torch.ones(2, 40, dtype=torch.long)
+    mask[0, 29:] = 0
+    with torch.no_grad():
+        padded = model(rows, attention_mask=mask)
+        alone = model(rows[:1, :29]).logits
+        assert padded.past_key_values is None
+        assert model(rows, attention_mask=torch.ones_like(mask)).past_key_values is not None
+    assert error_ratio(padded.logits[:1, :29], alone.double()) < 3e-6
+
+
+def test_padding_inside_a_row_is_refused(student):
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 8:11] = 0
+    for use_cache in (True, False):
+        with torch.no_grad(), pytest.raises(ValueError, match="attention_mask: a row has padding between its tokens"):
+            student()(ids(), attention_mask=mask, use_cache=use_cache)
+
+
+def test_decoding_that_takes_tokens_back_is_refused_in_one_line(student):
+    model, row = student(), ids(1, 9)
+    for asked in ({"assistant_model": student("qwen2")}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            model.generate(row, max_new_tokens=3, **asked)
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(row, past_key_values=cache)
+    with pytest.raises(ValueError, match="crop: 2 tokens cannot be taken back"):
+        cache.crop(2)
+
+
+def test_a_cache_can_be_reset_before_and_after_use(student):
+    model, row, cache = student(), ids(), student().new_cache()
+    cache.reset()
+    with torch.no_grad():
+        first = model(row, past_key_values=cache).logits
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model(row, past_key_values=cache).logits, first)
+
+
+def test_tensors_that_the_caller_changes_in_place_leave_the_cache_as_it_is(student):
+    """Decoding loops keep one tensor of positions and add to it; the cache's own tensors keep their addresses too."""
+    model, row, cache = student(), ids(), student().new_cache()
+    with torch.no_grad():
+        whole = model(row, use_cache=False).logits
+        position, mask = torch.arange(30).repeat(2, 1), torch.ones(2, 40, dtype=torch.long)
+        model(row[:, :30], position_ids=position, attention_mask=mask[:, :30], past_key_values=cache)
+        position, held = position[:, -1:], [t.data_ptr() for t in cache.ends[:2]]
+        for t in range(30, 40):
+            step = model(
+                row[:, t : t + 1], position_ids=position.add_(1), attention_mask=mask[:, : t + 1], past_key_values=cache
+            )
+            assert error_ratio(step.logits[:, 0], whole[:, t].double()) < 3e-6
+    assert [t.data_ptr() for t in cache.ends[:2]] == held
+
+
+def test_other_rows_than_the_caches_are_refused(student):
+    model, cache = student(), student().new_cache()
+    with torch.no_grad():
+        model(ids(1), past_key_values=cache)
+        for tokens in (1, 5):
+            with pytest.raises(ValueError, match="input_ids: 2 rows, but the cache holds 1"):
+                model(ids(2, tokens), past_key_values=cache)
+
+
+def test_double_precision_decodes(student):
+    model, row = student().double(), ids()
+    with torch.no_grad():
+        whole = model(row, use_cache=False).logits
+    # measured 2e-8: gates and rotary positions are fp32 all the same
+    assert error_ratio(run_in_parts(model, row, [7, 1, 1, 20, 11]), whole) < 1e-7
+    assert model.generate(row, max_new_tokens=3, eos_token_id=None).shape == (2, 43)
+
+
+def test_a_cache_is_refused_where_gradients_are_recorded(student):
+    model, cache = student(), student().new_cache()
+    for tokens in (1, 5):
+        with pytest.raises(ValueError, match="past_key_values: a student's cache holds constants"):
+            model(ids(2, tokens), past_key_values=cache)
+    assert model(ids(), use_cache=True).past_key_values is None

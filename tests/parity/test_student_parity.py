@@ -38,6 +38,34 @@ def test_softmax_inside_gives_the_teachers_logits(family, tiny_teacher):
         assert error_ratio(student(ids()).logits, teacher(ids()).logits.double()) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("olmo3", {"num_hidden_layers": 4, "sliding_window": 16}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    ],
+    ids=["olmo3", "qwen2"],
+)
+def test_a_layer_sees_no_further_than_its_teachers_own_window(family, own, tiny_teacher):
+    teacher = tiny_teacher(family, **own)
+    student = convert(teacher, MixerConfig(window=48, sinks=0, branches=("window",)))
+    assert {mixer.window for mixer in student.mixers()} == {16, 48}
+    with torch.no_grad():
+        expected = teacher(ids()).logits.double()
+        assert error_ratio(student(ids()).logits, expected) < 1e-6
+        cache = student.new_cache()
+        parts = [student(part, past_key_values=cache).logits for part in ids().split([20, 1, 1, 26], dim=1)]
+    assert error_ratio(torch.cat(parts, dim=1), expected) < 3e-6
+
+
+def test_dropout_in_the_teachers_attention_is_left_out_with_a_warning(tiny_teacher):
+    teacher = tiny_teacher(attention_dropout=0.5)
+    with pytest.warns(UserWarning, match=r"teacher.attention_dropout: 0.5, but mixers drop nothing"):
+        student = convert(teacher, HYBRID).train()
+    assert student.config.attention_dropout == 0
+    assert torch.equal(student(ids()).logits, student(ids()).logits)
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_new_student_is_finite_and_close_to_window_attention(family, tiny_teacher):
     teacher = tiny_teacher(family)
