@@ -12,9 +12,20 @@ PACKAGES = {"xlstm_distill": ROOT / "distill", "xlstm_kernels": ROOT / "kernels"
 
 # Lowest first; a module imports only from its own layer and those before it.
 LAYERS = (
-    {"errors", "stopping", "_registration", "distributed", "recipe_fields", "recipe_training", "flops", "device"},
+    {
+        "errors",
+        "stopping",
+        "_registration",
+        "distributed",
+        "recipe_fields",
+        "recipe_training",
+        "flops",
+        "device",
+        "checksums",
+    },
     {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "status"},
     {
+        "batches",
         "recipe",
         "recipe_io",
         "recipe_docs",
