@@ -25,6 +25,7 @@ LAYERS = (
     },
     {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "status"},
     {
+        "batches",
         "recipe",
         "recipe_io",
         "recipe_docs",

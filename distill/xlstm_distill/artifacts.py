@@ -23,7 +23,7 @@ from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Raised when a stage's output changes meaning, so that older artifacts are made anew."""
 PACKAGES = ("xlstm-distill", "torch", "transformers", "accelerate", "datasets", "lm_eval", "tokenizers", "safetensors")
 WHOLE_HASH_BYTES, END_BYTES = 64 * 2**30, 2**20

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xlstm_distill.batches import check_batches
 from xlstm_distill.console import Console, QuietConsole
-from xlstm_distill.distributed import is_main_process
+from xlstm_distill.distributed import is_main_process, process_count
 from xlstm_distill.failures import one_line_errors
 from xlstm_distill.launch import LaunchArgs, LaunchConfig, dispatch
 
@@ -80,8 +82,9 @@ def run(
 ) -> None:
     """Go through all stages, from teacher to report; finished ones are skipped."""
     with one_line_errors(debug):
-        dispatch(launch, launch_args, recipe, overrides)
-        loaded, opened = _open(recipe, run_dir, overrides)
+        check = _checked(STAGES, run_dir)
+        dispatch(launch, launch_args, recipe, overrides, check)
+        loaded, opened = _open(recipe, run_dir, overrides, check)
         console = _console()
         for stage in STAGES:
             _run_stage(stage, loaded, opened, console)
@@ -254,8 +257,9 @@ def _one_stage(
     **options: Any,
 ) -> None:
     with one_line_errors(debug):
-        dispatch(*launched, recipe, overrides)
-        loaded, opened = _open(recipe, run_dir, overrides)
+        check = _checked((stage,), run_dir, options.get("expert"))
+        dispatch(*launched, recipe, overrides, check)
+        loaded, opened = _open(recipe, run_dir, overrides, check)
         _run_stage(stage, loaded, opened, _console(), **options)
 
 
@@ -264,13 +268,32 @@ def _console() -> Console:
     return Console() if is_main_process() else QuietConsole()
 
 
-def _open(recipe: Path, run_dir: Path | None, overrides: list[str] | None) -> tuple[Recipe, Run]:
-    """Load the recipe first: a bad one must not leave a run directory behind."""
+Check = Callable[["Recipe", int], None]
+
+
+def _checked(stages: Sequence[str], run_dir: Path | None, expert: str | None = None) -> Check:
+    """What is looked at as soon as the recipe and the number of processes are known."""
+
+    def check(recipe: Recipe, processes: int) -> None:
+        check_batches(recipe, stages, processes, _directory(run_dir, recipe), expert=expert)
+
+    return check
+
+
+def _directory(run_dir: Path | None, recipe: Recipe) -> Path:
+    return run_dir or Path("runs") / recipe.name
+
+
+def _open(
+    recipe: Path, run_dir: Path | None, overrides: list[str] | None, check: Check = lambda recipe, processes: None
+) -> tuple[Recipe, Run]:
+    """Load and check the recipe first: a bad one must not leave a run directory behind."""
     from xlstm_distill.artifacts import Run
     from xlstm_distill.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    return loaded, Run.open(run_dir or Path("runs") / loaded.name, loaded)
+    check(loaded, process_count())
+    return loaded, Run.open(_directory(run_dir, loaded), loaded)
 
 
 def _run_stage(stage: str, recipe: Recipe, run: Run, console: Console, **options: Any) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 10.0
 """Least time between two plain lines of a progress (seconds)."""
+RATE_SECONDS = 86400.0
+"""Stretch over which a bar estimates the time left (seconds): some steps take minutes, and it needs two of them."""
 
 
 class Progress(Protocol):
@@ -58,7 +60,7 @@ class Console:
             yield plain
             plain.finish()
             return
-        with _bar(self.rich()) as bar:
+        with _bar(self.rich(), self._clock) as bar:
             task = bar.add_task(label, total=total, unit=unit, rate="", metrics="")
             yield RichProgress(bar, task, unit, self._clock)
 
@@ -154,7 +156,7 @@ class RichProgress:
         self._bar.update(self._task, completed=n)
 
 
-def _bar(console: rich.console.Console) -> rich.progress.Progress:
+def _bar(console: rich.console.Console, clock: Callable[[], float]) -> rich.progress.Progress:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     return Progress(
@@ -165,6 +167,8 @@ def _bar(console: rich.console.Console) -> rich.progress.Progress:
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[metrics]}"),
         console=console,
+        get_time=clock,
+        speed_estimate_period=RATE_SECONDS,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -20,6 +21,14 @@ def peak_bytes(device: torch.device) -> int:
     if status.exists():  # a process's ru_maxrss starts at its parent's size on Linux, this does not
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` begin anew at what is held now. Where the system cannot (macOS), it goes on from before."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def published_peak(device: torch.device) -> tuple[float, str] | None:

@@ -15,16 +15,19 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xlstm_distill.distributed import adopt_slurm, asked_layout
 from xlstm_distill.errors import UserError
 from xlstm_distill.stopping import EXIT_CODE, SIGNALS
+
+if TYPE_CHECKING:
+    from xlstm_distill.recipe import Recipe
 
 OPTIONS = ("--launch", "--launch-args")
 MODULE = "xlstm_distill"
@@ -50,10 +53,13 @@ LaunchArgs = Annotated[
 ]
 
 
-def dispatch(config: Path | None, extra: str, recipe: Path, overrides: Sequence[str] | None) -> None:
+def dispatch(
+    config: Path | None, extra: str, recipe: Path, overrides: Sequence[str] | None, check: Callable[[Recipe, int], None]
+) -> None:
     """Where a configuration is given, run this command line in the processes it names, and exit as they do.
 
-    Else take the place in the run that srun or a launcher has given this process.
+    Else take the place in the run that srun or a launcher has given this process. Before any process is started,
+    `check` looks at the recipe and the number of processes.
 
     Raises:
         UserError: the recipe, the configuration or what the launcher asks for cannot be used.
@@ -66,8 +72,8 @@ def dispatch(config: Path | None, extra: str, recipe: Path, overrides: Sequence[
         return
     from xlstm_distill.recipe_io import load_recipe
 
-    load_recipe(recipe, overrides or ())  # a bad one is said once, not by every process
-    raise typer.Exit(start(config, extra, own_arguments(sys.argv[1:])))
+    loaded = load_recipe(recipe, overrides or ())  # a bad one is said once, not by every process
+    raise typer.Exit(start(config, extra, own_arguments(sys.argv[1:]), lambda processes: check(loaded, processes)))
 
 
 def own_arguments(arguments: Sequence[str]) -> list[str]:
@@ -82,16 +88,23 @@ def own_arguments(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def start(config: Path, extra: str, arguments: Sequence[str]) -> int:
+def start(
+    config: Path, extra: str, arguments: Sequence[str], check: Callable[[int], None] = lambda processes: None
+) -> int:
     """Run `xlstm-distill ARGUMENTS` in the processes that an accelerate configuration names; returns their exit code.
 
-    `extra` holds more arguments of accelerate launch, as a shell would read them. SIGTERM and SIGUSR1 go on to the
-    processes; the code is `stopping.EXIT_CODE` if they ended because of one.
+    `extra` holds more arguments of accelerate launch, as a shell would read them; `check` gets the number of processes
+    before they start. SIGTERM and SIGUSR1 go on to them; the code is `stopping.EXIT_CODE` if they ended because of one.
 
     Raises:
         UserError: the configuration or the arguments are not accelerate's.
     """
-    launcher = _parse(config, [*shlex.split(extra), "-m", MODULE, *arguments])
+    try:
+        words = shlex.split(extra)
+    except ValueError as error:
+        raise UserError(f"--launch-args: {extra!r} cannot be read as words of a shell: {error}; mend it.") from None
+    launcher = _parse(config, [*words, "-m", MODULE, *arguments])
+    check(launcher.num_processes)
     logging.disable(logging.ERROR)  # the launcher's reports on processes that have told their error themselves
     outcome = _Outcome()
     received: list[int] = []
@@ -114,28 +127,55 @@ def start(config: Path, extra: str, arguments: Sequence[str]) -> int:
 
 def _parse(config: Path, words: list[str]) -> Any:
     """Parse accelerate launch's own arguments, and complete them."""
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    if not config.is_file():
-        raise UserError(f"--launch: {str(config)!r} is not there; recipes/accelerate/ has configurations.")
-    try:
-        settings: Any = load_config_from_file(str(config))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"--launch: {str(config)!r} is not a configuration of accelerate launch: {error}") from None
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed: Any = launch_command_parser().parse_args(["--config_file", str(config), *words])
-    except SystemExit:
-        last = complaint.getvalue().strip().splitlines()[-1]
-        raise UserError(f"--launch-args: {last.split('error: ')[-1]}") from None
+    settings = _read_config(config)
+    parsed = _parse_words(["--config_file", str(config), *words])
+    if not parsed.module or parsed.training_script != MODULE:
+        raise UserError(
+            f"--launch-args: {parsed.training_script!r} is no option of accelerate launch, and no value of one; "
+            "'accelerate launch --help' lists them."
+        )
+    if parsed.num_processes is None:
+        named, parsed.num_processes = f"--launch: {str(config)!r}: num_processes", settings.num_processes
+    else:
+        named = "--launch-args: --num_processes"
+    if not isinstance(parsed.num_processes, int) or parsed.num_processes < 1:
+        raise UserError(f"{named}: {parsed.num_processes!r} must be a whole number from 1 on; give another.")
     if settings.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # which accelerate itself forgets with MULTI_GPU
     alone = (parsed.num_machines or settings.num_machines or 1) == 1
     if alone and parsed.main_process_port is None and settings.main_process_port is None:
         parsed.main_process_port = 0  # any free port, so that two runs can share a machine
     return parsed
+
+
+def _read_config(config: Path) -> Any:
+    """Read a configuration as accelerate launch does."""
+    import yaml
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+    if not config.is_file():
+        raise UserError(f"--launch: {str(config)!r} is not there; recipes/accelerate/ has configurations.")
+    wrong = f"--launch: {str(config)!r} is not a configuration of accelerate launch"
+    try:
+        settings = load_config_from_file(str(config))
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{wrong}: {error}") from None
+    if not isinstance(settings, ClusterConfig):
+        raise UserError(f"{wrong} on this machine: its compute_environment must be LOCAL_MACHINE.")
+    return settings
+
+
+def _parse_words(words: list[str]) -> Any:
+    """Parse a command line of accelerate launch, which prints and exits where it cannot."""
+    from accelerate.commands.launch import launch_command_parser
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(io.StringIO()):
+            return launch_command_parser().parse_args(words)
+    except SystemExit:
+        said = complaint.getvalue().strip().splitlines() or ["it asks for help; 'accelerate launch --help' gives it."]
+        raise UserError(f"--launch-args: {said[-1].split('error: ')[-1]}") from None
 
 
 class _Outcome:
@@ -165,7 +205,9 @@ class _Outcome:
         A process that had no handler yet when the signal came died of it, and had nothing to save.
         """
         if self.error is not None:
-            raise UserError(f"--launch: accelerate launch failed: {self.error}") from self.error
+            raise UserError(
+                f"--launch: accelerate launch failed: {str(self.error) or type(self.error).__name__}"
+            ) from self.error
         if asked and {EXIT_CODE, *(-number for number in SIGNALS)} & set(self.codes):
             return EXIT_CODE
         first = self.codes[0] if self.codes else 0

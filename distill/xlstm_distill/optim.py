@@ -27,13 +27,18 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Optim
     return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=fused or None)
 
 
-def schedule_factor(config: Optimization, steps: int, step: int) -> float:
-    """Learning rate at a step (from 0) as a fraction of the peak: linear warm-up, then constant, linear or cosine."""
+def learning_rate(config: Optimization, steps: int, step: int, peak: float) -> float:
+    """Learning rate at a step (from 0): linear warm-up to `peak`, then constant, or linear or cosine down.
+
+    The last step is done at `final_lr`. Without one the rate would be zero the step after the last: a step at rate
+    zero teaches nothing. A single step after the warm-up is done at the peak.
+    """
     if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
+        return peak * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
-        return 1.0
-    done = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    floor = (config.final_lr or 0.0) / config.lr
+        return peak
+    final = config.final_lr or 0.0
+    falls = steps - config.warmup_steps - (1 if final else 0)
+    done = min(1.0, (step - config.warmup_steps) / max(1, falls))
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return floor + (1 - floor) * shape
+    return final + (peak - final) * shape

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xlstm_distill import planning_flops
 from xlstm_distill.artifacts import Run
+from xlstm_distill.batches import nearest_batches
 from xlstm_distill.data import captured_rows, rows_needed
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning_fit import Fit, Stage, what_fits
@@ -189,25 +190,18 @@ def make_plan(
 
 
 def _rows(section: Optimization, gpus: int) -> tuple[int, int]:
-    """Rows of a pass, and passes of a step, as the training loop divides a batch."""
+    """Rows of the largest pass, and passes of a step, as the training loop divides a batch."""
     share = max(1, section.batch // gpus)
     rows = min(section.micro_batch or share, share)
     return rows, math.ceil(share / rows)
 
 
-def _batch_problems(name: str, section: Optimization, gpus: int) -> Iterator[str]:
-    """What keeps a batch from being shared evenly."""
-    if section.batch % gpus:
-        lower = section.batch // gpus * gpus
-        near = f"{lower} or {lower + gpus}" if lower else str(gpus)
-        yield f"{name}.batch: {section.batch} rows cannot be shared by {gpus} GPUs; take {near}, or other GPUs."
-        return
-    share = section.batch // gpus
-    if section.micro_batch and section.micro_batch < share and share % section.micro_batch:
-        yield (
-            f"{name}.micro_batch: {section.micro_batch} does not divide the {share} rows that each of {gpus} GPUs gets "
-            f"of {name}.batch ({section.batch}); take a divisor."
-        )
+def _batch_problems(name: str, section: Optimization, gpus: int) -> tuple[str, ...]:
+    """What keeps a batch from being shared evenly. The last micro-batch of a share may be smaller than the others."""
+    if section.batch % gpus == 0:
+        return ()
+    near = nearest_batches(section.batch, gpus)
+    return (f"{name}.batch: {section.batch} rows cannot be shared by {gpus} GPUs; take {near}, or other GPUs.",)
 
 
 def _data(planner: _Planner) -> StagePlan:
@@ -236,6 +230,9 @@ def _capture(planner: _Planner) -> StagePlan:
 
 def _align(planner: _Planner) -> StagePlan:
     recipe, section = planner.recipe, planner.recipe.align
+    size = DTYPE_BYTES[recipe.teacher.dtype] * planner.parameters.student
+    if not planner.parameters.new:
+        return StagePlan("align", disk=size)  # converted, and that is all
     fit = what_fits(Stage("align", align_memory, planner.setup(section), section.batch), planner.machine.gpu)
     steps, tokens = _steps(section, section.tokens, recipe.data.context)
     plan = StagePlan(
@@ -243,7 +240,7 @@ def _align(planner: _Planner) -> StagePlan:
         tokens=tokens,
         steps=steps,
         flops=tokens * planning_flops.align_flops(planner.architecture, recipe.student.mixer, recipe.data.context),
-        disk=DTYPE_BYTES[recipe.teacher.dtype] * planner.parameters.student,
+        disk=size,
         scratch=planner.checkpoints(planner.parameters.new),
         fit=fit,
         problems=(*_batch_problems("align", section, planner.machine.gpus), *fit.problems),

@@ -81,7 +81,10 @@ class Optimization(Section):
         default=None, description="Rows per forward pass of a process (rows); null means no gradient accumulation."
     )
     lr: Positive = Field(description="Peak learning rate.")
-    final_lr: NonNegative | None = Field(default=None, description="Learning rate at the last step; null means 0.")
+    final_lr: NonNegative | None = Field(
+        default=None,
+        description="Learning rate at the last step; null: it falls towards 0, which the last step is just above.",
+    )
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="Course of the learning rate after warm-up."
     )
@@ -117,7 +120,10 @@ class Align(Optimization):
     tokens: Count = Field(description="Tokens of text to train on (tokens; paper: 655 million).")
     batch: Count = Field(default=64, description="Rows per optimiser step, over all processes (rows).")
     lr: Positive = Field(default=1e-2, description="Peak learning rate.")
-    final_lr: NonNegative | None = Field(default=1e-5, description="Learning rate at the last step; null means 0.")
+    final_lr: NonNegative | None = Field(
+        default=1e-5,
+        description="Learning rate at the last step; null: it falls towards 0, which the last step is just above.",
+    )
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="cosine", description="Course of the learning rate after warm-up."
     )
@@ -189,6 +195,18 @@ class Distill(Optimization):
                 raise FieldError(
                     name, f"{value} has no effect with trainable {self.trainable!r}; set trainable to 'lora'."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _phases_end_lower(self) -> Self:
+        """A phase's own rate must be able to fall to the final one."""
+        for name, expert in self.experts.items():
+            for index, phase in enumerate(expert.phases):
+                if phase.lr is not None and phase.lr < (self.final_lr or 0.0):
+                    raise FieldError(
+                        f"experts.{name}.phases[{index}].lr",
+                        f"{phase.lr} is below distill.final_lr ({self.final_lr}); raise it, or lower final_lr.",
+                    )
         return self
 
     @model_validator(mode="after")

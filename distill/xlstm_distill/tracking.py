@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from xlstm_distill.device import forget_peak
 from xlstm_distill.errors import UserError
 
 PROJECT = "xlstm-distill"
@@ -52,7 +53,8 @@ def training_log(
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    (directory / HEADER_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    forget_peak()  # of this process's earlier stages
+    _replace(directory / HEADER_FILE, json.dumps(facts, indent=1) + "\n")
     opened = [_open_tracker(name, label, directory.parent, facts) for name in trackers]
     log = TrainingLog(directory / LOG_FILE, opened, start)
     try:
@@ -100,4 +102,11 @@ def _keep_before(file: Path, start: int) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] < start:
                 kept.append(line + "\n")
-    file.write_text("".join(kept))
+    _replace(file, "".join(kept))
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file by rename: another shell sees the old one or the new one."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)

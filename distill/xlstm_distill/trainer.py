@@ -22,7 +22,7 @@ from xlstm_distill.data import Batch, DomainRows, Row, RowSchedule, load_batch
 from xlstm_distill.device import peak_bytes, published_peak
 from xlstm_distill.diagnosis import first_bad_gradient, first_bad_module
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.optim import make_optimizer, schedule_factor
+from xlstm_distill.optim import learning_rate, make_optimizer
 from xlstm_distill.recipe import Optimization, Training
 from xlstm_distill.tasks import Task
 from xlstm_distill.tracking import TrainingLog, training_log
@@ -199,7 +199,7 @@ class Trainer:
         """Do a step; returns its figures and whether a process was asked to stop."""
         started = time.monotonic()
         stretch, number = self.plan.stretch_of(step)
-        lr = schedule_factor(self.optim, self.plan.steps, step) * stretch.lr
+        lr = learning_rate(self.optim, self.plan.steps, step, stretch.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batches = self._micro_batches(stretch.schedule.rows(number, self.plan.batch))

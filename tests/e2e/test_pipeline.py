@@ -236,3 +236,21 @@ def test_two_processes_write_once_and_align_the_same_student(run, tmp_path):
         if not name.endswith("input_gate.bias"):  # its gradient is zero: Adam amplifies rounding
             assert error_ratio(two[name], tensor.double()) < 1e-3, name
     assert not list((tmp_path / "run" / "artifacts").rglob("*.partial"))
+
+
+def test_a_student_of_windows_alone_goes_through_all_stages(tmp_path):
+    """It has no new parameters: nothing to align, and no output gates to report."""
+    windows = (
+        "student.mixer.branches=[window]", "data.domains={math: {sources: [{generator: math, documents: 2000}]}}",
+        "distill.experts={math: {phases: [{domain: math, tokens: 4096}]}}", "distill.warmup_steps=0",
+        "align.tokens=32768", "align.warmup_steps=0", "capture.targets=online", "data.validation_rows=4",
+        "evaluate.tasks=[{name: qs_math_add}]", "evaluate.limit=4",
+    )  # fmt: skip
+    done = cli("run", RECIPE, "--run", tmp_path / "run", sets=windows)
+    assert done.returncode == 0, done.stderr
+    assert "align: no new parameters to align with branches ['window']" in done.stdout.splitlines()
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert not report.get("gates")
+    assert {"align", "distill/math", "merge", "evaluate/merged", "report"} <= set(manifests(tmp_path / "run"))
+    again = cli("align", RECIPE, "--run", tmp_path / "run", sets=windows)
+    assert again.stdout.split() == ["align", "already", "done"]

@@ -105,6 +105,17 @@ def test_terminal_gets_a_bar(on_terminal: Callable[[], str]) -> None:
         assert part in text
 
 
+def test_a_bar_says_the_time_left_of_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    stream, clock = Terminal(), Clock()
+    with Console(stream, clock=clock).progress("align", 100) as progress:
+        for _ in range(3):
+            clock.now += 400.0
+            progress.update(10)
+    assert "46:40" in stream.getvalue()
+
+
 def test_no_color_takes_the_colour_from_the_bar(
     on_terminal: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

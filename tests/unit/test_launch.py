@@ -109,3 +109,59 @@ def test_what_is_no_configuration_is_one_line(tmp_path):
         start(tmp_path / "list.yaml", "", ["align"])
     with pytest.raises(UserError, match=r"--launch-args: .*--num_procs"):
         start(CONFIGS / "ddp.yaml", "--num_procs 4", ["align"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("foo", "'foo' is no option of accelerate launch"),
+        ("--num_processes 2 foo", "'foo' is no option of accelerate launch"),
+        ("-m foo", "'foo' is no option of accelerate launch"),
+        ("--num_processes '2", '"--num_processes \'2" cannot be read as words of a shell: No closing quotation'),
+        ("--help", "it asks for help; 'accelerate launch --help' gives it"),
+        ("--num_processes", "expected one argument"),
+        ("--num_processes 0", "--num_processes: 0 must be a whole number from 1 on"),
+        ("--num_processes -2", "--num_processes: -2 must be a whole number from 1 on"),
+    ],
+)
+def test_words_that_accelerate_cannot_use_are_one_line(words, said, capfd):
+    with pytest.raises(UserError) as error:
+        start(CONFIGS / "ddp.yaml", words, ["align"])
+    assert str(error.value).startswith("--launch-args: ")
+    assert said in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: [1\n", "is not a configuration of accelerate launch: while parsing"),
+        (b"\xff\xfe\x00", "is not a configuration of accelerate launch: 'utf-8' codec"),
+        (b"", "is not a configuration of accelerate launch"),
+        (b"distributed_type: MULTI_GPU\nnum_processes: two\n", "num_processes: 'two' must be a whole number from 1 on"),
+        (b"distributed_type: MULTI_GPU\n", "num_processes: -1 must be a whole number from 1 on"),
+        (b"compute_environment: AMAZON_SAGEMAKER\n", "is not a configuration of accelerate launch"),
+    ],
+)
+def test_files_that_are_no_configuration_are_one_line(content, said, tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        start(tmp_path / "bad.yaml", "", ["align"])
+    assert str(error.value).startswith("--launch: ")
+    assert said in str(error.value)
+
+
+def test_an_error_of_the_launcher_without_words_is_named():
+    outcome = _Outcome()
+    outcome.error = AssertionError()
+    with pytest.raises(UserError, match="accelerate launch failed: AssertionError"):
+        outcome.exit_code(asked=False)
+
+
+@pytest.mark.parametrize(("words", "processes"), [("", 8), ("--num_processes 3", 3)])
+def test_the_number_of_processes_is_looked_at_before_they_start(words, processes):
+    def refuse(count):
+        raise UserError(f"{count} processes")
+
+    with pytest.raises(UserError, match=f"^{processes} processes$"):
+        start(CONFIGS / "ddp.yaml", words, ["align"], refuse)

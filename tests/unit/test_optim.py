@@ -5,24 +5,43 @@ from __future__ import annotations
 import pytest
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.optim import make_optimizer, schedule_factor
+from xlstm_distill.optim import learning_rate, make_optimizer
 from xlstm_distill.recipe import Align
 
 ALIGN = Align(tokens=100, batch=2, warmup_steps=4)
 
 
+def rates(settings, steps, peak=ALIGN.lr, **changes):
+    return [learning_rate(settings.model_copy(update=changes), steps, s, peak) for s in range(steps)]
+
+
 def test_cosine_warms_up_peaks_and_ends_at_the_final_rate():
-    factors = [schedule_factor(ALIGN, 40, s) for s in range(41)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[40] == pytest.approx(1e-5 / 1e-2)
-    assert factors[4:] == sorted(factors[4:], reverse=True)
+    found = rates(ALIGN, 40)
+    assert found[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
+    assert found[4:] == sorted(found[4:], reverse=True)
+    assert found[-1] == ALIGN.final_lr
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [6, 40, 98])
+def test_the_last_step_is_done_at_the_final_rate_and_never_at_none(schedule, steps):
+    assert rates(ALIGN, steps, schedule=schedule)[-1] == pytest.approx(ALIGN.final_lr)
+    for nothing in (None, 0.0):
+        assert rates(ALIGN, steps, schedule=schedule, final_lr=nothing)[-1] > 0
+
+
+def test_the_final_rate_is_that_of_every_phase():
+    assert rates(ALIGN, 40, peak=1e-3)[4] == pytest.approx(1e-3)
+    assert rates(ALIGN, 40, peak=1e-3)[-1] == pytest.approx(ALIGN.final_lr)
+
+
+def test_a_single_step_after_the_warm_up_is_done_at_the_peak():
+    assert rates(ALIGN, 5)[-1] == ALIGN.lr
 
 
 def test_constant_and_linear():
-    constant = ALIGN.model_copy(update={"schedule": "constant", "final_lr": None})
-    linear = ALIGN.model_copy(update={"schedule": "linear", "final_lr": None})
-    assert schedule_factor(constant, 40, 39) == 1.0
-    assert schedule_factor(linear, 40, 22) == pytest.approx(0.5)
+    assert rates(ALIGN, 40, schedule="constant", final_lr=None)[-1] == ALIGN.lr
+    assert rates(ALIGN, 40, schedule="linear", final_lr=None)[22] == pytest.approx(0.5 * ALIGN.lr)
 
 
 def test_gates_norms_and_biases_do_not_decay(tiny_teacher):

@@ -403,12 +403,32 @@ def test_advice_names_a_smaller_pass_that_fits() -> None:
     [
         (6, [], "align.batch: 64 rows cannot be shared by 6 GPUs; take 60 or 66"),
         (128, [], "distill.batch: 64 rows cannot be shared by 128 GPUs; take 128"),
-        (16, ["distill.micro_batch=8", "distill.batch=192"], "distill.micro_batch: 8 does not divide the 12 rows"),
     ],
 )
 def test_a_batch_that_cannot_be_shared_is_a_problem(gpus: int, settings: list[str], words: str) -> None:
     plan = planned(ROOT / "recipes" / "llama3.1-8b.yaml", gpus=gpus, settings=settings)
     assert any(words in problem for problem in plan.problems)
+
+
+def test_the_last_micro_batch_of_a_share_may_be_smaller() -> None:
+    """As in the training loop: memory is that of the largest."""
+
+    def memory(*settings: str) -> float:
+        plan = planned(ROOT / "recipes" / "llama3.1-8b.yaml", gpus=16, settings=[*settings, "distill.micro_batch=8"])
+        assert not [problem for problem in plan.problems if "micro_batch: 8" in problem]
+        (stage,) = (stage for stage in plan.stages if stage.stage == "distill")
+        assert stage.memory is not None
+        return stage.memory.total
+
+    assert memory("distill.batch=192") == memory("distill.batch=256")  # 12 rows a GPU: 8 and 4; 16 rows: 8 and 8
+
+
+def test_without_new_parameters_there_is_nothing_to_align() -> None:
+    settings = ["student.mixer.branches=[window]"]
+    plan = planned(ROOT / "recipes" / "llama3.1-8b.yaml", gpus=8, settings=settings)
+    (align,) = (stage for stage in plan.stages if stage.stage == "align")
+    assert (align.flops, align.memory, align.problems) == (None, None, ())
+    assert align.disk > 0
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,14 @@ def test_overrides_apply_in_order(small: Path) -> None:
     assert recipe.report.alphas == (0.0, 0.5)
 
 
+def test_a_phase_cannot_start_below_the_final_learning_rate(small: Path) -> None:
+    phase = "distill.experts.code.phases=[{domain: math, tokens: 2048, lr: 1.0e-5}]"
+    falling = ["distill.schedule=cosine", "distill.final_lr=5.0e-5", phase]
+    expected = "distill.experts.code.phases[0].lr: 1e-05 is below distill.final_lr (5e-05); raise it, or lower"
+    assert message(small, *falling).startswith(expected)
+    assert load_recipe(small, [phase]).distill.experts["code"].phases[0].lr == 1e-5
+
+
 def test_recipe_is_immutable(small: Path) -> None:
     recipe = load_recipe(small)
     with pytest.raises(ValueError, match="frozen"):

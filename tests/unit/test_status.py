@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 
 import pytest
 from typer.testing import CliRunner
 
+from xlstm_distill.checkpoints import exclusive
 from xlstm_distill.cli import app
 from xlstm_distill.errors import UserError
 from xlstm_distill.status import read_status
@@ -57,3 +59,95 @@ def test_as_json_and_wrong_directory(run, tmp_path):
     assert [stage["label"] for stage in found["stages"]] == ["data/math", "distill/math"]
     with pytest.raises(UserError, match="is no run directory"):
         read_status(tmp_path / "nothing")
+
+
+HEADER = {"label": "distill/math", "steps": 10, "tokens_per_step": 100, "first_step": 0}
+
+
+def write_header(run, **facts):
+    (run / "training" / "distill-math-0123" / "training.json").write_text(json.dumps(HEADER | facts))
+
+
+def age(run, seconds):
+    for path in (run / "training" / "distill-math-0123").glob("*.json*"):
+        os.utime(path, (time.time() - seconds, time.time() - seconds))
+
+
+def test_a_training_that_holds_its_lock_runs_however_long_it_is_silent(run):
+    age(run, 600)
+    with exclusive(run / "training" / "distill-math-0123"):
+        stage = read_status(run)[1]
+        assert (stage.state, stage.seconds_left) == ("silent", pytest.approx(12.0))
+        assert "training, silent for 10:00" in CliRunner().invoke(app, ["status", str(run)]).output
+    write_header(run, host=platform.node(), pid=os.getpid())
+    age(run, 0)
+    assert read_status(run)[1].state == "stopped"  # at once: nobody holds the lock
+
+
+def test_a_free_lock_says_nothing_about_another_machine(run):
+    training = run / "training" / "distill-math-0123"
+    with exclusive(training):
+        pass
+    write_header(run, host="elsewhere", pid=1)
+    assert read_status(run)[1].state == "training"
+    age(run, 600)
+    assert read_status(run)[1].state == "stopped"
+
+
+def test_where_there_are_no_locks_silence_decides(run, monkeypatch):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    with exclusive(run / "training" / "distill-math-0123"):
+        monkeypatch.setattr("fcntl.flock", refuse)
+        assert read_status(run)[1].state == "training"
+        age(run, 600)
+        assert read_status(run)[1].state == "stopped"
+
+
+def test_a_training_that_saves_its_student_has_not_stopped(run):
+    training = run / "training" / "distill-math-0123"
+    with exclusive(training):
+        pass
+    with (training / "log.jsonl").open("a") as log:
+        log.write('\n{"step": 9, "loss": 0.1, "tokens_per_second": 50.0}\n')
+    for pid, state in ((os.getpid(), "training"), (2**22 + 1, "stopped")):  # beyond the largest there is
+        write_header(run, host=platform.node(), pid=pid)
+        assert read_status(run)[1].state == state
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"label": "distill/math", "steps": null}'])
+def test_what_cannot_be_read_is_a_row(run, content):
+    for path in ("training/distill-math-0123/training.json", "artifacts/data/math/manifest.json"):
+        (run / path).write_text(content)
+    stages = read_status(run)
+    assert [(stage.state, stage.path) for stage in stages] == [
+        ("unreadable", "artifacts/data/math/manifest.json"),
+        ("unreadable", "training/distill-math-0123/training.json"),
+    ]
+    result = CliRunner().invoke(app, ["status", str(run)])
+    assert result.exit_code == 0
+    assert "unreadable: training/distill-math-0123/training.json" in result.output
+
+
+def test_strange_names_and_damaged_lines_are_passed_over(run):
+    training = run / "training" / "distill-math-0123"
+    (training / "step-abc").mkdir()
+    with (training / "log.jsonl").open("a") as log:
+        log.write("\n[1]\n")
+    stage = read_status(run)[1]
+    assert (stage.state, stage.step, stage.checkpoint) == ("training", 4, 3)
+
+
+def test_an_older_recipe_s_training_goes_when_the_artifact_is_published(run):
+    age(run, 600)
+    assert [stage.label for stage in read_status(run)] == ["data/math", "distill/math"]
+    done = run / "artifacts" / "distill" / "math"
+    done.mkdir(parents=True)
+    (done / "manifest.json").write_text(json.dumps({"wall_seconds": 1.0}))
+    assert [(stage.label, stage.state) for stage in read_status(run)] == [
+        ("data/math", "done"),
+        ("distill/math", "done"),
+    ]
+    with exclusive(run / "training" / "distill-math-0123"):  # started anew
+        assert [stage.state for stage in read_status(run)] == ["done", "done", "silent"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, load_batch, next_token_labels
+from xlstm_distill.device import forget_peak, peak_bytes
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import SparseTargets
 from xlstm_distill.packing import pack
@@ -23,7 +25,7 @@ from xlstm_distill.shards import write_rows
 from xlstm_distill.targets import OnlineTargets, kept_logits
 from xlstm_distill.tasks import AlignTask, DistillTask, Sums, TeacherObserver
 from xlstm_distill.tokenization import Tokens
-from xlstm_distill.tracking import check_trackers
+from xlstm_distill.tracking import TrainingLog, check_trackers, training_log
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 from xlstm_distill.validation import validate
 from xlstm_kernels.testing import error_ratio
@@ -270,3 +272,28 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("xlstm_distill.tracking.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"training.trackers\[0\]: 'wandb' is not installed; pip install"):
         check_trackers(("wandb",))
+
+
+def test_a_training_reports_its_own_peak_of_memory(tmp_path):
+    forget_peak()  # of other tests
+    before = peak_bytes(torch.device("cpu"))
+    ballast = bytearray(os.urandom(2**20)) * 256
+    assert peak_bytes(torch.device("cpu")) > before + 200 * 2**20
+    del ballast
+    with training_log(tmp_path, "align", {}, 0, ()):
+        assert peak_bytes(torch.device("cpu")) < before + 100 * 2**20
+
+
+def test_the_header_and_the_log_are_replaced_whole(tmp_path, monkeypatch):
+    for name in ("training.json", "log.jsonl"):
+        (tmp_path / name).write_text('{"step": 0}\n')
+
+    def fail(*_):
+        raise OSError
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError), training_log(tmp_path, "align", {}, 1, ()):
+        pass
+    with pytest.raises(OSError):
+        TrainingLog(tmp_path / "log.jsonl", (), 1)
+    assert {(tmp_path / name).read_text() for name in ("training.json", "log.jsonl")} == {'{"step": 0}\n'}

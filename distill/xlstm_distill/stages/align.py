@@ -42,6 +42,11 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
         # Both hold the same tensors: only the student's new parameters train, so one copy of the weights is enough.
         teacher = load_teacher(recipe.teacher, accelerator.device)
         student = convert(teacher, recipe.student.mixer, share_weights=True)
+        if not any(student.new_parameters()):  # an ablation: the window branch alone has nothing to learn here
+            console.line(f"align: no new parameters to align with branches {list(recipe.student.mixer.branches)}")
+            if accelerator.is_main_process:
+                save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
+            return
         for _, parameter in student.new_parameters():  # small steps would be lost in bf16
             parameter.data = parameter.data.float()
         task = AlignTask(student, teacher)
