@@ -123,7 +123,10 @@ def distill(
     recipe: RecipePath,
     run_dir: RunPath = None,
     expert: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Train this expert alone.", show_default="all, one by one")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Train this expert alone (or its index, from 0).", show_default="all, one by one"
+        ),
     ] = None,
     overrides: Overrides = None,
     launch: LaunchConfig = None,

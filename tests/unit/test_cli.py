@@ -168,6 +168,18 @@ def test_distill_passes_the_expert(call: Call, stages: dict[str, Any], words: li
     assert stages["calls"] == [("distill", {"expert": expert})]
 
 
+def test_an_expert_is_chosen_by_name_or_index() -> None:
+    from xlstm_distill.stages.distill import choose_experts
+
+    names = ["math", "code", "0"]
+    assert choose_experts(names, None) == names
+    assert [*choose_experts(names, "code"), *choose_experts(names, "1")] == ["code", "code"]
+    assert choose_experts(names, "0") == ["0"]  # a name goes before an index
+    for wrong in ("3", "-1", "1.0", "mat", "²", ""):
+        with pytest.raises(UserError, match=r"it has math, code, 0 \(or by index: 0 to 2\)\.$"):
+            choose_experts(names, wrong)
+
+
 def test_capture_passes_its_share(call: Call, stages: dict[str, Any]) -> None:
     stages["capture"] = [None]  # shards of other shares are missing
     result = call("capture", "small.yaml", "--shard", "3/8")
