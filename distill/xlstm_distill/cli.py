@@ -83,6 +83,7 @@ def run(
         dispatch(launch, launch_args, recipe, overrides)
         loaded, opened = _open(recipe, run_dir, overrides)
         console = _console()
+        _check_evaluation(loaded, opened)
         for stage in STAGES:
             _run_stage(stage, loaded, opened, console)
         _print_summary(opened.directory, console)
@@ -274,6 +275,12 @@ def _open(recipe: Path, run_dir: Path | None, overrides: list[str] | None) -> tu
 
     loaded = load_recipe(recipe, overrides or ())
     return loaded, Run.open(run_dir or Path("runs") / loaded.name, loaded)
+
+
+def _check_evaluation(recipe: Recipe, run: Run) -> None:
+    """Refuse at once what could not be evaluated after days of training."""
+    importlib.import_module("xlstm_distill.stages.common").quiet_libraries()
+    importlib.import_module("xlstm_distill.stages.evaluate").check(recipe, run)
 
 
 def _run_stage(stage: str, recipe: Recipe, run: Run, console: Console, **options: Any) -> None:

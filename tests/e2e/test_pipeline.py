@@ -195,6 +195,12 @@ def test_a_tokenizer_of_another_model_is_one_line(tmp_path):
     assert "do not belong together" in line
 
 
+def test_a_task_that_is_not_there_is_told_before_anything_is_made(tmp_path):
+    line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=("evaluate.tasks=[{name: qs_math_ad}]",)), 2)
+    assert line == "error: suite.tasks: unknown task 'qs_math_ad'. Did you mean 'qs_math_add'?"
+    assert manifests(tmp_path / "run") == {}
+
+
 def test_debug_shows_where(tmp_path):
     done = cli("merge", RECIPE, "--run", tmp_path / "run", "--debug")
     assert done.returncode == 1

@@ -20,6 +20,7 @@ from xlstm_distill.artifacts import Artifact
 from xlstm_distill.cli import STAGES, app
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe_io import json_schema
+from xlstm_eval.schema import EvalError
 
 COMMANDS = (*STAGES, "run", "score", "plan", "schema")
 
@@ -60,7 +61,12 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stages that record their calls under `calls`; an exception or result put under a stage's name is its outcome."""
-    state: dict[str, Any] = {"calls": [], "reused": set()}
+    state: dict[str, Any] = {"calls": [], "reused": set(), "checked": []}
+
+    def check(run: Any) -> None:
+        state["checked"].append(len(state["calls"]))
+        if "check" in state:
+            raise state["check"]
 
     def make(name: str) -> types.ModuleType:
         def run(recipe: Any, run: Any, console: Any, **options: Any) -> Any:
@@ -77,6 +83,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         module = types.ModuleType(f"xlstm_distill.stages.{name}")
         module.run = run  # type: ignore[attr-defined]
+        if name == "evaluate":
+            module.check = lambda recipe, run: check(run)  # type: ignore[attr-defined]
         return module
 
     for name in STAGES:
@@ -153,6 +161,15 @@ def test_run_goes_through_all_stages_and_shows_the_scores(call: Call, stages: di
     assert lines[-1] == f"Report: {Path('runs/small/report/report.html')}"
     assert (tmp_path / "runs" / "small" / "artifacts").is_dir()
     assert "\x1b" not in result.stdout
+
+
+def test_run_checks_the_evaluation_before_the_first_stage(call: Call, stages: dict[str, Any]) -> None:
+    assert call("run", "small.yaml").exit_code == 0
+    assert stages["checked"] == [0]
+    stages["calls"].clear()
+    stages["check"] = EvalError("suite.tasks: unknown task 'qs_math_ad'.")
+    assert error_of(call("run", "small.yaml"), 2) == "error: suite.tasks: unknown task 'qs_math_ad'."
+    assert stages["calls"] == []
 
 
 def test_run_directory_and_overrides_reach_the_stage(call: Call, stages: dict[str, Any], tmp_path: Path) -> None:
