@@ -44,6 +44,11 @@ class Artifact:
         return self.manifest["fingerprint"]
 
     @property
+    def identity(self) -> str:
+        """What the inputs of those who read it name: the fingerprint, but for artifacts of which a part may be read."""
+        return self.manifest["identity"]
+
+    @property
     def model_path(self) -> Path:
         """Hugging Face directory of the model inside the artifact."""
         return self.path / "model"
@@ -71,12 +76,16 @@ class Draft:
 
 @dataclass(frozen=True)
 class Request:
-    """What an artifact is to be made from: the parts of the recipe it reads and the artifacts it is built on."""
+    """What an artifact is to be made from: the parts of the recipe it reads and the artifacts it is built on.
+
+    `identity` stands for it in the inputs of others where they depend on less than the whole, else the fingerprint.
+    """
 
     stage: str
     parts: Mapping[str, Any]
     inputs: Mapping[str, str]
     name: str | None = None
+    identity: str | None = None
 
     @property
     def label(self) -> str:
@@ -220,6 +229,7 @@ class Run:
             "stage": request.stage,
             "name": request.name,
             "fingerprint": request.fingerprint,
+            "identity": request.identity or request.fingerprint,
             "recipe": request.parts,
             "inputs": request.inputs,
             "seed": self.recipe.seed,

@@ -86,6 +86,7 @@ def run(
         dispatch(launch, launch_args, recipe, overrides, check)
         loaded, opened = _open(recipe, run_dir, overrides, check)
         console = _console()
+        _check_evaluation(loaded, opened)
         for stage in STAGES:
             _run_stage(stage, loaded, opened, console)
         _print_summary(opened.directory, console)
@@ -126,7 +127,10 @@ def distill(
     recipe: RecipePath,
     run_dir: RunPath = None,
     expert: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Train this expert alone.", show_default="all, one by one")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Train this expert alone (or its index, from 0).", show_default="all, one by one"
+        ),
     ] = None,
     overrides: Overrides = None,
     launch: LaunchConfig = None,
@@ -294,6 +298,12 @@ def _open(
     loaded = load_recipe(recipe, overrides or ())
     check(loaded, process_count())
     return loaded, Run.open(_directory(run_dir, loaded), loaded)
+
+
+def _check_evaluation(recipe: Recipe, run: Run) -> None:
+    """Refuse at once what could not be evaluated after days of training."""
+    importlib.import_module("xlstm_distill.stages.common").quiet_libraries()
+    importlib.import_module("xlstm_distill.stages.evaluate").check(recipe, run)
 
 
 def _run_stage(stage: str, recipe: Recipe, run: Run, console: Console, **options: Any) -> None:

@@ -147,7 +147,9 @@ def prepare_domain(recipe: Recipe, run: Run, name: str, tokenizer: Any, console:
     the command on one run directory the first prepares and the others wait.
     """
     needed = max(rows_needed(recipe, name), _rows_there(recipe, run, name, tokenizer))
-    request = _data_request(recipe, name, tokenizer, rows=needed)
+    request = replace(
+        _data_request(recipe, name, tokenizer, rows=needed), identity=data_identity(recipe, name, tokenizer)
+    )
     folder = run.work_directory(request)
 
     def build(draft: Draft) -> None:

@@ -20,11 +20,16 @@ Location = tuple[int | str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: YAML would silently keep the last."""
+    """SafeLoader that refuses a key that is no word, and one given twice: YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                is_list = isinstance(key, yaml.SequenceNode)
+                what = "a list" if is_list else "a mapping (or a template's {{ }} that is not filled in)"
+                message = f"{what} cannot be a key; give a word"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
             if key.value in seen:
                 message = f"the key '{key.value}' is already on line {seen[key.value]}; keep one"
                 raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)

@@ -197,20 +197,23 @@ def _svg(figure: Figure, key: str, alt: str) -> str:
     """Render to SVG for a page: no prolog, own ids, the page's colours and font, an accessible name."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a $ in a name is a dollar
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, f"var({variable})")
-    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
-    text = re.sub(r"font: ((?:\S+ )*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", text)
-    text = re.sub(r'\bid="', f'id="{key}-', text)
-    text = text.replace("url(#", f"url(#{key}-").replace('href="#', f'href="#{key}-')
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+        svg = svg.replace(stand_in, f"var({variable})")
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", svg)
+    svg = re.sub(r"font: ((?:\S+ )*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", svg)
+    svg = re.sub(r'\bid="', f'id="{key}-', svg)
+    svg = svg.replace("url(#", f"url(#{key}-").replace('href="#', f'href="#{key}-')
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     label = html.escape(alt, quote=True)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, task_result
+from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.schema import EvalError, TaskResult, did_you_mean
 from xlstm_eval.suites import Suite, SuiteTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
 
@@ -91,15 +91,9 @@ def evaluate_model(
     with _quiet() as warnings:
         lm = _language_model(model, tokenizer, batch_size)
         _check(loaded, lm)
-        raw: dict[str, dict[str, Any]] = {"results": {}, "samples": {}, "higher_is_better": {}}
         if progress is not None:
             lm.set_cache_hook(_ProgressHook(progress, loaded, stderr))
-        for multiturn in (False, True):
-            chosen = [e.name for e in loaded.suite.tasks if e.fewshot_as_multiturn is multiturn]
-            if chosen:
-                output = _run(lm, loaded, chosen, multiturn, seed)
-                for part in raw:
-                    raw[part] |= output[part]
+        raw = _run_all(lm, loaded, seed)
     model.train(was_training)
     samples = {leaf.task_name: raw["samples"][leaf.task_name] for _, leaf in loaded.leaves()}
     return EvaluationResult(
@@ -110,6 +104,21 @@ def evaluate_model(
         settings_hash=hash_value([loaded.suite.model_dump(mode="json", exclude={"include_path"}), seed]),
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what evaluate_model would refuse of a model of this config, without the model and in seconds.
+
+    The first item of each task is asked of a stand-in, whose answers are empty: what a task reports as its metrics
+    shows only then. Raises EvalError as load_suite and evaluate_model do.
+    """
+    loaded = load_suite(suite.model_copy(update={"limit": 1}))
+    with _quiet():
+        lm = _stand_in(config, tokenizer)
+        _check(loaded, lm)
+        raw = _run_all(lm, loaded, seed=0)
+    for entry in suite.tasks:
+        pick_metric(entry, raw["results"][entry.name])
 
 
 def _load_task(manager: Any, name: str) -> Any:
@@ -175,6 +184,47 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Make a language model for lm-eval that answers nothing, with a real one's context and chat template."""
+    from lm_eval.api.model import LM
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import resolve_max_length
+
+    class StandIn(LM):
+        max_gen_toks = HFLM.max_gen_toks
+        tokenizer_name = HFLM.tokenizer_name
+        apply_chat_template = HFLM.apply_chat_template
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = tokenizer
+            self.chat_template_args: dict[str, Any] = {}
+            self.max_length = resolve_max_length(config, tokenizer, default=HFLM._DEFAULT_MAX_LENGTH)
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            return [""] * len(requests)
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            return [(-1.0, False)] * len(requests)
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            return [-1.0] * len(requests)
+
+    return StandIn()
+
+
+def _run_all(lm: Any, loaded: LoadedSuite, seed: int) -> dict[str, dict[str, Any]]:
+    """Evaluate the suite: all tasks in one lm-eval call, or in two where the styles of few-shot prompts differ."""
+    raw: dict[str, dict[str, Any]] = {"results": {}, "samples": {}, "higher_is_better": {}}
+    for multiturn in (False, True):
+        chosen = [e.name for e in loaded.suite.tasks if e.fewshot_as_multiturn is multiturn]
+        if chosen:
+            output = _run(lm, loaded, chosen, multiturn, seed)
+            for part in raw:
+                raw[part] |= output[part]
+    return raw
 
 
 def _run(lm: Any, loaded: LoadedSuite, names: Sequence[str], multiturn: bool, seed: int) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from xlstm_eval.schema import Comparison, EvalError, TaskPair, TaskResult
 
 ALPHAS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
+LARGEST_RATE = 1e100
+"""Recovery rates beyond are refused: they are none of scores, and past 1e308 no float holds them."""
+
 
 def win_or_tie(pair: TaskPair, alpha: float) -> bool:
     """Tell whether the student wins or ties at tolerance ``alpha`` in [0, 1].
@@ -56,14 +59,17 @@ def critical_tolerance(pairs: Sequence[TaskPair], rate: float = 0.5) -> float:
 
 
 def recovery_rate(pair: TaskPair) -> float | None:
-    """Return S/T (T/S where lower is better), or None where the denominator is 0."""
-    ratio = _ratio(pair)
+    """Return S/T (T/S where lower is better), or None where the denominator is 0.
+
+    Raises EvalError: it is beyond LARGEST_RATE.
+    """
+    ratio = _rate(pair)
     return None if ratio is None else float(ratio)
 
 
 def mean_recovery(pairs: Iterable[TaskPair]) -> float | None:
     """Return the mean recovery rate over the tasks that have one, or None if none has."""
-    ratios = [ratio for pair in pairs if (ratio := _ratio(pair)) is not None]
+    ratios = [ratio for pair in pairs if (ratio := _rate(pair)) is not None]
     return float(sum(ratios, Fraction(0)) / len(ratios)) if ratios else None
 
 
@@ -120,8 +126,19 @@ def _pair(teacher: TaskResult, student: TaskResult) -> TaskPair:
     )
 
 
-def _ratio(pair: TaskPair) -> Fraction | None:
+def _rate(pair: TaskPair) -> Fraction | None:
     """Return the exact recovery rate, or None where its denominator is 0."""
+    ratio = _ratio(pair)
+    if ratio is not None and ratio > LARGEST_RATE:
+        raise EvalError(
+            f"{pair.task}: the teacher's {pair.teacher} and the student's {pair.student} are more than a factor "
+            f"{LARGEST_RATE:.0e} apart: no recovery rate. Correct the score that is near zero, or make it 0."
+        )
+    return ratio
+
+
+def _ratio(pair: TaskPair) -> Fraction | None:
+    """Return the exact ratio of the scores, or None where its denominator is 0."""
     if pair.samples is not None and pair.teacher_correct is not None and pair.student_correct is not None:
         teacher, student = Fraction(pair.teacher_correct), Fraction(pair.student_correct)
     else:

@@ -137,8 +137,11 @@ def load_pairs(data: object, error: type[EvalError] = EvalError) -> tuple[TaskPa
 
 def one_line(problem: ValidationError, model: type[BaseModel]) -> str:
     """Say the first of a validation's errors in one line, and how many more there are."""
+    locations = [error["loc"] for error in problem.errors()]
+    # A list with a bad item also reports itself as too short.
+    errors = [e for e in problem.errors() if e["type"] != "too_short" or not _below(e["loc"], locations)]
     # An unknown key comes first: a misspelt key also reports the right one as missing.
-    errors = sorted(problem.errors(), key=lambda error: error["type"] != "extra_forbidden")
+    errors.sort(key=lambda error: error["type"] != "extra_forbidden")
     others = len({error["loc"] for error in errors}) - 1
     return _sentence(errors[0], model) + (f" (and {others} more)" if others > 0 else "")
 
@@ -166,6 +169,10 @@ def _sentence(error: Any, model: type[BaseModel]) -> str:
             words = {"float": "a number", "int": "a whole number", "bool": "true or false", "string": "a string"}
             return f"{where}: {value!r} is {_kind(value)}; give {words[kind.removesuffix('_type')]}."
     return f"{where}: {value!r}: {error['msg']}."
+
+
+def _below(location: tuple[int | str, ...], others: list[tuple[int | str, ...]]) -> bool:
+    return any(len(other) > len(location) and other[: len(location)] == location for other in others)
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

@@ -95,7 +95,8 @@ def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_bee
         _, errors = process.communicate(timeout=120)
         assert process.returncode == code, errors
     assert "stopped by SIGTERM after step" in errors
-    assert re.search(r"align +training +\d+ of 32", cli("status", tmp_path, sets=()).stdout)
+    status = cli("status", tmp_path, sets=()).stdout
+    assert re.search(r"align +stopped \d:\d\d ago at checkpoint \d+ +\d+ of 32", status)
     done = cli(*words)
     assert "align: goes on at step" in done.stdout, done.stderr
     model = Path("artifacts", "align", "model", "model.safetensors")
@@ -214,6 +215,12 @@ def test_a_tokenizer_of_another_model_is_one_line(tmp_path):
     tokenizer.save_pretrained(teacher)
     line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=(f"teacher.path={teacher}",)), 2)
     assert "do not belong together" in line
+
+
+def test_a_task_that_is_not_there_is_told_before_anything_is_made(tmp_path):
+    line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=("evaluate.tasks=[{name: qs_math_ad}]",)), 2)
+    assert line == "error: suite.tasks: unknown task 'qs_math_ad'. Did you mean 'qs_math_add'?"
+    assert manifests(tmp_path / "run") == {}
 
 
 def test_debug_shows_where(tmp_path):

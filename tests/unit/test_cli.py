@@ -21,6 +21,7 @@ from xlstm_distill.artifacts import Artifact
 from xlstm_distill.cli import STAGES, app
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe_io import json_schema
+from xlstm_eval.schema import EvalError
 
 COMMANDS = (*STAGES, "run", "score", "plan", "schema")
 
@@ -61,7 +62,12 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stages that record their calls under `calls`; an exception or result put under a stage's name is its outcome."""
-    state: dict[str, Any] = {"calls": [], "reused": set()}
+    state: dict[str, Any] = {"calls": [], "reused": set(), "checked": []}
+
+    def check(run: Any) -> None:
+        state["checked"].append(len(state["calls"]))
+        if "check" in state:
+            raise state["check"]
 
     def make(name: str) -> types.ModuleType:
         def run(recipe: Any, run: Any, console: Any, **options: Any) -> Any:
@@ -78,6 +84,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         module = types.ModuleType(f"xlstm_distill.stages.{name}")
         module.run = run  # type: ignore[attr-defined]
+        if name == "evaluate":
+            module.check = lambda recipe, run: check(run)  # type: ignore[attr-defined]
         return module
 
     for name in STAGES:
@@ -156,6 +164,15 @@ def test_run_goes_through_all_stages_and_shows_the_scores(call: Call, stages: di
     assert "\x1b" not in result.stdout
 
 
+def test_run_checks_the_evaluation_before_the_first_stage(call: Call, stages: dict[str, Any]) -> None:
+    assert call("run", "small.yaml").exit_code == 0
+    assert stages["checked"] == [0]
+    stages["calls"].clear()
+    stages["check"] = EvalError("suite.tasks: unknown task 'qs_math_ad'.")
+    assert error_of(call("run", "small.yaml"), 2) == "error: suite.tasks: unknown task 'qs_math_ad'."
+    assert stages["calls"] == []
+
+
 def test_run_directory_and_overrides_reach_the_stage(call: Call, stages: dict[str, Any], tmp_path: Path) -> None:
     result = call("align", "small.yaml", "--run", "here", "--set", "name=other", "--set", "seed=3")
     assert result.exit_code == 0, result.output
@@ -167,6 +184,18 @@ def test_run_directory_and_overrides_reach_the_stage(call: Call, stages: dict[st
 def test_distill_passes_the_expert(call: Call, stages: dict[str, Any], words: list[str], expert: str | None) -> None:
     assert call("distill", "small.yaml", *words).exit_code == 0
     assert stages["calls"] == [("distill", {"expert": expert})]
+
+
+def test_an_expert_is_chosen_by_name_or_index() -> None:
+    from xlstm_distill.stages.distill import choose_experts
+
+    names = ["math", "code", "0"]
+    assert choose_experts(names, None) == names
+    assert [*choose_experts(names, "code"), *choose_experts(names, "1")] == ["code", "code"]
+    assert choose_experts(names, "0") == ["0"]  # a name goes before an index
+    for wrong in ("3", "-1", "1.0", "mat", "²", ""):
+        with pytest.raises(UserError, match=r"it has math, code, 0 \(or by index: 0 to 2\)\.$"):
+            choose_experts(names, wrong)
 
 
 def test_capture_passes_its_share(call: Call, stages: dict[str, Any]) -> None:

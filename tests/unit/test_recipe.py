@@ -328,6 +328,12 @@ def test_bad_override_gives_one_line(small: Path, override: str, expected: str) 
     [
         ("a: 1\na: 2\n", ", line 2, column 1: not valid YAML: the key 'a' is already on line 1; keep one."),
         ("a: {b: 1, b: 2}\n", ", line 1, column 11: not valid YAML: the key 'b' is already on line 1; keep one."),
+        (
+            "a: 1\nname: {{x}}\n",
+            ", line 2, column 8: not valid YAML: a mapping (or a template's {{ }} that is not filled in) cannot be a "
+            "key; give a word.",
+        ),
+        ("? [a, b]\n: 3\n", ", line 1, column 3: not valid YAML: a list cannot be a key; give a word."),
         ("a: [1\n", ", line 2, column 1: not valid YAML"),
         ("- 1\n", ": holds a list; a recipe is a mapping of sections"),
         ("", ": holds nothing; a recipe is a mapping of sections"),

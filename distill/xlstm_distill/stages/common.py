@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def align_request(recipe: Recipe) -> Request:
 
 def capture_request(recipe: Recipe, domain: str) -> Request:
     """What a domain's stored targets are made from."""
-    return _capture_request(recipe, domain, rows=captured_rows(recipe)[domain])
+    request = _capture_request(recipe, domain, rows=captured_rows(recipe)[domain])
+    return replace(request, identity=capture_identity(recipe, domain))
 
 
 def capture_identity(recipe: Recipe, domain: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -46,12 +47,28 @@ from xlstm_distill.trainer import Plan, Stretch, Trainer
 
 
 def run(recipe: Recipe, run: Run, console: Console, expert: str | None = None) -> list[Artifact]:
-    """Train the named expert, or all of them in the recipe's order."""
-    if expert is not None and expert not in recipe.distill.experts:
-        known = ", ".join(recipe.distill.experts)
-        raise UserError(f"--expert: {expert!r} is not in the recipe's distill.experts; it has {known}.")
+    """Train one expert, by name or index, or all of them in the recipe's order."""
+    names = choose_experts(list(recipe.distill.experts), expert)
     check_trackers(recipe.training.trackers)
-    return [_run_expert(recipe, run, name, console) for name in ([expert] if expert else recipe.distill.experts)]
+    return [_run_expert(recipe, run, name, console) for name in names]
+
+
+def choose_experts(names: Sequence[str], wanted: str | None) -> Sequence[str]:
+    """All experts, or the one of this name, else of this index (that of a task in a job array).
+
+    Raises:
+        UserError: there is none of this name or index.
+    """
+    if wanted is None:
+        return names
+    if wanted in names:
+        return [wanted]
+    if re.fullmatch(r"[0-9]{1,9}", wanted) and int(wanted) < len(names):
+        return [names[int(wanted)]]
+    raise UserError(
+        f"--expert: {wanted!r} is not in the recipe's distill.experts; it has {', '.join(names)} "
+        f"(or by index: 0 to {len(names) - 1})."
+    )
 
 
 def expert_request(recipe: Recipe, name: str) -> Request:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run, hash_path
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, load_batch
+from xlstm_distill.distributed import is_main_process
 from xlstm_distill.families import CausalLM
 from xlstm_distill.gates import GateMeter
 from xlstm_distill.recipe import Recipe
@@ -24,7 +26,7 @@ from xlstm_distill.stages.common import (
 )
 from xlstm_distill.stages.merge import merge_request
 from xlstm_distill.teacher import load_teacher, load_tokenizer, teacher_hash
-from xlstm_eval.harness import LoadedSuite, evaluate_model, load_suite
+from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.results import write_samples
 from xlstm_eval.suites import Suite, SuiteTask
 
@@ -51,6 +53,24 @@ def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
             draft.write_json("gates.json", mean_gates(model, held_out, device))
 
     return [run.make(request, functools.partial(build, name, source)) for name, (request, source) in planned.items()]
+
+
+def check(recipe: Recipe, run: Run) -> None:
+    """Refuse before any training what could not be evaluated after it; one process does, as one evaluates.
+
+    A teacher that has been evaluated under these settings shows that they are good.
+
+    Raises:
+        EvalError: an unknown task, metric or filter, data that cannot be loaded, unsafe code that is not confirmed,
+            or more tokens to generate than the context holds.
+    """
+    if not is_main_process() or run.find(_request(recipe, TEACHER, None, {})):
+        return
+    tokenizer, teacher = load_tokenizer(recipe.teacher), recipe.teacher
+    config = AutoConfig.from_pretrained(
+        teacher.path, revision=teacher.revision or "main", trust_remote_code=teacher.trust_remote_code
+    )
+    check_suite(_suite(recipe), config, tokenizer)
 
 
 def find_evaluations(recipe: Recipe, run: Run) -> dict[str, Artifact]:
@@ -145,14 +165,19 @@ def _score(
 
 @torch.no_grad()
 def mean_gates(model: CausalLM, domains: dict[str, DomainRows], device: torch.device) -> list[list[float]]:
-    """Mean output gate of every layer and head over held-out rows, layers x heads; empty where there are no gates."""
+    """Mean output gate of every layer and head over held-out rows, layers x heads; empty where there are no gates.
+
+    Rows go through the model one by one: all of them at once do not fit beside a large one.
+    """
     rows = [(name, row) for name, held in domains.items() for row in range(min(GATE_ROWS, held.validation))]
-    if not rows:
-        return []
-    batch = load_batch(domains, rows).to(device)
     with GateMeter(model) as meter:
-        meter.expect(batch.real)
-        model.model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, use_cache=False
-        )
+        for row in rows:
+            batch = load_batch(domains, [row]).to(device)
+            meter.expect(batch.real)
+            model.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                segment_ids=batch.segment_ids,
+                use_cache=False,
+            )
     return meter.means()

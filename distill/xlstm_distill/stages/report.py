@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xlstm_distill.artifacts import Artifact, Draft, Request, Run, replace_directory, versions
+from xlstm_distill.artifacts import MANIFEST, Artifact, Draft, Request, Run, replace_directory, versions
 from xlstm_distill.console import Console
 from xlstm_distill.distributed import is_main_process
 from xlstm_distill.recipe import Recipe
@@ -25,6 +25,7 @@ from xlstm_eval.schema import EvalError, TaskResult
 CURVE_POINTS = 200
 UNITS = {"mse": "squared error", "ce": "nats per token", "kl": "nats per token"}
 FOLDER = "report"
+STAGES = ("data", "capture", "align", "distill", "merge", "evaluate")
 
 
 def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
@@ -46,6 +47,7 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
 
 def _write(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact], draft: Draft) -> None:
     students = {name: artifact for name, artifact in evaluated.items() if name != TEACHER}
+    sources = lineage(run, evaluated)
     data = ReportData(
         title=recipe.report.title or f"{recipe.name}: student against teacher",
         teacher=Path(recipe.teacher.path).name if Path(recipe.teacher.path).exists() else recipe.teacher.path,
@@ -55,8 +57,8 @@ def _write(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact], draft: D
             for name, artifact in students.items()
         ),
         gates=_gates(students),
-        losses=_losses(recipe, run),
-        timings=_timings(run),
+        losses=_losses(recipe, sources),
+        timings=_timings(sources),
         provenance=_provenance(recipe, run, evaluated),
         recipe=recipe_to_yaml(recipe),
         alphas=recipe.report.alphas,
@@ -81,12 +83,37 @@ def _gates(students: Mapping[str, Artifact]) -> dict[str, Any] | None:
     return {name: rows for name, rows in gates.items() if rows} or None
 
 
-def _losses(recipe: Recipe, run: Run) -> dict[str, dict[str, Curve]]:
+def lineage(run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """The evaluations and all they were made from, in the stages' order and then by time; what else is there is not.
+
+    An artifact that has since been made anew from other settings is left out.
+    """
+    found = {f"evaluate/{name}": artifact for name, artifact in evaluated.items()}
+    waiting = list(found.values())
+    while waiting:
+        for name, identity in waiting.pop().manifest["inputs"].items():
+            label = "merge" if name == f"merge/{MERGED}" else name
+            if label.split("/")[0] not in STAGES or label in found:
+                continue
+            artifact = run.load(label)
+            if artifact is not None and artifact.identity == identity:
+                found[label] = artifact
+                waiting.append(artifact)
+    return dict(sorted(found.items(), key=lambda item: (STAGES.index(item[0].split("/")[0]), _finished(item[1]))))
+
+
+def _finished(artifact: Artifact) -> int:
+    return (artifact.path / MANIFEST).stat().st_mtime_ns
+
+
+def _losses(recipe: Recipe, sources: Mapping[str, Artifact]) -> dict[str, dict[str, Curve]]:
     """Training curves of alignment and of every expert."""
     stages = {"align": ("mse",), **{f"distill/{name}": ("ce", "kl") for name in recipe.distill.experts}}
     curves = {}
     for label, series in stages.items():
-        file = run.path(label) / LOG_FILE
+        if label not in sources:
+            continue
+        file = sources[label].path / LOG_FILE
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         if lines := [line for line in lines if not line.get("skipped")]:
             curves[label] = {name: _curve(lines, name) for name in series}
@@ -104,15 +131,9 @@ def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
     )
 
 
-def _timings(run: Run) -> dict[str, float]:
-    """Seconds each artifact of the run took to make."""
-    manifests = sorted((run.directory / "artifacts").rglob("manifest.json"), key=lambda p: p.stat().st_mtime)
-    timings = {}
-    for path in manifests:
-        label = path.parent.relative_to(run.directory / "artifacts").as_posix()
-        if artifact := run.load(label):
-            timings[label] = artifact.manifest["wall_seconds"]
-    return timings
+def _timings(sources: Mapping[str, Artifact]) -> dict[str, float]:
+    """Seconds each artifact that the report rests on took to make."""
+    return {label: artifact.manifest["wall_seconds"] for label, artifact in sources.items()}
 
 
 def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from xlstm_eval.harness import LoadedSuite, evaluate_model, load_suite
+from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.metrics import compare, pair_results
 from xlstm_eval.results import pick_metric, require_same_requests, write_samples
 from xlstm_eval.schema import EvalError
@@ -236,6 +236,27 @@ def test_bad_suites_get_one_line(
         evaluate_model(model, tokenizer, suite, batch_size=2)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+    with pytest.raises(EvalError) as without_model:
+        check_suite(suite, model.config, tokenizer)
+    assert str(without_model.value) == str(caught.value)
+
+
+def test_a_suite_is_checked_without_a_model_as_its_tasks_report(
+    folder: Path, model: Any, tokenizer: Any, loaded: LoadedSuite, tmp_path: Path
+) -> None:
+    check_suite(loaded.suite, model.config, tokenizer)
+    (tmp_path / "both.yaml").write_text(
+        "group: both\ntask: [first, second]\naggregate_metric_list:\n"
+        "  - {metric: exact_match, aggregation: mean, weight_by_size: true}\n"
+    )
+    for name in ("first", "second"):
+        text = (folder / f"{name}.yaml").read_text()
+        (tmp_path / f"{name}.yaml").write_text(text.replace("data/", f"{folder}/data/"))
+    group = SuiteTask(name="both", metric="exact_match", fewshot_as_multiturn=True)
+    check_suite(Suite(include_path=tmp_path, tasks=(group,)), model.config, tokenizer)
+    wrong = Suite(include_path=tmp_path, tasks=(group.model_copy(update={"metric": "acc"}),))
+    with pytest.raises(EvalError, match=r"both\.metric: the task has no 'acc'\. Allowed: exact_match\."):
+        check_suite(wrong, model.config, tokenizer)
 
 
 def test_missing_data_and_unsafe_code_are_refused(folder: Path, model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -245,8 +266,11 @@ def test_missing_data_and_unsafe_code_are_refused(folder: Path, model: Any, toke
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "code.jsonl").write_text((folder / "data" / "first.jsonl").read_text())
     (tmp_path / "code.yaml").write_text(GENERATE.format(name="code") + "unsafe_code: true\n")
+    suite = Suite(include_path=tmp_path, tasks=(SuiteTask(name="code"),))
     with pytest.raises(EvalError, match=r"code: runs generated code\. Set confirm_run_unsafe_code"):
-        evaluate_model(model, tokenizer, Suite(include_path=tmp_path, tasks=(SuiteTask(name="code"),)), batch_size=2)
+        evaluate_model(model, tokenizer, suite, batch_size=2)
+    with pytest.raises(EvalError, match=r"code: runs generated code\. Set confirm_run_unsafe_code"):
+        check_suite(suite, model.config, tokenizer)
 
 
 @pytest.mark.parametrize(

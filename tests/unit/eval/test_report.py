@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,28 @@ def test_names_are_escaped(data: ReportData) -> None:
     tables = [line for line in files["report.md"].splitlines() if line.startswith("|")]
     assert tables
     assert "<script" not in "".join(tables)
+
+
+def test_a_dollar_is_a_dollar_in_every_figure(data: ReportData) -> None:
+    names = ("US$ and C$", "cost_$\\frac$x", "$x_{$")
+    results = tuple(
+        result.model_copy(update={"domain": name, "task": f"{name} {result.task}"})
+        for name, result in zip(names, data.teacher_results, strict=False)
+    )
+    models = tuple(ReportModel(name=name, role="expert", results=results) for name in names)
+    curve = Curve(step=(1, 2), value=(1.0, 0.5), unit="US$ per $")
+    report = ReportData(
+        title="t",
+        teacher="T",
+        teacher_results=results,
+        models=models,
+        losses={"align": dict.fromkeys(names, curve)},
+    )
+    html = unescape(render(report)["report.html"])
+    drawn = re.findall(r"<text[^>]*>([^<]*)</text>", html)
+    for name in names:
+        assert drawn.count(name) == 4, name  # a legend in three figures, and the domain
+    assert "US$ per $" in drawn
 
 
 def test_markdown_tables_are_well_formed(files: dict[str, str]) -> None:

@@ -55,6 +55,14 @@ def test_bad_files_get_one_line(data: object, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_one_bad_value_is_one_problem() -> None:
+    for values, count in (({"student": "x"}, ""), ({"student": "x", "teacher": "y"}, " (and 1 more)")):
+        with pytest.raises(EvalError) as caught:
+            load_pairs({"tasks": [GOOD | values]})
+        field = "teacher: 'y'" if count else "student: 'x'"
+        assert str(caught.value) == f"tasks[0].{field} is a string; give a number.{count}"
+
+
 def test_a_count_cannot_exceed_the_samples() -> None:
     with pytest.raises(ValidationError, match="11 is more than samples"):
         TaskResult(task="a", metric="acc", score=1.0, samples=10, correct=11)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from xlstm_eval.schema import EvalError
 from xlstm_eval.score import ScoreError, score_file
 
 TASKS = [
@@ -73,6 +74,20 @@ def test_a_missing_file_a_folder_and_bytes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ScoreError, match="not UTF-8"):
         score_file(tmp_path / "bytes.json")
+
+
+@pytest.mark.parametrize("values", ['"teacher": 1e-320, "student": 1e308', '"teacher": 1e-05, "student": 1e96'])
+def test_a_ratio_beyond_floats_is_refused(tmp_path: Path, values: str) -> None:
+    with pytest.raises(EvalError) as caught:
+        score_file(written(tmp_path, f'{{"tasks": [{{"task": "a", {values}}}]}}'))
+    assert str(caught.value).startswith("a: the teacher's 1e-")
+    assert "more than a factor 1e+100 apart" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_ratio_below_floats_is_zero(tmp_path: Path) -> None:
+    text = '{"tasks": [{"task": "a", "teacher": 1e308, "student": 1e-320}]}'
+    assert score_file(written(tmp_path, text)).comparison.recovery == {"a": 0.0}
 
 
 def test_an_integer_beyond_floats_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""The stage report: only what the evaluated models were made from is counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xlstm_distill.artifacts import Artifact, Request, Run
+from xlstm_distill.recipe import Recipe
+from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.stages.report import _losses, _timings, lineage
+from xlstm_distill.tracking import LOG_FILE
+
+
+@pytest.fixture
+def recipe(root: Path) -> Recipe:
+    return load_recipe(root / "recipes" / "quickstart.yaml")
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: Recipe) -> Run:
+    return Run.open(tmp_path, recipe)
+
+
+def made(run: Run, label: str, *built_on: Artifact, seed: int = 0) -> Artifact:
+    """Publish an artifact with a log that is built on others."""
+    stage, _, name = label.partition("/")
+    inputs = {}
+    for artifact in built_on:
+        of, key = artifact.manifest["stage"], artifact.manifest["name"] or (name if label != "report" else None)
+        inputs[of if of == "align" else f"{of}/{key}"] = artifact.fingerprint
+    log = json.dumps({"step": 1, "mse": 0.5, "ce": 1.0, "kl": 0.1}) + "\n"
+    request = Request(stage, {"seed": seed}, {"teacher": "t", **inputs}, name or None)
+    return run.make(request, lambda draft: (draft.path / LOG_FILE).write_text(log))
+
+
+def pipeline(run: Run) -> dict[str, Artifact]:
+    """A run of two experts, with leftovers: a removed expert and its data, and an earlier report."""
+    math, chat, old = (made(run, f"data/{name}") for name in ("math", "chat", "old"))
+    targets = [made(run, "capture/math", math), made(run, "capture/chat", chat)]
+    made(run, "capture/old", old)
+    aligned = made(run, "align", math, chat)
+    experts = [made(run, f"distill/{n}", aligned, t) for n, t in zip(("math", "chat"), targets, strict=True)]
+    removed = made(run, "distill/old", aligned, old)
+    merged = made(run, "merge", *experts)
+    made(run, "evaluate/old", removed)
+    made(run, "report", merged)
+    return {
+        "teacher": made(run, "evaluate/teacher"),
+        "merged": made(run, "evaluate/merged", merged, math, chat),
+        "math": made(run, "evaluate/math", experts[0], math, chat),
+        "chat": made(run, "evaluate/chat", experts[1], math, chat),
+    }
+
+
+def test_times_are_those_of_what_the_report_rests_on_in_the_stages_order(run: Run) -> None:
+    timings = _timings(lineage(run, pipeline(run)))
+    assert list(timings) == [
+        "data/math", "data/chat", "capture/math", "capture/chat", "align", "distill/math", "distill/chat", "merge",
+        "evaluate/teacher", "evaluate/merged", "evaluate/math", "evaluate/chat",
+    ]  # fmt: skip
+
+
+def test_what_was_made_anew_from_other_settings_is_not_counted(run: Run, recipe: Recipe) -> None:
+    evaluated = pipeline(run)
+    made(run, "capture/math", seed=1)
+    made(run, "align", seed=1)
+    sources = lineage(run, evaluated)
+    assert not {"capture/math", "align"} & set(sources)
+    assert {"capture/chat", "data/math", "merge"} <= set(sources)
+    assert list(_losses(recipe, sources)) == ["distill/math", "distill/chat"]
