@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, prepare_domain
-from xlstm_distill.distributed import is_main_process
+from xlstm_distill.distributed import is_main_process, wait_for_everyone
 from xlstm_distill.families import CausalLM
 from xlstm_distill.planning_model import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
@@ -42,6 +42,7 @@ def part(model: Any, *exclude: str) -> dict[str, Any]:
 
 def prepare_domains(recipe: Recipe, run: Run, names: Iterable[str], console: Console) -> dict[str, Artifact]:
     """Make (or find) the packed rows of the named domains, in the recipe's order, which all processes share."""
+    wait_for_everyone()  # they meet here: later the main process may wait for another run's preparation for hours
     tokenizer, wanted = load_tokenizer(recipe.teacher), set(names)
     ordered = [name for name in recipe.data.domains if name in wanted]
     return {name: prepare_domain(recipe, run, name, tokenizer, console) for name in ordered}
