@@ -12,7 +12,17 @@ PACKAGES = {"xlstm_distill": ROOT / "distill", "xlstm_kernels": ROOT / "kernels"
 
 # Lowest first; a module imports only from its own layer and those before it.
 LAYERS = (
-    {"errors", "stopping", "_registration", "distributed", "recipe_fields", "recipe_training", "flops", "device"},
+    {
+        "errors",
+        "stopping",
+        "locks",
+        "_registration",
+        "distributed",
+        "recipe_fields",
+        "recipe_training",
+        "flops",
+        "device",
+    },
     {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "status"},
     {
         "recipe",

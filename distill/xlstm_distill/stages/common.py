@@ -26,6 +26,8 @@ from xlstm_distill.trainer import Outcome, Plan
 
 STORE = "store"
 """Folder of a capture's shards inside its artifact."""
+NO_PART = ("micro_batch", "non_finite")
+"""Keys of a training that may be changed to go on from its checkpoint: what was skipped is noted in the manifest."""
 
 
 def quiet_libraries() -> None:
@@ -68,7 +70,7 @@ def align_request(recipe: Recipe, data: Mapping[str, Artifact]) -> Request:
     """What the seed weights θ(0) of all experts are made from."""
     return Request(
         "align",
-        parts={"align": part(recipe.align, "micro_batch"), "mixer": part(recipe.student.mixer), "seed": recipe.seed},
+        parts={"align": part(recipe.align, *NO_PART), "mixer": part(recipe.student.mixer), "seed": recipe.seed},
         inputs={"teacher": teacher_hash(recipe.teacher), **data_inputs(data)},
     )
 
@@ -95,6 +97,7 @@ def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> Non
     draft.results |= {
         "steps": plan.steps,
         "last": outcome.last,
+        "skipped_steps": outcome.skipped_steps,
         "validation_before": outcome.before,
         "validation_after": outcome.after,
     }
