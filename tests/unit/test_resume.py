@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from xlstm_distill import stopping
 from xlstm_distill.checkpoints import INDEX, Checkpoints
 from xlstm_distill.errors import RunError
 from xlstm_distill.locks import exclusive
@@ -152,6 +153,15 @@ def test_a_signal_in_the_last_validation_is_heard_and_nothing_is_lost(asked, pro
     assert train(processes, tmp_path) == [0] * processes
     assert same(weights(tmp_path), whole[processes])
     assert steps_logged(tmp_path) == list(range(STEPS))
+
+
+def test_a_signal_that_comes_after_the_last_look_is_heard(monkeypatch):
+    request = stopping._Request()
+    monkeypatch.setattr(stopping, "_request", request)
+    with pytest.raises(stopping.Stopped, match="stopped by SIGUSR1 after the last step"), stopping.deferred():
+        request.receive(signal.SIGUSR1, None)
+    with pytest.raises(ValueError, match="own"), stopping.deferred():  # another end goes first
+        raise ValueError("own")
 
 
 @pytest.mark.multi_process
