@@ -15,13 +15,13 @@ LAYERS = (
     {
         "errors",
         "stopping",
-        "locks",
         "_registration",
         "distributed",
         "recipe_fields",
         "recipe_training",
         "flops",
         "device",
+        "checksums",
     },
     {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "status"},
     {
@@ -42,6 +42,7 @@ LAYERS = (
         "store",
         "gates",
         "checkpoints",
+        "locks",
         "launch",
         "planning_model",
         "planning_flops",

@@ -134,7 +134,9 @@ def _read(path: Path) -> tuple[Checkpoint | None, str | None]:
     try:
         checkpoint = Checkpoint(path, json.loads((path / INDEX).read_text()))
         damage = _own_damage(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        damage = f"{error.filename or path}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
         damage = f"{path / INDEX}: not the index of a checkpoint"
     return (checkpoint, None) if damage is None else (None, damage)
 
