@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import time
 import uuid
@@ -20,7 +19,7 @@ from typing import Any
 from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.distributed import all_agree, is_main_process, wait_for_everyone
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.locks import busy, exclusive, marked, remove_unheld, waiting
+from xlstm_distill.locks import busy, exclusive, marked, remove_leftovers, waiting
 from xlstm_distill.recipe import Recipe
 
 MANIFEST = "manifest.json"
@@ -202,8 +201,8 @@ class Run:
         draft = Draft(final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
         with contextlib.ExitStack() as stack:
             with self._lock(request):  # a draft whose mark is not held yet would look like one of a dead process
-                self._remove_leftovers(final)
-                stack.enter_context(marked(self._mark(draft.path)))
+                remove_leftovers(final, self._locks)
+                stack.enter_context(marked(self._locks / draft.path.name))
                 draft.path.mkdir()
             try:
                 self._fill(request, build, draft)
@@ -213,17 +212,6 @@ class Run:
                             replace_directory(draft.path, final)
             finally:
                 shutil.rmtree(draft.path, ignore_errors=True)
-
-    def _remove_leftovers(self, final: Path) -> None:
-        """Remove what killed processes have left of an artifact: drafts, and earlier artifacts moved aside."""
-        pattern = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{12}}\.(partial|old)")
-        for path in final.parent.iterdir():
-            if pattern.fullmatch(path.name):
-                remove_unheld(path, self._mark(path))
-
-    def _mark(self, draft: Path) -> Path:
-        """The lock that tells that the process which writes a draft lives."""
-        return self._locks / draft.name
 
     def _complete(self, request: Request, build: Callable[[Draft], None], gathered: Path) -> None:
         """Complete and publish a gathered directory, unless another run of the program has done so meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +57,18 @@ def marked(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def remove_unheld(directory: Path, mark: Path) -> None:
+def remove_leftovers(final: Path, marks: Path) -> None:
+    """Remove what killed processes have left beside an artifact: drafts, and earlier artifacts moved aside.
+
+    `marks` is the folder of the lock files that living processes hold, named like their drafts (`marked`).
+    """
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{12}}\.(partial|old)")
+    for path in final.parent.iterdir():
+        if pattern.fullmatch(path.name):
+            _remove_unheld(path, marks / path.name)
+
+
+def _remove_unheld(directory: Path, mark: Path) -> None:
     """Remove a directory that the holder of `mark` was writing, and the mark, unless that process still lives."""
     with mark.open("a") as file:
         try:
