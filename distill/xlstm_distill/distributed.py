@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import re
@@ -176,4 +177,15 @@ def _patient_group() -> Any:
 
     # This starts the default group; on a machine without an accelerator it has to be told so.
     PartialState(cpu=on_cpu())
-    return torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    # Its threads have to end before the interpreter does, which otherwise now and then aborts a process that is done.
+    atexit.register(_end_patient_group)
+    return group
+
+
+def _end_patient_group() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group(_patient_group())
+    _patient_group.cache_clear()
