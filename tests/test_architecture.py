@@ -43,6 +43,7 @@ LAYERS = (
         "store",
         "gates",
         "checkpoints",
+        "locks",
         "launch",
         "planning_model",
         "planning_flops",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -18,8 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.distributed import all_agree, is_main_process, wait_for_everyone
 from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.locks import busy, exclusive, marked, remove_leftovers, waiting
 from xlstm_distill.recipe import Recipe
 
 MANIFEST = "manifest.json"
@@ -157,43 +158,75 @@ class Run:
         *,
         together: bool = False,
         gathered: Path | None = None,
+        console: Console | None = None,
     ) -> Artifact:
         """Return the artifact made from exactly this, building it if it is not there.
 
         `build` writes into a temporary directory, which is renamed into place when it returns; an earlier artifact of
         the same stage stays until then, and for good when `build` raises. Of several processes the first builds and
-        the others wait; with `together` all build (training), and what the others wrote is dropped. `gathered` is a
-        directory in which independent runs of the program have gathered the artifact's files; it becomes the artifact
-        once, after `build` has completed it, and it stays when `build` raises.
+        the others wait; with `together` all build (training), what the others wrote is dropped, and the work directory
+        belongs to this run of the program until the artifact is there. `gathered` is a directory in which independent
+        runs of the program have gathered the artifact's files; it becomes the artifact once, after `build` has
+        completed it, and it stays when `build` raises.
+
+        Raises:
+            RunError: another run of the program is at the same training (`together`).
         """
         wait_for_everyone()  # so that all see the same answer
-        done = self.find(request)
-        if all_agree(done is not None) and done:
+        if done := self._find_everywhere(request):
             return done
-        if is_main_process() or together:
-            if gathered is None:
-                self._build(request, build)
-            else:
-                self._complete(request, build, gathered)
-        wait_for_everyone()
-        artifact = self.need(request.label, request.fingerprint)
-        if is_main_process():
-            shutil.rmtree(self.work_directory(request), ignore_errors=True)
+        with self._training(request, console or QuietConsole()) if together else contextlib.nullcontext():
+            # Another run of the program may have published it, and removed the work directory, a moment ago.
+            if together and (done := self._find_everywhere(request)):
+                return done
+            if is_main_process() or together:
+                if gathered is None:
+                    self._build(request, build)
+                else:
+                    self._complete(request, build, gathered)
+            wait_for_everyone()
+            artifact = self.need(request.label, request.fingerprint)
+            if is_main_process():
+                shutil.rmtree(self.work_directory(request), ignore_errors=True)
         return replace(artifact, reused=False)
+
+    def _find_everywhere(self, request: Request) -> Artifact | None:
+        """Find an artifact that all processes see; all of them must ask."""
+        done = self.find(request)
+        return done if all_agree(done is not None) else None
+
+    @contextlib.contextmanager
+    def _training(self, request: Request, console: Console) -> Iterator[None]:
+        """Hold a training on the main process; no process goes on without."""
+        work, refused = self.work_directory(request), None
+        with contextlib.ExitStack() as stack:
+            if is_main_process():
+                try:
+                    # Not in the work directory, which is removed while the lock is held.
+                    stack.enter_context(exclusive(self._locks / f"training-{work.name}", work, console.line))
+                except RunError as error:
+                    refused = error
+            if not all_agree(refused is None):
+                raise refused or busy(work)
+            yield
 
     def _build(self, request: Request, build: Callable[[Draft], None]) -> None:
         final = self.path(request.label)
         final.parent.mkdir(parents=True, exist_ok=True)
         draft = Draft(final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
-        draft.path.mkdir()
-        try:
-            self._fill(request, build, draft)
-            if is_main_process():
-                with self._lock(request):
-                    if self.find(request) is None:  # else another run of the program was first
-                        replace_directory(draft.path, final)
-        finally:
-            shutil.rmtree(draft.path, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+            with self._lock(request):  # a draft whose mark is not held yet would look like one of a dead process
+                remove_leftovers(final, self._locks)
+                stack.enter_context(marked(self._locks / draft.path.name))
+                draft.path.mkdir()
+            try:
+                self._fill(request, build, draft)
+                if is_main_process():
+                    with self._lock(request):
+                        if self.find(request) is None:  # else another run of the program was first
+                            replace_directory(draft.path, final)
+            finally:
+                shutil.rmtree(draft.path, ignore_errors=True)
 
     def _complete(self, request: Request, build: Callable[[Draft], None], gathered: Path) -> None:
         """Complete and publish a gathered directory, unless another run of the program has done so meanwhile."""
@@ -210,18 +243,16 @@ class Run:
         seconds = draft.earlier_seconds + time.monotonic() - started
         draft.write_json(MANIFEST, self._manifest(request, draft, seconds))
 
-    @contextlib.contextmanager
-    def _lock(self, request: Request) -> Iterator[None]:
+    @property
+    def _locks(self) -> Path:
+        return self.directory / ".locks"
+
+    def _lock(self, request: Request) -> contextlib.AbstractContextManager[None]:
         """Hold the right to publish this artifact; the system takes it back from a process that dies.
 
         A file system without locks gives it to everyone: then only runs at the very same moment can disturb each other.
         """
-        locks = self.directory / ".locks"
-        locks.mkdir(exist_ok=True)
-        with (locks / request.label.replace("/", "-")).open("w") as file:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        return waiting(self._locks / request.label.replace("/", "-"))
 
     def _manifest(self, request: Request, draft: Draft, seconds: float) -> dict[str, Any]:
         return {

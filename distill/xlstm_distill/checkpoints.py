@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,9 +91,11 @@ class Checkpoints:
         index = {"format": FORMAT, "step": step, "processes": process_count(), "files": files, "facts": dict(facts)}
         (partial / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
         _flush(partial / INDEX)
+        _flush_directory(partial)
         final = self.directory / _name(step)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        _flush_directory(self.directory)  # before an older one goes
         for path in self._paths()[: -self.keep]:
             shutil.rmtree(path)
 
@@ -106,15 +107,20 @@ class Checkpoints:
         """
         found = []
         for path in reversed(self._paths()):
-            checkpoint = Checkpoint(path, json.loads((path / INDEX).read_text()))
-            damage = _own_damage(checkpoint)
-            if all_agree(damage is None):
+            checkpoint, damage = _read(path)
+            if all_agree(checkpoint is not None):
                 return checkpoint
             found.append(damage or f"{path}: another process found it damaged")
             say(f"checkpoint refused: {found[-1]}")
         if found:
             raise RunError(f"no checkpoint can be used: {found[0]}. Delete {self.directory} to start over.")
         return None
+
+    def clean(self) -> None:
+        """Remove what a save that was killed has left; nobody else may be at this training."""
+        if is_main_process():
+            for partial in self.directory.glob(".step-*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _paths(self) -> list[Path]:
         """Published checkpoints, oldest first."""
@@ -123,25 +129,24 @@ class Checkpoints:
         return sorted(p for p in self.directory.iterdir() if p.name.startswith("step-") and (p / INDEX).is_file())
 
 
-@contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold a training's directory: two runs of the same training at once would write over each other.
-
-    Raises:
-        RunError: another process holds it.
-    """
-    with (directory / ".lock").open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{directory}: another process is at this training; wait for it, or stop it.") from None
-        yield
+def _read(path: Path) -> tuple[Checkpoint | None, str | None]:
+    """Read and check a checkpoint: it, or what is wrong with it."""
+    try:
+        checkpoint = Checkpoint(path, json.loads((path / INDEX).read_text()))
+        damage = _own_damage(checkpoint)
+    except OSError as error:
+        damage = f"{error.filename or path}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        damage = f"{path / INDEX}: not the index of a checkpoint"
+    return (checkpoint, None) if damage is None else (None, damage)
 
 
 def _own_damage(checkpoint: Checkpoint) -> str | None:
-    """Check the files this process will read: its own, or all of them if another number of processes wrote them."""
+    """Check the index, and the files this process will read: its own, or all if another number of processes wrote."""
     if checkpoint.index["format"] != FORMAT:
         return f"{checkpoint.path}: format {checkpoint.index['format']}, this version reads {FORMAT}"
+    if not (isinstance(checkpoint.step, int) and isinstance(checkpoint.facts, dict)):
+        return f"{checkpoint.path / INDEX}: not the index of a checkpoint"
     same = checkpoint.processes == process_count()
     files = {0, process_index()} if same else range(checkpoint.processes)
     return next((damage for process in files if (damage := checkpoint.damage(process))), None)
@@ -159,3 +164,13 @@ def _flush(path: Path) -> None:
     """Make sure that a file is on the disk before the checkpoint's name says so."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    """Make sure that the names in a directory are on the disk, where the file system can do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

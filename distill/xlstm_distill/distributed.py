@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 from xlstm_distill.errors import UserError
 
 LONGEST_WAIT = timedelta(days=7)
-"""How long processes wait for the one that captures, merges or evaluates."""
+"""How long processes wait for the one that captures, merges or evaluates; in training they wait as torch does."""
 
 Kind = Literal["single", "ddp", "fsdp", "deepspeed"]
 CONFIGS = "recipes/accelerate/"
@@ -141,12 +143,11 @@ def is_main_process() -> bool:
 
 
 def wait_for_everyone() -> None:
-    """Wait until all processes are here; returns at once where there is one."""
+    """Wait until all processes are here, however long it takes; returns at once where there is one."""
     if process_count() > 1:
-        from accelerate import PartialState
+        import torch
 
-        # The first call starts the process group; on a machine without an accelerator it has to be told so.
-        PartialState(cpu=on_cpu(), timeout=LONGEST_WAIT).wait_for_everyone()
+        torch.distributed.barrier(group=_patient_group())
 
 
 def process_index() -> int:
@@ -159,8 +160,32 @@ def all_agree(mine: bool) -> bool:
     if process_count() == 1:
         return mine
     import torch
+
+    answer = torch.tensor([int(mine)])
+    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=_patient_group())
+    return bool(answer.item())
+
+
+@functools.cache
+def _patient_group() -> Any:
+    """All processes, on the CPU, for waiting; the default group keeps torch's short time limits for training.
+
+    A process that hangs in a training's collective is then noticed in minutes and does not hold all GPUs.
+    """
+    import torch
     from accelerate import PartialState
 
-    answer = torch.tensor([int(mine)], device=PartialState(cpu=on_cpu()).device)
-    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN)
-    return bool(answer.item())
+    # This starts the default group; on a machine without an accelerator it has to be told so.
+    PartialState(cpu=on_cpu())
+    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    # Its threads have to end before the interpreter does, which otherwise now and then aborts a process that is done.
+    atexit.register(_end_patient_group)
+    return group
+
+
+def _end_patient_group() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group(_patient_group())
+    _patient_group.cache_clear()

@@ -45,12 +45,18 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Leave it to the block to look for a request and to end at a point of its choice."""
+    """Leave it to the block to look for a request and to end at a point of its choice.
+
+    Raises:
+        Stopped: the block has ended without having seen a request.
+    """
     _request.deferred = True
     try:
         yield
     finally:
         _request.deferred = False
+    if requested():
+        raise Stopped(_request.message("after the last step"))
 
 
 def requested() -> bool:

@@ -22,15 +22,22 @@ LOG_FILE, HEADER_FILE = "log.jsonl", "training.json"
 
 
 class TrainingLog:
-    """Appends a line of figures for each step, and sends them to the trackers."""
+    """Appends a line of figures for each step, and sends them to the trackers.
+
+    `last` are the newest figures and `skipped` the number of skipped steps, those before a restart included.
+    """
 
     def __init__(self, file: Path, trackers: Sequence[GeneralTracker], start: int) -> None:
-        _keep_before(file, start)
+        kept = _keep_before(file, start)
+        self.last: dict[str, float] = {k: v for k, v in kept[-1].items() if k != "step"} if kept else {}
+        self.skipped = sum("skipped" in line for line in kept)
         self.stream = file.open("a")
         self.trackers = trackers
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Log the figures of a step."""
+        self.last = dict(figures)
+        self.skipped += "skipped" in figures
         self.stream.write(json.dumps({"step": step, **figures}) + "\n")
         self.stream.flush()
         for tracker in self.trackers:
@@ -93,16 +100,17 @@ def _open_tracker(name: str, label: str, directory: Path, facts: Mapping[str, An
     return tracker
 
 
-def _keep_before(file: Path, start: int) -> None:
-    """Drop the lines of steps that will be done again; a line that a crash cut short is one of them."""
+def _keep_before(file: Path, start: int) -> list[dict[str, Any]]:
+    """Drop the lines of steps that will be done again, and return the others; one that a crash cut short goes too."""
     if not file.is_file():
-        return
+        return []
     kept = []
     for line in file.read_text().splitlines():
         with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] < start:
-                kept.append(line + "\n")
-    _replace(file, "".join(kept))
+            if (figures := json.loads(line))["step"] < start:
+                kept.append((line, figures))
+    _replace(file, "".join(line + "\n" for line, _ in kept))
+    return [figures for _, figures in kept]
 
 
 def _replace(file: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -16,11 +16,12 @@ from accelerate.utils import DistributedType
 
 from xlstm_distill import stopping
 from xlstm_distill.accelerator import clip_gradients, micro_step, prepare
-from xlstm_distill.checkpoints import Checkpoints, exclusive
+from xlstm_distill.checkpoints import Checkpoints
 from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.data import Batch, DomainRows, Row, RowSchedule, load_batch
 from xlstm_distill.device import peak_bytes, published_peak
-from xlstm_distill.diagnosis import first_bad_gradient, first_bad_module
+from xlstm_distill.diagnosis import blame, first_bad_gradient, first_bad_module, row_names
+from xlstm_distill.distributed import all_agree
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.optim import learning_rate, make_optimizer
 from xlstm_distill.recipe import Optimization, Training
@@ -30,7 +31,7 @@ from xlstm_distill.training_state import TrainingState
 from xlstm_distill.validation import validate
 
 MOST_SKIPS = 10
-"""Steps in a row that are skipped for a loss that is not finite; then it is not the data, and training stops."""
+"""Steps in a row that are skipped, for a loss that is not finite or for want of a supervised token; then it stops."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Figures of the last step, held-out ones before and after, and the seconds before the checkpoint gone on from."""
+    """Figures of the last step, held-out ones before and after, skipped steps, and the seconds before a restart.
+
+    Figures of steps before a restart and the number of skipped steps are those of the main process's log.
+    """
 
     last: dict[str, float]
     before: dict[str, float]
     after: dict[str, float]
+    skipped_steps: int = 0
     earlier_seconds: float = 0.0
 
 
@@ -84,10 +89,11 @@ class Trainer:
 
     Losses are averaged over the tokens of the whole optimiser step, on all processes and micro-batches together. The
     rows and the learning rate of a step are functions of its number, so that a checkpoint holds tensors and a number.
-    `directory` keeps checkpoints and the log between two runs of the same training.
+    `directory` keeps checkpoints and the log between two runs of the same training; it is the caller's to see to it
+    that there is one at a time (`Run.make` with `together`).
 
     Raises:
-        RunError: the processes cannot share the batch evenly, or a loss or gradient is not finite.
+        RunError: the processes cannot share the batch evenly, a loss or gradient is not finite, no token is supervised.
         Stopped: a signal asked for it; a checkpoint was written before.
     """
 
@@ -122,19 +128,16 @@ class Trainer:
         self.state = TrainingState(task, self.optimizer)
         self.checkpoints = Checkpoints(directory, self.training.keep_checkpoints)
         self.peak = published_peak(accelerator.device)
-        self.skipped = 0
+        self.skipped = self.mute = 0  # steps in a row, until now
         self.started, self.earlier_seconds = time.monotonic(), 0.0
 
     def run(self) -> Outcome:
         """Train from the newest checkpoint, or from the start, to the end."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        with exclusive(self.directory) if self.accelerator.is_main_process else contextlib.nullcontext():
-            return self._run()
-
-    def _run(self) -> Outcome:
+        self.checkpoints.clean()
         start, before = self._resume()
         before = before or self.validate()
-        last: dict[str, float] = {}
+        self.wrapped.train()  # a model that was loaded is in eval mode, which turns activation checkpointing off
         with (
             stopping.deferred(),
             self._log(start) as log,
@@ -142,28 +145,34 @@ class Trainer:
         ):
             bar.skip(start * self.tokens_per_step)
             for step in range(start, self.plan.steps):
-                last, asked = self._timed_step(step)
+                figures, asked = self._timed_step(step)
                 if self._due(self.training.validate_steps, step + 1):
-                    last |= {f"held_out_{name}": value for name, value in self.validate().items()}
+                    figures |= {f"held_out_{name}": value for name, value in self.validate().items()}
                 if log is not None:
-                    log.write(step, last)
-                bar.update(self.tokens_per_step, loss=last.get("loss", math.nan))
+                    log.write(step, figures)
+                bar.update(self.tokens_per_step, loss=figures.get("loss", math.nan))
                 if asked:
                     self._stop(step, before)
-                if self._due(self.training.checkpoint_steps, step + 1):
+                if self._due(self.training.checkpoint_steps, step + 1, at_end=True):
                     self._save(step + 1, before)
-            return Outcome(last, before, self.validate(), self.earlier_seconds)
+            after = self.validate()
+            if not all_agree(not stopping.requested()):
+                self._stop(self.plan.steps - 1, before, saved=True)
+            last, skipped = (log.last, log.skipped) if log is not None else ({}, 0)
+            return Outcome(last, before, after, skipped, self.earlier_seconds)
 
-    def _stop(self, step: int, before: dict[str, float]) -> NoReturn:
+    def _stop(self, step: int, before: dict[str, float], *, saved: bool = False) -> NoReturn:
         """End after a step, with a checkpoint where the recipe has any."""
         kept = "no checkpoint, as the recipe says"
         if self.training.checkpoint_steps is not None:
-            self._save(step + 1, before)
+            if not saved:
+                self._save(step + 1, before)
             kept = "a checkpoint"
         raise stopping.stop(f"after step {step} of {self.plan.label}, with {kept}")
 
-    def _due(self, every: int | None, done: int) -> bool:
-        return every is not None and done % every == 0 and done < self.plan.steps
+    def _due(self, every: int | None, done: int, *, at_end: bool = False) -> bool:
+        """Whether it is time again after so many steps; at the end, always or never."""
+        return every is not None and (at_end if done == self.plan.steps else done % every == 0)
 
     def _resume(self) -> tuple[int, dict[str, float] | None]:
         """Load the newest checkpoint: the step to go on with, and the held-out figures of the start."""
@@ -202,8 +211,7 @@ class Trainer:
         lr = learning_rate(self.optim, self.plan.steps, step, stretch.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batches = self._micro_batches(stretch.schedule.rows(number, self.plan.batch))
-        figures, asked = self._step(step, batches)
+        figures, asked = self._step(step, stretch.schedule.rows(number, self.plan.batch))
         figures["lr"] = lr
         figures["tokens_per_second"] = self.tokens_per_step / (time.monotonic() - started)
         figures["peak_memory_gib"] = peak_bytes(self.accelerator.device) / 2**30
@@ -221,19 +229,24 @@ class Trainer:
             for start in range(0, len(mine), size)
         ]
 
-    def _step(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], bool]:
+    def _step(self, step: int, rows: list[Row]) -> tuple[dict[str, float], bool]:
         """One optimiser step; returns its loss parts per token, its gradient norm, and who was asked to stop."""
         accelerator, where = self.accelerator, f"{self.plan.label}: step {step}"
+        batches = self._micro_batches(rows)
         counted = [sum(self.task.count(b) for b in batches), int(stopping.requested())]
         tokens, asked = accelerator.reduce(torch.tensor(counted, device=accelerator.device), "sum").tolist()
         if tokens == 0:
-            raise RunError(
-                f"{where}: none of its rows {_names(batches)} has a supervised token; check the data's labels."
-            )
-        figures = self._backward(batches, tokens)
+            self._nothing_supervised(rows, where)
+            return {"skipped": 1.0}, bool(asked)
+        self.mute = 0
+        figures, losses = self._backward(batches, tokens)
         figures["grad_norm"] = clip_gradients(accelerator, self.wrapped, self.optim.clip)
         if bad := next((name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])), None):
-            self._not_finite(bad, figures[bad], batches, where)
+            origin = first_bad_module(self.wrapped, batches) if bad == "loss" else first_bad_gradient(self.task)
+            origin, blamed = blame(origin, losses, batches)
+            self._not_finite(
+                f"{where}: {bad} is {figures[bad]}, first at {origin or 'the loss'} (rows {row_names(blamed or rows)})"
+            )
             figures = {name: value for name, value in figures.items() if math.isfinite(value)} | {"skipped": 1.0}
         else:
             self.skipped = 0
@@ -241,28 +254,44 @@ class Trainer:
         self.optimizer.zero_grad()
         return figures, bool(asked)
 
-    def _backward(self, batches: list[Batch], tokens: int) -> dict[str, float]:
-        """Run the micro-batches forward and backward; returns the loss and its parts per token of the whole step."""
+    def _backward(self, batches: list[Batch], tokens: int) -> tuple[dict[str, float], list[torch.Tensor]]:
+        """Run the micro-batches forward and backward.
+
+        Returns the loss and its parts per token of the whole step, and the sum of each of this process's micro-batches.
+        """
         accelerator = self.accelerator
         totals: dict[str, torch.Tensor] = {}
+        losses = []
         for n, batch in enumerate(batches):
             with micro_step(accelerator, self.wrapped, last=n == len(batches) - 1):
                 sums = self.wrapped(batch)
                 # Gradients are averaged over processes afterwards; the factor turns that mean back into a sum.
                 accelerator.backward(sums.loss * (accelerator.num_processes / tokens))
-            for name, value in {"loss": sums.loss.detach(), **sums.parts}.items():
+            losses.append(sums.loss.detach())
+            for name, value in {"loss": losses[-1], **sums.parts}.items():
                 totals[name] = totals.get(name, 0) + value.float()
         stacked = accelerator.reduce(torch.stack(list(totals.values())), "sum") / tokens
-        return dict(zip(totals, stacked.tolist(), strict=True))
+        return dict(zip(totals, stacked.tolist(), strict=True)), losses
 
-    def _not_finite(self, name: str, value: float, batches: list[Batch], where: str) -> None:
-        """Say where it comes from; then stop, or skip the step if the recipe says so.
+    def _nothing_supervised(self, rows: list[Row], where: str) -> None:
+        """Leave out a step that has nothing to train on.
+
+        Raises:
+            RunError: too many in a row, or all there are.
+        """
+        self.mute += 1
+        message = f"{where}: none of its rows {row_names(rows)} has a supervised token"
+        if self.mute > min(MOST_SKIPS, self.plan.steps - 1):
+            again = f", nor has one of the {self.mute - 1} steps before it" if self.mute > 1 else ""
+            raise RunError(f"{message}{again}; check the data's labels.")
+        self.console.line(f"{message}; the step is skipped")
+
+    def _not_finite(self, message: str) -> None:
+        """Stop, or skip the step if the recipe says so.
 
         Raises:
             RunError: the recipe says stop, or too many steps in a row were skipped.
         """
-        origin = first_bad_module(self.wrapped, batches) if name == "loss" else first_bad_gradient(self.task)
-        message = f"{where}: {name} is {value}, first at {origin or 'the loss'} (rows {_names(batches)})"
         self.skipped += 1
         if self.optim.non_finite == "skip" and self.skipped <= MOST_SKIPS:
             self.console.line(f"{message}; the step is skipped")
@@ -272,12 +301,13 @@ class Trainer:
         )
         raise RunError(
             f"{message}; nothing was published, the last checkpoint is kept. {again}Lower lr, look at these rows, or "
-            f"set non_finite: skip."
+            f"set non_finite: skip, which goes on from the checkpoint."
         )
 
     def validate(self) -> dict[str, float]:
-        """Held-out figures of the task as it is now."""
-        return validate(self.wrapped, self.task.count, self.domains, self.plan.micro_batch, self.accelerator)
+        """Held-out figures of the task as it is now, in no larger portions than training has."""
+        rows = min(self.plan.micro_batch, self.plan.batch // self.accelerator.num_processes)
+        return validate(self.wrapped, self.task.count, self.domains, rows, self.accelerator)
 
 
 def _refuse_under_deepspeed(section: str, optim: Optimization, training: Training) -> None:
@@ -295,8 +325,3 @@ def _refuse_under_deepspeed(section: str, optim: Optimization, training: Trainin
             f"training.checkpoint_steps: {training.checkpoint_steps} cannot be had under DeepSpeed, whose checkpoints "
             "are pickled; set it to null, or launch with FSDP2, which goes on exactly."
         )
-
-
-def _names(batches: Sequence[Batch]) -> str:
-    rows = [f"{name}[{index}]" for batch in batches for name, index in batch.rows]
-    return ", ".join(rows[:4]) + (", ..." if len(rows) > 4 else "")

@@ -23,7 +23,7 @@ def validate(
 ) -> dict[str, float]:
     """Mean loss parts per token over the validation rows, and `gate`, the mean output gate over real tokens.
 
-    `rows` rows a process run at a time. All processes must call this, and all get the same figures.
+    At most `rows` rows a process run at a time. All processes must call this, and all get the same figures.
     """
     totals: dict[str, torch.Tensor] = {}
     wrapped.eval()
@@ -46,12 +46,13 @@ def validate(
 
 
 def _shares(domains: Mapping[str, DomainRows], rows: int, accelerator: Accelerator) -> Iterator[tuple[list[Row], bool]]:
-    """This process's rows, batch after batch, and whether they count.
+    """This process's rows, batch after batch and as many as the others' but for one, and whether they count.
 
     Every process gets as many batches, since sharded weights are gathered by all at once: one that has run out of rows
     runs the first row again, which does not count.
     """
     names = [(name, index) for name, held in domains.items() for index in range(held.validation)]
     for start in range(0, len(names), rows * accelerator.num_processes):
-        mine = names[start + accelerator.process_index * rows :][:rows]
+        together = names[start : start + rows * accelerator.num_processes]
+        mine = together[accelerator.process_index :: accelerator.num_processes]
         yield (mine, True) if mine else (names[:1], False)

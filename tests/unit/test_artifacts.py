@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from xlstm_distill import artifacts
 from xlstm_distill.artifacts import Request, Run, _hash_files, digest, hash_path
 from xlstm_distill.errors import RunError, UserError
 
@@ -74,6 +75,62 @@ def test_a_failed_build_leaves_the_earlier_artifact_and_no_litter(run):
     assert (run.path("stage") / "file.txt").read_text() == "a"
     assert [p.name for p in (run.directory / "artifacts").iterdir()] == ["stage"]
     assert run.find(request_(1)) is not None
+
+
+def test_a_killed_process_leaves_no_draft_for_good(run):
+    folder = run.path("stage/x").parent
+    for name in (".x.0123456789ab.partial", ".x.0123456789ab.old", ".xy.0123456789ab.partial"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file.txt").write_text("half")
+    seen = []
+
+    def build(draft):
+        other = Run.open(run.directory, Recipe())
+        other.make(request_(2, name="x"), write("other"))  # its drafts are its own, and it leaves ours
+        seen.extend(sorted(p.name for p in folder.iterdir()))
+        assert draft.path.is_dir()
+        write("a")(draft)
+
+    run.make(request_(1, name="x"), build)
+    assert len(seen) == 3  # the other's artifact, our draft, and what belongs to another label
+    assert sorted(p.name for p in folder.iterdir()) == [".xy.0123456789ab.partial", "x"]
+    assert (run.path("stage/x") / "file.txt").read_text() == "a"
+    assert [p.name for p in (run.directory / ".locks").iterdir()] == ["stage-x"]
+
+
+def test_a_training_is_held_until_it_is_published_and_its_checkpoints_are_gone(run, monkeypatch):
+    other, removed = Run.open(run.directory, Recipe()), []
+
+    def refused():
+        with pytest.raises(RunError, match=r"stage-.*: another process is at this training; wait for it, or stop it"):
+            other.make(request_(), lambda draft: pytest.fail("built at the same time"), together=True)
+
+    def remove(path, ignore_errors=False):
+        removed.append(path)
+        if path == run.work_directory(request_()):
+            assert other.make(request_(), lambda draft: pytest.fail("built again"), together=True).reused
+        rmtree(path, ignore_errors=ignore_errors)
+
+    def build(draft):
+        refused()
+        write("a")(draft)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert not run.make(request_(), build, together=True).reused
+    assert run.work_directory(request_()) in removed
+
+
+def test_a_run_that_was_waiting_for_the_lock_looks_again(run, monkeypatch):
+    """The other run publishes between our look and our lock."""
+    taken = artifacts.exclusive
+
+    def late(path, what, say):
+        Run.open(run.directory, Recipe()).make(request_(), write("other"))
+        return taken(path, what, say)
+
+    monkeypatch.setattr(artifacts, "exclusive", late)
+    assert run.make(request_(), lambda draft: pytest.fail("built twice"), together=True).reused
 
 
 def test_needing_what_is_missing_or_stale_names_the_stage(run):

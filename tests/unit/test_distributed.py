@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from xlstm_distill.distributed import Layout, adopt_slurm, asked_layout, first_host
@@ -91,3 +95,28 @@ def test_the_first_host_of_a_node_list(nodes, host):
 def test_a_node_list_that_cannot_be_read_is_refused():
     with pytest.raises(UserError, match="SLURM_STEP_NODELIST: ''"):
         first_host("")
+
+
+WAITS = """
+import torch
+from torch.distributed import distributed_c10d
+from xlstm_distill import distributed
+distributed.wait_for_everyone()
+assert not distributed.all_agree(distributed.is_main_process())
+assert distributed.all_agree(True)
+def wait(group):  # keeps no group: its threads must end before the interpreter does
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+waits = wait(distributed_c10d._get_default_group()), wait(distributed._patient_group())
+assert waits[0] <= 1800, waits
+assert waits[1] == distributed.LONGEST_WAIT.total_seconds(), waits
+"""
+
+
+@pytest.mark.multi_process
+def test_processes_wait_long_for_each_other_but_not_in_training():
+    """A process that hangs in a collective of the training must not hold the others for days."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command += [sys.executable, "-c", WAITS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr

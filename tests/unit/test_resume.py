@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from xlstm_distill.checkpoints import INDEX, Checkpoints, exclusive
+from xlstm_distill import stopping
+from xlstm_distill.checkpoints import INDEX, Checkpoints
 from xlstm_distill.errors import RunError
+from xlstm_distill.locks import exclusive
 from xlstm_kernels.testing import error_ratio
 
 STEPS = 10
@@ -30,11 +35,11 @@ def train():
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
-    def run(processes, folder, number=None, step=0, delay=0.0, steps=STEPS, settings=None):
+    def run(processes, folder, number=None, step=0, delay=0.0, steps=STEPS, settings=None, fault=None):
         kill = None if number is None else {"step": step, "signal": int(number), "delay": delay}
         paths = {"out": str(folder / "out.safetensors"), "directory": str(folder / "work")}
-        request = {"processes": processes, "steps": steps, "kill": kill, "settings": settings, **paths}
-        server.stdin.write(json.dumps(request) + "\n")
+        request = {"processes": processes, "steps": steps, "kill": kill, "settings": settings, "fault": fault}
+        server.stdin.write(json.dumps(request | paths) + "\n")
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
@@ -141,6 +146,40 @@ def test_a_signal_leaves_a_checkpoint_and_the_code_to_start_again(number, proces
 
 
 @pytest.mark.multi_process
+@pytest.mark.parametrize(("asked", "processes"), [(0, 1), (1, 2)])
+def test_a_signal_in_the_last_validation_is_heard_and_nothing_is_lost(asked, processes, train, whole, tmp_path):
+    assert train(processes, tmp_path, fault={"stop_at_end": asked}) == [75] * processes
+    assert checkpoints_in(tmp_path)[-1].name == f"step-{STEPS:08d}"
+    assert train(processes, tmp_path) == [0] * processes
+    assert same(weights(tmp_path), whole[processes])
+    assert steps_logged(tmp_path) == list(range(STEPS))
+
+
+def test_a_signal_that_comes_after_the_last_look_is_heard(monkeypatch):
+    request = stopping._Request()
+    monkeypatch.setattr(stopping, "_request", request)
+    with pytest.raises(stopping.Stopped, match="stopped by SIGUSR1 after the last step"), stopping.deferred():
+        request.receive(signal.SIGUSR1, None)
+    with pytest.raises(ValueError, match="own"), stopping.deferred():  # another end goes first
+        raise ValueError("own")
+
+
+@pytest.mark.multi_process
+def test_a_loss_that_is_not_finite_is_blamed_on_its_own_micro_batch_by_all_processes(train, tmp_path):
+    """Row 7 of step 2 is in the second micro-batch, rows 5 and 7, of the second of two processes."""
+    assert train(2, tmp_path, fault={"bad_row": 2 * 8 + 7}) == [1, 1]
+    one, two = ((tmp_path / "work" / f"error-{rank}").read_text() for rank in (0, 1))
+    assert one == two
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert train(1, alone, fault={"bad_row": 2 * 8 + 7}) == [1]  # there rows 6 and 7 are a micro-batch
+    told = (alone / "work" / "error-0").read_text()
+    names = [re.fullmatch(r"test: step 2: loss is nan, .*\(rows (\S+), (\S+)\); .*", text) for text in (one, told)]
+    assert names[0][2] == names[1][2]
+    assert names[0][1] != names[1][1]
+
+
+@pytest.mark.multi_process
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_nearly_as_well(before, after, train, whole, tmp_path):
     train(before, tmp_path, signal.SIGKILL, step=4)
@@ -173,11 +212,62 @@ def test_the_newest_whole_checkpoint_is_used_and_damage_is_named(tmp_path):
     assert "its checksum is not the one it was written with" in said[-1]
 
 
+@pytest.mark.parametrize("content", ["", '{"step": 3, "proc', "[]", "{}", '{"format": 1, "step": "3", "processes": 1}'])
+def test_a_damaged_index_is_named_and_the_checkpoint_before_it_is_used(content, tmp_path):
+    checkpoints, said = Checkpoints(tmp_path, keep=2), []
+    for step in (2, 3):
+        checkpoints.save(step, tensors(step), {})
+    (tmp_path / "step-00000003" / INDEX).write_text(content)
+    assert checkpoints.latest(said.append).step == 2
+    assert said == [f"checkpoint refused: {tmp_path / 'step-00000003' / INDEX}: not the index of a checkpoint"]
+    (tmp_path / "step-00000002" / INDEX).write_text(content)
+    with pytest.raises(RunError, match=r"no checkpoint can be used: .*step-00000003.* Delete .* to start over"):
+        checkpoints.latest(said.append)
+
+
+def test_a_checkpoint_and_its_name_are_on_the_disk_before_an_older_one_goes(tmp_path, monkeypatch):
+    done, fsync = [], os.fsync
+
+    def watched(descriptor):
+        there = sorted(p.name for p in tmp_path.iterdir())
+        done.append(
+            (Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path.resolve()).as_posix(), there)
+        )
+        fsync(descriptor)
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, tensors(1), {})
+    monkeypatch.setattr(os, "fsync", watched)
+    checkpoints.save(2, tensors(2), {})
+    partial = ".step-00000002.partial"
+    assert [name for name, _ in done] == [f"{partial}/process-00000.safetensors", f"{partial}/{INDEX}", partial, "."]
+    assert done[-1][1] == ["step-00000001", "step-00000002"]
+
+
 def test_a_training_belongs_to_one_run_at_a_time(tmp_path):
-    with exclusive(tmp_path), pytest.raises(RunError, match="another process is at this training"), exclusive(tmp_path):
+    lock, said = tmp_path / ".lock", []
+
+    def held():
+        return exclusive(lock, tmp_path, said.append)
+
+    with held(), pytest.raises(RunError, match="another process is at this training"), held():
         pass
-    with exclusive(tmp_path):
+    with held():
         pass
+    assert not said
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_does_not_stop_a_training(number, tmp_path, monkeypatch):
+    def flock(stream, flags):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said = []
+    with exclusive(tmp_path / ".lock", tmp_path, said.append):
+        pass
+    assert len(said) == 1
+    assert f"{tmp_path / '.lock'}: cannot be locked" in said[0]
 
 
 def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path):
@@ -187,6 +277,7 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path):
     partial.mkdir()
     (partial / "process-00000.safetensors").write_bytes(b"half")
     assert checkpoints.latest(print).step == 5
+    checkpoints.clean()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
     checkpoints.save(9, tensors(9), {})
     assert checkpoints.latest(print).step == 9
-    assert not partial.exists()

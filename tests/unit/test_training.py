@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,15 +14,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from xlstm_distill import MixerConfig, convert
+from xlstm_distill import MixerConfig, convert, validation
 from xlstm_distill.artifacts import Artifact
+from xlstm_distill.console import QuietConsole
 from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, load_batch, next_token_labels
 from xlstm_distill.device import forget_peak, peak_bytes
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import SparseTargets
 from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Distill, Training
+from xlstm_distill.recipe_io import load_recipe
 from xlstm_distill.shards import write_rows
+from xlstm_distill.stages.common import align_request
+from xlstm_distill.stages.distill import expert_request
 from xlstm_distill.targets import OnlineTargets, kept_logits
 from xlstm_distill.tasks import AlignTask, DistillTask, Sums, TeacherObserver
 from xlstm_distill.tokenization import Tokens
@@ -172,20 +177,100 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(tiny_teacher, domains, tm
         trained(task, domains, tmp_path)
 
 
-def test_rows_without_a_supervised_token_are_an_error(tiny_teacher, domains, tmp_path):
-    class Mute(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
+class Mute(torch.nn.Module):
+    """A task that finds nothing to train on in the batches of some steps."""
 
-        def count(self, batch):
-            return 0
+    def __init__(self, steps):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.steps, self.counted = steps, -1
 
-        def forward(self, batch):
-            return Sums(0 * self.weight.sum(), {})
+    def count(self, batch):
+        if not self.training:
+            return 1
+        self.counted += 1
+        return 0 if self.counted in self.steps else 1
 
-    with pytest.raises(RunError, match=r"none of its rows .* has a supervised token"):
-        trained(Mute(), domains, tmp_path)
+    def forward(self, batch):
+        return Sums(self.weight.sum(), {})
+
+
+def test_rows_without_a_supervised_token_are_an_error(domains, tmp_path):
+    expected = r"step 3: none of its rows a\[.* has a supervised token, nor has one of the 3 steps before it; check"
+    with pytest.raises(RunError, match=expected):
+        trained(Mute(range(4)), domains, tmp_path)
+    with pytest.raises(RunError, match=r"step 13: .* nor has one of the 10 steps before it"):
+        trained(Mute(range(3, 20)), domains, tmp_path / "later", steps=20)
+
+
+def test_a_step_without_a_supervised_token_is_left_out_and_said(domains, tmp_path):
+    console, task = QuietConsole(), Mute({2, 5})
+    optim = Align(tokens=4096, batch=4)
+    plan = Plan("test", (stretch(domains, 6),), 4, 4)
+    outcome = Trainer(task, optim, plan, domains, tmp_path, Accelerator(cpu=True), console=console).run()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if line.get("skipped")] == [2, 5]
+    assert (outcome.skipped_steps, outcome.last["skipped"]) == (2, 1.0)
+    said = [line for line in console.lines if "has a supervised token; the step is skipped" in line]
+    assert [line.split(": none")[0] for line in said] == ["test: step 2", "test: step 5"]
+
+
+def test_a_resumed_training_trains_in_training_mode_and_keeps_its_last_figures(tiny_teacher, domains, tmp_path):
+    """What load_student gives is in eval mode, in which transformers checkpoints no activations."""
+    modes, settings = [], Training(checkpoint_steps=2, validate_steps=None)
+    optim = Distill(experts=EXPERTS, batch=4, lr=1e-3)
+
+    def go_on(steps):
+        task = distill_task(tiny_teacher)
+        task.student.eval()
+        task.student.model.register_forward_hook(
+            lambda module, *_: modes.append(module.training) if torch.is_grad_enabled() else None
+        )
+        plan = Plan("test", (stretch(domains, steps),), 4, 4)
+        return Trainer(task, optim, plan, domains, tmp_path, Accelerator(cpu=True), training=settings).run()
+
+    (tmp_path / ".step-00000001.partial").mkdir()
+    go_on(2)
+    assert [p.name for p in tmp_path.glob("*step-*")] == ["step-00000002"]
+    outcome = go_on(4)
+    assert modes == [True] * 4
+    again = go_on(4)  # all steps are done
+    assert modes == [True] * 4
+    assert again.last == outcome.last
+    assert again.last["loss"] > 0
+
+
+def test_validation_runs_no_more_rows_at_a_time_than_training_and_shares_them_evenly(domains, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr("xlstm_distill.trainer.validate", lambda *arguments: given.update(rows=arguments[3]) or {})
+    trainer = Trainer(Mute(()), Align(tokens=4096, batch=6), Plan("test", (stretch(domains, 1, 6),), 6, 6), domains,
+                      tmp_path, Accelerator(cpu=True))  # fmt: skip
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    trainer.validate()
+    assert given["rows"] == 3
+    every = {(name, index) for name in domains for index in range(4)}
+    for processes in (1, 2, 3, 5):
+        places = [SimpleNamespace(num_processes=processes, process_index=n) for n in range(processes)]
+        shares = [list(validation._shares(domains, 3, place)) for place in places]
+        assert len({len(share) for share in shares}) == 1
+        for together in zip(*shares, strict=True):
+            sizes = [len(rows) if counts else 0 for rows, counts in together]
+            assert max(sizes) - min(sizes) <= 1
+            assert max(sizes) <= 3
+        counted = [row for share in shares for rows, counts in share if counts for row in rows]
+        assert (len(counted), set(counted)) == (8, every)
+
+
+def test_what_to_do_at_a_loss_that_is_not_finite_keeps_the_checkpoints_of_a_training(root):
+    """The error's advice, `non_finite: skip`, must not start the training over."""
+    paths = {}
+    for value in ("stop", "skip"):
+        sets = [f"align.non_finite={value}", f"distill.non_finite={value}"]
+        recipe = load_recipe(root / "recipes" / "quickstart.yaml", sets)
+        expert = next(iter(recipe.distill.experts))
+        requests = align_request(recipe), expert_request(recipe, expert)
+        paths[value] = [request.fingerprint for request in requests]
+    assert paths["stop"] == paths["skip"]
 
 
 def test_sparse_targets_survive_a_small_vocabulary():
@@ -223,7 +308,7 @@ def test_a_bad_batch_can_be_skipped_and_the_rest_goes_on(tiny_teacher, domains, 
             optim=Distill(experts=EXPERTS, batch=4, lr=1e-3),
         )
     task = poisoned(tiny_teacher, bad)
-    trained(task, domains, tmp_path / "skip", steps=6, optim=optim)
+    assert trained(task, domains, tmp_path / "skip", steps=6, optim=optim).skipped_steps == 2
     log = [json.loads(line) for line in (tmp_path / "skip" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if line.get("skipped")] == [2, 4]
     assert all(torch.isfinite(p).all() for p in task.parameters())

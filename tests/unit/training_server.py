@@ -3,7 +3,9 @@
 Reads one JSON object a line: `processes`, `out` (file for the weights), `directory` (checkpoints and log), `steps`,
 `settings` (variables of accelerate's launcher, for sharding; or null), and `kill`: null, or `step`, `signal` and
 `delay` (send the signal that many seconds after the step is in the log). Answers with the exit codes of the processes,
-negative for the signal that ended one.
+negative for the signal that ended one, and writes the message of an error to `directory`/error-RANK. `fault` is null,
+or has `bad_row` (the n-th row whose loss is not finite) or `stop_at_end` (the process that gets SIGTERM in the last
+validation).
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xlstm_distill import MixerConfig, convert, stopping
 from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.data import DomainRows, RowSchedule
+from xlstm_distill.data import Batch, DomainRows, RowSchedule
+from xlstm_distill.errors import RunError
+from xlstm_distill.losses import SparseTargets
 from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Training
 from xlstm_distill.shards import write_rows
@@ -40,7 +46,27 @@ from xlstm_distill.trainer import Plan, Stretch, Trainer
 SHIMS = Path(__file__).parents[1] / "shims" / "sitecustomize.py"
 
 
-def train(out: Path, directory: Path, steps: int) -> None:
+class Poisoned:
+    """Targets that make the loss of one row's micro-batch not finite."""
+
+    def __init__(self, real: OnlineTargets, row: tuple[str, int]) -> None:
+        self.real, self.row = real, row
+
+    def __call__(self, batch: Batch) -> SparseTargets:
+        found = self.real(batch)
+        return replace(found, log_probs=found.log_probs * float("nan")) if self.row in batch.rows else found
+
+
+class StoppedAtTheEnd(Trainer):
+    """Gets a signal in the validation after the last step."""
+
+    def validate(self) -> dict[str, float]:
+        if (self.directory / f"step-{self.plan.steps:08d}").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().validate()
+
+
+def train(out: Path, directory: Path, steps: int, fault: dict[str, int]) -> None:
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype="float32"))
     accelerator = make_accelerator(recipe)
     torch.manual_seed(0)
@@ -57,9 +83,13 @@ def train(out: Path, directory: Path, steps: int) -> None:
         write_rows(Path(folder), pack(documents, 32, 0), context=32, vocabulary=97)
         domains = {"a": DomainRows("a", Artifact(Path(folder), {}), validation=2)}
         stretch = Stretch(RowSchedule(domains, {"a": 1.0}, 0, steps * 8), steps, 1e-2)
+        if "bad_row" in fault:
+            row = fault["bad_row"]
+            task.targets = Poisoned(task.targets, stretch.schedule.rows(row // 8, 8)[row % 8])
         plan = Plan("test", (stretch,), 8, 2)
         training = Training(checkpoint_steps=3)
-        Trainer(task, Align(tokens=4096, batch=8), plan, domains, directory, accelerator, training=training).run()
+        kind = StoppedAtTheEnd if fault.get("stop_at_end") == accelerator.process_index else Trainer
+        kind(task, Align(tokens=4096, batch=8), plan, domains, directory, accelerator, training=training).run()
     weights = full_state_dict(accelerator, student)
     if accelerator.is_main_process:
         save_file({name: tensor.clone() for name, tensor in weights.items()}, out)
@@ -75,9 +105,12 @@ def child(request: dict[str, Any], rank: int, port: int) -> int:
         runpy.run_path(str(SHIMS))
     stopping.listen()
     try:
-        train(Path(request["out"]), Path(request["directory"]), request["steps"])
+        train(Path(request["out"]), Path(request["directory"]), request["steps"], request["fault"] or {})
     except stopping.Stopped:
         return stopping.EXIT_CODE
+    except RunError as error:
+        (Path(request["directory"]) / f"error-{rank}").write_text(str(error))
+        return 1
     except Exception:
         traceback.print_exc()
         return 1

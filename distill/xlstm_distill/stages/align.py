@@ -68,4 +68,4 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
         errors = [held["mse"] / held["teacher_power"] for held in (outcome.before, outcome.after)]
         console.line(f"align: held-out relative error {errors[0]:.3f} -> {errors[1]:.3f}")
 
-    return run.make(request, build, together=True)
+    return run.make(request, build, together=True, console=console)

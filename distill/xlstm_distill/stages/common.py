@@ -24,7 +24,7 @@ from xlstm_distill.data import (
     rows_to_align,
     tokenizer_hash,
 )
-from xlstm_distill.distributed import is_main_process
+from xlstm_distill.distributed import is_main_process, wait_for_everyone
 from xlstm_distill.families import CausalLM
 from xlstm_distill.planning_model import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
@@ -35,6 +35,8 @@ from xlstm_distill.trainer import Outcome, Plan
 
 STORE = "store"
 """Folder of a capture's shards inside its artifact."""
+NO_PART = ("micro_batch", "non_finite")
+"""Keys of a training that may be changed to go on from its checkpoint: what was skipped is noted in the manifest."""
 
 
 def quiet_libraries() -> None:
@@ -51,6 +53,7 @@ def part(model: Any, *exclude: str) -> dict[str, Any]:
 
 def prepare_domains(recipe: Recipe, run: Run, names: Iterable[str], console: Console) -> dict[str, Artifact]:
     """Make (or find) the packed rows of the named domains, in the recipe's order, which all processes share."""
+    wait_for_everyone()  # they meet here: later the main process may wait for another run's preparation for hours
     tokenizer, wanted = load_tokenizer(recipe.teacher), set(names)
     ordered = [name for name in recipe.data.domains if name in wanted]
     return {name: prepare_domain(recipe, run, name, tokenizer, console) for name in ordered}
@@ -85,7 +88,7 @@ def align_request(recipe: Recipe) -> Request:
     """What the seed weights θ(0) of all experts are made from."""
     return Request(
         "align",
-        parts={"align": part(recipe.align, "micro_batch"), "mixer": part(recipe.student.mixer), "seed": recipe.seed},
+        parts={"align": part(recipe.align, *NO_PART), "mixer": part(recipe.student.mixer), "seed": recipe.seed},
         inputs={"teacher": teacher_hash(recipe.teacher), **data_inputs(recipe, aligned_domains(recipe))},
     )
 
@@ -122,6 +125,7 @@ def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> Non
     draft.results |= {
         "steps": plan.steps,
         "last": outcome.last,
+        "skipped_steps": outcome.skipped_steps,
         "validation_before": outcome.before,
         "validation_after": outcome.after,
     }

@@ -24,6 +24,7 @@ from xlstm_distill.lora import add_lora, merged_state
 from xlstm_distill.planning_flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.stages.common import (
+    NO_PART,
     STORE,
     align_request,
     architecture_of,
@@ -78,7 +79,7 @@ def expert_request(recipe: Recipe, name: str) -> Request:
     if recipe.capture.targets == "stored":
         inputs |= {f"capture/{domain}": capture_identity(recipe, domain) for domain in domains}
     parts = {
-        "distill": part(recipe.distill, "experts", "micro_batch", "activation_checkpointing"),
+        "distill": part(recipe.distill, "experts", *NO_PART, "activation_checkpointing"),
         "expert": part(recipe.distill.experts[name]),
         "capture": part(recipe.capture, "batch", "shard_teacher"),
         "seed": recipe.seed,
@@ -142,7 +143,7 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
             f"KL {outcome.before['kl']:.3f} -> {outcome.after['kl']:.3f} nats"
         )
 
-    return run.make(request, build, together=True)
+    return run.make(request, build, together=True, console=console)
 
 
 def choose_trainable(student: CausalLM, which: str) -> None:

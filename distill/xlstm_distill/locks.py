@@ -1,0 +1,79 @@
+"""Locks on files, which the system takes back from a process that dies; a file system may have none."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from xlstm_distill.errors import RunError
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a training, `what`: two runs of it at once would write over each other.
+
+    Where the file system has no locks it goes on without, and says so.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy(what) from None
+        except OSError as error:
+            say(f"{path}: cannot be locked ({error.strerror}); start no second run of this training meanwhile")
+        yield
+
+
+def busy(what: Path) -> RunError:
+    """The error of a training that another run is at."""
+    return RunError(f"{what}: another process is at this training; wait for it, or stop it.")
+
+
+@contextlib.contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Hold a lock as soon as it is free; a file system without locks gives it to everyone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def marked(path: Path) -> Iterator[None]:
+    """Hold a lock file of one's own, which tells others that this process lives; it is removed afterwards."""
+    with waiting(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def remove_leftovers(final: Path, marks: Path) -> None:
+    """Remove what killed processes have left beside an artifact: drafts, and earlier artifacts moved aside.
+
+    `marks` is the folder of the lock files that living processes hold, named like their drafts (`marked`).
+    """
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{12}}\.(partial|old)")
+    for path in final.parent.iterdir():
+        if pattern.fullmatch(path.name):
+            _remove_unheld(path, marks / path.name)
+
+
+def _remove_unheld(directory: Path, mark: Path) -> None:
+    """Remove a directory that the holder of `mark` was writing, and the mark, unless that process still lives."""
+    with mark.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # it lives, or nobody can know
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        mark.unlink(missing_ok=True)
