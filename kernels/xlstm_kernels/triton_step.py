@@ -199,7 +199,8 @@ def _write_back(held: Sequence[Tensor], owners: Sequence[Tensor]) -> None:
     for x, owner in zip(held, owners, strict=True):
         if x is not owner:
             owner.copy_(x)
-    torch.autograd.graph.increment_version([x for x in owners if not x.is_inference()])
+    if not torch.compiler.is_compiling():  # the compiler knows what a kernel writes
+        torch.autograd.graph.increment_version([x for x in owners if not x.is_inference()])
 
 
 def _rows(x: Tensor) -> Tensor:

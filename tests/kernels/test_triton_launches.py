@@ -147,20 +147,19 @@ def test_a_state_of_the_torch_backend_is_stepped_without_a_copy(device: str, mon
     assert state.C.shape not in copied
 
 
+# Without a GPU, dynamo does not look for Triton kernels; the graph is captured and never run.
 COMPILED = """
 import torch
+import torch.utils._triton
+torch.utils._triton.has_triton = lambda: True
 from xlstm_kernels.state import MLSTMState, Ring
 from xlstm_kernels.testing import random_inputs
 from xlstm_kernels.triton_mlstm import mlstm_triton
 from xlstm_kernels.triton_step import hybrid_step_triton, mlstm_step_triton
 from xlstm_kernels.triton_window import window_triton
 
-class Captured(Exception):
-    pass
-
 def capture(graph, _):
-    calls = [str(node.target) for node in graph.graph.nodes] + [str(type(m)) for m in graph.modules()]
-    raise Captured(len(calls))
+    raise RuntimeError("captured")
 
 x = {n: t.detach() for n, t in random_inputs(1, 2, 70, 32).items()}
 q, k, v, i, f = (t[:, :, 0].contiguous() for t in x.values())
@@ -179,14 +178,13 @@ for grads in (False, True):
         try:
             torch.compile(call, backend=capture, fullgraph=True)()
         except Exception as error:
-            text = str(error)
-            print(grads, name, "traced" if "Captured" in text or isinstance(error, Captured) else text[:1500])
+            print(name, "captured" if "captured" in str(error) else str(error)[:1500])
 """
 
 
-def test_dynamo_traces_every_operator_in_one_graph() -> None:
+def test_dynamo_traces_every_operator_and_its_gradients_in_one_graph() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[-1] for line in done.stdout.splitlines()] == ["traced"] * 8, done.stdout
+    captured = [f"{name} captured" for name in ("mlstm", "window", "step", "hybrid")]
+    assert done.stdout.splitlines() == 2 * captured, done.stdout
