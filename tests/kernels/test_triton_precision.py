@@ -117,7 +117,7 @@ def test_window(device: str, dtype: torch.dtype, bound: float, offset: float) ->
 
 def test_no_product_cuts_its_operands_to_tf32(device: str, gpu_arithmetic: set[str]) -> None:
     for dtype in (torch.float16, torch.float32):
-        mlstm_errors(cast(random_inputs(1, 1, 70, 16, seed=3), dtype, device))
+        mlstm_errors(cast(random_inputs(1, 1, 70, 32, seed=3), dtype, device))
     assert gpu_arithmetic <= {"tf32x3"}
 
 
@@ -128,3 +128,15 @@ def test_values_without_a_common_component_are_left_as_they_are() -> None:
         assert (triton_mlstm.common_component(v + offset) - offset).abs().max() < 1.0
     for extreme in (torch.zeros(1, 1, 5, 16), torch.full((1, 1, 5, 16), 3e38), torch.full((1, 1, 5, 16), 1e-38)):
         assert triton_mlstm.common_component(extreme).isfinite().all()
+
+
+def test_zero_keys_give_zero_whatever_the_values_have_in_common(device: str) -> None:
+    inputs = with_offset(random_inputs(1, 1, 40, 32, seed=17), 5.0)
+    inputs["k"] = torch.zeros_like(inputs["k"]).requires_grad_()
+    inputs = cast(inputs, torch.bfloat16, device)
+    actual = outputs_and_grads(
+        lambda **x: triton_mlstm.mlstm_triton(**x, segment_ids=None, state=None, config=TILES_OF_32)[0], inputs
+    )
+    assert triton_mlstm.common_component(inputs["v"]).any()
+    assert all(torch.count_nonzero(actual[name]) == 0 for name in ("h", "dq", "df", "dv"))
+    assert all(torch.isfinite(x).all() for x in actual.values())
