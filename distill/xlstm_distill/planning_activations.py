@@ -148,10 +148,10 @@ def mlstm_saved(a: Architecture, mixer: MixerConfig, run: Pass, *, values_train:
     H, F, D, L = a.heads, features(mixer, a), a.head_dim, run.chunk
     # Features are a softmax itself unless they were cast, or put together from two.
     cast = run.compute < FP32 or mixer.feature_map == "hedgehog"
-    if run.backend == "triton":  # q, k; gates and their sums, m, denominators; h where the output gate does not keep it
-        output = 0 if "window" in mixer.branches else run.compute * H * D
+    if run.backend == "triton":  # q, k; gates and their sums, m, denominators; h less its common component
         inputs = 2 * run.compute * H * F if cast else 0
-        return Saved(inputs + output + 7 * FP32 * H, FP32 * run.rows * H * (F * (D + 1) + 1))
+        start = H * (F * (D + 1) + 1) + a.groups * D  # the state, the common component
+        return Saved(inputs + run.compute * H * D + 7 * FP32 * H, FP32 * run.rows * start)
     stretch = math.ceil(run.tokens / L) * L / run.tokens  # the last chunk is filled up, which copies them too
     cast = cast or run.tokens % L > 0
     queries, keys = (3 if cast else 2) * H * F, (2 if values_train else 1) * H * F

@@ -11,16 +11,30 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Log-weight of nothing, as in `xlstm_kernels.state`.
 LOG_ZERO = tl.constexpr(-1e30)
 
 
-def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, str]:
-    """Dtype and precision of dot operands: float16 as TF32, which has its digits and the range that products need."""
-    if dtype == torch.bfloat16:
-        return torch.bfloat16, "ieee"
-    return torch.float32, "tf32" if dtype == torch.float16 else "tf32x3"
+def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype, str]:
+    """Dtype of dot operands, for torch and for Triton, and their precision.
+
+    One TF32 product would cut its operands, not round them (Triton 3.6 to 3.9), and float16 lacks the range of
+    unnormalised products: so float16, as float32, takes three.
+    """
+    return (torch.bfloat16, tl.bfloat16, "ieee") if dtype == torch.bfloat16 else (torch.float32, tl.float32, "tf32x3")
+
+
+def on_device_of(x: Tensor) -> torch.cuda.device:
+    """Make the device of x current, as launches need it; nothing on a CPU. Unlike device_of, dynamo traces it."""
+    return torch.cuda.device(x.device.index if x.is_cuda else -1)
+
+
+@triton.jit
+def place():
+    """Chunk and head of a program. The heads of all rows are on the grid's x: the others end at 65535."""
+    return tl.program_id(1), tl.program_id(0).to(tl.int64)
 
 
 @triton.jit
@@ -43,10 +57,10 @@ def gate_kernel(i_ptr, f_ptr, runs_ptr, hi_ptr, lo_ptr, peak_ptr, T, H, SEGMENTE
     """Per chunk: b_t, the sum of log f since the chunk's start, as hi + lo; peak_t, the largest log-weight at t.
 
     float32 sums would cancel in b_t - b_s; two floats keep the digits of every difference (docs/math.md).
-    Grid (chunks, B H).
+    Grid (B H, chunks).
     """
-    bh = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * L + tl.arange(0, L)
+    c, bh = place()
+    t = c * L + tl.arange(0, L)
     inside = t < T
     at = bh * T + t
     i = tl.load(i_ptr + at, mask=inside, other=LOG_ZERO).to(tl.float32)
@@ -71,6 +85,12 @@ def gate_kernel(i_ptr, f_ptr, runs_ptr, hi_ptr, lo_ptr, peak_ptr, T, H, SEGMENTE
 def load_rows(ptr, stride, t, T, d):
     """Tile (tokens t, features d), zero after the row's end."""
     return tl.load(ptr + t[:, None].to(tl.int64) * stride + d[None, :], mask=(t < T)[:, None], other=0.0)
+
+
+@triton.jit
+def load_centred(ptr, stride, centre_ptr, t, T, d):
+    """Tile (tokens t, features d) of values less their common component; every weight after the row's end is 0."""
+    return load_rows(ptr, stride, t, T, d).to(tl.float32) - tl.load(centre_ptr + d)[None, :]
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Backward kernels of the chunkwise mLSTM: gradients of the states in reverse order, then of every chunk at once.
 
-With g = dh / den and e = -(dh . h) / den, the gradients of numerator and denominator (docs/math.md, "Gradients").
+With g = dh / den and e = -(g . h), the gradients of numerator and denominator (docs/math.md, "Gradients"). Values, and
+so h in e, are taken less their common component (docs/kernels.md, "How the mLSTM runs").
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -10,18 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton_common import load_rows, pair_weights, state_weights
+from xlstm_kernels.triton_common import load_centred, load_rows, pair_weights, place, state_weights
 
 
 @triton.jit
-def denominator_kernel(h_ptr, dh_ptr, den_ptr, e_ptr, T, L: tl.constexpr, DV: tl.constexpr):
-    """e (B, H, T), the gradient of the denominator. Grid (chunks, B H)."""
-    bh = tl.program_id(1).to(tl.int64)
-    t, dv = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, DV)
-    h = load_rows(h_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32)
-    dh = load_rows(dh_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32)
-    den = tl.load(den_ptr + bh * T + t, mask=t < T, other=1.0)
-    tl.store(e_ptr + bh * T + t, -tl.sum(h * dh, 1) / den, mask=t < T)
+def denominator_kernel(
+    ratio_ptr, dh_ptr, den_ptr, e_ptr, T, DOT: tl.constexpr, L: tl.constexpr, DV: tl.constexpr
+):  # fmt: skip
+    """e (B, H, T), the gradient of the denominator, of the g that the products take: rounded. Grid (B H, chunks).
+
+    A row's sum of g . v + e over its weights is 0; the gradient of the forget gate adds up what is left of it.
+    """
+    c, bh = place()
+    t, dv = c * L + tl.arange(0, L), tl.arange(0, DV)
+    ratio = load_rows(ratio_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32)
+    g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(DOT).to(tl.float32)
+    tl.store(e_ptr + bh * T + t, -tl.sum(ratio * g, 1), mask=t < T)
 
 
 @triton.jit
@@ -41,9 +46,10 @@ def state_grad_kernel(
 ):  # fmt: skip
     """Carry one tile of the memory's gradient back over the chunks; stores that of the state leaving each chunk.
 
-    Grid (DK / BK, DV / BV, B H).
+    Grid (B H * DV / BV * DK / BK).
     """
-    ik, iv, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    ik, iv = tl.program_id(0) % (DK // BK), tl.program_id(0) // (DK // BK) % (DV // BV)
+    bh = (tl.program_id(0) // (DK // BK * (DV // BV))).to(tl.int64)
     b, h = bh // H, bh % H
     dk, dv = ik * BK + tl.arange(0, BK), iv * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
@@ -70,19 +76,19 @@ def state_grad_kernel(
 
 @triton.jit
 def query_key_grad_kernel(
-    q_ptr, k_ptr, v_ptr, i_ptr, f_ptr, dh_ptr, den_ptr, e_ptr, hi_ptr, lo_ptr, m_ptr, m0_ptr, runs_ptr,
+    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, f_ptr, dh_ptr, den_ptr, e_ptr, hi_ptr, lo_ptr, m_ptr, m0_ptr, runs_ptr,
     C_ptr, n_ptr, dC_ptr, dn_ptr, dq_ptr, dk_ptr, di_ptr, df_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, di and df of one chunk. Grid (chunks, B H).
+    """dq, dk, di and df of one chunk. Grid (B H, chunks).
 
     The gradient of log f_r is the sum of dD over the pairs (s, t), s < r <= t, that cross r, the states being keys
     before the chunk and queries after it. No term that does not cross enters: cumulative sums of other gradients
     would leave their rounding where the true sum is small.
     """
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c, bh = place()
     b, h = bh // H, bh % H
     slot = bh * chunks + c
     offsets = tl.arange(0, L)
@@ -92,6 +98,7 @@ def query_key_grad_kernel(
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + (h // R) * v_h
+    centre_ptr += (b * (H // R) + h // R) * DV
     scores = tl.zeros((L, L), tl.float32)
     for d in range(0, DK, BK):
         dk = d + tl.arange(0, BK)
@@ -103,7 +110,7 @@ def query_key_grad_kernel(
     for d in range(0, DV, BV):
         dv = d + tl.arange(0, BV)
         g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
-        v = load_rows(v_ptr, v_t, t, T, dv).to(dtype)
+        v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(dtype)
         d_weights = tl.dot(g, tl.trans(v), d_weights, input_precision=PRECISION)
     d_scores = d_weights * pair_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
     d_log = d_scores * scores
@@ -127,7 +134,7 @@ def query_key_grad_kernel(
             tile = slot * DK * DV + dk[:, None] * DV + dv[None, :]
             C, dC = tl.load(C_ptr + tile), tl.load(dC_ptr + tile)
             g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
-            v = load_rows(v_ptr, v_t, t, T, dv).to(dtype)
+            v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(dtype)
             from_state = tl.dot(g, tl.trans(C), from_state, input_precision=PRECISION)
             to_state = tl.dot(v, tl.trans(dC), to_state, input_precision=PRECISION)
             d_pass += tl.sum(C.to(tl.float32) * dC.to(tl.float32), 1)
@@ -157,8 +164,9 @@ def value_grad_kernel(
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """dv of one chunk and value head, summed over the head's queries in a fixed order. Grid (chunks, B G, DV / BV)."""
-    c, bg, iv = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """dv of one chunk and value head, summed over the head's queries in a fixed order. Grid (B G, chunks, DV / BV)."""
+    c, bg = place()
+    iv = tl.program_id(2)
     G = H // R
     b = bg // G
     t = c * L + tl.arange(0, L)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_kernels.state import MLSTMState, Ring
-from xlstm_kernels.triton_common import log_sigmoid
+from xlstm_kernels.triton_common import log_sigmoid, on_device_of
 
 ROWS = 32  # rows of C, and slots of the ring, that a program holds at a time
 WARPS = 8
@@ -23,9 +23,9 @@ WARPS = 8
 
 @triton.jit
 def advance_state(
-    q_ptr, k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr
+    q_ptr, k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, C_row, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """Take one token into a head's state, in place, and read it: h (Dv)."""
+    """Take one token into a head's state, in place, and read it: h (Dv). C_ptr: of the head, rows C_row apart."""
     m = tl.load(m_ptr + bh)
     carried = log_sigmoid(f) + m
     peak = tl.maximum(carried, i)
@@ -41,7 +41,7 @@ def advance_state(
         rows = d + tl.arange(0, BK)
         q = tl.load(q_ptr + rows).to(tl.float32)
         key = tl.load(k_ptr + rows).to(tl.float32) * write
-        tile = C_ptr + bh * DK * DV + rows[:, None] * DV + dv[None, :]
+        tile = C_ptr + rows[:, None] * C_row + dv[None, :]
         C = tl.load(tile) * decay + key[:, None] * v[None, :]
         tl.store(tile, C)
         num += tl.sum(q[:, None] * C, 0)
@@ -51,7 +51,7 @@ def advance_state(
 @triton.jit
 def step_kernel(
     q_ptr, k_ptr, v_ptr, i_ptr, f_ptr, C_ptr, n_ptr, m_ptr, h_ptr,
-    q_b, q_h, k_b, k_h, v_b, v_h, i_b, i_h, f_b, f_h, H, R,
+    q_b, q_h, k_b, k_h, v_b, v_h, i_b, i_h, f_b, f_h, C_b, C_h, C_row, H, R,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Advance one head by one token. Grid (B H)."""
@@ -63,7 +63,8 @@ def step_kernel(
     v = tl.load(v_ptr + b * v_b + (h // R) * v_h + dv).to(tl.float32)
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
-    out = advance_state(q_ptr, k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, DK, DV, BK)
+    C_ptr += b * C_b + h * C_h
+    out = advance_state(q_ptr, k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, C_row, DK, DV, BK)
     tl.store(h_ptr + bh * DV + dv, out.to(h_ptr.dtype.element_ty))
 
 
@@ -104,7 +105,7 @@ def hybrid_step_kernel(
     q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, i_ptr, f_ptr, gate_ptr, C_ptr, n_ptr, m_ptr,
     keys_ptr, values_ptr, positions_ptr, lengths_ptr, out_ptr,
     q_b, q_h, k_b, k_h, v_b, v_h, phi_q_b, phi_q_h, phi_k_b, phi_k_h, i_b, i_h, f_b, f_h, gate_b, gate_h,
-    scale, H, R, window, sinks,
+    C_b, C_h, C_row, scale, H, R, window, sinks,
     D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Decode one token of one head: mLSTM, attention to ring and sinks, gate; the group's first head stores k, v."""
@@ -114,28 +115,31 @@ def hybrid_step_kernel(
     d, dv = tl.arange(0, D), tl.arange(0, DV)
     seen = tl.load(lengths_ptr + b)
     q = tl.load(q_ptr + b * q_b + h * q_h + d).to(tl.float32) * scale
-    key = tl.load(k_ptr + b * k_b + g * k_h + d)
-    value = tl.load(v_ptr + b * v_b + g * v_h + dv)
-    v = value.to(tl.float32)
+    v = tl.load(v_ptr + b * v_b + g * v_h + dv).to(tl.float32)
+    key = tl.load(k_ptr + b * k_b + g * k_h + d).to(keys_ptr.dtype.element_ty)  # attended to as the ring holds it
+    value = v.to(values_ptr.dtype.element_ty)
     first_slot = (b * (H // R) + g) * (sinks + window)
     keys_ptr += first_slot * D
     values_ptr += first_slot * DV
-    attended = attend_ring(q, key.to(tl.float32), v, keys_ptr, values_ptr, seen, window, sinks, D, DV, SLOTS)
+    attended = attend_ring(
+        q, key.to(tl.float32), value.to(tl.float32), keys_ptr, values_ptr, seen, window, sinks, D, DV, SLOTS
+    )
     i = tl.load(i_ptr + b * i_b + h * i_h).to(tl.float32)
     f = tl.load(f_ptr + b * f_b + h * f_h).to(tl.float32)
     phi_q_ptr += b * phi_q_b + h * phi_q_h
     phi_k_ptr += b * phi_k_b + h * phi_k_h
-    recalled = advance_state(phi_q_ptr, phi_k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, DK, DV, BK)
+    C_ptr += b * C_b + h * C_h
+    recalled = advance_state(phi_q_ptr, phi_k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, C_row, DK, DV, BK)
     gate = tl.load(gate_ptr + b * gate_b + h * gate_h).to(tl.float32)
     out = attended + gate * (recalled - attended)
     tl.store(out_ptr + bh * DV + dv, out.to(out_ptr.dtype.element_ty))
     ring_slot = sinks + seen % window
     if h % R == 0:
-        tl.store(keys_ptr + ring_slot * D + d, key.to(keys_ptr.dtype.element_ty))
-        tl.store(values_ptr + ring_slot * DV + dv, value.to(values_ptr.dtype.element_ty))
+        tl.store(keys_ptr + ring_slot * D + d, key)
+        tl.store(values_ptr + ring_slot * DV + dv, value)
         if seen < sinks:
-            tl.store(keys_ptr + seen * D + d, key.to(keys_ptr.dtype.element_ty))
-            tl.store(values_ptr + seen * DV + dv, value.to(values_ptr.dtype.element_ty))
+            tl.store(keys_ptr + seen * D + d, key)
+            tl.store(values_ptr + seen * DV + dv, value)
     if h == 0:
         positions_ptr += b * (sinks + window)
         tl.store(positions_ptr + ring_slot, seen)
@@ -147,11 +151,11 @@ def hybrid_step_kernel(
 def mlstm_step_triton(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> Tensor:
     """Advance `state` in one launch; shapes as in `xlstm_kernels.mlstm_step`, which validates them."""
     (B, H, Dk), Dv = q.shape, v.shape[-1]
-    q, k, v = (_features(x) for x in (q, k, v))
+    q, k, v = (_rows(x) for x in (q, k, v))
     h = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
-    held = [x.contiguous() for x in state]
-    strides = [n for x in (q, k, v, i, f) for n in x.stride()[:2]]
-    with torch.cuda.device_of(q):
+    held = [_rows(state.C), *(x.contiguous() for x in state[1:])]
+    strides = [n for x in (q, k, v, i, f) for n in x.stride()[:2]] + [*held[0].stride()[:3]]
+    with on_device_of(q):
         step_kernel[(B * H,)](
             q, k, v, i, f, *held, h, *strides, H, H // v.shape[1], DK=Dk, DV=Dv, BK=min(ROWS, Dk), num_warps=WARPS
         )
@@ -176,11 +180,11 @@ def hybrid_step_triton(
 ) -> Tensor:
     """Decode one token in two launches (the second counts it); shapes as in `xlstm_kernels.hybrid_step`."""
     (B, H, D), Dv, Dk = q.shape, v.shape[-1], phi_q.shape[-1]
-    q, k, v, phi_q, phi_k = (_features(x) for x in (q, k, v, phi_q, phi_k))
+    q, k, v, phi_q, phi_k = (_rows(x) for x in (q, k, v, phi_q, phi_k))
     out = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
-    held = [x.contiguous() for x in (*state, *ring)]
-    strides = [n for x in (q, k, v, phi_q, phi_k, i, f, gate) for n in x.stride()[:2]]
-    with torch.cuda.device_of(q):
+    held = [_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
+    strides = [n for x in (q, k, v, phi_q, phi_k, i, f, gate) for n in x.stride()[:2]] + [*held[0].stride()[:3]]
+    with on_device_of(q):
         hybrid_step_kernel[(B * H,)](
             q, k, v, phi_q, phi_k, i, f, gate, *held, out, *strides, scale, H, H // k.shape[1],
             ring.positions.shape[1] - sinks, sinks, D=D, DK=Dk, DV=Dv, BK=min(ROWS, Dk), SLOTS=ROWS, num_warps=WARPS,
@@ -191,12 +195,14 @@ def hybrid_step_triton(
 
 
 def _write_back(held: Sequence[Tensor], owners: Sequence[Tensor]) -> None:
-    """Copy what was updated in a contiguous copy of a tensor into the tensor."""
+    """Copy what was updated in a contiguous copy of a tensor into the tensor, and tell autograd that it changed."""
     for x, owner in zip(held, owners, strict=True):
         if x is not owner:
             owner.copy_(x)
+    if not torch.compiler.is_compiling():  # the compiler knows what a kernel writes
+        torch.autograd.graph.increment_version([x for x in owners if not x.is_inference()])
 
 
-def _features(x: Tensor) -> Tensor:
-    """Make the features of a head adjacent in memory; other strides are free."""
+def _rows(x: Tensor) -> Tensor:
+    """Make the last dimension adjacent in memory; other strides are free."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from xlstm_kernels import triton_window_kernels as kernels
 from xlstm_kernels.segments import document_runs, document_starts
-from xlstm_kernels.triton_common import dot_format
+from xlstm_kernels.triton_common import dot_format, on_device_of
 from xlstm_kernels.triton_configs import WindowConfig, window_config
 
 MIN_TILE = 16  # rows of the smallest tensor-core product
+SINK_WARPS = 4
 
 
 class Band(NamedTuple):
@@ -57,12 +57,11 @@ class WindowAttention(Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band, config: WindowConfig) -> Tensor:
-        B, H, T, D = q.shape
+        B, H, T, _ = q.shape
         blocks = -(-T // config.block)
-        with torch.cuda.device_of(q):
-            out = torch.empty(B, H, T, D, dtype=q.dtype, device=q.device)
-            log_total = torch.empty(B, H, T, device=q.device)
-            kernels.window_kernel[blocks, B * H](
+        out, log_total = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(B, H, T, device=q.device)
+        with on_device_of(q):
+            kernels.window_kernel[B * H, blocks](
                 q, k, v, band.runs, band.starts, out, log_total, *sizes(q, k, v, band),
                 **settings(q, band, config), num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
@@ -75,25 +74,40 @@ class WindowAttention(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, runs, starts, out, log_total = ctx.saved_tensors
         band, config = ctx.band._replace(runs=runs, starts=starts), ctx.config
-        B, H, T, D = q.shape
-        G, blocks, N = k.shape[1], -(-T // config.block), band.sinks
-        dout = dout.contiguous()
+        query_needed, key_value_needed = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        (B, H, T, D), G, N, blocks = q.shape, k.shape[1], band.sinks, -(-q.shape[2] // config.block)
+        dout, mean = dout.contiguous(), torch.empty_like(log_total)
+        inputs = (q, k, v, runs, starts, dout, log_total, mean)
         launch = settings(q, band, config) | {"num_warps": config.grad_warps, "num_stages": config.grad_stages}
-        with torch.cuda.device_of(q), torch.device(q.device):
-            mean, dq = torch.empty_like(log_total), torch.empty(B, H, T, D, dtype=q.dtype)
-            dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype) for _ in range(2))
-            parts = [torch.empty(B, H, blocks, N, D) for _ in range(2)] if N else [None, None]
-            inputs = (q, k, v, runs, starts, dout, log_total, mean)
-            kernels.mean_grad_kernel[blocks, B * H](out, dout, mean, T, L=config.block, D=D)
-            kernels.query_grad_kernel[blocks, B * H](*inputs, dq, *parts, *sizes(q, k, v, band), blocks, **launch)
-            kernels.key_value_grad_kernel[blocks, B * G](*inputs, dk, dv, *sizes(q, k, v, band), blocks, **launch)
-            if N:
-                rows = triton.next_power_of_2(N)
-                kernels.sink_grad_kernel[blocks, B * G](
-                    runs, starts, *parts, dk, dv, T, H, H // G, band.window, N, blocks,
-                    SEGMENTED=runs is not None, L=config.block, D=D, S=rows, AT_ONCE=max(1, MIN_TILE // rows),
-                )  # fmt: skip
-        return dq, dk, dv, None, None
+        dq = dk = dv = None
+        parts: tuple[Tensor | None, Tensor | None] = (None, None)
+        with on_device_of(q):
+            kernels.mean_grad_kernel[B * H, blocks](out, dout, mean, T, L=config.block, D=D)
+            if query_needed or (key_value_needed and N):  # this kernel gives the parts of the sinks, too
+                dq = torch.empty_like(out)
+                if N:
+                    shape = (B, H, blocks, N, D)
+                    parts = torch.empty(shape, device=q.device), torch.empty(shape, device=q.device)
+                kernels.query_grad_kernel[B * H, blocks](*inputs, dq, *parts, *sizes(q, k, v, band), blocks, **launch)
+            if key_value_needed:
+                dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype, device=k.device) for _ in range(2))
+                kernels.key_value_grad_kernel[B * G, blocks](*inputs, dk, dv, *sizes(q, k, v, band), blocks, **launch)
+                if N:
+                    add_sink_grads(band, parts, dk, dv, H, config)
+        return dq if query_needed else None, dk, dv, None, None
+
+
+def add_sink_grads(
+    band: Band, parts: tuple[Tensor | None, Tensor | None], dk: Tensor, dv: Tensor, heads: int, config: WindowConfig
+) -> None:
+    """Add to dk and dv (B, G, T, D) what sinks get from later queries: the parts, (B, H, blocks, N, D), in order."""
+    B, G, T, D = dk.shape
+    blocks, rows = -(-T // config.block), triton.next_power_of_2(band.sinks)
+    kernels.sink_grad_kernel[B * G, blocks](
+        band.runs, band.starts, *parts, dk, dv, T, heads, heads // G, band.window, band.sinks, blocks,
+        SEGMENTED=band.runs is not None, L=config.block, D=D, S=rows, AT_ONCE=max(1, MIN_TILE // rows),
+        num_warps=SINK_WARPS,
+    )  # fmt: skip
 
 
 def sizes(q: Tensor, k: Tensor, v: Tensor, band: Band) -> tuple[float, ...]:
@@ -104,9 +118,8 @@ def sizes(q: Tensor, k: Tensor, v: Tensor, band: Band) -> tuple[float, ...]:
 
 def settings(q: Tensor, band: Band, config: WindowConfig) -> dict[str, Any]:
     """Compile-time arguments of the kernels with tiles."""
-    dtype, precision = dot_format(q.dtype)
+    _, dot, precision = dot_format(q.dtype)
     rows = max(MIN_TILE, triton.next_power_of_2(band.sinks)) if band.sinks else 0
-    dot = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     return {
         "SEGMENTED": band.runs is not None, "PRECISION": precision, "DOT": dot, "L": config.block,
         "D": q.shape[3], "S": rows,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton_common import load_rows
+from xlstm_kernels.triton_common import load_rows, place
 
 NEGATIVE = tl.constexpr(-1e30)  # score of a masked pair: finite, so that rows that see nothing yet stay numbers
 
@@ -58,8 +58,8 @@ def window_kernel(
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
     S: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one block of queries; also stores the logarithm of each softmax's sum. Grid (blocks, B H)."""
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Attend from one block of queries; also stores the logarithm of each softmax's sum. Grid (B H, blocks)."""
+    c, bh = place()
     b, h = bh // H, bh % H
     d = tl.arange(0, D)
     t = c * L + tl.arange(0, L)
@@ -101,9 +101,9 @@ def window_kernel(
 
 @triton.jit
 def mean_grad_kernel(out_ptr, dout_ptr, mean_ptr, T, L: tl.constexpr, D: tl.constexpr):
-    """Mean gradient of a query's weights, sum(out * dout), (B, H, T). Grid (blocks, B H)."""
-    bh = tl.program_id(1).to(tl.int64)
-    t, d = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, D)
+    """Mean gradient of a query's weights, sum(out * dout), (B, H, T). Grid (B H, blocks)."""
+    c, bh = place()
+    t, d = c * L + tl.arange(0, L), tl.arange(0, D)
     out = load_rows(out_ptr + bh * T * D, D, t, T, d).to(tl.float32)
     dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(tl.float32)
     tl.store(mean_ptr + bh * T + t, tl.sum(out * dout, 1), mask=t < T)
@@ -116,8 +116,8 @@ def query_grad_kernel(
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
     S: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries, and its part of the gradients of the sinks before its band. Grid (blocks, B H)."""
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """dq of one block of queries, and its part of the gradients of the sinks before its band. Grid (B H, blocks)."""
+    c, bh = place()
     b, h = bh // H, bh % H
     d = tl.arange(0, D)
     t = c * L + tl.arange(0, L)
@@ -166,8 +166,8 @@ def key_value_grad_kernel(
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
     S: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv of one block of keys from the queries whose band holds it, over the group's heads. Grid (blocks, B G)."""
-    j, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """dk, dv of one block of keys from the queries whose band holds it, over the group's heads. Grid (B G, blocks)."""
+    j, bg = place()
     G = H // R
     b = bg // G
     d = tl.arange(0, D)
@@ -207,9 +207,9 @@ def sink_grad_kernel(
 ):  # fmt: skip
     """Add what later queries give to a document's sinks: the sum, in order, over the blocks that read them.
 
-    Those blocks are neighbours; the program of the first of them does the work. Grid (blocks, B G).
+    Those blocks are neighbours; the program of the first of them does the work. Grid (B G, blocks).
     """
-    c, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c, bg = place()
     G = H // R
     b = bg // G
     row, d = tl.arange(0, S), tl.arange(0, D)

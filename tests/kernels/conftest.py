@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,20 @@ if not torch.cuda.is_available() and os.environ.setdefault("TRITON_INTERPRET", "
 def device() -> str:
     """Device of the Triton tests' tensors."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Make the interpreter round as a GPU does; the set collects the precisions of products (none on a GPU)."""
+    if torch.cuda.is_available():
+        return set()
+    path = Path(__file__).parent.parent / "shims/triton_interpreter.py"
+    spec = importlib.util.spec_from_file_location("triton_interpreter", path)
+    assert spec is not None
+    assert spec.loader is not None
+    shim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shim)
+    return shim.use_gpu_arithmetic(monkeypatch)
 
 
 @pytest.fixture

@@ -26,14 +26,26 @@ RECORDED_VERSION = pytest.mark.skipif(
 Table = dict[str, list[int]]
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Table:
+def compile_all(*options: str) -> Table:
     """Compile in a process of its own: this one interprets kernels instead."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "xlstm_kernels.resources", "--json"]
+    command = [sys.executable, "-m", "xlstm_kernels.resources", "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def over_the_limits(found: Table, limits: Table) -> dict[str, dict[str, list[int]]]:
+    return {
+        name: {"found": values, "limit": limits[name]}
+        for name, values in found.items()
+        if any(value > limit for value, limit in zip(values, limits[name], strict=True))
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Table:
+    return compile_all()
 
 
 def test_every_kernel_is_recorded(compiled: Table) -> None:
@@ -54,10 +66,11 @@ def test_shared_memory_fits_the_device(compiled: Table) -> None:
 
 @RECORDED_VERSION
 def test_resources_stay_within_the_recorded_limits(compiled: Table) -> None:
-    kernels: Table = RECORDED["kernels"]
-    over = {
-        name: {"found": found, "limit": kernels[name]}
-        for name, found in compiled.items()
-        if any(value > limit for value, limit in zip(found, kernels[name], strict=True))
-    }
-    assert not over
+    assert not over_the_limits(compiled, RECORDED["kernels"])
+
+
+@RECORDED_VERSION
+def test_float32_stays_within_its_recorded_limits() -> None:
+    compiled = compile_all("--float32", "--archs", "90")
+    assert compiled.keys() == RECORDED["float32"].keys()
+    assert not over_the_limits(compiled, RECORDED["float32"])

@@ -9,6 +9,9 @@ from torch import Tensor
 from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, mlstm_step, sliding_window_attention
 from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs, random_segments, random_state
 
+triton_mlstm = pytest.importorskip("xlstm_kernels.triton_mlstm", exc_type=ImportError)
+triton_window = pytest.importorskip("xlstm_kernels.triton_window", exc_type=ImportError)
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -55,6 +58,38 @@ def test_mlstm_with_states(dtype: torch.dtype, Dk: int, Dv: int, documents: bool
     actual = outputs_and_grads(with_state("triton", ids), inputs)
     expected = outputs_and_grads(with_state("torch", ids), double(inputs))
     assert_close(actual, expected, BOUNDS.get(dtype, 2e-3))
+
+
+@pytest.mark.parametrize("offset", [1.0, 3.0, 10.0])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
+def test_mlstm_with_a_common_component(dtype: torch.dtype, bound: float, offset: float) -> None:
+    inputs = random_inputs(1, 4, 1024, 64, G=2, seed=5, forget_bias=6.0)
+    common = offset * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    inputs = cuda(inputs | {"v": (inputs["v"].detach() + common).requires_grad_()}, dtype)
+    actual = outputs_and_grads(lambda **x: mlstm(**x, backend="triton"), inputs)
+    assert_close(actual, outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), double(inputs)), bound)
+
+
+@pytest.mark.parametrize("operator", ["mlstm", "window"])
+def test_compiled_equals_eager(operator: str) -> None:
+    inputs = cuda(random_inputs(1, 4, 300, 64, seed=14), torch.bfloat16)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
+        if operator == "mlstm":
+            return triton_mlstm.mlstm_triton(q, k, v, i, f, None, None)[0]
+        return triton_window.window_triton(q, k, v, 100, 4, None, 0.125) + 0.0 * (i + f).unsqueeze(-1)
+
+    compiled = outputs_and_grads(torch.compile(run, fullgraph=True), inputs)
+    assert_close(compiled, outputs_and_grads(run, inputs), 1e-6)
+
+
+def test_more_heads_than_65535() -> None:
+    inputs = cuda(random_inputs(4400, 16, 20, 16, seed=15), torch.float32)
+    actual = outputs_and_grads(lambda **x: mlstm(**x, backend="triton"), inputs)
+    assert_close(actual, outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), double(inputs)), 1e-5)
+    q, k, v = (inputs[name].detach() for name in "qkv")
+    windows = [sliding_window_attention(q, k, v, window=5, sinks=2, backend=name) for name in ("triton", "torch")]
+    assert error_ratio(windows[0], windows[1]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,142 @@
+"""The Triton kernels in bfloat16 and float16, rounded as a GPU rounds, against float64.
+
+Bounds: the measured error and a tenth to a third more. Values with a common component (an offset per feature, as
+biases give) are the hard case: gradients cancel it, and its rounding must cancel too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from xlstm_kernels import MLSTMState
+from xlstm_kernels.chunkwise import mlstm_chunkwise
+from xlstm_kernels.testing import (
+    error_ratio,
+    outputs_and_grads,
+    random_inputs,
+    random_segments,
+    random_state,
+    to_float64,
+)
+from xlstm_kernels.triton_configs import Launch, MLSTMConfig, WindowConfig
+from xlstm_kernels.window import banded_attention
+
+pytest.importorskip("triton")
+from xlstm_kernels import triton_mlstm, triton_window
+
+pytestmark = pytest.mark.usefixtures("poisoned", "gpu_arithmetic")
+TILES_OF_64 = MLSTMConfig(64, *[Launch(64, 64, 4, 1)] * 5)
+TILES_OF_32 = MLSTMConfig(32, *[Launch(32, 32, 4, 1)] * 5)
+BLOCKS_OF_64 = WindowConfig(64, 4, 1, 4, 1)
+WIDE = ("i", "f", "C", "n", "m")
+Tensors = dict[str, Tensor]
+
+
+def cast(inputs: Tensors, dtype: torch.dtype, device: str) -> Tensors:
+    return {
+        name: x.detach().to(device, x.dtype if name in WIDE else dtype).requires_grad_(x.requires_grad)
+        for name, x in inputs.items()
+    }
+
+
+def with_offset(inputs: Tensors, offset: float) -> Tensors:
+    draw = torch.Generator().manual_seed(0)
+    v = inputs["v"].detach()
+    return inputs | {"v": (v + offset * torch.randn(v.shape[-1], generator=draw)).requires_grad_()}
+
+
+def ratios(actual: Tensors, expected: Tensors) -> dict[str, float]:
+    return {name: error_ratio(actual[name], expected[name]) for name in expected}
+
+
+def mlstm_errors(inputs: Tensors, ids: Tensor | None = None, config: MLSTMConfig = TILES_OF_32) -> dict[str, float]:
+    """Errors of outputs and all gradients; the truth is the torch backend in float64, itself tested."""
+
+    def run(backend: str, **x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields)) if "C" in x else None
+        if backend == "torch":
+            h, final = mlstm_chunkwise(**x, segment_ids=ids, state=state)
+        else:
+            h, final = triton_mlstm.mlstm_triton(**x, segment_ids=ids, state=state, config=config)
+        return h if state is None else (h, final.C, final.n)
+
+    expected = outputs_and_grads(lambda **x: run("torch", **x), to_float64(inputs))
+    return ratios(outputs_and_grads(lambda **x: run("triton", **x), inputs), expected)
+
+
+# Without `common_component`, df in bfloat16 was off by 0.070 at offset 3 and by 0.39 at 10.
+@pytest.mark.parametrize(
+    ("dtype", "bound", "offset"),
+    [
+        (torch.bfloat16, 5e-3, 0.0),
+        (torch.bfloat16, 5e-3, 3.0),
+        (torch.bfloat16, 6e-3, 10.0),
+        (torch.float16, 6e-4, 3.0),
+    ],
+)
+def test_mlstm_with_a_common_component(device: str, dtype: torch.dtype, bound: float, offset: float) -> None:
+    inputs = with_offset(random_inputs(1, 1, 1024, 64, seed=5, forget_bias=6.0), offset)
+    found = mlstm_errors(cast(inputs, dtype, device), config=TILES_OF_64)
+    assert all(ratio < bound for ratio in found.values()), found
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 9e-3), (torch.float16, 7e-4), (torch.float32, 1e-5)])
+def test_mlstm_with_a_common_component_states_and_documents(device: str, dtype: torch.dtype, bound: float) -> None:
+    inputs = random_inputs(2, 2, 100, 32, 64, 1, seed=6) | random_state(2, 2, 32, 64, seed=7)
+    ids = random_segments(2, 100, mean_length=35, seed=8).to(device)
+    ids[1] = 0
+    found = mlstm_errors(cast(with_offset(inputs, 3.0), dtype, device), ids)
+    assert all(ratio < bound for ratio in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound", "offset"),
+    [
+        (torch.bfloat16, 4e-3, 0.0),
+        (torch.bfloat16, 1e-2, 3.0),
+        (torch.float16, 4e-4, 0.0),
+        (torch.float16, 1.1e-3, 3.0),
+    ],
+)
+def test_window(device: str, dtype: torch.dtype, bound: float, offset: float) -> None:
+    draw = torch.Generator().manual_seed(1)
+    shapes = {"q": (1, 2, 300, 32), "k": (1, 1, 300, 32), "v": (1, 1, 300, 32)}
+    inputs = {name: torch.randn(shape, generator=draw).requires_grad_() for name, shape in shapes.items()}
+    inputs = cast(with_offset(inputs, offset), dtype, device)
+    ids, scale = random_segments(1, 300, mean_length=120, seed=2).to(device), 32**-0.5
+    found = ratios(
+        outputs_and_grads(
+            lambda q, k, v: triton_window.window_triton(q, k, v, 100, 4, ids, scale, BLOCKS_OF_64), inputs
+        ),
+        outputs_and_grads(lambda q, k, v: banded_attention(q, k, v, 100, 4, ids, scale), to_float64(inputs)),
+    )
+    assert all(ratio < bound for ratio in found.values()), found
+
+
+def test_no_product_cuts_its_operands_to_tf32(device: str, gpu_arithmetic: set[str]) -> None:
+    for dtype in (torch.float16, torch.float32):
+        mlstm_errors(cast(random_inputs(1, 1, 70, 32, seed=3), dtype, device))
+    assert gpu_arithmetic <= {"tf32x3"}
+
+
+def test_values_without_a_common_component_are_left_as_they_are() -> None:
+    v = torch.randn(2, 3, 1000, 16, generator=torch.Generator().manual_seed(9))
+    assert not triton_mlstm.common_component(v).any()
+    for offset in (3.0, -200.0):
+        assert (triton_mlstm.common_component(v + offset) - offset).abs().max() < 1.0
+    for extreme in (torch.zeros(1, 1, 5, 16), torch.full((1, 1, 5, 16), 3e38), torch.full((1, 1, 5, 16), 1e-38)):
+        assert triton_mlstm.common_component(extreme).isfinite().all()
+
+
+def test_zero_keys_give_zero_whatever_the_values_have_in_common(device: str) -> None:
+    inputs = with_offset(random_inputs(1, 1, 40, 32, seed=17), 5.0)
+    inputs["k"] = torch.zeros_like(inputs["k"]).requires_grad_()
+    inputs = cast(inputs, torch.bfloat16, device)
+    actual = outputs_and_grads(
+        lambda **x: triton_mlstm.mlstm_triton(**x, segment_ids=None, state=None, config=TILES_OF_32)[0], inputs
+    )
+    assert triton_mlstm.common_component(inputs["v"]).any()
+    assert all(torch.count_nonzero(actual[name]) == 0 for name in ("h", "dq", "df", "dv"))
+    assert all(torch.isfinite(x).all() for x in actual.values())
