@@ -23,7 +23,7 @@ LAYERS = (
         "device",
         "checksums",
     },
-    {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "status"},
+    {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "locks", "status"},
     {
         "batches",
         "recipe",
@@ -43,7 +43,6 @@ LAYERS = (
         "store",
         "gates",
         "checkpoints",
-        "locks",
         "launch",
         "planning_model",
         "planning_flops",

@@ -20,7 +20,7 @@ from typing import Any
 from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.distributed import all_agree, is_main_process, wait_for_everyone
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.locks import busy, exclusive, marked, remove_leftovers, waiting
+from xlstm_distill.locks import busy, exclusive, marked, remove_leftovers, training_lock, waiting
 from xlstm_distill.recipe import Recipe
 
 MANIFEST = "manifest.json"
@@ -202,8 +202,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             if is_main_process():
                 try:
-                    # Not in the work directory, which is removed while the lock is held.
-                    stack.enter_context(exclusive(self._locks / f"training-{work.name}", work, console.line))
+                    stack.enter_context(exclusive(training_lock(self.directory, work), work, console.line))
                 except RunError as error:
                     refused = error
             if not all_agree(refused is None):

@@ -12,6 +12,11 @@ from pathlib import Path
 from xlstm_distill.errors import RunError
 
 
+def training_lock(run: Path, work: Path) -> Path:
+    """The lock of a training in a run directory; not in its work directory, which goes while the lock is held."""
+    return run / ".locks" / f"training-{work.name}"
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of a training, `what`: two runs of it at once would write over each other.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlstm_distill.console import clock_time, short
 from xlstm_distill.errors import UserError
+from xlstm_distill.locks import training_lock
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 SILENT_SECONDS, SILENT_STEPS = 60.0, 5.0
 """A training that has logged nothing for so long, and for so many of its steps, is silent: it validates, saves, hangs,
 or, where nothing else can be found out, is not running any more."""
-LOCK_FILE = ".lock"
 """What a training holds while it runs (`checkpoints.exclusive`)."""
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError)
 """What reading half-written or foreign JSON can raise."""
@@ -102,7 +102,7 @@ def _training(header: Path, published: Mapping[str, float]) -> Stage | None:
     rate = line.get("tokens_per_second") if line else None
     seconds_a_step = facts["tokens_per_step"] / rate if rate else None
     silent = since > max(SILENT_SECONDS, SILENT_STEPS * (seconds_a_step or 0))
-    running = _running(header.parent, facts, over=step >= steps)
+    running = _running(header.parent, facts)
     if running is None:
         running = not silent
     if not running and published.get(facts["label"], 0.0) > time.time() - since:
@@ -120,23 +120,20 @@ def _training(header: Path, published: Mapping[str, float]) -> Stage | None:
     )
 
 
-def _running(training: Path, facts: Mapping[str, Any], *, over: bool) -> bool | None:
+def _running(training: Path, facts: Mapping[str, Any]) -> bool | None:
     """Whether a process is at a training; None where that cannot be told from here.
 
-    The training holds a lock. That it is free says something on its own machine alone, as not every file system shares
-    locks between machines. After the last step it is free while the student is saved, so there the process is looked
-    for.
+    A training holds its lock until it is published. That it is free says something on its own machine alone, as not
+    every file system shares locks between machines.
     """
     try:
-        with (training / LOCK_FILE).open("rb") as stream:
+        with training_lock(training.parent.parent, training).open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return None
-    if facts.get("host") != platform.node():
-        return None
-    return over and Path("/proc/self").exists() and Path(f"/proc/{facts['pid']}").exists()
+    return False if facts.get("host") == platform.node() else None
 
 
 def _newest_checkpoint(training: Path) -> int | None:
