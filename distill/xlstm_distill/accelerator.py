@@ -15,10 +15,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from xlstm_distill.distributed import CONFIGS, Layout, asked_layout, on_cpu, process_count, wait_for_everyone
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.launcher import CONFIGS, Layout, asked_layout
+from xlstm_distill.runtime.ranks import on_cpu, process_count, wait_for_everyone
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

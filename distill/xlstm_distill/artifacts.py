@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from xlstm_distill.console import Console, QuietConsole
-from xlstm_distill.distributed import all_agree, is_main_process, wait_for_everyone
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.locks import busy, exclusive, marked, remove_leftovers, training_lock, waiting
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console, QuietConsole
+from xlstm_distill.runtime.ranks import all_agree, is_main_process, wait_for_everyone
 
 MANIFEST = "manifest.json"
 FORMAT = 2

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from xlstm_distill.distributed import is_main_process
 from xlstm_distill.errors import UserError
+from xlstm_distill.runtime.ranks import is_main_process
 
 if TYPE_CHECKING:
     from xlstm_distill.recipe import Recipe

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xlstm_distill.checksums import crc32
-from xlstm_distill.distributed import all_agree, is_main_process, process_count, process_index, wait_for_everyone
 from xlstm_distill.errors import RunError
+from xlstm_distill.runtime.ranks import all_agree, is_main_process, process_count, process_index, wait_for_everyone
 
 INDEX = "checkpoint.json"
 FORMAT = 1

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xlstm_distill.batches import check_batches
-from xlstm_distill.console import Console, QuietConsole
-from xlstm_distill.distributed import is_main_process, process_count
 from xlstm_distill.failures import one_line_errors
 from xlstm_distill.launch import LaunchArgs, LaunchConfig, dispatch
+from xlstm_distill.runtime.console import Console, QuietConsole
+from xlstm_distill.runtime.ranks import is_main_process, process_count
 
 if TYPE_CHECKING:
     from xlstm_distill.artifacts import Run

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from xlstm_distill import sources
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run, digest
-from xlstm_distill.console import Console
-from xlstm_distill.distributed import is_main_process
 from xlstm_distill.documents import positions_in_documents
 from xlstm_distill.packing import PackedRow
 from xlstm_distill.preparation import Preparation, clean, exclusive
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.shards import ShardReader
 
 IGNORE_INDEX = -100

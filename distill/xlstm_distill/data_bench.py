@@ -19,9 +19,9 @@ import transformers
 
 from xlstm_distill import embedded
 from xlstm_distill.artifacts import Artifact, Run
-from xlstm_distill.console import QuietConsole
 from xlstm_distill.data import DomainRows, RowSchedule, load_batch, prepare_domain
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import QuietConsole
 
 CONTEXT, VALIDATION = 4096, 64
 MEAN, SPREAD = 7.8, 1.1

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import typer
 
-from xlstm_distill import stopping
 from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.runtime import signals as stopping
 
 USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 

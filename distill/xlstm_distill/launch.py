@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlstm_distill.distributed import adopt_slurm, asked_layout
 from xlstm_distill.errors import UserError
-from xlstm_distill.stopping import EXIT_CODE, SIGNALS
+from xlstm_distill.runtime.launcher import adopt_slurm, asked_layout
+from xlstm_distill.runtime.signals import EXIT_CODE, SIGNALS
 
 if TYPE_CHECKING:
     from xlstm_distill.recipe import Recipe

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from xlstm_distill.console import short
+from xlstm_distill.runtime.console import short
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from xlstm_distill.console import Console
     from xlstm_distill.planning import Plan, StagePlan
     from xlstm_distill.planning_memory import Memory
+    from xlstm_distill.runtime.console import Console
 
 PARTS = {
     "weights": "weights",

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_distill import console as consoles
 from xlstm_distill.artifacts import Draft
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.mixing import Mixture, Progress, tokenizing
 from xlstm_distill.packing import OPEN_ROWS, Packer
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime import console as consoles
 from xlstm_distill.shards import ShardWriter, check_shard, written_whole
 from xlstm_distill.tokenization import ChunkTokenizer, DocumentTokenizer, Outcome
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from xlstm_distill.device import forget_peak
 from xlstm_distill.errors import UserError
+from xlstm_distill.runtime.device import forget_peak
 
 PROJECT = "xlstm-distill"
 LOG_FILE, HEADER_FILE = "log.jsonl", "training.json"

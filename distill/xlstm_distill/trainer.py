@@ -14,17 +14,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from xlstm_distill import stopping
 from xlstm_distill.accelerator import clip_gradients, micro_step, prepare
 from xlstm_distill.checkpoints import Checkpoints
-from xlstm_distill.console import Console, QuietConsole
 from xlstm_distill.data import Batch, DomainRows, Row, RowSchedule, load_batch
-from xlstm_distill.device import peak_bytes, published_peak
 from xlstm_distill.diagnosis import blame, first_bad_gradient, first_bad_module, row_names
-from xlstm_distill.distributed import all_agree
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.optim import learning_rate, make_optimizer
 from xlstm_distill.recipe import Optimization, Training
+from xlstm_distill.runtime import signals as stopping
+from xlstm_distill.runtime.console import Console, QuietConsole
+from xlstm_distill.runtime.device import peak_bytes, published_peak
+from xlstm_distill.runtime.ranks import all_agree
 from xlstm_distill.tasks import Task
 from xlstm_distill.tracking import TrainingLog, training_log
 from xlstm_distill.training_state import TrainingState

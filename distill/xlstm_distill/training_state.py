@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from xlstm_distill.checkpoints import Checkpoint
-from xlstm_distill.distributed import is_main_process, process_count, process_index
 from xlstm_distill.errors import RunError
+from xlstm_distill.runtime.ranks import is_main_process, process_count, process_index
 
 WEIGHT, MOMENT, GENERATOR = "weight", "optimizer", "generator"
 

@@ -28,10 +28,10 @@ from xlstm_distill.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.data import IGNORE_INDEX, Batch
-from xlstm_distill.distributed import is_main_process
 from xlstm_distill.lora import add_lora, merged_state
 from xlstm_distill.optim import make_optimizer
 from xlstm_distill.recipe import Align
+from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.distill import choose_trainable
 from xlstm_distill.targets import OnlineTargets
 from xlstm_distill.tasks import AlignTask, DistillTask

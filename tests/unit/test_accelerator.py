@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from xlstm_distill.accelerator import make_accelerator, refuse_difference
-from xlstm_distill.distributed import Layout
 from xlstm_distill.errors import UserError
+from xlstm_distill.runtime.launcher import Layout
 from xlstm_kernels.testing import error_ratio
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from xlstm_distill.console import Console, QuietConsole, clock_time, short
+from xlstm_distill.runtime.console import Console, QuietConsole, clock_time, short
 
 
 class Clock:

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from xlstm_distill.distributed import Layout, adopt_slurm, asked_layout, first_host
 from xlstm_distill.errors import UserError
+from xlstm_distill.runtime.launcher import Layout, adopt_slurm, asked_layout, first_host
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 WORKER = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xlstm_distill.distributed import Layout, asked_layout
 from xlstm_distill.errors import UserError
 from xlstm_distill.launch import _Outcome, _parse, own_arguments, start
-from xlstm_distill.stopping import EXIT_CODE
+from xlstm_distill.runtime.launcher import Layout, asked_layout
+from xlstm_distill.runtime.signals import EXIT_CODE
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 LAYOUTS = {

@@ -17,10 +17,10 @@ import pytest
 
 from xlstm_distill import preparation, shards
 from xlstm_distill.artifacts import Run
-from xlstm_distill.console import QuietConsole
 from xlstm_distill.data import DomainRows, data_identity, prepare_domain, rows_needed
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.teacher import load_tokenizer
 
 TEACHER = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
@@ -132,7 +132,7 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
         import sys, time
         from xlstm_distill import preparation, shards
         from xlstm_distill.artifacts import Run
-        from xlstm_distill.console import QuietConsole
+        from xlstm_distill.runtime.console import QuietConsole
         from xlstm_distill.data import prepare_domain
         from xlstm_distill.recipe import Recipe
         from xlstm_distill.teacher import load_tokenizer

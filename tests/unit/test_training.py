@@ -16,14 +16,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from xlstm_distill import MixerConfig, convert, validation
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.console import QuietConsole
 from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, load_batch, next_token_labels
-from xlstm_distill.device import forget_peak, peak_bytes
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import SparseTargets
 from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Distill, Training
 from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.runtime.console import QuietConsole
+from xlstm_distill.runtime.device import forget_peak, peak_bytes
 from xlstm_distill.shards import write_rows
 from xlstm_distill.stages.common import align_request
 from xlstm_distill.stages.distill import expert_request

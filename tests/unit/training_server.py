@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlstm_distill import MixerConfig, convert, stopping
+from xlstm_distill import MixerConfig, convert
 from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data import Batch, DomainRows, RowSchedule
@@ -37,6 +37,7 @@ from xlstm_distill.errors import RunError
 from xlstm_distill.losses import SparseTargets
 from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Training
+from xlstm_distill.runtime import signals as stopping
 from xlstm_distill.shards import write_rows
 from xlstm_distill.targets import OnlineTargets
 from xlstm_distill.tasks import DistillTask

@@ -8,10 +8,10 @@ import torch
 
 from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Run
-from xlstm_distill.console import Console
 from xlstm_distill.data import RowSchedule
 from xlstm_distill.planning_flops import align_flops
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console
 from xlstm_distill.stages.common import (
     align_request,
     align_rows,

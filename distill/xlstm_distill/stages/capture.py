@@ -20,12 +20,12 @@ import torch
 
 from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
-from xlstm_distill.console import Console, Progress, short
 from xlstm_distill.data import IGNORE_INDEX, Batch, DomainRows, captured_rows, load_batch
-from xlstm_distill.distributed import all_agree, is_main_process, process_count, process_index, wait_for_everyone
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import sparse_kl
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console, Progress, short
+from xlstm_distill.runtime.ranks import all_agree, is_main_process, process_count, process_index, wait_for_everyone
 from xlstm_distill.stages.common import (
     STORE,
     capture_request,

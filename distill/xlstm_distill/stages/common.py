@@ -14,7 +14,6 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
-from xlstm_distill.console import Console
 from xlstm_distill.data import (
     DomainRows,
     captured_rows,
@@ -24,10 +23,11 @@ from xlstm_distill.data import (
     rows_to_align,
     tokenizer_hash,
 )
-from xlstm_distill.distributed import is_main_process, wait_for_everyone
 from xlstm_distill.families import CausalLM
 from xlstm_distill.planning_model import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone
 from xlstm_distill.store import VERSION, Identity
 from xlstm_distill.teacher import load_tokenizer, teacher_hash
 from xlstm_distill.tracking import LOG_FILE

@@ -15,14 +15,14 @@ from xlstm_distill.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
-from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, RowSchedule, expert_rows
-from xlstm_distill.distributed import process_count
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM
 from xlstm_distill.lora import add_lora, merged_state
 from xlstm_distill.planning_flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
+from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.ranks import process_count
 from xlstm_distill.stages.common import (
     NO_PART,
     STORE,

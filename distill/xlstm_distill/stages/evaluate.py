@@ -11,12 +11,12 @@ from transformers import AutoConfig
 
 from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run, hash_path
-from xlstm_distill.console import Console
 from xlstm_distill.data import DomainRows, load_batch
-from xlstm_distill.distributed import is_main_process
 from xlstm_distill.families import CausalLM
 from xlstm_distill.gates import GateMeter
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.common import (
     data_inputs,
     load_student,

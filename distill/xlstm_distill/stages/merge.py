@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
-from xlstm_distill.console import Console
 from xlstm_distill.merging import merge_state_dicts
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console
 from xlstm_distill.stages.common import load_student, save_model
 from xlstm_distill.stages.distill import find_experts
 from xlstm_distill.teacher import load_tokenizer

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_distill.artifacts import MANIFEST, Artifact, Draft, Request, Run, replace_directory, versions
-from xlstm_distill.console import Console
-from xlstm_distill.distributed import is_main_process
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe_io import recipe_to_yaml
+from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.common import part
 from xlstm_distill.stages.evaluate import MERGED, TEACHER, find_evaluations
 from xlstm_distill.tracking import LOG_FILE

@@ -1,22 +1,17 @@
-"""Several processes in one run: what started them, who writes, who waits. Imports accelerate only for several."""
+"""What a launcher asked for: accelerate launch, torchrun or srun, read from the variables they set. Loads no torch."""
 
 from __future__ import annotations
 
-import atexit
-import functools
 import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 from xlstm_distill.errors import UserError
 
-LONGEST_WAIT = timedelta(days=7)
-"""How long processes wait for the one that captures, merges or evaluates; in training they wait as torch does."""
-
 Kind = Literal["single", "ddp", "fsdp", "deepspeed"]
+
 CONFIGS = "recipes/accelerate/"
 
 
@@ -48,16 +43,16 @@ def asked_layout(environment: Mapping[str, str] = os.environ) -> Layout:
     _refuse(environment)
     precision = environment.get("ACCELERATE_MIXED_PRECISION")
     processes = int(environment.get("WORLD_SIZE", "1"))
-    if _yes(environment, "ACCELERATE_USE_FSDP"):
-        checkpointing = _yes(environment, "FSDP_ACTIVATION_CHECKPOINTING")
+    if is_true(environment, "ACCELERATE_USE_FSDP"):
+        checkpointing = is_true(environment, "FSDP_ACTIVATION_CHECKPOINTING")
         return Layout("fsdp", processes, int(environment.get("FSDP_VERSION", "1")), precision, checkpointing)
-    if _yes(environment, "ACCELERATE_USE_DEEPSPEED"):
+    if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return Layout("deepspeed", processes, None if stage is None else int(stage), precision)
     return Layout("ddp" if "RANK" in environment else "single", processes, None, precision)
 
 
-def _yes(environment: Mapping[str, str], name: str) -> bool:
+def is_true(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "false").lower() in ("true", "1")
 
 
@@ -76,11 +71,11 @@ def _refuse(environment: Mapping[str, str]) -> None:
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("zero_stage", ("1", "2", "3")),
         "ACCELERATE_USE_MEGATRON_LM": ("use_megatron_lm", ("false",)),
     }
-    if _yes(environment, "ACCELERATE_USE_FSDP"):
+    if is_true(environment, "ACCELERATE_USE_FSDP"):
         expected["FSDP_VERSION"] = ("fsdp_version", ("2",))
         expected["FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"] = ("fsdp_activation_checkpointing_offload", ("false",))
         expected["FSDP_CPU_RAM_EFFICIENT_LOADING"] = ("fsdp_cpu_ram_efficient_loading", ("false",))
-    if _yes(environment, "ACCELERATE_USE_DEEPSPEED"):
+    if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         expected["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = ("zero3_init_flag", ("false",))
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in environment:
         raise UserError(
@@ -123,69 +118,3 @@ def first_host(nodes: str) -> str:
     if not found:
         raise UserError(f"SLURM_STEP_NODELIST: {nodes!r} is not a list of nodes; set MASTER_ADDR and MASTER_PORT.")
     return "".join(part or "" for part in found.groups())
-
-
-def on_cpu() -> bool:
-    """Whether models run on the CPU: there is nothing else, or the launcher said so (use_cpu)."""
-    import torch
-
-    return _yes(os.environ, "ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def process_count() -> int:
-    """Processes that a launcher (accelerate, torchrun, srun through either) started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Whether this process writes artifacts and speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def wait_for_everyone() -> None:
-    """Wait until all processes are here, however long it takes; returns at once where there is one."""
-    if process_count() > 1:
-        import torch
-
-        torch.distributed.barrier(group=_patient_group())
-
-
-def process_index() -> int:
-    """This process's number among those of the run, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def all_agree(mine: bool) -> bool:
-    """Whether the answer is yes on every process; all of them must ask."""
-    if process_count() == 1:
-        return mine
-    import torch
-
-    answer = torch.tensor([int(mine)])
-    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=_patient_group())
-    return bool(answer.item())
-
-
-@functools.cache
-def _patient_group() -> Any:
-    """All processes, on the CPU, for waiting; the default group keeps torch's short time limits for training.
-
-    A process that hangs in a training's collective is then noticed in minutes and does not hold all GPUs.
-    """
-    import torch
-    from accelerate import PartialState
-
-    # This starts the default group; on a machine without an accelerator it has to be told so.
-    PartialState(cpu=on_cpu())
-    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    # Its threads have to end before the interpreter does, which otherwise now and then aborts a process that is done.
-    atexit.register(_end_patient_group)
-    return group
-
-
-def _end_patient_group() -> None:
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group(_patient_group())
-    _patient_group.cache_clear()

@@ -1,0 +1,1 @@
+"""This process: its ranks, launcher, signals, terminal and device."""
