@@ -29,7 +29,7 @@ teacher: $(STAMP)  ## train the embedded teacher anew (about 15 minutes, one thr
 	$(BIN)/python -m xlstm_distill.embedded.train --out recipes/quickstart/teacher
 
 docs: $(STAMP)  ## write the generated documents: recipe schema and reference
-	$(BIN)/python -m xlstm_distill.recipe_docs
+	$(BIN)/python -m xlstm_distill.recipe.reference
 
 clean:  ## remove the environment and the runs
 	rm -rf $(VENV) runs

@@ -230,7 +230,7 @@ def plan(
         import json
 
         from xlstm_distill import planning, planning_machine, planning_text
-        from xlstm_distill.recipe_io import load_recipe
+        from xlstm_distill.recipe import load_recipe
 
         loaded, rates = load_recipe(recipe, overrides or ()), {"mfu": mfu, "price": price}
         machine = planning_machine.make_machine(gpu, gpus, sharding, backend, **rates)
@@ -246,7 +246,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     import json
 
-    from xlstm_distill.recipe_io import json_schema
+    from xlstm_distill.recipe.reference import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
 
@@ -293,7 +293,7 @@ def _open(
 ) -> tuple[Recipe, Run]:
     """Load and check the recipe first: a bad one must not leave a run directory behind."""
     from xlstm_distill.artifacts import Run
-    from xlstm_distill.recipe_io import load_recipe
+    from xlstm_distill.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     check(loaded, process_count())

@@ -70,7 +70,7 @@ def dispatch(
         adopt_slurm()
         asked_layout()
         return
-    from xlstm_distill.recipe_io import load_recipe
+    from xlstm_distill.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())  # a bad one is said once, not by every process
     raise typer.Exit(start(config, extra, own_arguments(sys.argv[1:]), lambda processes: check(loaded, processes)))

@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.recipe import LongDocuments
+from xlstm_distill.recipe.data import LongDocuments
 
 GENERATION_TAG = re.compile(r"{%-?\s*generation\b")
 """How a chat template marks what the assistant says; without it, turns are found by rendering every prefix."""

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from xlstm_distill.artifacts import Run
-from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.recipe import load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import capture
 

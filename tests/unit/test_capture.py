@@ -18,7 +18,7 @@ from xlstm_distill.artifacts import Run
 from xlstm_distill.data import captured_rows, load_batch
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import sparse_kl
-from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.recipe import load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import capture, distill
 from xlstm_distill.stages.common import open_domains, prepare_domains

@@ -20,7 +20,7 @@ from xlstm_distill import __version__, batches
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.cli import STAGES, app
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.recipe_io import json_schema
+from xlstm_distill.recipe.reference import json_schema
 from xlstm_eval.schema import EvalError
 
 COMMANDS = (*STAGES, "run", "score", "plan", "schema")

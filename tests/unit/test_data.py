@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from xlstm_distill.artifacts import Artifact, digest
 from xlstm_distill.data import BLOCK, DomainRows, RowSchedule, load_batch, rows_needed, tokenizer_hash
 from xlstm_distill.packing import pack
-from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.recipe import load_recipe
 from xlstm_distill.shards import write_rows
 from xlstm_distill.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer, Tokens
 

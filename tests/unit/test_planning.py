@@ -37,8 +37,7 @@ from xlstm_distill.planning_model import (
     lora_parameters,
     read_architecture,
 )
-from xlstm_distill.recipe import Align, MixerConfig, Recipe
-from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.recipe import Align, MixerConfig, Recipe, load_recipe
 from xlstm_distill.student import STUDENTS, convert
 from xlstm_distill.tasks import AlignTask, DistillTask
 from xlstm_kernels.testing import allocated_peak

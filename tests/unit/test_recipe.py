@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.recipe import MixerConfig, Recipe
-from xlstm_distill.recipe_io import load_recipe, recipe_to_yaml
+from xlstm_distill.recipe import MixerConfig, Recipe, load_recipe
+from xlstm_distill.recipe.load import recipe_to_yaml
 from xlstm_eval.suites import paper_suite
 
 SHIPPED = ("llama3.1-8b", "llama3.1-8b-instruct", "olmo3-7b", "quickstart", "qwen2.5-7b-instruct")

@@ -9,14 +9,14 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from xlstm_distill import recipe_docs
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.recipe_io import json_schema
+from xlstm_distill.recipe import reference as recipe_docs
+from xlstm_distill.recipe.reference import json_schema
 
 
 def test_generated_files_are_up_to_date(root: Path) -> None:
     for name, text in recipe_docs.render().items():
-        assert (root / name).read_text() == text, f"{name}: run python -m xlstm_distill.recipe_docs"
+        assert (root / name).read_text() == text, f"{name}: run python -m xlstm_distill.recipe.reference"
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from xlstm_distill.artifacts import Artifact, Request, Run
-from xlstm_distill.recipe import Recipe
-from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.recipe import Recipe, load_recipe
 from xlstm_distill.stages.report import _losses, _timings, lineage
 from xlstm_distill.tracking import LOG_FILE
 

@@ -20,8 +20,7 @@ from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, load_batch
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import SparseTargets
 from xlstm_distill.packing import pack
-from xlstm_distill.recipe import Align, Distill, Training
-from xlstm_distill.recipe_io import load_recipe
+from xlstm_distill.recipe import Align, Distill, Training, load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.runtime.device import forget_peak, peak_bytes
 from xlstm_distill.shards import write_rows

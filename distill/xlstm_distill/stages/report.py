@@ -13,7 +13,7 @@ from typing import Any
 
 from xlstm_distill.artifacts import MANIFEST, Artifact, Draft, Request, Run, replace_directory, versions
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.recipe_io import recipe_to_yaml
+from xlstm_distill.recipe.load import recipe_to_yaml
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.common import part

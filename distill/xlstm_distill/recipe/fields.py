@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
+SUM_TOLERANCE = 1e-6
+"""How far weights that must add up may be off, for rounding."""
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME, _HUB_ID = re.compile(NAME_PATTERN), re.compile(f"{NAME_PATTERN}/{NAME_PATTERN}")
 

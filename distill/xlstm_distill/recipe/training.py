@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from xlstm_distill.recipe_fields import (
+from xlstm_distill.recipe.fields import (
     BelowOne,
     Count,
     CountOrZero,

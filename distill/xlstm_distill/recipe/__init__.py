@@ -1,0 +1,22 @@
+"""What a run is made from: the recipe, its sections, and how it is read. Loads no torch."""
+
+from xlstm_distill.recipe.data import Data, Domain, Source
+from xlstm_distill.recipe.evaluation import Evaluate, Report, Task
+from xlstm_distill.recipe.load import load_recipe
+from xlstm_distill.recipe.model import MixerConfig, Student, Teacher
+from xlstm_distill.recipe.recipe import Recipe
+from xlstm_distill.recipe.training import (
+    Align,
+    Capture,
+    Distill,
+    Expert,
+    Merge,
+    Optimization,
+    Phase,
+    Training,
+)
+
+__all__ = [
+    "Align", "Capture", "Data", "Distill", "Domain", "Evaluate", "Expert", "Merge", "MixerConfig", "Optimization",
+    "Phase", "Recipe", "Report", "Source", "Student", "Task", "Teacher", "Training", "load_recipe",
+]  # fmt: skip
