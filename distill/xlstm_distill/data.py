@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from xlstm_distill import sources
-from xlstm_distill.artifacts import Artifact, Draft, Request, Run, digest
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.documents import positions_in_documents
 from xlstm_distill.packing import PackedRow
 from xlstm_distill.preparation import Preparation, clean, exclusive

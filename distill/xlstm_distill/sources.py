@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from xlstm_distill import embedded
-from xlstm_distill.artifacts import digest, hash_path
+from xlstm_distill.artifacts.hashing import digest, hash_path
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.readers import (
     BATCH_RECORDS,

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xlstm_distill.artifacts.locks import training_lock
 from xlstm_distill.errors import UserError
-from xlstm_distill.locks import training_lock
 from xlstm_distill.runtime.console import clock_time, short
 
 if TYPE_CHECKING:

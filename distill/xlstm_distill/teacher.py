@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from xlstm_distill.artifacts import digest, hash_path
+from xlstm_distill.artifacts.hashing import digest, hash_path
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import CausalLM, family_of
 from xlstm_distill.recipe import Teacher

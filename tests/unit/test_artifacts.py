@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from xlstm_distill import artifacts
-from xlstm_distill.artifacts import Request, Run, _hash_files, digest, hash_path
+from xlstm_distill.artifacts import Request, Run
+from xlstm_distill.artifacts.hashing import _hash_files, digest, hash_path
 from xlstm_distill.errors import RunError, UserError
 
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlstm_distill.artifacts import Artifact, digest
+from xlstm_distill.artifacts import Artifact
+from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.data import BLOCK, DomainRows, RowSchedule, load_batch, rows_needed, tokenizer_hash
 from xlstm_distill.packing import pack
 from xlstm_distill.recipe import load_recipe

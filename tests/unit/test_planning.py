@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from xlstm_distill import fused_loss, planning, planning_memory
 from xlstm_distill import planning_flops as flops
 from xlstm_distill.accelerator import checkpoint_activations
-from xlstm_distill.artifacts import MANIFEST
+from xlstm_distill.artifacts.run import MANIFEST
 from xlstm_distill.cli import app
 from xlstm_distill.data import Batch, captured_rows
 from xlstm_distill.errors import UserError

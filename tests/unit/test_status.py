@@ -10,9 +10,9 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from xlstm_distill.artifacts.locks import exclusive, training_lock
 from xlstm_distill.cli import app
 from xlstm_distill.errors import UserError
-from xlstm_distill.locks import exclusive, training_lock
 from xlstm_distill.status import read_status
 
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig
 
 from xlstm_distill.accelerator import make_accelerator
-from xlstm_distill.artifacts import Artifact, Draft, Request, Run, hash_path
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts.hashing import hash_path
 from xlstm_distill.data import DomainRows, load_batch
 from xlstm_distill.families import CausalLM
 from xlstm_distill.gates import GateMeter

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xlstm_distill.artifacts import MANIFEST, Artifact, Draft, Request, Run, replace_directory, versions
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts.files import replace_directory
+from xlstm_distill.artifacts.run import MANIFEST, versions
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.load import recipe_to_yaml
 from xlstm_distill.runtime.console import Console

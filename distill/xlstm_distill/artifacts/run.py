@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -12,23 +10,24 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from xlstm_distill.artifacts.files import replace_directory
+from xlstm_distill.artifacts.hashing import digest
+from xlstm_distill.artifacts.locks import busy, exclusive, marked, remove_leftovers, training_lock, waiting
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.locks import busy, exclusive, marked, remove_leftovers, training_lock, waiting
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.ranks import all_agree, is_main_process, wait_for_everyone
 
 MANIFEST = "manifest.json"
+
 FORMAT = 2
 """Raised when a stage's output changes meaning, so that older artifacts are made anew."""
+
 PACKAGES = ("xlstm-distill", "torch", "transformers", "accelerate", "datasets", "lm_eval", "tokenizers", "safetensors")
-WHOLE_HASH_BYTES, END_BYTES = 64 * 2**30, 2**20
-HASH_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -282,56 +281,6 @@ class Run:
         if fingerprint is not None and artifact.fingerprint != fingerprint:
             raise RunError(f"{self.path(label)}: made from other settings than this recipe's; run '{stage}' again.")
         return artifact
-
-
-def replace_directory(source: Path, final: Path) -> None:
-    """Rename a complete directory into place; a directory that was there is removed afterwards."""
-    old = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.old"
-    if final.exists():
-        final.rename(old)
-    source.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def digest(value: Any) -> str:
-    """Hash a JSON value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def hash_path(path: Path) -> str:
-    """Hash a file or a folder: names, sizes, and all content up to 64 GiB in sum.
-
-    Beyond that, of each file the first and last MiB and its time of change, so that a copy whose times are not kept
-    counts as another. Every stage asks, so the answer is kept for as long as sizes and times of change stay.
-    """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    found = ((file, file.stat()) for file in files)
-    return _hash_files(path, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in found))
-
-
-@functools.lru_cache(maxsize=256)
-def _hash_files(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    whole = sum(size for _, size, _ in files) <= WHOLE_HASH_BYTES
-    total = hashlib.sha256()
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        hashes = pool.map(_whole_hash if whole else _ends_hash, (file for file, _, _ in files))
-        for (file, size, changed), content in zip(files, hashes, strict=True):
-            name = file.relative_to(path) if file != path else file.name
-            total.update(f"{name}\0{size}\0{'' if whole else changed}\0".encode() + content)
-    return total.hexdigest()[:32]
-
-
-def _whole_hash(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
-
-
-def _ends_hash(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        first = stream.read(END_BYTES)
-        stream.seek(max(0, file.stat().st_size - END_BYTES))
-        return hashlib.sha256(first + stream.read()).digest()
 
 
 def versions() -> dict[str, str]:
