@@ -37,7 +37,7 @@ def tiny_teacher() -> Callable[..., torch.nn.Module]:
     """Make a randomly initialised teacher of a family: 2 layers, 4 query heads of 16 over 2 key/value heads."""
 
     def make(family: str = "llama", seed: int = 0, **overrides: object) -> torch.nn.Module:
-        from xlstm_distill.families import FAMILIES
+        from xlstm_distill.models.families import FAMILIES
 
         torch.manual_seed(seed)
         settings = {

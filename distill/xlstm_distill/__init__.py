@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xlstm_distill._registration import register_when_transformers_loads
+from xlstm_distill.models.auto import register_when_transformers_loads
 
 if TYPE_CHECKING:
+    from xlstm_distill.models.student import convert as convert
     from xlstm_distill.recipe import MixerConfig as MixerConfig
-    from xlstm_distill.student import convert as convert
 
 __version__ = "0.1.0"
 __all__ = ["MixerConfig", "__version__", "convert"]
 
-_EXPORTS = {"MixerConfig": "xlstm_distill.recipe", "convert": "xlstm_distill.student"}
+_EXPORTS = {"MixerConfig": "xlstm_distill.recipe", "convert": "xlstm_distill.models.student"}
 
 
 def __getattr__(name: str) -> Any:

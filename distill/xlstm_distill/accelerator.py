@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import CausalLM
+from xlstm_distill.models.families import CausalLM
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.launcher import CONFIGS, Layout, asked_layout
 from xlstm_distill.runtime.ranks import on_cpu, process_count, wait_for_everyone

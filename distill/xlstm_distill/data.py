@@ -16,7 +16,7 @@ from torch import Tensor
 from xlstm_distill import sources
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.artifacts.hashing import digest
-from xlstm_distill.documents import positions_in_documents
+from xlstm_distill.models.segments import positions_in_documents
 from xlstm_distill.packing import PackedRow
 from xlstm_distill.preparation import Preparation, clean, exclusive
 from xlstm_distill.recipe import Recipe

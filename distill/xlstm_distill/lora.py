@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import CausalLM
+from xlstm_distill.models.families import CausalLM
 
 ADAPTER = "default"
 BASE, DOWN, UP = ".base_layer.", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"

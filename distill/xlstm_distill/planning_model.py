@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from xlstm_distill import flops
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import family_of
+from xlstm_distill.models.families import family_of
 from xlstm_distill.recipe import MixerConfig, Recipe
 
 ARCHITECTURES = "architectures"

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill.data import IGNORE_INDEX, Batch
-from xlstm_distill.families import CausalLM
 from xlstm_distill.flops import Architecture, MixerShape, token_flops
 from xlstm_distill.loss_bench import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.losses import SparseTargets, distill_loss
+from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.student import convert
 from xlstm_distill.optim import make_optimizer
 from xlstm_distill.recipe import MixerConfig, Optimization
 from xlstm_distill.runtime.device import peak_bytes, published_peak
-from xlstm_distill.student import convert
 from xlstm_distill.targets import OnlineTargets, TargetSource, kept_logits
 from xlstm_distill.tasks import DistillTask, Sums
 

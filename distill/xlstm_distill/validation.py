@@ -10,7 +10,7 @@ from torch import nn
 
 from xlstm_distill.accelerator import reshard
 from xlstm_distill.data import Batch, DomainRows, Row, load_batch
-from xlstm_distill.gates import GateMeter
+from xlstm_distill.models.gates import GateMeter
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from xlstm_distill.families import CausalLM
+from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.student import convert
 from xlstm_distill.planning_activations import Pass, layer_saved
 from xlstm_distill.planning_model import read_architecture
 from xlstm_distill.recipe import MixerConfig
-from xlstm_distill.student import convert
 from xlstm_kernels import dispatch
 
 pytest.importorskip("xlstm_kernels.triton_mlstm", reason="triton is not installed", exc_type=ImportError)

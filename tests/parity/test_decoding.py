@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.families import FAMILIES
+from xlstm_distill.models.families import FAMILIES
 from xlstm_kernels.testing import error_ratio
 
 ALL = sorted(FAMILIES)

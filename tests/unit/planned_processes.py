@@ -19,13 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from xlstm_distill.accelerator import checkpoint_activations
 from xlstm_distill.data import Batch
-from xlstm_distill.families import FAMILIES
 from xlstm_distill.losses import SparseTargets
+from xlstm_distill.models.families import FAMILIES
+from xlstm_distill.models.student import convert
 from xlstm_distill.optim import make_optimizer
 from xlstm_distill.planning_memory import Setup, distill_memory
 from xlstm_distill.planning_model import read_architecture
 from xlstm_distill.recipe import Align, MixerConfig
-from xlstm_distill.student import convert
 from xlstm_distill.tasks import DistillTask
 from xlstm_kernels.testing import allocated_peak
 

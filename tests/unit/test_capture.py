@@ -18,13 +18,13 @@ from xlstm_distill.artifacts import Run
 from xlstm_distill.data import captured_rows, load_batch
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import sparse_kl
+from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import capture, distill
 from xlstm_distill.stages.common import open_domains, prepare_domains
 from xlstm_distill.stages.distill import _targets
 from xlstm_distill.targets import OnlineTargets
-from xlstm_distill.teacher import load_teacher
 
 SCRIPT = Path(__file__).parent / "capture_process.py"
 sys.path.insert(0, str(SCRIPT.parent))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xlstm_distill.documents import chunk_documents, positions_in_documents
+from xlstm_distill.models.segments import chunk_documents, positions_in_documents
 
 
 def row(*values):

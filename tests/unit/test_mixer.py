@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.feature_maps import FeatureMap
-from xlstm_distill.mixer import OutputGate
+from xlstm_distill.models.feature_maps import FeatureMap
+from xlstm_distill.models.mixer import OutputGate
 from xlstm_kernels.reference import mlstm_reference, sliding_window_reference
 from xlstm_kernels.testing import error_ratio
 

@@ -24,8 +24,9 @@ from xlstm_distill.artifacts.run import MANIFEST
 from xlstm_distill.cli import app
 from xlstm_distill.data import Batch, captured_rows
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import FAMILIES, CausalLM
 from xlstm_distill.losses import SparseTargets
+from xlstm_distill.models.families import FAMILIES, CausalLM
+from xlstm_distill.models.student import STUDENTS, convert
 from xlstm_distill.optim import make_optimizer
 from xlstm_distill.planning_activations import Pass, layer_saved, mixer_saved, outside_layers
 from xlstm_distill.planning_machine import GPUS, make_machine
@@ -38,7 +39,6 @@ from xlstm_distill.planning_model import (
     read_architecture,
 )
 from xlstm_distill.recipe import Align, MixerConfig, Recipe, load_recipe
-from xlstm_distill.student import STUDENTS, convert
 from xlstm_distill.tasks import AlignTask, DistillTask
 from xlstm_kernels.testing import allocated_peak
 

@@ -19,9 +19,9 @@ from xlstm_distill import preparation, shards
 from xlstm_distill.artifacts import Run
 from xlstm_distill.data import DomainRows, data_identity, prepare_domain, rows_needed
 from xlstm_distill.errors import UserError
+from xlstm_distill.models.teacher import load_tokenizer
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import QuietConsole
-from xlstm_distill.teacher import load_tokenizer
 
 TEACHER = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
 SHARD = 64 * 40
@@ -135,7 +135,7 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
         from xlstm_distill.runtime.console import QuietConsole
         from xlstm_distill.data import prepare_domain
         from xlstm_distill.recipe import Recipe
-        from xlstm_distill.teacher import load_tokenizer
+        from xlstm_distill.models.teacher import load_tokenizer
         shards.SHARD_TOKENS = {SHARD}
         save = preparation.Preparation._save
         def slow(self):

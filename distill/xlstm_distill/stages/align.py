@@ -9,6 +9,8 @@ import torch
 from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.data import RowSchedule
+from xlstm_distill.models.student import convert
+from xlstm_distill.models.teacher import load_teacher, load_tokenizer
 from xlstm_distill.planning_flops import align_flops
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
@@ -22,9 +24,7 @@ from xlstm_distill.stages.common import (
     prepare_domains,
     save_model,
 )
-from xlstm_distill.student import convert
 from xlstm_distill.tasks import AlignTask
-from xlstm_distill.teacher import load_teacher, load_tokenizer
 from xlstm_distill.tracking import check_trackers
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 

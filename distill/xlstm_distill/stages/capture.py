@@ -23,6 +23,7 @@ from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.data import IGNORE_INDEX, Batch, DomainRows, captured_rows, load_batch
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses import sparse_kl
+from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console, Progress, short
 from xlstm_distill.runtime.ranks import all_agree, is_main_process, process_count, process_index, wait_for_everyone
@@ -35,7 +36,6 @@ from xlstm_distill.stages.common import (
 )
 from xlstm_distill.store import Identity, Store, read_header, shard_name, write_index, write_shard
 from xlstm_distill.targets import OnlineTargets, StoredTargets, kept_logits, text_checksums
-from xlstm_distill.teacher import load_teacher
 
 SHARDS = 64
 SHARD_TOKENS = (2**16, 2**22)

@@ -23,13 +23,13 @@ from xlstm_distill.data import (
     rows_to_align,
     tokenizer_hash,
 )
-from xlstm_distill.families import CausalLM
+from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.teacher import load_tokenizer, teacher_hash
 from xlstm_distill.planning_model import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone
 from xlstm_distill.store import VERSION, Identity
-from xlstm_distill.teacher import load_tokenizer, teacher_hash
 from xlstm_distill.tracking import LOG_FILE
 from xlstm_distill.trainer import Outcome, Plan
 

@@ -17,8 +17,9 @@ from xlstm_distill.accelerator import (
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.data import DomainRows, RowSchedule, expert_rows
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import CausalLM
 from xlstm_distill.lora import add_lora, merged_state
+from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.teacher import load_teacher, load_tokenizer, teacher_hash
 from xlstm_distill.planning_flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.runtime.console import Console
@@ -42,7 +43,6 @@ from xlstm_distill.stages.common import (
 from xlstm_distill.store import Store
 from xlstm_distill.targets import OnlineTargets, StoredTargets, TargetSource
 from xlstm_distill.tasks import DistillTask
-from xlstm_distill.teacher import load_teacher, load_tokenizer, teacher_hash
 from xlstm_distill.tracking import check_trackers
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 

@@ -13,8 +13,9 @@ from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.artifacts.hashing import hash_path
 from xlstm_distill.data import DomainRows, load_batch
-from xlstm_distill.families import CausalLM
-from xlstm_distill.gates import GateMeter
+from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.gates import GateMeter
+from xlstm_distill.models.teacher import load_teacher, load_tokenizer, teacher_hash
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
@@ -26,7 +27,6 @@ from xlstm_distill.stages.common import (
     prepare_domains,
 )
 from xlstm_distill.stages.merge import merge_request
-from xlstm_distill.teacher import load_teacher, load_tokenizer, teacher_hash
 from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.results import write_samples
 from xlstm_eval.suites import Suite, SuiteTask

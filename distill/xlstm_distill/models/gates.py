@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.mixer import OutputGate
+from xlstm_distill.models.mixer import OutputGate
 
 
 class GateMeter:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from xlstm_distill.cache import StudentCache, checked_cache
-from xlstm_distill.documents import chunk_documents, ends_in_padding
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import FAMILIES, CausalLM, Family, family_of
-from xlstm_distill.feature_maps import FeatureMap
-from xlstm_distill.mixer import NEW_MODULES, HybridMixer, OutputGate, ScalarGate
+from xlstm_distill.models.cache import StudentCache, checked_cache
+from xlstm_distill.models.families import FAMILIES, CausalLM, Family, family_of
+from xlstm_distill.models.feature_maps import FeatureMap
+from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer, OutputGate, ScalarGate
+from xlstm_distill.models.segments import chunk_documents, ends_in_padding
 from xlstm_distill.recipe import MixerConfig
 
 # A mask that is already four-dimensional is passed on as it is (transformers), so none of size T x T is ever built.

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from xlstm_distill.families import FAMILIES
+from xlstm_distill.models.families import FAMILIES
 
 
 class _StandIn(PreTrainedConfig):
@@ -24,7 +24,7 @@ class _StandIn(PreTrainedConfig):
     @classmethod
     def _real(cls) -> Any:
         """Import the students, which replaces this class in the registry."""
-        students = importlib.import_module("xlstm_distill.student").STUDENTS
+        students = importlib.import_module("xlstm_distill.models.student").STUDENTS
         return students[cls.model_type.removeprefix("xlstm_")].config_class
 
 

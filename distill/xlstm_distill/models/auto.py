@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-STAND_INS = "xlstm_distill._stand_ins"
+STAND_INS = "xlstm_distill.models.auto_configs"
 
 
 class _LoadThenRegister(importlib.abc.Loader):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from xlstm_distill.cache import MixerCacheLayer, checked_cache
-from xlstm_distill.families import Family
-from xlstm_distill.feature_maps import FeatureMap, in_dtype_of
+from xlstm_distill.models.cache import MixerCacheLayer, checked_cache
+from xlstm_distill.models.families import Family
+from xlstm_distill.models.feature_maps import FeatureMap, in_dtype_of
 from xlstm_distill.recipe import MixerConfig
 from xlstm_kernels import MLSTMState, mlstm, mlstm_step, sliding_window_attention
 from xlstm_kernels.state import LOG_ZERO, state_dtype

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from xlstm_distill.artifacts.hashing import digest, hash_path
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import CausalLM, family_of
+from xlstm_distill.models.families import CausalLM, family_of
 from xlstm_distill.recipe import Teacher
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from xlstm_distill.documents import RowEnds
+from xlstm_distill.models.segments import RowEnds
 from xlstm_kernels import MLSTMState
 from xlstm_kernels.state import LOG_ZERO
 
