@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xlstm_distill.checksums import crc32
+from xlstm_distill.artifacts.hashing import crc32
 from xlstm_distill.errors import RunError
 from xlstm_distill.runtime.ranks import all_agree, is_main_process, process_count, process_index, wait_for_everyone
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from xlstm_distill.fused_loss import linear_distill_loss
-from xlstm_distill.losses import SparseTargets, distill_loss
+from xlstm_distill.losses.fused import linear_distill_loss
+from xlstm_distill.losses.plain import distill_loss
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.runtime.device import peak_bytes
 
 CE_WEIGHT, KL_WEIGHT = 0.9, 0.1

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from xlstm_distill.checksums import crc32
+from xlstm_distill.artifacts.hashing import crc32
 from xlstm_distill.errors import RunError
 from xlstm_distill.packing import PackedRow
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from xlstm_distill.errors import RunError
-from xlstm_distill.losses import SparseTargets
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.store_codec import Row, arrange, decode, encode, kl_error
 
 MAGIC = b"XLSTMTGT"

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xlstm_distill.losses import SparseTargets
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.store import Identity, Store, write_index, write_shard
 from xlstm_distill.targets import to_targets
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from xlstm_distill.data import IGNORE_INDEX, Batch
 from xlstm_distill.errors import RunError
-from xlstm_distill.fused_loss import fuse_head
-from xlstm_distill.losses import SparseTargets
+from xlstm_distill.losses.fused import fuse_head
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.store import INDEX_FILE, Store, refusal
 from xlstm_distill.store_codec import Row

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_distill.data import IGNORE_INDEX, Batch
-from xlstm_distill.fused_loss import fuse_head
-from xlstm_distill.losses import SparseTargets, alignment_error
+from xlstm_distill.losses.fused import fuse_head
+from xlstm_distill.losses.plain import alignment_error
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.mixer import HybridMixer
 from xlstm_distill.targets import TargetSource, kept_hidden

@@ -30,7 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xlstm_distill.data import IGNORE_INDEX, Batch
 from xlstm_distill.flops import Architecture, MixerShape, token_flops
 from xlstm_distill.loss_bench import BOUNDS, MIB, clock, random_targets
-from xlstm_distill.losses import SparseTargets, distill_loss
+from xlstm_distill.losses.plain import distill_loss
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.optim import make_optimizer

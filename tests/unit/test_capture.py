@@ -17,7 +17,7 @@ import torch
 from xlstm_distill.artifacts import Run
 from xlstm_distill.data import captured_rows, load_batch
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.losses import sparse_kl
+from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import load_recipe
 from xlstm_distill.runtime.console import QuietConsole

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data import IGNORE_INDEX, Batch, next_token_labels
 from xlstm_distill.errors import UserError
-from xlstm_distill.fused_loss import FusedHead, chunk_rows, fuse_head, linear_distill_loss, targets_from_hidden
-from xlstm_distill.losses import SparseTargets, distill_loss, sparse_kl
+from xlstm_distill.losses.fused import FusedHead, chunk_rows, fuse_head, linear_distill_loss, targets_from_hidden
+from xlstm_distill.losses.plain import distill_loss, sparse_kl
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets import OnlineTargets, kept_logits
 from xlstm_distill.tasks import DistillTask
 from xlstm_kernels.testing import error_ratio
@@ -262,7 +263,7 @@ def test_a_second_backward_pass_and_a_second_derivative_are_refused():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_products_are_added_up_in_fp32(autocast, monkeypatch):
     """Many chunks must not lose digits: the error stays that of rounding the products, as in one chunk."""
-    monkeypatch.setattr("xlstm_distill.fused_loss.WEIGHT_BLOCK", 100)
+    monkeypatch.setattr("xlstm_distill.losses.fused.WEIGHT_BLOCK", 100)
     leaves, labels, targets = problem(tokens=512, padded=True)
     leaves = [x.bfloat16().float() for x in leaves]
     dtype = torch.float32 if autocast else torch.bfloat16
@@ -320,7 +321,7 @@ def packed_batch(vocabulary=97, context=48):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
 def test_the_task_has_the_plain_formulas_loss_and_gradients(family, tied, tiny_teacher, monkeypatch):
-    monkeypatch.setattr("xlstm_distill.fused_loss.CHUNK_BYTES", 4 * 97 * 10)
+    monkeypatch.setattr("xlstm_distill.losses.fused.CHUNK_BYTES", 4 * 97 * 10)
     teacher, batch = tiny_teacher(family, tie_word_embeddings=tied), packed_batch()
     plain = convert(teacher, MixerConfig(window=8, sinks=2)).double()
     student = convert(teacher, MixerConfig(window=8, sinks=2))

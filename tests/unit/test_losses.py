@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xlstm_distill.losses import SparseTargets, alignment_error, distill_loss, sparse_kl
+from xlstm_distill.losses.plain import alignment_error, distill_loss, sparse_kl
+from xlstm_distill.losses.sparse import SparseTargets
 
 
 def logits(seed, rows=5, vocabulary=11):

@@ -17,14 +17,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from xlstm_distill import fused_loss, planning, planning_memory
+from xlstm_distill import planning, planning_memory
 from xlstm_distill import planning_flops as flops
 from xlstm_distill.accelerator import checkpoint_activations
 from xlstm_distill.artifacts.run import MANIFEST
 from xlstm_distill.cli import app
 from xlstm_distill.data import Batch, captured_rows
 from xlstm_distill.errors import UserError
-from xlstm_distill.losses import SparseTargets
+from xlstm_distill.losses import fused as fused_loss
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES, CausalLM
 from xlstm_distill.models.student import STUDENTS, convert
 from xlstm_distill.optim import make_optimizer

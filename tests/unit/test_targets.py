@@ -11,7 +11,8 @@ import torch
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data import IGNORE_INDEX, DomainRows, load_batch
 from xlstm_distill.errors import RunError
-from xlstm_distill.losses import SparseTargets, sparse_kl
+from xlstm_distill.losses.plain import sparse_kl
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.packing import pack
 from xlstm_distill.shards import write_rows
 from xlstm_distill.store import Identity, Store, write_index, write_shard
@@ -156,7 +157,7 @@ def test_online_targets_do_not_depend_on_how_logits_are_cut(tiny_teacher, rows, 
     online = OnlineTargets(tiny_teacher(), 16, 0.9)
     batch = load_batch(rows, [("a", 3), ("a", 4)])
     whole = online(batch)
-    monkeypatch.setattr("xlstm_distill.fused_loss.chunk_rows", lambda tokens, vocabulary: 3)
+    monkeypatch.setattr("xlstm_distill.losses.fused.chunk_rows", lambda tokens, vocabulary: 3)
     cut = online(batch)
     assert torch.equal(whole.ids, cut.ids)
     torch.testing.assert_close(whole.log_probs, cut.log_probs)

@@ -18,7 +18,7 @@ from xlstm_distill import MixerConfig, convert, validation
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, load_batch, next_token_labels
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.losses import SparseTargets
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Distill, Training, load_recipe
 from xlstm_distill.runtime.console import QuietConsole

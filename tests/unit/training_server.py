@@ -34,7 +34,7 @@ from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data import Batch, DomainRows, RowSchedule
 from xlstm_distill.errors import RunError
-from xlstm_distill.losses import SparseTargets
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Training
 from xlstm_distill.runtime import signals as stopping

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 WHOLE_HASH_BYTES, END_BYTES = 64 * 2**30, 2**20
 
 HASH_THREADS = 4
+CRC_BLOCK = 2**24
 
 
 def digest(value: Any) -> str:
@@ -53,3 +55,12 @@ def _ends_hash(file: Path) -> bytes:
         first = stream.read(END_BYTES)
         stream.seek(max(0, file.stat().st_size - END_BYTES))
         return hashlib.sha256(first + stream.read()).digest()
+
+
+def crc32(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    value = 0
+    with path.open("rb") as stream:
+        while block := stream.read(CRC_BLOCK):
+            value = zlib.crc32(block, value)
+    return value

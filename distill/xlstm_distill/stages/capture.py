@@ -22,7 +22,7 @@ from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.data import IGNORE_INDEX, Batch, DomainRows, captured_rows, load_batch
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.losses import sparse_kl
+from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console, Progress, short

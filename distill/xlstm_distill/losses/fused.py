@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.losses import LossParts, SparseTargets
+from xlstm_distill.losses.plain import LossParts
+from xlstm_distill.losses.sparse import SparseTargets
 
 CHUNK_BYTES = 256 * 2**20
 """Memory for the fp32 logits of a chunk."""

@@ -1,0 +1,1 @@
+"""Losses of both training stages: pure functions of tensors."""
