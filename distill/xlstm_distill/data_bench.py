@@ -19,7 +19,9 @@ import transformers
 
 from xlstm_distill import embedded
 from xlstm_distill.artifacts import Artifact, Run
-from xlstm_distill.data import DomainRows, RowSchedule, load_batch, prepare_domain
+from xlstm_distill.data.prepare import prepare_domain
+from xlstm_distill.data.rows import DomainRows, load_batch
+from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import QuietConsole
 

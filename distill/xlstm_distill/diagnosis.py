@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from xlstm_distill.data import Batch, Row
+from xlstm_distill.data.rows import Batch, Row
 
 MOST_NAMED = 32
 """Rows that a message names."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from xlstm_distill import planning_flops
 from xlstm_distill.artifacts import Run
 from xlstm_distill.batches import nearest_batches
-from xlstm_distill.data import captured_rows, rows_needed
+from xlstm_distill.data.budget import captured_rows, rows_needed
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning_fit import Fit, Stage, what_fits
 from xlstm_distill.planning_machine import Machine, Utilisation, utilisation

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xlstm_distill.data import IGNORE_INDEX, Batch
+from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.fused import fuse_head
 from xlstm_distill.losses.sparse import SparseTargets

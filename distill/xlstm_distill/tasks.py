@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.data import IGNORE_INDEX, Batch
+from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.losses.fused import fuse_head
 from xlstm_distill.losses.plain import alignment_error
 from xlstm_distill.losses.sparse import SparseTargets

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlstm_distill.data import IGNORE_INDEX, Batch
+from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.flops import Architecture, MixerShape, token_flops
 from xlstm_distill.loss_bench import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.losses.plain import distill_loss

@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType
 
 from xlstm_distill.accelerator import clip_gradients, micro_step, prepare
 from xlstm_distill.checkpoints import Checkpoints
-from xlstm_distill.data import Batch, DomainRows, Row, RowSchedule, load_batch
+from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
+from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.diagnosis import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.optim import learning_rate, make_optimizer

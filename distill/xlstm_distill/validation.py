@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from xlstm_distill.accelerator import reshard
-from xlstm_distill.data import Batch, DomainRows, Row, load_batch
+from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.models.gates import GateMeter
 
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from xlstm_distill.accelerator import checkpoint_activations
-from xlstm_distill.data import Batch
+from xlstm_distill.data.rows import Batch
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert

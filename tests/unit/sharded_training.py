@@ -27,7 +27,7 @@ from xlstm_distill.accelerator import (
     reshard,
     shard_teacher,
 )
-from xlstm_distill.data import IGNORE_INDEX, Batch
+from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.lora import add_lora, merged_state
 from xlstm_distill.optim import make_optimizer
 from xlstm_distill.recipe import Align

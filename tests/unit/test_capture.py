@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from xlstm_distill.artifacts import Run
-from xlstm_distill.data import captured_rows, load_batch
+from xlstm_distill.data.budget import captured_rows
+from xlstm_distill.data.rows import load_batch
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import load_teacher

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.artifacts.hashing import digest
-from xlstm_distill.data import BLOCK, DomainRows, RowSchedule, load_batch, rows_needed, tokenizer_hash
-from xlstm_distill.packing import pack
+from xlstm_distill.data.budget import rows_needed
+from xlstm_distill.data.packing import pack
+from xlstm_distill.data.prepare import tokenizer_hash
+from xlstm_distill.data.rows import DomainRows, load_batch
+from xlstm_distill.data.schedule import BLOCK, RowSchedule
+from xlstm_distill.data.shards import write_rows
+from xlstm_distill.data.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer, Tokens
 from xlstm_distill.recipe import load_recipe
-from xlstm_distill.shards import write_rows
-from xlstm_distill.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer, Tokens
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "recipes" / "quickstart" / "teacher"

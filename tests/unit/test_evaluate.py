@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from xlstm_distill.artifacts import Run
-from xlstm_distill.data import load_batch
+from xlstm_distill.data.packing import PackedRow
+from xlstm_distill.data.rows import load_batch
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.student import convert
-from xlstm_distill.packing import PackedRow
 from xlstm_distill.recipe import MixerConfig, load_recipe
 from xlstm_distill.stages import evaluate
 from xlstm_eval.schema import EvalError

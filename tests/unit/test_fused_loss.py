@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.data import IGNORE_INDEX, Batch, next_token_labels
+from xlstm_distill.data.rows import IGNORE_INDEX, Batch, next_token_labels
 from xlstm_distill.errors import UserError
 from xlstm_distill.losses.fused import FusedHead, chunk_rows, fuse_head, linear_distill_loss, targets_from_hidden
 from xlstm_distill.losses.plain import distill_loss, sparse_kl

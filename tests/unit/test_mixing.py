@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from xlstm_distill.data.mixture import Mixture, Progress
+from xlstm_distill.data.tokenization import ChunkTokenizer, DocumentTokenizer
+from xlstm_distill.data.workers import tokenizing
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.mixing import Mixture, Progress, tokenizing
 from xlstm_distill.recipe import Domain, Source
-from xlstm_distill.tokenization import ChunkTokenizer, DocumentTokenizer
 
 TEACHER = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
 
@@ -130,7 +131,7 @@ def test_workers_end_with_a_killed_parent():
         import multiprocessing, time
         from transformers import AutoTokenizer
         from xlstm_distill.mixing import tokenizing
-        from xlstm_distill.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer
+        from xlstm_distill.data.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer
         tokenizer = ChunkTokenizer(DocumentTokenizer(AutoTokenizer.from_pretrained({str(TEACHER)!r})), 256, "split")
         with tokenizing(tokenizer, 1) as (submit, _):
             submit(Chunk([{{"text": "sun"}}], "f", "o", 0)).result()

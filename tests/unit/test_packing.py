@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlstm_distill.packing import Packer, pack
-from xlstm_distill.tokenization import Tokens
+from xlstm_distill.data.packing import Packer, pack
+from xlstm_distill.data.tokenization import Tokens
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=200)
 

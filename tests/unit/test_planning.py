@@ -22,7 +22,8 @@ from xlstm_distill import planning_flops as flops
 from xlstm_distill.accelerator import checkpoint_activations
 from xlstm_distill.artifacts.run import MANIFEST
 from xlstm_distill.cli import app
-from xlstm_distill.data import Batch, captured_rows
+from xlstm_distill.data.budget import captured_rows
+from xlstm_distill.data.rows import Batch
 from xlstm_distill.errors import UserError
 from xlstm_distill.losses import fused as fused_loss
 from xlstm_distill.losses.sparse import SparseTargets

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_distill import preparation, shards
 from xlstm_distill.artifacts import Run
-from xlstm_distill.data import DomainRows, data_identity, prepare_domain, rows_needed
+from xlstm_distill.data import preparation, shards
+from xlstm_distill.data.budget import rows_needed
+from xlstm_distill.data.prepare import data_identity, prepare_domain
+from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.teacher import load_tokenizer
 from xlstm_distill.recipe import Recipe

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from xlstm_distill.data.packing import PackedRow
+from xlstm_distill.data.shards import INDEX_FILE, ShardReader, ShardWriter, write_rows
 from xlstm_distill.errors import RunError
-from xlstm_distill.packing import PackedRow
-from xlstm_distill.shards import INDEX_FILE, ShardReader, ShardWriter, write_rows
 
 
 def random_rows(count, context, vocabulary, seed=0):
@@ -59,7 +59,7 @@ def test_rows_come_back_from_several_shards(context, vocabulary, tmp_path):
 
 
 def test_shards_are_mapped_and_keep_no_file_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("xlstm_distill.shards.OPEN_SHARDS", 2)
+    monkeypatch.setattr("xlstm_distill.data.shards.OPEN_SHARDS", 2)
     rows = random_rows(12, 512, 2**17)
     writer = ShardWriter(tmp_path, 512, 2**17)
     for row in rows:

@@ -14,10 +14,11 @@ import datasets
 import numpy as np
 import pytest
 
-from xlstm_distill import embedded, sources
+from xlstm_distill import embedded
+from xlstm_distill.data import sources
+from xlstm_distill.data.sources import Position, SourceReader, identity
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Source
-from xlstm_distill.sources import Position, SourceReader, identity
 
 RECORDS = [{"text": f"document {n}", "other": n} for n in range(150)]
 

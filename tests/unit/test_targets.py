@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.data import IGNORE_INDEX, DomainRows, load_batch
+from xlstm_distill.data.packing import pack
+from xlstm_distill.data.rows import IGNORE_INDEX, DomainRows, load_batch
+from xlstm_distill.data.shards import write_rows
+from xlstm_distill.data.tokenization import Tokens
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.packing import pack
-from xlstm_distill.shards import write_rows
 from xlstm_distill.store import Identity, Store, write_index, write_shard
 from xlstm_distill.targets import OnlineTargets, StoredTargets, kept_logits, text_checksums
-from xlstm_distill.tokenization import Tokens
 from xlstm_kernels.testing import error_ratio
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from xlstm_distill.data.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer, Outcome
 from xlstm_distill.errors import UserError
-from xlstm_distill.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer, Outcome
 
 TEACHER = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
 

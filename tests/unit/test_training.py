@@ -16,19 +16,20 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from xlstm_distill import MixerConfig, convert, validation
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.data import IGNORE_INDEX, DomainRows, RowSchedule, load_batch, next_token_labels
+from xlstm_distill.data.packing import pack
+from xlstm_distill.data.rows import IGNORE_INDEX, DomainRows, load_batch, next_token_labels
+from xlstm_distill.data.schedule import RowSchedule
+from xlstm_distill.data.shards import write_rows
+from xlstm_distill.data.tokenization import Tokens
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Distill, Training, load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.runtime.device import forget_peak, peak_bytes
-from xlstm_distill.shards import write_rows
 from xlstm_distill.stages.common import align_request
 from xlstm_distill.stages.distill import expert_request
 from xlstm_distill.targets import OnlineTargets, kept_logits
 from xlstm_distill.tasks import AlignTask, DistillTask, Sums, TeacherObserver
-from xlstm_distill.tokenization import Tokens
 from xlstm_distill.tracking import TrainingLog, check_trackers, training_log
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 from xlstm_distill.validation import validate

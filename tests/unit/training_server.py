@@ -32,16 +32,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.data import Batch, DomainRows, RowSchedule
+from xlstm_distill.data.packing import pack
+from xlstm_distill.data.rows import Batch, DomainRows
+from xlstm_distill.data.schedule import RowSchedule
+from xlstm_distill.data.shards import write_rows
+from xlstm_distill.data.tokenization import Tokens
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.packing import pack
 from xlstm_distill.recipe import Align, Training
 from xlstm_distill.runtime import signals as stopping
-from xlstm_distill.shards import write_rows
 from xlstm_distill.targets import OnlineTargets
 from xlstm_distill.tasks import DistillTask
-from xlstm_distill.tokenization import Tokens
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 
 SHIMS = Path(__file__).parents[1] / "shims" / "sitecustomize.py"

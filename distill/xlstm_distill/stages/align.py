@@ -8,7 +8,7 @@ import torch
 
 from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Run
-from xlstm_distill.data import RowSchedule
+from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.models.student import convert
 from xlstm_distill.models.teacher import load_teacher, load_tokenizer
 from xlstm_distill.planning_flops import align_flops

@@ -20,7 +20,8 @@ import torch
 
 from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
-from xlstm_distill.data import IGNORE_INDEX, Batch, DomainRows, captured_rows, load_batch
+from xlstm_distill.data.budget import captured_rows
+from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, load_batch
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import load_teacher

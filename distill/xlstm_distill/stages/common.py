@@ -14,15 +14,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
-from xlstm_distill.data import (
-    DomainRows,
-    captured_rows,
-    data_identity,
-    held_out_span,
-    prepare_domain,
-    rows_to_align,
-    tokenizer_hash,
-)
+from xlstm_distill.data.budget import captured_rows, held_out_span, rows_to_align
+from xlstm_distill.data.prepare import data_identity, prepare_domain, tokenizer_hash
+from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.teacher import load_tokenizer, teacher_hash
 from xlstm_distill.planning_model import Architecture, read_architecture

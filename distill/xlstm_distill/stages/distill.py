@@ -15,7 +15,9 @@ from xlstm_distill.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
-from xlstm_distill.data import DomainRows, RowSchedule, expert_rows
+from xlstm_distill.data.budget import expert_rows
+from xlstm_distill.data.rows import DomainRows
+from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
 from xlstm_distill.lora import add_lora, merged_state
 from xlstm_distill.models.families import CausalLM

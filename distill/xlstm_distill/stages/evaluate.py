@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.artifacts.hashing import hash_path
-from xlstm_distill.data import DomainRows, load_batch
+from xlstm_distill.data.rows import DomainRows, load_batch
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.teacher import load_teacher, load_tokenizer, teacher_hash

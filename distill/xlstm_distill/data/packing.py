@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from xlstm_distill.tokenization import Tokens
+from xlstm_distill.data.tokenization import Tokens
 
 OPEN_ROWS = 256
 """Rows kept open for best-fit packing; more fill better and mix documents over a longer stretch (docs/data.md)."""

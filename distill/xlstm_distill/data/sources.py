@@ -16,18 +16,10 @@ import pyarrow as pa
 
 from xlstm_distill import embedded
 from xlstm_distill.artifacts.hashing import digest, hash_path
+from xlstm_distill.data.readers import BATCH_RECORDS, BadRecord, Batch, Reader, csv_reader, dataset_reader, json_reader
+from xlstm_distill.data.tokenization import Chunk
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.readers import (
-    BATCH_RECORDS,
-    BadRecord,
-    Batch,
-    Reader,
-    csv_reader,
-    dataset_reader,
-    json_reader,
-)
 from xlstm_distill.recipe import Source
-from xlstm_distill.tokenization import Chunk
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".csv": "csv"}
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from xlstm_distill.artifacts import Draft
+from xlstm_distill.data.mixture import Mixture, Progress
+from xlstm_distill.data.packing import OPEN_ROWS, Packer
+from xlstm_distill.data.shards import ShardWriter, check_shard, written_whole
+from xlstm_distill.data.tokenization import ChunkTokenizer, DocumentTokenizer, Outcome
+from xlstm_distill.data.workers import tokenizing
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.mixing import Mixture, Progress, tokenizing
-from xlstm_distill.packing import OPEN_ROWS, Packer
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime import console as consoles
-from xlstm_distill.shards import ShardWriter, check_shard, written_whole
-from xlstm_distill.tokenization import ChunkTokenizer, DocumentTokenizer, Outcome
 
 CHECKPOINT = "checkpoint.npz"
 WORTH_WORKERS = 50_000_000

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from xlstm_distill.artifacts.hashing import crc32
+from xlstm_distill.data.packing import PackedRow
 from xlstm_distill.errors import RunError
-from xlstm_distill.packing import PackedRow
 
 INDEX_FILE = "index.json"
 SHARD_TOKENS = 2**24

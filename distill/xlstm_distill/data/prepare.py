@@ -1,0 +1,84 @@
+"""Make a domain's packed rows, once; they are the artifact `data/<domain>`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts.hashing import digest
+from xlstm_distill.data import sources
+from xlstm_distill.data.budget import held_out_span, rows_needed
+from xlstm_distill.data.preparation import Preparation, clean, exclusive
+from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.ranks import is_main_process
+
+ROWS_FORMAT = 3
+"""Raised when rows change meaning, so that those made before are made anew."""
+
+
+def prepare_domain(recipe: Recipe, run: Run, name: str, tokenizer: Any, console: Console) -> Artifact:
+    """Tokenise and pack a domain's documents into rows, once; the artifact is `data/<domain>`.
+
+    A preparation that was killed goes on from its last finished shard and ends with the same rows. Of several runs of
+    the command on one run directory the first prepares and the others wait.
+    """
+    needed = max(rows_needed(recipe, name), _rows_there(recipe, run, name, tokenizer))
+    request = replace(
+        _data_request(recipe, name, tokenizer, rows=needed), identity=data_identity(recipe, name, tokenizer)
+    )
+    folder = run.work_directory(request)
+
+    def build(draft: Draft) -> None:
+        Preparation(recipe, name, needed, tokenizer, folder, console).build(draft)
+
+    if not is_main_process() or run.find(request):
+        return run.make(request, build)
+    with exclusive(folder.with_name(f"data-{name}.lock"), request.label, console):
+        artifact = run.make(request, build)
+        clean(folder)
+    return artifact
+
+
+def data_identity(recipe: Recipe, name: str, tokenizer: Any) -> str:
+    """Hash of what a domain's rows are, however many of them there are: the first are the same for any number.
+
+    A stage's result depends on this, and on the number of rows that its own settings make it read.
+    """
+    span = {"held_out_span": held_out_span(recipe, name), "validation_rows": recipe.data.validation_rows}
+    return _data_request(recipe, name, tokenizer, **span).fingerprint
+
+
+def _data_request(recipe: Recipe, name: str, tokenizer: Any, **counts: int) -> Request:
+    parts = {
+        "format": ROWS_FORMAT,
+        "sources": [sources.identity(s) for s in recipe.data.domains[name].sources],
+        "context": recipe.data.context,
+        "long_documents": recipe.data.long_documents,
+        "seed": recipe.seed,
+        **counts,
+    }
+    return Request("data", name=name, parts=parts, inputs={"tokenizer": tokenizer_hash(tokenizer)})
+
+
+def _rows_there(recipe: Recipe, run: Run, name: str, tokenizer: Any) -> int:
+    """Rows asked for when the published artifact was made, if it holds this recipe's rows; else 0."""
+    published = run.load(f"data/{name}")
+    rows = published.manifest["recipe"].get("rows", 0) if published else 0
+    same = published and _data_request(recipe, name, tokenizer, rows=rows).fingerprint == published.fingerprint
+    return rows if same else 0
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash what a tokenizer does: its vocabulary and rules, chat template and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = sorted(tokenizer.get_vocab().items())
+    else:  # padding and truncation are set by the last call, not by the tokenizer's files
+        rules = [part for part in json.loads(backend.to_str()).items() if part[0] not in ("padding", "truncation")]
+    special = json.loads(json.dumps(tokenizer.special_tokens_map, default=str))  # templates render some by name
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return digest([rules, tokenizer.chat_template, *ids, special, splits])

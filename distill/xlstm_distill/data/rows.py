@@ -1,0 +1,105 @@
+"""Packed rows of a domain, memory-mapped, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xlstm_distill.artifacts import Artifact
+from xlstm_distill.data.packing import PackedRow
+from xlstm_distill.data.shards import ShardReader
+from xlstm_distill.models.segments import positions_in_documents
+
+IGNORE_INDEX = -100
+
+Row = tuple[str, int]
+"""A row's domain and its index there."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for a model; all (B, T) int64 but `real`, which is False on padding.
+
+    `labels` holds the next token where it is supervised and of the same document, else IGNORE_INDEX.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    labels: Tensor
+    real: Tensor
+    rows: tuple[Row, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """Move all tensors."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if name != "rows"}
+        return replace(self, **moved)
+
+
+class DomainRows:
+    """The first `limit` packed rows of one domain; the first `validation` of them are never trained on.
+
+    Validation rows lie evenly over the first `span` rows: they trade places with the rows that come first on the disk.
+    Without span and limit all rows count.
+    """
+
+    def __init__(
+        self, name: str, artifact: Artifact, validation: int, span: int | None = None, limit: int | None = None
+    ) -> None:
+        self.name, self.validation, self.limit = name, validation, limit
+        self._shards = ShardReader(artifact.path)
+        self._traded: dict[int, int] = {}
+        stored = len(self._shards)
+        span = stored if span is None else min(span, stored)
+        for first in range(min(validation, span)):
+            other = first * span // validation
+            here, there = self._traded.get(first, first), self._traded.get(other, other)
+            self._traded[first], self._traded[other] = there, here
+
+    def __len__(self) -> int:
+        stored = len(self._shards)
+        return stored if self.limit is None else min(self.limit, stored)
+
+    @property
+    def context(self) -> int:
+        """Tokens per row."""
+        return self._shards.context
+
+    @property
+    def train_rows(self) -> int:
+        """Rows that may be trained on."""
+        return len(self) - self.validation
+
+    def row(self, index: int) -> PackedRow:
+        """Read a row, memory-mapped."""
+        return self._shards.row(self._traded.get(index, index))
+
+
+def load_batch(domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
+    """Read rows and make the labels."""
+    packed = [domains[name].row(index) for name, index in rows]
+    input_ids = torch.from_numpy(np.stack([row.ids for row in packed]).astype(np.int64))
+    segments = torch.from_numpy(np.stack([row.segment_ids for row in packed]))
+    supervised = torch.from_numpy(np.stack([row.supervised for row in packed]))
+    lengths = torch.tensor([row.used for row in packed])
+    return Batch(
+        input_ids=input_ids,
+        position_ids=positions_in_documents(segments),
+        segment_ids=segments,
+        labels=next_token_labels(input_ids, supervised, segments),
+        real=torch.arange(input_ids.shape[1]) < lengths[:, None],
+        rows=tuple(rows),
+    )
+
+
+def next_token_labels(input_ids: Tensor, supervised: Tensor, segment_ids: Tensor) -> Tensor:
+    """Label each token with the next one where that is supervised and of the same document; all (B, T)."""
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    keep = supervised[:, 1:] & (segment_ids[:, 1:] == segment_ids[:, :-1])
+    labels[:, :-1] = torch.where(keep, input_ids[:, 1:], IGNORE_INDEX)
+    return labels
