@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.store import Identity, Store, write_index, write_shard
-from xlstm_distill.targets import to_targets
+from xlstm_distill.targets.providers import to_targets
+from xlstm_distill.targets.store import Identity, Store, write_index, write_shard
 
 FAMILIES = (
     ("zipf", 1.5, 1.5), ("zipf", 2.0, 2.0), ("zipf", 2.5, 2.5), ("zipf", 3.0, 3.0), ("zipf", 1.2, 4.0),

@@ -18,7 +18,7 @@ from xlstm_distill.losses.plain import alignment_error
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.mixer import HybridMixer
-from xlstm_distill.targets import TargetSource, kept_hidden
+from xlstm_distill.targets.providers import TargetSource, kept_hidden
 
 
 @dataclass(frozen=True)

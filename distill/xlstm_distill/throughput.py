@@ -37,7 +37,7 @@ from xlstm_distill.models.student import convert
 from xlstm_distill.optim import make_optimizer
 from xlstm_distill.recipe import MixerConfig, Optimization
 from xlstm_distill.runtime.device import peak_bytes, published_peak
-from xlstm_distill.targets import OnlineTargets, TargetSource, kept_logits
+from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_logits
 from xlstm_distill.tasks import DistillTask, Sums
 
 CE_WEIGHT, KL_WEIGHT = 0.9, 0.1

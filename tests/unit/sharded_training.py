@@ -33,7 +33,7 @@ from xlstm_distill.optim import make_optimizer
 from xlstm_distill.recipe import Align
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.distill import choose_trainable
-from xlstm_distill.targets import OnlineTargets
+from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.tasks import AlignTask, DistillTask
 
 ROWS, MICRO_BATCH, TOKENS, STEPS = 8, 2, 32, 4

@@ -25,7 +25,7 @@ from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import capture, distill
 from xlstm_distill.stages.common import open_domains, prepare_domains
 from xlstm_distill.stages.distill import _targets
-from xlstm_distill.targets import OnlineTargets
+from xlstm_distill.targets.providers import OnlineTargets
 
 SCRIPT = Path(__file__).parent / "capture_process.py"
 sys.path.insert(0, str(SCRIPT.parent))

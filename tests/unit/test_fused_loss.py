@@ -17,7 +17,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.losses.fused import FusedHead, chunk_rows, fuse_head, linear_distill_loss, targets_from_hidden
 from xlstm_distill.losses.plain import distill_loss, sparse_kl
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.targets import OnlineTargets, kept_logits
+from xlstm_distill.targets.providers import OnlineTargets, kept_logits
 from xlstm_distill.tasks import DistillTask
 from xlstm_kernels.testing import error_ratio
 

@@ -10,12 +10,21 @@ import zlib
 import pytest
 import torch
 
-from xlstm_distill import store as store_module
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.store import HEADER_BYTES, INDEX_FILE, PREFIX, Identity, Store, read_header, write_index, write_shard
-from xlstm_distill.store_codec import arrange, kl_error
-from xlstm_distill.targets import to_targets
+from xlstm_distill.targets.codec import arrange, kl_error
+from xlstm_distill.targets.providers import store as store_module
+from xlstm_distill.targets.providers import to_targets
+from xlstm_distill.targets.store import (
+    HEADER_BYTES,
+    INDEX_FILE,
+    PREFIX,
+    Identity,
+    Store,
+    read_header,
+    write_index,
+    write_shard,
+)
 
 VOCABULARY = 300
 IDENTITY = Identity("math", "rows", "words", "teacher", "main", "bfloat16", 64, 0.95, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xlstm_distill.store_codec import (
+from xlstm_distill.targets.codec import (
     GAP_CURVE,
     LARGEST_GAP,
     MAX_K,

@@ -16,8 +16,8 @@ from xlstm_distill.data.tokenization import Tokens
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.store import Identity, Store, write_index, write_shard
-from xlstm_distill.targets import OnlineTargets, StoredTargets, kept_logits, text_checksums
+from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, kept_logits, text_checksums
+from xlstm_distill.targets.store import Identity, Store, write_index, write_shard
 from xlstm_kernels.testing import error_ratio
 
 

@@ -28,7 +28,7 @@ from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.runtime.device import forget_peak, peak_bytes
 from xlstm_distill.stages.common import align_request
 from xlstm_distill.stages.distill import expert_request
-from xlstm_distill.targets import OnlineTargets, kept_logits
+from xlstm_distill.targets.providers import OnlineTargets, kept_logits
 from xlstm_distill.tasks import AlignTask, DistillTask, Sums, TeacherObserver
 from xlstm_distill.tracking import TrainingLog, check_trackers, training_log
 from xlstm_distill.trainer import Plan, Stretch, Trainer

@@ -41,7 +41,7 @@ from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.recipe import Align, Training
 from xlstm_distill.runtime import signals as stopping
-from xlstm_distill.targets import OnlineTargets
+from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.tasks import DistillTask
 from xlstm_distill.trainer import Plan, Stretch, Trainer
 

@@ -35,8 +35,8 @@ from xlstm_distill.stages.common import (
     prepare_domains,
     store_identity,
 )
-from xlstm_distill.store import Identity, Store, read_header, shard_name, write_index, write_shard
-from xlstm_distill.targets import OnlineTargets, StoredTargets, kept_logits, text_checksums
+from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, kept_logits, text_checksums
+from xlstm_distill.targets.store import Identity, Store, read_header, shard_name, write_index, write_shard
 
 SHARDS = 64
 SHARD_TOKENS = (2**16, 2**22)

@@ -23,7 +23,7 @@ from xlstm_distill.planning_model import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone
-from xlstm_distill.store import VERSION, Identity
+from xlstm_distill.targets.store import VERSION, Identity
 from xlstm_distill.tracking import LOG_FILE
 from xlstm_distill.trainer import Outcome, Plan
 

@@ -42,8 +42,8 @@ from xlstm_distill.stages.common import (
     save_model,
     store_identity,
 )
-from xlstm_distill.store import Store
-from xlstm_distill.targets import OnlineTargets, StoredTargets, TargetSource
+from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, TargetSource
+from xlstm_distill.targets.store import Store
 from xlstm_distill.tasks import DistillTask
 from xlstm_distill.tracking import check_trackers
 from xlstm_distill.trainer import Plan, Stretch, Trainer

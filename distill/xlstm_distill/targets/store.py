@@ -22,7 +22,7 @@ import numpy as np
 
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.store_codec import Row, arrange, decode, encode, kl_error
+from xlstm_distill.targets.codec import Row, arrange, decode, encode, kl_error
 
 MAGIC = b"XLSTMTGT"
 VERSION = 1

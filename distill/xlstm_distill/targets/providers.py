@@ -15,8 +15,8 @@ from xlstm_distill.errors import RunError
 from xlstm_distill.losses.fused import fuse_head
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.store import INDEX_FILE, Store, refusal
-from xlstm_distill.store_codec import Row
+from xlstm_distill.targets.codec import Row
+from xlstm_distill.targets.store import INDEX_FILE, Store, refusal
 
 
 class TargetSource(Protocol):

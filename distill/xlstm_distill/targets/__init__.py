@@ -1,0 +1,1 @@
+"""The teacher's answers: stored or computed online."""
