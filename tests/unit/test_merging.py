@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.merging import check_weights, merge_linear, merge_state_dicts
+from xlstm_distill.merging.linear import check_weights, merge_linear, merge_state_dicts
 
 
 def test_weighted_sum_is_exact_to_the_last_bit_of_float64():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
-from xlstm_distill.merging import merge_state_dicts
+from xlstm_distill.merging.linear import merge_state_dicts
 from xlstm_distill.models.teacher import load_tokenizer
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console

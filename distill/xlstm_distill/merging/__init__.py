@@ -1,0 +1,1 @@
+"""Experts' weights to one student: pure functions of tensors."""
