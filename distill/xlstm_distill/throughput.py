@@ -34,11 +34,11 @@ from xlstm_distill.losses.plain import distill_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
-from xlstm_distill.optim import make_optimizer
 from xlstm_distill.recipe import MixerConfig, Optimization
 from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_logits
-from xlstm_distill.tasks import DistillTask, Sums
+from xlstm_distill.training.objectives import DistillTask, Sums
+from xlstm_distill.training.optim import make_optimizer
 
 CE_WEIGHT, KL_WEIGHT = 0.9, 0.1
 MODELS: dict[str, dict[str, Any]] = {

@@ -17,16 +17,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from xlstm_distill.accelerator import checkpoint_activations
 from xlstm_distill.data.rows import Batch
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert
-from xlstm_distill.optim import make_optimizer
 from xlstm_distill.planning_memory import Setup, distill_memory
 from xlstm_distill.planning_model import read_architecture
 from xlstm_distill.recipe import Align, MixerConfig
-from xlstm_distill.tasks import DistillTask
+from xlstm_distill.training.accelerator import checkpoint_activations
+from xlstm_distill.training.objectives import DistillTask
+from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
 
 TOKENS = 256

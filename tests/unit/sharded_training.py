@@ -17,7 +17,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.accelerator import (
+from xlstm_distill.data.rows import IGNORE_INDEX, Batch
+from xlstm_distill.recipe import Align
+from xlstm_distill.runtime.ranks import is_main_process
+from xlstm_distill.stages.distill import choose_trainable
+from xlstm_distill.targets.providers import OnlineTargets
+from xlstm_distill.training.accelerator import (
     checkpoint_activations,
     clip_gradients,
     full_state_dict,
@@ -27,14 +32,9 @@ from xlstm_distill.accelerator import (
     reshard,
     shard_teacher,
 )
-from xlstm_distill.data.rows import IGNORE_INDEX, Batch
-from xlstm_distill.lora import add_lora, merged_state
-from xlstm_distill.optim import make_optimizer
-from xlstm_distill.recipe import Align
-from xlstm_distill.runtime.ranks import is_main_process
-from xlstm_distill.stages.distill import choose_trainable
-from xlstm_distill.targets.providers import OnlineTargets
-from xlstm_distill.tasks import AlignTask, DistillTask
+from xlstm_distill.training.lora import add_lora, merged_state
+from xlstm_distill.training.objectives import AlignTask, DistillTask
+from xlstm_distill.training.optim import make_optimizer
 
 ROWS, MICRO_BATCH, TOKENS, STEPS = 8, 2, 32, 4
 

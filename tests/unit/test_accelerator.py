@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from xlstm_distill.accelerator import make_accelerator, refuse_difference
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.launcher import Layout
+from xlstm_distill.training.accelerator import make_accelerator, refuse_difference
 from xlstm_kernels.testing import error_ratio
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +136,6 @@ def test_a_precision_that_contradicts_the_recipe_is_refused(monkeypatch):
         make_accelerator(recipe)
     recipe.teacher.dtype = "bfloat16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setattr("xlstm_distill.accelerator.on_cpu", lambda: False)
+    monkeypatch.setattr("xlstm_distill.training.accelerator.on_cpu", lambda: False)
     with pytest.raises(UserError, match=r"mixed_precision: 'no' beside teacher.dtype: 'bfloat16'"):
         make_accelerator(recipe)

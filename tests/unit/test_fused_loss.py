@@ -18,7 +18,7 @@ from xlstm_distill.losses.fused import FusedHead, chunk_rows, fuse_head, linear_
 from xlstm_distill.losses.plain import distill_loss, sparse_kl
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets.providers import OnlineTargets, kept_logits
-from xlstm_distill.tasks import DistillTask
+from xlstm_distill.training.objectives import DistillTask
 from xlstm_kernels.testing import error_ratio
 
 CE, KL = 0.9, 0.1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.optim import learning_rate, make_optimizer
 from xlstm_distill.recipe import Align
+from xlstm_distill.training.optim import learning_rate, make_optimizer
 
 ALIGN = Align(tokens=100, batch=2, warmup_steps=4)
 

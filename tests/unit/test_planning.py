@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 from xlstm_distill import planning, planning_memory
 from xlstm_distill import planning_flops as flops
-from xlstm_distill.accelerator import checkpoint_activations
 from xlstm_distill.artifacts.run import MANIFEST
 from xlstm_distill.cli import app
 from xlstm_distill.data.budget import captured_rows
@@ -29,7 +28,6 @@ from xlstm_distill.losses import fused as fused_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES, CausalLM
 from xlstm_distill.models.student import STUDENTS, convert
-from xlstm_distill.optim import make_optimizer
 from xlstm_distill.planning_activations import Pass, layer_saved, mixer_saved, outside_layers
 from xlstm_distill.planning_machine import GPUS, make_machine
 from xlstm_distill.planning_memory import SHARDINGS, Setup, align_memory, distill_memory, student_cache, teacher_cache
@@ -41,7 +39,9 @@ from xlstm_distill.planning_model import (
     read_architecture,
 )
 from xlstm_distill.recipe import Align, MixerConfig, Recipe, load_recipe
-from xlstm_distill.tasks import AlignTask, DistillTask
+from xlstm_distill.training.accelerator import checkpoint_activations
+from xlstm_distill.training.objectives import AlignTask, DistillTask
+from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
 
 ROOT = Path(__file__).parents[2]
@@ -246,7 +246,7 @@ def large(sharding: Any, **changes: Any) -> Setup:
 
 def test_adapters_are_counted_as_peft_makes_them(tiny_teacher: Make) -> None:
     pytest.importorskip("peft", reason="peft is not installed")
-    from xlstm_distill.lora import add_lora
+    from xlstm_distill.training.lora import add_lora
 
     teacher = tiny_teacher("qwen2")
     student, a = convert(teacher, MIXERS["softmax"]), architecture_of(teacher, "qwen2")

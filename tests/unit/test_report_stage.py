@@ -10,7 +10,7 @@ import pytest
 from xlstm_distill.artifacts import Artifact, Request, Run
 from xlstm_distill.recipe import Recipe, load_recipe
 from xlstm_distill.stages.report import _losses, _timings, lineage
-from xlstm_distill.tracking import LOG_FILE
+from xlstm_distill.training.log import LOG_FILE
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from xlstm_distill.artifacts.locks import exclusive
-from xlstm_distill.checkpoints import INDEX, Checkpoints
 from xlstm_distill.errors import RunError
 from xlstm_distill.runtime import signals as stopping
+from xlstm_distill.training.checkpoints import INDEX, Checkpoints
 from xlstm_kernels.testing import error_ratio
 
 STEPS = 10

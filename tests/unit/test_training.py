@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from xlstm_distill import MixerConfig, convert, validation
+from xlstm_distill import MixerConfig, convert
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data.packing import pack
 from xlstm_distill.data.rows import IGNORE_INDEX, DomainRows, load_batch, next_token_labels
@@ -29,10 +29,11 @@ from xlstm_distill.runtime.device import forget_peak, peak_bytes
 from xlstm_distill.stages.common import align_request
 from xlstm_distill.stages.distill import expert_request
 from xlstm_distill.targets.providers import OnlineTargets, kept_logits
-from xlstm_distill.tasks import AlignTask, DistillTask, Sums, TeacherObserver
-from xlstm_distill.tracking import TrainingLog, check_trackers, training_log
-from xlstm_distill.trainer import Plan, Stretch, Trainer
-from xlstm_distill.validation import validate
+from xlstm_distill.training import validation
+from xlstm_distill.training.log import TrainingLog, check_trackers, training_log
+from xlstm_distill.training.objectives import AlignTask, DistillTask, Sums, TeacherObserver
+from xlstm_distill.training.trainer import Plan, Stretch, Trainer
+from xlstm_distill.training.validation import validate
 from xlstm_kernels.testing import error_ratio
 
 MIXER = MixerConfig(window=8, sinks=2)
@@ -242,7 +243,9 @@ def test_a_resumed_training_trains_in_training_mode_and_keeps_its_last_figures(t
 
 def test_validation_runs_no_more_rows_at_a_time_than_training_and_shares_them_evenly(domains, tmp_path, monkeypatch):
     given = {}
-    monkeypatch.setattr("xlstm_distill.trainer.validate", lambda *arguments: given.update(rows=arguments[3]) or {})
+    monkeypatch.setattr(
+        "xlstm_distill.training.trainer.validate", lambda *arguments: given.update(rows=arguments[3]) or {}
+    )
     trainer = Trainer(Mute(()), Align(tokens=4096, batch=6), Plan("test", (stretch(domains, 1, 6),), 6, 6), domains,
                       tmp_path, Accelerator(cpu=True))  # fmt: skip
     trainer.accelerator = SimpleNamespace(num_processes=2)
@@ -354,7 +357,7 @@ def test_held_out_figures_go_to_the_log_and_to_trackers(tiny_teacher, domains, t
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr("xlstm_distill.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("xlstm_distill.training.log.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"training.trackers\[0\]: 'wandb' is not installed; pip install"):
         check_trackers(("wandb",))
 

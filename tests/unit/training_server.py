@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data.packing import pack
 from xlstm_distill.data.rows import Batch, DomainRows
@@ -42,8 +41,9 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.recipe import Align, Training
 from xlstm_distill.runtime import signals as stopping
 from xlstm_distill.targets.providers import OnlineTargets
-from xlstm_distill.tasks import DistillTask
-from xlstm_distill.trainer import Plan, Stretch, Trainer
+from xlstm_distill.training.accelerator import full_state_dict, make_accelerator
+from xlstm_distill.training.objectives import DistillTask
+from xlstm_distill.training.trainer import Plan, Stretch, Trainer
 
 SHIMS = Path(__file__).parents[1] / "shims" / "sitecustomize.py"
 

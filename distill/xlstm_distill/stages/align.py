@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from xlstm_distill.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.models.student import convert
@@ -24,9 +23,10 @@ from xlstm_distill.stages.common import (
     prepare_domains,
     save_model,
 )
-from xlstm_distill.tasks import AlignTask
-from xlstm_distill.tracking import check_trackers
-from xlstm_distill.trainer import Plan, Stretch, Trainer
+from xlstm_distill.training.accelerator import full_state_dict, make_accelerator
+from xlstm_distill.training.log import check_trackers
+from xlstm_distill.training.objectives import AlignTask
+from xlstm_distill.training.trainer import Plan, Stretch, Trainer
 
 
 def run(recipe: Recipe, run: Run, console: Console) -> Artifact:

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.data.budget import captured_rows
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, load_batch
@@ -37,6 +36,7 @@ from xlstm_distill.stages.common import (
 )
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, kept_logits, text_checksums
 from xlstm_distill.targets.store import Identity, Store, read_header, shard_name, write_index, write_shard
+from xlstm_distill.training.accelerator import make_accelerator
 
 SHARDS = 64
 SHARD_TOKENS = (2**16, 2**22)

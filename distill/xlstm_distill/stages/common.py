@@ -24,8 +24,8 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone
 from xlstm_distill.targets.store import VERSION, Identity
-from xlstm_distill.tracking import LOG_FILE
-from xlstm_distill.trainer import Outcome, Plan
+from xlstm_distill.training.log import LOG_FILE
+from xlstm_distill.training.trainer import Outcome, Plan
 
 STORE = "store"
 """Folder of a capture's shards inside its artifact."""

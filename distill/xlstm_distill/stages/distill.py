@@ -8,18 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from xlstm_distill.accelerator import (
-    checkpoint_activations,
-    full_state_dict,
-    make_accelerator,
-    shard_teacher,
-)
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.data.budget import expert_rows
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
-from xlstm_distill.lora import add_lora, merged_state
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.teacher import load_teacher, load_tokenizer, teacher_hash
 from xlstm_distill.planning_flops import distill_flops
@@ -44,9 +37,11 @@ from xlstm_distill.stages.common import (
 )
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, TargetSource
 from xlstm_distill.targets.store import Store
-from xlstm_distill.tasks import DistillTask
-from xlstm_distill.tracking import check_trackers
-from xlstm_distill.trainer import Plan, Stretch, Trainer
+from xlstm_distill.training.accelerator import checkpoint_activations, full_state_dict, make_accelerator, shard_teacher
+from xlstm_distill.training.log import check_trackers
+from xlstm_distill.training.lora import add_lora, merged_state
+from xlstm_distill.training.objectives import DistillTask
+from xlstm_distill.training.trainer import Plan, Stretch, Trainer
 
 
 def run(recipe: Recipe, run: Run, console: Console, expert: str | None = None) -> list[Artifact]:

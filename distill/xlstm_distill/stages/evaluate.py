@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from xlstm_distill.accelerator import make_accelerator
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.artifacts.hashing import hash_path
 from xlstm_distill.data.rows import DomainRows, load_batch
@@ -27,6 +26,7 @@ from xlstm_distill.stages.common import (
     prepare_domains,
 )
 from xlstm_distill.stages.merge import merge_request
+from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.results import write_samples
 from xlstm_eval.suites import Suite, SuiteTask

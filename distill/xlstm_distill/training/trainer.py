@@ -14,22 +14,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from xlstm_distill.accelerator import clip_gradients, micro_step, prepare
-from xlstm_distill.checkpoints import Checkpoints
 from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.data.schedule import RowSchedule
-from xlstm_distill.diagnosis import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.optim import learning_rate, make_optimizer
 from xlstm_distill.recipe import Optimization, Training
 from xlstm_distill.runtime import signals as stopping
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.runtime.ranks import all_agree
-from xlstm_distill.tasks import Task
-from xlstm_distill.tracking import TrainingLog, training_log
-from xlstm_distill.training_state import TrainingState
-from xlstm_distill.validation import validate
+from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
+from xlstm_distill.training.checkpoints import Checkpoints
+from xlstm_distill.training.log import TrainingLog, training_log
+from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
+from xlstm_distill.training.objectives import Task
+from xlstm_distill.training.optim import learning_rate, make_optimizer
+from xlstm_distill.training.state import TrainingState
+from xlstm_distill.training.validation import validate
 
 MOST_SKIPS = 10
 """Steps in a row that are skipped, for a loss that is not finite or for want of a supervised token; then it stops."""

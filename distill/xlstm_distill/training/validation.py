@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from xlstm_distill.accelerator import reshard
 from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.models.gates import GateMeter
+from xlstm_distill.training.accelerator import reshard
 
 
 @torch.no_grad()

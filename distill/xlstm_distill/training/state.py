@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from xlstm_distill.checkpoints import Checkpoint
 from xlstm_distill.errors import RunError
 from xlstm_distill.runtime.ranks import is_main_process, process_count, process_index
+from xlstm_distill.training.checkpoints import Checkpoint
 
 WEIGHT, MOMENT, GENERATOR = "weight", "optimizer", "generator"
 
