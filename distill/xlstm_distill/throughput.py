@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
-from xlstm_distill.flops import Architecture, MixerShape, token_flops
 from xlstm_distill.loss_bench import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.losses.plain import distill_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
+from xlstm_distill.planning.flops import Architecture, MixerShape, token_flops
 from xlstm_distill.recipe import MixerConfig, Optimization
 from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_logits

@@ -9,8 +9,8 @@ import torch
 
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
-from xlstm_distill.planning_activations import Pass, layer_saved
-from xlstm_distill.planning_model import read_architecture
+from xlstm_distill.planning.activations import Pass, layer_saved
+from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.recipe import MixerConfig
 from xlstm_kernels import dispatch
 

@@ -21,8 +21,8 @@ from xlstm_distill.data.rows import Batch
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert
-from xlstm_distill.planning_memory import Setup, distill_memory
-from xlstm_distill.planning_model import read_architecture
+from xlstm_distill.planning.architecture import read_architecture
+from xlstm_distill.planning.memory import Setup, distill_memory
 from xlstm_distill.recipe import Align, MixerConfig
 from xlstm_distill.training.accelerator import checkpoint_activations
 from xlstm_distill.training.objectives import DistillTask

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.flops import Architecture, MixerShape, attention_flops, mean_keys, mlstm_flops, token_flops
+from xlstm_distill.planning.flops import Architecture, MixerShape, attention_flops, mean_keys, mlstm_flops, token_flops
 from xlstm_kernels.bench_entries import ENTRIES, Shape, work
 
 LLAMA_1B = Architecture(16, 2048, 8192, 32, 8, 64, 128256)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xlstm_distill import loss_bench, throughput
-from xlstm_distill.flops import Architecture, MixerShape, token_flops
+from xlstm_distill.planning.flops import Architecture, MixerShape, token_flops
 from xlstm_distill.throughput import VARIANTS, check, measure, parse, useful_flops
 
 TINY = {

@@ -19,7 +19,7 @@ from xlstm_distill.data.prepare import data_identity, prepare_domain, tokenizer_
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.teacher import load_tokenizer, teacher_hash
-from xlstm_distill.planning_model import Architecture, read_architecture
+from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from xlstm_distill.planning_model import Architecture, features
+from xlstm_distill.planning.architecture import Architecture, features
 from xlstm_distill.recipe import MixerConfig
 
 Precision = Literal["fp32", "bf16", "autocast"]

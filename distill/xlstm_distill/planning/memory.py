@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from xlstm_distill.planning_activations import (
+from xlstm_distill.planning.activations import (
     Backend,
     Pass,
     Precision,
@@ -21,7 +21,7 @@ from xlstm_distill.planning_activations import (
     mixer_saved,
     outside_layers,
 )
-from xlstm_distill.planning_model import Architecture, Parameters, count_parameters, features, lora_parameters
+from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters, features, lora_parameters
 from xlstm_distill.recipe import MixerConfig
 
 Sharding = Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from xlstm_distill import flops
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import family_of
+from xlstm_distill.planning.plan import flops
 from xlstm_distill.recipe import MixerConfig, Recipe
 
 ARCHITECTURES = "architectures"

@@ -12,8 +12,8 @@ from xlstm_distill.runtime.console import short
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from xlstm_distill.planning import Plan, StagePlan
-    from xlstm_distill.planning_memory import Memory
+    from xlstm_distill.planning.memory import Memory
+    from xlstm_distill.planning.plan import Plan, StagePlan
     from xlstm_distill.runtime.console import Console
 
 PARTS = {

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from xlstm_distill.planning_machine import Gpu
-from xlstm_distill.planning_memory import Memory, Setup
+from xlstm_distill.planning.machine import Gpu
+from xlstm_distill.planning.memory import Memory, Setup
 
 ADVICE = 3
 """Ways out that are named at most."""

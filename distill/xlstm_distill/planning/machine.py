@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.planning_activations import Backend
-from xlstm_distill.planning_memory import SHARDINGS, Sharding
+from xlstm_distill.planning.activations import Backend
+from xlstm_distill.planning.memory import SHARDINGS, Sharding
 from xlstm_distill.recipe.problems import did_you_mean
 from xlstm_kernels import dispatch
 

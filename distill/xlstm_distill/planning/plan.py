@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from xlstm_distill import planning_flops
 from xlstm_distill.artifacts import Run
 from xlstm_distill.batches import nearest_batches
 from xlstm_distill.data.budget import captured_rows, rows_needed
 from xlstm_distill.errors import UserError
-from xlstm_distill.planning_fit import Fit, Stage, what_fits
-from xlstm_distill.planning_machine import Machine, Utilisation, utilisation
-from xlstm_distill.planning_memory import (
+from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters, find_architecture
+from xlstm_distill.planning.fit import Fit, Stage, what_fits
+from xlstm_distill.planning.machine import Machine, Utilisation, utilisation
+from xlstm_distill.planning.memory import (
     DTYPE_BYTES,
     Memory,
     Setup,
@@ -25,7 +25,7 @@ from xlstm_distill.planning_memory import (
     distill_memory,
     evaluation_memory,
 )
-from xlstm_distill.planning_model import Architecture, Parameters, count_parameters, find_architecture
+from xlstm_distill.planning.plan import stage_flops as planning_flops
 from xlstm_distill.recipe import Optimization, Recipe
 
 SMALL_VOCABULARY = 2**16

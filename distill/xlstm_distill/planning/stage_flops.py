@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from xlstm_distill.flops import MixerShape, TokenFlops, attention_flops, token_flops
-from xlstm_distill.planning_model import Architecture, lora_parameters
+from xlstm_distill.planning.architecture import Architecture, lora_parameters
+from xlstm_distill.planning.flops import MixerShape, TokenFlops, attention_flops, token_flops
 from xlstm_distill.recipe import MixerConfig
 
 
