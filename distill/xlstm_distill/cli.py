@@ -178,7 +178,7 @@ def status(
 ) -> None:
     """Show how far a run is, from another shell."""
     with one_line_errors(debug):
-        from xlstm_distill.status import read_status, status_table, to_json
+        from xlstm_distill.stages.status import read_status, status_table, to_json
 
         stages = read_status(run_dir)
         if as_json:
@@ -304,13 +304,13 @@ def _open(
 
 def _check_evaluation(recipe: Recipe, run: Run) -> None:
     """Refuse at once what could not be evaluated after days of training."""
-    importlib.import_module("xlstm_distill.stages.common").quiet_libraries()
+    importlib.import_module("xlstm_distill.stages.workbench").quiet_libraries()
     importlib.import_module("xlstm_distill.stages.evaluate").check(recipe, run)
 
 
 def _run_stage(stage: str, recipe: Recipe, run: Run, console: Console, **options: Any) -> None:
     started = time.monotonic()
-    importlib.import_module("xlstm_distill.stages.common").quiet_libraries()
+    importlib.import_module("xlstm_distill.stages.workbench").quiet_libraries()
     result = importlib.import_module(f"xlstm_distill.stages.{stage}").run(recipe, run, console, **options)
     artifacts = result if isinstance(result, list) else [result]
     made = [artifact for artifact in artifacts if not getattr(artifact, "reused", False)]

@@ -23,8 +23,8 @@ from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import capture, distill
-from xlstm_distill.stages.common import open_domains, prepare_domains
 from xlstm_distill.stages.distill import _targets
+from xlstm_distill.stages.workbench import open_domains, prepare_domains
 from xlstm_distill.targets.providers import OnlineTargets
 
 SCRIPT = Path(__file__).parent / "capture_process.py"
@@ -157,7 +157,7 @@ def test_a_store_that_is_not_the_teachers_is_not_published(fresh, monkeypatch):
 
 def test_distillation_refuses_a_store_of_another_tokenizer(reference, monkeypatch):
     loaded, run, _ = opened(reference)
-    monkeypatch.setattr("xlstm_distill.stages.common.tokenizer_hash", lambda tokenizer: "others")
+    monkeypatch.setattr("xlstm_distill.stages.workbench.tokenizer_hash", lambda tokenizer: "others")
     with pytest.raises(
         RunError, match=r"index\.json: belongs to another run: its tokenizer is .*, here it is 'others'"
     ):

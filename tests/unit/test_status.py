@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from xlstm_distill.artifacts.locks import exclusive, training_lock
 from xlstm_distill.cli import app
 from xlstm_distill.errors import UserError
-from xlstm_distill.status import read_status
+from xlstm_distill.stages.status import read_status
 
 
 @pytest.fixture

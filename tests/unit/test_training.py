@@ -26,8 +26,8 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.recipe import Align, Distill, Training, load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.runtime.device import forget_peak, peak_bytes
-from xlstm_distill.stages.common import align_request
 from xlstm_distill.stages.distill import expert_request
+from xlstm_distill.stages.workbench import align_request
 from xlstm_distill.targets.providers import OnlineTargets, kept_logits
 from xlstm_distill.training import validation
 from xlstm_distill.training.log import TrainingLog, check_trackers, training_log

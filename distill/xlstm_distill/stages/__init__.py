@@ -1,0 +1,1 @@
+"""One file a stage, from teacher to report; what they are made from, and how far a run is."""

@@ -13,7 +13,7 @@ from xlstm_distill.models.teacher import load_teacher, load_tokenizer
 from xlstm_distill.planning.stage_flops import align_flops
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
-from xlstm_distill.stages.common import (
+from xlstm_distill.stages.workbench import (
     align_request,
     align_rows,
     aligned_domains,

@@ -27,13 +27,7 @@ from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console, Progress, short
 from xlstm_distill.runtime.ranks import all_agree, is_main_process, process_count, process_index, wait_for_everyone
-from xlstm_distill.stages.common import (
-    STORE,
-    capture_request,
-    open_domains,
-    prepare_domains,
-    store_identity,
-)
+from xlstm_distill.stages.workbench import STORE, capture_request, open_domains, prepare_domains, store_identity
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, kept_logits, text_checksums
 from xlstm_distill.targets.store import Identity, Store, read_header, shard_name, write_index, write_shard
 from xlstm_distill.training.accelerator import make_accelerator

@@ -19,7 +19,7 @@ from xlstm_distill.planning.stage_flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import process_count
-from xlstm_distill.stages.common import (
+from xlstm_distill.stages.workbench import (
     NO_PART,
     STORE,
     align_request,

@@ -18,14 +18,8 @@ from xlstm_distill.models.teacher import load_teacher, load_tokenizer, teacher_h
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
-from xlstm_distill.stages.common import (
-    data_inputs,
-    load_student,
-    open_domains,
-    part,
-    prepare_domains,
-)
 from xlstm_distill.stages.merge import merge_request
+from xlstm_distill.stages.workbench import data_inputs, load_student, open_domains, part, prepare_domains
 from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.results import write_samples

@@ -9,8 +9,8 @@ from xlstm_distill.merging.linear import merge_state_dicts
 from xlstm_distill.models.teacher import load_tokenizer
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
-from xlstm_distill.stages.common import load_student, save_model
 from xlstm_distill.stages.distill import find_experts
+from xlstm_distill.stages.workbench import load_student, save_model
 
 
 def merge_weights(recipe: Recipe) -> dict[str, float]:

@@ -18,8 +18,8 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.load import recipe_to_yaml
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
-from xlstm_distill.stages.common import part
 from xlstm_distill.stages.evaluate import MERGED, TEACHER, find_evaluations
+from xlstm_distill.stages.workbench import part
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_eval.report import Curve, ReportData, ReportModel, write_report
 from xlstm_eval.schema import EvalError, TaskResult
