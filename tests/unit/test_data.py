@@ -233,7 +233,7 @@ def test_rows_keep_their_meaning_or_their_format_is_raised(style):
 
 
 def test_the_measurement_measures(capsys):
-    from xlstm_distill.data_bench import main
+    from xlstm_distill.benchmarks.data import main
 
     assert main([str(TEACHER), "--tokens", "100_000", "--workers", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from xlstm_distill import loss_bench, throughput
+from xlstm_distill.benchmarks import loss as loss_bench
+from xlstm_distill.benchmarks import training as throughput
+from xlstm_distill.benchmarks.training import VARIANTS, check, measure, parse, useful_flops
 from xlstm_distill.planning.flops import Architecture, MixerShape, token_flops
-from xlstm_distill.throughput import VARIANTS, check, measure, parse, useful_flops
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

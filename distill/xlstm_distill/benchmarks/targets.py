@@ -138,7 +138,7 @@ def best_time(work: Callable[[], None], repeats: int = 3) -> float:
 
 def main() -> None:
     """Print a table in Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.store_bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.benchmarks.targets", description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens drawn of each family")
     parser.add_argument("--vocabulary", type=int, default=128_256, help="size of the vocabulary")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row, which are decoded at once")

@@ -1,4 +1,4 @@
-"""Time stage II, its parts and full-attention fine-tuning: `python -m xlstm_distill.throughput --model 1b`.
+"""Time stage II, its parts and full-attention fine-tuning: `python -m xlstm_distill.benchmarks.training --model 1b`.
 
 Every variant trains the same randomly initialised Llama on the same rows, one document each, with the training loop's
 optimiser and precision; `attention` keeps the teacher's own attention. Variants take turns, each time in a process of
@@ -27,8 +27,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from xlstm_distill.benchmarks.loss import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
-from xlstm_distill.loss_bench import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.losses.plain import distill_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
@@ -235,7 +235,9 @@ def check(options: argparse.Namespace) -> dict[str, float]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line; sizes that are not given depend on the model."""
-    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.throughput", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m xlstm_distill.benchmarks.training", description=__doc__.splitlines()[0]
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"default {device}")
     parser.add_argument("--model", choices=MODELS, default="small", help="randomly initialised Llama; default small")
@@ -292,7 +294,7 @@ def _median(runs: Sequence[dict[str, Any]], key: str) -> float:
 
 def child(arguments: list[str], only: str) -> Any:
     """Run a part of the benchmark in a process of its own."""
-    command = [sys.executable, "-m", "xlstm_distill.throughput", *arguments, "--only", only]
+    command = [sys.executable, "-m", "xlstm_distill.benchmarks.training", *arguments, "--only", only]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,4 +1,4 @@
-"""Measure the preparation of rows and their order: `python -m xlstm_distill.data_bench TOKENIZER [--data FILE]`."""
+"""Measure the preparation of rows and their order: `python -m xlstm_distill.benchmarks.data TOKENIZER [--data FILE]`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEAN, SPREAD = 7.8, 1.1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what the preparation costs with each number of workers, and what reading costs afterwards."""
-    parser = argparse.ArgumentParser(prog="xlstm_distill.data_bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="xlstm_distill.benchmarks.data", description=__doc__)
     parser.add_argument("tokenizer", type=Path, help="folder of a tokenizer")
     parser.add_argument("--data", type=Path, help="JSON-lines file with a column 'text'; default: generated text")
     parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens to prepare")

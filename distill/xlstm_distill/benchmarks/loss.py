@@ -1,4 +1,4 @@
-"""Time and memory of the fused loss against the plain one: `python -m xlstm_distill.loss_bench --hidden 2048`.
+"""Time and memory of the fused loss against the plain one: `python -m xlstm_distill.benchmarks.loss --hidden 2048`.
 
 Each loss runs forward and backward in a process of its own, on the same random inputs, so that its peak is its own. The
 two must agree, in value and in the gradients of hidden states and head, before anything is reported.
@@ -116,7 +116,9 @@ def disagreement(fused: dict[str, list[float]], plain: dict[str, list[float]]) -
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.loss_bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m xlstm_distill.benchmarks.loss", description=__doc__.splitlines()[0]
+    )
     sizes = {"tokens": 4096, "vocabulary": 128256, "hidden": 2048, "top-k": 256, "repeats": 3, "threads": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
@@ -163,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     results = {}
     for kind in ("plain", "fused"):
-        command = [sys.executable, "-m", "xlstm_distill.loss_bench", *arguments, "--only", kind]
+        command = [sys.executable, "-m", "xlstm_distill.benchmarks.loss", *arguments, "--only", kind]
         results[kind] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     ratios = disagreement(results["fused"].pop("figures"), results["plain"].pop("figures"))
     if not max(ratios.values()) < BOUNDS[options.dtype]:
