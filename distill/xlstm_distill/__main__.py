@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xlstm_distill.cli import main
+from xlstm_distill.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from xlstm_distill import __version__, batches
+from xlstm_distill import __version__
 from xlstm_distill.artifacts import Artifact
-from xlstm_distill.cli import STAGES, app
+from xlstm_distill.cli.app import STAGES, app
+from xlstm_distill.cli.app import preflight as batches
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe.reference import json_schema
 from xlstm_eval.schema import EvalError
@@ -123,7 +124,7 @@ def test_help_is_instant(command: str) -> None:
 
 def test_help_and_schema_import_nothing_heavy() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from xlstm_distill.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from xlstm_distill.cli.app import app\n"
         "for words in (['--help'], ['run', '--help'], ['schema'], ['run', 'nope']): CliRunner().invoke(app, words)\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'datasets', 'lm_eval'} & set(sys.modules)))"
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from xlstm_distill.cli.launch import _Outcome, _parse, own_arguments, start
 from xlstm_distill.errors import UserError
-from xlstm_distill.launch import _Outcome, _parse, own_arguments, start
 from xlstm_distill.runtime.launcher import Layout, asked_layout
 from xlstm_distill.runtime.signals import EXIT_CODE
 

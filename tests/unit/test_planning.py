@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from xlstm_distill.artifacts.run import MANIFEST
-from xlstm_distill.cli import app
+from xlstm_distill.cli.app import app
 from xlstm_distill.data.budget import captured_rows
 from xlstm_distill.data.rows import Batch
 from xlstm_distill.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from xlstm_distill.artifacts.locks import exclusive, training_lock
-from xlstm_distill.cli import app
+from xlstm_distill.cli.app import app
 from xlstm_distill.errors import UserError
 from xlstm_distill.stages.status import read_status
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xlstm_distill.artifacts import Run
-from xlstm_distill.batches import nearest_batches
+from xlstm_distill.cli.preflight import nearest_batches
 from xlstm_distill.data.budget import captured_rows, rows_needed
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters, find_architecture

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlstm_distill.batches import check_batches
-from xlstm_distill.failures import one_line_errors
-from xlstm_distill.launch import LaunchArgs, LaunchConfig, dispatch
+from xlstm_distill.cli.failures import one_line_errors
+from xlstm_distill.cli.launch import LaunchArgs, LaunchConfig, dispatch
+from xlstm_distill.cli.preflight import check_batches
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.ranks import is_main_process, process_count
 
@@ -330,7 +330,7 @@ def _print_summary(directory: Path, console: Console) -> None:
     """Show the scores of teacher, experts and merged student, and where the report lies."""
     import json
 
-    from xlstm_distill.summary import summary_table
+    from xlstm_distill.cli.summary import summary_table
 
     if not is_main_process():
         return
