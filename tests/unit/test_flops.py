@@ -7,10 +7,24 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.planning.flops import Architecture, MixerShape, attention_flops, mean_keys, mlstm_flops, token_flops
+from xlstm_distill.planning.architecture import read_architecture
+from xlstm_distill.planning.flops import MixerShape, attention_flops, mean_keys, mlstm_flops, token_flops
+from xlstm_distill.stages.workbench import architecture_of
 from xlstm_kernels.bench_entries import ENTRIES, Shape, work
 
-LLAMA_1B = Architecture(16, 2048, 8192, 32, 8, 64, 128256)
+LLAMA_1B = read_architecture(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+    },
+    "1B",
+)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 NEW = ("feature_map_q", "feature_map_k", "input_gate", "forget_gate")
 
@@ -26,11 +40,11 @@ def counted(model, children, tokens=24):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2"])
 def test_products_with_weights_are_those_that_torch_counts(family, tiny_teacher):
     teacher = tiny_teacher(family)
-    count = token_flops(Architecture.of(teacher.config), context=24)
+    count = token_flops(architecture_of(teacher), context=24)
     assert counted(teacher, LINEAR) == count.projections + count.mlp + count.head
     student = convert(teacher, MixerConfig(window=8, sinks=2, feature_dim=12))
     assert counted(student, LINEAR) == counted(teacher, LINEAR)
-    new = token_flops(Architecture.of(student.config), 24, MixerShape(8, 2, features=12)).new
+    new = token_flops(architecture_of(student), 24, MixerShape(8, 2, features=12)).new
     output_gate = 2 * (6 * 4 * 16)  # sums of elementwise products, which torch does not count
     assert new == counted(student, NEW) + output_gate
 

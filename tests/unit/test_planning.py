@@ -26,6 +26,7 @@ from xlstm_distill.losses import fused as fused_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES, CausalLM
 from xlstm_distill.models.student import STUDENTS, convert
+from xlstm_distill.planning import flops
 from xlstm_distill.planning.activations import Pass, layer_saved, mixer_saved, outside_layers
 from xlstm_distill.planning.architecture import (
     Architecture,
@@ -38,7 +39,6 @@ from xlstm_distill.planning.machine import GPUS, make_machine
 from xlstm_distill.planning.memory import SHARDINGS, Setup, align_memory, distill_memory, student_cache, teacher_cache
 from xlstm_distill.planning.plan import memory as planning_memory
 from xlstm_distill.planning.plan import plan as planning
-from xlstm_distill.planning.plan import stage_flops as flops
 from xlstm_distill.recipe import Align, MixerConfig, Recipe, load_recipe
 from xlstm_distill.training.accelerator import checkpoint_activations
 from xlstm_distill.training.objectives import AlignTask, DistillTask

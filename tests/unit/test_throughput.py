@@ -10,7 +10,8 @@ import torch
 from xlstm_distill.benchmarks import loss as loss_bench
 from xlstm_distill.benchmarks import training as throughput
 from xlstm_distill.benchmarks.training import VARIANTS, check, measure, parse, useful_flops
-from xlstm_distill.planning.flops import Architecture, MixerShape, token_flops
+from xlstm_distill.planning.architecture import read_architecture
+from xlstm_distill.planning.flops import MixerShape, token_flops
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -63,8 +64,19 @@ def test_a_variant_without_room_says_so(options, monkeypatch):
 
 def test_the_teacher_counts_where_it_is_online(options):
     stored, _, online, attention, _ = (useful_flops(v, options, 0.75) for v in VARIANTS)
-    teacher = token_flops(Architecture(2, 32, 64, 4, 2, 8, 300), 24)
-    student = token_flops(Architecture(2, 32, 64, 4, 2, 8, 300), 24, MixerShape(8, 4, 8))
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 300,
+    }
+    architecture = read_architecture(config, "test")
+    teacher = token_flops(architecture, 24)
+    student = token_flops(architecture, 24, MixerShape(8, 4, 8))
     assert attention == 3 * teacher.forward(0.75)
     assert stored == 3 * student.forward(0.75)
     assert online == stored + teacher.forward(0.75)

@@ -1,4 +1,4 @@
-"""Measure the preparation of rows and their order: `python -m xlstm_distill.benchmarks.data TOKENIZER [--data FILE]`."""
+"""Measure the preparation of rows and their order: `python -m xlstm_distill.benchmarks.data TOKENIZER`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ from xlstm_distill.losses.plain import distill_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
-from xlstm_distill.planning.flops import Architecture, MixerShape, token_flops
+from xlstm_distill.planning.architecture import read_architecture
+from xlstm_distill.planning.flops import MixerShape, token_flops
 from xlstm_distill.recipe import MixerConfig, Optimization
 from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_logits
@@ -189,7 +190,7 @@ def measured(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
 
 def useful_flops(variant: Variant, options: argparse.Namespace, supervised: float) -> float:
     """Operations per token of a training step, and of the teacher's forward where it is online."""
-    architecture = Architecture.of(LlamaConfig(**MODELS[options.model]))
+    architecture = read_architecture(LlamaConfig(**MODELS[options.model]).to_dict(), "config")
     attention = token_flops(architecture, options.context)
     mixer = MixerShape(options.window, options.sinks, architecture.head_dim)
     model = token_flops(architecture, options.context, mixer) if variant.model == "student" else attention

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from xlstm_distill.errors import UserError
+from xlstm_distill.recipe.problems import nearest_batches
 from xlstm_distill.runtime.ranks import is_main_process
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 PATIENCE_SECONDS = 5.0
 """How long the other processes let the first one speak; then a launcher has ended them, or they end by themselves."""
-
-
-def nearest_batches(batch: int, processes: int) -> str:
-    """The batches next to one that so many processes can share, in words."""
-    lower = batch // processes * processes
-    return f"{lower} or {lower + processes}" if lower else str(processes)
 
 
 def check_batches(

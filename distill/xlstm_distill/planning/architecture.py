@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import family_of
-from xlstm_distill.planning.plan import flops
 from xlstm_distill.recipe import MixerConfig, Recipe
 
 ARCHITECTURES = "architectures"
@@ -21,12 +20,19 @@ FULL_ATTENTION_EVERY = 4
 
 
 @dataclass(frozen=True)
-class Architecture(flops.Architecture):
-    """A Transformer language model in numbers.
+class Architecture:
+    """A Transformer language model in numbers: widths, heads, layers, and what its family adds.
 
     `reaches`: how many keys back each layer of the teacher attends, itself included; None means all.
     """
 
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocabulary: int
     model_type: str
     tied: bool
     qkv_bias: bool

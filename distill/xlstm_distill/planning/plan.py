@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xlstm_distill.artifacts import Run
-from xlstm_distill.cli.preflight import nearest_batches
 from xlstm_distill.data.budget import captured_rows, rows_needed
 from xlstm_distill.errors import UserError
+from xlstm_distill.planning import flops
 from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters, find_architecture
 from xlstm_distill.planning.fit import Fit, Stage, what_fits
 from xlstm_distill.planning.machine import Machine, Utilisation, utilisation
@@ -25,8 +25,8 @@ from xlstm_distill.planning.memory import (
     distill_memory,
     evaluation_memory,
 )
-from xlstm_distill.planning.plan import stage_flops as planning_flops
 from xlstm_distill.recipe import Optimization, Recipe
+from xlstm_distill.recipe.problems import nearest_batches
 
 SMALL_VOCABULARY = 2**16
 """Token ids of a vocabulary up to this take 2 bytes in a packed row, others 4; the mask of supervised tokens 1 bit."""
@@ -220,7 +220,7 @@ def _capture(planner: _Planner) -> StagePlan:
     plan = StagePlan(
         "capture",
         tokens=total,
-        flops=total * planning_flops.teacher_flops(a, recipe.data.context).forward(),
+        flops=total * flops.teacher_flops(a, recipe.data.context).forward(),
         disk=sum(count * planner.target_bytes[domain] for domain, count in tokens.items()),
         fit=fit,
         problems=fit.problems,
@@ -239,7 +239,7 @@ def _align(planner: _Planner) -> StagePlan:
         "align",
         tokens=tokens,
         steps=steps,
-        flops=tokens * planning_flops.align_flops(planner.architecture, recipe.student.mixer, recipe.data.context),
+        flops=tokens * flops.align_flops(planner.architecture, recipe.student.mixer, recipe.data.context),
         disk=size,
         scratch=planner.checkpoints(planner.parameters.new),
         fit=fit,
@@ -254,10 +254,10 @@ def _expert(planner: _Planner, name: str) -> StagePlan:
     fit = what_fits(Stage("distill", distill_memory, setup, section.batch), planner.machine.gpu)
     counts = [_steps(section, phase.tokens, context) for phase in section.experts[name].phases]
     steps, tokens = (sum(column) for column in zip(*counts, strict=True))
-    per_token = planning_flops.distill_flops(
+    per_token = flops.distill_flops(
         planner.architecture, mixer, context, section.trainable, lora_rank=section.lora_rank, online=setup.online
     )
-    again = planning_flops.recomputed_flops(planner.architecture, mixer, context) if setup.checkpointing else 0.0
+    again = flops.recomputed_flops(planner.architecture, mixer, context) if setup.checkpointing else 0.0
     plan = StagePlan(
         "distill",
         name=name,

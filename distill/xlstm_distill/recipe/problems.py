@@ -135,3 +135,9 @@ def kind_of(value: Any) -> str:
         (list, "a list"), (dict, "a mapping"),
     )  # fmt: skip
     return "nothing" if value is None else next((n for t, n in names if isinstance(value, t)), type(value).__name__)
+
+
+def nearest_batches(batch: int, processes: int) -> str:
+    """The batches next to one that so many processes can share, in words."""
+    lower = batch // processes * processes
+    return f"{lower} or {lower + processes}" if lower else str(processes)

@@ -10,7 +10,7 @@ from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.models.student import convert
 from xlstm_distill.models.teacher import load_teacher, load_tokenizer
-from xlstm_distill.planning.stage_flops import align_flops
+from xlstm_distill.planning.flops import align_flops
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.stages.workbench import (

@@ -15,7 +15,7 @@ from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.teacher import load_teacher, load_tokenizer, teacher_hash
-from xlstm_distill.planning.stage_flops import distill_flops
+from xlstm_distill.planning.flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import process_count
