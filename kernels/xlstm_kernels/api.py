@@ -10,11 +10,11 @@ from typing import Literal, overload
 from torch import Tensor
 
 from xlstm_kernels.checks import check_hybrid_step, check_peer, check_sequence, check_step, check_window
-from xlstm_kernels.chunkwise import mlstm_chunkwise
 from xlstm_kernels.dispatch import Backend, choose
-from xlstm_kernels.recurrent import hybrid_step_in_place, mlstm_step_in_place
 from xlstm_kernels.state import MLSTMState, Ring
-from xlstm_kernels.window import banded_attention
+from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
+from xlstm_kernels.torch.recurrent import hybrid_step_in_place, mlstm_step_in_place
+from xlstm_kernels.torch.window import banded_attention
 
 
 @overload
@@ -74,7 +74,7 @@ def mlstm(
     check_sequence(q, k, v, i, f, segment_ids, state)
     chosen = choose("mlstm", backend, q, k, v, i, f, dims={"Dk": q.shape[-1], "Dv": v.shape[-1]})
     if chosen == "triton":
-        from xlstm_kernels.triton_mlstm import mlstm_triton
+        from xlstm_kernels.triton.mlstm import mlstm_triton
 
         h, final = mlstm_triton(q, k, v, i, f, segment_ids, state)
     elif chosen == "mlstm_kernels":
@@ -99,7 +99,7 @@ def mlstm_step(
     check_step("mlstm_step", q, k, v, i, f, state)
     dims = {"Dk": q.shape[-1], "Dv": v.shape[-1]}
     if choose("mlstm_step", backend, q, k, v, i, f, *state, dims=dims) == "triton":
-        from xlstm_kernels.triton_step import mlstm_step_triton
+        from xlstm_kernels.triton.step import mlstm_step_triton
 
         return mlstm_step_triton(q, k, v, i, f, state)
     return mlstm_step_in_place(q, k, v, i, f, state).to(v.dtype)
@@ -133,7 +133,7 @@ def hybrid_step(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dims = {"D": q.shape[-1], "Dk": phi_q.shape[-1], "Dv": v.shape[-1]}
     if choose("hybrid_step", backend, q, k, v, phi_q, phi_k, i, f, gate, *state, dims=dims) == "triton":
-        from xlstm_kernels.triton_step import hybrid_step_triton
+        from xlstm_kernels.triton.step import hybrid_step_triton
 
         return hybrid_step_triton(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, scale)
     return hybrid_step_in_place(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, scale).to(v.dtype)
@@ -160,7 +160,7 @@ def sliding_window_attention(
     check_window(q, k, v, window, sinks, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if choose("sliding_window_attention", backend, q, k, v, dims={"D": q.shape[-1]}, sinks=sinks) == "triton":
-        from xlstm_kernels.triton_window import window_triton
+        from xlstm_kernels.triton.window import window_triton
 
         return window_triton(q, k, v, window, sinks, segment_ids, scale)
     return banded_attention(q, k, v, window, sinks, segment_ids, scale)

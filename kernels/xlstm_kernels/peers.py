@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_kernels.chunkwise import Ratio
 from xlstm_kernels.segments import document_runs, document_starts
+from xlstm_kernels.torch.chunkwise import Ratio
 
 MLSTM_KERNELS_CHUNK = 128
 MLSTM_KERNELS_EXP = "triton_xl_chunk"  # of the mlstm_kernels package; exponential input gate

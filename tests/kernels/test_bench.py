@@ -9,8 +9,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from xlstm_kernels import bench, bench_entries
-from xlstm_kernels.bench_report import Row, ratio_to_ours
+from xlstm_kernels.benchmarks import entries as bench_entries
+from xlstm_kernels.benchmarks import operators as bench
+from xlstm_kernels.benchmarks.report import Row, ratio_to_ours
 
 SMALL = ["--batch", "1", "--tokens", "40", "--heads", "2", "--groups", "1", "--key-dim", "8", "--window", "8",
          "--device", "cpu", "--repeats", "1"]  # fmt: skip

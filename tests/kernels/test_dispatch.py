@@ -32,15 +32,15 @@ def test_without_triton_the_package_works_and_says_what_is_missing() -> None:
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
-    script = "import sys, xlstm_kernels, xlstm_kernels.triton_configs; print('triton' in sys.modules)"
+    script = "import sys, xlstm_kernels, xlstm_kernels.triton.configs; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_auto_never_reaches_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xlstm_kernels.triton_mlstm", None)
-    monkeypatch.setitem(sys.modules, "xlstm_kernels.triton_window", None)
-    monkeypatch.setitem(sys.modules, "xlstm_kernels.triton_step", None)
+    monkeypatch.setitem(sys.modules, "xlstm_kernels.triton.mlstm", None)
+    monkeypatch.setitem(sys.modules, "xlstm_kernels.triton.window", None)
+    monkeypatch.setitem(sys.modules, "xlstm_kernels.triton.step", None)
     x = random_inputs(1, 2, 6, 16)
     mlstm(**x)
     sliding_window_attention(x["v"], x["v"], x["v"], window=2, sinks=1)

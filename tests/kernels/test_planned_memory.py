@@ -14,7 +14,7 @@ from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.recipe import MixerConfig
 from xlstm_kernels import dispatch
 
-pytest.importorskip("xlstm_kernels.triton_mlstm", reason="triton is not installed", exc_type=ImportError)
+pytest.importorskip("xlstm_kernels.triton.mlstm", reason="triton is not installed", exc_type=ImportError)
 ROWS, TOKENS = 2, 64
 
 

@@ -1,6 +1,6 @@
 """Every kernel compiles for sm_80 and sm_90 and stays within its recorded registers, spills and shared memory; no GPU.
 
-`triton_limits.json` holds what `python -m xlstm_kernels.resources --json` printed, and with which Triton version.
+`triton_limits.json` holds what `python -m xlstm_kernels.triton.resources --json` printed, and with which Triton version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Table = dict[str, list[int]]
 def compile_all(*options: str) -> Table:
     """Compile in a process of its own: this one interprets kernels instead."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "xlstm_kernels.resources", "--json", *options]
+    command = [sys.executable, "-m", "xlstm_kernels.triton.resources", "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -9,8 +9,8 @@ from torch import Tensor
 from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, mlstm_step, sliding_window_attention
 from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs, random_segments, random_state
 
-triton_mlstm = pytest.importorskip("xlstm_kernels.triton_mlstm", exc_type=ImportError)
-triton_window = pytest.importorskip("xlstm_kernels.triton_window", exc_type=ImportError)
+triton_mlstm = pytest.importorskip("xlstm_kernels.triton.mlstm", exc_type=ImportError)
+triton_window = pytest.importorskip("xlstm_kernels.triton.window", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,10 @@ from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, mlstm_step, slid
 from xlstm_kernels.testing import error_ratio, random_inputs
 
 pytest.importorskip("triton")
-from xlstm_kernels import triton_common, triton_mlstm_bwd, triton_mlstm_fwd, triton_window_kernels
+from xlstm_kernels.triton import common as triton_common
+from xlstm_kernels.triton import mlstm_backward as triton_mlstm_bwd
+from xlstm_kernels.triton import mlstm_forward as triton_mlstm_fwd
+from xlstm_kernels.triton import window_kernels as triton_window_kernels
 
 MODULES = (triton_common, triton_mlstm_fwd, triton_mlstm_bwd, triton_window_kernels)
 Log = list[tuple[str, tuple[int, ...]]]
@@ -154,9 +157,9 @@ import torch.utils._triton
 torch.utils._triton.has_triton = lambda: True
 from xlstm_kernels.state import MLSTMState, Ring
 from xlstm_kernels.testing import random_inputs
-from xlstm_kernels.triton_mlstm import mlstm_triton
-from xlstm_kernels.triton_step import hybrid_step_triton, mlstm_step_triton
-from xlstm_kernels.triton_window import window_triton
+from xlstm_kernels.triton.mlstm import mlstm_triton
+from xlstm_kernels.triton.step import hybrid_step_triton, mlstm_step_triton
+from xlstm_kernels.triton.window import window_triton
 
 def capture(graph, _):
     raise RuntimeError("captured")

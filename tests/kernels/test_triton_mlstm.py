@@ -16,10 +16,10 @@ from xlstm_kernels.testing import (
     random_state,
     to_float64,
 )
-from xlstm_kernels.triton_configs import Launch, MLSTMConfig
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-triton_mlstm = pytest.importorskip("xlstm_kernels.triton_mlstm", reason="triton is not installed", exc_type=ImportError)
+triton_mlstm = pytest.importorskip("xlstm_kernels.triton.mlstm", reason="triton is not installed", exc_type=ImportError)
 
 BOUND = 1e-5
 L = 16  # tokens of a chunk here

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels import MLSTMState
-from xlstm_kernels.chunkwise import mlstm_chunkwise
 from xlstm_kernels.testing import (
     error_ratio,
     outputs_and_grads,
@@ -20,11 +19,13 @@ from xlstm_kernels.testing import (
     random_state,
     to_float64,
 )
-from xlstm_kernels.triton_configs import Launch, MLSTMConfig, WindowConfig
-from xlstm_kernels.window import banded_attention
+from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
+from xlstm_kernels.torch.window import banded_attention
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig
 
 pytest.importorskip("triton")
-from xlstm_kernels import triton_mlstm, triton_window
+from xlstm_kernels.triton import mlstm as triton_mlstm
+from xlstm_kernels.triton import window as triton_window
 
 pytestmark = pytest.mark.usefixtures("poisoned", "gpu_arithmetic")
 TILES_OF_64 = MLSTMConfig(64, *[Launch(64, 64, 4, 1)] * 5)

@@ -9,11 +9,11 @@ from torch import Tensor
 from xlstm_kernels import sliding_window_attention
 from xlstm_kernels.reference import sliding_window_reference
 from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_segments, to_float64
-from xlstm_kernels.triton_configs import WindowConfig
+from xlstm_kernels.triton.configs import WindowConfig
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 triton_window = pytest.importorskip(
-    "xlstm_kernels.triton_window", reason="triton is not installed", exc_type=ImportError
+    "xlstm_kernels.triton.window", reason="triton is not installed", exc_type=ImportError
 )
 
 BOUND = 1e-5

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-tune = pytest.importorskip("xlstm_kernels.tune", reason="triton is not installed", exc_type=ImportError)
+tune = pytest.importorskip("xlstm_kernels.benchmarks.tune", reason="triton is not installed", exc_type=ImportError)
 
-from xlstm_kernels import triton_table  # noqa: E402
 from xlstm_kernels.testing import outputs_and_grads, to_float64  # noqa: E402
-from xlstm_kernels.triton_configs import MLSTMConfig, WindowConfig, mlstm_config, window_config  # noqa: E402
+from xlstm_kernels.triton import table as triton_table  # noqa: E402
+from xlstm_kernels.triton.configs import MLSTMConfig, WindowConfig, mlstm_config, window_config  # noqa: E402
 
 
 def test_the_table_reads_back_as_it_was_written() -> None:

@@ -10,7 +10,7 @@ from xlstm_distill import MixerConfig, convert
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.flops import MixerShape, attention_flops, mean_keys, mlstm_flops, token_flops
 from xlstm_distill.stages.workbench import architecture_of
-from xlstm_kernels.bench_entries import ENTRIES, Shape, work
+from xlstm_kernels.benchmarks.entries import ENTRIES, Shape, work
 
 LLAMA_1B = read_architecture(
     {

@@ -45,7 +45,7 @@ class Pass:
 
     @property
     def chunk(self) -> int:
-        """Chunk of the mLSTM (`xlstm_kernels.chunkwise`)."""
+        """Chunk of the mLSTM (`xlstm_kernels.torch.chunkwise`)."""
         return min(32 if self.device == "cpu" else 64, self.tokens)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from xlstm_kernels import triton_window_kernels as kernels
 from xlstm_kernels.segments import document_runs, document_starts
-from xlstm_kernels.triton_common import dot_format, on_device_of
-from xlstm_kernels.triton_configs import WindowConfig, window_config
+from xlstm_kernels.triton import window_kernels as kernels
+from xlstm_kernels.triton.common import dot_format, on_device_of
+from xlstm_kernels.triton.configs import WindowConfig, window_config
 
 MIN_TILE = 16  # rows of the smallest tensor-core product
 SINK_WARPS = 4

@@ -1,4 +1,4 @@
-"""Time the operators and their peers: `python -m xlstm_kernels.bench --tokens 256 1024`.
+"""Time the operators and their peers: `python -m xlstm_kernels.benchmarks.operators --tokens 256 1024`.
 
 Each candidate is first checked against its float64 reference, outputs and gradients; one that fails is not timed, and
 one that cannot run is left out with the reason. Also prints the share of the roofline: the least time that the call's
@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from xlstm_kernels.bench_entries import ENTRIES, Entry, Inputs, Shape, draw, work
-from xlstm_kernels.bench_report import Row, write_report
+from xlstm_kernels.benchmarks.entries import ENTRIES, Entry, Inputs, Shape, draw, work
+from xlstm_kernels.benchmarks.report import Row, write_report
 from xlstm_kernels.testing import error_ratio, outputs_and_grads
 
 # RMS ratio of outputs and gradients to the float64 reference; in low dtypes their rounding and that of products.
@@ -116,7 +116,9 @@ def time_entry(entry: Entry, inputs: Inputs, shape: Shape, repeats: int, rates: 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m xlstm_kernels.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m xlstm_kernels.benchmarks.operators", description=__doc__.splitlines()[0]
+    )
     shape = {"batch": 32, "heads": 4, "groups": 2, "key-dim": 32, "value-dim": 32, "window": 32, "sinks": 4}
     rest = {"document": 0, "repeats": 11, "threads": 1}
     for name, default in (shape | rest).items():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton_common import load_rows, place
+from xlstm_kernels.triton.common import load_rows, place
 
 NEGATIVE = tl.constexpr(-1e30)  # score of a masked pair: finite, so that rows that see nothing yet stay numbers
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton_common import LOG_ZERO, load_centred, load_rows, load_runs, pair_weights, place, state_weights
+from xlstm_kernels.triton.common import LOG_ZERO, load_centred, load_rows, load_runs, pair_weights, place, state_weights
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Measure launch settings on a GPU and rewrite `triton_table.py`: `python -m xlstm_kernels.tune --dims 64 128`.
+"""Measure launch settings on a GPU and rewrite `triton_table.py`: `python -m xlstm_kernels.benchmarks.tune --dims 64 128`.
 
 For each dtype and head dim, every candidate is checked against the torch backend in float64, then timed forward and
 backward; candidates that do not compile, do not fit the device, or are inexact are left out. The chunk or block is
@@ -21,20 +21,20 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from xlstm_kernels import triton_table
-from xlstm_kernels.bench import BOUNDS, milliseconds
-from xlstm_kernels.chunkwise import mlstm_chunkwise
+from xlstm_kernels.benchmarks.operators import BOUNDS, milliseconds
 from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs, to_float64
-from xlstm_kernels.triton_configs import Launch, MLSTMConfig, WindowConfig, mlstm_config, width, window_config
-from xlstm_kernels.triton_mlstm import mlstm_triton
-from xlstm_kernels.triton_window import window_triton
-from xlstm_kernels.window import banded_attention
+from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
+from xlstm_kernels.torch.window import banded_attention
+from xlstm_kernels.triton import table as triton_table
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig, mlstm_config, width, window_config
+from xlstm_kernels.triton.mlstm import mlstm_triton
+from xlstm_kernels.triton.window import window_triton
 
 CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 BLOCKS = (16, 32, 64, 128)
 WINDOW, SINKS, GROUP = 512, 4, 4
 CHECKED_TOKENS, REPEATS = 2 * (WINDOW + SINKS) + 65, 5
-TEMPLATE = '''"""Launch settings by (bytes of a dot operand, head dim), as `python -m xlstm_kernels.tune` writes it."""
+TEMPLATE = '''"""Launch settings by (bytes of a dot operand, head dim), as `python -m xlstm_kernels.benchmarks.tune` writes it."""
 
 # The GPU on which these were the fastest forward + backward; None: chosen from registers, spills and shared memory of
 # the compiled kernels, and not from times.
@@ -142,7 +142,9 @@ def table_source(mlstm: dict, window: dict, measured_on: str | None) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Tune, then rewrite the table."""
-    parser = argparse.ArgumentParser(prog="python -m xlstm_kernels.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m xlstm_kernels.benchmarks.tune", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head dims; default 64 128")
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"])
     parser.add_argument("--operators", nargs="+", choices=("mlstm", "window"), default=["mlstm", "window"])

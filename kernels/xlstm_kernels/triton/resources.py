@@ -1,4 +1,4 @@
-"""What the compiled kernels need, measured without a GPU: `python -m xlstm_kernels.resources --dims 64 128`.
+"""What the compiled kernels need, measured without a GPU: `python -m xlstm_kernels.triton.resources --dims 64 128`.
 
 The real launches of every operator are compiled for a target instead of being started; registers and spills are
 those that the assembler reports, shared memory is Triton's. Must not run under TRITON_INTERPRET=1.
@@ -101,7 +101,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
     """Launch the chunkwise mLSTM, forward and backward: packed, four query heads to a value head."""
-    from xlstm_kernels.triton_mlstm import mlstm_triton
+    from xlstm_kernels.triton.mlstm import mlstm_triton
 
     q, k, v = (leaf(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
     i, f = leaf(1, 4, 256), leaf(1, 4, 256)
@@ -111,7 +111,7 @@ def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
 
 def launch_steps(dim: int, dtype: torch.dtype) -> None:
     """Launch the mLSTM step and the hybrid step, window 512 and 4 sinks."""
-    from xlstm_kernels.triton_step import hybrid_step_triton, mlstm_step_triton
+    from xlstm_kernels.triton.step import hybrid_step_triton, mlstm_step_triton
 
     q, k, v = (leaf(1, heads, dim, dtype=dtype) for heads in (4, 4, 1))
     i, f, gate = leaf(1, 4), leaf(1, 4), leaf(1, 4)
@@ -123,7 +123,7 @@ def launch_steps(dim: int, dtype: torch.dtype) -> None:
 
 def launch_window(dim: int, dtype: torch.dtype) -> None:
     """Launch sliding-window attention, forward and backward: packed, four query heads to a key head, window 512."""
-    from xlstm_kernels.triton_window import window_triton
+    from xlstm_kernels.triton.window import window_triton
 
     q, k, v = (leaf(1, heads, 1024, dim, dtype=dtype) for heads in (4, 1, 1))
     ids = torch.empty(1, 1024, dtype=torch.int64, device="meta")
@@ -147,7 +147,9 @@ def measure(archs: list[int], dims: list[int], dtype: torch.dtype) -> dict[str, 
 
 def main() -> None:
     """Print the table as JSON, or as lines."""
-    parser = argparse.ArgumentParser(prog="python -m xlstm_kernels.resources", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m xlstm_kernels.triton.resources", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--archs", type=int, nargs="+", default=[80, 90], help="compute capabilities; default 80 90")
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head dims; default 64 128")
     parser.add_argument("--json", action="store_true", help="print JSON")

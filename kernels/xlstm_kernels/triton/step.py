@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_kernels.state import MLSTMState, Ring
-from xlstm_kernels.triton_common import log_sigmoid, on_device_of
+from xlstm_kernels.triton.common import log_sigmoid, on_device_of
 
 ROWS = 32  # rows of C, and slots of the ring, that a program holds at a time
 WARPS = 8

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from xlstm_kernels import triton_common as common
-from xlstm_kernels import triton_mlstm_bwd as bwd
-from xlstm_kernels import triton_mlstm_fwd as fwd
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState
-from xlstm_kernels.triton_common import dot_format, on_device_of
-from xlstm_kernels.triton_configs import Launch, MLSTMConfig, mlstm_config
+from xlstm_kernels.triton import common
+from xlstm_kernels.triton import mlstm_backward as bwd
+from xlstm_kernels.triton import mlstm_forward as fwd
+from xlstm_kernels.triton.common import dot_format, on_device_of
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig, mlstm_config
 
 
 class Inputs(NamedTuple):

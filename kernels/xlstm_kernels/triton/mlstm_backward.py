@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton_common import load_centred, load_rows, pair_weights, place, state_weights
+from xlstm_kernels.triton.common import load_centred, load_rows, pair_weights, place, state_weights
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Benchmarks and the tuner, run as modules; nothing imports them."""
