@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
-from xlstm_eval.schema import Comparison, EvalError, TaskPair, TaskResult
+from xlstm_eval.records import Comparison, EvalError, TaskPair, TaskResult
 
 ALPHAS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 

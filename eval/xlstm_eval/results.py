@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from xlstm_eval.schema import EvalError, TaskResult, did_you_mean, one_line
+from xlstm_eval.records import EvalError, TaskResult, did_you_mean, one_line
 from xlstm_eval.suites import SuiteTask
 
 Row = dict[str, Any]  # one item of a task as lm-eval logs it: doc, arguments, resps, filter, and each metric's value

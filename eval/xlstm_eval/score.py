@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xlstm_eval.metrics import ALPHAS, compare
-from xlstm_eval.schema import Comparison, EvalError, load_pairs
+from xlstm_eval.records import Comparison, EvalError, load_pairs
 
 
 class ScoreError(EvalError):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from xlstm_eval.report import ReportData, write_report
+from xlstm_eval.report.page import ReportData, write_report
 
 DATA_FILE = Path(__file__).parents[1] / "unit" / "eval" / "report_data.json"
 BROWSER = next(

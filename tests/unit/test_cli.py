@@ -22,7 +22,7 @@ from xlstm_distill.cli.app import STAGES, app
 from xlstm_distill.cli.app import preflight as batches
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe.reference import json_schema
-from xlstm_eval.schema import EvalError
+from xlstm_eval.records import EvalError
 
 COMMANDS = (*STAGES, "run", "score", "plan", "schema")
 

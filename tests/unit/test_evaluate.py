@@ -14,7 +14,7 @@ from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig, load_recipe
 from xlstm_distill.stages import evaluate
-from xlstm_eval.schema import EvalError
+from xlstm_eval.records import EvalError
 
 
 class Rows:

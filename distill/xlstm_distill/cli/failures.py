@@ -50,7 +50,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         return RUN_ERROR, full
     if isinstance(error, RunError):
         return RUN_ERROR, str(error)
-    evaluation = sys.modules.get("xlstm_eval.schema")  # loaded if it can have raised
+    evaluation = sys.modules.get("xlstm_eval.records")  # loaded if it can have raised
     if evaluation is not None and isinstance(error, evaluation.EvalError):
         return USER_ERROR, str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -21,8 +21,8 @@ from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.evaluate import MERGED, TEACHER, find_evaluations
 from xlstm_distill.stages.workbench import part
 from xlstm_distill.training.log import LOG_FILE
-from xlstm_eval.report import Curve, ReportData, ReportModel, write_report
-from xlstm_eval.schema import EvalError, TaskResult
+from xlstm_eval.records import EvalError, TaskResult
+from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
 
 CURVE_POINTS = 200
 UNITS = {"mse": "squared error", "ce": "nats per token", "kl": "nats per token"}

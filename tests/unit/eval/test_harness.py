@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.metrics import compare, pair_results
+from xlstm_eval.records import EvalError
 from xlstm_eval.results import pick_metric, require_same_requests, write_samples
-from xlstm_eval.schema import EvalError
 from xlstm_eval.suites import Suite, SuiteTask, paper_suite
 
 ITEMS = 24

@@ -19,7 +19,7 @@ from xlstm_eval.metrics import (
     win_and_tie_rate,
     win_or_tie,
 )
-from xlstm_eval.schema import EvalError, TaskPair, TaskResult
+from xlstm_eval.records import EvalError, TaskPair, TaskResult
 
 
 def pair(teacher: float, student: float, *, higher: bool = True, name: str = "task", domain: str = "d") -> TaskPair:

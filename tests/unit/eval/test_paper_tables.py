@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from xlstm_eval.metrics import compare, critical_tolerance
-from xlstm_eval.schema import TaskPair
+from xlstm_eval.records import TaskPair
 
 TABLES = json.loads((Path(__file__).parent / "paper_tables.json").read_text(encoding="utf-8"))
 REPORTED = {row["student"]: row for row in TABLES["reported_critical_tolerance"]}

@@ -9,7 +9,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from xlstm_eval.schema import EvalError, TaskPair, TaskResult, load_pairs
+from xlstm_eval.records import EvalError, TaskPair, TaskResult, load_pairs
 
 GOOD = {"task": "a", "teacher": 0.5, "student": 0.4}
 
@@ -76,7 +76,7 @@ def test_records_are_immutable() -> None:
 
 def test_scoring_loads_no_heavy_library() -> None:
     code = (
-        "import sys, xlstm_eval.score, xlstm_eval.schema, xlstm_eval.metrics, xlstm_eval.suites, xlstm_eval.report\n"
+        "import sys, xlstm_eval.score, xlstm_eval.records, xlstm_eval.metrics, xlstm_eval.suites, xlstm_eval.report.page\n"
         "heavy = {'torch', 'transformers', 'lm_eval', 'matplotlib', 'datasets', 'xlstm_distill', 'xlstm_kernels'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )

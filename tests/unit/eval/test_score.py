@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_eval.schema import EvalError
+from xlstm_eval.records import EvalError
 from xlstm_eval.score import ScoreError, score_file
 
 TASKS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from xlstm_eval.schema import EvalError
+from xlstm_eval.records import EvalError
 from xlstm_eval.suites import Suite, SuiteTask, paper_suite
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from xlstm_eval.metrics import required_tolerance
-from xlstm_eval.schema import Comparison
+from xlstm_eval.records import Comparison
 from xlstm_eval.score import percent
 
 if TYPE_CHECKING:

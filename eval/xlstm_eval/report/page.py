@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from xlstm_eval.metrics import ALPHAS, compare, pair_results
-from xlstm_eval.schema import Comparison, EvalError, Frozen, Name, TaskResult
+from xlstm_eval.records import Comparison, EvalError, Frozen, Name, TaskResult
 from xlstm_eval.score import percent, with_stderr
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -230,7 +230,7 @@ def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
     """Draw every figure; markup made by charts.py from escaped text, so safe to place as it is."""
     from markupsafe import Markup
 
-    from xlstm_eval import charts
+    from xlstm_eval.report.page import charts
 
     headline = data.headline().name
     losses = {
