@@ -1,85 +1,82 @@
-"""The one-way rule: who may import whom (docs/architecture.md)."""
+"""The one-way rule: a room imports from the rooms before it, and inside a room nothing is circular."""
 
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"xlstm_distill": ROOT / "distill", "xlstm_kernels": ROOT / "kernels", "xlstm_eval": ROOT / "eval"}
-
-# Lowest first; a module imports only from its own layer and those before it.
-LAYERS = (
-    {
+PACKAGES = {
+    "xlstm_distill": ROOT / "distill",
+    "xlstm_kernels": ROOT / "kernels",
+    "xlstm_eval": ROOT / "eval",
+}
+# In order: a room imports from itself and from those above it.
+ROOMS = {
+    "xlstm_distill": (
         "errors",
-        "stopping",
-        "_registration",
-        "distributed",
-        "recipe_fields",
-        "recipe_training",
-        "flops",
-        "device",
-        "checksums",
-    },
-    {"families", "_stand_ins", "feature_maps", "documents", "embedded", "console", "summary", "locks", "status"},
-    {
-        "batches",
+        "runtime",
         "recipe",
-        "recipe_io",
-        "recipe_docs",
         "artifacts",
+        "embedded",
+        "models",
         "losses",
-        "fused_loss",
-        "cache",
-        "mixer",
-        "merging",
-        "packing",
-        "tokenization",
-        "shards",
-        "optim",
-        "store_codec",
-        "store",
-        "gates",
-        "checkpoints",
-        "launch",
-        "planning_model",
-        "planning_flops",
-        "planning_activations",
-        "planning_memory",
-        "planning_machine",
-        "planning_fit",
-        "stopping",
-        "tracking",
-    },
-    {
-        "student",
-        "teacher",
-        "readers",
-        "sources",
-        "mixing",
-        "preparation",
         "data",
         "targets",
-        "tasks",
-        "training_state",
-        "diagnosis",
-        "validation",
-        "accelerator",
-        "lora",
-        "trainer",
+        "merging",
+        "training",
         "planning",
-        "planning_text",
-    },
-    {"stages", "loss_bench", "throughput", "store_bench", "data_bench"},
-    {"cli", "failures", "__main__"},
-)
+        "stages",
+        "benchmarks",
+        "cli",
+        "__main__",
+    ),
+    "xlstm_kernels": (
+        "segments",
+        "state",
+        "checks",
+        "reference",
+        "torch",
+        "triton",
+        "peers",
+        "dispatch",
+        "api",
+        "testing",
+        "benchmarks",
+    ),
+    "xlstm_eval": ("records", "metrics", "score", "suites", "results", "harness", "report"),
+}
+# Rooms with a face: names that others import from the room itself.
+FACES = {
+    "xlstm_distill",
+    "xlstm_distill.recipe",
+    "xlstm_distill.artifacts",
+    "xlstm_distill.embedded",
+    "xlstm_kernels",
+    "xlstm_eval.suites",
+    "xlstm_eval.report",
+}
+LARGEST_ROOM = 14
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "matplotlib", "numpy"}
-LIGHT = ("xlstm_distill/cli.py", "xlstm_distill/failures.py", "xlstm_distill/launch.py", "xlstm_distill/distributed.py",
-         "xlstm_distill/recipe.py", "xlstm_distill/recipe_io.py", "xlstm_distill/console.py",
-         "xlstm_distill/__init__.py", "xlstm_distill/__main__.py", "xlstm_distill/embedded/__init__.py",
-         "xlstm_eval/metrics.py", "xlstm_eval/schema.py", "xlstm_eval/score.py")  # fmt: skip
+# Files that the command line loads before it knows what to do.
+LIGHT = (
+    "xlstm_distill/__init__.py",
+    "xlstm_distill/__main__.py",
+    "xlstm_distill/embedded/__init__.py",
+    "xlstm_distill/cli/*.py",
+    "xlstm_distill/recipe/*.py",
+    "xlstm_distill/runtime/console.py",
+    "xlstm_distill/runtime/launcher.py",
+    "xlstm_distill/runtime/ranks.py",
+    "xlstm_distill/runtime/signals.py",
+    "xlstm_distill/stages/status.py",
+    "xlstm_eval/metrics.py",
+    "xlstm_eval/records.py",
+    "xlstm_eval/score.py",
+)
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -106,22 +103,74 @@ def modules(package: str) -> list[Path]:
     return sorted((PACKAGES[package] / package).rglob("*.py"))
 
 
-def layer_of(module: str) -> int:
-    for number, names in enumerate(LAYERS):
-        if module in names:
-            return number
-    raise AssertionError(f"xlstm_distill.{module} has no layer: add it to LAYERS")
+def dotted(path: Path) -> str:
+    """Dotted name of a source file; a package's own file has the package's name."""
+    root = next(root for root in PACKAGES.values() if path.is_relative_to(root))
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", modules("xlstm_distill"), ids=lambda p: p.stem)
-def test_layers_import_downwards_only(path):
-    parts = path.relative_to(PACKAGES["xlstm_distill"] / "xlstm_distill").with_suffix("").parts
-    if parts == ("__init__",):
-        return  # the package's lazy exports
-    own = layer_of(parts[0])
-    for name in imports(path):
-        if name.startswith("xlstm_distill.") and (target := name.split(".")[1]) not in ("__version__", parts[0]):
-            assert layer_of(target) <= own, f"{path.name} imports {name}, a higher layer"
+NAMES = {dotted(path): path for package in PACKAGES for path in modules(package)}
+
+
+def module_of(name: str) -> str | None:
+    """The module of ours that an imported name belongs to; None for other packages'."""
+    while name and name not in NAMES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def room_number(module: str) -> int:
+    package, _, rest = module.partition(".")
+    room = rest.split(".")[0]
+    assert room in ROOMS[package], f"{module} is in no room: add {room!r} to ROOMS"
+    return ROOMS[package].index(room)
+
+
+OURS = sorted(set(NAMES) - set(PACKAGES))
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_rooms_import_from_earlier_rooms_only(module):
+    package = module.split(".")[0]
+    for name in imports(NAMES[module]):
+        target = module_of(name)
+        if target in (None, *PACKAGES) or not target.startswith(f"{package}."):
+            continue
+        assert room_number(target) <= room_number(module), f"{module} imports {name}, a later room"
+
+
+def test_inside_a_room_no_import_is_circular():
+    edges = {
+        module: {target for name in imports(NAMES[module]) if (target := module_of(name))} - {module}
+        for module in NAMES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"circular: {' -> '.join((*path, module))}"
+        if module in done:
+            return
+        for target in edges[module]:
+            visit(target, (*path, module))
+        done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+def test_only_faces_export_names():
+    for name, path in NAMES.items():
+        if path.name == "__init__.py" and name not in FACES:
+            body = ast.parse(path.read_text()).body
+            one_docstring = len(body) == 1 and isinstance(body[0], ast.Expr)
+            assert one_docstring or not body, f"{path}: one docstring says what the room is for"
+
+
+def test_no_room_is_crowded():
+    for package in PACKAGES:
+        for folder in {path.parent for path in modules(package)}:
+            count = sum(path.name != "__init__.py" for path in folder.glob("*.py"))
+            assert count <= LARGEST_ROOM, f"{folder} holds {count} modules"
 
 
 def test_xlstm_eval_is_a_leaf_that_only_stages_and_the_cli_use():
@@ -129,12 +178,10 @@ def test_xlstm_eval_is_a_leaf_that_only_stages_and_the_cli_use():
         assert not any(n.startswith(("xlstm_distill", "xlstm_kernels")) for n in imports(path)), path
     for path in modules("xlstm_distill"):
         if any(n.startswith("xlstm_eval") for n in imports(path)):
-            assert path.parent.name == "stages" or path.stem == "cli", path
+            assert path.parent.name in ("stages", "cli"), path
 
 
 def test_kernels_import_torch_and_the_standard_library_only():
-    import sys
-
     allowed = set(sys.stdlib_module_names) | {"torch", "triton", "xlstm_kernels"}
     for path in modules("xlstm_kernels"):
         assert {n.split(".")[0] for n in imports(path)} <= allowed, path
@@ -147,10 +194,13 @@ def test_lm_eval_is_imported_by_the_harness_alone():
                 assert path.name == "harness.py", path
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_light_modules_load_nothing_heavy(name):
-    path = PACKAGES[name.split("/")[0]] / name
-    assert not {n.split(".")[0] for n in imports(path, top_level_only=True)} & HEAVY
+@pytest.mark.parametrize("pattern", LIGHT)
+def test_light_modules_load_nothing_heavy(pattern):
+    found = sorted(PACKAGES[pattern.split("/")[0]].glob(pattern))
+    assert found, pattern
+    for path in found:
+        heavy = {n.split(".")[0] for n in imports(path, top_level_only=True)} & HEAVY
+        assert not heavy, f"{path} loads {heavy}"
 
 
 def test_source_roots_have_no_init_of_their_own():

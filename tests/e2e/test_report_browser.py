@@ -15,7 +15,7 @@ import pytest
 
 from xlstm_eval.report.page import ReportData, write_report
 
-DATA_FILE = Path(__file__).parents[1] / "unit" / "eval" / "report_data.json"
+DATA_FILE = Path(__file__).parents[1] / "eval" / "report" / "report_data.json"
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )

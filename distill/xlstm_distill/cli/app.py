@@ -229,9 +229,9 @@ def plan(
     with one_line_errors(debug):
         import json
 
-        from xlstm_distill.planning.plan import machine as planning_machine
-        from xlstm_distill.planning.plan import plan as planning
-        from xlstm_distill.planning.plan import tables as planning_text
+        from xlstm_distill.planning import machine as planning_machine
+        from xlstm_distill.planning import plan as planning
+        from xlstm_distill.planning import tables as planning_text
         from xlstm_distill.recipe import load_recipe
 
         loaded, rates = load_recipe(recipe, overrides or ()), {"mfu": mfu, "price": price}

@@ -1,7 +1,7 @@
 """Bytes that a forward pass keeps for its backward pass, layer by layer, counted tensor by tensor. Loads no torch.
 
 Each term is a tensor that autograd saves in `mixer`, `feature_maps`, the operators and the family's modeling code; the
-sizes below were read off `saved_tensors_hooks`, and tests/unit/test_planning.py compares their sum with a real pass.
+sizes below were read off `saved_tensors_hooks`, and the tests of the plan compare their sum with a real pass.
 
 Letters: d hidden size, H query heads, G key/value heads, D head dim, F features, L chunk length. All figures are bytes
 per token unless they say otherwise.

@@ -4,8 +4,8 @@ A multiplication and an addition are two operations. Products with weights, atte
 count; norms, activations, gates' nonlinearities and softmax do not. A backward pass costs twice its forward, and what
 activation checkpointing computes again is not useful work, so it never counts (as MFU is defined, arXiv 2204.02311).
 
-Per stage, rows count as one document each: shorter documents see fewer pairs of tokens. A product's backward pass is one
-product for its input and one for its weight; a frozen weight needs the first alone, and constants need neither.
+Per stage, rows count as one document each: shorter documents see fewer pairs of tokens. A product's backward pass is
+one product for its input and one for its weight; a frozen weight needs the first alone, and constants need neither.
 """
 
 from __future__ import annotations

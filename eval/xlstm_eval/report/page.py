@@ -230,7 +230,7 @@ def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
     """Draw every figure; markup made by charts.py from escaped text, so safe to place as it is."""
     from markupsafe import Markup
 
-    from xlstm_eval.report.page import charts
+    from xlstm_eval.report import charts
 
     headline = data.headline().name
     losses = {

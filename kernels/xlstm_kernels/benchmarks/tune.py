@@ -1,4 +1,6 @@
-"""Measure launch settings on a GPU and rewrite `triton_table.py`: `python -m xlstm_kernels.benchmarks.tune --dims 64 128`.
+"""Measure launch settings on a GPU and rewrite `triton/table.py`.
+
+`python -m xlstm_kernels.benchmarks.tune --dims 64 128`.
 
 For each dtype and head dim, every candidate is checked against the torch backend in float64, then timed forward and
 backward; candidates that do not compile, do not fit the device, or are inexact are left out. The chunk or block is
@@ -34,7 +36,7 @@ CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 BLOCKS = (16, 32, 64, 128)
 WINDOW, SINKS, GROUP = 512, 4, 4
 CHECKED_TOKENS, REPEATS = 2 * (WINDOW + SINKS) + 65, 5
-TEMPLATE = '''"""Launch settings by (bytes of a dot operand, head dim), as `python -m xlstm_kernels.benchmarks.tune` writes it."""
+TEMPLATE = '''"""Launch settings by (bytes of a dot operand, head dim); the tuner writes this file."""
 
 # The GPU on which these were the fastest forward + backward; None: chosen from registers, spills and shared memory of
 # the compiled kernels, and not from times.
@@ -135,7 +137,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def table_source(mlstm: dict, window: dict, measured_on: str | None) -> str:
-    """Write the source of `triton_table.py`."""
+    """Write the source of `triton/table.py`."""
     tables = (pprint.pformat(table, width=110) for table in (mlstm, window))
     return TEMPLATE.format(measured_on=measured_on, **dict(zip(("mlstm", "window"), tables, strict=True)))
 

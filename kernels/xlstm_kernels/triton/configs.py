@@ -1,6 +1,6 @@
 """Launch settings of the Triton kernels by shape: a table, not a search: runs compile what the tests compiled.
 
-`python -m xlstm_kernels.benchmarks.tune` measures on a GPU and rewrites `triton_table.py`; nothing here imports Triton.
+`python -m xlstm_kernels.benchmarks.tune` measures on a GPU and rewrites `triton/table.py`; nothing here imports Triton.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Launch settings by (bytes of a dot operand, head dim), as `python -m xlstm_kernels.benchmarks.tune` writes it."""
+"""Launch settings by (bytes of a dot operand, head dim); the tuner writes this file."""
 
 # The GPU on which these were the fastest forward + backward; None: chosen from registers, spills and shared memory of
 # the compiled kernels, and not from times.

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from xlstm_distill.data.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer, Outcome
 from xlstm_distill.errors import UserError
 
-TEACHER = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
+TEACHER = Path(__file__).parents[3] / "recipes" / "quickstart" / "teacher"
 
 # Templates that render as the named families do, written for this test; ANSWER is where tags may stand.
 LLAMA3 = (

@@ -21,8 +21,8 @@ from xlstm_distill.runtime.launcher import Layout
 from xlstm_distill.training.accelerator import make_accelerator, refuse_difference
 from xlstm_kernels.testing import error_ratio
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).parent / "sharded_training.py"
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "tests/helpers/sharded_training.py"
 SETTINGS = {
     "ddp": {},
     "fsdp2": {

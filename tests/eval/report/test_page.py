@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from xlstm_eval.report import page as report
 from xlstm_eval.report.page import Curve, ReportData, ReportModel, duration, render, write_report
-from xlstm_eval.report.page import page as report
 
 DATA_FILE = Path(__file__).parent / "report_data.json"
 

@@ -23,7 +23,7 @@ from xlstm_distill.data.shards import write_rows
 from xlstm_distill.data.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer, Tokens
 from xlstm_distill.recipe import load_recipe
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEACHER = ROOT / "recipes" / "quickstart" / "teacher"
 
 

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 from xlstm_distill import __version__
 from xlstm_distill.artifacts import Artifact
+from xlstm_distill.cli import preflight as batches
 from xlstm_distill.cli.app import STAGES, app
-from xlstm_distill.cli.app import preflight as batches
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe.reference import json_schema
 from xlstm_eval.records import EvalError
@@ -335,7 +335,7 @@ def test_a_batch_that_aligns_nothing_needs_no_sharing(
 
 
 def test_a_launcher_s_processes_are_counted_before_they_start(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Path(__file__).parents[2] / "recipes" / "accelerate" / "ddp-cpu.yaml"
+    config = Path(__file__).parents[3] / "recipes" / "accelerate" / "ddp-cpu.yaml"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # which the configuration sets: to be undone
     line = error_of(call("run", "small.yaml", "--launch", config, "--launch-args", "--num_processes 3"), 2)
     assert line.startswith("error: align.batch: 4 rows cannot be shared by 3 processes")

@@ -27,11 +27,11 @@ from xlstm_distill.stages.distill import _targets
 from xlstm_distill.stages.workbench import open_domains, prepare_domains
 from xlstm_distill.targets.providers import OnlineTargets
 
-SCRIPT = Path(__file__).parent / "capture_process.py"
+SCRIPT = Path(__file__).parents[2] / "helpers" / "capture_process.py"
 sys.path.insert(0, str(SCRIPT.parent))
 from capture_process import SETTINGS, run_capture  # noqa: E402
 
-RECIPE = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
+RECIPE = str(Path(__file__).parents[3] / "recipes" / "quickstart.yaml")
 
 
 def shards(run, domain="math"):

@@ -20,7 +20,7 @@ from xlstm_distill.embedded.tokenizer import VOCABULARY, render, train_tokenizer
 from xlstm_distill.embedded.train import Settings, build, learning_rate, loss_of, main
 from xlstm_distill.errors import UserError
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
+QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart"
 TEACHER = QUICKSTART / "teacher"
 RECALL = tuple(name for name, task in TASKS.items() if task.table)
 SMALL = Settings(tokens=2048, rows=2, context=256, layers=2, hidden=64, intermediate=64)

@@ -12,7 +12,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.launcher import Layout, asked_layout
 from xlstm_distill.runtime.signals import EXIT_CODE
 
-CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
+CONFIGS = Path(__file__).parents[3] / "recipes" / "accelerate"
 LAYOUTS = {
     "ddp": Layout("ddp", 8, None, "bf16"),
     "ddp-cpu": Layout("ddp", 2, None, "no"),

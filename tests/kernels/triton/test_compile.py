@@ -1,6 +1,6 @@
 """Every kernel compiles for sm_80 and sm_90 and stays within its recorded registers, spills and shared memory; no GPU.
 
-`triton_limits.json` holds what `python -m xlstm_kernels.triton.resources --json` printed, and with which Triton version.
+`limits.json` holds what `python -m xlstm_kernels.triton.resources --json` printed, and with which Triton.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-RECORDED = json.loads((Path(__file__).parent / "triton_limits.json").read_text())
+RECORDED = json.loads((Path(__file__).parent / "limits.json").read_text())
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that a program can have
 NEVER_SPILL = {"gate_kernel", "state_kernel", "output_kernel", "step_kernel", "hybrid_step_kernel", "window_kernel"}
 

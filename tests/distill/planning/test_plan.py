@@ -27,6 +27,8 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES, CausalLM
 from xlstm_distill.models.student import STUDENTS, convert
 from xlstm_distill.planning import flops
+from xlstm_distill.planning import memory as planning_memory
+from xlstm_distill.planning import plan as planning
 from xlstm_distill.planning.activations import Pass, layer_saved, mixer_saved, outside_layers
 from xlstm_distill.planning.architecture import (
     Architecture,
@@ -37,15 +39,13 @@ from xlstm_distill.planning.architecture import (
 )
 from xlstm_distill.planning.machine import GPUS, make_machine
 from xlstm_distill.planning.memory import SHARDINGS, Setup, align_memory, distill_memory, student_cache, teacher_cache
-from xlstm_distill.planning.plan import memory as planning_memory
-from xlstm_distill.planning.plan import plan as planning
 from xlstm_distill.recipe import Align, MixerConfig, Recipe, load_recipe
 from xlstm_distill.training.accelerator import checkpoint_activations
 from xlstm_distill.training.objectives import AlignTask, DistillTask
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FACTS = sorted((ROOT / "recipes" / "architectures").glob("*.json"))
 MIXERS = {
@@ -204,7 +204,7 @@ def test_peak_memory_of_a_training_step(tiny_teacher: Make, case: str) -> None:
 @pytest.mark.parametrize(("sharding", "dtype", "passes"), [("ddp", "float32", 2), ("fsdp2", "float32", 1)])
 def test_peak_memory_on_two_processes(sharding: str, dtype: str, passes: int, tmp_path: Path) -> None:
     """What a process allocates under FSDP2 also depends on when communication ends, so its bounds are wider."""
-    script, out = Path(__file__).with_name("planned_processes.py"), tmp_path / "figures.json"
+    script, out = ROOT / "tests/helpers/planned_processes.py", tmp_path / "figures.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     call = [*launcher, str(script), str(out), sharding, dtype, str(passes)]
     done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

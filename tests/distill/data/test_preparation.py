@@ -25,7 +25,7 @@ from xlstm_distill.models.teacher import load_tokenizer
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import QuietConsole
 
-TEACHER = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
+TEACHER = Path(__file__).parents[3] / "recipes" / "quickstart" / "teacher"
 SHARD = 64 * 40
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_distill import artifacts
 from xlstm_distill.artifacts import Request, Run
+from xlstm_distill.artifacts import run as artifacts
 from xlstm_distill.artifacts.hashing import _hash_files, digest, hash_path
 from xlstm_distill.errors import RunError, UserError
 
@@ -178,7 +178,7 @@ def test_beyond_the_limit_times_stand_for_the_middle_of_files(tmp_path, monkeypa
     file = tmp_path / "data"
     file.write_bytes(b"a" * 5 * 2**20)
     whole = hash_path(file)
-    monkeypatch.setattr("xlstm_distill.artifacts.WHOLE_HASH_BYTES", 1)
+    monkeypatch.setattr("xlstm_distill.artifacts.hashing.WHOLE_HASH_BYTES", 1)
     _hash_files.cache_clear()
     ends = hash_path(file)
     assert ends != whole

@@ -22,7 +22,7 @@ from xlstm_distill.data.workers import tokenizing
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Domain, Source
 
-TEACHER = Path(__file__).parents[2] / "recipes" / "quickstart" / "teacher"
+TEACHER = Path(__file__).parents[3] / "recipes" / "quickstart" / "teacher"
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POL
 def train():
     """Run a training in so many processes; with a signal and a step, send it to all once the step is in the log."""
     server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "training_server.py")], text=True,
+        [sys.executable, str(Path(__file__).parents[2] / "helpers" / "training_server.py")], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

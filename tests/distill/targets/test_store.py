@@ -12,8 +12,8 @@ import torch
 
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
+from xlstm_distill.targets import store as store_module
 from xlstm_distill.targets.codec import arrange, kl_error
-from xlstm_distill.targets.providers import store as store_module
 from xlstm_distill.targets.providers import to_targets
 from xlstm_distill.targets.store import (
     HEADER_BYTES,
