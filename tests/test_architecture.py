@@ -141,7 +141,8 @@ def test_rooms_import_from_earlier_rooms_only(module):
 
 def test_inside_a_room_no_import_is_circular():
     edges = {
-        module: {target for name in imports(NAMES[module]) if (target := module_of(name))} - {module}
+        module: {target for name in imports(NAMES[module]) if (target := module_of(name))}
+        - {module}
         for module in NAMES
     }
     done: set[str] = set()
@@ -175,7 +176,9 @@ def test_no_room_is_crowded():
 
 def test_xlstm_eval_is_a_leaf_that_only_stages_and_the_cli_use():
     for path in modules("xlstm_eval"):
-        assert not any(n.startswith(("xlstm_distill", "xlstm_kernels")) for n in imports(path)), path
+        assert not any(n.startswith(("xlstm_distill", "xlstm_kernels")) for n in imports(path)), (
+            path
+        )
     for path in modules("xlstm_distill"):
         if any(n.startswith("xlstm_eval") for n in imports(path)):
             assert path.parent.name in ("stages", "cli"), path

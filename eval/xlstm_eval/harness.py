@@ -55,7 +55,9 @@ def load_suite(suite: Suite) -> LoadedSuite:
         from lm_eval.tasks import TaskManager
 
         if suite.include_path is not None and not suite.include_path.is_dir():
-            raise EvalError(f"suite.include_path: {suite.include_path} is not a folder. Give a folder of task files.")
+            raise EvalError(
+                f"suite.include_path: {suite.include_path} is not a folder. Give a folder of task files."
+            )
         names = [task.name for task in suite.tasks]
         path = None if suite.include_path is None else str(suite.include_path.resolve())
         manager = TaskManager(include_path=path, include_defaults=False)
@@ -63,7 +65,9 @@ def load_suite(suite: Suite) -> LoadedSuite:
             known = manager.all_tasks
             manager = TaskManager(include_path=path, include_defaults=True)
             if unknown := [name for name in missing if name not in manager.all_tasks]:
-                raise EvalError(f"suite.tasks: unknown task {unknown[0]!r}. {_suggest(unknown[0], known, manager)}")
+                raise EvalError(
+                    f"suite.tasks: unknown task {unknown[0]!r}. {_suggest(unknown[0], known, manager)}"
+                )
         loaded = LoadedSuite(suite, {name: _load_task(manager, name) for name in names}, manager)
         for entry, leaf in loaded.leaves():
             _override(entry, leaf)
@@ -101,7 +105,9 @@ def evaluate_model(
         samples=samples,
         seconds=time.perf_counter() - started,
         requests_hash=hash_requests(samples),
-        settings_hash=hash_value([loaded.suite.model_dump(mode="json", exclude={"include_path"}), seed]),
+        settings_hash=hash_value(
+            [loaded.suite.model_dump(mode="json", exclude={"include_path"}), seed]
+        ),
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
@@ -150,7 +156,9 @@ def _absolute(files: Any, folder: Path) -> Any:
         return files
     path = (folder / files).resolve()
     if not path.exists() and not any(mark in files for mark in "*?["):
-        raise EvalError(f"data_files: {files} is not in {folder}. Paths are relative to the task file.")
+        raise EvalError(
+            f"data_files: {files} is not in {folder}. Paths are relative to the task file."
+        )
     return str(path)
 
 
@@ -172,7 +180,9 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
                 f"{entry.name}: runs generated code. Set confirm_run_unsafe_code to allow it, in a sandbox."
             )
         if leaf.get_config("output_type") == "generate_until":
-            budget = (leaf.get_config("generation_kwargs") or {}).get("max_gen_toks", lm.max_gen_toks)
+            budget = (leaf.get_config("generation_kwargs") or {}).get(
+                "max_gen_toks", lm.max_gen_toks
+            )
             if budget >= lm.max_length:
                 raise EvalError(
                     f"{entry.name}.max_gen_toks: {budget} leaves no room for a prompt; the model's context is "
@@ -180,7 +190,9 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
                 )
 
 
-def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+def _language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -201,7 +213,9 @@ def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> A
             super().__init__()
             self.tokenizer = tokenizer
             self.chat_template_args: dict[str, Any] = {}
-            self.max_length = resolve_max_length(config, tokenizer, default=HFLM._DEFAULT_MAX_LENGTH)
+            self.max_length = resolve_max_length(
+                config, tokenizer, default=HFLM._DEFAULT_MAX_LENGTH
+            )
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             return [""] * len(requests)
@@ -227,7 +241,9 @@ def _run_all(lm: Any, loaded: LoadedSuite, seed: int) -> dict[str, dict[str, Any
     return raw
 
 
-def _run(lm: Any, loaded: LoadedSuite, names: Sequence[str], multiturn: bool, seed: int) -> dict[str, Any]:
+def _run(
+    lm: Any, loaded: LoadedSuite, names: Sequence[str], multiturn: bool, seed: int
+) -> dict[str, Any]:
     """Evaluate some of the suite's tasks in one lm-eval call."""
     import lm_eval
     import numpy
@@ -255,8 +271,12 @@ def _run(lm: Any, loaded: LoadedSuite, names: Sequence[str], multiturn: bool, se
 
 
 def _result_of(entry: SuiteTask, loaded: LoadedSuite, raw: dict[str, dict[str, Any]]) -> TaskResult:
-    rows = [row for leaf in _leaves(loaded.tasks[entry.name]) for row in raw["samples"][leaf.task_name]]
-    return task_result(entry, raw["results"][entry.name], rows, raw["higher_is_better"].get(entry.name) or {})
+    rows = [
+        row for leaf in _leaves(loaded.tasks[entry.name]) for row in raw["samples"][leaf.task_name]
+    ]
+    return task_result(
+        entry, raw["results"][entry.name], rows, raw["higher_is_better"].get(entry.name) or {}
+    )
 
 
 def _leaves(task: Any) -> list[Any]:
@@ -281,9 +301,13 @@ class _ProgressHook:
         self._done = self._total = 0
 
     def add_partial(self, *_: object) -> None:
-        if self._done == self._total:  # the first request, or the first after the other few-shot style was built
+        if (
+            self._done == self._total
+        ):  # the first request, or the first after the other few-shot style was built
             leaves = [leaf for _, leaf in self._loaded.leaves()]
-            self._total = sum(instance.repeats for leaf in leaves for instance in leaf.instances or ())
+            self._total = sum(
+                instance.repeats for leaf in leaves for instance in leaf.instances or ()
+            )
         self._done += 1
         with contextlib.redirect_stderr(self._stderr):
             self._progress(self._done, self._total)

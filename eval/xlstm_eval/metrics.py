@@ -82,7 +82,9 @@ def compare(name: str, pairs: Sequence[TaskPair], alphas: Sequence[float] = ALPH
         name=name,
         tasks=tuple(pairs),
         recovery={pair.task: recovery_rate(pair) for pair in pairs},
-        recovery_by_domain={d: mean_recovery(pair for pair in pairs if pair.domain == d) for d in domains},
+        recovery_by_domain={
+            d: mean_recovery(pair for pair in pairs if pair.domain == d) for d in domains
+        },
         mean_recovery=mean_recovery(pairs),
         win_and_tie={str(float(alpha)): win_and_tie_rate(pairs, alpha) for alpha in alphas},
         critical_tolerance=critical_tolerance(pairs),
@@ -93,14 +95,18 @@ def compare(name: str, pairs: Sequence[TaskPair], alphas: Sequence[float] = ALPH
     )
 
 
-def pair_results(teacher: Sequence[TaskResult], student: Sequence[TaskResult]) -> tuple[TaskPair, ...]:
+def pair_results(
+    teacher: Sequence[TaskResult], student: Sequence[TaskResult]
+) -> tuple[TaskPair, ...]:
     """Join teacher's and student's results by task, in the teacher's order.
 
     Raises EvalError where the two were not measured alike: other tasks, another metric or number of samples.
     """
     by_task = {result.task: result for result in student}
     if odd := sorted({result.task for result in teacher} ^ set(by_task)):
-        raise EvalError(f"tasks: only one of teacher and student has {', '.join(odd)}. Evaluate both on one suite.")
+        raise EvalError(
+            f"tasks: only one of teacher and student has {', '.join(odd)}. Evaluate both on one suite."
+        )
     return tuple(_pair(result, by_task[result.task]) for result in teacher)
 
 
@@ -139,7 +145,11 @@ def _rate(pair: TaskPair) -> Fraction | None:
 
 def _ratio(pair: TaskPair) -> Fraction | None:
     """Return the exact ratio of the scores, or None where its denominator is 0."""
-    if pair.samples is not None and pair.teacher_correct is not None and pair.student_correct is not None:
+    if (
+        pair.samples is not None
+        and pair.teacher_correct is not None
+        and pair.student_correct is not None
+    ):
         teacher, student = Fraction(pair.teacher_correct), Fraction(pair.student_correct)
     else:
         teacher, student = Fraction(repr(pair.teacher)), Fraction(repr(pair.student))

@@ -46,7 +46,9 @@ class TaskResult(Frozen):
     @model_validator(mode="after")
     def _correct_fits_samples(self) -> Self:
         if self.correct is not None and self.correct > self.samples:
-            raise ValueError(f"correct: {self.correct} is more than samples ({self.samples}). Give a count of samples.")
+            raise ValueError(
+                f"correct: {self.correct} is more than samples ({self.samples}). Give a count of samples."
+            )
         return self
 
 
@@ -73,7 +75,9 @@ class TaskPair(Frozen):
         if all(count is None for count in counts):
             return self
         if self.samples is None or self.teacher_correct is None or self.student_correct is None:
-            raise ValueError("samples, teacher_correct and student_correct: give all three or none.")
+            raise ValueError(
+                "samples, teacher_correct and student_correct: give all three or none."
+            )
         for side, score, correct in (
             ("teacher", self.teacher, self.teacher_correct),
             ("student", self.student, self.student_correct),
@@ -139,7 +143,9 @@ def one_line(problem: ValidationError, model: type[BaseModel]) -> str:
     """Say the first of a validation's errors in one line, and how many more there are."""
     locations = [error["loc"] for error in problem.errors()]
     # A list with a bad item also reports itself as too short.
-    errors = [e for e in problem.errors() if e["type"] != "too_short" or not _below(e["loc"], locations)]
+    errors = [
+        e for e in problem.errors() if e["type"] != "too_short" or not _below(e["loc"], locations)
+    ]
     # An unknown key comes first: a misspelt key also reports the right one as missing.
     errors.sort(key=lambda error: error["type"] != "extra_forbidden")
     others = len({error["loc"] for error in errors}) - 1
@@ -166,13 +172,22 @@ def _sentence(error: Any, model: type[BaseModel]) -> str:
             wanted = "a list" if kind == "tuple_type" else "an object"
             return f"{where}: {_kind(value)}; give {wanted}."
         case "float_type" | "int_type" | "bool_type" | "string_type":
-            words = {"float": "a number", "int": "a whole number", "bool": "true or false", "string": "a string"}
-            return f"{where}: {value!r} is {_kind(value)}; give {words[kind.removesuffix('_type')]}."
+            words = {
+                "float": "a number",
+                "int": "a whole number",
+                "bool": "true or false",
+                "string": "a string",
+            }
+            return (
+                f"{where}: {value!r} is {_kind(value)}; give {words[kind.removesuffix('_type')]}."
+            )
     return f"{where}: {value!r}: {error['msg']}."
 
 
 def _below(location: tuple[int | str, ...], others: list[tuple[int | str, ...]]) -> bool:
-    return any(len(other) > len(location) and other[: len(location)] == location for other in others)
+    return any(
+        len(other) > len(location) and other[: len(location)] == location for other in others
+    )
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

@@ -15,7 +15,9 @@ from pydantic import ValidationError
 from xlstm_eval.records import EvalError, TaskResult, did_you_mean, one_line
 from xlstm_eval.suites import SuiteTask
 
-Row = dict[str, Any]  # one item of a task as lm-eval logs it: doc, arguments, resps, filter, and each metric's value
+Row = dict[
+    str, Any
+]  # one item of a task as lm-eval logs it: doc, arguments, resps, filter, and each metric's value
 
 # Taken in this order where a task reports several metrics and the suite names none.
 PREFERRED_METRICS = (
@@ -72,16 +74,24 @@ def pick_metric(entry: SuiteTask, scores: dict[str, Any]) -> tuple[str, str]:
     if metric is None:
         metric = next((name for name in PREFERRED_METRICS if name in metrics), None)
     if metric is None:
-        raise EvalError(f"{entry.name}.metric: not named, and the task has {', '.join(metrics)}. Name one.")
+        raise EvalError(
+            f"{entry.name}.metric: not named, and the task has {', '.join(metrics)}. Name one."
+        )
     if metric not in metrics:
-        raise EvalError(f"{entry.name}.metric: the task has no {metric!r}. {did_you_mean(metric, metrics)}")
+        raise EvalError(
+            f"{entry.name}.metric: the task has no {metric!r}. {did_you_mean(metric, metrics)}"
+        )
     filters = [name for other, name in keys if other == metric]
     if entry.filter is not None and entry.filter not in filters:
-        raise EvalError(f"{entry.name}.filter: {metric} has no {entry.filter!r}. {did_you_mean(entry.filter, filters)}")
+        raise EvalError(
+            f"{entry.name}.filter: {metric} has no {entry.filter!r}. {did_you_mean(entry.filter, filters)}"
+        )
     return metric, entry.filter or filters[0]
 
 
-def task_result(entry: SuiteTask, scores: Row, rows: Sequence[Row], higher_is_better: dict[str, bool]) -> TaskResult:
+def task_result(
+    entry: SuiteTask, scores: Row, rows: Sequence[Row], higher_is_better: dict[str, bool]
+) -> TaskResult:
     """Build a task's result from lm-eval's ``scores`` ({"metric,filter": value}) and its logged ``rows``.
 
     The standard error is that of a mean of independent items; a score that is no mean of its rows gets none.
@@ -91,7 +101,9 @@ def task_result(entry: SuiteTask, scores: Row, rows: Sequence[Row], higher_is_be
     score = scores[f"{metric},{filter_name}"]
     rows = [row for row in rows if row["filter"] == filter_name]
     values = [row[metric] for row in rows if isinstance(row.get(metric), (bool, int, float))]
-    is_mean = len(values) == len(rows) and math.isclose(sum(values) / len(values), score, abs_tol=1e-9)
+    is_mean = len(values) == len(rows) and math.isclose(
+        sum(values) / len(values), score, abs_tol=1e-9
+    )
     binary = is_mean and all(value in (0, 1) for value in values)
     try:
         return TaskResult(

@@ -86,7 +86,9 @@ def _read_json(path: Path) -> object:
         raise ScoreError(f"{path}: no such file. Give the path of a JSON file.") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ScoreError(f"{path}: cannot be read ({reason}). Give the path of a JSON file.") from None
+        raise ScoreError(
+            f"{path}: cannot be read ({reason}). Give the path of a JSON file."
+        ) from None
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
@@ -122,6 +124,8 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = (cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i]) for i, cell in enumerate(row))
+        cells = (
+            cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i]) for i, cell in enumerate(row)
+        )
         lines.append("  ".join(cells))
     return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -9,7 +9,13 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from xlstm_kernels.checks import check_hybrid_step, check_peer, check_sequence, check_step, check_window
+from xlstm_kernels.checks import (
+    check_hybrid_step,
+    check_peer,
+    check_sequence,
+    check_step,
+    check_window,
+)
 from xlstm_kernels.dispatch import Backend, choose
 from xlstm_kernels.state import MLSTMState, Ring
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
@@ -88,7 +94,14 @@ def mlstm(
 
 
 def mlstm_step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState, *, backend: Backend = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Advance the mLSTM by one token, updating `state` in place; for decoding, never records gradients.
 
@@ -132,11 +145,16 @@ def hybrid_step(
     check_hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dims = {"D": q.shape[-1], "Dk": phi_q.shape[-1], "Dv": v.shape[-1]}
-    if choose("hybrid_step", backend, q, k, v, phi_q, phi_k, i, f, gate, *state, dims=dims) == "triton":
+    if (
+        choose("hybrid_step", backend, q, k, v, phi_q, phi_k, i, f, gate, *state, dims=dims)
+        == "triton"
+    ):
         from xlstm_kernels.triton.step import hybrid_step_triton
 
         return hybrid_step_triton(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, scale)
-    return hybrid_step_in_place(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, scale).to(v.dtype)
+    return hybrid_step_in_place(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, scale).to(
+        v.dtype
+    )
 
 
 def sliding_window_attention(
@@ -159,7 +177,10 @@ def sliding_window_attention(
     """
     check_window(q, k, v, window, sinks, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose("sliding_window_attention", backend, q, k, v, dims={"D": q.shape[-1]}, sinks=sinks) == "triton":
+    if (
+        choose("sliding_window_attention", backend, q, k, v, dims={"D": q.shape[-1]}, sinks=sinks)
+        == "triton"
+    ):
         from xlstm_kernels.triton.window import window_triton
 
         return window_triton(q, k, v, window, sinks, segment_ids, scale)

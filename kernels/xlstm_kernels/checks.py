@@ -35,7 +35,11 @@ def check_sequence(
 
 def check_peer(segment_ids: Tensor | None, state: MLSTMState | None, return_state: bool) -> None:
     """Refuse what backend="mlstm_kernels" cannot do exactly."""
-    asked = {"segment_ids": segment_ids is not None, "state": state is not None, "return_state": return_state}
+    asked = {
+        "segment_ids": segment_ids is not None,
+        "state": state is not None,
+        "return_state": return_state,
+    }
     for name, given in asked.items():
         if given:
             raise ValueError(
@@ -43,7 +47,9 @@ def check_peer(segment_ids: Tensor | None, state: MLSTMState | None, return_stat
             )
 
 
-def check_window(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segment_ids: Tensor | None) -> None:
+def check_window(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segment_ids: Tensor | None
+) -> None:
     """Check sliding-window attention."""
     name = "sliding_window_attention"
     check_floats(name, q=q, k=k, v=v)
@@ -63,7 +69,14 @@ def check_window(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segme
 
 
 def check_step(
-    operator: str, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState, prefix: str = ""
+    operator: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState,
+    prefix: str = "",
 ) -> None:
     """Check one token of the mLSTM; `prefix` is what the caller's names of q and k begin with."""
     query, key = f"{prefix}q", f"{prefix}k"
@@ -92,7 +105,9 @@ def check_hybrid_step(
 ) -> None:
     """Check one token of the hybrid mixer."""
     name = "hybrid_step"
-    check_floats(name, q=q, k=k, v=v, gate=gate, **{"ring.keys": ring.keys, "ring.values": ring.values})
+    check_floats(
+        name, q=q, k=k, v=v, gate=gate, **{"ring.keys": ring.keys, "ring.values": ring.values}
+    )
     check_step(name, phi_q, phi_k, v, i, f, state, prefix="phi_")
     (B, H), G = phi_q.shape[:2], v.shape[1]
     check_shape(name, "q", q, "(B, H, D)", (B, H, None))
@@ -100,17 +115,23 @@ def check_hybrid_step(
     check_shape(name, "gate", gate, "(B, H)", (B, H))
     slots = ring.positions.shape[-1]
     if not 0 <= sinks < slots:
-        raise ValueError(f"{name}: sinks={sinks} is not allowed; the ring's {slots} slots hold 0 to {slots - 1}")
+        raise ValueError(
+            f"{name}: sinks={sinks} is not allowed; the ring's {slots} slots hold 0 to {slots - 1}"
+        )
     check_shape(name, "ring.keys", ring.keys, "(B, G, N + W, D)", (B, G, slots, q.shape[-1]))
     check_shape(name, "ring.values", ring.values, "(B, G, N + W, Dv)", (B, G, slots, v.shape[-1]))
     check_shape(name, "ring.positions", ring.positions, "(B, N + W)", (B, slots))
     check_shape(name, "ring.lengths", ring.lengths, "(B,)", (B,))
     for field, x in (("positions", ring.positions), ("lengths", ring.lengths)):
         if x.dtype != torch.int64:
-            raise ValueError(f"{name}: ring.{field} has dtype {dtype_name(x.dtype)}; allowed: int64")
+            raise ValueError(
+                f"{name}: ring.{field} has dtype {dtype_name(x.dtype)}; allowed: int64"
+            )
     for field, x in zip(ring._fields, ring, strict=True):
         if x.device != q.device:
-            raise ValueError(f"{name}: ring.{field} is on {x.device}, but q is on {q.device}; use one")
+            raise ValueError(
+                f"{name}: ring.{field} is on {x.device}, but q is on {q.device}; use one"
+            )
 
 
 def check_floats(operator: str, **tensors: Tensor) -> None:
@@ -119,9 +140,13 @@ def check_floats(operator: str, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.dtype not in FLOATS:
             allowed = ", ".join(map(dtype_name, FLOATS))
-            raise ValueError(f"{operator}: {name} has dtype {dtype_name(x.dtype)}; allowed: {allowed}")
+            raise ValueError(
+                f"{operator}: {name} has dtype {dtype_name(x.dtype)}; allowed: {allowed}"
+            )
         if x.device != device:
-            raise ValueError(f"{operator}: {name} is on {x.device}, but the first argument is on {device}; use one")
+            raise ValueError(
+                f"{operator}: {name} is on {x.device}, but the first argument is on {device}; use one"
+            )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -129,19 +154,25 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_shape(operator: str, name: str, x: Tensor, letters: str, expected: tuple[int | None, ...]) -> None:
+def check_shape(
+    operator: str, name: str, x: Tensor, letters: str, expected: tuple[int | None, ...]
+) -> None:
     """Refuse x unless its shape is `expected`, where None allows any size of at least 1."""
     fits = x.ndim == len(expected)
     if not (fits and all(n == (e or max(n, 1)) for n, e in zip(x.shape, expected, strict=True))):
         wanted = ", ".join("any >= 1" if e is None else str(e) for e in expected)
-        raise ValueError(f"{operator}: {name} has shape {tuple(x.shape)}; expected {letters} = ({wanted})")
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(x.shape)}; expected {letters} = ({wanted})"
+        )
 
 
 def check_groups(operator: str, name: str, x: Tensor, q: Tensor) -> None:
     """Refuse heads that do not divide into groups."""
     heads, groups = q.shape[1], x.shape[1]
     if heads % groups:
-        raise ValueError(f"{operator}: {name} has {groups} heads; the {heads} heads of q must be a multiple of them")
+        raise ValueError(
+            f"{operator}: {name} has {groups} heads; the {heads} heads of q must be a multiple of them"
+        )
 
 
 def check_segments(operator: str, segment_ids: Tensor | None, q: Tensor) -> None:
@@ -150,9 +181,13 @@ def check_segments(operator: str, segment_ids: Tensor | None, q: Tensor) -> None
         return
     check_shape(operator, "segment_ids", segment_ids, "(B, T)", (q.shape[0], q.shape[2]))
     if segment_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise ValueError(f"{operator}: segment_ids has dtype {dtype_name(segment_ids.dtype)}; allowed: integers")
+        raise ValueError(
+            f"{operator}: segment_ids has dtype {dtype_name(segment_ids.dtype)}; allowed: integers"
+        )
     if segment_ids.device != q.device:
-        raise ValueError(f"{operator}: segment_ids is on {segment_ids.device}, but q is on {q.device}; use one")
+        raise ValueError(
+            f"{operator}: segment_ids is on {segment_ids.device}, but q is on {q.device}; use one"
+        )
 
 
 def check_state(operator: str, state: MLSTMState, q: Tensor, v: Tensor, dtype: torch.dtype) -> None:
@@ -163,6 +198,10 @@ def check_state(operator: str, state: MLSTMState, q: Tensor, v: Tensor, dtype: t
     check_shape(operator, "state.m", state.m, "(B, H)", (B, H))
     for name, x in zip(state._fields, state, strict=True):
         if x.dtype != dtype:
-            raise ValueError(f"{operator}: state.{name} has dtype {dtype_name(x.dtype)}; allowed: {dtype_name(dtype)}")
+            raise ValueError(
+                f"{operator}: state.{name} has dtype {dtype_name(x.dtype)}; allowed: {dtype_name(dtype)}"
+            )
         if x.device != q.device:
-            raise ValueError(f"{operator}: state.{name} is on {x.device}, but q is on {q.device}; use one")
+            raise ValueError(
+                f"{operator}: state.{name} is on {x.device}, but q is on {q.device}; use one"
+            )

@@ -22,14 +22,18 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_SINKS = 64
 
 
-def choose(operator: str, backend: Backend, *tensors: Tensor, dims: dict[str, int], sinks: int = 0) -> Backend:
+def choose(
+    operator: str, backend: Backend, *tensors: Tensor, dims: dict[str, int], sinks: int = 0
+) -> Backend:
     """Return the backend to run, never "auto". dims: the head dims by letter, for the message.
 
     Raises ValueError in one line if the backend is unknown, or cannot run this call.
     """
     allowed = BACKENDS if operator == "mlstm" else BACKENDS[:-1]
     if backend not in allowed:
-        raise ValueError(f"{operator}: backend={backend!r} is unknown; allowed: {', '.join(allowed)}")
+        raise ValueError(
+            f"{operator}: backend={backend!r} is unknown; allowed: {', '.join(allowed)}"
+        )
     chosen = AUTO if backend == "auto" else backend
     if chosen == "triton" and (objection := triton_refuses(tensors, dims, sinks)):
         raise ValueError(f"{operator}: backend='triton' {objection}")
@@ -70,7 +74,9 @@ def _device_refused(tensors: tuple[Tensor, ...]) -> str | None:
 def triton_refuses(tensors: tuple[Tensor, ...], dims: dict[str, int], sinks: int = 0) -> str | None:
     """Say why the Triton kernels cannot run a call, and what to do; None if they can."""
     if not installed("triton"):
-        return "needs the package triton, which is not installed; install it, or use backend='torch'"
+        return (
+            "needs the package triton, which is not installed; install it, or use backend='torch'"
+        )
     if objection := _device_refused(tensors):
         return objection
     for letter, size in dims.items():

@@ -23,11 +23,22 @@ MLSTM_KERNELS_EXP = "triton_xl_chunk"  # of the mlstm_kernels package; exponenti
 
 def missing(module: str) -> str | None:
     """Say that a module is not installed; None if it is."""
-    return None if importlib.util.find_spec(module.split(".")[0]) else f"{module.split('.')[0]} is not installed"
+    return (
+        None
+        if importlib.util.find_spec(module.split(".")[0])
+        else f"{module.split('.')[0]} is not installed"
+    )
 
 
 def mlstm_ones_column(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, kernel: str = MLSTM_KERNELS_EXP, **settings: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    kernel: str = MLSTM_KERNELS_EXP,
+    **settings: Any,
 ) -> Tensor:
     """Run a chunkwise kernel of mlstm_kernels so that value and gradients are those of the exact ratio.
 
@@ -65,7 +76,9 @@ def simple_gla_ones_column(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor
     return exact.to(v.dtype)
 
 
-def flex_window(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segment_ids: Tensor | None) -> Tensor:
+def flex_window(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segment_ids: Tensor | None
+) -> Tensor:
     """Run torch's flex_attention, compiled, with the mask of `sliding_window_attention`."""
     attend = compiled_flex("flex_attention")
     mask = flex_mask(segment_ids, q.shape[0], q.shape[2], window, sinks, q.device)
@@ -76,13 +89,21 @@ def flex_window(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segmen
 @functools.cache
 def compiled_flex(function: str) -> Any:
     """Compile a function of flex_attention's module, once."""
-    return torch.compile(getattr(importlib.import_module("torch.nn.attention.flex_attention"), function))
+    return torch.compile(
+        getattr(importlib.import_module("torch.nn.attention.flex_attention"), function)
+    )
 
 
 @functools.lru_cache(maxsize=4)
-def flex_mask(ids: Tensor | None, batch: int, tokens: int, window: int, sinks: int, device: torch.device) -> Any:
+def flex_mask(
+    ids: Tensor | None, batch: int, tokens: int, window: int, sinks: int, device: torch.device
+) -> Any:
     """Make the block mask; kept for the calls that follow with the same tensor of ids, as a model's layers would."""
-    runs = torch.zeros(batch, tokens, dtype=torch.int64, device=device) if ids is None else document_runs(ids)
+    runs = (
+        torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+        if ids is None
+        else document_runs(ids)
+    )
     starts = document_starts(runs)
 
     def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -32,11 +32,17 @@ def mlstm_reference(
         keeps = torch.ones(B, dtype=torch.bool, device=q.device)
         if segment_ids is not None and t > 0:
             keeps = segment_ids[:, t] == segment_ids[:, t - 1]
-        carried = torch.where(keeps[:, None], log_f + m, MLSTMState.zeros(B, H, 1, 1, dtype=q.dtype, device=q.device).m)
+        carried = torch.where(
+            keeps[:, None],
+            log_f + m,
+            MLSTMState.zeros(B, H, 1, 1, dtype=q.dtype, device=q.device).m,
+        )
         peak = torch.maximum(carried, log_i).detach()
         decay, write = (carried - peak).exp(), (log_i - peak).exp()
         key, value = k[:, :, t], v[:, :, t]
-        C = decay[..., None, None] * C + write[..., None, None] * key.unsqueeze(-1) * value.unsqueeze(-2)
+        C = decay[..., None, None] * C + write[..., None, None] * key.unsqueeze(
+            -1
+        ) * value.unsqueeze(-2)
         n = decay[..., None] * n + write[..., None] * key
         m = peak
         num = (q[:, :, t, :, None] * C).sum(dim=-2)

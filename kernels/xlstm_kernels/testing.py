@@ -15,8 +15,12 @@ def error_ratio(actual: Tensor, expected: Tensor) -> float:
     Raises ValueError if the shapes differ.
     """
     if actual.shape != expected.shape:
-        raise ValueError(f"error_ratio: actual has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
-    difference, scale = (x.detach().double().square().mean().sqrt() for x in (expected.double() - actual, expected))
+        raise ValueError(
+            f"error_ratio: actual has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+        )
+    difference, scale = (
+        x.detach().double().square().mean().sqrt() for x in (expected.double() - actual, expected)
+    )
     return 0.0 if difference == 0 else float(difference / scale)
 
 
@@ -70,7 +74,10 @@ def to_float64(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def outputs_and_grads(
-    operator: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Mapping[str, Tensor], *, seed: int = 1
+    operator: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor],
+    *,
+    seed: int = 1,
 ) -> dict[str, Tensor]:
     """Run operator(**inputs) and back-propagate fixed random cotangents through every output.
 

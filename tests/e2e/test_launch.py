@@ -25,17 +25,31 @@ CPU = str(CONFIGS / "ddp-cpu.yaml")
 
 
 def words(stage: str, run: Path, *more: str, sets: tuple[str, ...] = SETS) -> list[str]:
-    return [stage, str(RECIPE), "--run-dir", str(run), *more, *(w for value in sets for w in ("--set", value))]
+    return [
+        stage,
+        str(RECIPE),
+        "--run-dir",
+        str(run),
+        *more,
+        *(w for value in sets for w in ("--set", value)),
+    ]
 
 
 def environment(shim: bool = False) -> dict[str, str]:
     path = [str(ROOT / "tests" / "shims")] if shim else []
     path += [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path),
+    }
 
 
 def start(command: list[str], shim: bool = False) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, env=environment(shim), check=False, cwd=ROOT)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(shim), check=False, cwd=ROOT
+    )
 
 
 def cli(*arguments: str, shim: bool = False) -> subprocess.CompletedProcess[str]:
@@ -56,7 +70,12 @@ def aligned(tmp_path_factory) -> Path:
     "launcher",
     [
         ["accelerate.commands.launch", "--config_file", CPU, "-m", "xlstm_distill"],
-        ["accelerate.commands.launch", "--config_file", CPU, str(Path(sys.executable).parent / "xlstm-distill")],
+        [
+            "accelerate.commands.launch",
+            "--config_file",
+            CPU,
+            str(Path(sys.executable).parent / "xlstm-distill"),
+        ],
         ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xlstm_distill"],
     ],
     ids=["accelerate-module", "accelerate-console-script", "torchrun"],
@@ -69,7 +88,13 @@ def test_other_launchers_work_as_well(launcher, aligned):
 
 @pytest.mark.parametrize(
     "name",
-    ["fsdp2", *(pytest.param(f"zero{n}", marks=[pytest.mark.deepspeed, pytest.mark.slow]) for n in (1, 2, 3))],
+    [
+        "fsdp2",
+        *(
+            pytest.param(f"zero{n}", marks=[pytest.mark.deepspeed, pytest.mark.slow])
+            for n in (1, 2, 3)
+        ),
+    ],
 )
 def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     from safetensors.torch import load_file
@@ -78,14 +103,23 @@ def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     import xlstm_distill  # noqa: F401  (makes students known to the Auto classes)
 
     run = shutil.copytree(aligned, tmp_path / "run")
-    launch = ("--launch", str(CONFIGS / f"{name}.yaml"), "--launch-args", "--num_processes 2 --mixed_precision no")
-    checkpoints = () if name == "fsdp2" else ("--set", "training.checkpoint_steps=null")  # DeepSpeed has none
+    launch = (
+        "--launch",
+        str(CONFIGS / f"{name}.yaml"),
+        "--launch-args",
+        "--num_processes 2 --mixed_precision no",
+    )
+    checkpoints = (
+        () if name == "fsdp2" else ("--set", "training.checkpoint_steps=null")
+    )  # DeepSpeed has none
     sharded = words("distill", run, *launch, "--set", "capture.shard_teacher=true", *checkpoints)
     done = cli(*sharded, shim=True)
     assert done.returncode == 0, done.stderr
     models = [run / "artifacts" / stage / "model" for stage in ("align", "distill/math")]
     before, after = (load_file(model / "model.safetensors") for model in models)
-    assert {name: w.shape for name, w in before.items()} == {name: w.shape for name, w in after.items()}
+    assert {name: w.shape for name, w in before.items()} == {
+        name: w.shape for name, w in after.items()
+    }
     assert any((before[name] != after[name]).any() for name in before)
     _, loading = AutoModelForCausalLM.from_pretrained(models[1], output_loading_info=True)
     assert not loading["missing_keys"]
@@ -102,9 +136,14 @@ def test_sharding_that_would_silently_not_happen_is_refused(name, aligned, tmp_p
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     asked = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}[name]
-    assert any(f"asked for {asked} on 2 processes, and accelerate runs DDP on 2 processes" in line for line in lines)
+    assert any(
+        f"asked for {asked} on 2 processes, and accelerate runs DDP on 2 processes" in line
+        for line in lines
+    )
     assert "Traceback" not in done.stderr
-    assert not (run / "artifacts" / "distill").exists() or not list((run / "artifacts" / "distill").iterdir())
+    assert not (run / "artifacts" / "distill").exists() or not list(
+        (run / "artifacts" / "distill").iterdir()
+    )
 
 
 def test_several_processes_that_accelerate_would_not_start_are_refused(tmp_path):
@@ -126,18 +165,24 @@ def test_a_bad_recipe_is_said_once(tmp_path):
     assert "--launch-args: '--num_processes 2' has no effect without --launch" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number, aligned, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(aligned / "artifacts" / "data", run / "artifacts" / "data")
-    command = words("align", run, "--launch", CPU, sets=("align.tokens=4000000", "align.batch=4", *SETS[1:]))
+    command = words(
+        "align", run, "--launch", CPU, sets=("align.tokens=4000000", "align.batch=4", *SETS[1:])
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "xlstm_distill", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True, env=environment(), cwd=ROOT,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
-        while sum(len(log.read_text().splitlines()) for log in run.glob("training/*/log.jsonl")) < 3:
+        while (
+            sum(len(log.read_text().splitlines()) for log in run.glob("training/*/log.jsonl")) < 3
+        ):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.1)

@@ -28,7 +28,9 @@ def cli(*words: str | Path, sets: tuple[str, ...] = SMALL) -> subprocess.Complet
     overrides = [word for value in sets for word in ("--set", value)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "xlstm_distill", *map(str, words), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd="/")
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, cwd="/"
+    )
 
 
 def in_two_processes(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -84,11 +86,20 @@ def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_bee
     """SIGKILL, then SIGTERM, then to the end: the weights are those of the run that nobody disturbed."""
     shutil.copytree(run / "artifacts" / "data", tmp_path / "artifacts" / "data")
     words = ["align", str(RECIPE), "--run", str(tmp_path), "--set", "training.checkpoint_steps=3"]
-    command = [sys.executable, "-m", "xlstm_distill", *words, *(w for value in SMALL for w in ("--set", value))]
+    command = [
+        sys.executable,
+        "-m",
+        "xlstm_distill",
+        *words,
+        *(w for value in SMALL for w in ("--set", value)),
+    ]
     for number, step, code in ((signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 8, 75)):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         while process.poll() is None and not any(
-            log.read_text().count("\n") > step for log in (tmp_path / "training").glob("align-*/log.jsonl")
+            log.read_text().count("\n") > step
+            for log in (tmp_path / "training").glob("align-*/log.jsonl")
         ):
             time.sleep(0.01)
         process.send_signal(number)
@@ -117,7 +128,9 @@ def test_models_are_hugging_face_directories_that_generate(run):
 
     for label in ("align", "distill/math", "merge"):
         folder = run / "artifacts" / label / "model"
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            p.name for p in folder.iterdir()
+        }
     tokenizer = AutoTokenizer.from_pretrained(folder)
     student = AutoModelForCausalLM.from_pretrained(folder)
     prompt = tokenizer("Repeat: sun fog", return_tensors="pt")
@@ -128,7 +141,11 @@ def test_models_are_hugging_face_directories_that_generate(run):
 
 def test_the_report_holds_every_model(run):
     report = json.loads((run / "report" / "report.json").read_text())
-    assert {p.name for p in (run / "report").iterdir()} == {"report.html", "report.md", "report.json"}
+    assert {p.name for p in (run / "report").iterdir()} == {
+        "report.html",
+        "report.md",
+        "report.json",
+    }
     assert [m["name"] for m in report["models"]] == ["merged", "math", "chat"]
     for model in report["models"]:
         assert set(model["scores"]) == set(report["teacher"]["scores"])
@@ -152,10 +169,16 @@ def test_run_again_nothing_is_made_anew(run):
 def test_new_merge_weights_redo_only_what_depends_on_them(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
     before = manifests(copy)
-    done = cli("run", RECIPE, "--run", copy, sets=(*SMALL, "merge.weights={math: 0.25, chat: 0.75}"))
+    done = cli(
+        "run", RECIPE, "--run", copy, sets=(*SMALL, "merge.weights={math: 0.25, chat: 0.75}")
+    )
     assert done.returncode == 0, done.stderr
     after = manifests(copy)
-    assert {label for label in after if after[label] != before[label]} == {"merge", "evaluate/merged", "report"}
+    assert {label for label in after if after[label] != before[label]} == {
+        "merge",
+        "evaluate/merged",
+        "report",
+    }
 
 
 def test_a_longer_expert_redoes_only_itself(run, tmp_path):
@@ -192,17 +215,24 @@ def test_stages_run_one_by_one_and_say_what_is_missing(tmp_path):
 def test_a_loss_that_is_not_finite_ends_in_one_line_and_keeps_what_was_there(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
     before = manifests(copy)
-    line = one_line(cli("run", RECIPE, "--run", copy, sets=(*SMALL, "align.lr=1.0e+38", "align.clip=null")), 1)
+    line = one_line(
+        cli("run", RECIPE, "--run", copy, sets=(*SMALL, "align.lr=1.0e+38", "align.clip=null")), 1
+    )
     assert "align: step" in line
     assert "is nan" in line or "is inf" in line
     assert manifests(copy) == before
 
 
 def test_a_teacher_that_is_not_there_is_one_line(tmp_path):
-    line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=("teacher.path=quickstart/nowhere",)), 2)
+    line = one_line(
+        cli("run", RECIPE, "--run", tmp_path / "run", sets=("teacher.path=quickstart/nowhere",)), 2
+    )
     assert "teacher.path: 'quickstart/nowhere' is not there" in line
     (tmp_path / "empty").mkdir()
-    line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=(f"teacher.path={tmp_path / 'empty'}",)), 2)
+    line = one_line(
+        cli("run", RECIPE, "--run", tmp_path / "run", sets=(f"teacher.path={tmp_path / 'empty'}",)),
+        2,
+    )
     assert "teacher.path" in line
 
 
@@ -213,12 +243,19 @@ def test_a_tokenizer_of_another_model_is_one_line(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     tokenizer.add_tokens([f"extra{n}" for n in range(2000)])
     tokenizer.save_pretrained(teacher)
-    line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=(f"teacher.path={teacher}",)), 2)
+    line = one_line(
+        cli("run", RECIPE, "--run", tmp_path / "run", sets=(f"teacher.path={teacher}",)), 2
+    )
     assert "do not belong together" in line
 
 
 def test_a_task_that_is_not_there_is_told_before_anything_is_made(tmp_path):
-    line = one_line(cli("run", RECIPE, "--run", tmp_path / "run", sets=("evaluate.tasks=[{name: qs_math_ad}]",)), 2)
+    line = one_line(
+        cli(
+            "run", RECIPE, "--run", tmp_path / "run", sets=("evaluate.tasks=[{name: qs_math_ad}]",)
+        ),
+        2,
+    )
     assert line == "error: suite.tasks: unknown task 'qs_math_ad'. Did you mean 'qs_math_add'?"
     assert manifests(tmp_path / "run") == {}
 
@@ -238,7 +275,10 @@ def test_two_processes_write_once_and_align_the_same_student(run, tmp_path):
     done = in_two_processes("align", RECIPE, "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("align     done in") == 1
-    one, two = (load_file(r / "artifacts" / "align" / "model" / "model.safetensors") for r in (run, tmp_path / "run"))
+    one, two = (
+        load_file(r / "artifacts" / "align" / "model" / "model.safetensors")
+        for r in (run, tmp_path / "run")
+    )
     for name, tensor in one.items():
         if not name.endswith("input_gate.bias"):  # its gradient is zero: Adam amplifies rounding
             assert error_ratio(two[name], tensor.double()) < 1e-3, name
@@ -258,6 +298,8 @@ def test_a_student_of_windows_alone_goes_through_all_stages(tmp_path):
     assert "align: no new parameters to align with branches ['window']" in done.stdout.splitlines()
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert not report.get("gates")
-    assert {"align", "distill/math", "merge", "evaluate/merged", "report"} <= set(manifests(tmp_path / "run"))
+    assert {"align", "distill/math", "merge", "evaluate/merged", "report"} <= set(
+        manifests(tmp_path / "run")
+    )
     again = cli("align", RECIPE, "--run", tmp_path / "run", sets=windows)
     assert again.stdout.split() == ["align", "already", "done"]

@@ -17,7 +17,12 @@ from xlstm_eval.report.page import ReportData, write_report
 
 DATA_FILE = Path(__file__).parents[1] / "eval" / "report" / "report_data.json"
 BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
 )
 FLAGS = (
     "--headless",
@@ -71,7 +76,9 @@ class Visit:
 def visit(page: Path, folder: Path, size: str = "1280,900") -> Visit:
     assert BROWSER is not None
     flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}"]
-    done = subprocess.run([BROWSER, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return Visit(done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line])
 
@@ -102,10 +109,14 @@ def test_the_report_opens_without_a_line_on_the_console(page: Path, tmp_path: Pa
 def test_these_checks_notice_a_request_and_an_error(page: Path, tmp_path: Path) -> None:
     image = '<img src="http://127.0.0.1:9/x.png">'
     blocked = tmp_path / "blocked.html"
-    blocked.write_text(page.read_text(encoding="utf-8").replace("<main>", f"<main>{image}"), encoding="utf-8")
+    blocked.write_text(
+        page.read_text(encoding="utf-8").replace("<main>", f"<main>{image}"), encoding="utf-8"
+    )
     assert any("Content Security Policy" in line for line in visit(blocked, tmp_path).console)
     loading = tmp_path / "loading.html"
-    loading.write_text(f"<!doctype html><body>{image}<script>nothing()</script>{PROBE}", encoding="utf-8")
+    loading.write_text(
+        f"<!doctype html><body>{image}<script>nothing()</script>{PROBE}", encoding="utf-8"
+    )
     seen = visit(loading, tmp_path)
     assert any("nothing is not defined" in line for line in seen.console)
     assert seen.probe()["requests"] == ["http://127.0.0.1:9/x.png"]
@@ -114,7 +125,16 @@ def test_these_checks_notice_a_request_and_an_error(page: Path, tmp_path: Path) 
 @pytest.mark.parametrize("size", ["1280,900", "500,900"])
 def test_sections_and_figures_are_laid_out(page: Path, tmp_path: Path, size: str) -> None:
     seen = visit(probed(page, tmp_path), tmp_path, size).probe()
-    names = ["win-and-tie", "recovery", "models", "scores", "gates", "losses", "timings", "provenance"]
+    names = [
+        "win-and-tie",
+        "recovery",
+        "models",
+        "scores",
+        "gates",
+        "losses",
+        "timings",
+        "provenance",
+    ]
     assert list(seen["sections"]) == names
     assert all(width > 200 and height > 60 for width, height in seen["sections"].values())
     assert len(seen["figures"]) == 2 + 3 + 5

@@ -51,10 +51,16 @@ metric_list:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<s>", "</s>", "<unk>", "stop", *(f"w{index}" for index in range(59))]
-    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
 
 
@@ -82,7 +88,11 @@ def continuation(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pr
     new: list[int] = []
     for _ in range(NEW_TOKENS):
         with torch.no_grad():
-            token = int(model(torch.cat([ids, torch.tensor([new], dtype=torch.long)], dim=1)).logits[0, -1].argmax())
+            token = int(
+                model(torch.cat([ids, torch.tensor([new], dtype=torch.long)], dim=1))
+                .logits[0, -1]
+                .argmax()
+            )
         if token in (2, 4):  # end of text, "stop"
             break
         new.append(token)
@@ -104,12 +114,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: Any, tokenizer: Any)
         rows = []
         for index in range(ITEMS):
             length = 2 + int(torch.randint(12, (1,), generator=generator))
-            prompt = " ".join(f"w{int(torch.randint(59, (1,), generator=generator))}" for _ in range(length))
+            prompt = " ".join(
+                f"w{int(torch.randint(59, (1,), generator=generator))}" for _ in range(length)
+            )
             answer = continuation(model, tokenizer, prompt)
-            rows.append({"question": prompt, "answer": answer if index < right else answer + " w0 w1"})
+            rows.append(
+                {"question": prompt, "answer": answer if index < right else answer + " w0 w1"}
+            )
         (root / f"{name}.yaml").write_text(GENERATE.format(name=name))
-        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [{"question": f"w{i} w{i + 1}", "choices": ["w3", "w4", "w5 w6"], "answer": i % 3} for i in range(ITEMS)]
+        (root / "data" / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+    rows = [
+        {"question": f"w{i} w{i + 1}", "choices": ["w3", "w4", "w5 w6"], "answer": i % 3}
+        for i in range(ITEMS)
+    ]
     (root / "choice.yaml").write_text(CHOICE)
     (root / "data" / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
@@ -132,7 +151,12 @@ def result(model: Any, tokenizer: Any, loaded: LoadedSuite) -> Any:
 
 def test_scores_equal_decoding_one_item_at_a_time(result: Any) -> None:
     first, second, choice = result.tasks
-    assert (first.task, first.metric, first.correct, first.samples) == ("first", "exact_match,none", 18, ITEMS)
+    assert (first.task, first.metric, first.correct, first.samples) == (
+        "first",
+        "exact_match,none",
+        18,
+        ITEMS,
+    )
     assert (second.correct, second.score, second.domain) == (6, 0.25, "code")
     assert first.stderr == pytest.approx((0.75 * 0.25 / (ITEMS - 1)) ** 0.5)
     assert (choice.metric, choice.samples) == ("acc_norm,none", ITEMS)
@@ -140,7 +164,9 @@ def test_scores_equal_decoding_one_item_at_a_time(result: Any) -> None:
     assert result.seconds > 0
 
 
-def test_multiple_choice_equals_log_likelihoods_by_hand(model: Any, tokenizer: Any, result: Any) -> None:
+def test_multiple_choice_equals_log_likelihoods_by_hand(
+    model: Any, tokenizer: Any, result: Any
+) -> None:
     right = 0
     for row in result.samples["choice"]:
         document = row["doc"]
@@ -184,7 +210,9 @@ def test_tasks_resolve_from_any_folder_and_relative_path(
 
 def test_overrides_reach_the_requests(folder: Path, model: Any, tokenizer: Any) -> None:
     task = SuiteTask(name="first", max_gen_toks=2, generation={"until": "w0"})
-    got = evaluate_model(model, tokenizer, Suite(include_path=folder, tasks=(task,), limit=4), batch_size=4)
+    got = evaluate_model(
+        model, tokenizer, Suite(include_path=folder, tasks=(task,), limit=4), batch_size=4
+    )
     for row in got.samples["first"]:
         assert row["arguments"][0][1] == {"until": "w0", "max_gen_toks": 2, "do_sample": False}
         assert len(row["resps"][0][0].split()) <= 2
@@ -195,7 +223,13 @@ def test_progress_counts_to_the_end_and_the_terminal_stays_clean(
 ) -> None:
     seen: list[tuple[int, int]] = []
     model.train()
-    evaluate_model(model, tokenizer, loaded, batch_size=16, progress=lambda done, total: seen.append((done, total)))
+    evaluate_model(
+        model,
+        tokenizer,
+        loaded,
+        batch_size=16,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert model.training
     model.eval()
     total = ITEMS * (1 + 1 + 3)
@@ -222,14 +256,35 @@ def test_samples_are_written_as_jsonl(result: Any, tmp_path: Path) -> None:
     ("task", "change", "message"),
     [
         ({"name": "frist"}, {}, "suite.tasks: unknown task 'frist'. Did you mean 'first'?"),
-        ({"name": "first"}, {"include_path": Path("nowhere")}, "suite.include_path: nowhere is not a folder."),
-        ({"name": "choice", "metric": "ac"}, {}, "choice.metric: the task has no 'ac'. Did you mean 'acc'?"),
-        ({"name": "first", "filter": "strict"}, {}, "first.filter: exact_match has no 'strict'. Allowed: none."),
-        ({"name": "first", "max_gen_toks": 64}, {}, "first.max_gen_toks: 64 leaves no room for a prompt"),
+        (
+            {"name": "first"},
+            {"include_path": Path("nowhere")},
+            "suite.include_path: nowhere is not a folder.",
+        ),
+        (
+            {"name": "choice", "metric": "ac"},
+            {},
+            "choice.metric: the task has no 'ac'. Did you mean 'acc'?",
+        ),
+        (
+            {"name": "first", "filter": "strict"},
+            {},
+            "first.filter: exact_match has no 'strict'. Allowed: none.",
+        ),
+        (
+            {"name": "first", "max_gen_toks": 64},
+            {},
+            "first.max_gen_toks: 64 leaves no room for a prompt",
+        ),
     ],
 )
 def test_bad_suites_get_one_line(
-    folder: Path, model: Any, tokenizer: Any, task: dict[str, Any], change: dict[str, Any], message: str
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    task: dict[str, Any],
+    change: dict[str, Any],
+    message: str,
 ) -> None:
     suite = Suite(**({"include_path": folder, "tasks": (SuiteTask(**task),), "limit": 2} | change))
     with pytest.raises(EvalError) as caught:
@@ -255,11 +310,15 @@ def test_a_suite_is_checked_without_a_model_as_its_tasks_report(
     group = SuiteTask(name="both", metric="exact_match", fewshot_as_multiturn=True)
     check_suite(Suite(include_path=tmp_path, tasks=(group,)), model.config, tokenizer)
     wrong = Suite(include_path=tmp_path, tasks=(group.model_copy(update={"metric": "acc"}),))
-    with pytest.raises(EvalError, match=r"both\.metric: the task has no 'acc'\. Allowed: exact_match\."):
+    with pytest.raises(
+        EvalError, match=r"both\.metric: the task has no 'acc'\. Allowed: exact_match\."
+    ):
         check_suite(wrong, model.config, tokenizer)
 
 
-def test_missing_data_and_unsafe_code_are_refused(folder: Path, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_missing_data_and_unsafe_code_are_refused(
+    folder: Path, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
     (tmp_path / "lost.yaml").write_text(GENERATE.format(name="lost"))
     with pytest.raises(EvalError, match=r"data_files: data/lost\.jsonl is not in"):
         load_suite(Suite(include_path=tmp_path, tasks=(SuiteTask(name="lost"),)))
@@ -280,13 +339,19 @@ def test_missing_data_and_unsafe_code_are_refused(folder: Path, model: Any, toke
         ({"metric": "acc_norm"}, {"acc,none": 0.5, "acc_norm,none": 0.6}, ("acc_norm", "none")),
         ({}, {"odd,none": 0.5}, ("odd", "none")),
         ({}, {"exact_match,strict": 0.1, "exact_match,flexible": 0.2}, ("exact_match", "strict")),
-        ({"filter": "flexible"}, {"exact_match,strict": 0.1, "exact_match,flexible": 0.2}, ("exact_match", "flexible")),
+        (
+            {"filter": "flexible"},
+            {"exact_match,strict": 0.1, "exact_match,flexible": 0.2},
+            ("exact_match", "flexible"),
+        ),
     ],
 )
 def test_the_rule_that_picks_the_score(
     entry: dict[str, str], scores: dict[str, float], picked: tuple[str, str]
 ) -> None:
-    assert pick_metric(SuiteTask(name="t", **entry), {"name": "t", "sample_len": 3} | scores) == picked
+    assert (
+        pick_metric(SuiteTask(name="t", **entry), {"name": "t", "sample_len": 3} | scores) == picked
+    )
 
 
 def test_several_unknown_metrics_need_a_name() -> None:

@@ -22,8 +22,12 @@ from xlstm_eval.metrics import (
 from xlstm_eval.records import EvalError, TaskPair, TaskResult
 
 
-def pair(teacher: float, student: float, *, higher: bool = True, name: str = "task", domain: str = "d") -> TaskPair:
-    return TaskPair(task=name, teacher=teacher, student=student, higher_is_better=higher, domain=domain)
+def pair(
+    teacher: float, student: float, *, higher: bool = True, name: str = "task", domain: str = "d"
+) -> TaskPair:
+    return TaskPair(
+        task=name, teacher=teacher, student=student, higher_is_better=higher, domain=domain
+    )
 
 
 def counted(teacher: int, student: int, samples: int) -> TaskPair:
@@ -38,7 +42,14 @@ def counted(teacher: int, student: int, samples: int) -> TaskPair:
 
 
 def result(task: str, correct: int, samples: int = 120, metric: str = "acc") -> TaskResult:
-    return TaskResult(task=task, metric=metric, score=correct / samples, samples=samples, correct=correct, domain="d")
+    return TaskResult(
+        task=task,
+        metric=metric,
+        score=correct / samples,
+        samples=samples,
+        correct=correct,
+        domain="d",
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +67,9 @@ def result(task: str, correct: int, samples: int = 120, metric: str = "acc") -> 
         (0.5, 0.0, 1.0, True),  # at alpha = 1 every student wins or ties
     ],
 )
-def test_win_or_tie_where_higher_is_better(teacher: float, student: float, alpha: float, wins: bool) -> None:
+def test_win_or_tie_where_higher_is_better(
+    teacher: float, student: float, alpha: float, wins: bool
+) -> None:
     assert win_or_tie(pair(teacher, student), alpha) is wins
 
 
@@ -73,7 +86,9 @@ def test_win_or_tie_where_higher_is_better(teacher: float, student: float, alpha
         (5.0, 0.0, 0.0, True),
     ],
 )
-def test_win_or_tie_where_lower_is_better(teacher: float, student: float, alpha: float, wins: bool) -> None:
+def test_win_or_tie_where_lower_is_better(
+    teacher: float, student: float, alpha: float, wins: bool
+) -> None:
     assert win_or_tie(pair(teacher, student, higher=False), alpha) is wins
 
 
@@ -124,7 +139,11 @@ def test_compare_collects_all_figures() -> None:
     assert found.recovery_by_domain == {"math": 0.95, "code": None, "chat": 0.5}
     assert found.mean_recovery == 0.8  # the task without a rate does not count
     assert found.win_and_tie == {"0.0": 0.5, "0.05": 0.5, "0.1": 0.75}
-    assert (found.critical_tolerance, found.critical_tolerance_75, found.lossless) == (0.0, 0.1, True)
+    assert (found.critical_tolerance, found.critical_tolerance_75, found.lossless) == (
+        0.0,
+        0.1,
+        True,
+    )
     assert (found.worst_drop, found.worst_task) == (0.5, "e")
 
 
@@ -141,7 +160,11 @@ def test_a_rate_outside_its_range_is_refused(rate: float) -> None:
 
 
 def test_no_tasks_are_refused() -> None:
-    for function in (critical_tolerance, lambda pairs: win_and_tie_rate(pairs, 0.0), lambda pairs: compare("x", pairs)):
+    for function in (
+        critical_tolerance,
+        lambda pairs: win_and_tie_rate(pairs, 0.0),
+        lambda pairs: compare("x", pairs),
+    ):
         with pytest.raises(EvalError, match="tasks: empty"):
             function([])
 
@@ -149,7 +172,10 @@ def test_no_tasks_are_refused() -> None:
 def test_results_are_joined_by_task_and_must_be_measured_alike() -> None:
     teacher = [result("a", 100), result("b", 60)]
     joined = pair_results(teacher, [result("b", 66), result("a", 95)])
-    assert [(p.task, p.teacher_correct, p.student_correct) for p in joined] == [("a", 100, 95), ("b", 60, 66)]
+    assert [(p.task, p.teacher_correct, p.student_correct) for p in joined] == [
+        ("a", 100, 95),
+        ("b", 60, 66),
+    ]
     with pytest.raises(EvalError, match="only one of teacher and student has b"):
         pair_results(teacher, [result("a", 95)])
     with pytest.raises(EvalError, match=r"b\.samples: the student has 60, the teacher 120"):
@@ -158,8 +184,12 @@ def test_results_are_joined_by_task_and_must_be_measured_alike() -> None:
         pair_results(teacher, [result("a", 95), result("b", 60, metric="f1")])
 
 
-score = st.one_of(st.floats(0, 100), st.integers(0, 100).map(float), st.integers(0, 1000).map(lambda n: n / 1000))
-decimal_pair = st.builds(lambda t, s, higher: pair(t, s, higher=higher), score, score, st.booleans())
+score = st.one_of(
+    st.floats(0, 100), st.integers(0, 100).map(float), st.integers(0, 1000).map(lambda n: n / 1000)
+)
+decimal_pair = st.builds(
+    lambda t, s, higher: pair(t, s, higher=higher), score, score, st.booleans()
+)
 count_pair = st.integers(1, 500).flatmap(
     lambda n: st.builds(lambda t, s: counted(t, s, n), st.integers(0, n), st.integers(0, n))
 )
@@ -167,7 +197,9 @@ some_pairs = st.lists(st.one_of(decimal_pair, count_pair), min_size=1, max_size=
 
 
 @given(some_pairs, st.lists(st.floats(0, 1), min_size=2, max_size=5))
-def test_the_rate_does_not_fall_with_the_tolerance(pairs: list[TaskPair], alphas: list[float]) -> None:
+def test_the_rate_does_not_fall_with_the_tolerance(
+    pairs: list[TaskPair], alphas: list[float]
+) -> None:
     rates = [win_and_tie_rate(pairs, alpha) for alpha in sorted(alphas)]
     assert all(first <= second for first, second in itertools.pairwise(rates))
     assert win_and_tie_rate(pairs, 1.0) == 1.0
@@ -175,7 +207,9 @@ def test_the_rate_does_not_fall_with_the_tolerance(pairs: list[TaskPair], alphas
 
 @settings(max_examples=300)
 @given(some_pairs, st.sampled_from([0.25, 0.5, 0.75, 1.0]))
-def test_the_critical_tolerance_is_the_smallest_that_reaches_the_rate(pairs: list[TaskPair], rate: float) -> None:
+def test_the_critical_tolerance_is_the_smallest_that_reaches_the_rate(
+    pairs: list[TaskPair], rate: float
+) -> None:
     found = critical_tolerance(pairs, rate)
     assert 0.0 <= found <= 1.0
     assert win_and_tie_rate(pairs, found) >= rate
@@ -196,9 +230,15 @@ def test_each_pair_wins_from_its_required_tolerance_on(pairs: list[TaskPair]) ->
             assert better < (1 - needed * Fraction(999, 1000)) * worse
 
 
-@given(st.lists(st.builds(result, st.uuids().map(str), st.integers(0, 120)), min_size=1, max_size=15))
+@given(
+    st.lists(st.builds(result, st.uuids().map(str), st.integers(0, 120)), min_size=1, max_size=15)
+)
 def test_a_teacher_always_ties_with_itself(results: list[TaskResult]) -> None:
     found = compare("teacher", pair_results(results, results))
-    assert (found.critical_tolerance, found.critical_tolerance_75, found.worst_drop) == (0.0, 0.0, 0.0)
+    assert (found.critical_tolerance, found.critical_tolerance_75, found.worst_drop) == (
+        0.0,
+        0.0,
+        0.0,
+    )
     assert found.lossless
     assert set(found.win_and_tie.values()) == {1.0}

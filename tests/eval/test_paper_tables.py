@@ -38,7 +38,9 @@ def printed_pairs(row: dict[str, Any], shift: float = 0.0) -> list[TaskPair]:
         ("QRWKV6-7B", 0.6859, False),  # printed as 1.0
     ],
 )
-def test_critical_tolerance_from_the_printed_scores(student: str, expected: float, agrees: bool) -> None:
+def test_critical_tolerance_from_the_printed_scores(
+    student: str, expected: float, agrees: bool
+) -> None:
     found = critical_tolerance(printed_pairs(REPORTED[student]))
     assert found == pytest.approx(expected, abs=5e-5)
     assert (round(found, 2) == REPORTED[student]["reported"]) is agrees
@@ -57,7 +59,8 @@ def test_whether_rounding_of_the_scores_explains_the_difference(student: str, wi
 def test_the_experts_merge_is_above_the_generalist() -> None:
     teacher = "Llama3.1-8B-IT"
     rows = [
-        {"teacher": teacher, "tables": ["instruct"], "student": f"xLSTM-{teacher}{end}"} for end in ("", " generalist")
+        {"teacher": teacher, "tables": ["instruct"], "student": f"xLSTM-{teacher}{end}"}
+        for end in ("", " generalist")
     ]
     merged, generalist = (compare(row["student"], printed_pairs(row)) for row in rows)
     assert all(merged.win_and_tie[alpha] >= rate for alpha, rate in generalist.win_and_tie.items())

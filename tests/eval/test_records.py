@@ -17,7 +17,12 @@ GOOD = {"task": "a", "teacher": 0.5, "student": 0.4}
 def test_pairs_are_read_in_order_with_their_optional_fields() -> None:
     second = {"task": "b", "teacher": 1, "student": 0, "domain": "math", "higher_is_better": False}
     first, other = load_pairs({"tasks": [GOOD, second]})
-    assert (first.task, first.teacher, first.student, first.higher_is_better) == ("a", 0.5, 0.4, True)
+    assert (first.task, first.teacher, first.student, first.higher_is_better) == (
+        "a",
+        0.5,
+        0.4,
+        True,
+    )
     assert (other.domain, other.higher_is_better, other.teacher) == ("math", False, 1.0)
 
 
@@ -29,19 +34,43 @@ def test_pairs_are_read_in_order_with_their_optional_fields() -> None:
         ({"tasks": {}}, "tasks: an object; give a list."),
         ({"tasks": [3]}, "tasks[0]: a number; give an object."),
         ({"task": [GOOD]}, "task: unknown key. Did you mean 'tasks'?"),
-        ({"tasks": [GOOD | {"studnet": 1.0}]}, "tasks[0].studnet: unknown key. Did you mean 'student'?"),
+        (
+            {"tasks": [GOOD | {"studnet": 1.0}]},
+            "tasks[0].studnet: unknown key. Did you mean 'student'?",
+        ),
         ({"tasks": [{"task": "a", "teacher": 1.0}]}, "tasks[0].student: missing."),
-        ({"tasks": [GOOD | {"teacher": math.nan}]}, "tasks[0].teacher: nan is not a finite number."),
-        ({"tasks": [GOOD | {"teacher": math.inf}]}, "tasks[0].teacher: inf is not a finite number."),
-        ({"tasks": [GOOD | {"student_stderr": math.nan}]}, "tasks[0].student_stderr: nan is not a finite number."),
-        ({"tasks": [GOOD | {"student": "0.4"}]}, "tasks[0].student: '0.4' is a string; give a number."),
-        ({"tasks": [GOOD | {"student": True}]}, "tasks[0].student: True is a boolean; give a number."),
+        (
+            {"tasks": [GOOD | {"teacher": math.nan}]},
+            "tasks[0].teacher: nan is not a finite number.",
+        ),
+        (
+            {"tasks": [GOOD | {"teacher": math.inf}]},
+            "tasks[0].teacher: inf is not a finite number.",
+        ),
+        (
+            {"tasks": [GOOD | {"student_stderr": math.nan}]},
+            "tasks[0].student_stderr: nan is not a finite number.",
+        ),
+        (
+            {"tasks": [GOOD | {"student": "0.4"}]},
+            "tasks[0].student: '0.4' is a string; give a number.",
+        ),
+        (
+            {"tasks": [GOOD | {"student": True}]},
+            "tasks[0].student: True is a boolean; give a number.",
+        ),
         ({"tasks": [GOOD | {"student": None}]}, "tasks[0].student: None is null; give a number."),
         ({"tasks": [GOOD | {"student": -0.1}]}, "tasks[0].student: -0.1 is less than 0."),
-        ({"tasks": [GOOD | {"higher_is_better": 1}]}, "tasks[0].higher_is_better: 1 is a number; give true or false."),
+        (
+            {"tasks": [GOOD | {"higher_is_better": 1}]},
+            "tasks[0].higher_is_better: 1 is a number; give true or false.",
+        ),
         ({"tasks": [GOOD | {"task": ""}]}, "tasks[0].task: empty."),
         ({"tasks": [GOOD, GOOD | {"task": "b"}, GOOD]}, "tasks[2].task: 'a' is already tasks[0]."),
-        ({"tasks": [GOOD | {"samples": 10}]}, "tasks[0]: samples, teacher_correct and student_correct: give all"),
+        (
+            {"tasks": [GOOD | {"samples": 10}]},
+            "tasks[0]: samples, teacher_correct and student_correct: give all",
+        ),
         (
             {"tasks": [GOOD | {"samples": 10, "teacher_correct": 5, "student_correct": 3}]},
             "tasks[0]: student: 0.4 is not student_correct / samples = 3/10.",
@@ -56,7 +85,10 @@ def test_bad_files_get_one_line(data: object, message: str) -> None:
 
 
 def test_one_bad_value_is_one_problem() -> None:
-    for values, count in (({"student": "x"}, ""), ({"student": "x", "teacher": "y"}, " (and 1 more)")):
+    for values, count in (
+        ({"student": "x"}, ""),
+        ({"student": "x", "teacher": "y"}, " (and 1 more)"),
+    ):
         with pytest.raises(EvalError) as caught:
             load_pairs({"tasks": [GOOD | values]})
         field = "teacher: 'y'" if count else "student: 'x'"

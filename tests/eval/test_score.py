@@ -11,7 +11,14 @@ from xlstm_eval.records import EvalError
 from xlstm_eval.score import ScoreError, score_file
 
 TASKS = [
-    {"task": "add", "teacher": 0.9, "student": 0.9, "teacher_stderr": 0.03, "student_stderr": 0.02, "domain": "math"},
+    {
+        "task": "add",
+        "teacher": 0.9,
+        "student": 0.9,
+        "teacher_stderr": 0.03,
+        "student_stderr": 0.02,
+        "domain": "math",
+    },
     {"task": "kv", "teacher": 0.8, "student": 0.76, "domain": "stem"},
     {"task": "ppl", "teacher": 10.0, "student": 12.5, "higher_is_better": False},
     {"task": "hard", "teacher": 0, "student": 0},
@@ -30,7 +37,11 @@ def test_json_has_the_keys_and_the_figures(tmp_path: Path) -> None:
     assert report["win_and_tie"]["0.0"] == 0.5
     assert report["win_and_tie"]["0.05"] == 0.75
     assert report["win_and_tie"]["0.2"] == 1.0
-    assert (report["critical_tolerance"], report["critical_tolerance_75"], report["lossless"]) == (0.0, 0.05, True)
+    assert (report["critical_tolerance"], report["critical_tolerance_75"], report["lossless"]) == (
+        0.0,
+        0.05,
+        True,
+    )
     assert (report["worst_drop"], report["worst_task"], report["tasks"]) == (0.2, "ppl", 4)
     assert report["mean_recovery"] == pytest.approx((1 + 0.95 + 0.8) / 3)
 
@@ -38,7 +49,18 @@ def test_json_has_the_keys_and_the_figures(tmp_path: Path) -> None:
 def test_text_is_an_aligned_table(tmp_path: Path) -> None:
     lines = score_file(written(tmp_path, json.dumps({"tasks": TASKS}))).to_text().splitlines()
     assert len({len(line) for line in lines[:6]}) == 1
-    assert lines[2].split() == ["add", "math", "0.900", "±", "0.030", "0.900", "±", "0.020", "100.0", "%"]
+    assert lines[2].split() == [
+        "add",
+        "math",
+        "0.900",
+        "±",
+        "0.030",
+        "0.900",
+        "±",
+        "0.020",
+        "100.0",
+        "%",
+    ]
     assert lines[5].split()[-1] == "-"
     assert "lossless (C at 0 >= 0.5)        yes" in lines
     assert any("lower is better" in line for line in lines)
@@ -50,10 +72,22 @@ def test_text_is_an_aligned_table(tmp_path: Path) -> None:
         ('{"tasks": [}', "not JSON at line 1, column 12"),
         ('{"tasks":\n[1,]}', "not JSON at line 2, column"),
         ("", "not JSON at line 1, column 1"),
-        ('{"tasks": [{"task": "a", "teacher": NaN, "student": 1}]}', "tasks[0].teacher: nan is not a finite number"),
-        ('{"tasks": [{"task": "a", "teacher": 1, "student": -Infinity}]}', "tasks[0].student: -inf is not a finite"),
-        ('{"tasks": [{"task": "a", "teacher": 1, "student": 1e999}]}', "tasks[0].student: inf is not a finite number"),
-        ('{"tasks": [{"task": "a", "teacher": 1, "teacher": 2}]}', "teacher: the key appears twice in one object"),
+        (
+            '{"tasks": [{"task": "a", "teacher": NaN, "student": 1}]}',
+            "tasks[0].teacher: nan is not a finite number",
+        ),
+        (
+            '{"tasks": [{"task": "a", "teacher": 1, "student": -Infinity}]}',
+            "tasks[0].student: -inf is not a finite",
+        ),
+        (
+            '{"tasks": [{"task": "a", "teacher": 1, "student": 1e999}]}',
+            "tasks[0].student: inf is not a finite number",
+        ),
+        (
+            '{"tasks": [{"task": "a", "teacher": 1, "teacher": 2}]}',
+            "teacher: the key appears twice in one object",
+        ),
         ('{"tasks": [{"task": "a", "techer": 1, "student": 1}]}', "Did you mean 'teacher'?"),
         ("[" * 100_000, "nested too deeply"),
     ],
@@ -76,7 +110,9 @@ def test_a_missing_file_a_folder_and_bytes_are_refused(tmp_path: Path) -> None:
         score_file(tmp_path / "bytes.json")
 
 
-@pytest.mark.parametrize("values", ['"teacher": 1e-320, "student": 1e308', '"teacher": 1e-05, "student": 1e96'])
+@pytest.mark.parametrize(
+    "values", ['"teacher": 1e-320, "student": 1e308', '"teacher": 1e-05, "student": 1e96']
+)
 def test_a_ratio_beyond_floats_is_refused(tmp_path: Path, values: str) -> None:
     with pytest.raises(EvalError) as caught:
         score_file(written(tmp_path, f'{{"tasks": [{{"task": "a", {values}}}]}}'))

@@ -22,7 +22,9 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def run_capture(recipe: str, directory: str, share: str | None = None, wait: float = 0.0) -> list[str]:
+def run_capture(
+    recipe: str, directory: str, share: str | None = None, wait: float = 0.0
+) -> list[str]:
     """Capture; returns what was said."""
     tokens, write = capture.SHARD_TOKENS, capture.DomainCapture._write_shard
     capture.SHARD_TOKENS = (1024, 1024)
@@ -41,5 +43,7 @@ def run_capture(recipe: str, directory: str, share: str | None = None, wait: flo
 
 
 if __name__ == "__main__":
-    for line in run_capture(sys.argv[1], sys.argv[2], None if sys.argv[3] == "-" else sys.argv[3], float(sys.argv[4])):
+    for line in run_capture(
+        sys.argv[1], sys.argv[2], None if sys.argv[3] == "-" else sys.argv[3], float(sys.argv[4])
+    ):
         print(line)

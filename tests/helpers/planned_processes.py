@@ -64,7 +64,9 @@ def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
         TOKENS, passes > 1, True, "torch", top_k=0, device="cpu",
     )  # fmt: skip
     planned = distill_memory(setup)
-    held = planned.weights + planned.optimizer + (planned.working_copies if sharding == "ddp" else 0.0)
+    held = (
+        planned.weights + planned.optimizer + (planned.working_copies if sharding == "ddp" else 0.0)
+    )
     measured = held + allocated_peak(step)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps({"measured": measured, "planned": planned.allocated}))
@@ -86,7 +88,12 @@ def batch() -> Batch:
     """One row of one document."""
     ids = torch.arange(TOKENS)[None] % SIZES["vocab_size"]
     return Batch(
-        ids, torch.arange(TOKENS)[None], torch.zeros_like(ids), ids, torch.ones_like(ids, dtype=torch.bool), ()
+        ids,
+        torch.arange(TOKENS)[None],
+        torch.zeros_like(ids),
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        (),
     )
 
 

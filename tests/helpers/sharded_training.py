@@ -47,7 +47,14 @@ def batch(ids: torch.Tensor) -> Batch:
     labels = ids.roll(-1, 1)
     labels[:, ::3] = IGNORE_INDEX
     positions = torch.arange(TOKENS).expand_as(ids)
-    return Batch(ids, positions, torch.zeros_like(ids), labels, torch.ones_like(ids, dtype=torch.bool), (("a", 0),))
+    return Batch(
+        ids,
+        positions,
+        torch.zeros_like(ids),
+        labels,
+        torch.ones_like(ids, dtype=torch.bool),
+        (("a", 0),),
+    )
 
 
 def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
@@ -74,12 +81,16 @@ def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
 def reduction(wrapped: Any) -> torch.dtype:
     """In what precision gradients are reduced."""
     if isinstance(wrapped, FSDPModule):
-        policies = [m._get_fsdp_state()._mp_policy for m in wrapped.modules() if isinstance(m, FSDPModule)]
+        policies = [
+            m._get_fsdp_state()._mp_policy for m in wrapped.modules() if isinstance(m, FSDPModule)
+        ]
         (dtype,) = {policy.reduce_dtype or torch.float32 for policy in policies}
         return dtype
     if hasattr(wrapped, "communication_data_type"):  # DeepSpeed's engine
         return wrapped.communication_data_type
-    (dtype,) = {p.dtype for p in wrapped.parameters() if p.requires_grad}  # DDP reduces gradients as they are
+    (dtype,) = {
+        p.dtype for p in wrapped.parameters() if p.requires_grad
+    }  # DDP reduces gradients as they are
     return dtype
 
 
@@ -113,7 +124,12 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     if accelerator.is_main_process and options.get("trainable") == "lora":
         weights = merged_state(weights, rank=4, alpha=8)
     kind = accelerator.distributed_type.name
-    return {"weights": weights, "figures": figures, "kind": kind, "reduction": str(reduction(wrapped))}
+    return {
+        "weights": weights,
+        "figures": figures,
+        "kind": kind,
+        "reduction": str(reduction(wrapped)),
+    }
 
 
 if __name__ == "__main__":

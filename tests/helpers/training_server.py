@@ -56,7 +56,11 @@ class Poisoned:
 
     def __call__(self, batch: Batch) -> SparseTargets:
         found = self.real(batch)
-        return replace(found, log_probs=found.log_probs * float("nan")) if self.row in batch.rows else found
+        return (
+            replace(found, log_probs=found.log_probs * float("nan"))
+            if self.row in batch.rows
+            else found
+        )
 
 
 class StoppedAtTheEnd(Trainer):
@@ -80,7 +84,8 @@ def train(out: Path, directory: Path, steps: int, fault: dict[str, int]) -> None
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         documents = [
-            Tokens.of(rng.integers(3, 97, n).tolist(), [m > n // 2 for m in range(n)]) for n in rng.integers(3, 30, 80)
+            Tokens.of(rng.integers(3, 97, n).tolist(), [m > n // 2 for m in range(n)])
+            for n in rng.integers(3, 30, 80)
         ]
         write_rows(Path(folder), pack(documents, 32, 0), context=32, vocabulary=97)
         domains = {"a": DomainRows("a", Artifact(Path(folder), {}), validation=2)}
@@ -91,7 +96,15 @@ def train(out: Path, directory: Path, steps: int, fault: dict[str, int]) -> None
         plan = Plan("test", (stretch,), 8, 2)
         training = Training(checkpoint_steps=3)
         kind = StoppedAtTheEnd if fault.get("stop_at_end") == accelerator.process_index else Trainer
-        kind(task, Align(tokens=4096, batch=8), plan, domains, directory, accelerator, training=training).run()
+        kind(
+            task,
+            Align(tokens=4096, batch=8),
+            plan,
+            domains,
+            directory,
+            accelerator,
+            training=training,
+        ).run()
     weights = full_state_dict(accelerator, student)
     if accelerator.is_main_process:
         save_file({name: tensor.clone() for name, tensor in weights.items()}, out)
@@ -107,7 +120,12 @@ def child(request: dict[str, Any], rank: int, port: int) -> int:
         runpy.run_path(str(SHIMS))
     stopping.listen()
     try:
-        train(Path(request["out"]), Path(request["directory"]), request["steps"], request["fault"] or {})
+        train(
+            Path(request["out"]),
+            Path(request["directory"]),
+            request["steps"],
+            request["fault"] or {},
+        )
     except stopping.Stopped:
         return stopping.EXIT_CODE
     except RunError as error:

@@ -12,7 +12,11 @@ import torch
 
 if not torch.cuda.is_available() and os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
     # Triton reads the variable when it is imported, which the tests of other directories may have done already.
-    for name in [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.startswith("triton") and not name.startswith("triton._C")
+    ]:
         del sys.modules[name]
 
 

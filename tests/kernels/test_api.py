@@ -21,13 +21,25 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 BAD_MLSTM = {
     "rank of q": (inputs(q=zeros(2, 4, 10)), r"q has shape \(2, 4, 10\); expected \(B, H, T, Dk\)"),
     "no tokens": (inputs(q=zeros(2, 4, 0, 8)), r"q has shape \(2, 4, 0, 8\); expected .* any >= 1"),
-    "k unlike q": (inputs(k=zeros(2, 4, 10, 7)), r"k has shape \(2, 4, 10, 7\); expected .* \(2, 4, 10, 8\)"),
+    "k unlike q": (
+        inputs(k=zeros(2, 4, 10, 7)),
+        r"k has shape \(2, 4, 10, 7\); expected .* \(2, 4, 10, 8\)",
+    ),
     "heads": (inputs(v=zeros(2, 3, 10, 6)), r"v has 3 heads; the 4 heads of q must be a multiple"),
     "length of v": (inputs(v=zeros(2, 2, 9, 6)), r"v has shape \(2, 2, 9, 6\); expected"),
-    "gate i": (inputs(i=zeros(2, 4, 11)), r"i has shape \(2, 4, 11\); expected \(B, H, T\) = \(2, 4, 10\)"),
+    "gate i": (
+        inputs(i=zeros(2, 4, 11)),
+        r"i has shape \(2, 4, 11\); expected \(B, H, T\) = \(2, 4, 10\)",
+    ),
     "gate f": (inputs(f=zeros(2, 2, 10)), r"f has shape \(2, 2, 10\)"),
-    "integers": (inputs(v=zeros(2, 2, 10, 6, dtype=torch.int64)), r"v has dtype int64; allowed: float32, bfloat16"),
-    "device": (inputs(v=zeros(2, 2, 10, 6, device="meta")), r"v is on meta, but the first argument is on cpu"),
+    "integers": (
+        inputs(v=zeros(2, 2, 10, 6, dtype=torch.int64)),
+        r"v has dtype int64; allowed: float32, bfloat16",
+    ),
+    "device": (
+        inputs(v=zeros(2, 2, 10, 6, device="meta")),
+        r"v is on meta, but the first argument is on cpu",
+    ),
 }
 
 
@@ -41,10 +53,16 @@ def test_mlstm_refuses_bad_tensors(arguments: dict[str, Tensor], message: str) -
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (zeros(2, 9, dtype=torch.int64), r"segment_ids has shape \(2, 9\); expected \(B, T\) = \(2, 10\)"),
+        (
+            zeros(2, 9, dtype=torch.int64),
+            r"segment_ids has shape \(2, 9\); expected \(B, T\) = \(2, 10\)",
+        ),
         (zeros(2, 10), r"segment_ids has dtype float32; allowed: integers"),
         (zeros(2, 10, dtype=torch.bool), r"segment_ids has dtype bool; allowed: integers"),
-        (zeros(2, 10, dtype=torch.int32, device="meta"), r"segment_ids is on meta, but q is on cpu"),
+        (
+            zeros(2, 10, dtype=torch.int32, device="meta"),
+            r"segment_ids is on meta, but q is on cpu",
+        ),
     ],
 )
 def test_segment_ids_are_checked(ids: Tensor, message: str) -> None:
@@ -58,9 +76,15 @@ def test_segment_ids_are_checked(ids: Tensor, message: str) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (MLSTMState.zeros(2, 4, 8, 5), r"state.C has shape \(2, 4, 8, 5\); expected .* \(2, 4, 8, 6\)"),
+        (
+            MLSTMState.zeros(2, 4, 8, 5),
+            r"state.C has shape \(2, 4, 8, 5\); expected .* \(2, 4, 8, 6\)",
+        ),
         (MLSTMState.zeros(2, 4, 8, 6)._replace(m=zeros(2, 3)), r"state.m has shape \(2, 3\)"),
-        (MLSTMState.zeros(2, 4, 8, 6, dtype=torch.bfloat16), r"state.C has dtype bfloat16; allowed: float32"),
+        (
+            MLSTMState.zeros(2, 4, 8, 6, dtype=torch.bfloat16),
+            r"state.C has dtype bfloat16; allowed: float32",
+        ),
         (MLSTMState.zeros(2, 4, 8, 6, device="meta"), r"state.C is on meta, but q is on cpu"),
     ],
 )
@@ -72,7 +96,9 @@ def test_state_is_checked(state: MLSTMState, message: str) -> None:
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"backend='cuda' is unknown; allowed: auto, torch, triton, mlstm_kernels$"):
+    with pytest.raises(
+        ValueError, match=r"backend='cuda' is unknown; allowed: auto, torch, triton, mlstm_kernels$"
+    ):
         mlstm(**inputs(), backend="cuda")
 
 
@@ -108,7 +134,13 @@ def test_step_refuses_bad_tensors(change: dict[str, Tensor], message: str) -> No
     ],
 )
 def test_window_attention_refuses_bad_arguments(change: dict, message: str) -> None:
-    arguments = {"q": zeros(2, 4, 10, 8), "k": zeros(2, 2, 10, 8), "v": zeros(2, 2, 10, 8), "window": 4, "sinks": 2}
+    arguments = {
+        "q": zeros(2, 4, 10, 8),
+        "k": zeros(2, 2, 10, 8),
+        "v": zeros(2, 2, 10, 8),
+        "window": 4,
+        "sinks": 2,
+    }
     with pytest.raises(ValueError, match=f"^sliding_window_attention: {message}"):
         sliding_window_attention(**(arguments | change))
 

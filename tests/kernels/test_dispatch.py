@@ -25,15 +25,21 @@ def test_without_triton_the_package_works_and_says_what_is_missing() -> None:
         "try: mlstm(**x, backend='triton')\n"
         "except ValueError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout == (
         "mlstm: backend='triton' needs the package triton, which is not installed; install it, or use backend='torch'\n"
     )
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
-    script = "import sys, xlstm_kernels, xlstm_kernels.triton.configs; print('triton' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    script = (
+        "import sys, xlstm_kernels, xlstm_kernels.triton.configs; print('triton' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
@@ -52,18 +58,24 @@ class TestRefusals:
     def test_tensors_on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         with pytest.raises(
-            ValueError, match=r"^mlstm: backend='triton' needs CUDA tensors, but these are on cpu; move"
+            ValueError,
+            match=r"^mlstm: backend='triton' needs CUDA tensors, but these are on cpu; move",
         ):
             mlstm(**random_inputs(1, 1, 5, 16), backend="triton")
 
     def test_float64(self, device: str) -> None:
         x = {name: t.double().to(device) for name, t in random_inputs(1, 1, 5, 16).items()}
-        with pytest.raises(ValueError, match=r"^mlstm: backend='triton' computes in float32; for float64 inputs use"):
+        with pytest.raises(
+            ValueError,
+            match=r"^mlstm: backend='triton' computes in float32; for float64 inputs use",
+        ):
             mlstm(**x, backend="triton")
 
     def test_head_dims(self, device: str) -> None:
         x = {name: t.to(device) for name, t in random_inputs(1, 1, 5, 16, 24).items()}
-        with pytest.raises(ValueError, match=r"has no kernel for Dv=24; allowed: 16, 32, 64, 128, 256$"):
+        with pytest.raises(
+            ValueError, match=r"has no kernel for Dv=24; allowed: 16, 32, 64, 128, 256$"
+        ):
             mlstm(**x, backend="triton")
 
     def test_sinks(self, device: str) -> None:
@@ -73,5 +85,7 @@ class TestRefusals:
 
     def test_a_backend_that_only_mlstm_has(self) -> None:
         x = torch.zeros(1, 1, 5, 16)
-        with pytest.raises(ValueError, match=r"backend='mlstm_kernels' is unknown; allowed: auto, torch, triton$"):
+        with pytest.raises(
+            ValueError, match=r"backend='mlstm_kernels' is unknown; allowed: auto, torch, triton$"
+        ):
             sliding_window_attention(x, x, x, window=2, sinks=1, backend="mlstm_kernels")

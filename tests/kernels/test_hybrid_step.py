@@ -14,24 +14,42 @@ from xlstm_kernels.testing import error_ratio, random_inputs
 
 B, H, G, D, Dk, Dv = 2, 4, 2, 16, 32, 16
 BOUND = 1e-5
-WITH_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+WITH_TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 
 def draw_row(device: str, tokens: int, seed: int = 0) -> dict[str, Tensor]:
     """Draw what a mixer computes from `tokens` tokens, in the order of hybrid_step's arguments, (B, heads, T, ...)."""
     x = {name: t.detach() for name, t in random_inputs(B, H, tokens, Dk, Dv, G, seed=seed).items()}
     draw = torch.Generator().manual_seed(seed)
-    q, k = torch.randn(B, H, tokens, D, generator=draw), torch.randn(B, G, tokens, D, generator=draw)
+    q, k = (
+        torch.randn(B, H, tokens, D, generator=draw),
+        torch.randn(B, G, tokens, D, generator=draw),
+    )
     gate = torch.rand(B, H, tokens, generator=draw)
-    row = {"q": q, "k": k, "v": x["v"], "phi_q": x["q"], "phi_k": x["k"], "i": x["i"], "f": x["f"], "gate": gate}
+    row = {
+        "q": q,
+        "k": k,
+        "v": x["v"],
+        "phi_q": x["q"],
+        "phi_k": x["k"],
+        "i": x["i"],
+        "f": x["f"],
+        "gate": gate,
+    }
     return {name: t.to(device) for name, t in row.items()}
 
 
-def decode(row: dict[str, Tensor], window: int, sinks: int, backend: str) -> tuple[Tensor, MLSTMState, Ring]:
+def decode(
+    row: dict[str, Tensor], window: int, sinks: int, backend: str
+) -> tuple[Tensor, MLSTMState, Ring]:
     device, tokens = row["q"].device, row["q"].shape[2]
     state = MLSTMState.zeros(B, H, Dk, Dv, device=device)
     ring = Ring.empty(B, G, D, Dv, window=window, sinks=sinks, device=device)
-    if backend == "triton":  # its kernel reads no empty slot; torch's softmax reads them with weight 0
+    if (
+        backend == "triton"
+    ):  # its kernel reads no empty slot; torch's softmax reads them with weight 0
         ring.keys.fill_(float("nan"))
         ring.values.fill_(float("nan"))
     addresses = [x.data_ptr() for x in (*state, *ring)]
@@ -52,7 +70,9 @@ def expected_row(row: dict[str, Tensor], window: int, sinks: int) -> Tensor:
 
 @pytest.mark.parametrize(("window", "sinks"), [(5, 2), (3, 0), (4, 6), (40, 4)])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=WITH_TRITON)])
-def test_steps_equal_the_sequence_operators(device: str, backend: str, window: int, sinks: int) -> None:
+def test_steps_equal_the_sequence_operators(
+    device: str, backend: str, window: int, sinks: int
+) -> None:
     row = draw_row(device, 17)
     out, state, ring = decode(row, window, sinks, backend)
     assert error_ratio(out, expected_row(row, window, sinks)) < BOUND
@@ -75,10 +95,16 @@ def test_both_backends_keep_the_same_ring(device: str) -> None:
 @WITH_TRITON
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_triton_step_equals_reference(device: str, groups: int) -> None:
-    inputs = {n: x.detach().to(device) for n, x in random_inputs(2, 4, 9, 32, 16, groups, seed=groups).items()}
+    inputs = {
+        n: x.detach().to(device)
+        for n, x in random_inputs(2, 4, 9, 32, 16, groups, seed=groups).items()
+    }
     state = MLSTMState.zeros(2, 4, 32, 16, device=device)
     addresses = [x.data_ptr() for x in state]
-    steps = [mlstm_step(*(x[:, :, t] for x in inputs.values()), state, backend="triton") for t in range(9)]
+    steps = [
+        mlstm_step(*(x[:, :, t] for x in inputs.values()), state, backend="triton")
+        for t in range(9)
+    ]
     h, final = mlstm_reference(**{n: x.double() for n, x in inputs.items()})
     assert error_ratio(torch.stack(steps, dim=2), h) < BOUND
     for actual, expected in zip(state, final, strict=True):
@@ -92,7 +118,9 @@ def test_triton_step_takes_a_state_that_is_a_view(device: str) -> None:
     plain = MLSTMState.zeros(1, 2, 16, 16, device=device)
     wide = torch.zeros(1, 2, 16, 17, device=device)
     viewed = plain._replace(C=wide[..., :-1], n=wide[..., -1], m=plain.m.clone())
-    assert torch.equal(mlstm_step(*inputs, plain, backend="triton"), mlstm_step(*inputs, viewed, backend="triton"))
+    assert torch.equal(
+        mlstm_step(*inputs, plain, backend="triton"), mlstm_step(*inputs, viewed, backend="triton")
+    )
     assert torch.equal(plain.C, viewed.C)
     assert torch.equal(plain.n, viewed.n)
 
@@ -105,7 +133,10 @@ def test_extreme_gates_stay_exact_in_the_step(device: str) -> None:
         inputs[name] = 120.0 * torch.randint(0, 2, inputs[name].shape, generator=draw) - 60.0
     inputs = {n: x.to(device) for n, x in inputs.items()}
     state = MLSTMState.zeros(1, 2, 16, 16, device=device)
-    steps = [mlstm_step(*(x[:, :, t] for x in inputs.values()), state, backend="triton") for t in range(20)]
+    steps = [
+        mlstm_step(*(x[:, :, t] for x in inputs.values()), state, backend="triton")
+        for t in range(20)
+    ]
     expected, _ = mlstm_reference(**{n: x.double() for n, x in inputs.items()})
     assert error_ratio(torch.stack(steps, dim=2), expected) < BOUND
 
@@ -116,7 +147,10 @@ def test_extreme_gates_stay_exact_in_the_step(device: str) -> None:
         ({"gate": torch.zeros(2, 3)}, r"gate has shape \(2, 3\); expected \(B, H\) = \(2, 4\)"),
         ({"q": torch.zeros(2, 3, 16)}, r"q has shape \(2, 3, 16\)"),
         ({"k": torch.zeros(2, 2, 8)}, r"k has shape \(2, 2, 8\)"),
-        ({"phi_k": torch.zeros(2, 4, 8)}, r"phi_k has shape \(2, 4, 8\); expected \(B, H, Dk\), as phi_q"),
+        (
+            {"phi_k": torch.zeros(2, 4, 8)},
+            r"phi_k has shape \(2, 4, 8\); expected \(B, H, Dk\), as phi_q",
+        ),
     ],
 )
 def test_bad_tensors_are_refused(change: dict[str, Tensor], message: str) -> None:
@@ -130,11 +164,17 @@ def test_a_ring_that_does_not_fit_is_refused() -> None:
     token = [x[:, :, 0] for x in draw_row("cpu", 1).values()]
     state = MLSTMState.zeros(B, H, Dk, Dv)
     ring = Ring.empty(B, G, D, Dv, window=4, sinks=2)
-    with pytest.raises(ValueError, match=r"^hybrid_step: sinks=6 is not allowed; the ring's 6 slots hold 0 to 5"):
+    with pytest.raises(
+        ValueError, match=r"^hybrid_step: sinks=6 is not allowed; the ring's 6 slots hold 0 to 5"
+    ):
         hybrid_step(*token, state, ring, sinks=6)
     with pytest.raises(ValueError, match=r"^hybrid_step: ring.keys has shape \(2, 2, 6, 8\)"):
         hybrid_step(*token, state, ring._replace(keys=ring.keys[..., :8]), sinks=2)
-    with pytest.raises(ValueError, match=r"^hybrid_step: ring.keys has dtype int32; allowed: float32, bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"^hybrid_step: ring.keys has dtype int32; allowed: float32, bfloat16"
+    ):
         hybrid_step(*token, state, ring._replace(keys=ring.keys.int()), sinks=2)
-    with pytest.raises(ValueError, match=r"^hybrid_step: ring.lengths has dtype int32; allowed: int64"):
+    with pytest.raises(
+        ValueError, match=r"^hybrid_step: ring.lengths has dtype int32; allowed: int64"
+    ):
         hybrid_step(*token, state, ring._replace(lengths=ring.lengths.int()), sinks=2)

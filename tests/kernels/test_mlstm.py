@@ -23,7 +23,9 @@ BOUND = 1e-5  # RMS ratio, float32 against float64
 Outputs = dict[str, Tensor]
 
 
-def with_states(operator: Callable[..., tuple[Tensor, MLSTMState]], segment_ids: Tensor | None) -> Callable[..., tuple]:
+def with_states(
+    operator: Callable[..., tuple[Tensor, MLSTMState]], segment_ids: Tensor | None
+) -> Callable[..., tuple]:
     """Wrap an operator so that C and n of the initial and of the final state take part in the gradients."""
 
     def run(C: Tensor, n: Tensor, m: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +46,9 @@ def assert_close(actual: Outputs, expected: Outputs, bound: float = BOUND) -> No
 
 def assert_matches_reference(inputs: dict[str, Tensor], segment_ids: Tensor | None = None) -> None:
     actual = outputs_and_grads(lambda **x: mlstm(**x, segment_ids=segment_ids), inputs)
-    expected = outputs_and_grads(lambda **x: mlstm_reference(**x, segment_ids=segment_ids)[0], to_float64(inputs))
+    expected = outputs_and_grads(
+        lambda **x: mlstm_reference(**x, segment_ids=segment_ids)[0], to_float64(inputs)
+    )
     assert_close(actual, expected)
 
 
@@ -52,7 +56,11 @@ def assert_matches_reference(inputs: dict[str, Tensor], segment_ids: Tensor | No
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000])
 def test_outputs_and_all_gradients_match_reference(tokens: int, documents: bool) -> None:
     inputs = random_inputs(B=2 if tokens < 1000 else 1, H=2, T=tokens, Dk=16, G=1, seed=tokens)
-    segment_ids = random_segments(inputs["q"].shape[0], tokens, mean_length=20, seed=tokens) if documents else None
+    segment_ids = (
+        random_segments(inputs["q"].shape[0], tokens, mean_length=20, seed=tokens)
+        if documents
+        else None
+    )
     # One token makes h = v exactly, and every gradient but dv exactly 0: only a longer row has ratios of its own.
     if tokens == 1:
         actual = outputs_and_grads(lambda **x: mlstm(**x, segment_ids=segment_ids), inputs)
@@ -66,7 +74,9 @@ def test_outputs_and_all_gradients_match_reference(tokens: int, documents: bool)
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("tokens", [1, 31, 65, 200])
 def test_gradients_flow_through_initial_and_final_state(tokens: int, documents: bool) -> None:
-    inputs = random_inputs(B=2, H=4, T=tokens, Dk=8, Dv=6, G=2, seed=tokens) | random_state(2, 4, 8, 6, seed=3)
+    inputs = random_inputs(B=2, H=4, T=tokens, Dk=8, Dv=6, G=2, seed=tokens) | random_state(
+        2, 4, 8, 6, seed=3
+    )
     segment_ids = random_segments(2, tokens, mean_length=12, seed=tokens) if documents else None
     if documents and tokens > 32:
         segment_ids[1] = 0  # else no gradient reaches the initial state from the final one
@@ -95,7 +105,10 @@ def test_signed_queries_and_keys_match_reference() -> None:
     inputs = random_inputs(B=2, H=2, T=90, Dk=16, seed=5)
     shift = torch.zeros(16)
     shift[0] = 2.0
-    signed = {n: (x.detach() - 0.03 + shift if n in "qk" else x.detach()).requires_grad_() for n, x in inputs.items()}
+    signed = {
+        n: (x.detach() - 0.03 + shift if n in "qk" else x.detach()).requires_grad_()
+        for n, x in inputs.items()
+    }
     assert signed["k"].min() < 0
     assert_matches_reference(signed)
 
@@ -163,7 +176,9 @@ def test_a_returning_id_starts_a_new_document() -> None:
     inputs = random_inputs(B=1, H=2, T=50, Dk=8, seed=10)
     alternating = torch.tensor([[0] * 20 + [1] * 5 + [0] * 25])
     distinct = torch.tensor([[7] * 20 + [3] * 5 + [9] * 25])
-    assert torch.equal(mlstm(**inputs, segment_ids=alternating), mlstm(**inputs, segment_ids=distinct))
+    assert torch.equal(
+        mlstm(**inputs, segment_ids=alternating), mlstm(**inputs, segment_ids=distinct)
+    )
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -200,11 +215,15 @@ def test_passes_with_carried_state_equal_one_pass(lengths: list[int]) -> None:
         h, state = mlstm(**x, return_state=True)
         return h, state.C, state.n
 
-    assert_close(outputs_and_grads(in_passes, inputs), outputs_and_grads(in_one, inputs), bound=2e-6)
+    assert_close(
+        outputs_and_grads(in_passes, inputs), outputs_and_grads(in_one, inputs), bound=2e-6
+    )
 
 
 def test_gradients_match_finite_differences() -> None:
-    inputs = to_float64(random_inputs(B=1, H=2, T=35, Dk=2, G=1, seed=13) | random_state(1, 2, 2, 2, seed=14))
+    inputs = to_float64(
+        random_inputs(B=1, H=2, T=35, Dk=2, G=1, seed=13) | random_state(1, 2, 2, 2, seed=14)
+    )
     names = [name for name in inputs if name != "m"]
     segment_ids = torch.tensor([[0] * 10 + [1] * 25])
 
@@ -224,7 +243,9 @@ def test_low_precision_inputs_lose_only_their_rounding(dtype: torch.dtype, bound
     low = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
     actual = outputs_and_grads(mlstm, low)
     assert actual["h"].dtype == dtype
-    assert_close(actual, outputs_and_grads(lambda **x: mlstm_reference(**x)[0], to_float64(low)), bound)
+    assert_close(
+        actual, outputs_and_grads(lambda **x: mlstm_reference(**x)[0], to_float64(low)), bound
+    )
     _, state = mlstm(**low, return_state=True)
     assert {x.dtype for x in state} == {torch.float32}
 
@@ -238,7 +259,9 @@ def test_autocast_does_not_reach_the_recurrence() -> None:
 
 def test_strided_inputs_give_the_same_result() -> None:
     inputs = random_inputs(B=2, H=2, T=50, Dk=8, seed=16)
-    strided = {name: x.detach().transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
+    strided = {
+        name: x.detach().transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()
+    }
     assert not strided["q"].is_contiguous()
     assert torch.equal(mlstm(**strided), mlstm(**inputs))
 
@@ -253,7 +276,10 @@ def test_zero_keys_give_zero_and_finite_gradients() -> None:
 def test_the_ratio_has_no_floor() -> None:
     # Scaling q and k down to 1e-15 changes neither the ratio nor dv: an eps in the denominator would.
     inputs = random_inputs(B=1, H=2, T=64, Dk=16, seed=18)
-    small = {name: (x.detach() * 1e-15 if name in "qk" else x.detach()).requires_grad_() for name, x in inputs.items()}
+    small = {
+        name: (x.detach() * 1e-15 if name in "qk" else x.detach()).requires_grad_()
+        for name, x in inputs.items()
+    }
     expected, actual = outputs_and_grads(mlstm, inputs), outputs_and_grads(mlstm, small)
     for name in ("h", "dv", "di", "df"):
         assert error_ratio(actual[name], expected[name]) < 2e-6, name
@@ -261,7 +287,9 @@ def test_the_ratio_has_no_floor() -> None:
 
 def test_incoming_state_is_not_modified() -> None:
     inputs = random_inputs(B=1, H=2, T=40, Dk=8, seed=19)
-    state = MLSTMState(**{name: x.detach() for name, x in random_state(1, 2, 8, 8, seed=20).items()})
+    state = MLSTMState(
+        **{name: x.detach() for name, x in random_state(1, 2, 8, 8, seed=20).items()}
+    )
     before = [x.clone() for x in state]
     mlstm(**inputs, state=state)
     assert all(torch.equal(x, y) for x, y in zip(state, before, strict=True))

@@ -14,7 +14,10 @@ from xlstm_kernels.testing import error_ratio, random_inputs, to_float64
 def steps(inputs: dict[str, Tensor], state: MLSTMState, start: int = 0) -> Tensor:
     """Decode the tokens from `start` on, one at a time: (B, H, T - start, Dv)."""
     tokens = inputs["q"].shape[2]
-    return torch.stack([mlstm_step(*(x[:, :, t] for x in inputs.values()), state) for t in range(start, tokens)], dim=2)
+    return torch.stack(
+        [mlstm_step(*(x[:, :, t] for x in inputs.values()), state) for t in range(start, tokens)],
+        dim=2,
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -65,18 +68,24 @@ def test_extreme_gates_stay_exact() -> None:
 
 
 def test_zero_keys_give_zero() -> None:
-    q, k, v, i, f = (x.detach()[:, :, 0] for x in random_inputs(B=1, H=2, T=1, Dk=8, seed=10).values())
+    q, k, v, i, f = (
+        x.detach()[:, :, 0] for x in random_inputs(B=1, H=2, T=1, Dk=8, seed=10).values()
+    )
     h = mlstm_step(q, torch.zeros_like(k), v, i, f, MLSTMState.zeros(1, 2, 8, 8))
     assert torch.count_nonzero(h) == 0
 
 
 def test_low_precision_tokens_keep_a_float32_state() -> None:
-    inputs = {n: x.detach().bfloat16() for n, x in random_inputs(B=1, H=2, T=30, Dk=8, seed=11).items()}
+    inputs = {
+        n: x.detach().bfloat16() for n, x in random_inputs(B=1, H=2, T=30, Dk=8, seed=11).items()
+    }
     state = MLSTMState.zeros(1, 2, 8, 8)
     h = steps(inputs, state)
     assert h.dtype == torch.bfloat16
     assert {x.dtype for x in state} == {torch.float32}
-    assert error_ratio(h, mlstm_reference(**to_float64(inputs))[0]) < 3.2e-3  # bfloat16 rounding of h
+    assert (
+        error_ratio(h, mlstm_reference(**to_float64(inputs))[0]) < 3.2e-3
+    )  # bfloat16 rounding of h
 
 
 def test_traces_into_one_graph() -> None:

@@ -16,9 +16,14 @@ INSTALLED = importlib.util.find_spec("mlstm_kernels") is not None
 
 
 @pytest.mark.skipif(not INSTALLED, reason="mlstm_kernels is not installed")
-@pytest.mark.parametrize("kernel", ["native_custbw", pytest.param("triton_xl_chunk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kernel", ["native_custbw", pytest.param("triton_xl_chunk", marks=pytest.mark.slow)]
+)
 def test_a_column_of_ones_makes_the_kernel_exact(device: str, kernel: str) -> None:
-    inputs = {n: x.detach().to(device).requires_grad_() for n, x in random_inputs(1, 2, 70, 32, 32, 1).items()}
+    inputs = {
+        n: x.detach().to(device).requires_grad_()
+        for n, x in random_inputs(1, 2, 70, 32, 32, 1).items()
+    }
     actual = outputs_and_grads(lambda **x: mlstm_ones_column(**x, kernel=kernel), inputs)
     expected = outputs_and_grads(lambda **x: mlstm_reference(**x)[0], to_float64(inputs))
     for name in expected:
@@ -33,13 +38,16 @@ def test_what_the_kernel_does_not_take_is_refused(name: str) -> None:
         "state": MLSTMState.zeros(1, 1, 16, 16),
         "return_state": True,
     }
-    with pytest.raises(ValueError, match=rf"^mlstm: {name} is given, which backend='mlstm_kernels' does not take"):
+    with pytest.raises(
+        ValueError, match=rf"^mlstm: {name} is given, which backend='mlstm_kernels' does not take"
+    ):
         mlstm(**random_inputs(1, 1, 5, 16), backend="mlstm_kernels", **{name: given[name]})
 
 
 @pytest.mark.skipif(INSTALLED, reason="mlstm_kernels is installed")
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"^mlstm: backend='mlstm_kernels' needs the package mlstm_kernels, which is not"
+        ValueError,
+        match=r"^mlstm: backend='mlstm_kernels' needs the package mlstm_kernels, which is not",
     ):
         mlstm(**random_inputs(1, 1, 5, 16), backend="mlstm_kernels")

@@ -14,13 +14,18 @@ from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.recipe import MixerConfig
 from xlstm_kernels import dispatch
 
-pytest.importorskip("xlstm_kernels.triton.mlstm", reason="triton is not installed", exc_type=ImportError)
+pytest.importorskip(
+    "xlstm_kernels.triton.mlstm", reason="triton is not installed", exc_type=ImportError
+)
 ROWS, TOKENS = 2, 64
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "hedgehog"])
 def test_activations_saved_by_the_triton_operators(
-    tiny_teacher: Callable[..., CausalLM], device: str, monkeypatch: pytest.MonkeyPatch, feature_map: str
+    tiny_teacher: Callable[..., CausalLM],
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    feature_map: str,
 ) -> None:
     monkeypatch.setattr(dispatch, "AUTO", "triton")
     mixer = MixerConfig(window=16, feature_map=feature_map)
@@ -44,5 +49,7 @@ def test_activations_saved_by_the_triton_operators(
             student(input_ids=ids, segment_ids=segments, use_cache=False)
         measured.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
     run = Pass(ROWS, TOKENS, "fp32", "triton", "cuda")
-    planned = layer_saved(read_architecture(teacher.config.to_dict(), "test"), mixer, run).bytes(run)
+    planned = layer_saved(read_architecture(teacher.config.to_dict(), "test"), mixer, run).bytes(
+        run
+    )
     assert planned == pytest.approx(measured[1] - measured[0], rel=0.02)

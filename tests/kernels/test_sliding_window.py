@@ -16,13 +16,20 @@ BOUND = 1e-5
 
 def random_qkv(B: int, H: int, G: int, T: int, D: int, seed: int = 0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(B, h, T, D, generator=draw).requires_grad_() for n, h in (("q", H), ("k", G), ("v", G))}
+    return {
+        n: torch.randn(B, h, T, D, generator=draw).requires_grad_()
+        for n, h in (("q", H), ("k", G), ("v", G))
+    }
 
 
-def assert_matches_reference(inputs: dict[str, Tensor], window: int, sinks: int, ids: Tensor | None = None) -> None:
+def assert_matches_reference(
+    inputs: dict[str, Tensor], window: int, sinks: int, ids: Tensor | None = None
+) -> None:
     settings = {"window": window, "sinks": sinks, "segment_ids": ids}
     actual = outputs_and_grads(lambda **x: sliding_window_attention(**x, **settings), inputs)
-    expected = outputs_and_grads(lambda **x: sliding_window_reference(**x, **settings), to_float64(inputs))
+    expected = outputs_and_grads(
+        lambda **x: sliding_window_reference(**x, **settings), to_float64(inputs)
+    )
     for name in expected:
         if expected[name].any():
             assert error_ratio(actual[name], expected[name]) < BOUND, name
@@ -35,7 +42,9 @@ def assert_matches_reference(inputs: dict[str, Tensor], window: int, sinks: int,
     ("window", "sinks"),
     [(1, 0), (1, 2), (5, 0), (5, 3), (31, 4), (32, 4), (33, 40), (64, 1), (300, 4)],
 )
-def test_outputs_and_all_gradients_match_reference(window: int, sinks: int, documents: bool) -> None:
+def test_outputs_and_all_gradients_match_reference(
+    window: int, sinks: int, documents: bool
+) -> None:
     ids = random_segments(2, 101, mean_length=15, seed=window) if documents else None
     assert_matches_reference(random_qkv(2, 2, 1, 101, 8, seed=window), window, sinks, ids)
 
@@ -47,7 +56,9 @@ def test_any_length_matches_reference(tokens: int) -> None:
 
 
 def test_a_thousand_tokens_match_reference() -> None:
-    assert_matches_reference(random_qkv(1, 2, 1, 1000, 16), 48, 4, random_segments(1, 1000, mean_length=200, seed=1))
+    assert_matches_reference(
+        random_qkv(1, 2, 1, 1000, 16), 48, 4, random_segments(1, 1000, mean_length=200, seed=1)
+    )
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 2), (6, 3)])
@@ -56,7 +67,9 @@ def test_grouped_heads_match_reference(heads: int, groups: int) -> None:
 
 
 # Blocks hold 32 queries here: documents that start or end at their borders, next to them, and far inside.
-@pytest.mark.parametrize("lengths", [[32, 64, 32], [31, 1, 33, 63], [64, 64], [2, 1, 125], [100, 3, 25], [16, 16, 96]])
+@pytest.mark.parametrize(
+    "lengths", [[32, 64, 32], [31, 1, 33, 63], [64, 64], [2, 1, 125], [100, 3, 25], [16, 16, 96]]
+)
 @pytest.mark.parametrize(("window", "sinks"), [(8, 4), (32, 4), (20, 0)])
 def test_packed_documents_equal_separate_ones(lengths: list[int], window: int, sinks: int) -> None:
     inputs = random_qkv(1, 4, 2, sum(lengths), 8, seed=len(lengths))
@@ -64,10 +77,13 @@ def test_packed_documents_equal_separate_ones(lengths: list[int], window: int, s
 
     def separately(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([sliding_window_attention(*p, window=window, sinks=sinks) for p in parts], dim=2)
+        return torch.cat(
+            [sliding_window_attention(*p, window=window, sinks=sinks) for p in parts], dim=2
+        )
 
     packed = outputs_and_grads(
-        lambda **x: sliding_window_attention(**x, window=window, sinks=sinks, segment_ids=ids), inputs
+        lambda **x: sliding_window_attention(**x, window=window, sinks=sinks, segment_ids=ids),
+        inputs,
     )
     expected = outputs_and_grads(separately, inputs)
     for name in expected:
@@ -97,15 +113,23 @@ def test_scale_is_the_factor_of_the_scores() -> None:
     assert torch.equal(sliding_window_attention(q, k, v, window=8, sinks=1, scale=0.25), default)
     doubled = sliding_window_attention(2 * q, k, v, window=8, sinks=1, scale=0.125)
     assert error_ratio(doubled, default) < 2e-6
-    assert error_ratio(sliding_window_attention(q, k, v, window=8, sinks=1, scale=1.0), default) > 0.01
+    assert (
+        error_ratio(sliding_window_attention(q, k, v, window=8, sinks=1, scale=1.0), default) > 0.01
+    )
 
 
 # Measured at this shape: at most 3.7e-3 (bfloat16) and 4.6e-4 (float16).
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-3), (torch.float16, 6e-4)])
 def test_low_precision_stays_near_reference(dtype: torch.dtype, bound: float) -> None:
-    inputs = {n: x.detach().to(dtype).requires_grad_() for n, x in random_qkv(2, 4, 2, 200, 32).items()}
-    actual = outputs_and_grads(lambda **x: sliding_window_attention(**x, window=32, sinks=4), inputs)
-    expected = outputs_and_grads(lambda **x: sliding_window_reference(**x, window=32, sinks=4), to_float64(inputs))
+    inputs = {
+        n: x.detach().to(dtype).requires_grad_() for n, x in random_qkv(2, 4, 2, 200, 32).items()
+    }
+    actual = outputs_and_grads(
+        lambda **x: sliding_window_attention(**x, window=32, sinks=4), inputs
+    )
+    expected = outputs_and_grads(
+        lambda **x: sliding_window_reference(**x, window=32, sinks=4), to_float64(inputs)
+    )
     assert actual["h"].dtype == dtype
     for name in expected:
         assert error_ratio(actual[name], expected[name]) < bound, name
@@ -113,7 +137,9 @@ def test_low_precision_stays_near_reference(dtype: torch.dtype, bound: float) ->
 
 def test_strided_inputs_give_the_same_result() -> None:
     inputs = random_qkv(2, 2, 2, 50, 8)
-    strided = {n: x.detach().transpose(1, 2).contiguous().transpose(1, 2) for n, x in inputs.items()}
+    strided = {
+        n: x.detach().transpose(1, 2).contiguous().transpose(1, 2) for n, x in inputs.items()
+    }
     assert not strided["q"].is_contiguous()
     plain = sliding_window_attention(**inputs, window=8, sinks=2)
     assert error_ratio(sliding_window_attention(**strided, window=8, sinks=2), plain) < 1e-6

@@ -36,13 +36,17 @@ def run_in_parts(model, row, parts, **kwargs):
     cache, out, seen = model.new_cache(), [], 0
     for n in parts:
         given = {k: v[:, seen : seen + n] for k, v in kwargs.items()}
-        out.append(model(row[:, seen : seen + n], past_key_values=cache, use_cache=True, **given).logits)
+        out.append(
+            model(row[:, seen : seen + n], past_key_values=cache, use_cache=True, **given).logits
+        )
         seen += n
     return torch.cat(out, dim=1)
 
 
 @pytest.mark.parametrize("family", ALL)
-@pytest.mark.parametrize("parts", [[1] * 40, [40], [3, 1, 1, 20, 1, 14], [12, 1, 1, 13, 13]], ids=str)
+@pytest.mark.parametrize(
+    "parts", [[1] * 40, [40], [3, 1, 1, 20, 1, 14], [12, 1, 1, 13, 13]], ids=str
+)
 def test_any_split_equals_one_pass(family, parts, student):
     model, row = student(family), ids()
     with torch.no_grad():
@@ -74,9 +78,14 @@ PACKED = [[1, 3, 2, 5], [4, 1, 6], [11]]  # lengths of the documents of three ro
 
 def packed():
     """Ids of three packed rows of 11 tokens, and how each way of telling documents apart says it."""
-    segments = torch.stack([torch.repeat_interleave(torch.arange(len(n)) * 3, torch.tensor(n)) for n in PACKED])
+    segments = torch.stack(
+        [torch.repeat_interleave(torch.arange(len(n)) * 3, torch.tensor(n)) for n in PACKED]
+    )
     positions = torch.stack([torch.cat([torch.arange(k) for k in n]) for n in PACKED])
-    return ids(3, 11), {"segment_ids": {"segment_ids": segments}, "position_ids": {"position_ids": positions}}
+    return ids(3, 11), {
+        "segment_ids": {"segment_ids": segments},
+        "position_ids": {"position_ids": positions},
+    }
 
 
 @pytest.mark.parametrize("said", ["segment_ids", "position_ids"])
@@ -86,7 +95,11 @@ def test_every_split_of_packed_rows_equals_one_pass(said, branches, student):
     with torch.no_grad():
         whole = model(rows, use_cache=False, **ways[said]).logits.double()
     splits = [[1] * 11, *([a, b - a, 11 - b] for a in range(1, 10) for b in range(a + 1, 11))]
-    for parts in [*splits, *([n, 11 - n] for n in range(1, 11)), *([n] + [1] * (11 - n) for n in range(1, 11))]:
+    for parts in [
+        *splits,
+        *([n, 11 - n] for n in range(1, 11)),
+        *([n] + [1] * (11 - n) for n in range(1, 11)),
+    ]:
         assert error_ratio(run_in_parts(model, rows, parts, **ways[said]), whole) < 3e-6, parts
 
 
@@ -98,7 +111,9 @@ def test_tokens_after_a_packed_prefill_continue_the_last_document(family, said, 
     cache = model.new_cache()
     with torch.no_grad():
         model(rows[:, :9], past_key_values=cache, **{k: v[:, :9] for k, v in ways[said].items()})
-        told_nothing = torch.cat([model(rows[:, t : t + 1], past_key_values=cache).logits for t in (9, 10)], dim=1)
+        told_nothing = torch.cat(
+            [model(rows[:, t : t + 1], past_key_values=cache).logits for t in (9, 10)], dim=1
+        )
         for row, length, logits in zip(rows, documents, told_nothing, strict=True):
             alone = model(row[None, 11 - length :], use_cache=False).logits[0, -2:]
             assert error_ratio(logits, alone.double()) < 3e-6
@@ -109,7 +124,9 @@ def test_left_padded_rows_equal_rows_alone_without_positions_and_in_chunks(chunk
     model, lengths = student(), (3, 14, 9)
     prompts = [ids(1, n, seed=n)[0] for n in lengths]
     batch = torch.stack([torch.nn.functional.pad(p, (14 - len(p), 0)) for p in prompts])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (14 - len(p), 0)) for p in prompts])
+    mask = torch.stack(
+        [torch.nn.functional.pad(torch.ones_like(p), (14 - len(p), 0)) for p in prompts]
+    )
     with torch.no_grad():
         if chunk is None:
             together = model(batch, attention_mask=mask, use_cache=False).logits
@@ -137,14 +154,23 @@ def test_left_padding_changes_nothing(student):
     prompts = [ids(1, n, seed=n)[0] for n in (3, 14, 9)]
     width = 14
     batch = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts])
-    together = model.generate(batch, attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None)
+    mask = torch.stack(
+        [torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]
+    )
+    together = model.generate(
+        batch, attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None
+    )
     for prompt, row in zip(prompts, together, strict=True):
         alone = model.generate(prompt[None], max_new_tokens=16, do_sample=False, eos_token_id=None)
         assert torch.equal(row[width:], alone[0, len(prompt) :])
     for size in (1, 5, 7):  # the first chunk of a row may be all padding
         chunked = model.generate(
-            batch, attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None, prefill_chunk_size=size
+            batch,
+            attention_mask=mask,
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=None,
+            prefill_chunk_size=size,
         )
         assert torch.equal(chunked, together)
 
@@ -165,8 +191,12 @@ def test_rows_that_move_in_the_cache_take_along_how_they_end(student):
 
 def test_beam_search_and_sampling_with_repeats_run_on_the_cache(student):
     model, prompt = student(), ids(2, 11)
-    cached = model.generate(prompt, max_new_tokens=12, num_beams=3, do_sample=False, eos_token_id=None)
-    plain = model.generate(prompt, max_new_tokens=12, num_beams=3, do_sample=False, eos_token_id=None, use_cache=False)
+    cached = model.generate(
+        prompt, max_new_tokens=12, num_beams=3, do_sample=False, eos_token_id=None
+    )
+    plain = model.generate(
+        prompt, max_new_tokens=12, num_beams=3, do_sample=False, eos_token_id=None, use_cache=False
+    )
     assert torch.equal(cached, plain)
 
 
@@ -215,14 +245,19 @@ def test_padding_inside_a_row_is_refused(student):
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[1, 8:11] = 0
     for use_cache in (True, False):
-        with torch.no_grad(), pytest.raises(ValueError, match="attention_mask: a row has padding between its tokens"):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match="attention_mask: a row has padding between its tokens"),
+        ):
             student()(ids(), attention_mask=mask, use_cache=use_cache)
 
 
 def test_decoding_that_takes_tokens_back_is_refused_in_one_line(student):
     model, row = student(), ids(1, 9)
     for asked in ({"assistant_model": student("qwen2")}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        with pytest.raises(
+            ValueError, match="assisted generation is not supported with stateful models"
+        ):
             model.generate(row, max_new_tokens=3, **asked)
     cache = model.new_cache()
     with torch.no_grad():
@@ -247,11 +282,16 @@ def test_tensors_that_the_caller_changes_in_place_leave_the_cache_as_it_is(stude
     with torch.no_grad():
         whole = model(row, use_cache=False).logits
         position, mask = torch.arange(30).repeat(2, 1), torch.ones(2, 40, dtype=torch.long)
-        model(row[:, :30], position_ids=position, attention_mask=mask[:, :30], past_key_values=cache)
+        model(
+            row[:, :30], position_ids=position, attention_mask=mask[:, :30], past_key_values=cache
+        )
         position, held = position[:, -1:], [t.data_ptr() for t in cache.ends[:2]]
         for t in range(30, 40):
             step = model(
-                row[:, t : t + 1], position_ids=position.add_(1), attention_mask=mask[:, : t + 1], past_key_values=cache
+                row[:, t : t + 1],
+                position_ids=position.add_(1),
+                attention_mask=mask[:, : t + 1],
+                past_key_values=cache,
             )
             assert error_ratio(step.logits[:, 0], whole[:, t].double()) < 3e-6
     assert [t.data_ptr() for t in cache.ends[:2]] == held

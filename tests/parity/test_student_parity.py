@@ -54,13 +54,18 @@ def test_a_layer_sees_no_further_than_its_teachers_own_window(family, own, tiny_
         expected = teacher(ids()).logits.double()
         assert error_ratio(student(ids()).logits, expected) < 1e-6
         cache = student.new_cache()
-        parts = [student(part, past_key_values=cache).logits for part in ids().split([20, 1, 1, 26], dim=1)]
+        parts = [
+            student(part, past_key_values=cache).logits
+            for part in ids().split([20, 1, 1, 26], dim=1)
+        ]
     assert error_ratio(torch.cat(parts, dim=1), expected) < 3e-6
 
 
 def test_dropout_in_the_teachers_attention_is_left_out_with_a_warning(tiny_teacher):
     teacher = tiny_teacher(attention_dropout=0.5)
-    with pytest.warns(UserWarning, match=r"teacher.attention_dropout: 0.5, but mixers drop nothing"):
+    with pytest.warns(
+        UserWarning, match=r"teacher.attention_dropout: 0.5, but mixers drop nothing"
+    ):
         student = convert(teacher, HYBRID).train()
     assert student.config.attention_dropout == 0
     assert torch.equal(student(ids()).logits, student(ids()).logits)
@@ -72,9 +77,13 @@ def test_new_student_is_finite_and_close_to_window_attention(family, tiny_teache
     window_only = convert(teacher, MixerConfig(window=8, sinks=2, branches=("window",)))
     with torch.no_grad():
         student = convert(teacher, HYBRID)(ids()).logits
-        closed = convert(teacher, MixerConfig(window=8, sinks=2, output_gate_bias=-30.0))(ids()).logits
+        closed = convert(teacher, MixerConfig(window=8, sinks=2, output_gate_bias=-30.0))(
+            ids()
+        ).logits
         window = window_only(ids()).logits.double()
-        untouched = convert(teacher, MixerConfig(branches=("mlstm",), window=8, sinks=2))(ids()).logits
+        untouched = convert(teacher, MixerConfig(branches=("mlstm",), window=8, sinks=2))(
+            ids()
+        ).logits
     assert student.isfinite().all()
     assert error_ratio(closed, window) < 1e-6
     assert error_ratio(student, window) < 0.5 * error_ratio(untouched, window)
@@ -110,7 +119,9 @@ def test_packed_gradients_equal_separate_ones(family, tiny_teacher):
     packed = gradients(student(row, segment_ids=segments).logits[0])
     separate = gradients(torch.cat([student(d[None]).logits[0] for d in row[0].split(lengths)]))
     for name, grad in separate.items():
-        if name.endswith("input_gate.bias"):  # cancels in the mLSTM's ratio: the true gradient is zero
+        if name.endswith(
+            "input_gate.bias"
+        ):  # cancels in the mLSTM's ratio: the true gradient is zero
             scale = separate[name.replace("bias", "weight")].abs().max()
             assert packed[name].abs().max() < 1e-4 * scale
         else:
@@ -178,9 +189,13 @@ def test_auto_classes_know_students_in_either_import_order(order, tiny_teacher, 
     assert done.stdout.strip().endswith("XlstmLlamaForCausalLM")
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "AutoTokenizer", "AutoModelForCausalLM", "Trainer", "AutoConfig"])
+@pytest.mark.parametrize(
+    "name", ["LlamaForCausalLM", "AutoTokenizer", "AutoModelForCausalLM", "Trainer", "AutoConfig"]
+)
 def test_importing_this_package_first_breaks_no_import_of_transformers(name):
-    subprocess.run([sys.executable, "-c", f"import xlstm_distill; from transformers import {name}"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", f"import xlstm_distill; from transformers import {name}"], check=True
+    )
 
 
 def test_auto_config_alone_makes_the_real_configuration(tiny_teacher, tmp_path):
@@ -199,5 +214,7 @@ def test_unsupported_teacher_is_refused_in_one_line():
     from xlstm_distill.errors import UserError
 
     teacher = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
-    with pytest.raises(UserError, match=r"teacher.model_type: 'gpt2' cannot be converted; supported are llama"):
+    with pytest.raises(
+        UserError, match=r"teacher.model_type: 'gpt2' cannot be converted; supported are llama"
+    ):
         convert(teacher, HYBRID)

@@ -21,7 +21,9 @@ def _shard_on_cpu() -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed.comm.torch
 
-        deepspeed.comm.torch.build_shm_op = lambda: None  # a C++ extension that would be compiled first
+        deepspeed.comm.torch.build_shm_op = lambda: (
+            None
+        )  # a C++ extension that would be compiled first
 
 
 if "RANK" in os.environ and {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ):

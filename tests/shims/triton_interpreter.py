@@ -31,7 +31,11 @@ def use_gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         if x.dtype.scalar == target:
             return handle(x.data, target)
         data = numbers(x)
-        converted = to_bfloat16(data) if target == bfloat16 else data.astype(interpreter._get_np_dtype(dtype))
+        converted = (
+            to_bfloat16(data)
+            if target == bfloat16
+            else data.astype(interpreter._get_np_dtype(dtype))
+        )
         return handle(converted, target)
 
     def dot(_: Any, a: Any, b: Any, total: Any, precision: Any, __: Any) -> Any:
@@ -67,4 +71,6 @@ def product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
 
 def cut(x: np.ndarray) -> np.ndarray:
     """Drop the bits of a float32 that TF32 lacks."""
-    return (np.ascontiguousarray(x, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    return (np.ascontiguousarray(x, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(
+        np.float32
+    )

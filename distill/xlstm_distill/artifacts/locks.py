@@ -33,7 +33,9 @@ def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[No
         except BlockingIOError:
             raise busy(what) from None
         except OSError as error:
-            say(f"{path}: cannot be locked ({error.strerror}); start no second run of this training meanwhile")
+            say(
+                f"{path}: cannot be locked ({error.strerror}); start no second run of this training meanwhile"
+            )
         yield
 
 

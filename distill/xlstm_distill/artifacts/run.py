@@ -16,7 +16,14 @@ from typing import Any
 
 from xlstm_distill.artifacts.files import replace_directory
 from xlstm_distill.artifacts.hashing import digest
-from xlstm_distill.artifacts.locks import busy, exclusive, marked, remove_leftovers, training_lock, waiting
+from xlstm_distill.artifacts.locks import (
+    busy,
+    exclusive,
+    marked,
+    remove_leftovers,
+    training_lock,
+    waiting,
+)
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console, QuietConsole
@@ -27,7 +34,16 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 """Raised when a stage's output changes meaning, so that older artifacts are made anew."""
 
-PACKAGES = ("xlstm-distill", "torch", "transformers", "accelerate", "datasets", "lm_eval", "tokenizers", "safetensors")
+PACKAGES = (
+    "xlstm-distill",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "tokenizers",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,9 @@ class Draft:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file into the artifact."""
-        (self.path / name).write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        (self.path / name).write_text(
+            json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,9 @@ class Request:
     @property
     def fingerprint(self) -> str:
         """Hash of stage, recipe parts and inputs."""
-        return digest({"format": FORMAT, "stage": self.label, "parts": self.parts, "inputs": self.inputs})
+        return digest(
+            {"format": FORMAT, "stage": self.label, "parts": self.parts, "inputs": self.inputs}
+        )
 
 
 class Run:
@@ -115,7 +135,9 @@ class Run:
         try:
             (directory / "artifacts").mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UserError(f"--run: {directory} cannot be used as a run directory ({error.strerror}).") from None
+            raise UserError(
+                f"--run: {directory} cannot be used as a run directory ({error.strerror})."
+            ) from None
         return cls(directory, recipe)
 
     def path(self, label: str) -> Path:
@@ -124,12 +146,20 @@ class Run:
 
     def work_directory(self, request: Request) -> Path:
         """Where what an artifact is made of lies until it is published: checkpoints and the log of a training."""
-        return self.directory / "training" / f"{request.label.replace('/', '-')}-{request.fingerprint[:12]}"
+        return (
+            self.directory
+            / "training"
+            / f"{request.label.replace('/', '-')}-{request.fingerprint[:12]}"
+        )
 
     def find(self, request: Request) -> Artifact | None:
         """Return the published artifact if it was made from exactly this, else None."""
         artifact = self.load(request.label)
-        return artifact if artifact is not None and artifact.fingerprint == request.fingerprint else None
+        return (
+            artifact
+            if artifact is not None and artifact.fingerprint == request.fingerprint
+            else None
+        )
 
     def has(self, request: Request) -> bool:
         """Whether the artifact made from exactly this is published. All processes ask, and get one answer."""
@@ -146,9 +176,13 @@ class Run:
             return None
         try:
             content = json.loads(manifest.read_text())
-            return Artifact(self.path(label), content, reused=True) if content["fingerprint"] else None
+            return (
+                Artifact(self.path(label), content, reused=True) if content["fingerprint"] else None
+            )
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{manifest}: not a manifest; delete {self.path(label)} to make it again.") from None
+            raise UserError(
+                f"{manifest}: not a manifest; delete {self.path(label)} to make it again."
+            ) from None
 
     def make(
         self,
@@ -174,7 +208,11 @@ class Run:
         wait_for_everyone()  # so that all see the same answer
         if done := self._find_everywhere(request):
             return done
-        with self._training(request, console or QuietConsole()) if together else contextlib.nullcontext():
+        with (
+            self._training(request, console or QuietConsole())
+            if together
+            else contextlib.nullcontext()
+        ):
             # Another run of the program may have published it, and removed the work directory, a moment ago.
             if together and (done := self._find_everywhere(request)):
                 return done
@@ -201,7 +239,9 @@ class Run:
         with contextlib.ExitStack() as stack:
             if is_main_process():
                 try:
-                    stack.enter_context(exclusive(training_lock(self.directory, work), work, console.line))
+                    stack.enter_context(
+                        exclusive(training_lock(self.directory, work), work, console.line)
+                    )
                 except RunError as error:
                     refused = error
             if not all_agree(refused is None):
@@ -213,7 +253,9 @@ class Run:
         final.parent.mkdir(parents=True, exist_ok=True)
         draft = Draft(final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
         with contextlib.ExitStack() as stack:
-            with self._lock(request):  # a draft whose mark is not held yet would look like one of a dead process
+            with self._lock(
+                request
+            ):  # a draft whose mark is not held yet would look like one of a dead process
                 remove_leftovers(final, self._locks)
                 stack.enter_context(marked(self._locks / draft.path.name))
                 draft.path.mkdir()
@@ -279,7 +321,9 @@ class Run:
         if artifact is None:
             raise RunError(f"{self.path(label)}: not there yet; run the stage '{stage}' first.")
         if fingerprint is not None and artifact.fingerprint != fingerprint:
-            raise RunError(f"{self.path(label)}: made from other settings than this recipe's; run '{stage}' again.")
+            raise RunError(
+                f"{self.path(label)}: made from other settings than this recipe's; run '{stage}' again."
+            )
         return artifact
 
 

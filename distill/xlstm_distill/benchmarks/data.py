@@ -34,14 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print what the preparation costs with each number of workers, and what reading costs afterwards."""
     parser = argparse.ArgumentParser(prog="xlstm_distill.benchmarks.data", description=__doc__)
     parser.add_argument("tokenizer", type=Path, help="folder of a tokenizer")
-    parser.add_argument("--data", type=Path, help="JSON-lines file with a column 'text'; default: generated text")
+    parser.add_argument(
+        "--data", type=Path, help="JSON-lines file with a column 'text'; default: generated text"
+    )
     parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens to prepare")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers to compare")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers to compare"
+    )
     options = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        data = options.data or _generate(Path(folder) / "text.jsonl", 4 * (options.tokens + VALIDATION * CONTEXT))
+        data = options.data or _generate(
+            Path(folder) / "text.jsonl", 4 * (options.tokens + VALIDATION * CONTEXT)
+        )
         for workers in options.workers:
             recipe = _recipe(options.tokenizer, data, options.tokens, workers)
             artifact = _prepare(recipe, Path(folder) / str(workers), tokenizer, workers)
@@ -53,7 +59,12 @@ def _generate(path: Path, characters: int) -> Path:
     """Write documents of the embedded conversations' text, of log-normal length."""
     rng, written = random.Random(0), 0
     domains = [embedded.documents(domain, 10**9, 0) for domain in embedded.DOMAINS]
-    texts = (m["content"] for documents in zip(*domains, strict=True) for d in documents for m in d["messages"])
+    texts = (
+        m["content"]
+        for documents in zip(*domains, strict=True)
+        for d in documents
+        for m in d["messages"]
+    )
     with path.open("w") as file:
         while written < characters:
             length, text = rng.lognormvariate(MEAN, SPREAD), ""
@@ -88,7 +99,13 @@ def _prepare(recipe: Recipe, folder: Path, tokenizer: Any, workers: int) -> Arti
     artifact = prepare_domain(recipe, run, "x", tokenizer, QuietConsole())
     seconds, after = time.monotonic() - started, os.times()
     main_cpu = after.user + after.system - before.user - before.system
-    cpu = main_cpu + after.children_user + after.children_system - before.children_user - before.children_system
+    cpu = (
+        main_cpu
+        + after.children_user
+        + after.children_system
+        - before.children_user
+        - before.children_system
+    )
     results = artifact.manifest["results"]
     peak, load = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, os.getloadavg()[0]
     print(
@@ -108,14 +125,23 @@ def _read(artifact: Artifact) -> None:
     for step in range(100):
         load_batch(rows, schedule.rows(step, 64))
     seconds = time.process_time() - started
-    print(f"reading: {100 * 64 * CONTEXT / seconds:,.0f} tokens a CPU second, 64 rows of {CONTEXT} a batch")
+    print(
+        f"reading: {100 * 64 * CONTEXT / seconds:,.0f} tokens a CPU second, 64 rows of {CONTEXT} a batch"
+    )
     total, names = 5_000_000, "abcd"
     started = time.process_time()
-    order = RowSchedule(dict.fromkeys(names, _Many("many", artifact, VALIDATION)), dict.fromkeys(names, 1.0), 0, total)
+    order = RowSchedule(
+        dict.fromkeys(names, _Many("many", artifact, VALIDATION)),
+        dict.fromkeys(names, 1.0),
+        0,
+        total,
+    )
     made = time.process_time() - started
     order.rows(total // 64 - 1, 64)
     seconds = time.process_time() - started
-    print(f"order of {total:,} rows: made in {made:.4f} s, the last step's rows after {seconds:.3f} s")
+    print(
+        f"order of {total:,} rows: made in {made:.4f} s, the last step's rows after {seconds:.3f} s"
+    )
 
 
 class _Many(DomainRows):

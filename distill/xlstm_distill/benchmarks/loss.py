@@ -46,7 +46,9 @@ class Inputs:
         generator = torch.Generator(options.device).manual_seed(0)
         device, tokens, vocabulary = options.device, options.tokens, options.vocabulary
         hidden = torch.empty(tokens, options.hidden, device=device).normal_(generator=generator)
-        weight = torch.empty(vocabulary, options.hidden, device=device).normal_(std=0.02, generator=generator)
+        weight = torch.empty(vocabulary, options.hidden, device=device).normal_(
+            std=0.02, generator=generator
+        )
         labels = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
         targets = random_targets(tokens, vocabulary, options.top_k, device)
         return cls(hidden.requires_grad_(), weight.requires_grad_(), labels, targets)
@@ -80,21 +82,34 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, object]:
     for _ in range(options.repeats):
         inputs.hidden.grad = inputs.weight.grad = None
         start = clock(inputs.hidden.device)
-        with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        with torch.autocast(
+            options.device, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16"
+        ):
             loss = weighted_loss(kind, inputs, options.chunk)
         loss.backward()
         seconds.append(clock(inputs.hidden.device) - start)
     peak = peak_bytes(inputs.hidden.device) - before
     assert inputs.hidden.grad is not None
     assert inputs.weight.grad is not None
-    places = torch.randint(options.vocabulary, (PROBES,), generator=torch.Generator().manual_seed(1))
-    places[: PROBES // 2] = inputs.labels[: PROBES // 2].cpu()[torch.arange(PROBES // 2) % len(inputs.labels)]
+    places = torch.randint(
+        options.vocabulary, (PROBES,), generator=torch.Generator().manual_seed(1)
+    )
+    places[: PROBES // 2] = inputs.labels[: PROBES // 2].cpu()[
+        torch.arange(PROBES // 2) % len(inputs.labels)
+    ]
     figures = {
         "loss": [float(loss.detach())],
-        "hidden gradient": inputs.hidden.grad.flatten()[:: max(1, inputs.hidden.numel() // PROBES)].tolist(),
+        "hidden gradient": inputs.hidden.grad.flatten()[
+            :: max(1, inputs.hidden.numel() // PROBES)
+        ].tolist(),
         "head gradient": inputs.weight.grad[places.to(options.device), 0].tolist(),
     }
-    return {"seconds": seconds, "peak_bytes": peak, "head_gradient_bytes": inputs.weight.nbytes, "figures": figures}
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "head_gradient_bytes": inputs.weight.nbytes,
+        "figures": figures,
+    }
 
 
 def clock(device: torch.device) -> float:
@@ -119,13 +134,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m xlstm_distill.benchmarks.loss", description=__doc__.splitlines()[0]
     )
-    sizes = {"tokens": 4096, "vocabulary": 128256, "hidden": 2048, "top-k": 256, "repeats": 3, "threads": 1}
+    sizes = {
+        "tokens": 4096,
+        "vocabulary": 128256,
+        "hidden": 2048,
+        "top-k": 256,
+        "repeats": 3,
+        "threads": 1,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--chunk", type=int, help="tokens at a time; default: as many as 256 MiB of logits hold")
+    parser.add_argument(
+        "--chunk", type=int, help="tokens at a time; default: as many as 256 MiB of logits hold"
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"default {device}")
-    parser.add_argument("--dtype", choices=BOUNDS, default="float32", help="bfloat16: autocast; default float32")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=device, help=f"default {device}"
+    )
+    parser.add_argument(
+        "--dtype", choices=BOUNDS, default="float32", help="bfloat16: autocast; default float32"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--only", choices=("plain", "fused"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -151,7 +179,9 @@ def table(results: dict[str, dict], ratios: dict[str, float], options: argparse.
         )
     times = statistics.median(plain["seconds"]) / statistics.median(fused["seconds"])
     less = (plain["peak_bytes"] - gradient) / (fused["peak_bytes"] - gradient)
-    lines.append(f"| plain / fused | {plain['peak_bytes'] / fused['peak_bytes']:.1f} | {less:.1f} | {times:.2f} |")
+    lines.append(
+        f"| plain / fused | {plain['peak_bytes'] / fused['peak_bytes']:.1f} | {less:.1f} | {times:.2f} |"
+    )
     return "\n".join(lines)
 
 
@@ -165,11 +195,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     results = {}
     for kind in ("plain", "fused"):
-        command = [sys.executable, "-m", "xlstm_distill.benchmarks.loss", *arguments, "--only", kind]
-        results[kind] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        command = [
+            sys.executable,
+            "-m",
+            "xlstm_distill.benchmarks.loss",
+            *arguments,
+            "--only",
+            kind,
+        ]
+        results[kind] = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        )
     ratios = disagreement(results["fused"].pop("figures"), results["plain"].pop("figures"))
     if not max(ratios.values()) < BOUNDS[options.dtype]:
-        sys.stderr.write(f"the losses disagree, nothing is reported: {ratios}; allowed {BOUNDS[options.dtype]:.0e}\n")
+        sys.stderr.write(
+            f"the losses disagree, nothing is reported: {ratios}; allowed {BOUNDS[options.dtype]:.0e}\n"
+        )
         return 1
     text = json.dumps({"options": vars(options), "disagreement": ratios, **results})
     sys.stdout.write((text if options.json else table(results, ratios, options)) + "\n")

@@ -75,7 +75,9 @@ HEADER = (
 )
 
 
-def family_logits(kind: str, low: float, high: float, tokens: int, vocabulary: int, seed: int) -> Tensor:
+def family_logits(
+    kind: str, low: float, high: float, tokens: int, vocabulary: int, seed: int
+) -> Tensor:
     """Logits (tokens, V) of a family; for zipf in the order of their rank before noise."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(tokens, 1, generator=generator) * (high - low) + low
@@ -98,12 +100,16 @@ def draw(kind: str, low: float, high: float, tokens: int, vocabulary: int, seed:
         parts.append(SparseTargets(shuffle[part.ids], part.log_probs, part.tail))
         log_probs = logits.log_softmax(-1)
         entropy -= float((log_probs.exp() * log_probs).sum())
-    joined = SparseTargets(*(torch.cat([getattr(p, n) for p in parts]) for n in ("ids", "log_probs", "tail")))
+    joined = SparseTargets(
+        *(torch.cat([getattr(p, n) for p in parts]) for n in ("ids", "log_probs", "tail"))
+    )
     name = f"{kind} {low:g}" if low == high else f"{kind} {low:g}-{high:g}"
     return Sample(name, joined, entropy / tokens)
 
 
-def measure(sample: Sample, mass: float | None, min_k: int, vocabulary: int, context: int) -> Measurement:
+def measure(
+    sample: Sample, mass: float | None, min_k: int, vocabulary: int, context: int
+) -> Measurement:
     """Write a sample through the store and read it back, row by row."""
     identity = Identity("bench", "", "", "", None, "float32", TOP_K, mass, min_k)
     tokens = len(sample.targets.tail)
@@ -123,7 +129,9 @@ def measure(sample: Sample, mass: float | None, min_k: int, vocabulary: int, con
             for row in range(len(counts)):
                 to_targets([store.row(row)[0]])
 
-        return Measurement(sample, mass, min_k, figures, tokens / write_seconds, tokens / best_time(read))
+        return Measurement(
+            sample, mass, min_k, figures, tokens / write_seconds, tokens / best_time(read)
+        )
 
 
 def best_time(work: Callable[[], None], repeats: int = 3) -> float:
@@ -138,10 +146,14 @@ def best_time(work: Callable[[], None], repeats: int = 3) -> float:
 
 def main() -> None:
     """Print a table in Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.benchmarks.targets", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m xlstm_distill.benchmarks.targets", description=__doc__
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="tokens drawn of each family")
     parser.add_argument("--vocabulary", type=int, default=128_256, help="size of the vocabulary")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a row, which are decoded at once")
+    parser.add_argument(
+        "--context", type=int, default=1024, help="tokens of a row, which are decoded at once"
+    )
     parser.add_argument("--mass", type=float, nargs="+", default=[0.99, 0.999], help="mass to keep")
     parser.add_argument("--min-k", type=int, default=16, help="tokens to keep at least")
     parser.add_argument("--seed", type=int, default=0, help="seed of the distributions")
@@ -151,7 +163,10 @@ def main() -> None:
     for kind, low, high in FAMILIES:
         sample = draw(kind, low, high, options.tokens, options.vocabulary, options.seed)
         for mass in options.mass:
-            print(measure(sample, mass, options.min_k, options.vocabulary, options.context).line(), flush=True)
+            print(
+                measure(sample, mass, options.min_k, options.vocabulary, options.context).line(),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ class PlainTask(DistillTask):
     def forward(self, batch: Batch) -> Sums:
         """Weighted loss summed over kept tokens."""
         logits = kept_logits(self.student, batch, segment_ids=batch.segment_ids)
-        parts = distill_loss(logits, batch.labels[batch.labels != IGNORE_INDEX], self.targets(batch))
+        parts = distill_loss(
+            logits, batch.labels[batch.labels != IGNORE_INDEX], self.targets(batch)
+        )
         loss = self.ce_weight * parts.cross_entropy + self.kl_weight * parts.kl
         return Sums(loss, {"ce": parts.cross_entropy.detach(), "kl": parts.kl.detach()})
 
@@ -109,14 +111,18 @@ def random_batch(options: argparse.Namespace) -> Batch:
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE_INDEX)], dim=1)
     positions = torch.arange(options.context).repeat(options.batch, 1)
     rows = tuple(("random", row) for row in range(options.batch))
-    batch = Batch(ids, positions, torch.zeros_like(ids), labels, torch.ones_like(ids, dtype=torch.bool), rows)
+    batch = Batch(
+        ids, positions, torch.zeros_like(ids), labels, torch.ones_like(ids, dtype=torch.bool), rows
+    )
     return batch.to(torch.device(options.device))
 
 
 def make_model(variant: Variant, options: argparse.Namespace) -> tuple[CausalLM, CausalLM | None]:
     """The model to train, fp32, and the teacher where it is online, in the precision of the run."""
     torch.manual_seed(0)
-    config = LlamaConfig(**MODELS[options.model], max_position_embeddings=options.context, use_cache=False)
+    config = LlamaConfig(
+        **MODELS[options.model], max_position_embeddings=options.context, use_cache=False
+    )
     with torch.device(options.device):
         teacher = LlamaForCausalLM(config)
     online = variant.targets == "online"
@@ -126,7 +132,9 @@ def make_model(variant: Variant, options: argparse.Namespace) -> tuple[CausalLM,
         model = convert(teacher, mixer, share_weights=not online)
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train().requires_grad_(True), teacher.to(getattr(torch, options.dtype)) if online else None
+    return model.train().requires_grad_(True), teacher.to(
+        getattr(torch, options.dtype)
+    ) if online else None
 
 
 def make_task(variant: Variant, options: argparse.Namespace, batch: Batch) -> DistillTask:
@@ -144,7 +152,9 @@ def make_task(variant: Variant, options: argparse.Namespace, batch: Batch) -> Di
 
 def make_accelerator(options: argparse.Namespace) -> Accelerator:
     """One process; bf16 is autocast over fp32 weights."""
-    return Accelerator(mixed_precision="bf16" if options.dtype == "bfloat16" else "no", cpu=options.device == "cpu")
+    return Accelerator(
+        mixed_precision="bf16" if options.dtype == "bfloat16" else "no", cpu=options.device == "cpu"
+    )
 
 
 def backward(wrapped: nn.Module, batch: Batch, tokens: int, accelerator: Accelerator) -> float:
@@ -193,7 +203,11 @@ def useful_flops(variant: Variant, options: argparse.Namespace, supervised: floa
     architecture = read_architecture(LlamaConfig(**MODELS[options.model]).to_dict(), "config")
     attention = token_flops(architecture, options.context)
     mixer = MixerShape(options.window, options.sinks, architecture.head_dim)
-    model = token_flops(architecture, options.context, mixer) if variant.model == "student" else attention
+    model = (
+        token_flops(architecture, options.context, mixer)
+        if variant.model == "student"
+        else attention
+    )
     teacher = attention.forward(supervised) if variant.targets == "online" else 0.0
     return model.training(supervised) + teacher
 
@@ -216,7 +230,9 @@ def peak_rate(device: torch.device, options: argparse.Namespace) -> tuple[float,
 
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    )
 
 
 def check(options: argparse.Namespace) -> dict[str, float]:
@@ -240,18 +256,42 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m xlstm_distill.benchmarks.training", description=__doc__.splitlines()[0]
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"default {device}")
-    parser.add_argument("--model", choices=MODELS, default="small", help="randomly initialised Llama; default small")
-    parser.add_argument("--dtype", choices=BOUNDS, help="default bfloat16 on CUDA, float32 on a CPU")
-    sizes = {"batch": 2, "top-k": 256, "sinks": 4, "warmup": 2, "steps": 5, "repeats": 3, "threads": 1}
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=device, help=f"default {device}"
+    )
+    parser.add_argument(
+        "--model", choices=MODELS, default="small", help="randomly initialised Llama; default small"
+    )
+    parser.add_argument(
+        "--dtype", choices=BOUNDS, help="default bfloat16 on CUDA, float32 on a CPU"
+    )
+    sizes = {
+        "batch": 2,
+        "top-k": 256,
+        "sinks": 4,
+        "warmup": 2,
+        "steps": 5,
+        "repeats": 3,
+        "threads": 1,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--context", type=int, help="tokens of a row; default 512 (small), 4096 (1b)")
+    parser.add_argument(
+        "--context", type=int, help="tokens of a row; default 512 (small), 4096 (1b)"
+    )
     parser.add_argument("--window", type=int, help="default 64 (small), 512 (1b)")
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
-    parser.add_argument("--peak-tflops", type=float, help="rate that MFU is a share of, in place of the known one")
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass",
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, help="rate that MFU is a share of, in place of the known one"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--only", choices=("check", *map(str, range(len(VARIANTS)))), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--only", choices=("check", *map(str, range(len(VARIANTS)))), help=argparse.SUPPRESS
+    )
     options = parser.parse_args(arguments)
     small = options.model == "small"
     options.context = options.context or (512 if small else 4096)
@@ -260,7 +300,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def table(rounds: list[list[dict[str, Any]]], agreement: dict[str, float], options: argparse.Namespace) -> str:
+def table(
+    rounds: list[list[dict[str, Any]]], agreement: dict[str, float], options: argparse.Namespace
+) -> str:
     """The variants as Markdown: medians over rounds, and the range of tokens/s."""
     shape = f"{options.batch} rows of {options.context} tokens, window {options.window}, top {options.top_k}"
     lines = [
@@ -283,9 +325,18 @@ def table(rounds: list[list[dict[str, Any]]], agreement: dict[str, float], optio
             f"| {f'{statistics.median(rates) / base:.2f}' if base else ''} | {_median(runs, 'mfu'):.1%} "
             f"| {runs[0]['flops_per_token'] / 1e6:,.1f} | {_median(runs, 'peak_bytes') / MIB:,.0f} |"
         )
-    seen = {f"{run['device']}; {run['peak_origin']}" for runs in columns for run in runs if "device" in run}
-    rate = statistics.median([run["peak_flops"] for runs in columns for run in runs if "device" in run] or [0.0])
-    return "\n".join([f"{', '.join(sorted(seen))}: MFU is a share of {rate / 1e12:.3g} TFLOP/s.", *lines])
+    seen = {
+        f"{run['device']}; {run['peak_origin']}"
+        for runs in columns
+        for run in runs
+        if "device" in run
+    }
+    rate = statistics.median(
+        [run["peak_flops"] for runs in columns for run in runs if "device" in run] or [0.0]
+    )
+    return "\n".join(
+        [f"{', '.join(sorted(seen))}: MFU is a share of {rate / 1e12:.3g} TFLOP/s.", *lines]
+    )
 
 
 def _median(runs: Sequence[dict[str, Any]], key: str) -> float:
@@ -295,7 +346,14 @@ def _median(runs: Sequence[dict[str, Any]], key: str) -> float:
 
 def child(arguments: list[str], only: str) -> Any:
     """Run a part of the benchmark in a process of its own."""
-    command = [sys.executable, "-m", "xlstm_distill.benchmarks.training", *arguments, "--only", only]
+    command = [
+        sys.executable,
+        "-m",
+        "xlstm_distill.benchmarks.training",
+        *arguments,
+        "--only",
+        only,
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -306,17 +364,27 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     if options.only:
-        found = check(options) if options.only == "check" else measured(VARIANTS[int(options.only)], options)
+        found = (
+            check(options)
+            if options.only == "check"
+            else measured(VARIANTS[int(options.only)], options)
+        )
         sys.stdout.write(json.dumps(found) + "\n")
         return 0
     agreement = child(arguments, "check")
     if not max(agreement.values()) < BOUNDS[options.dtype]:
         allowed = BOUNDS[options.dtype]
-        sys.stderr.write(f"fused and plain loss disagree, nothing is timed: {agreement}; allowed: {allowed:.0e}\n")
+        sys.stderr.write(
+            f"fused and plain loss disagree, nothing is timed: {agreement}; allowed: {allowed:.0e}\n"
+        )
         return 1
-    rounds = [[child(arguments, str(n)) for n in range(len(VARIANTS))] for _ in range(options.repeats)]
+    rounds = [
+        [child(arguments, str(n)) for n in range(len(VARIANTS))] for _ in range(options.repeats)
+    ]
     results = {v.name: [r[n] for r in rounds] for n, v in enumerate(VARIANTS)}
-    text = json.dumps({"options": vars(options), "disagreement": agreement, "variants": results}, indent=1)
+    text = json.dumps(
+        {"options": vars(options), "disagreement": agreement, "variants": results}, indent=1
+    )
     sys.stdout.write((text if options.json else table(rounds, agreement, options)) + "\n")
     return 0
 

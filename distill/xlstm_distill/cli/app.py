@@ -44,7 +44,11 @@ RunPath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, for example align.lr=0.003. May be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a value, for example align.lr=0.003. May be repeated.",
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -98,7 +102,11 @@ def capture(
     run_dir: RunPath = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Do share I (0 to N - 1) of N, for a Slurm array.", show_default="all"),
+        typer.Option(
+            metavar="I/N",
+            help="Do share I (0 to N - 1) of N, for a Slurm array.",
+            show_default="all",
+        ),
     ] = None,
     overrides: Overrides = None,
     launch: LaunchConfig = None,
@@ -106,7 +114,9 @@ def capture(
     debug: Debug = False,
 ) -> None:
     """Store the teacher's sparse next-token targets."""
-    _one_stage("capture", recipe, run_dir, overrides, debug, launched=(launch, launch_args), shard=shard)
+    _one_stage(
+        "capture", recipe, run_dir, overrides, debug, launched=(launch, launch_args), shard=shard
+    )
 
 
 @app.command()
@@ -129,7 +139,9 @@ def distill(
     expert: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Train this expert alone (or its index, from 0).", show_default="all, one by one"
+            metavar="NAME",
+            help="Train this expert alone (or its index, from 0).",
+            show_default="all, one by one",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -138,11 +150,15 @@ def distill(
     debug: Debug = False,
 ) -> None:
     """Train the experts from the aligned student (stage II)."""
-    _one_stage("distill", recipe, run_dir, overrides, debug, launched=(launch, launch_args), expert=expert)
+    _one_stage(
+        "distill", recipe, run_dir, overrides, debug, launched=(launch, launch_args), expert=expert
+    )
 
 
 @app.command()
-def merge(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def merge(
+    recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False
+) -> None:
     """Merge the experts into one student (stage III)."""
     _one_stage("merge", recipe, run_dir, overrides, debug)
 
@@ -161,7 +177,9 @@ def evaluate(
 
 
 @app.command()
-def report(recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def report(
+    recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False
+) -> None:
     """Write the report of a run and show its summary."""
     with one_line_errors(debug):
         loaded, opened = _open(recipe, run_dir, overrides)
@@ -189,7 +207,10 @@ def status(
 
 @app.command()
 def score(
-    file: Annotated[Path, typer.Argument(metavar="FILE.json", help='Scores: {"tasks": [{"task", "teacher", ...}]}.')],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE.json", help='Scores: {"tasks": [{"task", "teacher", ...}]}.'),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -205,21 +226,34 @@ def score(
 def plan(
     recipe: RecipePath,
     gpu: Annotated[
-        str, typer.Option(help="a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb or l40s-48gb.")
+        str,
+        typer.Option(help="a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb or l40s-48gb."),
     ] = "h100-80gb",
     gpus: Annotated[int, typer.Option(help="GPUs, over all nodes.")] = 8,
     sharding: Annotated[
         str | None,
-        typer.Option(help="none, ddp, fsdp2, zero1, zero2 or zero3.", show_default="fsdp2; none on one GPU"),
+        typer.Option(
+            help="none, ddp, fsdp2, zero1, zero2 or zero3.", show_default="fsdp2; none on one GPU"
+        ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="Kernels: auto (what the stages take), torch or triton.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Kernels: auto (what the stages take), torch or triton.")
+    ] = "auto",
     mfu: Annotated[
-        float | None, typer.Option(help="Share of the GPUs' peak that is reached.", show_default="one for each stage")
+        float | None,
+        typer.Option(
+            help="Share of the GPUs' peak that is reached.", show_default="one for each stage"
+        ),
     ] = None,
-    price: Annotated[float | None, typer.Option(help="Price of a GPU for an hour, in any currency.")] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="The teacher's config.json.")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Price of a GPU for an hour, in any currency.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The teacher's config.json.")
+    ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="Take the size of stored targets from this run.")
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Take the size of stored targets from this run."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     overrides: Overrides = None,
@@ -236,7 +270,9 @@ def plan(
 
         loaded, rates = load_recipe(recipe, overrides or ()), {"mfu": mfu, "price": price}
         machine = planning_machine.make_machine(gpu, gpus, sharding, backend, **rates)
-        made = planning.plan_recipe(loaded, recipe.resolve().parent, machine, config=config, run=run_dir)
+        made = planning.plan_recipe(
+            loaded, recipe.resolve().parent, machine, config=config, run=run_dir
+        )
         if as_json:
             typer.echo(json.dumps(planning_text.to_json(made), indent=2))
         else:
@@ -291,7 +327,10 @@ def _directory(run_dir: Path | None, recipe: Recipe) -> Path:
 
 
 def _open(
-    recipe: Path, run_dir: Path | None, overrides: list[str] | None, check: Check = lambda recipe, processes: None
+    recipe: Path,
+    run_dir: Path | None,
+    overrides: list[str] | None,
+    check: Check = lambda recipe, processes: None,
 ) -> tuple[Recipe, Run]:
     """Load and check the recipe first: a bad one must not leave a run directory behind."""
     from xlstm_distill.artifacts import Run
@@ -311,7 +350,9 @@ def _check_evaluation(recipe: Recipe, run: Run) -> None:
 def _run_stage(stage: str, recipe: Recipe, run: Run, console: Console, **options: Any) -> None:
     started = time.monotonic()
     importlib.import_module("xlstm_distill.stages.workbench").quiet_libraries()
-    result = importlib.import_module(f"xlstm_distill.stages.{stage}").run(recipe, run, console, **options)
+    result = importlib.import_module(f"xlstm_distill.stages.{stage}").run(
+        recipe, run, console, **options
+    )
     artifacts = result if isinstance(result, list) else [result]
     made = [artifact for artifact in artifacts if not getattr(artifact, "reused", False)]
     seconds = f"done in {time.monotonic() - started:.1f} s"
@@ -335,5 +376,7 @@ def _print_summary(directory: Path, console: Console) -> None:
     if not is_main_process():
         return
     folder = directory / "report"
-    console.rich().print(summary_table(json.loads((folder / "report.json").read_text(encoding="utf-8"))))
+    console.rich().print(
+        summary_table(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    )
     console.line(f"Report: {folder / 'report.html'}")

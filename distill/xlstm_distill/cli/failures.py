@@ -29,7 +29,9 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        typer.echo("Interrupted. Finished stages are kept: run the command again to go on.", err=True)
+        typer.echo(
+            "Interrupted. Finished stages are kept: run the command again to go on.", err=True
+        )
         raise typer.Exit(INTERRUPTED) from None
     except stopping.Stopped as request:
         typer.echo(str(request), err=True)
@@ -54,7 +56,10 @@ def _explain(error: Exception) -> tuple[int, str]:
     if evaluation is not None and isinstance(error, evaluation.EvalError):
         return USER_ERROR, str(error)
     if isinstance(error, OSError) and error.strerror:
-        return RUN_ERROR, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return (
+            RUN_ERROR,
+            f"{error.filename}: {error.strerror}" if error.filename else error.strerror,
+        )
     return RUN_ERROR, f"{type(error).__name__}: {error} (--debug shows where)"
 
 

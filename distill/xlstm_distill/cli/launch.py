@@ -54,7 +54,11 @@ LaunchArgs = Annotated[
 
 
 def dispatch(
-    config: Path | None, extra: str, recipe: Path, overrides: Sequence[str] | None, check: Callable[[Recipe, int], None]
+    config: Path | None,
+    extra: str,
+    recipe: Path,
+    overrides: Sequence[str] | None,
+    check: Callable[[Recipe, int], None],
 ) -> None:
     """Where a configuration is given, run this command line in the processes it names, and exit as they do.
 
@@ -73,7 +77,11 @@ def dispatch(
     from xlstm_distill.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())  # a bad one is said once, not by every process
-    raise typer.Exit(start(config, extra, own_arguments(sys.argv[1:]), lambda processes: check(loaded, processes)))
+    raise typer.Exit(
+        start(
+            config, extra, own_arguments(sys.argv[1:]), lambda processes: check(loaded, processes)
+        )
+    )
 
 
 def own_arguments(arguments: Sequence[str]) -> list[str]:
@@ -89,7 +97,10 @@ def own_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def start(
-    config: Path, extra: str, arguments: Sequence[str], check: Callable[[int], None] = lambda processes: None
+    config: Path,
+    extra: str,
+    arguments: Sequence[str],
+    check: Callable[[int], None] = lambda processes: None,
 ) -> int:
     """Run `xlstm-distill ARGUMENTS` in the processes that an accelerate configuration names; returns their exit code.
 
@@ -102,10 +113,14 @@ def start(
     try:
         words = shlex.split(extra)
     except ValueError as error:
-        raise UserError(f"--launch-args: {extra!r} cannot be read as words of a shell: {error}; mend it.") from None
+        raise UserError(
+            f"--launch-args: {extra!r} cannot be read as words of a shell: {error}; mend it."
+        ) from None
     launcher = _parse(config, [*words, "-m", MODULE, *arguments])
     check(launcher.num_processes)
-    logging.disable(logging.ERROR)  # the launcher's reports on processes that have told their error themselves
+    logging.disable(
+        logging.ERROR
+    )  # the launcher's reports on processes that have told their error themselves
     outcome = _Outcome()
     received: list[int] = []
 
@@ -113,7 +128,9 @@ def start(
         received.append(number)
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the processes itself
+    before[signal.SIGINT] = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal interrupts the processes itself
     try:
         # Not in the main thread, so that the launcher leaves the signal handlers alone.
         thread = threading.Thread(target=outcome.run, args=(launcher,), daemon=True)
@@ -135,11 +152,16 @@ def _parse(config: Path, words: list[str]) -> Any:
             "'accelerate launch --help' lists them."
         )
     if parsed.num_processes is None:
-        named, parsed.num_processes = f"--launch: {str(config)!r}: num_processes", settings.num_processes
+        named, parsed.num_processes = (
+            f"--launch: {str(config)!r}: num_processes",
+            settings.num_processes,
+        )
     else:
         named = "--launch-args: --num_processes"
     if not isinstance(parsed.num_processes, int) or parsed.num_processes < 1:
-        raise UserError(f"{named}: {parsed.num_processes!r} must be a whole number from 1 on; give another.")
+        raise UserError(
+            f"{named}: {parsed.num_processes!r} must be a whole number from 1 on; give another."
+        )
     if settings.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # which accelerate itself forgets with MULTI_GPU
     alone = (parsed.num_machines or settings.num_machines or 1) == 1
@@ -154,7 +176,9 @@ def _read_config(config: Path) -> Any:
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
     if not config.is_file():
-        raise UserError(f"--launch: {str(config)!r} is not there; recipes/accelerate/ has configurations.")
+        raise UserError(
+            f"--launch: {str(config)!r} is not there; recipes/accelerate/ has configurations."
+        )
     wrong = f"--launch: {str(config)!r} is not a configuration of accelerate launch"
     try:
         settings = load_config_from_file(str(config))
@@ -174,7 +198,9 @@ def _parse_words(words: list[str]) -> Any:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(io.StringIO()):
             return launch_command_parser().parse_args(words)
     except SystemExit:
-        said = complaint.getvalue().strip().splitlines() or ["it asks for help; 'accelerate launch --help' gives it."]
+        said = complaint.getvalue().strip().splitlines() or [
+            "it asks for help; 'accelerate launch --help' gives it."
+        ]
         raise UserError(f"--launch-args: {said[-1].split('error: ')[-1]}") from None
 
 

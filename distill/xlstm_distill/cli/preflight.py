@@ -50,6 +50,8 @@ def _refuse_once(message: str) -> NoReturn:
     """All processes come to the same answer: the first says it, the others end as it does."""
     if is_main_process():
         raise UserError(message)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from a launcher that has seen the first end: no reason to speak
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # from a launcher that has seen the first end: no reason to speak
     time.sleep(PATIENCE_SECONDS)
     raise typer.Exit(BAD_INPUT)

@@ -34,7 +34,14 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     for task in tasks:
         cells = [_score(teacher[task]), *(_score(model["scores"][task]) for model in models)]
         rows.append((task, *cells, task == tasks[-1]))
-    rows.append(("mean", _mean(teacher.values()), *(_mean(model["scores"].values()) for model in models), False))
+    rows.append(
+        (
+            "mean",
+            _mean(teacher.values()),
+            *(_mean(model["scores"].values()) for model in models),
+            False,
+        )
+    )
     for alpha in SHOWN_ALPHAS:
         rates = [f"{model['win_and_tie'][str(alpha)]:.2f}" for model in models]
         rows.append((f"C at α = {alpha:g}", "", *rates, False))

@@ -28,7 +28,8 @@ def expert_rows(recipe: Recipe, expert: str) -> dict[str, int]:
     phases = recipe.distill.experts[expert].phases
     steps = [(phase, _rows_read(phase.tokens, recipe.distill.batch, recipe)) for phase in phases]
     return {
-        name: math.ceil(sum(rows * _share(phase.domains, name) for phase, rows in steps)) + recipe.data.validation_rows
+        name: math.ceil(sum(rows * _share(phase.domains, name) for phase, rows in steps))
+        + recipe.data.validation_rows
         for name in recipe.data.domains
         if any(name in phase.domains for phase in phases)
     }

@@ -36,7 +36,9 @@ class Progress:
     used: int = 0
     tokens: int = 0
     dry: bool = False
-    outcomes: dict[str, int] = field(default_factory=lambda: {outcome.name.lower(): 0 for outcome in Outcome})
+    outcomes: dict[str, int] = field(
+        default_factory=lambda: {outcome.name.lower(): 0 for outcome in Outcome}
+    )
     reason: str | None = None
 
     def losses(self) -> str:
@@ -47,13 +49,19 @@ class Progress:
 
     def lost(self) -> dict[str, int]:
         """Documents that were left out, by reason."""
-        return {why: n for outcome, why in LEFT_OUT.items() if (n := self.outcomes[outcome.name.lower()])}
+        return {
+            why: n
+            for outcome, why in LEFT_OUT.items()
+            if (n := self.outcomes[outcome.name.lower()])
+        }
 
 
 class _Stream:
     """A source's documents in order, some chunks read and tokenised ahead."""
 
-    def __init__(self, reader: SourceReader, progress: Progress, submit: Submit, ahead: int) -> None:
+    def __init__(
+        self, reader: SourceReader, progress: Progress, submit: Submit, ahead: int
+    ) -> None:
         self.progress, self._submit, self._ahead = progress, submit, ahead
         self._chunks = reader.chunks(Position(**progress.position))
         self._waiting: deque[tuple[Position, int, Future[list[Tokens]]]] = deque()
@@ -100,7 +108,9 @@ class _Stream:
             except (UserError, RunError, OSError) as error:
                 self._failure, self._ended = error, True
             else:
-                size = sum(_size(value) for document in chunk.documents for value in document.values())
+                size = sum(
+                    _size(value) for document in chunk.documents for value in document.values()
+                )
                 self._waiting.append((position, size, future))
                 self._bytes += size
 
@@ -108,7 +118,9 @@ class _Stream:
 def _size(value: Any) -> int:
     """Characters of a column's text or messages."""
     if isinstance(value, list):
-        return sum(len(str(message.get("content"))) for message in value if isinstance(message, dict))
+        return sum(
+            len(str(message.get("content"))) for message in value if isinstance(message, dict)
+        )
     return len(value) if isinstance(value, str) else 0
 
 
@@ -132,7 +144,9 @@ class Mixture:
         self.progress = progress or [Progress() for _ in domain.sources]
         self._weights = [source.weight for source in domain.sources]
         self._streams = [
-            _Stream(SourceReader(source, f"{field}.sources[{n}]", seed), self.progress[n], submit, ahead)
+            _Stream(
+                SourceReader(source, f"{field}.sources[{n}]", seed), self.progress[n], submit, ahead
+            )
             for n, source in enumerate(domain.sources)
         ]
 
@@ -147,6 +161,8 @@ class Mixture:
             progress.reason = progress.reason or document.reason
             progress.tokens += len(document)
             if progress.tokens == 0 and sum(progress.outcomes.values()) >= HOPELESS:
-                raise UserError(f"{self._field}.sources[{turn}]: {progress.losses()}; nothing of it can be used.")
+                raise UserError(
+                    f"{self._field}.sources[{turn}]: {progress.losses()}; nothing of it can be used."
+                )
             if len(document):
                 yield document

@@ -93,7 +93,9 @@ class Packer:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over the open rows of another packer's `state`."""
         tokens = documents = 0
-        for used, count in zip(state["open_used"].tolist(), state["open_documents"].tolist(), strict=True):
+        for used, count in zip(
+            state["open_used"].tolist(), state["open_documents"].tolist(), strict=True
+        ):
             row = PackedRow.empty(self.context, self.pad)
             row.ids[:used] = state["open_ids"][tokens : tokens + used]
             row.supervised[:used] = state["open_supervised"][tokens : tokens + used]

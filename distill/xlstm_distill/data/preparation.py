@@ -69,12 +69,26 @@ class Preparation:
     """
 
     def __init__(
-        self, recipe: Recipe, name: str, needed: int, tokenizer: Any, folder: Path, console: consoles.Console
+        self,
+        recipe: Recipe,
+        name: str,
+        needed: int,
+        tokenizer: Any,
+        folder: Path,
+        console: consoles.Console,
     ) -> None:
-        self.recipe, self.name, self.needed, self.folder, self.console = recipe, name, needed, folder, console
+        self.recipe, self.name, self.needed, self.folder, self.console = (
+            recipe,
+            name,
+            needed,
+            folder,
+            console,
+        )
         self.field, self.label = f"data.domains.{name}", f"data/{name}"
         self.domain, self.tokenizer = recipe.data.domains[name], tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
         # A small domain would leave much of its text in open rows.
         self.packer = Packer(recipe.data.context, pad, min(OPEN_ROWS, max(16, needed // 32)))
         vocabulary = max(tokenizer.get_vocab().values()) + 1
@@ -107,7 +121,9 @@ class Preparation:
         self.writer.close()
         validation = self.recipe.data.validation_rows
         if self.writer.rows <= validation:
-            losses = [f" sources[{n}]: {p.losses()}." for n, p in enumerate(self.progress) if p.lost()]
+            losses = [
+                f" sources[{n}]: {p.losses()}." for n, p in enumerate(self.progress) if p.lost()
+            ]
             raise UserError(
                 f"{self.field}: its documents fill {self.writer.rows} rows of {self.recipe.data.context} tokens and "
                 f"data.validation_rows holds back {validation} of them; give more documents or hold back fewer."
@@ -120,19 +136,27 @@ class Preparation:
             return self.recipe.data.workers
         if (self.needed - self.writer.rows) * self.recipe.data.context < WORTH_WORKERS:
             return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         return min(cores - 1, MOST_WORKERS)
 
     def _fill(self) -> None:
         """Read, pack and write until there are enough rows or the sources are dry."""
         data = self.recipe.data
-        tokenizer = ChunkTokenizer(DocumentTokenizer(self.tokenizer), data.context, data.long_documents)
+        tokenizer = ChunkTokenizer(
+            DocumentTokenizer(self.tokenizer), data.context, data.long_documents
+        )
         total = (self.needed - self.writer.rows) * data.context
         with (
             tokenizing(tokenizer, self.workers()) as (submit, ahead),
             self.console.progress(self.label, total) as progress,
         ):
-            mixture = Mixture(self.domain, self.field, self.recipe.seed, submit, ahead, self.progress)
+            mixture = Mixture(
+                self.domain, self.field, self.recipe.seed, submit, ahead, self.progress
+            )
             for document in mixture:
                 before = self.writer.rows
                 for piece in document.pieces(data.context):
@@ -173,7 +197,9 @@ class Preparation:
                     check_shard(self.folder, shard)
                 self.packer.restore(saved)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, RunError) as error:
-            self.console.line(f"{self.label}: {self.folder} cannot be used ({error}); starting over.")
+            self.console.line(
+                f"{self.label}: {self.folder} cannot be used ({error}); starting over."
+            )
             return
         self.writer.shards, self.writer.totals = state["shards"], state["totals"]
         self.progress = [Progress(**progress) for progress in state["progress"]]
@@ -202,13 +228,18 @@ class Preparation:
             "fill": totals["tokens"] / (rows * self.recipe.data.context),
             "supervised_share": totals["supervised"] / totals["tokens"],
             "bytes_per_token": sum(s["bytes"] for s in self.writer.shards) / totals["tokens"],
-            "documents_read": {o.name.lower(): sum(p.outcomes[o.name.lower()] for p in self.progress) for o in Outcome},
+            "documents_read": {
+                o.name.lower(): sum(p.outcomes[o.name.lower()] for p in self.progress)
+                for o in Outcome
+            },
             "sources": shares,
         }
 
     def _warn(self, results: dict[str, Any]) -> None:
         """Say what is other than the recipe asks for."""
-        for number, (source, progress) in enumerate(zip(results["sources"], self.progress, strict=True)):
+        for number, (source, progress) in enumerate(
+            zip(results["sources"], self.progress, strict=True)
+        ):
             field = f"{self.field}.sources[{number}]"
             if progress.dry and abs(source["share"] / source["weight_share"] - 1) > SAID:
                 self.console.line(

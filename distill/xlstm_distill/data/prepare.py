@@ -19,7 +19,9 @@ ROWS_FORMAT = 3
 """Raised when rows change meaning, so that those made before are made anew."""
 
 
-def prepare_domain(recipe: Recipe, run: Run, name: str, tokenizer: Any, console: Console) -> Artifact:
+def prepare_domain(
+    recipe: Recipe, run: Run, name: str, tokenizer: Any, console: Console
+) -> Artifact:
     """Tokenise and pack a domain's documents into rows, once; the artifact is `data/<domain>`.
 
     A preparation that was killed goes on from its last finished shard and ends with the same rows. Of several runs of
@@ -27,7 +29,8 @@ def prepare_domain(recipe: Recipe, run: Run, name: str, tokenizer: Any, console:
     """
     needed = max(rows_needed(recipe, name), _rows_there(recipe, run, name, tokenizer))
     request = replace(
-        _data_request(recipe, name, tokenizer, rows=needed), identity=data_identity(recipe, name, tokenizer)
+        _data_request(recipe, name, tokenizer, rows=needed),
+        identity=data_identity(recipe, name, tokenizer),
     )
     folder = run.work_directory(request)
 
@@ -47,7 +50,10 @@ def data_identity(recipe: Recipe, name: str, tokenizer: Any) -> str:
 
     A stage's result depends on this, and on the number of rows that its own settings make it read.
     """
-    span = {"held_out_span": held_out_span(recipe, name), "validation_rows": recipe.data.validation_rows}
+    span = {
+        "held_out_span": held_out_span(recipe, name),
+        "validation_rows": recipe.data.validation_rows,
+    }
     return _data_request(recipe, name, tokenizer, **span).fingerprint
 
 
@@ -67,7 +73,10 @@ def _rows_there(recipe: Recipe, run: Run, name: str, tokenizer: Any) -> int:
     """Rows asked for when the published artifact was made, if it holds this recipe's rows; else 0."""
     published = run.load(f"data/{name}")
     rows = published.manifest["recipe"].get("rows", 0) if published else 0
-    same = published and _data_request(recipe, name, tokenizer, rows=rows).fingerprint == published.fingerprint
+    same = (
+        published
+        and _data_request(recipe, name, tokenizer, rows=rows).fingerprint == published.fingerprint
+    )
     return rows if same else 0
 
 
@@ -77,8 +86,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if backend is None:
         rules = sorted(tokenizer.get_vocab().items())
     else:  # padding and truncation are set by the last call, not by the tokenizer's files
-        rules = [part for part in json.loads(backend.to_str()).items() if part[0] not in ("padding", "truncation")]
-    special = json.loads(json.dumps(tokenizer.special_tokens_map, default=str))  # templates render some by name
+        rules = [
+            part
+            for part in json.loads(backend.to_str()).items()
+            if part[0] not in ("padding", "truncation")
+        ]
+    special = json.loads(
+        json.dumps(tokenizer.special_tokens_map, default=str)
+    )  # templates render some by name
     splits = getattr(tokenizer, "split_special_tokens", False)
     ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     return digest([rules, tokenizer.chat_template, *ids, special, splits])

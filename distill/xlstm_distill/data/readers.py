@@ -65,7 +65,10 @@ def open_bytes(path: str) -> BinaryIO:
     from datasets.utils.file_utils import xopen
 
     file = xopen(datasets.StreamingDownloadManager().extract(path), "rb")
-    return cast(BinaryIO, file if isinstance(file, io.BufferedReader) else io.BufferedReader(_Raw(file), BLOCK_BYTES))
+    return cast(
+        BinaryIO,
+        file if isinstance(file, io.BufferedReader) else io.BufferedReader(_Raw(file), BLOCK_BYTES),
+    )
 
 
 class _Raw(io.RawIOBase):
@@ -117,7 +120,10 @@ def _json_records(file: BinaryIO, state: State) -> Iterator[tuple[dict[str, Any]
             yield from itertools.islice(_listed(listed), state.get("record", 0), None)
             return
         if text:
-            yield _object(_parsed(text, f"line {number}"), f"line {number}"), {"offset": offset, "line": number}
+            yield (
+                _object(_parsed(text, f"line {number}"), f"line {number}"),
+                {"offset": offset, "line": number},
+            )
 
 
 def _listed(values: Iterable[Any]) -> Iterator[tuple[dict[str, Any], State]]:
@@ -130,7 +136,11 @@ def _parsed(text: bytes, where: str) -> Any:
     try:
         value = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        hint = " (a JSON file holds one object per line, or one list of them)" if where == "line 1" else ""
+        hint = (
+            " (a JSON file holds one object per line, or one list of them)"
+            if where == "line 1"
+            else ""
+        )
         raise BadRecord(where, f"{error}{hint}") from None
     if b"\\ud" in text or b"\\uD" in text:  # perhaps half a character, which no tokenizer takes
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
@@ -159,9 +169,14 @@ def _csv_batches(path: str, state: State | None) -> Iterator[tuple[Batch, State]
 
     done, seen = (state or {}).get("record", 0), 0
     with open_bytes(path) as file:
-        for frame in pandas.read_csv(file, dtype=str, keep_default_na=False, na_filter=False, chunksize=CSV_RECORDS):
+        for frame in pandas.read_csv(
+            file, dtype=str, keep_default_na=False, na_filter=False, chunksize=CSV_RECORDS
+        ):
             columns = {str(name): values for name, values in frame.to_dict("list").items()}
             for start in range(max(0, done - seen), len(frame), BATCH_RECORDS):
                 stop = min(start + BATCH_RECORDS, len(frame))
-                yield {name: values[start:stop] for name, values in columns.items()}, {"record": seen + stop}
+                yield (
+                    {name: values[start:stop] for name, values in columns.items()},
+                    {"record": seen + stop},
+                )
             seen += len(frame)

@@ -37,7 +37,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Move all tensors."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if name != "rows"}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if name != "rows"
+        }
         return replace(self, **moved)
 
 
@@ -49,7 +51,12 @@ class DomainRows:
     """
 
     def __init__(
-        self, name: str, artifact: Artifact, validation: int, span: int | None = None, limit: int | None = None
+        self,
+        name: str,
+        artifact: Artifact,
+        validation: int,
+        span: int | None = None,
+        limit: int | None = None,
     ) -> None:
         self.name, self.validation, self.limit = name, validation, limit
         self._shards = ShardReader(artifact.path)

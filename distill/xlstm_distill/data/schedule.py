@@ -32,14 +32,18 @@ class RowSchedule:
     ) -> None:
         self.domains, self.seed, self.total, self.before = domains, seed, total, dict(before or {})
         self.names = [name for name, weight in weights.items() if weight > 0]
-        self._share = np.array([weights[name] for name in self.names]) / sum(weights[name] for name in self.names)
+        self._share = np.array([weights[name] for name in self.names]) / sum(
+            weights[name] for name in self.names
+        )
         self._block: tuple[int, np.ndarray, np.ndarray] = (0, *self._order_block(0))
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}
 
     def rows(self, step: int, batch: int) -> list[Row]:
         """The rows of a step, with `batch` rows a step."""
         if (step + 1) * batch > self.total:
-            raise IndexError(f"step {step} of {batch} rows is beyond the schedule's {self.total} rows")
+            raise IndexError(
+                f"step {step} of {batch} rows is beyond the schedule's {self.total} rows"
+            )
         return [self._row(n) for n in range(step * batch, (step + 1) * batch)]
 
     def _row(self, n: int) -> Row:
@@ -57,7 +61,9 @@ class RowSchedule:
         due = self._drawn(number)
         choices, _ = self._order_block(number)
         counts = due + np.bincount(choices[: self.total - due.sum()], minlength=len(due))
-        return self.before | {n: self.before.get(n, 0) + int(c) for n, c in zip(self.names, counts, strict=True)}
+        return self.before | {
+            n: self.before.get(n, 0) + int(c) for n, c in zip(self.names, counts, strict=True)
+        }
 
     def _find_block(self, n: int) -> tuple[int, np.ndarray, np.ndarray]:
         """The block that holds row n: its first row, and the domain and draw of each of its rows."""

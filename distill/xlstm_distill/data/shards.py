@@ -47,7 +47,9 @@ class ShardWriter:
     context: int
     vocabulary: int
     shards: list[dict[str, Any]] = field(default_factory=list)
-    totals: dict[str, int] = field(default_factory=lambda: {"tokens": 0, "supervised": 0, "documents": 0})
+    totals: dict[str, int] = field(
+        default_factory=lambda: {"tokens": 0, "supervised": 0, "documents": 0}
+    )
     _rows: list[PackedRow] = field(default_factory=list)
 
     @property
@@ -70,11 +72,16 @@ class ShardWriter:
             return
         name = f"rows-{len(self.shards):05d}.arrow"
         batch = self._batch()
-        with written_whole(self.folder / name) as file, pa.ipc.new_stream(file, batch.schema) as stream:
+        with (
+            written_whole(self.folder / name) as file,
+            pa.ipc.new_stream(file, batch.schema) as stream,
+        ):
             stream.write_batch(batch)
         path = self.folder / name
         size, checksum = path.stat().st_size, crc32(path)
-        self.shards.append({"file": name, "rows": len(self._rows), "bytes": size, "crc32": checksum})
+        self.shards.append(
+            {"file": name, "rows": len(self._rows), "bytes": size, "crc32": checksum}
+        )
         for row in self._rows:
             self.totals["tokens"] += row.used
             self.totals["supervised"] += int(row.supervised.sum())
@@ -84,7 +91,9 @@ class ShardWriter:
     def _batch(self) -> pa.RecordBatch:
         ids = np.concatenate([row.ids for row in self._rows])
         ids = ids.astype(np.uint16 if self.vocabulary <= SMALL_VOCABULARY else np.int32, copy=False)
-        bits = np.packbits(np.concatenate([row.supervised for row in self._rows]), bitorder="little")
+        bits = np.packbits(
+            np.concatenate([row.supervised for row in self._rows]), bitorder="little"
+        )
         supervised = pa.Array.from_buffers(pa.bool_(), len(ids), [None, pa.py_buffer(bits)])
         columns = {
             "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids), self.context),
@@ -160,7 +169,9 @@ class ShardReader:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder}: row {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
-        return self._shard(number).row(index - int(self._ends[number]) + self.shards[number]["rows"])
+        return self._shard(number).row(
+            index - int(self._ends[number]) + self.shards[number]["rows"]
+        )
 
     def _shard(self, number: int) -> _Shard:
         if number not in self._open:
@@ -178,7 +189,11 @@ class ShardReader:
             # Closing gives the file handle back; the arrays keep the mapping.
             with pa.memory_map(str(path)) as source:
                 batch = pa.ipc.open_stream(source).read_next_batch()
-            ids, supervised, lengths = batch.column("input_ids"), batch.column("supervised"), batch.column("lengths")
+            ids, supervised, lengths = (
+                batch.column("input_ids"),
+                batch.column("supervised"),
+                batch.column("lengths"),
+            )
             return _Shard(
                 ids.values.to_numpy().reshape(-1, self.context),
                 np.frombuffer(supervised.values.buffers()[1], dtype=np.uint8),

@@ -16,16 +16,39 @@ import pyarrow as pa
 
 from xlstm_distill import embedded
 from xlstm_distill.artifacts.hashing import digest, hash_path
-from xlstm_distill.data.readers import BATCH_RECORDS, BadRecord, Batch, Reader, csv_reader, dataset_reader, json_reader
+from xlstm_distill.data.readers import (
+    BATCH_RECORDS,
+    BadRecord,
+    Batch,
+    Reader,
+    csv_reader,
+    dataset_reader,
+    json_reader,
+)
 from xlstm_distill.data.tokenization import Chunk
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Source
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".csv": "csv"}
+BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".csv": "csv",
+}
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 STYLES = (("messages",), ("prompt", "response"), ("text",))
 ROLES = ("messages", "system", "prompt", "response", "text")
-LIST_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, pa.ArrowException)
+LIST_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    pa.ArrowException,
+)
 """What `datasets` raises, besides its own errors, on a data set or folder that it cannot make out."""
 OWN_READERS: Mapping[str, Callable[[str], Reader]] = {"json": json_reader, "csv": csv_reader}
 Document = Mapping[str, Any]
@@ -68,7 +91,9 @@ def identity(source: Source) -> dict[str, Any]:
 def _generators_hash() -> str:
     """Hash of the files that decide what the embedded generators write."""
     folder = Path(embedded.__file__).parent
-    return digest([(folder / name).read_text(encoding="utf-8") for name in embedded.GENERATOR_FILES])
+    return digest(
+        [(folder / name).read_text(encoding="utf-8") for name in embedded.GENERATOR_FILES]
+    )
 
 
 class SourceReader:
@@ -108,7 +133,9 @@ class SourceReader:
                 read = position.read + len(documents)
             here = Position(file=here.file + 1, read=read)
         if read == 0:
-            raise UserError(f"{self.field}: {self.source.path!r}, split {self.source.split!r}, has no documents.")
+            raise UserError(
+                f"{self.field}: {self.source.path!r}, split {self.source.split!r}, has no documents."
+            )
 
     def _generated(self, start: Position) -> Iterator[tuple[Position, Chunk]]:
         assert self.source.generator is not None
@@ -129,16 +156,16 @@ class SourceReader:
         while True:
             try:
                 found = next(batches, None)
-            except (
-                Exception
-            ) as error:  # each format and decompressor has errors of its own; here is nothing but reading
+            except Exception as error:  # each format and decompressor has errors of its own; here is nothing but reading
                 raise self._unreadable(file, position, error) from error
             if found is None:
                 return
             documents = self._documents(found[0], file, position)
             yield position, documents
             count = len(documents)
-            position = Position(position.file, position.record + count, position.read + count, found[1])
+            position = Position(
+                position.file, position.record + count, position.read + count, found[1]
+            )
 
     def _unreadable(self, file: _File | None, position: Position, error: Exception) -> Exception:
         """Say which file could not be read, and where in it; without a file, that the source could not be listed."""
@@ -209,17 +236,25 @@ class SourceReader:
         except (*LIST_ERRORS, datasets.exceptions.DatasetsError) as error:
             raise self._unreadable(None, Position(), error) from error
         self._refuse_split("plain files have no splits")
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _builder(p))
+        files = (
+            [path]
+            if path.is_file()
+            else sorted(p for p in path.rglob("*") if p.is_file() and _builder(p))
+        )
         formats = Counter(_builder(file) for file in files)
         if not files or None in formats:
-            raise UserError(f"{self.field}.path: {path} holds no file that ends in {', '.join(BUILDERS)}.")
+            raise UserError(
+                f"{self.field}.path: {path} holds no file that ends in {', '.join(BUILDERS)}."
+            )
         if len(formats) > 1:
             found = ", ".join(f"{count} {name}" for name, count in formats.items())
             raise UserError(
                 f"{self.field}.path: {path} holds files of several formats ({found}); name a folder with one."
             )
         if self.source.sample_by != "line" and (others := set(formats) - {"text"}):
-            raise UserError(f"{self.field}.sample_by: does not apply to {others.pop()} files; leave it out.")
+            raise UserError(
+                f"{self.field}.sample_by: does not apply to {others.pop()} files; leave it out."
+            )
         return [_File(str(file), self._reader(file)) for file in files if file.stat().st_size]
 
     def _reader(self, file: Path) -> Reader:
@@ -236,12 +271,20 @@ class SourceReader:
 
         source, name = self.source, repr(self.source.path)
         if not source.streaming:
-            data = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+            data = datasets.load_dataset(
+                source.path, source.name, split=source.split, revision=source.revision
+            )
             return [_File(name, dataset_reader(data.to_iterable_dataset), remote=True)]
         builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
-        reader, addresses = _own_reader(builder), (builder.config.data_files or {}).get(source.split)
+        reader, addresses = (
+            _own_reader(builder),
+            (builder.config.data_files or {}).get(source.split),
+        )
         if reader and addresses:
-            return [_File(f"{name}, {address}", reader(str(address)), remote=True) for address in addresses]
+            return [
+                _File(f"{name}, {address}", reader(str(address)), remote=True)
+                for address in addresses
+            ]
         data = builder.as_streaming_dataset(split=source.split)
         count = data.num_shards
         shards = [functools.partial(data.shard, count, n) for n in range(count)]
@@ -264,7 +307,9 @@ class SourceReader:
 
     def _refuse_split(self, reason: str) -> None:
         if self.source.split != "train":
-            raise UserError(f"{self.field}.split: {self.source.split!r} does not apply, {reason}; leave it out.")
+            raise UserError(
+                f"{self.field}.split: {self.source.split!r} does not apply, {reason}; leave it out."
+            )
 
 
 def _builder(file: Path) -> str | None:
@@ -280,7 +325,9 @@ def _open_file(file: Path, builder: str, options: Mapping[str, Any]) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(builder, data_files=[str(file)], split="train", streaming=True, **options)
+        return datasets.load_dataset(
+            builder, data_files=[str(file)], split="train", streaming=True, **options
+        )
     except StopIteration:  # what datasets raises on a file without a record
         return None
 
@@ -291,7 +338,11 @@ def _own_reader(builder: Any) -> Callable[[str], Reader] | None:
     from datasets.packaged_modules.json.json import Json
 
     config = builder.config
-    if isinstance(builder, Json) and (config.field, config.encoding, config.encoding_errors) == (None, "utf-8", None):
+    if isinstance(builder, Json) and (config.field, config.encoding, config.encoding_errors) == (
+        None,
+        "utf-8",
+        None,
+    ):
         return json_reader
     if isinstance(builder, Csv) and config.pd_read_csv_kwargs == CsvConfig().pd_read_csv_kwargs:
         return csv_reader

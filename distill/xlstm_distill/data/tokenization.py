@@ -106,7 +106,9 @@ class DocumentTokenizer:
             return self._texts([document["text"] for document in documents])
         if "messages" in documents[0]:
             return self._chats([Chat(list(document["messages"])) for document in documents])
-        if self.template is None and all(isinstance(d["prompt"], str) and "system" not in d for d in documents):
+        if self.template is None and all(
+            isinstance(d["prompt"], str) and "system" not in d for d in documents
+        ):
             return self._pairs([d["prompt"] for d in documents], [d["response"] for d in documents])
         return self._chats([_as_chat(document) for document in documents])
 
@@ -118,14 +120,19 @@ class DocumentTokenizer:
         end = self.tokenizer.eos_token_id
         heads = [ids[:-1] if ids[-1:] == [end] else ids for ids in self._encode(prompts)]
         tails = [self._ended(ids) for ids in self._encode(responses, add_special_tokens=False)]
-        return [Tokens.of(h + t, [False] * len(h) + [True] * len(t)) for h, t in zip(heads, tails, strict=True)]
+        return [
+            Tokens.of(h + t, [False] * len(h) + [True] * len(t))
+            for h, t in zip(heads, tails, strict=True)
+        ]
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
     def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
-        return self.tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)["input_ids"]
+        return self.tokenizer(
+            texts, return_attention_mask=False, return_token_type_ids=False, **options
+        )["input_ids"]
 
     def _chats(self, chats: list[Chat]) -> list[Tokens]:
         if self.template is None:
@@ -141,7 +148,10 @@ class DocumentTokenizer:
 
     def _marked(self, chats: list[Chat]) -> list[Tokens]:
         encoded = self._encode_marked([chat.messages for chat in chats])
-        found = [Tokens.of(*pair) for pair in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)]
+        found = [
+            Tokens.of(*pair)
+            for pair in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        ]
         for chat, tokens in zip(chats, found, strict=True):
             if any(message["role"] == "assistant" for message in chat.messages[: chat.first]):
                 (before,) = self._encode_marked([chat.messages[: chat.first]])["assistant_masks"]
@@ -168,7 +178,9 @@ class DocumentTokenizer:
             return_token_type_ids=False,
         )  # fmt: skip
         found = []
-        for chat, text, ids, offsets in zip(chats, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        for chat, text, ids, offsets in zip(
+            chats, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
             spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
             supervised = np.zeros(len(ids), dtype=bool)
             for start, stop in self._turns(chat, text):
@@ -199,14 +211,18 @@ class DocumentTokenizer:
         return spans
 
     def _render(self, chat: Messages, **options: bool) -> str:
-        return self.tokenizer.apply_chat_template(chat, chat_template=self.template, tokenize=False, **options)
+        return self.tokenizer.apply_chat_template(
+            chat, chat_template=self.template, tokenize=False, **options
+        )
 
 
 def _common(a: str, b: str) -> int:
     """Length of the common beginning."""
     if b.startswith(a):
         return len(a)
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _dated(template: str) -> str:
@@ -242,10 +258,16 @@ class ChunkTokenizer:
         Raises:
             UserError: a document has a wrong type, or is too long and the policy is `error`.
         """
-        documents = [_checked(document, chunk.where(index)) for index, document in enumerate(chunk.documents)]
-        tokenized = iter(self.tokenize([document for document in documents if document is not None]))
+        documents = [
+            _checked(document, chunk.where(index)) for index, document in enumerate(chunk.documents)
+        ]
+        tokenized = iter(
+            self.tokenize([document for document in documents if document is not None])
+        )
         return [
-            Tokens.without(Outcome.EMPTY) if document is None else self._fit(next(tokenized), chunk, index)
+            Tokens.without(Outcome.EMPTY)
+            if document is None
+            else self._fit(next(tokenized), chunk, index)
             for index, document in enumerate(documents)
         ]
 
@@ -289,8 +311,14 @@ def _checked(document: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         if (messages := _checked_messages(value, f"{where}: its {role}")) is None:
             return None
         found[role] = messages
-    if "system" in found and isinstance(found["prompt"], list) and found["prompt"][0]["role"] == "system":
-        raise UserError(f"{where}: its prompt begins with a system message; leave out the source's 'system' column.")
+    if (
+        "system" in found
+        and isinstance(found["prompt"], list)
+        and found["prompt"][0]["role"] == "system"
+    ):
+        raise UserError(
+            f"{where}: its prompt begins with a system message; leave out the source's 'system' column."
+        )
     return found
 
 
@@ -306,7 +334,9 @@ def _checked_messages(value: Any, where: str) -> Messages | None:
         calls = bool(message.get("tool_calls"))
         if "content" not in message and not calls:
             raise UserError(f"{where} must be a list of messages with 'role' and 'content'.")
-        content = _text_of(message.get("content"), f"{where} has a content in message {len(found) + 1} that")
+        content = _text_of(
+            message.get("content"), f"{where} has a content in message {len(found) + 1} that"
+        )
         if not calls and (content is None or (not content and message["role"] == "assistant")):
             return None
         whole = {**message, "content": content}
@@ -319,9 +349,17 @@ def _text_of(content: Any, where: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise UserError(f"{where} is {type(content).__name__}; text, or a list of parts of type 'text', is needed.")
+        raise UserError(
+            f"{where} is {type(content).__name__}; text, or a list of parts of type 'text', is needed."
+        )
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if (
+            not isinstance(part, Mapping)
+            or part.get("type") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
             kind = repr(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
-            raise UserError(f"{where} has a part of type {kind}; text, or a list of parts of type 'text', is needed.")
+            raise UserError(
+                f"{where} has a part of type {kind}; text, or a list of parts of type 'text', is needed."
+            )
     return "".join(part["text"] for part in content)

@@ -61,7 +61,9 @@ def _start_worker(tokenizer: ChunkTokenizer) -> None:
     global _tokenizer_of_worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the parent gets them too, and ends its workers: by SIGTERM if need be
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # the parent gets them too, and ends its workers: by SIGTERM if need be
     transformers.utils.logging.set_verbosity_error()  # long documents are no mistake here
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer_of_worker = tokenizer

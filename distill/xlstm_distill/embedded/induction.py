@@ -11,14 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-CONSTANT = 0.2  # coordinate 0 of every embedding, so that a query and a key can be the same at every token
+CONSTANT = (
+    0.2  # coordinate 0 of every embedding, so that a query and a key can be the same at every token
+)
 SHARPNESS = 12.0  # of the offset heads
 SLOWEST = 0.05  # radians a token: pairs of RoPE that the offset heads use
 MATCH = 1.7  # of the comparing heads
 WRITE = 0.15  # size of what a head writes
 QUIET = 0.1  # scale of what else the first layers write at first
-AVERSION = 2.5  # of the comparing heads to the end of a turn, which follows the key in the question itself
-STABLE_TURN = 0.4  # radians: pairs of RoPE that turn less than this over LONGEST tokens can compare contents
+AVERSION = (
+    2.5  # of the comparing heads to the end of a turn, which follows the key in the question itself
+)
+STABLE_TURN = (
+    0.4  # radians: pairs of RoPE that turn less than this over LONGEST tokens can compare contents
+)
 LONGEST = 120
 
 
@@ -52,12 +58,17 @@ def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
         _comparing_head(model, group, stable, query=marks[group + 1], key=marks[group])
 
 
-def _comparing_head(model: LlamaForCausalLM, group: int, stable: Tensor, *, query: Tensor, key: Tensor) -> None:
+def _comparing_head(
+    model: LlamaForCausalLM, group: int, stable: Tensor, *, query: Tensor, key: Tensor
+) -> None:
     """Let the first head of a group of layer 1 match its query's mark with keys' marks, and copy what it finds."""
     attention = model.model.layers[1].self_attn
     dim = attention.head_dim
     head = group * attention.num_key_value_groups
-    for weight, at, mark in ((attention.q_proj.weight, head, query), (attention.k_proj.weight, group, key)):
+    for weight, at, mark in (
+        (attention.q_proj.weight, head, query),
+        (attention.k_proj.weight, group, key),
+    ):
         weight[_rows(at, dim)] = 0.0
         weight[at * dim + stable[:-1]] = MATCH * mark[:-1]
     end = model.model.embed_tokens.weight[model.config.eos_token_id].clone()
@@ -81,11 +92,15 @@ def offset_heads(model: LlamaForCausalLM, *, theta: float) -> None:
     dim, shared = attention.head_dim, attention.num_key_value_groups
     # Rows of equal norm: the RMS norm before the layer would else scale the constant differently for each token.
     embedding[:, 0] = 0.0
-    embedding *= embedding.norm(dim=-1).mean() / embedding.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    embedding *= embedding.norm(dim=-1).mean() / embedding.norm(dim=-1, keepdim=True).clamp(
+        min=1e-6
+    )
     embedding[:, 0] = CONSTANT
     read = CONSTANT / embedding.square().mean(-1).sqrt().mean()  # the coordinate after the RMS norm
     frequency = theta ** (-torch.arange(0, dim, 2) / dim)  # (D/2,)
-    size = math.sqrt(SHARPNESS * math.sqrt(dim)) * (frequency > SLOWEST)  # slow pairs cannot tell neighbours apart
+    size = math.sqrt(SHARPNESS * math.sqrt(dim)) * (
+        frequency > SLOWEST
+    )  # slow pairs cannot tell neighbours apart
     key = torch.cat([size, torch.zeros(dim // 2)])
     for head, offset in enumerate((1, 2, 3, 4)):
         query = torch.cat([size * (offset * frequency).cos(), -size * (offset * frequency).sin()])

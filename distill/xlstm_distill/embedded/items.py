@@ -19,7 +19,9 @@ def files(count: int = COUNT) -> dict[str, str]:
     written = {}
     for task in TASKS.values():
         name = f"qs_{task.domain}_{task.name}"
-        lines = [{"prompt": item.prompt, "answer": item.answer} for item in held_out_items(task, count)]
+        lines = [
+            {"prompt": item.prompt, "answer": item.answer} for item in held_out_items(task, count)
+        ]
         written[f"{name}.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines)
         written[f"{name}.yaml"] = yaml.safe_dump(definition(name, task), sort_keys=False)
     return written
@@ -36,7 +38,11 @@ def definition(name: str, task: Task) -> dict[str, Any]:
         "output_type": "generate_until",
         "doc_to_text": "prompt",
         "doc_to_target": "answer",
-        "generation_kwargs": {"until": ["<|end|>"], "max_gen_toks": ANSWER_TOKENS, "do_sample": False},
+        "generation_kwargs": {
+            "until": ["<|end|>"],
+            "max_gen_toks": ANSWER_TOKENS,
+            "do_sample": False,
+        },
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0, "domain": task.domain, "recall": task.table is not None},
     }
@@ -44,7 +50,9 @@ def definition(name: str, task: Task) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and write the files."""
-    parser = argparse.ArgumentParser(prog="python -m xlstm_distill.embedded.items", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m xlstm_distill.embedded.items", description=__doc__
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory to write into")
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)

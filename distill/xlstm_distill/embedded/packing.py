@@ -14,7 +14,12 @@ from xlstm_distill.embedded.tokenizer import ASSISTANT, END, render
 
 PROMPT_WEIGHT = 0.05  # the loss's weight of a token the user wrote; the answers' is 1
 CHUNK = 128  # rounds of conversations encoded at a time
-SHARES = {"math": 3, "code": 3, "stem": 1, "chat": 2}  # conversations a round: arithmetic takes the longest to learn
+SHARES = {
+    "math": 3,
+    "code": 3,
+    "stem": 1,
+    "chat": 2,
+}  # conversations a round: arithmetic takes the longest to learn
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,18 @@ class Batch:
         return same.tril()
 
 
-def encoded(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[float]]]:
+def encoded(
+    tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Iterator[tuple[list[int], list[float]]]:
     """Yield (tokens, loss weights) of conversations of the four domains in turn, without end."""
     vocabulary = tokenizer.get_vocab()
     assistant, end = vocabulary[ASSISTANT], vocabulary[END]
     chunk = 0
     while True:
-        streams = {domain: documents(domain, CHUNK * SHARES[domain], seed * 1_000_003 + chunk) for domain in DOMAINS}
+        streams = {
+            domain: documents(domain, CHUNK * SHARES[domain], seed * 1_000_003 + chunk)
+            for domain in DOMAINS
+        }
         order = [domain for domain in DOMAINS for _ in range(SHARES[domain])] * CHUNK
         texts = [render(next(streams[domain])) for domain in order]
         for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
@@ -56,7 +66,9 @@ def _weights(ids: list[int], assistant: int, end: int) -> list[float]:
     return weights
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rows: int, length: int, seed: int) -> Iterator[Batch]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, rows: int, length: int, seed: int
+) -> Iterator[Batch]:
     """Yield batches of `rows` packed rows, without end. A conversation goes into the first row that has room."""
     stream = encoded(tokenizer, seed)
     while True:
@@ -74,7 +86,10 @@ def batches(tokenizer: PreTrainedTokenizerFast, rows: int, length: int, seed: in
 def _batch(packed: list[list[tuple[list[int], list[float]]]], length: int, pad: int) -> Batch:
     rows = len(packed)
     input_ids, segment_ids = torch.full((rows, length), pad), torch.full((rows, length), -1)
-    position_ids, weights = torch.zeros((rows, length), dtype=torch.long), torch.zeros((rows, length))
+    position_ids, weights = (
+        torch.zeros((rows, length), dtype=torch.long),
+        torch.zeros((rows, length)),
+    )
     for row, documents_of_row in enumerate(packed):
         start = 0
         for number, (ids, loss) in enumerate(documents_of_row):
@@ -87,6 +102,8 @@ def _batch(packed: list[list[tuple[list[int], list[float]]]], length: int, pad: 
     return Batch(input_ids, segment_ids, position_ids, weights)
 
 
-def take(tokenizer: PreTrainedTokenizerFast, count: int, *, rows: int, length: int, seed: int) -> Iterator[Batch]:
+def take(
+    tokenizer: PreTrainedTokenizerFast, count: int, *, rows: int, length: int, seed: int
+) -> Iterator[Batch]:
     """Yield the first `count` batches."""
     return islice(batches(tokenizer, rows, length, seed), count)

@@ -21,7 +21,9 @@ def answers(
 ) -> list[str]:
     """Answer greedily, without a cache; with `window`, every layer sees that many last tokens and the sinks."""
     texts = [f"{BOS}{USER}{item.prompt}{END}{ASSISTANT}" for item in items]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    batch = tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+    )
     ids, valid = batch["input_ids"], batch["attention_mask"].bool()
     start = ids.shape[1]
     for _ in range(LONGEST_ANSWER):

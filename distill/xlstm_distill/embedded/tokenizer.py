@@ -40,7 +40,10 @@ def train_tokenizer(count: int = 2000, seed: int = 0) -> PreTrainedTokenizerFast
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(text, special=True, normalized=False) for text in (PAD, BOS, END, USER, ASSISTANT)]
+    special = [
+        AddedToken(text, special=True, normalized=False)
+        for text in (PAD, BOS, END, USER, ASSISTANT)
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=special,

@@ -90,7 +90,10 @@ def learning_rate(step: int, settings: Settings) -> float:
 def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     """Return the weighted mean cross-entropy of the next token."""
     hidden = model.model(
-        input_ids=batch.input_ids, attention_mask=batch.mask(), position_ids=batch.position_ids, use_cache=False
+        input_ids=batch.input_ids,
+        attention_mask=batch.mask(),
+        position_ids=batch.position_ids,
+        use_cache=False,
     ).last_hidden_state
     logits = model.lm_head(hidden[:, :-1])
     each = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none")
@@ -98,11 +101,16 @@ def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     return (each * weights).sum() / weights.sum()
 
 
-def fit(model: LlamaForCausalLM, stream: Iterator[Batch], settings: Settings) -> list[dict[str, float]]:
+def fit(
+    model: LlamaForCausalLM, stream: Iterator[Batch], settings: Settings
+) -> list[dict[str, float]]:
     """Train for `settings.steps` steps; return the loss curve. Raises RunError where the loss is not finite."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
     curve, begun = [], time.perf_counter()
     model.train()
@@ -111,16 +119,22 @@ def fit(model: LlamaForCausalLM, stream: Iterator[Batch], settings: Settings) ->
             group["lr"] = learning_rate(step, settings)
         loss = loss_of(model, batch)
         if not math.isfinite(loss.item()):
-            raise RunError(f"train: the loss is {loss.item()} at step {step}; lower the learning rate")
+            raise RunError(
+                f"train: the loss is {loss.item()} at step {step}; lower the learning rate"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0 or step == settings.steps - 1:
             seconds = time.perf_counter() - begun
-            curve.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(seconds, 1)})
+            curve.append(
+                {"step": step, "loss": round(loss.item(), 4), "seconds": round(seconds, 1)}
+            )
             rate = (step + 1) * settings.rows * settings.context / seconds
-            logger.info("step %d of %d, loss %.4f, %.0f tokens/s", step, settings.steps, loss.item(), rate)
+            logger.info(
+                "step %d of %d, loss %.4f, %.0f tokens/s", step, settings.steps, loss.item(), rate
+            )
     return curve
 
 
@@ -147,7 +161,9 @@ def train(out: Path, settings: Settings) -> dict[str, float]:
     return scores
 
 
-def publish(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict[str, Any]) -> None:
+def publish(
+    out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict[str, Any]
+) -> None:
     """Write the teacher's directory beside `out` and rename it into place, so that it is complete or absent."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -164,7 +180,8 @@ def publish(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
 def card(log: dict[str, Any]) -> str:
     """Write the model card."""
     rows = "\n".join(
-        f"| {TASKS[name].domain} | {name} | {value:.2f} |" for name, value in log["held_out_accuracy"].items()
+        f"| {TASKS[name].domain} | {name} | {value:.2f} |"
+        for name, value in log["held_out_accuracy"].items()
     )
     return f"""---
 license: apache-2.0
@@ -194,13 +211,29 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m xlstm_distill.embedded.train", description="Train the embedded teacher."
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="directory to write; replaced when the training is done"
+        "--out",
+        type=Path,
+        required=True,
+        help="directory to write; replaced when the training is done",
     )
-    parser.add_argument("--tokens", type=int, default=defaults.tokens, help="tokens to train on (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=defaults.seed, help="seed of weights and data (default: %(default)s)"
+        "--tokens",
+        type=int,
+        default=defaults.tokens,
+        help="tokens to train on (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the committed teacher took 1 (default: 1)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=defaults.seed,
+        help="seed of weights and data (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads; the committed teacher took 1 (default: 1)",
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:

@@ -57,7 +57,10 @@ def linear_distill_loss(
     """
     _check_shapes(hidden, weight, labels, targets)
     rows = chunk or chunk_rows(len(hidden), len(weight))
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
+    needs = tuple(
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    )
     total, cross_entropy, kl = _LinearDistillLoss.apply(
         hidden, weight, bias, labels, targets, _Weights(ce_weight, kl_weight, kl_tail), rows, needs
     )
@@ -73,7 +76,10 @@ def targets_from_hidden(
     hidden (N, d), weight (V, d), bias (V,).
     """
     pieces = hidden.split(chunk or chunk_rows(len(hidden), len(weight)))
-    parts = [SparseTargets.from_logits(nn.functional.linear(piece, weight, bias), top_k) for piece in pieces]
+    parts = [
+        SparseTargets.from_logits(nn.functional.linear(piece, weight, bias), top_k)
+        for piece in pieces
+    ]
     ids, log_probs, tail = zip(*((p.ids, p.log_probs, p.tail) for p in parts), strict=True)
     return SparseTargets(torch.cat(ids), torch.cat(log_probs), torch.cat(tail))
 
@@ -86,11 +92,15 @@ class FusedHead(nn.Linear):
     """
 
     def __init__(self, head: nn.Linear) -> None:
-        super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        super().__init__(
+            head.in_features, head.out_features, bias=head.bias is not None, device="meta"
+        )
         self.weight, self.bias = head.weight, head.bias
         self.train(head.training)
 
-    def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None) -> Any:
+    def forward(
+        self, hidden: Tensor, reduce: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None
+    ) -> Any:
         """Logits (..., V) of hidden (..., d), or `reduce(hidden, weight, bias)`, which returns tensors."""
         return super().forward(hidden) if reduce is None else reduce(hidden, self.weight, self.bias)
 
@@ -105,11 +115,24 @@ class FusedHead(nn.Linear):
     ) -> tuple[Tensor, LossParts]:
         """`linear_distill_loss` with this head."""
 
-        def reduce(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        def reduce(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None
+        ) -> tuple[Tensor, Tensor, Tensor]:
             total, parts = linear_distill_loss(
-                hidden, weight, bias, labels, targets, ce_weight=ce_weight, kl_weight=kl_weight, kl_tail=kl_tail
+                hidden,
+                weight,
+                bias,
+                labels,
+                targets,
+                ce_weight=ce_weight,
+                kl_weight=kl_weight,
+                kl_tail=kl_tail,
             )
-            return total, parts.cross_entropy, parts.kl  # hooks look for tensors in tuples, not in dataclasses
+            return (
+                total,
+                parts.cross_entropy,
+                parts.kl,
+            )  # hooks look for tensors in tuples, not in dataclasses
 
         total, cross_entropy, kl = self(hidden, reduce)
         return total, LossParts(cross_entropy, kl)
@@ -163,7 +186,9 @@ class _LinearDistillLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), rows):
                 piece = slice(start, start + rows)
-                part = SparseTargets(targets.ids[piece], targets.log_probs[piece], targets.tail[piece])
+                part = SparseTargets(
+                    targets.ids[piece], targets.log_probs[piece], targets.tail[piece]
+                )
                 work.add(piece, labels[piece], part, weights)
         ctx.gradients = (work.hidden_grad, work.weight_grad, work.bias_grad)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
@@ -173,12 +198,17 @@ class _LinearDistillLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("linear_distill_loss: has first derivatives only; leave create_graph=True out.")
+            raise RuntimeError(
+                "linear_distill_loss: has first derivatives only; leave create_graph=True out."
+            )
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_distill_loss: a backward pass has used its gradients up already; compute the loss again."
             )
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second (V, d) would double their memory
+        gradients, ctx.gradients = (
+            ctx.gradients,
+            None,
+        )  # scaled in place: a second (V, d) would double their memory
         scaled = [
             None if gradient is None else gradient.mul_(scale).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -189,7 +219,9 @@ class _LinearDistillLoss(torch.autograd.Function):
 class _Work:
     """Sums and gradients over the chunks so far."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+    ) -> None:
         self.dtype = _compute_dtype(hidden, weight)
         self.fp = torch.promote_types(self.dtype, torch.float32)  # of statistics and sums
         self.hidden, self.weight = hidden, weight.to(self.dtype)
@@ -197,13 +229,17 @@ class _Work:
         self.needs = any(needs)
         self.hidden_grad = torch.empty_like(hidden) if needs[0] else None
         self.weight_grad = torch.zeros_like(weight, dtype=self.fp) if needs[1] else None
-        self.bias_grad = torch.zeros_like(bias, dtype=self.fp) if bias is not None and needs[2] else None
+        self.bias_grad = (
+            torch.zeros_like(bias, dtype=self.fp) if bias is not None and needs[2] else None
+        )
         self.cross_entropy, self.kl = hidden.new_zeros(2, dtype=self.fp).unbind()
 
     def add(self, piece: slice, labels: Tensor, targets: SparseTargets, weights: _Weights) -> None:
         """Add a chunk of n tokens: labels (n,) and their targets."""
         hidden = self.hidden[piece].to(self.dtype)
-        logits = nn.functional.linear(hidden, self.weight, self.bias).to(self.fp)  # (n, V), in place from here on
+        logits = nn.functional.linear(hidden, self.weight, self.bias).to(
+            self.fp
+        )  # (n, V), in place from here on
         at_label = logits.gather(1, labels[:, None])
         chunk = _Split.of(logits, targets)
         self.cross_entropy = self.cross_entropy + (chunk.highest - at_label + chunk.log_mass).sum()
@@ -212,7 +248,9 @@ class _Work:
         if self.needs:
             share = (chunk.highest_outside - chunk.highest - chunk.log_mass).exp()
             slope = chunk.powers.mul_(weights.ce * share + weights.kl * outside_slope)
-            slope.scatter_add_(1, chunk.ids, weights.ce * chunk.log_p.exp() + weights.kl * kept_slope)
+            slope.scatter_add_(
+                1, chunk.ids, weights.ce * chunk.log_p.exp() + weights.kl * kept_slope
+            )
             slope.scatter_add_(1, labels[:, None], torch.full_like(at_label, -weights.ce))
             self._add_gradients(piece, hidden, slope)
 
@@ -228,7 +266,9 @@ class _Work:
         if self.weight_grad.dtype == self.dtype:
             self.weight_grad.addmm_(slope.T, hidden)
             return
-        for block, columns in zip(self.weight_grad.split(WEIGHT_BLOCK), slope.split(WEIGHT_BLOCK, dim=1), strict=True):
+        for block, columns in zip(
+            self.weight_grad.split(WEIGHT_BLOCK), slope.split(WEIGHT_BLOCK, dim=1), strict=True
+        ):
             block += columns.T @ hidden
 
 
@@ -253,7 +293,9 @@ class _Split(NamedTuple):
     def of(cls, logits: Tensor, targets: SparseTargets) -> _Split:
         """Take the logits (n, V) apart in place."""
         padding = targets.log_probs == -math.inf
-        ids = torch.where(padding, targets.ids[:, :1], targets.ids)  # a row's first entry is never padding
+        ids = torch.where(
+            padding, targets.ids[:, :1], targets.ids
+        )  # a row's first entry is never padding
         kept = logits.gather(1, ids).masked_fill_(padding, -math.inf)
         top = kept.amax(dim=1, keepdim=True)
         rest = logits.scatter_(1, ids, -math.inf)
@@ -263,8 +305,12 @@ class _Split(NamedTuple):
         powers = rest.sub_(highest_outside).exp_()
         outside = powers.sum(dim=1, keepdim=True)
         kept = kept - highest
-        log_mass = (outside * (highest_outside - highest).exp() + kept.exp().sum(dim=1, keepdim=True)).log()
-        return cls(powers, outside, highest_outside, highest, log_mass, ids, kept - log_mass, padding)
+        log_mass = (
+            outside * (highest_outside - highest).exp() + kept.exp().sum(dim=1, keepdim=True)
+        ).log()
+        return cls(
+            powers, outside, highest_outside, highest, log_mass, ids, kept - log_mass, padding
+        )
 
 
 _KlParts = tuple[Tensor, Tensor | float, Tensor]
@@ -286,7 +332,9 @@ def _tail_kl(chunk: _Split, targets: SparseTargets) -> _KlParts:
     With q the student's softmax, r its mass outside of the targets and t the teacher's, the gradient is q - p at a
     token of the targets and q - t q / r at every other, where q / r is `powers / outside`.
     """
-    all_log = torch.cat([targets.log_probs, targets.tail[:, None].log()], dim=1).to(chunk.log_p.dtype)
+    all_log = torch.cat([targets.log_probs, targets.tail[:, None].log()], dim=1).to(
+        chunk.log_p.dtype
+    )
     teacher, log_tail = all_log.log_softmax(dim=1).tensor_split([all_log.shape[1] - 1], dim=1)
     p, tail = teacher.exp(), log_tail.exp().masked_fill(chunk.outside == 0, 0.0)
     shift = chunk.highest_outside - chunk.highest - chunk.log_mass

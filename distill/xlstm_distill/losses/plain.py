@@ -25,8 +25,12 @@ def sparse_kl(logits: Tensor, targets: SparseTargets) -> Tensor:
     logits (K, V); returns (K,) in nats. Padded entries of the targets give neither value nor gradient.
     """
     padding = targets.log_probs == -math.inf
-    teacher = targets.log_probs.float().log_softmax(dim=-1)  # restricting is renormalising: subtract log of the mass
-    student = logits.float().gather(-1, targets.ids).masked_fill(padding, -math.inf).log_softmax(dim=-1)
+    teacher = targets.log_probs.float().log_softmax(
+        dim=-1
+    )  # restricting is renormalising: subtract log of the mass
+    student = (
+        logits.float().gather(-1, targets.ids).masked_fill(padding, -math.inf).log_softmax(dim=-1)
+    )
     return (teacher.exp() * (teacher - student).masked_fill(padding, 0.0)).sum(dim=-1)
 
 
@@ -39,15 +43,23 @@ def tail_kl(logits: Tensor, targets: SparseTargets) -> Tensor:
     """
     log_probs = logits.float().log_softmax(dim=-1)
     padding = targets.log_probs == -math.inf
-    ids = torch.where(padding, targets.ids[:, :1], targets.ids)  # a row's first entry is never padding
+    ids = torch.where(
+        padding, targets.ids[:, :1], targets.ids
+    )  # a row's first entry is never padding
     rest = log_probs.scatter(-1, ids, -math.inf).logsumexp(dim=-1, keepdim=True)
-    teacher = torch.cat([targets.log_probs.float(), targets.tail[:, None].float().log()], dim=-1).log_softmax(dim=-1)
+    teacher = torch.cat(
+        [targets.log_probs.float(), targets.tail[:, None].float().log()], dim=-1
+    ).log_softmax(dim=-1)
     student = torch.cat([log_probs.gather(-1, ids), rest], dim=-1)
-    nothing = (teacher == -math.inf) | (student == -math.inf)  # padding, no tail, or no token outside
+    nothing = (teacher == -math.inf) | (
+        student == -math.inf
+    )  # padding, no tail, or no token outside
     return (teacher.exp() * (teacher - student).masked_fill(nothing, 0.0)).sum(dim=-1)
 
 
-def distill_loss(logits: Tensor, labels: Tensor, targets: SparseTargets, *, kl_tail: bool = False) -> LossParts:
+def distill_loss(
+    logits: Tensor, labels: Tensor, targets: SparseTargets, *, kl_tail: bool = False
+) -> LossParts:
     """Cross-entropy with the labels and sparse KL (or `tail_kl`), summed over kept tokens (paper, Eq. 13).
 
     logits (K, V) at the kept tokens, labels (K,), targets of the same K tokens. The caller weighs the two and divides

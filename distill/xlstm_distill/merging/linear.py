@@ -21,7 +21,9 @@ def check_weights(weights: Mapping[str, float]) -> None:
     """
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight < 0:
-            raise UserError(f"merge.weights.{name}: {weight} is not allowed; a weight is at least 0.")
+            raise UserError(
+                f"merge.weights.{name}: {weight} is not allowed; a weight is at least 0."
+            )
     total = math.fsum(weights.values())
     if abs(total - 1) > SUM_TOLERANCE:
         raise UserError(f"merge.weights: they sum to {total:.6g}, not 1; divide each by the sum.")
@@ -41,7 +43,9 @@ def merge_linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total.to(first.dtype)
 
 
-def merge_state_dicts(experts: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]) -> dict[str, Tensor]:
+def merge_state_dicts(
+    experts: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
+) -> dict[str, Tensor]:
     """Merge the experts' weights by name.
 
     Raises:
@@ -53,7 +57,10 @@ def merge_state_dicts(experts: Mapping[str, Mapping[str, Tensor]], weights: Mapp
     for name in names[1:]:
         shapes = {k: t.shape for k, t in experts[name].items()}
         if shapes != {k: t.shape for k, t in first.items()}:
-            raise UserError(f"merge: experts {names[0]!r} and {name!r} differ in names or shapes of their weights.")
+            raise UserError(
+                f"merge: experts {names[0]!r} and {name!r} differ in names or shapes of their weights."
+            )
     return {
-        key: merge_linear([experts[name][key] for name in names], [weights[name] for name in names]) for key in first
+        key: merge_linear([experts[name][key] for name in names], [weights[name] for name in names])
+        for key in first
     }

@@ -30,4 +30,6 @@ class _StandIn(PreTrainedConfig):
 
 for _model_type in FAMILIES:
     _name = f"xlstm_{_model_type}"
-    AutoConfig.register(_name, type("_StandIn", (_StandIn,), {"__module__": __name__, "model_type": _name}))
+    AutoConfig.register(
+        _name, type("_StandIn", (_StandIn,), {"__module__": __name__, "model_type": _name})
+    )

@@ -48,7 +48,11 @@ class MixerCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, segment_ids: Tensor | None = None, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        segment_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Take in T new tokens (B, G, T, D); only what the row's last document needs is kept. Returns all slots.
 
@@ -77,10 +81,16 @@ class MixerCacheLayer(CacheLayerMixin):
             self.positions.masked_fill_(segment_ids != 0, -1)
             self.lengths.masked_fill_(segment_ids[:, 0] != 0, 0)
         ring = self.sinks + self.lengths % self.window  # (B,)
-        slots = torch.stack([ring, torch.where(self.lengths < self.sinks, self.lengths, ring)], dim=1)  # (B, 2)
+        slots = torch.stack(
+            [ring, torch.where(self.lengths < self.sinks, self.lengths, ring)], dim=1
+        )  # (B, 2)
         index = slots[:, None, :, None]
-        self.keys.scatter_(2, index.expand(-1, key.shape[1], -1, key.shape[3]), key.expand(-1, -1, 2, -1))
-        self.values.scatter_(2, index.expand(-1, value.shape[1], -1, value.shape[3]), value.expand(-1, -1, 2, -1))
+        self.keys.scatter_(
+            2, index.expand(-1, key.shape[1], -1, key.shape[3]), key.expand(-1, -1, 2, -1)
+        )
+        self.values.scatter_(
+            2, index.expand(-1, value.shape[1], -1, value.shape[3]), value.expand(-1, -1, 2, -1)
+        )
         self.positions.scatter_(1, slots, self.lengths[:, None].expand(-1, 2))
         self.lengths.add_(1)
 
@@ -90,7 +100,9 @@ class MixerCacheLayer(CacheLayerMixin):
         start, before = self._last_document(tokens, segment_ids)
         lengths = before + tokens - start  # (B,)
         wanted = self._slot_positions(lengths)  # (B, N + W)
-        source = start[:, None] + wanted - before[:, None]  # index into the chunk; negative: already in the slot
+        source = (
+            start[:, None] + wanted - before[:, None]
+        )  # index into the chunk; negative: already in the slot
         fresh = (wanted >= 0) & (source >= 0)
         index = source.clamp(0, tokens - 1)[:, None, :, None]
         for slots, new in ((self.keys, keys), (self.values, values)):
@@ -103,7 +115,9 @@ class MixerCacheLayer(CacheLayerMixin):
         """First chunk index of each row's last document, and how many of its tokens came before the chunk."""
         if segment_ids is None:
             return torch.zeros_like(self.lengths), self.lengths.clone()
-        start = tokens - (segment_ids == segment_ids[:, -1:]).long().flip(1).cumprod(dim=1).sum(dim=1)
+        start = tokens - (segment_ids == segment_ids[:, -1:]).long().flip(1).cumprod(dim=1).sum(
+            dim=1
+        )
         return start, torch.where((start > 0) | (segment_ids[:, 0] != 0), 0, self.lengths)
 
     def _slot_positions(self, lengths: Tensor) -> Tensor:
@@ -130,7 +144,9 @@ class MixerCacheLayer(CacheLayerMixin):
         order = held.argsort(dim=1, stable=True)
         index = order[:, None, :, None]
         keys = self.keys.gather(2, index.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
-        values = self.values.gather(2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
+        values = self.values.gather(
+            2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3])
+        )
         return keys, values, held.gather(1, order) >= 0
 
     def get_seq_length(self) -> int:
@@ -186,7 +202,11 @@ class MixerCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         if self.is_initialized:
-            self._select(torch.arange(self.lengths.shape[0], device=self.lengths.device).repeat_interleave(repeats))
+            self._select(
+                torch.arange(self.lengths.shape[0], device=self.lengths.device).repeat_interleave(
+                    repeats
+                )
+            )
 
 
 class StudentCache(Cache):

@@ -33,7 +33,9 @@ class Family:
     @property
     def modeling(self) -> ModuleType:
         """The family's modeling module in transformers."""
-        return importlib.import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
+        return importlib.import_module(
+            f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+        )
 
     @property
     def causal_lm(self) -> Any:
@@ -43,7 +45,9 @@ class Family:
     @property
     def config(self) -> Any:
         """The family's configuration class."""
-        module = importlib.import_module(f"transformers.models.{self.model_type}.configuration_{self.model_type}")
+        module = importlib.import_module(
+            f"transformers.models.{self.model_type}.configuration_{self.model_type}"
+        )
         return getattr(module, f"{self.class_prefix}Config")
 
     @property

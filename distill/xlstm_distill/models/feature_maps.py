@@ -25,7 +25,9 @@ class FeatureMap(nn.Module):
     that it shares with its group.
     """
 
-    def __init__(self, heads: int, dim: int, features: int, name: FeatureMapName = "softmax") -> None:
+    def __init__(
+        self, heads: int, dim: int, features: int, name: FeatureMapName = "softmax"
+    ) -> None:
         super().__init__()
         self.name = name
         self.weight = nn.Parameter(torch.empty(heads, features, dim))
@@ -42,7 +44,9 @@ class FeatureMap(nn.Module):
         with torch.no_grad():
             nn.init.normal_(self.weight, std=dim**-0.5)
             shared = min(features, dim)
-            self.weight[:, :shared] = torch.eye(dim, device=self.weight.device, dtype=self.weight.dtype)[:shared]
+            self.weight[:, :shared] = torch.eye(
+                dim, device=self.weight.device, dtype=self.weight.dtype
+            )[:shared]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return φ(x), (B, H, T, F), in x's dtype; the softmax runs in fp32."""
@@ -54,4 +58,8 @@ class FeatureMap(nn.Module):
         mapped = mapped.reshape(batch, heads, tokens, features).float()
         if self.name == "softmax":
             return mapped.softmax(dim=-1).to(x.dtype)
-        return torch.cat([mapped.softmax(dim=-1), (-mapped).softmax(dim=-1)], dim=-1).mul(0.5).to(x.dtype)
+        return (
+            torch.cat([mapped.softmax(dim=-1), (-mapped).softmax(dim=-1)], dim=-1)
+            .mul(0.5)
+            .to(x.dtype)
+        )

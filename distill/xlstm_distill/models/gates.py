@@ -27,7 +27,9 @@ class GateMeter:
         ]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         for handle in self.handles:
             handle.remove()
 
@@ -44,8 +46,14 @@ class GateMeter:
 
     def means(self) -> list[list[float]]:
         """Mean gates, layers x heads; empty where the mixers have one branch only, and so no gate."""
-        return [[round(x, 6) for x in (self.sums[n] / self.tokens).tolist()] for n in sorted(self.sums)]
+        return [
+            [round(x, 6) for x in (self.sums[n] / self.tokens).tolist()] for n in sorted(self.sums)
+        ]
 
     def total(self) -> Tensor:
         """Sum over tokens of the mean gate over layers and heads; zero where there is none."""
-        return torch.stack([s.mean() for s in self.sums.values()]).mean() if self.sums else torch.zeros(())
+        return (
+            torch.stack([s.mean() for s in self.sums.values()]).mean()
+            if self.sums
+            else torch.zeros(())
+        )

@@ -58,7 +58,9 @@ class OutputGate(nn.Module):
         batch, groups, tokens, _ = k.shape
         dtype = q.dtype
         q, k, v = (in_dtype_of(x, self.weight) for x in (q, k, v))
-        w_q, w_k, w_v = self.weight.view(groups, heads // groups, 3, dim).unbind(2)  # (G, H/G, D) each
+        w_q, w_k, w_v = self.weight.view(groups, heads // groups, 3, dim).unbind(
+            2
+        )  # (G, H/G, D) each
         logits = (q * w_q.reshape(heads, 1, dim)).sum(-1)  # (B, H, T)
         shared = k @ w_k.transpose(1, 2) + v @ w_v.transpose(1, 2)  # (B, G, T, H/G)
         logits = logits + shared.transpose(2, 3).reshape(batch, heads, tokens)
@@ -80,7 +82,9 @@ class HybridMixer(nn.Module):
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
         self.family, self.mixer_config = family, config
-        reach = getattr(attention, "sliding_window", None)  # of the teacher's own layer, in some families
+        reach = getattr(
+            attention, "sliding_window", None
+        )  # of the teacher's own layer, in some families
         self.window: int = config.window if reach is None else min(config.window, reach)
         self.q_proj: nn.Module
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
@@ -126,7 +130,10 @@ class HybridMixer(nn.Module):
         q, k, v = self._project(hidden_states)
         gate = self.output_gate(q, k, v) if self.has_mlstm and self.has_window else None
         q, k = self.family.apply_rotary(q, k, *position_embeddings)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, projections are bf16 and rotary positions fp32
+        q, k = (
+            q.to(v.dtype),
+            k.to(v.dtype),
+        )  # under autocast, projections are bf16 and rotary positions fp32
         layer = self._cache_layer(past_key_values)
         if not self.has_mlstm:
             mixed = self._window(q, k, v, layer, segment_ids)
@@ -160,7 +167,13 @@ class HybridMixer(nn.Module):
         return layer
 
     def _mlstm(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, layer: MixerCacheLayer | None, segment_ids: Tensor | None
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: MixerCacheLayer | None,
+        segment_ids: Tensor | None,
     ) -> Tensor:
         """Read the mLSTM, (B, H, T, D); with a cache, continue from its state and update it in place."""
         q, k = self.feature_map_q(q), self.feature_map_k(k)
@@ -170,20 +183,33 @@ class HybridMixer(nn.Module):
         if layer.state is None:
             batch, heads, _, features = q.shape
             dtype = state_dtype(q, v)
-            layer.state = MLSTMState.zeros(batch, heads, features, v.shape[-1], dtype=dtype, device=q.device)
+            layer.state = MLSTMState.zeros(
+                batch, heads, features, v.shape[-1], dtype=dtype, device=q.device
+            )
         if q.shape[2] == 1:
-            if segment_ids is not None:  # a closed gate is a new document, and spares a pass over the state
+            if (
+                segment_ids is not None
+            ):  # a closed gate is a new document, and spares a pass over the state
                 f = f.masked_fill((segment_ids != 0)[:, None], LOG_ZERO)
-            return mlstm_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], i[..., 0], f[..., 0], layer.state)[:, :, None]
+            return mlstm_step(
+                q[:, :, 0], k[:, :, 0], v[:, :, 0], i[..., 0], f[..., 0], layer.state
+            )[:, :, None]
         if segment_ids is not None:
             layer.restart_state(segment_ids)
-        h, state = mlstm(q, k, v, i, f, segment_ids=segment_ids, state=layer.state, return_state=True)
+        h, state = mlstm(
+            q, k, v, i, f, segment_ids=segment_ids, state=layer.state, return_state=True
+        )
         for held, new in zip(layer.state, state, strict=True):
             held.copy_(new)
         return h
 
     def _window(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: MixerCacheLayer | None, segment_ids: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: MixerCacheLayer | None,
+        segment_ids: Tensor | None,
     ) -> Tensor:
         """Attend to the window and the sinks, (B, H, T, D); with a cache, also to what it holds."""
         if layer is None:
@@ -191,7 +217,12 @@ class HybridMixer(nn.Module):
         if q.shape[2] == 1:
             keys, values = layer.update(k, v, segment_ids)
             return torch.nn.functional.scaled_dot_product_attention(
-                q, keys, values, attn_mask=layer.visible()[:, None, None], scale=self.scale, enable_gqa=True
+                q,
+                keys,
+                values,
+                attn_mask=layer.visible()[:, None, None],
+                scale=self.scale,
+                enable_gqa=True,
             )
         if layer.seen == 0:
             layer.update(k, v, segment_ids)
@@ -200,7 +231,13 @@ class HybridMixer(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
         return sliding_window_attention(
-            q, k, v, window=self.window, sinks=self.mixer_config.sinks, segment_ids=segment_ids, scale=self.scale
+            q,
+            k,
+            v,
+            window=self.window,
+            sinks=self.mixer_config.sinks,
+            segment_ids=segment_ids,
+            scale=self.scale,
         )
 
     def _attend_after_prefix(
@@ -210,7 +247,9 @@ class HybridMixer(nn.Module):
         held_k, held_v, valid = layer.prefix()
         tokens = q.shape[2]
         chunk = segment_ids if segment_ids is not None else valid.new_zeros(len(q), tokens).long()
-        segments = torch.cat([valid.long() - 1, chunk], dim=1)  # empty slots are a document of their own
+        segments = torch.cat(
+            [valid.long() - 1, chunk], dim=1
+        )  # empty slots are a document of their own
         queries = torch.cat([q.new_zeros(*q.shape[:2], held_k.shape[2], q.shape[3]), q], dim=2)
         layer.update(k, v, segment_ids)
         keys, values = torch.cat([held_k, k], dim=2), torch.cat([held_v, v], dim=2)

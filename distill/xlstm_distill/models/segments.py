@@ -22,7 +22,9 @@ class RowEnds(NamedTuple):
     def select(self, index: Tensor) -> RowEnds:
         """Keep the given rows, in this order."""
         index = index.to(self.position.device)
-        padding, segment = (None if held is None else held[index] for held in (self.padding, self.segment))
+        padding, segment = (
+            None if held is None else held[index] for held in (self.padding, self.segment)
+        )
         return RowEnds(self.position[index], padding, segment)
 
 
@@ -73,13 +75,19 @@ def chunk_documents(
     ends = _ends(segment_ids, position_ids, mask)
     segments = None
     if starts is not None or ends is not None:
-        first = torch.zeros(batch, dtype=torch.bool, device=device) if starts is None else starts.expand(batch)
+        first = (
+            torch.zeros(batch, dtype=torch.bool, device=device)
+            if starts is None
+            else starts.expand(batch)
+        )
         rest = first.new_zeros(batch, tokens - 1) if ends is None else ends.expand(batch, -1)
         changes = torch.cat([first[:, None], rest], dim=1)
         if tokens == 1 or bool(changes.any()):
             segments = changes.long().cumsum(dim=1)
     positions = _positions(shape, device, segments, past) if position_ids is None else position_ids
-    return Documents(segments, positions, _row_ends(shape, device, segment_ids, positions, mask, past))
+    return Documents(
+        segments, positions, _row_ends(shape, device, segment_ids, positions, mask, past)
+    )
 
 
 def positions_in_documents(segment_ids: Tensor) -> Tensor:
@@ -101,7 +109,9 @@ def ends_in_padding(attention_mask: Tensor | None, past: RowEnds | None = None) 
     return bool((seen & ~real[:, -1]).any())
 
 
-def _ends(segment_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+def _ends(
+    segment_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None
+) -> Tensor | None:
     """Tell after which tokens a document ends, (B, T - 1) bool; None where nothing was given or T = 1."""
     ends = None
     for ids, step in ((segment_ids, 0), (position_ids, 1), (attention_mask, 0)):
@@ -112,7 +122,9 @@ def _ends(segment_ids: Tensor | None, position_ids: Tensor | None, attention_mas
     return ends
 
 
-def _starts(past: RowEnds, segment_ids: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+def _starts(
+    past: RowEnds, segment_ids: Tensor | None, position_ids: Tensor | None
+) -> Tensor | None:
     """Tell which rows begin a document with the chunk's first token, (B,) bool; None where none can."""
     starts = past.padding
     if segment_ids is not None:
@@ -153,7 +165,13 @@ def _row_ends(
     last = positions[:, -1].expand(batch) if positions is not None else None
     if last is None:
         last = torch.full((batch,), tokens - 1, dtype=torch.long, device=device)
-    segment = segment_ids[:, -1] if segment_ids is not None else past.segment if past is not None else None
+    segment = (
+        segment_ids[:, -1]
+        if segment_ids is not None
+        else past.segment
+        if past is not None
+        else None
+    )
     return RowEnds(last, None if mask is None else mask[:, -1] == 0, segment)
 
 
@@ -162,7 +180,9 @@ def _check_padding(attention_mask: Tensor | None, tokens: int, past: RowEnds | N
     if attention_mask is None:
         return
     real = attention_mask != 0
-    if past is not None and real.shape[1] == tokens:  # a longer mask tells itself what the cache has seen
+    if (
+        past is not None and real.shape[1] == tokens
+    ):  # a longer mask tells itself what the cache has seen
         before = torch.ones_like(real[:, :1]) if past.padding is None else ~past.padding[:, None]
         real = torch.cat([before, real], dim=1)
     gap = ~real & (real.cumsum(dim=1) > 0)

@@ -62,7 +62,9 @@ class StudentMixin(_CausalLM):
         """Make an empty decoding cache; its memory does not grow with the tokens seen."""
         return _new_cache(self.model)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any) -> None:  # type: ignore[override]
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any
+    ) -> None:  # type: ignore[override]
         """Give `generate` the student's own cache."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
@@ -85,10 +87,14 @@ class StudentMixin(_CausalLM):
 
 def _new_cache(model: Any) -> StudentCache:
     """Make an empty cache for a model's body."""
-    return StudentCache([layer.self_attn.window for layer in model.layers], model.config.mixer["sinks"])
+    return StudentCache(
+        [layer.self_attn.window for layer in model.layers], model.config.mixer["sinks"]
+    )
 
 
-def _prepare_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _prepare_inputs(
+    model: Any, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
     """Turn masks and positions into `segment_ids`, and make the student's cache where one is wanted."""
     ids = args[0] if args else kwargs.get("input_ids")
     given = ids if ids is not None else kwargs["inputs_embeds"]
@@ -103,7 +109,9 @@ def _prepare_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     # A decoding step does not wait for the device; there, a padded token ends its row.
     if cache is not None and shape[1] > 1 and ends_in_padding(mask, past):
         raise ValueError("attention_mask: padding on the right cannot be cached; pad on the left.")
-    found = chunk_documents(shape, given.device, kwargs.get("segment_ids"), kwargs.get("position_ids"), mask, past)
+    found = chunk_documents(
+        shape, given.device, kwargs.get("segment_ids"), kwargs.get("position_ids"), mask, past
+    )
     if cache is not None:
         cache.end_rows(found.ends)
     kwargs |= {
@@ -116,7 +124,9 @@ def _prepare_inputs(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     return args, kwargs
 
 
-def _cache_for(model: Any, kwargs: dict[str, Any], mask: torch.Tensor | None) -> StudentCache | None:
+def _cache_for(
+    model: Any, kwargs: dict[str, Any], mask: torch.Tensor | None
+) -> StudentCache | None:
     """The caller's cache or a new one where one is wanted; never where gradients are recorded: states are constants.
 
     What only the configuration wants is not made for rows that end in padding, which cannot be cached.
@@ -130,7 +140,9 @@ def _cache_for(model: Any, kwargs: dict[str, Any], mask: torch.Tensor | None) ->
                 "use torch.no_grad(), or leave the cache out."
             )
         return cache
-    wanted = model.config.use_cache and not ends_in_padding(mask) if use_cache is None else use_cache
+    wanted = (
+        model.config.use_cache and not ends_in_padding(mask) if use_cache is None else use_cache
+    )
     return _new_cache(model) if wanted and not torch.is_grad_enabled() else None
 
 
@@ -174,7 +186,11 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
     """
     family = family_of(teacher.config.model_type)
     cls = STUDENTS[family.model_type]
-    settings = {k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "architectures")}
+    settings = {
+        k: v
+        for k, v in teacher.config.to_dict().items()
+        if k not in ("model_type", "architectures")
+    }
     if settings.get("attention_dropout"):
         warnings.warn(
             f"teacher.attention_dropout: {settings['attention_dropout']}, but mixers drop nothing; the student's is 0.",
@@ -184,10 +200,14 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
     config = cls.config_class(**settings, mixer=mixer.model_dump(mode="json"))
     with torch.device("meta"):
         student = cls(config)
-    weights = {name: w if share_weights else w.detach().clone() for name, w in teacher.state_dict().items()}
+    weights = {
+        name: w if share_weights else w.detach().clone() for name, w in teacher.state_dict().items()
+    }
     report = student.load_state_dict(weights, strict=False, assign=True)
     if report.unexpected_keys:
-        raise UserError(f"teacher: weights {report.unexpected_keys[:3]} have no place in a student of this family.")
+        raise UserError(
+            f"teacher: weights {report.unexpected_keys[:3]} have no place in a student of this family."
+        )
     student.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
     reference = next(teacher.parameters())
     for module in student.modules():

@@ -34,7 +34,9 @@ def load_tokenizer(config: Teacher) -> Any:
     _check_path(config)
     tokenizer = _load(AutoTokenizer, config, "a tokenizer")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"teacher.path: the tokenizer of {config.path!r} has no end-of-text token; set its eos_token.")
+        raise UserError(
+            f"teacher.path: the tokenizer of {config.path!r} has no end-of-text token; set its eos_token."
+        )
     vocabulary = _load(AutoConfig, config, "a model").vocab_size
     tokens = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if tokens > vocabulary:
@@ -62,14 +64,21 @@ def _check_path(config: Teacher) -> None:
     """A path that looks local must exist; transformers would take it for a name on the hub."""
     path = Path(config.path)
     if path.is_absolute() and not path.is_dir():
-        raise UserError(f"teacher.path: {config.path} is no directory; give a local directory or a hub id owner/name.")
+        raise UserError(
+            f"teacher.path: {config.path} is no directory; give a local directory or a hub id owner/name."
+        )
 
 
 def _load(auto: Any, config: Teacher, what: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(
-            config.path, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
+            config.path,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"teacher.path: {config.path!r} holds no {what[2:]} that can be loaded: {reason}") from error
+        raise UserError(
+            f"teacher.path: {config.path!r} holds no {what[2:]} that can be loaded: {reason}"
+        ) from error

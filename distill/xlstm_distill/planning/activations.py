@@ -66,10 +66,21 @@ class Saved:
 
 def layer_saved(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
     """What one layer of the student saves when all its parameters train (stage II)."""
-    parts = [_norms(a, run), _linear_inputs(a, mixer, run), _query_key_norms(a, run), _window(a, mixer, run)]
+    parts = [
+        _norms(a, run),
+        _linear_inputs(a, mixer, run),
+        _query_key_norms(a, run),
+        _window(a, mixer, run),
+    ]
     if "mlstm" in mixer.branches:
-        parts += [_feature_maps(a, mixer, run), mlstm_saved(a, mixer, run, values_train=True), _gate(a, mixer, run)]
-    return sum(parts, Saved(4 * run.compute * a.intermediate))  # the MLP's: gate, silu(gate), up, their product
+        parts += [
+            _feature_maps(a, mixer, run),
+            mlstm_saved(a, mixer, run, values_train=True),
+            _gate(a, mixer, run),
+        ]
+    return sum(
+        parts, Saved(4 * run.compute * a.intermediate)
+    )  # the MLP's: gate, silu(gate), up, their product
 
 
 def mixer_saved(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
@@ -79,9 +90,16 @@ def mixer_saved(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
     """
     if "mlstm" not in mixer.branches:
         return Saved()
-    hidden, heads = run.compute * a.hidden, run.compute * a.query_width  # seen in the teacher: layer input, heads
+    hidden, heads = (
+        run.compute * a.hidden,
+        run.compute * a.query_width,
+    )  # seen in the teacher: layer input, heads
     error = FP32 * a.query_width + FP32
-    parts = [_feature_maps(a, mixer, run), mlstm_saved(a, mixer, run, values_train=False), _gate(a, mixer, run)]
+    parts = [
+        _feature_maps(a, mixer, run),
+        mlstm_saved(a, mixer, run, values_train=False),
+        _gate(a, mixer, run),
+    ]
     if "window" in mixer.branches:
         parts.append(Saved(run.compute * a.query_width))  # what the window branch gave
     return sum(parts, Saved(hidden + heads + error))
@@ -148,19 +166,27 @@ def mlstm_saved(a: Architecture, mixer: MixerConfig, run: Pass, *, values_train:
     H, F, D, L = a.heads, features(mixer, a), a.head_dim, run.chunk
     # Features are a softmax itself unless they were cast, or put together from two.
     cast = run.compute < FP32 or mixer.feature_map == "hedgehog"
-    if run.backend == "triton":  # q, k; gates and their sums, m, denominators; h less its common component
+    if (
+        run.backend == "triton"
+    ):  # q, k; gates and their sums, m, denominators; h less its common component
         inputs = 2 * run.compute * H * F if cast else 0
         start = H * (F * (D + 1) + 1) + a.groups * D  # the state, the common component
         return Saved(inputs + run.compute * H * D + 7 * FP32 * H, FP32 * run.rows * start)
-    stretch = math.ceil(run.tokens / L) * L / run.tokens  # the last chunk is filled up, which copies them too
+    stretch = (
+        math.ceil(run.tokens / L) * L / run.tokens
+    )  # the last chunk is filled up, which copies them too
     cast = cast or run.tokens % L > 0
     queries, keys = (3 if cast else 2) * H * F, (2 if values_train else 1) * H * F
     pairs = H * (L + 1) + (2 if values_train else 1) * H * L  # weights, scores, their product
     states = H * F * (D + 1) / L
     values = a.groups * (D + 1)
     outputs = H * (D + 1)  # h and the denominators
-    constant = (FP32 if run.device == "cpu" else 8) * 2 * L * L * (L + 1)  # which gates enter which pair
-    return Saved(stretch * FP32 * (queries + keys + pairs + states + values + outputs + 2 * H), constant)
+    constant = (
+        (FP32 if run.device == "cpu" else 8) * 2 * L * L * (L + 1)
+    )  # which gates enter which pair
+    return Saved(
+        stretch * FP32 * (queries + keys + pairs + states + values + outputs + 2 * H), constant
+    )
 
 
 def band(mixer: MixerConfig, tokens: int) -> tuple[int, int]:
@@ -180,7 +206,9 @@ def _window(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
         return Saved(2 * c * keys + 2 * c * queries + statistics)
     block, span = band(mixer, run.tokens)
     stretch = math.ceil(run.tokens / block) * block / run.tokens
-    bands = c * (a.heads // a.groups) * span + 2 * c * keys * span / block  # bias; keys and values of each block
+    bands = (
+        c * (a.heads // a.groups) * span + 2 * c * keys * span / block
+    )  # bias; keys and values of each block
     gathered = 2 * c * keys + INT64 * min(mixer.sinks, run.tokens) / block
     output = c * queries if "mlstm" in mixer.branches else 0
     return Saved(gathered + stretch * (bands + 2 * c * queries + statistics) + output)

@@ -14,7 +14,13 @@ from xlstm_distill.recipe import MixerConfig, Recipe
 
 ARCHITECTURES = "architectures"
 """Folder beside a recipe with the facts of teachers that are not here."""
-REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
 FULL_ATTENTION_EVERY = 4
 """Olmo3's pattern where its config names no layer types: three layers with a window, then one without."""
 
@@ -150,7 +156,9 @@ def find_architecture(recipe: Recipe, folder: Path, config: Path | None = None) 
 def _cached_config(recipe: Recipe) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(recipe.teacher.path, "config.json", revision=recipe.teacher.revision)
+    found = try_to_load_from_cache(
+        recipe.teacher.path, "config.json", revision=recipe.teacher.revision
+    )
     return Path(found) if isinstance(found, str) else None
 
 
@@ -175,10 +183,14 @@ def read_architecture(config: Mapping[str, Any], name: str) -> Architecture:
     numbers = {key: _count(config, key, name) for key in REQUIRED}
     heads, hidden = numbers["num_attention_heads"], numbers["hidden_size"]
     groups = _count(
-        {"num_key_value_heads": heads, **_given(config, "num_key_value_heads")}, "num_key_value_heads", name
+        {"num_key_value_heads": heads, **_given(config, "num_key_value_heads")},
+        "num_key_value_heads",
+        name,
     )
     if heads % groups:
-        raise UserError(f"{name}: num_key_value_heads {groups} does not divide num_attention_heads {heads}.")
+        raise UserError(
+            f"{name}: num_key_value_heads {groups} does not divide num_attention_heads {heads}."
+        )
     head_dim = {"head_dim": hidden // heads, **_given(config, "head_dim")}
     bias = bool(config.get("attention_bias", False))
     return Architecture(
@@ -191,7 +203,8 @@ def read_architecture(config: Mapping[str, Any], name: str) -> Architecture:
         head_dim=_count(head_dim, "head_dim", name),
         vocabulary=numbers["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=bias or family.model_type == "qwen2",  # Qwen2 always has them, and none on the output
+        qkv_bias=bias
+        or family.model_type == "qwen2",  # Qwen2 always has them, and none on the output
         output_bias=bias and family.model_type != "qwen2",
         mlp_bias=bool(config.get("mlp_bias", False)) and family.model_type == "llama",
         norm=family.norm,
@@ -218,6 +231,7 @@ def _reaches(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     types = config.get("layer_types")
     if types is None and config["model_type"] == "olmo3":
         types = [
-            "full_attention" if (n + 1) % FULL_ATTENTION_EVERY == 0 else "sliding_attention" for n in range(layers)
+            "full_attention" if (n + 1) % FULL_ATTENTION_EVERY == 0 else "sliding_attention"
+            for n in range(layers)
         ]
     return tuple(window if kind == "sliding_attention" else None for kind in types or [""] * layers)

@@ -47,9 +47,15 @@ def what_fits(stage: Stage, gpu: Gpu) -> Fit:
     needs = f"{name}: needs {memory.total / 1e9:.1f} GB on each GPU, {gpu.name} has {gpu.memory / 1e9:.0f}"
     ways = list(itertools.islice(ways_out(stage, gpu, _settings(stage)), ADVICE))
     if not ways and stage.name == "distill":  # hardware last, and as little as will do
-        ways = next((found for more in _more_gpus(stage) if (found := _ways_with(stage, gpu, more))), [])
+        ways = next(
+            (found for more in _more_gpus(stage) if (found := _ways_with(stage, gpu, more))), []
+        )
     if not ways:
-        return Fit(memory, False, (f"{needs}; no setting tried here makes it fit: take a GPU with more memory.",))
+        return Fit(
+            memory,
+            False,
+            (f"{needs}; no setting tried here makes it fit: take a GPU with more memory.",),
+        )
     return Fit(memory, False, (f"{needs}; it fits with {', or with '.join(ways)}.",))
 
 
@@ -65,7 +71,10 @@ def ways_out(stage: Stage, gpu: Gpu, kinds: list[list[Change]]) -> Iterator[str]
                 memory = stage.memory(setup)
                 if memory.total <= gpu.memory:
                     found = True
-                    yield " and ".join(name for name, _ in changes) + f" ({memory.total / 1e9:.1f} GB)"
+                    yield (
+                        " and ".join(name for name, _ in changes)
+                        + f" ({memory.total / 1e9:.1f} GB)"
+                    )
                     break  # the mildest change of its kind is enough
         if found:
             return
@@ -78,7 +87,14 @@ def _settings(stage: Stage) -> list[list[Change]]:
     t = stage.setup
     kinds: list[list[Change]] = []
     if stage.name == "distill" and not t.checkpointing:
-        kinds.append([("distill.activation_checkpointing true", functools.partial(replace, checkpointing=True))])
+        kinds.append(
+            [
+                (
+                    "distill.activation_checkpointing true",
+                    functools.partial(replace, checkpointing=True),
+                )
+            ]
+        )
     kinds.append(_fewer_rows(stage, f"{stage.name}.micro_batch"))
     if stage.name == "distill":
         if t.gpus > 1:
@@ -97,7 +113,9 @@ def _fewer_rows(stage: Stage, setting: str) -> list[Change]:
     rows = stage.setup.rows // 2
     changes: list[Change] = []
     while rows:
-        changes.append((f"{setting} {rows}", functools.partial(replace, rows=rows, accumulates=True)))
+        changes.append(
+            (f"{setting} {rows}", functools.partial(replace, rows=rows, accumulates=True))
+        )
         rows //= 2
     return changes
 
@@ -109,7 +127,10 @@ def _ways_with(stage: Stage, gpu: Gpu, more: Change) -> list[str]:
     memory = larger.memory(larger.setup)
     if memory.total <= gpu.memory:
         return [f"{words} ({memory.total / 1e9:.1f} GB)"]
-    return [f"{words} and {way}" for way in itertools.islice(ways_out(larger, gpu, _settings(larger)), ADVICE)]
+    return [
+        f"{words} and {way}"
+        for way in itertools.islice(ways_out(larger, gpu, _settings(larger)), ADVICE)
+    ]
 
 
 def _more_gpus(stage: Stage) -> Iterator[Change]:

@@ -56,13 +56,17 @@ class TokenFlops:
         return 3 * self.forward(supervised)
 
 
-def token_flops(architecture: Architecture, context: int, mixer: MixerShape | None = None) -> TokenFlops:
+def token_flops(
+    architecture: Architecture, context: int, mixer: MixerShape | None = None
+) -> TokenFlops:
     """Count the forward pass per token of a document of `context` tokens; `mixer`: the student's, None: the teacher.
 
     Every layer of a teacher counts as full attention, Olmo3's sliding ones too (at its window or less they are).
     """
     a = architecture
-    new, mixing = (0.0, attention_flops(a, context)) if mixer is None else _hybrid_flops(a, context, mixer)
+    new, mixing = (
+        (0.0, attention_flops(a, context)) if mixer is None else _hybrid_flops(a, context, mixer)
+    )
     return TokenFlops(
         projections=a.layers * 4 * a.hidden * a.head_dim * (a.heads + a.groups),
         mlp=a.layers * 6 * a.hidden * a.intermediate,
@@ -72,7 +76,9 @@ def token_flops(architecture: Architecture, context: int, mixer: MixerShape | No
     )
 
 
-def attention_flops(architecture: Architecture, context: int, window: int | None = None, sinks: int = 0) -> float:
+def attention_flops(
+    architecture: Architecture, context: int, window: int | None = None, sinks: int = 0
+) -> float:
     """Of a token in one layer: scores and weighted values over the keys it sees, on the mean over a document."""
     return 4 * architecture.heads * architecture.head_dim * mean_keys(context, window, sinks)
 
@@ -94,7 +100,9 @@ def _hybrid_flops(a: Architecture, context: int, mixer: MixerShape) -> tuple[flo
     """Of a token in one layer: maps and gates, and the two branches."""
     new = mixing = 0.0
     if mixer.features:
-        new += 4 * a.heads * a.head_dim * mixer.features + 4 * a.hidden * a.heads  # two maps; two gates
+        new += (
+            4 * a.heads * a.head_dim * mixer.features + 4 * a.hidden * a.heads
+        )  # two maps; two gates
         mixing += mlstm_flops(a.heads, mixer.features * mixer.expansion, a.head_dim)
     if mixer.window:
         mixing += attention_flops(a, context, mixer.window, mixer.sinks)
@@ -111,7 +119,10 @@ def _capped_sum(count: int, cap: int) -> int:
 
 def teacher_flops(a: Architecture, context: int) -> TokenFlops:
     """One forward pass of the teacher, its layers with a window of their own included."""
-    pairs = sum(attention_flops(a, context, None if reach is None else min(reach, context)) for reach in a.reaches)
+    pairs = sum(
+        attention_flops(a, context, None if reach is None else min(reach, context))
+        for reach in a.reaches
+    )
     return replace(token_flops(a, context), mixing=pairs)
 
 
@@ -142,9 +153,13 @@ def distill_flops(
 ) -> float:
     """Forward and backward pass of stage II, the teacher's forward pass included where it runs `online`."""
     f = student_flops(a, mixer, context)
-    frozen = {"all": 0.0, "mixer": f.mlp + f.head, "lora": f.projections + f.mlp + f.head}[trainable]
+    frozen = {"all": 0.0, "mixer": f.mlp + f.head, "lora": f.projections + f.mlp + f.head}[
+        trainable
+    ]
     adapters = 3 * 2 * lora_parameters(a, lora_rank) if trainable == "lora" else 0
-    return f.training() - frozen + adapters + (teacher_flops(a, context).forward() if online else 0.0)
+    return (
+        f.training() - frozen + adapters + (teacher_flops(a, context).forward() if online else 0.0)
+    )
 
 
 def recomputed_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
@@ -159,6 +174,16 @@ def align_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
     the window branch none. The output projection is not computed.
     """
     f = student_flops(a, mixer, context)
-    window = a.layers * attention_flops(a, context, mixer.window, mixer.sinks) if "window" in mixer.branches else 0.0
+    window = (
+        a.layers * attention_flops(a, context, mixer.window, mixer.sinks)
+        if "window" in mixer.branches
+        else 0.0
+    )
     inputs = f.projections * (a.heads + 2 * a.groups) / (2 * (a.heads + a.groups))
-    return teacher_flops(a, context).forward(supervised=0) + inputs + 2 * f.new + window + 3 * (f.mixing - window)
+    return (
+        teacher_flops(a, context).forward(supervised=0)
+        + inputs
+        + 2 * f.new
+        + window
+        + 3 * (f.mixing - window)
+    )

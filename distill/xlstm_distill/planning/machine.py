@@ -53,8 +53,12 @@ class Utilisation:
 # December 2024). The rest is chosen: no GPU has run these stages yet.
 _TRITON: Mapping[str, Utilisation] = {
     "capture": Utilisation(0.40, "a forward pass alone; chosen, above distill's"),
-    "align": Utilisation(0.25, "a teacher's pass beside mixers bound by memory; chosen, below distill's"),
-    "distill": Utilisation(0.33, "published for an 8B Llama under FSDP on 8 H100 without compilation"),
+    "align": Utilisation(
+        0.25, "a teacher's pass beside mixers bound by memory; chosen, below distill's"
+    ),
+    "distill": Utilisation(
+        0.33, "published for an 8B Llama under FSDP on 8 H100 without compilation"
+    ),
 }
 _TORCH: Mapping[str, Utilisation] = {
     "capture": _TRITON["capture"],
@@ -111,9 +115,13 @@ def make_machine(
         raise UserError(f"--gpus: {gpus} must be at least 1.")
     sharding = sharding or ("fsdp2" if gpus > 1 else "none")
     if sharding not in SHARDINGS:
-        raise UserError(f"--sharding: {sharding!r} is not allowed. Allowed: {', '.join(SHARDINGS)}.")
+        raise UserError(
+            f"--sharding: {sharding!r} is not allowed. Allowed: {', '.join(SHARDINGS)}."
+        )
     if sharding == "none" and gpus > 1:
-        raise UserError(f"--sharding: 'none' is for one GPU, --gpus is {gpus}; take ddp, fsdp2 or zero1 to zero3.")
+        raise UserError(
+            f"--sharding: 'none' is for one GPU, --gpus is {gpus}; take ddp, fsdp2 or zero1 to zero3."
+        )
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu: {mfu:g} must be above 0 and at most 1, for example 0.35.")
     if price is not None and not 0 <= price < math.inf:

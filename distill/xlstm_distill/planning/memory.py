@@ -21,7 +21,13 @@ from xlstm_distill.planning.activations import (
     mixer_saved,
     outside_layers,
 )
-from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters, features, lora_parameters
+from xlstm_distill.planning.architecture import (
+    Architecture,
+    Parameters,
+    count_parameters,
+    features,
+    lora_parameters,
+)
 from xlstm_distill.recipe import MixerConfig
 
 Sharding = Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -146,7 +152,9 @@ def distill_memory(t: Setup) -> Memory:
     if t.trainable == "lora":  # what lies between the two factors of each of the seven adapters
         layer += 7.0 * t.run.compute * t.lora_rank * _tokens(t)
     layers = t.architecture.layers
-    saved = layers * (checkpoint_saved(t.architecture, t.run).bytes(t.run) if t.checkpointing else layer)
+    saved = layers * (
+        checkpoint_saved(t.architecture, t.run).bytes(t.run) if t.checkpointing else layer
+    )
     saved += outside_layers(t.architecture, t.run).bytes(t.run)
     left_over = states.gradients if t.accumulates else 0.0
     moments = [
@@ -164,7 +172,9 @@ def align_memory(t: Setup) -> Memory:
     run = replace(t.run, precision="fp32" if t.teacher_dtype == "float32" else "bf16")
     mixer = mixer_saved(t.architecture, t.mixer, run).bytes(run)
     gradients = 4.0 * p.new
-    base = Memory(weights=4.0 * p.new, optimizer=float(ADAM * p.new), teacher=_teacher_weights(t, p))
+    base = Memory(
+        weights=4.0 * p.new, optimizer=float(ADAM * p.new), teacher=_teacher_weights(t, p)
+    )
     base = replace(base, working_copies=4.0 * p.new if t.sharding != "none" else 0.0)
     activations = t.architecture.layers * mixer + ALIGN_TRANSIENT * mixer
     return replace(base, gradients=gradients if t.accumulates else 0.0, activations=activations)
@@ -173,8 +183,14 @@ def align_memory(t: Setup) -> Memory:
 def capture_memory(t: Setup) -> Memory:
     """Memory of one pass of the teacher for its targets, without gradients."""
     run = replace(t.run, precision="fp32" if t.teacher_dtype == "float32" else "bf16")
-    loss = 3 * _chunk(t) + _tokens(t) * t.top_k * TARGET_BYTES  # logits, the same in fp32, log-probabilities
-    return Memory(activations=_forward(t.architecture, run), loss=loss, teacher=_teacher_weights(t, t.parameters))
+    loss = (
+        3 * _chunk(t) + _tokens(t) * t.top_k * TARGET_BYTES
+    )  # logits, the same in fp32, log-probabilities
+    return Memory(
+        activations=_forward(t.architecture, run),
+        loss=loss,
+        teacher=_teacher_weights(t, t.parameters),
+    )
 
 
 def evaluation_memory(t: Setup, student: bool) -> Memory:
@@ -182,7 +198,9 @@ def evaluation_memory(t: Setup, student: bool) -> Memory:
     p, a = t.parameters, t.architecture
     run = replace(t.run, precision="fp32" if t.teacher_dtype == "float32" else "bf16")
     size = DTYPE_BYTES[t.teacher_dtype]
-    cache = t.rows * (student_cache(a, t.mixer, size) if student else teacher_cache(a, t.tokens, size))
+    cache = t.rows * (
+        student_cache(a, t.mixer, size) if student else teacher_cache(a, t.tokens, size)
+    )
     logits = 2.0 * size * _tokens(t) * a.vocabulary  # and their log-probabilities
     weights = float(size * (p.student if student else p.teacher))
     return Memory(weights=weights, activations=_forward(a, run), loss=logits, cache=cache)
@@ -191,8 +209,14 @@ def evaluation_memory(t: Setup, student: bool) -> Memory:
 def student_cache(a: Architecture, mixer: MixerConfig, size: int) -> float:
     """Bytes a row's decoding state takes in all layers, however many tokens it has seen (`cache.MixerCacheLayer`)."""
     slots = mixer.window + mixer.sinks
-    ring = 2 * a.key_width * slots * size + 8 * (slots + 1)  # keys, values, their positions, the length
-    state = a.heads * (features(mixer, a) * (a.head_dim + 1) + 1) * 4 if "mlstm" in mixer.branches else 0
+    ring = 2 * a.key_width * slots * size + 8 * (
+        slots + 1
+    )  # keys, values, their positions, the length
+    state = (
+        a.heads * (features(mixer, a) * (a.head_dim + 1) + 1) * 4
+        if "mlstm" in mixer.branches
+        else 0
+    )
     return float(a.layers * (ring + state))
 
 
@@ -227,7 +251,11 @@ def _loss(t: Setup) -> float:
 def _forward(a: Architecture, run: Pass) -> float:
     """What one layer needs at once where nothing is saved: the MLP's three products, or q, k, v and heads."""
     mlp, attention = 3 * a.intermediate, 3 * a.query_width + 2 * a.key_width
-    return run.rows * run.tokens * (run.compute * max(mlp, attention) + 3 * run.residual * a.hidden + 4 * a.hidden)
+    return (
+        run.rows
+        * run.tokens
+        * (run.compute * max(mlp, attention) + 3 * run.residual * a.hidden + 4 * a.hidden)
+    )
 
 
 def _states(t: Setup, p: Parameters) -> States:
@@ -244,11 +272,15 @@ def _states(t: Setup, p: Parameters) -> States:
         use = 2 if half else 4
         # Gathered: this layer, the next one, embedding and head; then their gradients, and these in fp32 to be reduced.
         gathered = use * (2 * layer + table) + (use + 4) * (layer + table)
-        return States(4.0 * held / shards, 4.0 * trained / shards, ADAM * trained / shards, gathered)
+        return States(
+            4.0 * held / shards, 4.0 * trained / shards, ADAM * trained / shards, gathered
+        )
     size = 2.0 if half else 4.0
     master = 4.0 * trained / shards if half else 0.0  # the fp32 weights that AdamW updates
     weights = size * held / (shards if t.sharding == "zero3" else 1)
     gradients = 4.0 * trained / shards + (size * trained if t.sharding == "zero1" else 0.0)
     gathered = size * min(held, ZERO_LIVE + layer) if t.sharding == "zero3" else 0.0
-    buckets = (2 * size + 4) * min(ZERO_BUCKET, trained)  # one filled while one is sent, and its fp32 copy
+    buckets = (2 * size + 4) * min(
+        ZERO_BUCKET, trained
+    )  # one filled while one is sent, and its fp32 copy
     return States(weights, gradients, ADAM * trained / shards + master, gathered + buckets)

@@ -13,7 +13,12 @@ from xlstm_distill.artifacts import Run
 from xlstm_distill.data.budget import captured_rows, rows_needed
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning import flops
-from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters, find_architecture
+from xlstm_distill.planning.architecture import (
+    Architecture,
+    Parameters,
+    count_parameters,
+    find_architecture,
+)
 from xlstm_distill.planning.fit import Fit, Stage, what_fits
 from xlstm_distill.planning.machine import Machine, Utilisation, utilisation
 from xlstm_distill.planning.memory import (
@@ -135,7 +140,9 @@ class _Planner:
         """Disk for the checkpoints of a training, the one being written included."""
         settings = self.recipe.training
         return (
-            0.0 if settings.checkpoint_steps is None else CHECKPOINT_BYTES * trained * (settings.keep_checkpoints + 1)
+            0.0
+            if settings.checkpoint_steps is None
+            else CHECKPOINT_BYTES * trained * (settings.keep_checkpoints + 1)
         )
 
     def timed(self, plan: StagePlan) -> StagePlan:
@@ -151,7 +158,12 @@ class _Planner:
 
 
 def plan_recipe(
-    recipe: Recipe, folder: Path, machine: Machine, *, config: Path | None = None, run: Path | None = None
+    recipe: Recipe,
+    folder: Path,
+    machine: Machine,
+    *,
+    config: Path | None = None,
+    run: Path | None = None,
 ) -> Plan:
     """Plan a recipe that lies in `folder`; `config` is the teacher's config.json, `run` a run with stored targets.
 
@@ -159,11 +171,16 @@ def plan_recipe(
         UserError: the teacher's architecture is not known here, or the run cannot be read.
     """
     architecture = find_architecture(recipe, folder, config)
-    return make_plan(recipe, architecture, machine, measured_target_bytes(run, recipe) if run else None)
+    return make_plan(
+        recipe, architecture, machine, measured_target_bytes(run, recipe) if run else None
+    )
 
 
 def make_plan(
-    recipe: Recipe, architecture: Architecture, machine: Machine, measured: Mapping[str, float] | None = None
+    recipe: Recipe,
+    architecture: Architecture,
+    machine: Machine,
+    measured: Mapping[str, float] | None = None,
 ) -> Plan:
     """Plan every stage of a recipe; `measured` are bytes per token of stored targets by domain, from a run."""
     all_kept = KEPT_BYTES * recipe.capture.top_k
@@ -201,12 +218,16 @@ def _batch_problems(name: str, section: Optimization, gpus: int) -> tuple[str, .
     if section.batch % gpus == 0:
         return ()
     near = nearest_batches(section.batch, gpus)
-    return (f"{name}.batch: {section.batch} rows cannot be shared by {gpus} GPUs; take {near}, or other GPUs.",)
+    return (
+        f"{name}.batch: {section.batch} rows cannot be shared by {gpus} GPUs; take {near}, or other GPUs.",
+    )
 
 
 def _data(planner: _Planner) -> StagePlan:
     recipe = planner.recipe
-    tokens = sum(rows_needed(recipe, domain) for domain in recipe.data.domains) * recipe.data.context
+    tokens = (
+        sum(rows_needed(recipe, domain) for domain in recipe.data.domains) * recipe.data.context
+    )
     size = 2 if planner.architecture.vocabulary <= SMALL_VOCABULARY else 4
     return StagePlan("data", tokens=tokens, disk=tokens * (size + 1 / 8))
 
@@ -216,7 +237,9 @@ def _capture(planner: _Planner) -> StagePlan:
     tokens = {domain: rows * recipe.data.context for domain, rows in captured_rows(recipe).items()}
     total = sum(tokens.values())
     rows = recipe.capture.batch
-    fit = what_fits(Stage("capture", capture_memory, planner.setup(rows=rows), rows), planner.machine.gpu)
+    fit = what_fits(
+        Stage("capture", capture_memory, planner.setup(rows=rows), rows), planner.machine.gpu
+    )
     plan = StagePlan(
         "capture",
         tokens=total,
@@ -233,13 +256,16 @@ def _align(planner: _Planner) -> StagePlan:
     size = DTYPE_BYTES[recipe.teacher.dtype] * planner.parameters.student
     if not planner.parameters.new:
         return StagePlan("align", disk=size)  # converted, and that is all
-    fit = what_fits(Stage("align", align_memory, planner.setup(section), section.batch), planner.machine.gpu)
+    fit = what_fits(
+        Stage("align", align_memory, planner.setup(section), section.batch), planner.machine.gpu
+    )
     steps, tokens = _steps(section, section.tokens, recipe.data.context)
     plan = StagePlan(
         "align",
         tokens=tokens,
         steps=steps,
-        flops=tokens * flops.align_flops(planner.architecture, recipe.student.mixer, recipe.data.context),
+        flops=tokens
+        * flops.align_flops(planner.architecture, recipe.student.mixer, recipe.data.context),
         disk=size,
         scratch=planner.checkpoints(planner.parameters.new),
         fit=fit,
@@ -255,9 +281,16 @@ def _expert(planner: _Planner, name: str) -> StagePlan:
     counts = [_steps(section, phase.tokens, context) for phase in section.experts[name].phases]
     steps, tokens = (sum(column) for column in zip(*counts, strict=True))
     per_token = flops.distill_flops(
-        planner.architecture, mixer, context, section.trainable, lora_rank=section.lora_rank, online=setup.online
+        planner.architecture,
+        mixer,
+        context,
+        section.trainable,
+        lora_rank=section.lora_rank,
+        online=setup.online,
     )
-    again = flops.recomputed_flops(planner.architecture, mixer, context) if setup.checkpointing else 0.0
+    again = (
+        flops.recomputed_flops(planner.architecture, mixer, context) if setup.checkpointing else 0.0
+    )
     plan = StagePlan(
         "distill",
         name=name,

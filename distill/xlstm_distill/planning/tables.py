@@ -43,7 +43,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "machine": asdict(plan.machine),
         "target_bytes_per_token": {"measured": plan.measured, **plan.target_bytes},
         "stages": [_stage_json(stage) for stage in plan.stages],
-        "total": {name: _total(plan, name) for name in ("flops", "disk", "hours", "gpu_hours", "cost")},
+        "total": {
+            name: _total(plan, name) for name in ("flops", "disk", "hours", "gpu_hours", "cost")
+        },
         "fits": not any(stage.fit and not stage.fit.fits for stage in plan.stages),
         "problems": plan.problems,
     }
@@ -95,12 +97,16 @@ def _heading(plan: Plan) -> Iterator[str]:
 def _stage_rows(plan: Plan) -> tuple[list[str], Rows]:
     """A row per stage and expert, then the total."""
     priced = plan.machine.price is not None
-    head = ["stage", "tokens", "steps", "FLOPs", "GB per GPU", "disk", "hours", "GPU-hours"] + ["cost"] * priced
+    head = ["stage", "tokens", "steps", "FLOPs", "GB per GPU", "disk", "hours", "GPU-hours"] + [
+        "cost"
+    ] * priced
     rows = []
     for stage in plan.stages:
         memory = stage.memory
         gigabytes = (
-            "" if memory is None else f"{memory.total / 1e9:.1f}" + ("" if stage.fit and stage.fit.fits else " !")
+            ""
+            if memory is None
+            else f"{memory.total / 1e9:.1f}" + ("" if stage.fit and stage.fit.fits else " !")
         )
         rows.append([
             stage.label, _count(stage.tokens), _count(stage.steps), _si(stage.flops), gigabytes, _bytes(stage.disk),
@@ -142,7 +148,9 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield "MFU assumed, before recomputation (--mfu changes it):"
         yield from (f"  {name}: {text}" for name, text in seen.items())
     if any(stage.stage == "capture" for stage in plan.stages):
-        source = "measured in the run" if plan.measured else "docs/planning.md; a run's own: --run DIR"
+        source = (
+            "measured in the run" if plan.measured else "docs/planning.md; a run's own: --run DIR"
+        )
         sizes = sorted({f"{value:.0f}" for value in plan.target_bytes.values()}, key=float)
         yield f"Stored targets: {' or '.join(sizes)} bytes per token ({source})."
     if scratch := max(stage.scratch for stage in plan.stages):

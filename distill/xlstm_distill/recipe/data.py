@@ -47,15 +47,26 @@ class Source(Section):
         default=True,
         description="Read hub data as it is needed; false downloads all of it first, and finds it again offline.",
     )
-    weight: Positive = Field(default=1.0, description="Share of the domain's tokens, relative to its other sources.")
-    documents: Count | None = Field(default=None, description="Documents to read at most; a generator needs it.")
-    text: Text | None = Field(default=None, description="Column that holds plain text.")
-    prompt: Text | None = Field(default=None, description="Column that holds the prompt; with `response`.")
-    response: Text | None = Field(default=None, description="Column that holds the response; with `prompt`.")
-    system: Text | None = Field(
-        default=None, description="Column that holds a system message, to stand before `prompt`; empty means none."
+    weight: Positive = Field(
+        default=1.0, description="Share of the domain's tokens, relative to its other sources."
     )
-    messages: Text | None = Field(default=None, description="Column that holds chat messages (role, content).")
+    documents: Count | None = Field(
+        default=None, description="Documents to read at most; a generator needs it."
+    )
+    text: Text | None = Field(default=None, description="Column that holds plain text.")
+    prompt: Text | None = Field(
+        default=None, description="Column that holds the prompt; with `response`."
+    )
+    response: Text | None = Field(
+        default=None, description="Column that holds the response; with `prompt`."
+    )
+    system: Text | None = Field(
+        default=None,
+        description="Column that holds a system message, to stand before `prompt`; empty means none.",
+    )
+    messages: Text | None = Field(
+        default=None, description="Column that holds chat messages (role, content)."
+    )
     sample_by: Literal["line", "paragraph", "document"] = Field(
         default="line",
         description="What a document is in local `.txt` files: a line, a paragraph (up to an empty line), or a file.",
@@ -69,9 +80,17 @@ class Source(Section):
         if self.generator is None:
             return self
         if self.documents is None:
-            raise FieldError("documents", "missing; a generator needs the number of documents to make.")
-        fields = {name: field for name, field in type(self).model_fields.items() if name not in USED_BY_GENERATORS}
-        if unused := [name for name, field in fields.items() if getattr(self, name) != field.default]:
+            raise FieldError(
+                "documents", "missing; a generator needs the number of documents to make."
+            )
+        fields = {
+            name: field
+            for name, field in type(self).model_fields.items()
+            if name not in USED_BY_GENERATORS
+        }
+        if unused := [
+            name for name, field in fields.items() if getattr(self, name) != field.default
+        ]:
             raise FieldError(unused[0], "does not apply to a generator; leave it out.")
         return self
 
@@ -81,9 +100,13 @@ class Source(Section):
         if self.path is not None and Path(self.path).is_absolute():
             for field in ("name", "revision", "streaming"):
                 if getattr(self, field) != type(self).model_fields[field].default:
-                    raise FieldError(field, f"does not apply to the local path {self.path}; leave it out.")
+                    raise FieldError(
+                        field, f"does not apply to the local path {self.path}; leave it out."
+                    )
         elif self.path is not None and self.sample_by != "line":
-            raise FieldError("sample_by", f"does not apply to {self.path!r} on the hub, only to local files.")
+            raise FieldError(
+                "sample_by", f"does not apply to {self.path!r} on the hub, only to local files."
+            )
         return self
 
     @model_validator(mode="after")
@@ -92,10 +115,16 @@ class Source(Section):
             missing = "prompt" if self.prompt is None else "response"
             raise FieldError(missing, "missing; 'prompt' and 'response' go together.")
         if self.system is not None and self.prompt is None:
-            raise FieldError("system", "given without 'prompt' and 'response'; it stands before a prompt.")
-        styles = [name for name in ("text", "prompt", "messages") if getattr(self, name) is not None]
+            raise FieldError(
+                "system", "given without 'prompt' and 'response'; it stands before a prompt."
+            )
+        styles = [
+            name for name in ("text", "prompt", "messages") if getattr(self, name) is not None
+        ]
         if len(styles) > 1:
-            raise FieldError(styles[1], f"given beside '{styles[0]}'; name the columns of one style only.")
+            raise FieldError(
+                styles[1], f"given beside '{styles[0]}'; name the columns of one style only."
+            )
         return self
 
 
@@ -112,7 +141,10 @@ class Domain(Section):
     @model_validator(mode="after")
     def _weights_add_up(self) -> Self:
         total = math.fsum(source.weight for source in self.sources)
-        if self.weights_sum is not None and abs(total - self.weights_sum) > SUM_TOLERANCE * self.weights_sum:
+        if (
+            self.weights_sum is not None
+            and abs(total - self.weights_sum) > SUM_TOLERANCE * self.weights_sum
+        ):
             raise FieldError(
                 "weights_sum",
                 f"the sources' weights sum to {total:.6g}, not {self.weights_sum:.6g}; mend them, or leave weights_sum "
@@ -126,7 +158,9 @@ class Data(Section):
 
     context: int = Field(strict=True, ge=2, description="Length of a packed row (tokens).")
     domains: dict[Name, Domain] = Field(min_length=1, description="Domains by name.")
-    validation_rows: Count = Field(default=64, description="Rows of each domain held out for validation (rows).")
+    validation_rows: Count = Field(
+        default=64, description="Rows of each domain held out for validation (rows)."
+    )
     long_documents: LongDocuments = Field(
         default="split",
         description="What happens to a document longer than `context`: `split` into rows of its own, nothing lost; "

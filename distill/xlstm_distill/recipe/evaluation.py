@@ -21,7 +21,9 @@ from xlstm_distill.recipe.fields import (
 class Task(Section):
     """One task of the evaluation, and what differs from its own file."""
 
-    name: Text = Field(description="Name of the task: lm-eval's, or a YAML task's in the folder `include`.")
+    name: Text = Field(
+        description="Name of the task: lm-eval's, or a YAML task's in the folder `include`."
+    )
     domain: Text | None = Field(default=None, description="Group under which the report shows it.")
     shots: CountOrZero | None = Field(
         default=None, description="Examples in the prompt; null means the task's own number."
@@ -30,7 +32,9 @@ class Task(Section):
         default=None, description="Longest answer (tokens); null means the task's own."
     )
     multiturn: Flag = Field(default=False, description="Give the examples as turns of a chat.")
-    metric: Text | None = Field(default=None, description="Score to report; null means the task's first.")
+    metric: Text | None = Field(
+        default=None, description="Score to report; null means the task's first."
+    )
     filter: Text | None = Field(
         default=None, description="lm-eval filter whose answer counts; null means the task's first."
     )
@@ -39,20 +43,33 @@ class Task(Section):
 class Evaluate(Section):
     """What teacher and students are measured on, with the same settings for both."""
 
-    include: Folder | None = Field(default=None, description="Folder of lm-eval YAML tasks, relative to the recipe.")
+    include: Folder | None = Field(
+        default=None, description="Folder of lm-eval YAML tasks, relative to the recipe."
+    )
     tasks: tuple[Task, ...] = Field(min_length=1, description="The tasks.")
     batch: Count = Field(default=8, description="Prompts per forward pass.")
-    apply_chat_template: Flag = Field(default=False, description="Wrap prompts in the teacher's chat template.")
-    limit: Count | None = Field(default=None, description="Items of each task to use at most; null means all.")
-    confirm_run_unsafe_code: Flag = Field(default=False, description="Allow tasks that run the code a model wrote.")
-    experts: Flag = Field(default=True, description="Evaluate each expert too, not only the merged student.")
+    apply_chat_template: Flag = Field(
+        default=False, description="Wrap prompts in the teacher's chat template."
+    )
+    limit: Count | None = Field(
+        default=None, description="Items of each task to use at most; null means all."
+    )
+    confirm_run_unsafe_code: Flag = Field(
+        default=False, description="Allow tasks that run the code a model wrote."
+    )
+    experts: Flag = Field(
+        default=True, description="Evaluate each expert too, not only the merged student."
+    )
 
     @model_validator(mode="after")
     def _tasks_differ(self) -> Self:
         names = [task.name for task in self.tasks]
         for index, name in enumerate(names):
             if names.index(name) < index:
-                raise FieldError(f"tasks[{index}].name", f"{name!r} is already tasks[{names.index(name)}]; keep one.")
+                raise FieldError(
+                    f"tasks[{index}].name",
+                    f"{name!r} is already tasks[{names.index(name)}]; keep one.",
+                )
         return self
 
 
@@ -60,7 +77,8 @@ class Report(Section):
     """The report of a run."""
 
     title: Text | None = Field(
-        default=None, description="Heading of the report; null means one made from the recipe's name."
+        default=None,
+        description="Heading of the report; null means one made from the recipe's name.",
     )
     alphas: tuple[Fraction, ...] = Field(
         default=(0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0),
@@ -71,5 +89,8 @@ class Report(Section):
     @model_validator(mode="after")
     def _alphas_ascend(self) -> Self:
         if list(self.alphas) != sorted(set(self.alphas)):
-            raise FieldError("alphas", f"{list(self.alphas)} is not strictly ascending; sort it and drop repetitions.")
+            raise FieldError(
+                "alphas",
+                f"{list(self.alphas)} is not strictly ascending; sort it and drop repetitions.",
+            )
         return self

@@ -30,7 +30,9 @@ class Section(BaseModel):
 
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
-        raise FieldError("", f"{value!r} cannot name a folder; use letters, digits, '.', '_' and '-'.")
+        raise FieldError(
+            "", f"{value!r} cannot name a folder; use letters, digits, '.', '_' and '-'."
+        )
     return value
 
 
@@ -47,7 +49,10 @@ def _hub_or_path(value: str, info: ValidationInfo) -> str:
         return str(path.resolve())
     if _HUB_ID.fullmatch(value) and not (folder / value.split("/")[0]).is_dir():
         return value
-    raise FieldError("", f"{value!r} is not there (looked for {path}); give a local path or a hub id 'owner/name'.")
+    raise FieldError(
+        "",
+        f"{value!r} is not there (looked for {path}); give a local path or a hub id 'owner/name'.",
+    )
 
 
 def _folder(value: str, info: ValidationInfo) -> str:
@@ -57,12 +62,16 @@ def _folder(value: str, info: ValidationInfo) -> str:
         return value
     path = folder / Path(value).expanduser()
     if not path.is_dir():
-        raise FieldError("", f"{value!r} is not a folder (looked for {path}); paths are relative to the recipe.")
+        raise FieldError(
+            "", f"{value!r} is not a folder (looked for {path}); paths are relative to the recipe."
+        )
     return str(path.resolve())
 
 
 Text = Annotated[str, Field(min_length=1)]
-Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
+Name = Annotated[
+    str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})
+]
 HubOrPath = Annotated[str, Field(min_length=1), AfterValidator(_hub_or_path)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_folder)]
 Flag = Annotated[bool, Field(strict=True)]

@@ -23,7 +23,11 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 is_list = isinstance(key, yaml.SequenceNode)
-                what = "a list" if is_list else "a mapping (or a template's {{ }} that is not filled in)"
+                what = (
+                    "a list"
+                    if is_list
+                    else "a mapping (or a template's {{ }} that is not filled in)"
+                )
                 message = f"{what} cannot be a key; give a word"
                 raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
             if key.value in seen:
@@ -58,7 +62,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Write a recipe with all its values, defaults included, as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(
+        recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
 
 
 def _read(path: Path) -> str:
@@ -68,7 +74,9 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: no such file; give the path of a recipe (YAML).") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason}); give the path of a recipe (YAML).") from None
+        raise UserError(
+            f"{path}: cannot be read ({reason}); give the path of a recipe (YAML)."
+        ) from None
 
 
 def _parse(text: str, name: str) -> Any:
@@ -77,7 +85,9 @@ def _parse(text: str, name: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{name}{where}: not valid YAML: {error.problem or error.context}.") from None
+        raise UserError(
+            f"{name}{where}: not valid YAML: {error.problem or error.context}."
+        ) from None
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}.") from None
 
@@ -87,7 +97,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     parts = re.sub(r"\[(\d+)\]", r".\1", dotted.strip()).split(".")
     if not equals or not all(parts):
-        raise UserError(f"--set {override}: give it as dotted.path=value, for example align.lr=0.003.")
+        raise UserError(
+            f"--set {override}: give it as dotted.path=value, for example align.lr=0.003."
+        )
     value = _parse(text, f"--set {dotted}") if text.strip() else None
     here: Any = data
     for depth, part in enumerate(parts[:-1]):
@@ -106,11 +118,15 @@ def _enter(here: Any, part: str, dotted: str, path: list[str]) -> Any:
         if below is None:
             below = here[part] = {}
     if not isinstance(below, dict | list):
-        raise UserError(f"--set {dotted}: {'.'.join(path)} is {below!r}, which has nothing below it.")
+        raise UserError(
+            f"--set {dotted}: {'.'.join(path)} is {below!r}, which has nothing below it."
+        )
     return below
 
 
 def _index(items: list[Any], part: str, dotted: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise UserError(f"--set {dotted}: {part!r} is not an index of the list there (0 to {len(items) - 1}).")
+        raise UserError(
+            f"--set {dotted}: {part!r} is not an index of the list there (0 to {len(items) - 1})."
+        )
     return int(part)

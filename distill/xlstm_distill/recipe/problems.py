@@ -19,7 +19,9 @@ def one_line(error: ValidationError) -> str:
     """Say the first problem of a validation in one line, and how many more there are."""
     locations = [problem["loc"] for problem in error.errors()]
     # A list with a bad item also reports itself as too short.
-    problems = [p for p in error.errors() if p["type"] != "too_short" or not _below(p["loc"], locations)]
+    problems = [
+        p for p in error.errors() if p["type"] != "too_short" or not _below(p["loc"], locations)
+    ]
     # Unknown keys come first: a misspelt key also reports the right one as missing.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     lines = list(dict.fromkeys(_sentence(problem) for problem in problems))
@@ -57,8 +59,17 @@ def _sentence(problem: Any) -> str:
 
 
 def _wrong_type(where: str, value: Any, kind: str) -> str:
-    words = {"float": "a number", "int": "a whole number", "bool": "true or false", "string": "text"}
-    if isinstance(value, str) and kind in ("float_type", "int_type") and (number := _number(value)) is not None:
+    words = {
+        "float": "a number",
+        "int": "a whole number",
+        "bool": "true or false",
+        "string": "text",
+    }
+    if (
+        isinstance(value, str)
+        and kind in ("float_type", "int_type")
+        and (number := _number(value)) is not None
+    ):
         whole = kind == "int_type" and float(value).is_integer()
         return f"{where}: {value!r} is text; YAML needs {int(float(value)) if whole else number}"
     return f"{where}: {_quote(value)} is {kind_of(value)}; give {words[kind.split('_')[0]]}."
@@ -84,7 +95,9 @@ def _bound(context: Mapping[str, Any]) -> str:
 
 
 def _below(location: Location, others: Sequence[Location]) -> bool:
-    return any(len(other) > len(location) and other[: len(location)] == location for other in others)
+    return any(
+        len(other) > len(location) and other[: len(location)] == location for other in others
+    )
 
 
 def _clean(location: Location) -> Location:
@@ -104,7 +117,9 @@ def _keys(location: Location) -> list[str]:
     """Return the keys allowed where `location` ends, following the models by annotation."""
     models: list[type[BaseModel]] = [Recipe]
     for part in location[:-1]:
-        fields = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        fields = [
+            model.model_fields[part].annotation for model in models if part in model.model_fields
+        ]
         models = [below for annotation in fields for below in _models(annotation)] or models
     return sorted({key for model in models for key in model.model_fields})
 
@@ -134,7 +149,11 @@ def kind_of(value: Any) -> str:
         (bool, "true/false"), (str, "text"), (int, "a whole number"), (float, "a number"),
         (list, "a list"), (dict, "a mapping"),
     )  # fmt: skip
-    return "nothing" if value is None else next((n for t, n in names if isinstance(value, t)), type(value).__name__)
+    return (
+        "nothing"
+        if value is None
+        else next((n for t, n in names if isinstance(value, t)), type(value).__name__)
+    )
 
 
 def nearest_batches(batch: int, processes: int) -> str:

@@ -37,7 +37,10 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes, for editors."""
     schema = Recipe.model_json_schema()
     phase = schema["$defs"]["Phase"]
-    phase["properties"]["domain"] = {"type": "string", "description": "One domain alone, in place of `domains`."}
+    phase["properties"]["domain"] = {
+        "type": "string",
+        "description": "One domain alone, in place of `domains`.",
+    }
     phase["required"] = ["tokens"]
     phase["oneOf"] = [{"required": ["domains"]}, {"required": ["domain"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -46,7 +49,10 @@ def json_schema() -> dict[str, Any]:
 def render() -> dict[str, str]:
     """Return the generated files by their paths in the repository."""
     schema = json_schema()
-    return {SCHEMA_FILE: json.dumps(schema, indent=2, ensure_ascii=False) + "\n", REFERENCE_FILE: reference(schema)}
+    return {
+        SCHEMA_FILE: json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
+        REFERENCE_FILE: reference(schema),
+    }
 
 
 def reference(schema: Schema) -> str:
@@ -55,10 +61,24 @@ def reference(schema: Schema) -> str:
     for path, section in _sections(schema, schema):
         title = f"## `{path}`" if path else "## The recipe"
         required = section.get("required", [])
-        rows = [_row(name, field, name in required, schema) for name, field in section["properties"].items()]
+        rows = [
+            _row(name, field, name in required, schema)
+            for name, field in section["properties"].items()
+        ]
         text = " ".join(section.get("description", "").split())
         parts.append(
-            "\n".join([title, "", text, "", "| Key | Value | Default | Meaning |", "|---|---|---|---|", *rows, ""])
+            "\n".join(
+                [
+                    title,
+                    "",
+                    text,
+                    "",
+                    "| Key | Value | Default | Meaning |",
+                    "|---|---|---|---|",
+                    *rows,
+                    "",
+                ]
+            )
         )
     return "\n".join(parts)
 
@@ -93,7 +113,9 @@ def _resolve(field: Schema, schema: Schema) -> Schema:
 
 
 def _row(name: str, field: Schema, required: bool, schema: Schema) -> str:
-    default = "required" if required else f"`{_yaml(field['default'])}`" if "default" in field else ""
+    default = (
+        "required" if required else f"`{_yaml(field['default'])}`" if "default" in field else ""
+    )
     return f"| `{name}` | {_kind(field, schema)} | {default} | {field.get('description', '')} |"
 
 

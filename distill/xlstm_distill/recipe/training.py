@@ -35,7 +35,11 @@ class Capture(Section):
         description="`stored` runs the teacher once and keeps its top tokens; `online` runs it in each step.",
     )
     top_k: int = Field(
-        default=256, strict=True, ge=1, le=256, description="Tokens kept of each distribution at most (paper: 256)."
+        default=256,
+        strict=True,
+        ge=1,
+        le=256,
+        description="Tokens kept of each distribution at most (paper: 256).",
     )
     mass: ShareOfAll | None = Field(
         default=0.98,
@@ -51,13 +55,17 @@ class Capture(Section):
     )
     batch: Count = Field(default=8, description="Rows per forward pass of the teacher (rows).")
     shard_teacher: Flag = Field(
-        default=False, description="Spread the layers of an online teacher over the processes, as FSDP2 does."
+        default=False,
+        description="Spread the layers of an online teacher over the processes, as FSDP2 does.",
     )
 
     @model_validator(mode="after")
     def _only_online_teachers_are_sharded(self) -> Self:
         if self.shard_teacher and self.targets == "stored":
-            raise FieldError("shard_teacher", "true has no effect with targets 'stored'; set targets to 'online'.")
+            raise FieldError(
+                "shard_teacher",
+                "true has no effect with targets 'stored'; set targets to 'online'.",
+            )
         return self
 
     @model_validator(mode="after")
@@ -66,10 +74,13 @@ class Capture(Section):
             return self
         if self.mass is None:
             raise FieldError(
-                "min_k", f"{self.min_k} has no effect with mass null, which keeps all top_k; leave it out."
+                "min_k",
+                f"{self.min_k} has no effect with mass null, which keeps all top_k; leave it out.",
             )
         if self.min_k > self.top_k:
-            raise FieldError("min_k", f"{self.min_k} is above top_k ({self.top_k}); it must not be.")
+            raise FieldError(
+                "min_k", f"{self.min_k} is above top_k ({self.top_k}); it must not be."
+            )
         return self
 
 
@@ -78,7 +89,8 @@ class Optimization(Section):
 
     batch: Count = Field(description="Rows per optimiser step, over all processes (rows).")
     micro_batch: Count | None = Field(
-        default=None, description="Rows per forward pass of a process (rows); null means no gradient accumulation."
+        default=None,
+        description="Rows per forward pass of a process (rows); null means no gradient accumulation.",
     )
     lr: Positive = Field(description="Peak learning rate.")
     final_lr: NonNegative | None = Field(
@@ -88,10 +100,16 @@ class Optimization(Section):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="Course of the learning rate after warm-up."
     )
-    warmup_steps: CountOrZero = Field(default=0, description="Steps of linear warm-up (optimiser steps).")
+    warmup_steps: CountOrZero = Field(
+        default=0, description="Steps of linear warm-up (optimiser steps)."
+    )
     weight_decay: NonNegative = Field(default=0.1, description="AdamW's decoupled weight decay.")
-    betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
-    clip: Positive | None = Field(default=1.0, description="Largest norm of the gradient; null means no clipping.")
+    betas: tuple[BelowOne, BelowOne] = Field(
+        default=(0.9, 0.95), description="AdamW's decay rates of the two moments."
+    )
+    clip: Positive | None = Field(
+        default=1.0, description="Largest norm of the gradient; null means no clipping."
+    )
     non_finite: Literal["stop", "skip"] = Field(
         default="stop",
         description="What to do at a loss or gradient that is not finite: `stop`, or `skip` the step and say so.",
@@ -100,7 +118,10 @@ class Optimization(Section):
     @model_validator(mode="after")
     def _batch_is_whole(self) -> Self:
         if self.micro_batch is not None and self.batch % self.micro_batch:
-            raise FieldError("micro_batch", f"{self.micro_batch} does not divide batch ({self.batch}); take a divisor.")
+            raise FieldError(
+                "micro_batch",
+                f"{self.micro_batch} does not divide batch ({self.batch}); take a divisor.",
+            )
         return self
 
     @model_validator(mode="after")
@@ -108,9 +129,14 @@ class Optimization(Section):
         if self.final_lr is None:
             return self
         if self.schedule == "constant":
-            raise FieldError("final_lr", f"{self.final_lr} has no effect with schedule 'constant'; set it to null.")
+            raise FieldError(
+                "final_lr",
+                f"{self.final_lr} has no effect with schedule 'constant'; set it to null.",
+            )
         if self.final_lr > self.lr:
-            raise FieldError("final_lr", f"{self.final_lr} is above lr ({self.lr}); it must not be.")
+            raise FieldError(
+                "final_lr", f"{self.final_lr} is above lr ({self.lr}); it must not be."
+            )
         return self
 
 
@@ -118,7 +144,9 @@ class Align(Optimization):
     """Stage I: each mixer learns to reproduce its teacher layer's attention output (paper, Eq. 12)."""
 
     tokens: Count = Field(description="Tokens of text to train on (tokens; paper: 655 million).")
-    batch: Count = Field(default=64, description="Rows per optimiser step, over all processes (rows).")
+    batch: Count = Field(
+        default=64, description="Rows per optimiser step, over all processes (rows)."
+    )
     lr: Positive = Field(default=1e-2, description="Peak learning rate.")
     final_lr: NonNegative | None = Field(
         default=1e-5,
@@ -128,16 +156,21 @@ class Align(Optimization):
         default="cosine", description="Course of the learning rate after warm-up."
     )
     domains: Mixture | None = Field(
-        default=None, description="Share of each domain in the tokens, relative; null means all domains alike."
+        default=None,
+        description="Share of each domain in the tokens, relative; null means all domains alike.",
     )
 
 
 class Phase(Section):
     """A stretch of an expert's training on one mixture of domains; `domain: NAME` stands for `domains: {NAME: 1.0}`."""
 
-    domains: Mixture = Field(description="Share of each domain in the phase's tokens, relative; or give `domain`.")
+    domains: Mixture = Field(
+        description="Share of each domain in the phase's tokens, relative; or give `domain`."
+    )
     tokens: Count = Field(description="Tokens of text to train on (tokens).")
-    lr: Positive | None = Field(default=None, description="Peak learning rate of this phase; null means `distill.lr`.")
+    lr: Positive | None = Field(
+        default=None, description="Peak learning rate of this phase; null means `distill.lr`."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -166,7 +199,9 @@ class Expert(Section):
 class Distill(Optimization):
     """Stage II: cross-entropy and sparse KL divergence to the teacher, one expert per domain (paper, Eq. 13)."""
 
-    ce_weight: NonNegative = Field(default=0.9, description="Weight of the cross-entropy (paper's gamma).")
+    ce_weight: NonNegative = Field(
+        default=0.9, description="Weight of the cross-entropy (paper's gamma)."
+    )
     kl_weight: NonNegative = Field(
         default=0.1, description="Weight of the KL divergence to the teacher (paper's beta)."
     )
@@ -180,20 +215,29 @@ class Distill(Optimization):
         description="Parameters that train: `all` (the paper's), the mixers' own (projections, maps, gates), or "
         "`lora`: low-rank adapters on all projections, and what the mixers add.",
     )
-    lora_rank: Count = Field(default=256, description="Rank of the adapters, with `trainable: lora` (paper: 256).")
+    lora_rank: Count = Field(
+        default=256, description="Rank of the adapters, with `trainable: lora` (paper: 256)."
+    )
     lora_alpha: Count = Field(default=512, description="Scale of the adapters times their rank.")
     activation_checkpointing: Flag = Field(
-        default=False, description="Keep each decoder layer's input only and compute the rest again: less memory."
+        default=False,
+        description="Keep each decoder layer's input only and compute the rest again: less memory.",
     )
-    experts: dict[Name, Expert] = Field(min_length=1, description="Experts by name; one alone makes no merge.")
+    experts: dict[Name, Expert] = Field(
+        min_length=1, description="Experts by name; one alone makes no merge."
+    )
 
     @model_validator(mode="after")
     def _adapters_are_used(self) -> Self:
-        for name in ("lora_rank", "lora_alpha"):  # a recipe written out in full names them, at their defaults
+        for name in (
+            "lora_rank",
+            "lora_alpha",
+        ):  # a recipe written out in full names them, at their defaults
             value = getattr(self, name)
             if self.trainable != "lora" and value != type(self).model_fields[name].default:
                 raise FieldError(
-                    name, f"{value} has no effect with trainable {self.trainable!r}; set trainable to 'lora'."
+                    name,
+                    f"{value} has no effect with trainable {self.trainable!r}; set trainable to 'lora'.",
                 )
         return self
 
@@ -212,9 +256,13 @@ class Distill(Optimization):
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
         if self.ce_weight == self.kl_weight == 0:
-            raise FieldError("ce_weight", "0.0 beside kl_weight 0.0 leaves no loss; make one of them positive.")
+            raise FieldError(
+                "ce_weight", "0.0 beside kl_weight 0.0 leaves no loss; make one of them positive."
+            )
         if taken := [name for name in self.experts if name in RESERVED]:
-            raise FieldError(f"experts.{taken[0]}", "the report uses this name itself; choose another.")
+            raise FieldError(
+                f"experts.{taken[0]}", "the report uses this name itself; choose another."
+            )
         return self
 
 
@@ -224,7 +272,9 @@ class Training(Section):
     checkpoint_steps: Count | None = Field(
         default=500, description="Optimiser steps from one checkpoint to the next; null keeps none."
     )
-    keep_checkpoints: Count = Field(default=2, description="Checkpoints of a training that are kept at most.")
+    keep_checkpoints: Count = Field(
+        default=2, description="Checkpoints of a training that are kept at most."
+    )
     validate_steps: Count | None = Field(
         default=500,
         description="Optimiser steps from one look at the held-out rows to the next; null: before and after only.",
@@ -235,7 +285,8 @@ class Training(Section):
 
 
 MergeWeights = Annotated[
-    Annotated[Literal["uniform"], Tag("<word>")] | Annotated[dict[str, NonNegative], Tag("<mapping>")],
+    Annotated[Literal["uniform"], Tag("<word>")]
+    | Annotated[dict[str, NonNegative], Tag("<mapping>")],
     Discriminator(shape_of),
 ]
 

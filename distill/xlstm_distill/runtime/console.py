@@ -90,9 +90,20 @@ class PlainProgress:
     """Progress as plain lines: at most one in PLAIN_SECONDS, and one at the end."""
 
     def __init__(
-        self, write: Callable[[str], None], label: str, total: float | None, unit: str, clock: Callable[[], float]
+        self,
+        write: Callable[[str], None],
+        label: str,
+        total: float | None,
+        unit: str,
+        clock: Callable[[], float],
     ) -> None:
-        self._write, self._label, self._total, self._unit, self._clock = write, label, total, unit, clock
+        self._write, self._label, self._total, self._unit, self._clock = (
+            write,
+            label,
+            total,
+            unit,
+            clock,
+        )
         self._done = self._skipped = 0.0
         self._metrics: dict[str, float] = {}
         self._started = self._written = clock()
@@ -128,7 +139,9 @@ class PlainProgress:
         rate = (self._done - self._skipped) / max(self._clock() - self._started, 1e-9)
         parts = [f"{short(self._done)} {self._unit}", f"{short(rate)} {self._unit}/s"]
         if self._total:
-            parts[0] = f"{short(self._done)} of {short(self._total)} {self._unit} ({self._done / self._total:.0%})"
+            parts[0] = (
+                f"{short(self._done)} of {short(self._total)} {self._unit} ({self._done / self._total:.0%})"
+            )
             if rate > 0 and not self._complete():
                 parts.append(f"{clock_time((self._total - self._done) / rate)} left")
         parts += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
@@ -138,7 +151,9 @@ class PlainProgress:
 class RichProgress:
     """Progress as a bar on a terminal."""
 
-    def __init__(self, bar: rich.progress.Progress, task: Any, unit: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, bar: rich.progress.Progress, task: Any, unit: str, clock: Callable[[], float]
+    ) -> None:
         self._bar, self._task, self._unit, self._clock = bar, task, unit, clock
         self._done, self._started = 0.0, clock()
         self._metrics: dict[str, float] = {}
@@ -149,7 +164,9 @@ class RichProgress:
         self._metrics.update(metrics)
         rate = self._done / max(self._clock() - self._started, 1e-9)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self._metrics.items())
-        self._bar.update(self._task, advance=n, total=total, rate=f"{short(rate)} {self._unit}/s", metrics=shown)
+        self._bar.update(
+            self._task, advance=n, total=total, rate=f"{short(rate)} {self._unit}/s", metrics=shown
+        )
 
     def skip(self, n: float) -> None:
         """Count `n` units as done before."""
@@ -157,7 +174,13 @@ class RichProgress:
 
 
 def _bar(console: rich.console.Console, clock: Callable[[], float]) -> rich.progress.Progress:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("{task.description}"),

@@ -20,7 +20,9 @@ def peak_bytes(device: torch.device) -> int:
     status = Path("/proc/self/status")
     if status.exists():  # a process's ru_maxrss starts at its parent's size on Linux, this does not
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def forget_peak() -> None:

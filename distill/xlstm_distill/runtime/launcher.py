@@ -29,9 +29,16 @@ class Layout:
     activation_checkpointing: bool = False
 
     def __str__(self) -> str:
-        names = {"single": "one process", "ddp": "DDP", "fsdp": "FSDP", "deepspeed": "DeepSpeed ZeRO-"}
+        names = {
+            "single": "one process",
+            "ddp": "DDP",
+            "fsdp": "FSDP",
+            "deepspeed": "DeepSpeed ZeRO-",
+        }
         sharding = "" if self.sharding is None else str(self.sharding)
-        return f"{names[self.kind]}{sharding}" + ("" if self.kind == "single" else f" on {self.processes} processes")
+        return f"{names[self.kind]}{sharding}" + (
+            "" if self.kind == "single" else f" on {self.processes} processes"
+        )
 
 
 def asked_layout(environment: Mapping[str, str] = os.environ) -> Layout:
@@ -45,7 +52,9 @@ def asked_layout(environment: Mapping[str, str] = os.environ) -> Layout:
     processes = int(environment.get("WORLD_SIZE", "1"))
     if is_true(environment, "ACCELERATE_USE_FSDP"):
         checkpointing = is_true(environment, "FSDP_ACTIVATION_CHECKPOINTING")
-        return Layout("fsdp", processes, int(environment.get("FSDP_VERSION", "1")), precision, checkpointing)
+        return Layout(
+            "fsdp", processes, int(environment.get("FSDP_VERSION", "1")), precision, checkpointing
+        )
     if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return Layout("deepspeed", processes, None if stage is None else int(stage), precision)
@@ -73,7 +82,10 @@ def _refuse(environment: Mapping[str, str]) -> None:
     }
     if is_true(environment, "ACCELERATE_USE_FSDP"):
         expected["FSDP_VERSION"] = ("fsdp_version", ("2",))
-        expected["FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"] = ("fsdp_activation_checkpointing_offload", ("false",))
+        expected["FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"] = (
+            "fsdp_activation_checkpointing_offload",
+            ("false",),
+        )
         expected["FSDP_CPU_RAM_EFFICIENT_LOADING"] = ("fsdp_cpu_ram_efficient_loading", ("false",))
     if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         expected["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = ("zero3_init_flag", ("false",))
@@ -106,8 +118,19 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     one_node = environment.get("SLURM_STEP_NUM_NODES", "1") == "1"
     # The same on all tasks; different for two jobs, and two steps of a job, on the same machine.
-    port = 20000 + (int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment.get("SLURM_STEP_ID", "0"))) % 20000
-    environment.update(RANK=environment["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=environment["SLURM_LOCALID"])
+    port = (
+        20000
+        + (
+            int(environment.get("SLURM_JOB_ID", "0")) * 7
+            + int(environment.get("SLURM_STEP_ID", "0"))
+        )
+        % 20000
+    )
+    environment.update(
+        RANK=environment["SLURM_PROCID"],
+        WORLD_SIZE=str(tasks),
+        LOCAL_RANK=environment["SLURM_LOCALID"],
+    )
     environment.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else first_host(nodes))
     environment.setdefault("MASTER_PORT", str(port))
 
@@ -116,5 +139,7 @@ def first_host(nodes: str) -> str:
     """First host of a Slurm node list: `n[03-07,9],m1` gives `n03`."""
     found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
     if not found:
-        raise UserError(f"SLURM_STEP_NODELIST: {nodes!r} is not a list of nodes; set MASTER_ADDR and MASTER_PORT.")
+        raise UserError(
+            f"SLURM_STEP_NODELIST: {nodes!r} is not a list of nodes; set MASTER_ADDR and MASTER_PORT."
+        )
     return "".join(part or "" for part in found.groups())

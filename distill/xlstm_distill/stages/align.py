@@ -42,8 +42,12 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
         # Both hold the same tensors: only the student's new parameters train, so one copy of the weights is enough.
         teacher = load_teacher(recipe.teacher, accelerator.device)
         student = convert(teacher, recipe.student.mixer, share_weights=True)
-        if not any(student.new_parameters()):  # an ablation: the window branch alone has nothing to learn here
-            console.line(f"align: no new parameters to align with branches {list(recipe.student.mixer.branches)}")
+        if not any(
+            student.new_parameters()
+        ):  # an ablation: the window branch alone has nothing to learn here
+            console.line(
+                f"align: no new parameters to align with branches {list(recipe.student.mixer.branches)}"
+            )
             if accelerator.is_main_process:
                 save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
             return
@@ -55,10 +59,23 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
         schedule = RowSchedule(domains, weights, recipe.seed, steps * recipe.align.batch)
         stretch = Stretch(schedule, steps, recipe.align.lr)
         flops = align_flops(architecture_of(teacher), recipe.student.mixer, recipe.data.context)
-        plan = Plan("align", (stretch,), recipe.align.batch, recipe.align.micro_batch or recipe.align.batch, flops)
+        plan = Plan(
+            "align",
+            (stretch,),
+            recipe.align.batch,
+            recipe.align.micro_batch or recipe.align.batch,
+            flops,
+        )
         work = run.work_directory(request)
         trainer = Trainer(
-            task, recipe.align, plan, domains, work, accelerator, training=recipe.training, console=console
+            task,
+            recipe.align,
+            plan,
+            domains,
+            work,
+            accelerator,
+            training=recipe.training,
+            console=console,
         )
         outcome = trainer.run()
         keep_training(draft, work, plan, outcome)

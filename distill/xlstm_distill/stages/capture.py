@@ -26,10 +26,34 @@ from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console, Progress, short
-from xlstm_distill.runtime.ranks import all_agree, is_main_process, process_count, process_index, wait_for_everyone
-from xlstm_distill.stages.workbench import STORE, capture_request, open_domains, prepare_domains, store_identity
-from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, kept_logits, text_checksums
-from xlstm_distill.targets.store import Identity, Store, read_header, shard_name, write_index, write_shard
+from xlstm_distill.runtime.ranks import (
+    all_agree,
+    is_main_process,
+    process_count,
+    process_index,
+    wait_for_everyone,
+)
+from xlstm_distill.stages.workbench import (
+    STORE,
+    capture_request,
+    open_domains,
+    prepare_domains,
+    store_identity,
+)
+from xlstm_distill.targets.providers import (
+    OnlineTargets,
+    StoredTargets,
+    kept_logits,
+    text_checksums,
+)
+from xlstm_distill.targets.store import (
+    Identity,
+    Store,
+    read_header,
+    shard_name,
+    write_index,
+    write_shard,
+)
 from xlstm_distill.training.accelerator import make_accelerator
 
 SHARDS = 64
@@ -50,7 +74,9 @@ class ShardRows:
     count: int
 
 
-def run(recipe: Recipe, run: Run, console: Console, shard: str | None = None) -> list[Artifact | None]:
+def run(
+    recipe: Recipe, run: Run, console: Console, shard: str | None = None
+) -> list[Artifact | None]:
     """Store top-k targets of every domain that an expert uses; nothing to do where targets are computed online.
 
     `shard` (`I/N`) is the share of this run of the program among N. None stands for a domain that is not published
@@ -59,7 +85,9 @@ def run(recipe: Recipe, run: Run, console: Console, shard: str | None = None) ->
     share = parse_share(shard) if shard is not None else (0, 1)
     if recipe.capture.targets == "online":
         if shard is not None:
-            raise UserError("--shard: capture.targets is 'online', so there is nothing to share; leave it out.")
+            raise UserError(
+                "--shard: capture.targets is 'online', so there is nothing to share; leave it out."
+            )
         return []
     limits = captured_rows(recipe)
     requests = {name: capture_request(recipe, name) for name in limits}
@@ -68,7 +96,9 @@ def run(recipe: Recipe, run: Run, console: Console, shard: str | None = None) ->
 
     @functools.cache
     def teacher() -> OnlineTargets:
-        return OnlineTargets(load_teacher(recipe.teacher, make_accelerator(recipe).device), recipe.capture.top_k)
+        return OnlineTargets(
+            load_teacher(recipe.teacher, make_accelerator(recipe).device), recipe.capture.top_k
+        )
 
     rows = open_domains(recipe, prepare_domains(recipe, run, limits, console), limits)
     return [
@@ -101,7 +131,9 @@ def plan_shards(rows: int, context: int) -> list[ShardRows]:
     """Cut a domain's rows into shards: always the same, whoever shares them."""
     least, most = (max(tokens // context, 1) for tokens in SHARD_TOKENS)
     size = min(max(-(-rows // SHARDS), least), most)
-    return [ShardRows(n, first, min(size, rows - first)) for n, first in enumerate(range(0, rows, size))]
+    return [
+        ShardRows(n, first, min(size, rows - first)) for n, first in enumerate(range(0, rows, size))
+    ]
 
 
 @dataclass(frozen=True)
@@ -119,7 +151,9 @@ class DomainCapture:
     @property
     def directory(self) -> Path:
         """Where finished shards gather until the store is published."""
-        return self.run.path("capture") / f".{self.rows.name}.{self.request.fingerprint[:12]}.shards"
+        return (
+            self.run.path("capture") / f".{self.rows.name}.{self.request.fingerprint[:12]}.shards"
+        )
 
     @property
     def shards(self) -> list[ShardRows]:
@@ -186,7 +220,9 @@ class DomainCapture:
                 (self.directory / STORE).mkdir(parents=True, exist_ok=True)
                 try:
                     self._write_shard(shard, progress)
-                except FileNotFoundError:  # moved away by another run of the program, which had it already
+                except (
+                    FileNotFoundError
+                ):  # moved away by another run of the program, which had it already
                     if not self._finished(shard) and not self._published():
                         raise
 
@@ -194,7 +230,9 @@ class DomainCapture:
         """Write one shard. Batches start with the shard, so that its bytes do not depend on who writes it."""
         teacher, stop = self.teacher(), shard.first + shard.count
         vocabulary = teacher.teacher.config.vocab_size
-        with write_shard(self.directory / STORE, self.identity, vocabulary, shard.number, shard.first) as writer:
+        with write_shard(
+            self.directory / STORE, self.identity, vocabulary, shard.number, shard.first
+        ) as writer:
             for start in range(shard.first, stop, self.batch):
                 batch = self._load(range(start, min(start + self.batch, stop)))
                 counts = (batch.labels != IGNORE_INDEX).sum(dim=1).tolist()
@@ -210,7 +248,9 @@ class DomainCapture:
         figures = write_index(draft.path / STORE, self.identity).means()
         store = Store(draft.path / STORE, self.identity)
         stored = StoredTargets({self.rows.name: store})
-        chosen = np.random.default_rng(zlib.crc32(self.request.fingerprint.encode())).permutation(len(self.rows))
+        chosen = np.random.default_rng(zlib.crc32(self.request.fingerprint.encode())).permutation(
+            len(self.rows)
+        )
         self._self_test(stored, sorted(chosen[:SELF_TEST_ROWS].tolist()))
         speed = self._read_speed(stored, sorted(chosen[:SPEED_ROWS].tolist()))
         draft.results |= {**figures, "read_tokens_per_second": speed}
@@ -234,7 +274,12 @@ class DomainCapture:
             targets = stored(batch)
             with torch.no_grad():
                 logits = kept_logits(teacher.teacher, batch).float()
-            mass = logits.log_softmax(-1).gather(-1, targets.ids).exp().masked_fill(targets.log_probs == -torch.inf, 0)
+            mass = (
+                logits.log_softmax(-1)
+                .gather(-1, targets.ids)
+                .exp()
+                .masked_fill(targets.log_probs == -torch.inf, 0)
+            )
             error = float(sparse_kl(logits, targets).mean())
             drift = float((1 - mass.sum(-1) - targets.tail).abs().mean())
             if not max(error, drift) <= SELF_TEST_LIMIT:

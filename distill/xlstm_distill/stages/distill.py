@@ -37,7 +37,12 @@ from xlstm_distill.stages.workbench import (
 )
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, TargetSource
 from xlstm_distill.targets.store import Store
-from xlstm_distill.training.accelerator import checkpoint_activations, full_state_dict, make_accelerator, shard_teacher
+from xlstm_distill.training.accelerator import (
+    checkpoint_activations,
+    full_state_dict,
+    make_accelerator,
+    shard_teacher,
+)
 from xlstm_distill.training.log import check_trackers
 from xlstm_distill.training.lora import add_lora, merged_state
 from xlstm_distill.training.objectives import DistillTask
@@ -81,7 +86,9 @@ def expert_request(recipe: Recipe, name: str) -> Request:
         "capture": part(recipe.capture, "batch", "shard_teacher"),
         "seed": recipe.seed,
     }
-    return Request("distill", name=name, parts=parts, inputs={**inputs, **data_inputs(recipe, domains)})
+    return Request(
+        "distill", name=name, parts=parts, inputs={**inputs, **data_inputs(recipe, domains)}
+    )
 
 
 def find_experts(recipe: Recipe, run: Run) -> dict[str, Artifact]:
@@ -108,7 +115,9 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
     def build(draft: Draft) -> None:
         accelerator = make_accelerator(recipe)
         torch.manual_seed(recipe.seed)
-        student = load_student(aligned, torch.float32)  # on the CPU: what is sharded moves shard by shard
+        student = load_student(
+            aligned, torch.float32
+        )  # on the CPU: what is sharded moves shard by shard
         settings = recipe.distill
         if settings.trainable == "lora":
             add_lora(student, settings.lora_rank, settings.lora_alpha)
@@ -117,7 +126,9 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         if settings.activation_checkpointing:
             checkpoint_activations(student)
         source = _targets(recipe, targets, accelerator.device)
-        task = DistillTask(student, source, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail)
+        task = DistillTask(
+            student, source, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail
+        )
         domains = open_domains(recipe, data, expert_rows(recipe, name))
         stretches = _stretches(recipe, recipe.distill.experts[name], domains)
         flops = distill_flops(
@@ -127,7 +138,16 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         micro_batch = settings.micro_batch or settings.batch
         plan = Plan(f"distill/{name}", stretches, settings.batch, micro_batch, flops)
         work = run.work_directory(request)
-        trainer = Trainer(task, settings, plan, domains, work, accelerator, training=recipe.training, console=console)
+        trainer = Trainer(
+            task,
+            settings,
+            plan,
+            domains,
+            work,
+            accelerator,
+            training=recipe.training,
+            console=console,
+        )
         outcome = trainer.run()
         keep_training(draft, work, plan, outcome)
         weights = full_state_dict(accelerator, student)
@@ -160,10 +180,14 @@ def _find_targets(recipe: Recipe, run: Run, name: str) -> dict[str, Artifact]:
     if recipe.capture.targets == "online":
         return {}
     requests = {domain: capture_request(recipe, domain) for domain in expert_rows(recipe, name)}
-    return {domain: run.need(request.label, request.fingerprint) for domain, request in requests.items()}
+    return {
+        domain: run.need(request.label, request.fingerprint) for domain, request in requests.items()
+    }
 
 
-def _targets(recipe: Recipe, captured: Mapping[str, Artifact], device: torch.device) -> TargetSource:
+def _targets(
+    recipe: Recipe, captured: Mapping[str, Artifact], device: torch.device
+) -> TargetSource:
     if recipe.capture.targets == "online":
         kept = recipe.capture
         teacher = load_teacher(recipe.teacher, device)
@@ -171,11 +195,16 @@ def _targets(recipe: Recipe, captured: Mapping[str, Artifact], device: torch.dev
             shard_teacher(teacher)
         return OnlineTargets(teacher, kept.top_k, kept.mass, kept.min_k)
     return StoredTargets(
-        {domain: Store(a.path / STORE, store_identity(recipe, domain)) for domain, a in captured.items()}
+        {
+            domain: Store(a.path / STORE, store_identity(recipe, domain))
+            for domain, a in captured.items()
+        }
     )
 
 
-def _stretches(recipe: Recipe, expert: Expert, domains: Mapping[str, DomainRows]) -> tuple[Stretch, ...]:
+def _stretches(
+    recipe: Recipe, expert: Expert, domains: Mapping[str, DomainRows]
+) -> tuple[Stretch, ...]:
     """The expert's phases in steps; a phase reads rows that earlier ones did not, as long as there are any."""
     batch = recipe.distill.batch
     stretches = []

@@ -19,7 +19,13 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.merge import merge_request
-from xlstm_distill.stages.workbench import data_inputs, load_student, open_domains, part, prepare_domains
+from xlstm_distill.stages.workbench import (
+    data_inputs,
+    load_student,
+    open_domains,
+    part,
+    prepare_domains,
+)
 from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.results import write_samples
@@ -33,7 +39,9 @@ GATE_ROWS = 16
 def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
     """Evaluate every model under the same settings; each has its own artifact, so a new merge redoes only itself."""
     tokenizer = load_tokenizer(recipe.teacher)
-    suite = functools.cache(lambda: load_suite(_suite(recipe)))  # takes seconds: only when something is to be scored
+    suite = functools.cache(
+        lambda: load_suite(_suite(recipe))
+    )  # takes seconds: only when something is to be scored
     planned = _plan(recipe, run)
     done = all(run.has(request) for request, _ in planned.values())
     data = {} if done else prepare_domains(recipe, run, recipe.data.domains, console)
@@ -41,13 +49,18 @@ def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
     def build(name: str, source: Artifact | None, draft: Draft) -> None:
         device = make_accelerator(recipe).device
         dtype = getattr(torch, recipe.teacher.dtype)
-        model = load_student(source, dtype, device) if source else load_teacher(recipe.teacher, device)
+        model = (
+            load_student(source, dtype, device) if source else load_teacher(recipe.teacher, device)
+        )
         _score(model.eval(), tokenizer, suite(), name, recipe, draft, console)
         if source is not None:
             held_out = open_domains(recipe, data, dict.fromkeys(data, recipe.data.validation_rows))
             draft.write_json("gates.json", mean_gates(model, held_out, device))
 
-    return [run.make(request, functools.partial(build, name, source)) for name, (request, source) in planned.items()]
+    return [
+        run.make(request, functools.partial(build, name, source))
+        for name, (request, source) in planned.items()
+    ]
 
 
 def check(recipe: Recipe, run: Run) -> None:
@@ -63,7 +76,9 @@ def check(recipe: Recipe, run: Run) -> None:
         return
     tokenizer, teacher = load_tokenizer(recipe.teacher), recipe.teacher
     config = AutoConfig.from_pretrained(
-        teacher.path, revision=teacher.revision or "main", trust_remote_code=teacher.trust_remote_code
+        teacher.path,
+        revision=teacher.revision or "main",
+        trust_remote_code=teacher.trust_remote_code,
     )
     check_suite(_suite(recipe), config, tokenizer)
 
@@ -75,14 +90,18 @@ def find_evaluations(recipe: Recipe, run: Run) -> dict[str, Artifact]:
         RunError: one is missing, or was made from other settings.
     """
     planned = _plan(recipe, run)
-    return {name: run.need(request.label, request.fingerprint) for name, (request, _) in planned.items()}
+    return {
+        name: run.need(request.label, request.fingerprint) for name, (request, _) in planned.items()
+    }
 
 
 def _plan(recipe: Recipe, run: Run) -> dict[str, tuple[Request, Artifact | None]]:
     """What is evaluated: each model's request and the artifact that holds it (None for the teacher)."""
     sources: dict[str, Artifact | None] = {TEACHER: None, **_students(recipe, run)}
     data = data_inputs(recipe, recipe.data.domains)
-    return {name: (_request(recipe, name, source, data), source) for name, source in sources.items()}
+    return {
+        name: (_request(recipe, name, source, data), source) for name, source in sources.items()
+    }
 
 
 def _students(recipe: Recipe, run: Run) -> dict[str, Artifact]:
@@ -132,7 +151,13 @@ def _suite(recipe: Recipe) -> Suite:
 
 
 def _score(
-    model: CausalLM, tokenizer: Any, suite: LoadedSuite, name: str, recipe: Recipe, draft: Draft, console: Console
+    model: CausalLM,
+    tokenizer: Any,
+    suite: LoadedSuite,
+    name: str,
+    recipe: Recipe,
+    draft: Draft,
+    console: Console,
 ) -> None:
     """Run lm-eval and write the results, the samples, and the proof that all models were asked the same."""
     with console.progress(f"evaluate/{name}", None, unit="requests") as progress:
@@ -144,7 +169,12 @@ def _score(
             counted = done
 
         result = evaluate_model(
-            model, tokenizer, suite, batch_size=recipe.evaluate.batch, seed=recipe.seed, progress=advance
+            model,
+            tokenizer,
+            suite,
+            batch_size=recipe.evaluate.batch,
+            seed=recipe.seed,
+            progress=advance,
         )
     for warning in result.warnings:
         console.line(f"evaluate/{name}: {warning}")
@@ -159,12 +189,18 @@ def _score(
 
 
 @torch.no_grad()
-def mean_gates(model: CausalLM, domains: dict[str, DomainRows], device: torch.device) -> list[list[float]]:
+def mean_gates(
+    model: CausalLM, domains: dict[str, DomainRows], device: torch.device
+) -> list[list[float]]:
     """Mean output gate of every layer and head over held-out rows, layers x heads; empty where there are no gates.
 
     Rows go through the model one by one: all of them at once do not fit beside a large one.
     """
-    rows = [(name, row) for name, held in domains.items() for row in range(min(GATE_ROWS, held.validation))]
+    rows = [
+        (name, row)
+        for name, held in domains.items()
+        for row in range(min(GATE_ROWS, held.validation))
+    ]
     with GateMeter(model) as meter:
         for row in rows:
             batch = load_batch(domains, [row]).to(device)

@@ -39,13 +39,17 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
     weights = merge_weights(recipe)
 
     def build(draft: Draft) -> None:
-        students = {name: load_student(experts[name], torch.float32) for name, w in weights.items() if w > 0}
+        students = {
+            name: load_student(experts[name], torch.float32) for name, w in weights.items() if w > 0
+        }
         used = {name: weights[name] for name in students}
         merged = merge_state_dicts({name: s.state_dict() for name, s in students.items()}, used)
         student = next(iter(students.values()))
         student.load_state_dict(merged)
         save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
         draft.results |= {"weights": weights}
-        console.line("merge: " + ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items()))
+        console.line(
+            "merge: " + ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
+        )
 
     return run.make(request, build)

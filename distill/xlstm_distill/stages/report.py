@@ -43,7 +43,9 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
     target = run.directory / FOLDER
     if is_main_process() and not (artifact.reused and (target / "report.html").is_file()):
         with tempfile.TemporaryDirectory(dir=run.directory) as folder:
-            replace_directory(Path(shutil.copytree(artifact.path / FOLDER, Path(folder) / FOLDER)), target)
+            replace_directory(
+                Path(shutil.copytree(artifact.path / FOLDER, Path(folder) / FOLDER)), target
+            )
     return artifact
 
 
@@ -52,10 +54,14 @@ def _write(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact], draft: D
     sources = lineage(run, evaluated)
     data = ReportData(
         title=recipe.report.title or f"{recipe.name}: student against teacher",
-        teacher=Path(recipe.teacher.path).name if Path(recipe.teacher.path).exists() else recipe.teacher.path,
+        teacher=Path(recipe.teacher.path).name
+        if Path(recipe.teacher.path).exists()
+        else recipe.teacher.path,
         teacher_results=_results(evaluated[TEACHER]),
         models=tuple(
-            ReportModel(name=name, role="merged" if name == MERGED else "expert", results=_results(artifact))
+            ReportModel(
+                name=name, role="merged" if name == MERGED else "expert", results=_results(artifact)
+            )
             for name, artifact in students.items()
         ),
         gates=_gates(students),
@@ -73,7 +79,9 @@ def _require_same_requests(evaluated: Mapping[str, Artifact]) -> None:
     expected = evaluated[TEACHER].manifest["results"]["requests_hash"]
     for name, artifact in evaluated.items():
         if artifact.manifest["results"]["requests_hash"] != expected:
-            raise EvalError(f"evaluate/{name}: its requests differ from the teacher's; run the stage 'evaluate' again.")
+            raise EvalError(
+                f"evaluate/{name}: its requests differ from the teacher's; run the stage 'evaluate' again."
+            )
 
 
 def _results(artifact: Artifact) -> tuple[TaskResult, ...]:
@@ -101,7 +109,12 @@ def lineage(run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, Artifact]:
             if artifact is not None and artifact.identity == identity:
                 found[label] = artifact
                 waiting.append(artifact)
-    return dict(sorted(found.items(), key=lambda item: (STAGES.index(item[0].split("/")[0]), _finished(item[1]))))
+    return dict(
+        sorted(
+            found.items(),
+            key=lambda item: (STAGES.index(item[0].split("/")[0]), _finished(item[1])),
+        )
+    )
 
 
 def _finished(artifact: Artifact) -> int:
@@ -110,13 +123,18 @@ def _finished(artifact: Artifact) -> int:
 
 def _losses(recipe: Recipe, sources: Mapping[str, Artifact]) -> dict[str, dict[str, Curve]]:
     """Training curves of alignment and of every expert."""
-    stages = {"align": ("mse",), **{f"distill/{name}": ("ce", "kl") for name in recipe.distill.experts}}
+    stages = {
+        "align": ("mse",),
+        **{f"distill/{name}": ("ce", "kl") for name in recipe.distill.experts},
+    }
     curves = {}
     for label, series in stages.items():
         if label not in sources:
             continue
         file = sources[label].path / LOG_FILE
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        lines = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        )
         if lines := [line for line in lines if not line.get("skipped")]:
             curves[label] = {name: _curve(lines, name) for name in series}
     return curves
@@ -143,7 +161,8 @@ def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
     found = {
         "recipe": recipe.name,
         "seed": str(recipe.seed),
-        "teacher": recipe.teacher.path + (f"@{recipe.teacher.revision}" if recipe.teacher.revision else ""),
+        "teacher": recipe.teacher.path
+        + (f"@{recipe.teacher.revision}" if recipe.teacher.revision else ""),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
         "requests hash": evaluated[TEACHER].manifest["results"]["requests_hash"],
         **{f"version of {name}": version for name, version in versions().items()},

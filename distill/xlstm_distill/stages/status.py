@@ -56,13 +56,21 @@ def read_status(run: Path) -> list[Stage]:
         raise UserError(
             f"RUN: {run} is no run directory (it has no folder 'artifacts'); give the one that 'run' wrote."
         )
-    manifests = [p for p in (run / "artifacts").rglob("manifest.json") if not p.relative_to(run).as_posix().count("/.")]
+    manifests = [
+        p
+        for p in (run / "artifacts").rglob("manifest.json")
+        if not p.relative_to(run).as_posix().count("/.")
+    ]
     done = [
-        stage for path in sorted(manifests, key=_modified) if (stage := _read(_artifact, path, run, _label(path, run)))
+        stage
+        for path in sorted(manifests, key=_modified)
+        if (stage := _read(_artifact, path, run, _label(path, run)))
     ]
     published = {_label(path, run): _modified(path) for path in manifests}
     headers = sorted((run / "training").glob("*/training.json"), key=_modified)
-    trainings = (_read(lambda p: _training(p, published), path, run, path.parent.name) for path in headers)
+    trainings = (
+        _read(lambda p: _training(p, published), path, run, path.parent.name) for path in headers
+    )
     return done + [stage for stage in trainings if stage]
 
 
@@ -116,7 +124,9 @@ def _training(header: Path, published: Mapping[str, float]) -> Stage | None:
         seconds_left=(steps - step) * seconds_a_step if seconds_a_step and running else None,
         seconds_since=since,
         checkpoint=_newest_checkpoint(header.parent),
-        figures={k: v for k, v in line.items() if k not in ("step", "tokens_per_second")} if line else None,
+        figures={k: v for k, v in line.items() if k not in ("step", "tokens_per_second")}
+        if line
+        else None,
     )
 
 
@@ -155,7 +165,10 @@ def _last_line(log: Path) -> dict[str, Any] | None:
 
 def to_json(stages: list[Stage]) -> str:
     """Write the status as JSON, facts that do not apply left out."""
-    found = [{key: value for key, value in asdict(stage).items() if value is not None} for stage in stages]
+    found = [
+        {key: value for key, value in asdict(stage).items() if value is not None}
+        for stage in stages
+    ]
     return json.dumps({"stages": found}, indent=1)
 
 
@@ -166,7 +179,9 @@ def status_table(stages: list[Stage]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in ("stage", "state", "time", "step", "tokens/s", "left", "figures"):
-        table.add_column(name, justify="left" if name in ("stage", "state", "figures") else "right", no_wrap=True)
+        table.add_column(
+            name, justify="left" if name in ("stage", "state", "figures") else "right", no_wrap=True
+        )
     for stage in stages:
         table.add_row(*_cells(stage))
     return table
@@ -174,12 +189,20 @@ def status_table(stages: list[Stage]) -> Table:
 
 def _cells(stage: Stage) -> tuple[str, ...]:
     shown = ("loss", "ce", "kl", "mse", "grad_norm", "held_out_ce", "held_out_kl", "held_out_gate")
-    figures = [f"{name} {stage.figures[name]:.4g}" for name in shown if stage.figures and name in stage.figures]
+    figures = [
+        f"{name} {stage.figures[name]:.4g}"
+        for name in shown
+        if stage.figures and name in stage.figures
+    ]
     state = stage.state if stage.path is None else f"{stage.state}: {stage.path}"
     if state == "silent":
         state = f"training, silent for {clock_time(stage.seconds_since or 0)}"
     if state == "stopped":
-        at = f"at checkpoint {stage.checkpoint}" if stage.checkpoint is not None else "without a checkpoint"
+        at = (
+            f"at checkpoint {stage.checkpoint}"
+            if stage.checkpoint is not None
+            else "without a checkpoint"
+        )
         state = f"stopped {clock_time(stage.seconds_since or 0)} ago {at}"
     return (
         stage.label,

@@ -45,7 +45,9 @@ def part(model: Any, *exclude: str) -> dict[str, Any]:
     return model.model_dump(mode="json", exclude=set(exclude) or None)
 
 
-def prepare_domains(recipe: Recipe, run: Run, names: Iterable[str], console: Console) -> dict[str, Artifact]:
+def prepare_domains(
+    recipe: Recipe, run: Run, names: Iterable[str], console: Console
+) -> dict[str, Artifact]:
     """Make (or find) the packed rows of the named domains, in the recipe's order, which all processes share."""
     wait_for_everyone()  # they meet here: later the main process may wait for another run's preparation for hours
     tokenizer, wanted = load_tokenizer(recipe.teacher), set(names)
@@ -53,7 +55,9 @@ def prepare_domains(recipe: Recipe, run: Run, names: Iterable[str], console: Con
     return {name: prepare_domain(recipe, run, name, tokenizer, console) for name in ordered}
 
 
-def open_domains(recipe: Recipe, artifacts: Mapping[str, Artifact], limits: Mapping[str, int]) -> dict[str, DomainRows]:
+def open_domains(
+    recipe: Recipe, artifacts: Mapping[str, Artifact], limits: Mapping[str, int]
+) -> dict[str, DomainRows]:
     """Open the first rows of domains for reading: as many as the use needs, so that more of them change nothing."""
     held = recipe.data.validation_rows
     return {
@@ -82,8 +86,15 @@ def align_request(recipe: Recipe) -> Request:
     """What the seed weights θ(0) of all experts are made from."""
     return Request(
         "align",
-        parts={"align": part(recipe.align, *NO_PART), "mixer": part(recipe.student.mixer), "seed": recipe.seed},
-        inputs={"teacher": teacher_hash(recipe.teacher), **data_inputs(recipe, aligned_domains(recipe))},
+        parts={
+            "align": part(recipe.align, *NO_PART),
+            "mixer": part(recipe.student.mixer),
+            "seed": recipe.seed,
+        },
+        inputs={
+            "teacher": teacher_hash(recipe.teacher),
+            **data_inputs(recipe, aligned_domains(recipe)),
+        },
     )
 
 
@@ -102,7 +113,11 @@ def _capture_request(recipe: Recipe, domain: str, **counts: int) -> Request:
     return Request(
         "capture",
         name=domain,
-        parts={**part(recipe.capture, "batch", "targets", "shard_teacher"), "store": VERSION, **counts},
+        parts={
+            **part(recipe.capture, "batch", "targets", "shard_teacher"),
+            "store": VERSION,
+            **counts,
+        },
         inputs={"teacher": teacher_hash(recipe.teacher), **data_inputs(recipe, [domain])},
     )
 
@@ -110,7 +125,9 @@ def _capture_request(recipe: Recipe, domain: str, **counts: int) -> Request:
 def architecture_of(model: CausalLM) -> Architecture:
     """The numbers of a model's architecture; a student counts as its teacher."""
     config = model.config.to_dict()
-    return read_architecture({**config, "model_type": config["model_type"].removeprefix("xlstm_")}, "config")
+    return read_architecture(
+        {**config, "model_type": config["model_type"].removeprefix("xlstm_")}, "config"
+    )
 
 
 def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> None:
@@ -144,14 +161,19 @@ def store_identity(recipe: Recipe, domain: str) -> Identity:
 
 
 def save_model(
-    model: CausalLM, tokenizer: Any, directory: Path, weights: Mapping[str, torch.Tensor] | None = None
+    model: CausalLM,
+    tokenizer: Any,
+    directory: Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a Hugging Face directory: safetensors, config and tokenizer; of the model's own weights or of others."""
     model.save_pretrained(directory, state_dict=dict(weights) if weights else None)
     tokenizer.save_pretrained(directory)
 
 
-def load_student(artifact: Artifact, dtype: torch.dtype, device: torch.device | str = "cpu") -> CausalLM:
+def load_student(
+    artifact: Artifact, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> CausalLM:
     """Load the student an artifact holds."""
     student: CausalLM = AutoModelForCausalLM.from_pretrained(artifact.model_path, dtype=dtype)
     return student.to(device)

@@ -145,7 +145,10 @@ def decode(data: bytes | memoryview, tokens: int, vocabulary: int) -> Row:
 
 def kl_error(exact: Row, decoded: Row) -> Floats:
     """KL(exact || decoded) of the distributions over the kept ids, renormalised as the loss does; (K,) in nats."""
-    first, token = np.cumsum(exact.counts) - exact.counts, np.repeat(np.arange(len(exact.counts)), exact.counts)
+    first, token = (
+        np.cumsum(exact.counts) - exact.counts,
+        np.repeat(np.arange(len(exact.counts)), exact.counts),
+    )
 
     def restricted(row: Row) -> Floats:
         values = row.log_probs.astype(np.float64)
@@ -208,7 +211,9 @@ def id_bits(vocabulary: int) -> int:
 
 def _low_bits(size: int, vocabulary: int) -> int:
     """Low bits of a group's ids that make it smallest (Elias-Fano)."""
-    return min(range(id_bits(vocabulary)), key=lambda low: size * low + _high_length(size, vocabulary, low))
+    return min(
+        range(id_bits(vocabulary)), key=lambda low: size * low + _high_length(size, vocabulary, low)
+    )
 
 
 def _high_length(size: int, vocabulary: int, low: int) -> int:
@@ -230,8 +235,12 @@ def _decode_groups(buffer: _Buffer, groups: int, size: int, vocabulary: int) -> 
     """Read sorted groups (S, size)."""
     low = _low_bits(size, vocabulary)
     length = _high_length(size, vocabulary, low)
-    lows = unpack_bits(buffer.take(packed_bytes(groups * size, low)), groups * size, low).reshape(groups, size)
-    unary = np.unpackbits(buffer.take(-(-groups * length // 8)), count=groups * length, bitorder="little")
+    lows = unpack_bits(buffer.take(packed_bytes(groups * size, low)), groups * size, low).reshape(
+        groups, size
+    )
+    unary = np.unpackbits(
+        buffer.take(-(-groups * length // 8)), count=groups * length, bitorder="little"
+    )
     ones = np.flatnonzero(unary)
     if len(ones) != groups * size:
         raise ValueError("a group of ids is damaged")
@@ -248,7 +257,9 @@ def pack_bits(values: Ints, bits: int) -> NDArray[np.uint8]:
     """Pack numbers below 2**bits (bits up to 25), lowest bit first; the last eight are filled with zeros."""
     padded = np.zeros(-(-len(values) // 8) * 8, "<u4")
     padded[: len(values)] = values
-    planes = np.unpackbits(padded.view(np.uint8).reshape(-1, 4), axis=1, count=bits or None, bitorder="little")
+    planes = np.unpackbits(
+        padded.view(np.uint8).reshape(-1, 4), axis=1, count=bits or None, bitorder="little"
+    )
     return np.packbits(planes, bitorder="little") if bits else np.zeros(0, np.uint8)
 
 

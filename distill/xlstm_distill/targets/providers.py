@@ -41,7 +41,9 @@ def kept_logits(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
 class OnlineTargets:
     """The teacher itself, run on every batch, in whatever dtype it was loaded; no (K, V) tensor is made."""
 
-    def __init__(self, teacher: CausalLM, top_k: int, mass: float | None = None, min_k: int = 1) -> None:
+    def __init__(
+        self, teacher: CausalLM, top_k: int, mass: float | None = None, min_k: int = 1
+    ) -> None:
         self.teacher, self.top_k = teacher.eval().requires_grad_(False), top_k
         self.head, self.mass, self.min_k = fuse_head(teacher), mass, min_k
 
@@ -58,7 +60,12 @@ class OnlineTargets:
 
 def text_checksums(batch: Batch) -> list[int]:
     """Checksum of each row's tokens, documents and labels: what its targets depend on besides the teacher."""
-    columns = torch.stack([batch.input_ids, batch.segment_ids, batch.labels], dim=1).to(torch.int32).cpu().numpy()
+    columns = (
+        torch.stack([batch.input_ids, batch.segment_ids, batch.labels], dim=1)
+        .to(torch.int32)
+        .cpu()
+        .numpy()
+    )
     return [zlib.crc32(row.astype("<i4").tobytes()) for row in columns]
 
 

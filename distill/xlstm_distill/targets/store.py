@@ -29,7 +29,9 @@ VERSION = 1
 PREFIX = struct.Struct("<8sIII")
 """A shard's first bytes: magic, version, length and CRC-32 of the JSON text that follows."""
 HEADER_BYTES = 4096
-ROW = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("tokens", "<u4"), ("checksum", "<u4"), ("source", "<u4")])
+ROW = np.dtype(
+    [("offset", "<u8"), ("bytes", "<u4"), ("tokens", "<u4"), ("checksum", "<u4"), ("source", "<u4")]
+)
 """An entry of the index at a shard's end; `checksum` is of the row's bytes, `source` of the text it belongs to."""
 INDEX_FILE = "index.json"
 OPEN_SHARDS = 64
@@ -104,7 +106,9 @@ class Header:
         text = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
         page = PREFIX.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text
         if len(page) > HEADER_BYTES:
-            raise RunError(f"a shard's header takes {len(page)} bytes of {HEADER_BYTES}; shorten the domain's name.")
+            raise RunError(
+                f"a shard's header takes {len(page)} bytes of {HEADER_BYTES}; shorten the domain's name."
+            )
         return page.ljust(HEADER_BYTES, b"\0")
 
     @property
@@ -141,7 +145,10 @@ def read_header(path: Path) -> Header:
     if zlib.crc32(text) != checksum:
         raise refusal(path, "its header is damaged (wrong checksum)")
     content = json.loads(text)
-    content["identity"], content["figures"] = Identity(**content["identity"]), Figures(**content["figures"])
+    content["identity"], content["figures"] = (
+        Identity(**content["identity"]),
+        Figures(**content["figures"]),
+    )
     header = Header(**content)
     expected = header.index_offset + header.rows * ROW.itemsize
     if size != expected:
@@ -157,7 +164,9 @@ def shard_name(number: int) -> str:
 class ShardWriter:
     """Writes a shard beside its place; `write_shard` moves it there when it is complete."""
 
-    def __init__(self, file: BinaryIO, identity: Identity, vocabulary: int, number: int, first_row: int) -> None:
+    def __init__(
+        self, file: BinaryIO, identity: Identity, vocabulary: int, number: int, first_row: int
+    ) -> None:
         self.file, self.identity, self.vocabulary = file, identity, vocabulary
         self.number, self.first_row = number, first_row
         self.index: list[tuple[int, int, int, int, int]] = []
@@ -171,16 +180,23 @@ class ShardWriter:
         What mass and min_k leave of them is coded, and decoded again to measure the error.
         """
         kept = targets.keep_mass(self.identity.mass, self.identity.min_k)
-        cut = targets.log_probs.double().exp().sum(-1).log() - kept.log_probs.double().exp().sum(-1).log()
+        cut = (
+            targets.log_probs.double().exp().sum(-1).log()
+            - kept.log_probs.double().exp().sum(-1).log()
+        )
         self.figures.cut += float(cut.sum())
-        ids, log_probs, tail = (part.cpu().numpy() for part in (kept.ids, kept.log_probs, kept.tail))
+        ids, log_probs, tail = (
+            part.cpu().numpy() for part in (kept.ids, kept.log_probs, kept.tail)
+        )
         lengths = np.isfinite(log_probs).sum(axis=1)
         stop = 0
         for count, source in zip(counts, sources, strict=True):
             own = slice(stop, stop := stop + count)
             if count and int(lengths[own].min()) == 0:
                 row = self.first_row + len(self.index)
-                raise RunError(f"capture/{self.identity.domain}: the teacher's logits of row {row} are not finite.")
+                raise RunError(
+                    f"capture/{self.identity.domain}: the teacher's logits of row {row} are not finite."
+                )
             self._add_row(arrange(lengths[own], ids[own], log_probs[own], tail[own]), source)
 
     def _add_row(self, row: Row, source: int) -> None:
@@ -234,7 +250,13 @@ def write_index(directory: Path, identity: Identity) -> Figures:
     for header in headers:
         figures.add(header.figures)
     shards = [
-        {"file": shard_name(h.shard), "first_row": h.first_row, "rows": h.rows, "checksum": h.checksum} for h in headers
+        {
+            "file": shard_name(h.shard),
+            "first_row": h.first_row,
+            "rows": h.rows,
+            "checksum": h.checksum,
+        }
+        for h in headers
     ]
     index = {
         "version": VERSION, "identity": dataclasses.asdict(identity), "shards": shards, "figures": figures.means(),
@@ -297,7 +319,9 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise refusal(path, f"cannot be read ({error})") from error
         if version != VERSION:
-            raise refusal(path, f"has format version {version}, this program reads version {VERSION}")
+            raise refusal(
+                path, f"has format version {version}, this program reads version {VERSION}"
+            )
         return index
 
     def _check(self, entry: dict[str, Any], expected: Identity) -> Header:
@@ -312,7 +336,9 @@ class Store:
     def row(self, row: int) -> tuple[Row, int]:
         """Decode a row; also returns the checksum of the text it was made from."""
         if not 0 <= row < self.rows:
-            raise refusal(self.directory / INDEX_FILE, f"has {self.rows} rows, row {row} was asked for")
+            raise refusal(
+                self.directory / INDEX_FILE, f"has {self.rows} rows, row {row} was asked for"
+            )
         number = int(np.searchsorted(self.first_rows, row, side="right")) - 1
         if number not in self.open:
             if len(self.open) >= OPEN_SHARDS:

@@ -84,7 +84,9 @@ def running_layout(accelerator: Accelerator) -> Layout:
     precision = str(accelerator.mixed_precision)
     processes, kind = accelerator.num_processes, accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
-        return Layout("deepspeed", processes, accelerator.state.deepspeed_plugin.zero_stage, precision)
+        return Layout(
+            "deepspeed", processes, accelerator.state.deepspeed_plugin.zero_stage, precision
+        )
     if kind == DistributedType.FSDP:
         return Layout("fsdp", processes, 2 if accelerator.is_fsdp2 else 1, precision)
     return Layout("single" if kind == DistributedType.NO else "ddp", processes, None, precision)
@@ -104,11 +106,18 @@ def refuse_difference(asked: Layout, running: Layout, precision: str) -> None:
             f"or take one of {CONFIGS} ({CONFIGS}ddp-cpu.yaml without a GPU)."
         )
     if running.precision != precision:
-        raise UserError(f"mixed_precision: {precision!r} is wanted, and accelerate runs {running.precision!r}.")
+        raise UserError(
+            f"mixed_precision: {precision!r} is wanted, and accelerate runs {running.precision!r}."
+        )
 
 
 def prepare(
-    accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer, *, micro_batch: int, clip: float | None
+    accelerator: Accelerator,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    micro_batch: int,
+    clip: float | None,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Wrap a task and its optimiser, in one call since FSDP2 and DeepSpeed replace the optimiser's parameters.
 
@@ -129,7 +138,14 @@ def prepare(
 def _layer_classes(task: nn.Module) -> list[str]:
     """Classes of the decoder layers in a task; none where it holds mixers only."""
     stacks = [getattr(module, "layers", None) for module in task.modules()]
-    return sorted({type(layer).__name__ for stack in stacks if isinstance(stack, nn.ModuleList) for layer in stack})
+    return sorted(
+        {
+            type(layer).__name__
+            for stack in stacks
+            if isinstance(stack, nn.ModuleList)
+            for layer in stack
+        }
+    )
 
 
 def _configure_deepspeed(accelerator: Accelerator, micro_batch: int, clip: float | None) -> None:
@@ -157,7 +173,10 @@ def micro_step(accelerator: Accelerator, wrapped: nn.Module, *, last: bool) -> I
     gradients of all parameters on every process.
     """
     accelerator.sync_gradients = last
-    wait = not last and accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    wait = not last and accelerator.distributed_type not in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    )
     with accelerator.no_sync(wrapped) if wait else contextlib.nullcontext():
         yield
 
@@ -187,7 +206,9 @@ def full_state_dict(accelerator: Accelerator, module: nn.Module) -> dict[str, Te
         source = parameters.get(name, value)
         if id(source) not in seen:
             tensor = _whole(accelerator, source, value)
-            seen[id(source)] = tensor.cpu().clone() if accelerator.is_main_process else tensor.new_empty(0)
+            seen[id(source)] = (
+                tensor.cpu().clone() if accelerator.is_main_process else tensor.new_empty(0)
+            )
         if accelerator.is_main_process:
             whole[name] = seen[id(source)]
     return whole

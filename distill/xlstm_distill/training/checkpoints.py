@@ -16,7 +16,13 @@ from torch import Tensor
 
 from xlstm_distill.artifacts.hashing import crc32
 from xlstm_distill.errors import RunError
-from xlstm_distill.runtime.ranks import all_agree, is_main_process, process_count, process_index, wait_for_everyone
+from xlstm_distill.runtime.ranks import (
+    all_agree,
+    is_main_process,
+    process_count,
+    process_index,
+    wait_for_everyone,
+)
 
 INDEX = "checkpoint.json"
 FORMAT = 1
@@ -74,9 +80,13 @@ class Checkpoints:
             partial.mkdir(parents=True)
         wait_for_everyone()
         file = partial / _file(process_index())
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file
+        )
         _flush(file)
-        file.with_suffix(".json").write_text(json.dumps({"bytes": file.stat().st_size, "crc32": crc32(file)}))
+        file.with_suffix(".json").write_text(
+            json.dumps({"bytes": file.stat().st_size, "crc32": crc32(file)})
+        )
         wait_for_everyone()
         if is_main_process():
             self._publish(partial, step, facts)
@@ -88,7 +98,13 @@ class Checkpoints:
             note = (partial / _file(process)).with_suffix(".json")
             files[_file(process)] = json.loads(note.read_text())
             note.unlink()
-        index = {"format": FORMAT, "step": step, "processes": process_count(), "files": files, "facts": dict(facts)}
+        index = {
+            "format": FORMAT,
+            "step": step,
+            "processes": process_count(),
+            "files": files,
+            "facts": dict(facts),
+        }
         (partial / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
         _flush(partial / INDEX)
         _flush_directory(partial)
@@ -113,7 +129,9 @@ class Checkpoints:
             found.append(damage or f"{path}: another process found it damaged")
             say(f"checkpoint refused: {found[-1]}")
         if found:
-            raise RunError(f"no checkpoint can be used: {found[0]}. Delete {self.directory} to start over.")
+            raise RunError(
+                f"no checkpoint can be used: {found[0]}. Delete {self.directory} to start over."
+            )
         return None
 
     def clean(self) -> None:
@@ -126,7 +144,11 @@ class Checkpoints:
         """Published checkpoints, oldest first."""
         if not self.directory.is_dir():
             return []
-        return sorted(p for p in self.directory.iterdir() if p.name.startswith("step-") and (p / INDEX).is_file())
+        return sorted(
+            p
+            for p in self.directory.iterdir()
+            if p.name.startswith("step-") and (p / INDEX).is_file()
+        )
 
 
 def _read(path: Path) -> tuple[Checkpoint | None, str | None]:
@@ -144,7 +166,9 @@ def _read(path: Path) -> tuple[Checkpoint | None, str | None]:
 def _own_damage(checkpoint: Checkpoint) -> str | None:
     """Check the index, and the files this process will read: its own, or all if another number of processes wrote."""
     if checkpoint.index["format"] != FORMAT:
-        return f"{checkpoint.path}: format {checkpoint.index['format']}, this version reads {FORMAT}"
+        return (
+            f"{checkpoint.path}: format {checkpoint.index['format']}, this version reads {FORMAT}"
+        )
     if not (isinstance(checkpoint.step, int) and isinstance(checkpoint.facts, dict)):
         return f"{checkpoint.path / INDEX}: not the index of a checkpoint"
     same = checkpoint.processes == process_count()

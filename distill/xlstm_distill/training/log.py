@@ -29,7 +29,9 @@ class TrainingLog:
 
     def __init__(self, file: Path, trackers: Sequence[GeneralTracker], start: int) -> None:
         kept = _keep_before(file, start)
-        self.last: dict[str, float] = {k: v for k, v in kept[-1].items() if k != "step"} if kept else {}
+        self.last: dict[str, float] = (
+            {k: v for k, v in kept[-1].items() if k != "step"} if kept else {}
+        )
         self.skipped = sum("skipped" in line for line in kept)
         self.stream = file.open("a")
         self.trackers = trackers
@@ -86,7 +88,9 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def _open_tracker(name: str, label: str, directory: Path, facts: Mapping[str, Any]) -> GeneralTracker:
+def _open_tracker(
+    name: str, label: str, directory: Path, facts: Mapping[str, Any]
+) -> GeneralTracker:
     run_name = label.replace("/", "-")
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
     if kind.requires_logging_directory:
@@ -96,7 +100,9 @@ def _open_tracker(name: str, label: str, directory: Path, facts: Mapping[str, An
         tracker = kind(PROJECT, name=f"{directory.parent.name}-{run_name}", **place)
     if hasattr(tracker, "start"):
         tracker.start()
-    tracker.store_init_configuration({key: value for key, value in facts.items() if value is not None})
+    tracker.store_init_configuration(
+        {key: value for key, value in facts.items() if value is not None}
+    )
     return tracker
 
 

@@ -26,9 +26,17 @@ def add_lora(student: CausalLM, rank: int, alpha: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("distill.trainable: 'lora' needs peft; install xlstm-distill[lora].") from None
+        raise UserError(
+            "distill.trainable: 'lora' needs peft; install xlstm-distill[lora]."
+        ) from None
     new = [parameter for _, parameter in student.new_parameters()]
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=_projections(student), lora_dropout=0.0, bias="none")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_projections(student),
+        lora_dropout=0.0,
+        bias="none",
+    )
     inject_adapter_in_model(config, student, adapter_name=ADAPTER)
     for parameter in new:
         parameter.requires_grad_(True)
@@ -37,7 +45,11 @@ def add_lora(student: CausalLM, rank: int, alpha: int) -> None:
 def _projections(student: CausalLM) -> list[str]:
     """Full names of the plain linear layers inside the decoder layers; a gate, a subclass, trains as it is."""
     layers = student.model.layers
-    return [f"model.layers.{name}" for name, module in layers.named_modules() if type(module) is nn.Linear]
+    return [
+        f"model.layers.{name}"
+        for name, module in layers.named_modules()
+        if type(module) is nn.Linear
+    ]
 
 
 def merge_lora(student: CausalLM) -> None:

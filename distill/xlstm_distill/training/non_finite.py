@@ -15,13 +15,20 @@ MOST_NAMED = 32
 """Rows that a message names."""
 
 
-def blame(origin: str | None, losses: Sequence[Tensor], batches: Sequence[Batch]) -> tuple[str | None, list[Row]]:
+def blame(
+    origin: str | None, losses: Sequence[Tensor], batches: Sequence[Batch]
+) -> tuple[str | None, list[Row]]:
     """Find, over all processes, the first origin and the rows of the micro-batches whose own loss is not finite.
 
     `origin`, `losses` and `batches` are this process's. A process with such a micro-batch is believed before others.
     All must call this, and all get the same answer; no rows where every loss is finite.
     """
-    bad = [row for loss, batch in zip(losses, batches, strict=True) if not _finite(loss) for row in batch.rows]
+    bad = [
+        row
+        for loss, batch in zip(losses, batches, strict=True)
+        if not _finite(loss)
+        for row in batch.rows
+    ]
     found: list[tuple[str | None, list[Row]]] = gather_object([(origin, bad)])
     origins = [name for name, rows in sorted(found, key=lambda one: not one[1]) if name]
     return (origins[0] if origins else None), [row for _, rows in found for row in rows]
@@ -41,7 +48,9 @@ def first_bad_module(task: nn.Module, batches: Sequence[Batch]) -> str | None:
     """
     found: list[str] = []
     handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: None if _finite(output) else found.append(name))
+        module.register_forward_hook(
+            lambda _, __, output, name=name: None if _finite(output) else found.append(name)
+        )
         for name, module in task.named_modules()
         if name
     ]

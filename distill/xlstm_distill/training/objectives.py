@@ -55,7 +55,9 @@ class AlignTask(Task):
         self.mixers = nn.ModuleList(student.mixers())
         for _, parameter in student.new_parameters():
             parameter.requires_grad_(True)
-        self.observer = [TeacherObserver(teacher)]  # in a list: not a submodule, neither wrapped nor saved
+        self.observer = [
+            TeacherObserver(teacher)
+        ]  # in a list: not a submodule, neither wrapped nor saved
 
     def count(self, batch: Batch) -> int:
         """Tokens the loss is averaged over: all but padding."""
@@ -101,13 +103,19 @@ class TeacherObserver:
             attention = layer.self_attn
             handles.append(
                 attention.register_forward_pre_hook(
-                    lambda _, args, kwargs: inputs.append((kwargs["hidden_states"], kwargs["position_embeddings"])),
+                    lambda _, args, kwargs: inputs.append(
+                        (kwargs["hidden_states"], kwargs["position_embeddings"])
+                    ),
                     with_kwargs=True,
                 )
             )
-            handles.append(attention.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0])))
+            handles.append(
+                attention.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
+            )
         try:
-            self.teacher.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            self.teacher.model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            )
         finally:
             for handle in handles:
                 handle.remove()
@@ -121,7 +129,13 @@ class DistillTask(Task):
     """
 
     def __init__(
-        self, student: CausalLM, targets: TargetSource, ce_weight: float, kl_weight: float, *, kl_tail: bool = False
+        self,
+        student: CausalLM,
+        targets: TargetSource,
+        ce_weight: float,
+        kl_weight: float,
+        *,
+        kl_tail: bool = False,
     ) -> None:
         super().__init__()
         fuse_head(student)
@@ -138,5 +152,7 @@ class DistillTask(Task):
         targets: SparseTargets = self.targets(batch)
         hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
         labels = batch.labels[batch.labels != IGNORE_INDEX]
-        loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.ce_weight, self.kl_weight, self.kl_tail)
+        loss, parts = self.student.lm_head.loss(
+            hidden, labels, targets, self.ce_weight, self.kl_weight, self.kl_tail
+        )
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})

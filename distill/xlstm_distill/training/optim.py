@@ -24,7 +24,9 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Optim
         {"params": plain, "weight_decay": 0.0},
     ]
     fused = all(p.device.type == "cuda" for p in decayed + plain)
-    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=fused or None)
+    return AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=fused or None
+    )
 
 
 def learning_rate(config: Optimization, steps: int, step: int, peak: float) -> float:

@@ -30,7 +30,11 @@ class TrainingState:
             held = {f"{WEIGHT}/{name}": parameter.detach()}
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 held[f"{MOMENT}/{name}/{key}"] = value
-            named |= {key: _local(value) for key, value in held.items() if _sharded(value) or is_main_process()}
+            named |= {
+                key: _local(value)
+                for key, value in held.items()
+                if _sharded(value) or is_main_process()
+            }
         return named | _generators()
 
     def layout(self) -> dict[str, int]:
@@ -47,7 +51,10 @@ class TrainingState:
         exact = checkpoint.processes == process_count() and layout == self.layout()
         files = {n: checkpoint.tensors(n) for n in _files(checkpoint, exact)}
         state: dict[int, dict[str, Tensor]] = {}
-        order = {id(p): n for n, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
+        order = {
+            id(p): n
+            for n, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])
+        }
         for name, parameter in self.parameters.items():
             read = _Reader(checkpoint, files, layout.get(name), parameter, exact)
             with torch.no_grad():
@@ -56,7 +63,9 @@ class TrainingState:
             keys = [key.removeprefix(prefix) for key in files[min(files)] if key.startswith(prefix)]
             state[order[id(parameter)]] = {key: read(prefix + key) for key in keys}
         whole: dict[str, Any] = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({**whole, "state": {n: moments for n, moments in state.items() if moments}})
+        self.optimizer.load_state_dict(
+            {**whole, "state": {n: moments for n, moments in state.items() if moments}}
+        )
         if exact:
             _set_generators(files[process_index()])
         return exact
@@ -73,7 +82,13 @@ class _Reader:
         like: Tensor,
         exact: bool,
     ) -> None:
-        self.checkpoint, self.files, self.cut, self.like, self.exact = checkpoint, files, cut, like, exact
+        self.checkpoint, self.files, self.cut, self.like, self.exact = (
+            checkpoint,
+            files,
+            cut,
+            like,
+            exact,
+        )
 
     def __call__(self, name: str) -> Tensor:
         sharded = _sharded(self.like)
@@ -95,7 +110,11 @@ class _Reader:
             return local
         like: Any = self.like
         return DTensor.from_local(
-            local.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+            local.to(like.device),
+            like.device_mesh,
+            like.placements,
+            shape=like.shape,
+            stride=like.stride(),
         )
 
     def _as_whole(self, whole: Tensor) -> Tensor:
@@ -123,7 +142,9 @@ def _copy(parameter: Tensor, value: Tensor) -> None:
 def _shard_dim(parameter: Any, name: str) -> int:
     placements = parameter.placements
     if len(placements) != 1 or not isinstance(placements[0], Shard):
-        raise RunError(f"{name}: placed as {placements}; checkpoints know full sharding over one mesh dimension only.")
+        raise RunError(
+            f"{name}: placed as {placements}; checkpoints know full sharding over one mesh dimension only."
+        )
     return placements[0].dim
 
 
@@ -135,7 +156,10 @@ def _generators() -> dict[str, Tensor]:
 
 
 def _set_generators(tensors: Mapping[str, Tensor]) -> None:
-    setters: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+    setters: dict[str, Callable[[Tensor], None]] = {
+        "cpu": torch.set_rng_state,
+        "cuda": torch.cuda.set_rng_state,
+    }
     for name, put in setters.items():
         if f"{GENERATOR}/{name}" in tensors:
             put(tensors[f"{GENERATOR}/{name}"])

@@ -118,7 +118,13 @@ class Trainer:
         self.training = training or Training()
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             _refuse_under_deepspeed(plan.label.split("/")[0], optim, self.training)
-        self.task, self.optim, self.plan, self.domains, self.directory = task, optim, plan, domains, directory
+        self.task, self.optim, self.plan, self.domains, self.directory = (
+            task,
+            optim,
+            plan,
+            domains,
+            directory,
+        )
         self.accelerator = accelerator
         self.console = console or QuietConsole()
         self.tokens_per_step = plan.batch * next(iter(domains.values())).context
@@ -148,7 +154,9 @@ class Trainer:
             for step in range(start, self.plan.steps):
                 figures, asked = self._timed_step(step)
                 if self._due(self.training.validate_steps, step + 1):
-                    figures |= {f"held_out_{name}": value for name, value in self.validate().items()}
+                    figures |= {
+                        f"held_out_{name}": value for name, value in self.validate().items()
+                    }
                 if log is not None:
                     log.write(step, figures)
                 bar.update(self.tokens_per_step, loss=figures.get("loss", math.nan))
@@ -184,7 +192,11 @@ class Trainer:
         self.earlier_seconds = found.facts["seconds"]
         self.console.line(
             f"{self.plan.label}: goes on at step {found.step} of {self.plan.steps}"
-            + ("" if exact else f"; {found.processes} processes wrote the checkpoint, so not to the last bit as before")
+            + (
+                ""
+                if exact
+                else f"; {found.processes} processes wrote the checkpoint, so not to the last bit as before"
+            )
         )
         return found.step, dict(found.facts["before"])
 
@@ -235,27 +247,39 @@ class Trainer:
         accelerator, where = self.accelerator, f"{self.plan.label}: step {step}"
         batches = self._micro_batches(rows)
         counted = [sum(self.task.count(b) for b in batches), int(stopping.requested())]
-        tokens, asked = accelerator.reduce(torch.tensor(counted, device=accelerator.device), "sum").tolist()
+        tokens, asked = accelerator.reduce(
+            torch.tensor(counted, device=accelerator.device), "sum"
+        ).tolist()
         if tokens == 0:
             self._nothing_supervised(rows, where)
             return {"skipped": 1.0}, bool(asked)
         self.mute = 0
         figures, losses = self._backward(batches, tokens)
         figures["grad_norm"] = clip_gradients(accelerator, self.wrapped, self.optim.clip)
-        if bad := next((name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])), None):
-            origin = first_bad_module(self.wrapped, batches) if bad == "loss" else first_bad_gradient(self.task)
+        if bad := next(
+            (name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])), None
+        ):
+            origin = (
+                first_bad_module(self.wrapped, batches)
+                if bad == "loss"
+                else first_bad_gradient(self.task)
+            )
             origin, blamed = blame(origin, losses, batches)
             self._not_finite(
                 f"{where}: {bad} is {figures[bad]}, first at {origin or 'the loss'} (rows {row_names(blamed or rows)})"
             )
-            figures = {name: value for name, value in figures.items() if math.isfinite(value)} | {"skipped": 1.0}
+            figures = {name: value for name, value in figures.items() if math.isfinite(value)} | {
+                "skipped": 1.0
+            }
         else:
             self.skipped = 0
             self.optimizer.step()
         self.optimizer.zero_grad()
         return figures, bool(asked)
 
-    def _backward(self, batches: list[Batch], tokens: int) -> tuple[dict[str, float], list[torch.Tensor]]:
+    def _backward(
+        self, batches: list[Batch], tokens: int
+    ) -> tuple[dict[str, float], list[torch.Tensor]]:
         """Run the micro-batches forward and backward.
 
         Returns the loss and its parts per token of the whole step, and the sum of each of this process's micro-batches.
@@ -298,7 +322,9 @@ class Trainer:
             self.console.line(f"{message}; the step is skipped")
             return
         again = (
-            f"{MOST_SKIPS} steps before it were skipped, so it is not these rows alone. " if self.skipped > 1 else ""
+            f"{MOST_SKIPS} steps before it were skipped, so it is not these rows alone. "
+            if self.skipped > 1
+            else ""
         )
         raise RunError(
             f"{message}; nothing was published, the last checkpoint is kept. {again}Lower lr, look at these rows, or "

@@ -34,18 +34,26 @@ def validate(
             sums = wrapped(batch)
             figures = {"tokens": torch.tensor(count(batch)), **sums.parts}
             for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + value.double().to(accelerator.device) * counts
+                totals[name] = (
+                    totals.get(name, 0.0) + value.double().to(accelerator.device) * counts
+                )
     reshard(wrapped)
     wrapped.train()
     gates = torch.tensor(meter.tokens), meter.total()
-    stacked = torch.stack([*totals.values(), *(value.double().to(accelerator.device) for value in gates)])
+    stacked = torch.stack(
+        [*totals.values(), *(value.double().to(accelerator.device) for value in gates)]
+    )
     *values, real, opened = accelerator.reduce(stacked, "sum").tolist()
     means = dict(zip(totals, values, strict=True))
     tokens = max(means.pop("tokens"), 1)
-    return {name: value / tokens for name, value in means.items()} | ({"gate": opened / real} if meter.gates else {})
+    return {name: value / tokens for name, value in means.items()} | (
+        {"gate": opened / real} if meter.gates else {}
+    )
 
 
-def _shares(domains: Mapping[str, DomainRows], rows: int, accelerator: Accelerator) -> Iterator[tuple[list[Row], bool]]:
+def _shares(
+    domains: Mapping[str, DomainRows], rows: int, accelerator: Accelerator
+) -> Iterator[tuple[list[Row], bool]]:
     """This process's rows, batch after batch and as many as the others' but for one, and whether they count.
 
     Every process gets as many batches, since sharded weights are gathered by all at once: one that has run out of rows

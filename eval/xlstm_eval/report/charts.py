@@ -26,7 +26,14 @@ SERIES = tuple(f"#0500{index:02x}" for index in range(8))
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
     color: f"--c{index}" for index, color in enumerate(SERIES)
 }
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2)))
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 2)),
+    (0, (1, 1.4)),
+    (0, (6, 2, 1, 2)),
+    (0, (3, 1.5)),
+    (0, (8, 2)),
+)
 RASTER_CELLS = 600  # beyond this many cells a heat map is an embedded bitmap: a rectangle each would be too large
 MAX_POINTS = 400
 
@@ -59,10 +66,22 @@ def win_and_tie_figure(comparisons: Sequence[Comparison], merged: str) -> str:
         if thick and result.critical_tolerance <= limit:
             at = result.critical_tolerance
             height = sum(step <= at for step in steps) / len(steps)
-            axes.plot([at], [height], "o", ms=8, color=SERIES[index], mec=PAPER, mew=1.6, zorder=6, clip_on=False)
+            axes.plot(
+                [at],
+                [height],
+                "o",
+                ms=8,
+                color=SERIES[index],
+                mec=PAPER,
+                mew=1.6,
+                zorder=6,
+                clip_on=False,
+            )
     axes.set(xlim=(0, limit), ylim=(0, 1.02), xlabel="tolerance α", ylabel="Win-and-Tie rate C(α)")
     _legend(figure, axes, order=[result.name for result in comparisons])
-    names = ", ".join(f"{c.name}: C(0.05) {c.win_and_tie.get('0.05', float('nan')):.2f}" for c in comparisons)
+    names = ", ".join(
+        f"{c.name}: C(0.05) {c.win_and_tie.get('0.05', float('nan')):.2f}" for c in comparisons
+    )
     return _svg(figure, "wat", f"Win-and-Tie rate over tolerance. {names}.")
 
 
@@ -74,21 +93,38 @@ def recovery_figure(comparisons: Sequence[Comparison], merged: str) -> str:
     top, labels = 1.0, groups
     for index, result in enumerate(comparisons):
         rates = [*result.recovery_by_domain.values(), result.mean_recovery]
-        places = [at - 0.4 + width * (index + 0.5) for at, rate in enumerate(rates) if rate is not None]
+        places = [
+            at - 0.4 + width * (index + 0.5) for at, rate in enumerate(rates) if rate is not None
+        ]
         values = [100 * rate for rate in rates if rate is not None]
         top = max([top, *(value / 100 for value in values)])
         thick = result.name == merged
-        bars = axes.bar(places, values, width * 0.88, color=SERIES[index % len(SERIES)], label=result.name, zorder=3)
+        bars = axes.bar(
+            places,
+            values,
+            width * 0.88,
+            color=SERIES[index % len(SERIES)],
+            label=result.name,
+            zorder=3,
+        )
         for bar in bars:
             bar.set_alpha(1.0 if thick else 0.62)
         if thick:
             labels = [f"{g}\n{percent(rate)}" for g, rate in zip(groups, rates, strict=True)]
     axes.axhline(100, color=INK, lw=1.1, ls=(0, (4, 3)), zorder=4)
-    axes.set(ylabel="recovery of the teacher's score (%)", ylim=(0, 100 * top * 1.08), xlim=(-0.55, len(groups) - 0.45))
+    axes.set(
+        ylabel="recovery of the teacher's score (%)",
+        ylim=(0, 100 * top * 1.08),
+        xlim=(-0.55, len(groups) - 0.45),
+    )
     axes.set_xticks(range(len(groups)), labels)
     axes.grid(visible=False, axis="x")
     _legend(figure, axes)
-    shown = ", ".join(f"{c.name} {100 * c.mean_recovery:.0f} %" for c in comparisons if c.mean_recovery is not None)
+    shown = ", ".join(
+        f"{c.name} {100 * c.mean_recovery:.0f} %"
+        for c in comparisons
+        if c.mean_recovery is not None
+    )
     return _svg(figure, "recovery", f"Mean recovery by domain. Over all tasks: {shown}.")
 
 
@@ -100,25 +136,46 @@ def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
     layers, heads = values.shape
     figure, axes = _figure(min(7.6, 1.6 + 0.62 * heads), min(7.0, 1.1 + 0.42 * layers))
     mesh = axes.pcolormesh(
-        values, vmin=0.0, vmax=1.0, cmap="cividis", rasterized=values.size > RASTER_CELLS, edgecolors="none"
+        values,
+        vmin=0.0,
+        vmax=1.0,
+        cmap="cividis",
+        rasterized=values.size > RASTER_CELLS,
+        edgecolors="none",
     )
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.set(xlabel="head", ylabel="layer")
     for axis, count in ((axes.xaxis, heads), (axes.yaxis, layers)):
         step = max(1, count // 8)
-        axis.set_ticks([i + 0.5 for i in range(0, count, step)], [str(i) for i in range(0, count, step)])
+        axis.set_ticks(
+            [i + 0.5 for i in range(0, count, step)], [str(i) for i in range(0, count, step)]
+        )
     if values.size <= 96:
         for (layer, head), value in np.ndenumerate(values):
             tone = "#ffffff" if value < 0.55 else "#111111"
-            axes.text(head + 0.5, layer + 0.5, f"{value:.2f}", ha="center", va="center", color=tone, fontsize=9)
+            axes.text(
+                head + 0.5,
+                layer + 0.5,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                color=tone,
+                fontsize=9,
+            )
     bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.04, ticks=[0, 0.5, 1])
     bar.ax.tick_params(colors=MUTED, length=0)
     bar.outline.set_visible(False)
-    return _svg(figure, key, f"Mean output gate of {name}, {layers} layers by {heads} heads, mean {values.mean():.2f}.")
+    return _svg(
+        figure,
+        key,
+        f"Mean output gate of {name}, {layers} layers by {heads} heads, mean {values.mean():.2f}.",
+    )
 
 
-def loss_figure(stage: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float], str]], key: str) -> str:
+def loss_figure(
+    stage: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float], str]], key: str
+) -> str:
     """Draw one stage's curves over steps, each (steps, values, unit); logarithmic where all values are positive."""
     figure, axes = _figure(4.6, 2.9)
     positive = True
@@ -142,7 +199,9 @@ def loss_figure(stage: str, curves: Mapping[str, tuple[Sequence[float], Sequence
     axes.margins(x=0.02)
     if len(curves) > 1:
         _legend(figure, axes, columns=min(3, len(curves)))
-    last = ", ".join(f"{name} {values[-1]:.3g}" for name, (_, values, _) in curves.items() if len(values))
+    last = ", ".join(
+        f"{name} {values[-1]:.3g}" for name, (_, values, _) in curves.items() if len(values)
+    )
     return _svg(figure, key, f"Loss of {stage} over steps. Last values: {last}.")
 
 
@@ -154,7 +213,9 @@ def _plain_log_ticks(axes: Axes) -> None:
     if high / low < 5:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     else:
-        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 100 else (1,), numticks=8))
+        axes.yaxis.set_major_locator(
+            LogLocator(10, subs=(1, 2, 5) if high / low < 100 else (1,), numticks=8)
+        )
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
@@ -174,7 +235,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, columns: int | None = None, order: Sequence[str] = ()) -> None:
+def _legend(
+    figure: Figure, axes: Axes, columns: int | None = None, order: Sequence[str] = ()
+) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if order:
         pairs = sorted(zip(handles, labels, strict=True), key=lambda pair: order.index(pair[1]))

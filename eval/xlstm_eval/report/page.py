@@ -37,7 +37,9 @@ class Curve(Frozen):
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
         if len(self.step) != len(self.value):
-            raise ValueError(f"value: {len(self.value)} values for {len(self.step)} steps. Give one for each.")
+            raise ValueError(
+                f"value: {len(self.value)} values for {len(self.step)} steps. Give one for each."
+            )
         return self
 
 
@@ -64,10 +66,14 @@ class ReportData(Frozen):
     def _check(self) -> Self:
         names = [model.name for model in self.models]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"models: the name {min(twice)!r} appears twice. Give each model its own.")
+            raise ValueError(
+                f"models: the name {min(twice)!r} appears twice. Give each model its own."
+            )
         for name, rows in (self.gates or {}).items():
             if not rows or not rows[0] or len({len(row) for row in rows}) > 1:
-                raise ValueError(f"gates.{name}: rows of unequal length, or none. Give layers x heads.")
+                raise ValueError(
+                    f"gates.{name}: rows of unequal length, or none. Give layers x heads."
+                )
         return self
 
     def headline(self) -> ReportModel:
@@ -77,7 +83,10 @@ class ReportData(Frozen):
     def comparisons(self) -> list[Comparison]:
         """Compare every model with the teacher, at the grid and at the headline's tolerance."""
         alphas = sorted({*self.alphas, 0.0, HEADLINE_ALPHA})
-        return [compare(m.name, pair_results(self.teacher_results, m.results), alphas) for m in self.models]
+        return [
+            compare(m.name, pair_results(self.teacher_results, m.results), alphas)
+            for m in self.models
+        ]
 
 
 def write_report(data: ReportData, directory: str | Path) -> Path:
@@ -105,9 +114,13 @@ def render(data: ReportData) -> dict[str, str]:
     context = _context(data, comparisons)
     environment = _environment()
     return {
-        "report.html": environment.get_template("report.html.j2").render(context, figures=_figures(data, comparisons)),
+        "report.html": environment.get_template("report.html.j2").render(
+            context, figures=_figures(data, comparisons)
+        ),
         "report.md": environment.get_template("report.md.j2").render(context),
-        "report.json": json.dumps(report_values(data, comparisons), indent=1, ensure_ascii=False, allow_nan=False),
+        "report.json": json.dumps(
+            report_values(data, comparisons), indent=1, ensure_ascii=False, allow_nan=False
+        ),
     }
 
 
@@ -234,7 +247,11 @@ def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
 
     headline = data.headline().name
     losses = {
-        stage: {name: (curve.step, curve.value, curve.unit) for name, curve in curves.items() if curve.step}
+        stage: {
+            name: (curve.step, curve.value, curve.unit)
+            for name, curve in curves.items()
+            if curve.step
+        }
         for stage, curves in data.losses.items()
     }
     return {
@@ -262,7 +279,12 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "duration": duration, "score": _score, "cell": _markdown_cell}
+    environment.filters |= {
+        "percent": percent,
+        "duration": duration,
+        "score": _score,
+        "cell": _markdown_cell,
+    }
     environment.globals["with_stderr"] = with_stderr
     return environment
 

@@ -77,5 +77,8 @@ def paper_suite(name: Literal["base", "instruct"]) -> Suite:
         for task, domain, shots, budget, multiturn, metric, filter_name in rows
     )
     return Suite(
-        name=f"paper-{name}", tasks=tasks, apply_chat_template=name == "instruct", confirm_run_unsafe_code=True
+        name=f"paper-{name}",
+        tasks=tasks,
+        apply_chat_template=name == "instruct",
+        confirm_run_unsafe_code=True,
     )

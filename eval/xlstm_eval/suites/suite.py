@@ -52,7 +52,9 @@ class Suite(Frozen):
         names = [task.name for task in self.tasks]
         for index, name in enumerate(names):
             if (first := names.index(name)) < index:
-                raise ValueError(f"tasks[{index}].name: {name!r} is already tasks[{first}]. Give each task once.")
+                raise ValueError(
+                    f"tasks[{index}].name: {name!r} is already tasks[{first}]. Give each task once."
+                )
         return self
 
     def domains(self) -> dict[str, str | None]:

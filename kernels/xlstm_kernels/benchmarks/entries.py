@@ -19,7 +19,9 @@ from xlstm_kernels.testing import random_segments, random_state
 
 DENSE_LIMIT = 4096  # the dense baseline holds T x T scores per head
 CAUSAL_LIMIT = 65536  # full causal attention is quadratic in time
-COUNTED_CHUNK = 64  # tokens of a chunk in the count of the mLSTM's operations, whatever a backend uses
+COUNTED_CHUNK = (
+    64  # tokens of a chunk in the count of the mLSTM's operations, whatever a backend uses
+)
 
 
 class Shape(NamedTuple):
@@ -48,7 +50,11 @@ class Inputs(NamedTuple):
         """Copy everything as leaves, in another dtype if one is given; a run may then change the copy's state."""
 
         def copy(t: Tensor) -> Tensor:
-            changed = t.detach().to(dtype, copy=True) if dtype and t.is_floating_point() else t.detach().clone()
+            changed = (
+                t.detach().to(dtype, copy=True)
+                if dtype and t.is_floating_point()
+                else t.detach().clone()
+            )
             return changed.requires_grad_(t.requires_grad)
 
         x = {name: copy(t) for name, t in self.x.items()}
@@ -105,7 +111,9 @@ def draw(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
     }
     x = {name: t.requires_grad_() for name, t in x.items()}
     ids = random_segments(B, T, mean_length=shape.document).to(device) if shape.document else None
-    state = MLSTMState(**{name: t.detach().to(device) for name, t in random_state(B, H, Dk, Dv).items()})
+    state = MLSTMState(
+        **{name: t.detach().to(device) for name, t in random_state(B, H, Dk, Dv).items()}
+    )
     return Inputs(x, ids, state, full_ring(shape, device, dtype))
 
 
@@ -113,13 +121,23 @@ def full_ring(shape: Shape, device: torch.device, dtype: torch.dtype) -> Ring:
     """Make the ring of documents of which N + W tokens have been seen."""
     W, N = shape.window, shape.sinks
     empty = Ring.empty(
-        shape.batch, shape.groups, *2 * (shape.value_dim,), window=W, sinks=N, dtype=dtype, device=device
+        shape.batch,
+        shape.groups,
+        *2 * (shape.value_dim,),
+        window=W,
+        sinks=N,
+        dtype=dtype,
+        device=device,
     )
     generator = torch.Generator().manual_seed(3)
-    keys, values = (torch.randn(t.shape, generator=generator).to(t) for t in (empty.keys, empty.values))
+    keys, values = (
+        torch.randn(t.shape, generator=generator).to(t) for t in (empty.keys, empty.values)
+    )
     last = N + W - 1
     ring = last - (last - torch.arange(W)) % W
-    positions = torch.cat([torch.arange(N), ring]).to(device).expand_as(empty.positions).contiguous()
+    positions = (
+        torch.cat([torch.arange(N), ring]).to(device).expand_as(empty.positions).contiguous()
+    )
     return Ring(keys, values, positions, torch.full_like(empty.lengths, N + W))
 
 
@@ -158,7 +176,9 @@ def run_hybrid(backend: Backend) -> Callable[[Inputs, Shape], Tensor]:
     """Make the call of `hybrid_step` with a backend; the gate is one half."""
 
     def run(a: Inputs, shape: Shape) -> Tensor:
-        queries, keys, v, q, k, i, f = (a.x[n].detach()[:, :, 0] for n in (*ATTENDED, "q", "k", "i", "f"))
+        queries, keys, v, q, k, i, f = (
+            a.x[n].detach()[:, :, 0] for n in (*ATTENDED, "q", "k", "i", "f")
+        )
         gate = torch.full_like(i, 0.5)
         return hybrid_step(
             queries, keys, v, q, k, i, f, gate, a.state, a.ring, sinks=shape.sinks,
@@ -188,7 +208,9 @@ def window_truth(a: Inputs, shape: Shape) -> Tensor:
 
 def causal_truth(a: Inputs, shape: Shape) -> Tensor:
     """The per-query reference of attention to the whole document."""
-    return sliding_window_reference(*(a.x[n] for n in ATTENDED), window=shape.tokens, sinks=0, segment_ids=a.ids)
+    return sliding_window_reference(
+        *(a.x[n] for n in ATTENDED), window=shape.tokens, sinks=0, segment_ids=a.ids
+    )
 
 
 def step_truth(a: Inputs, shape: Shape) -> Tensor:
@@ -205,14 +227,20 @@ def hybrid_truth(a: Inputs, shape: Shape) -> Tensor:
         for held, new in ((a.ring.keys, keys), (a.ring.values, values))
     )
     q = torch.zeros_like(queries).expand(-1, -1, k.shape[2] - 1, -1)
-    attended = sliding_window_reference(torch.cat([q, queries], dim=2), k, v, window=shape.window, sinks=shape.sinks)
+    attended = sliding_window_reference(
+        torch.cat([q, queries], dim=2), k, v, window=shape.window, sinks=shape.sinks
+    )
     return (attended[:, :, -1] + step_truth(a, shape)) / 2
 
 
 def dense_window(a: Inputs, shape: Shape) -> Tensor:
     """Compute the same attention from a full T x T mask: the baseline, quadratic in T."""
     q, k, v = (a.x[n] for n in ATTENDED)
-    ids = a.ids if a.ids is not None else torch.zeros(shape.batch, v.shape[2], dtype=torch.int64, device=v.device)
+    ids = (
+        a.ids
+        if a.ids is not None
+        else torch.zeros(shape.batch, v.shape[2], dtype=torch.int64, device=v.device)
+    )
     runs, t = document_runs(ids), torch.arange(v.shape[2], device=v.device)
     near = (t[:, None] - t < shape.window) | (t - document_starts(runs) < shape.sinks)[:, None, :]
     mask = ((runs[:, :, None] == runs[:, None, :]) & near & (t <= t[:, None])).unsqueeze(1)
@@ -256,9 +284,13 @@ GATED = ("q", "k", "v", "i", "f")
 ATTENDED = ("queries", "keys", "v")
 
 
-def peer_entry(backend: str, run: Callable[[Inputs, Shape], Tensor], truth: Callable[[Inputs, Shape], Tensor]) -> Entry:
+def peer_entry(
+    backend: str, run: Callable[[Inputs, Shape], Tensor], truth: Callable[[Inputs, Shape], Tensor]
+) -> Entry:
     """Make the line of another library's mLSTM; `backend` starts with the library's module."""
-    return Entry("mlstm", backend, run, truth, GATED, needs=backend.split()[0], cuda_only=True, packs=False)
+    return Entry(
+        "mlstm", backend, run, truth, GATED, needs=backend.split()[0], cuda_only=True, packs=False
+    )
 
 
 ENTRIES: tuple[Entry, ...] = (

@@ -44,23 +44,34 @@ def checked_shapes(entry: Entry, shape: Shape) -> list[Shape]:
 
 def worst_ratio(entry: Entry, shape: Shape, device: torch.device, dtype: torch.dtype) -> float:
     """Return the largest RMS ratio of an entry's outputs and gradients to its reference, over all checked shapes."""
-    return max(ratio_at(entry, draw(small, device, dtype), small) for small in checked_shapes(entry, shape))
+    return max(
+        ratio_at(entry, draw(small, device, dtype), small) for small in checked_shapes(entry, shape)
+    )
 
 
 def ratio_at(entry: Entry, inputs: Inputs, shape: Shape) -> float:
     """Return the largest RMS ratio at one shape."""
     results = []
-    for operator, a in ((entry.run, inputs.copied()), (entry.reference, inputs.copied(torch.float64))):
+    for operator, a in (
+        (entry.run, inputs.copied()),
+        (entry.reference, inputs.copied(torch.float64)),
+    ):
         if not entry.reads:
             results.append({"h": operator(a, shape)})
             continue
         leaves = {name: a.x[name] for name in entry.reads}
-        results.append(outputs_and_grads(lambda a=a, run=operator, **x: run(a._replace(x=a.x | x), shape), leaves))
+        results.append(
+            outputs_and_grads(
+                lambda a=a, run=operator, **x: run(a._replace(x=a.x | x), shape), leaves
+            )
+        )
     actual, expected = results
     return max(error_ratio(actual[name], expected[name]) for name in expected)
 
 
-def milliseconds(run: Callable[[], object], repeats: int, device: torch.device, graph: bool = False) -> float:
+def milliseconds(
+    run: Callable[[], object], repeats: int, device: torch.device, graph: bool = False
+) -> float:
     """Return the median time of a call, after some that do not count.
 
     On CUDA by Triton's timer: events, with the L2 cache cleared before each call. With `graph` many calls are replayed
@@ -119,16 +130,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m xlstm_kernels.benchmarks.operators", description=__doc__.splitlines()[0]
     )
-    shape = {"batch": 32, "heads": 4, "groups": 2, "key-dim": 32, "value-dim": 32, "window": 32, "sinks": 4}
+    shape = {
+        "batch": 32,
+        "heads": 4,
+        "groups": 2,
+        "key-dim": 32,
+        "value-dim": 32,
+        "window": 32,
+        "sinks": 4,
+    }
     rest = {"document": 0, "repeats": 11, "threads": 1}
     for name, default in (shape | rest).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256], help="lengths of a row; default 256")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[256], help="lengths of a row; default 256"
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"default {device}")
-    parser.add_argument("--dtype", choices=BOUNDS, default="float32", help="of q, k, v; default float32")
-    parser.add_argument("--operators", nargs="+", choices=sorted({e.operator for e in ENTRIES}), help="default all")
-    parser.add_argument("--report", type=Path, help="folder for kernels.md, kernels.json and kernels.svg")
+    parser.add_argument(
+        "--dtype", choices=BOUNDS, default="float32", help="of q, k, v; default float32"
+    )
+    parser.add_argument(
+        "--operators", nargs="+", choices=sorted({e.operator for e in ENTRIES}), help="default all"
+    )
+    parser.add_argument(
+        "--report", type=Path, help="folder for kernels.md, kernels.json and kernels.svg"
+    )
     return parser.parse_args(arguments)
 
 
@@ -136,9 +163,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Check and time every entry; returns the exit status, 1 if an entry fails its check."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    device, dtype, bound = torch.device(options.device), getattr(torch, options.dtype), BOUNDS[options.dtype]
+    device, dtype, bound = (
+        torch.device(options.device),
+        getattr(torch, options.dtype),
+        BOUNDS[options.dtype],
+    )
     rates = measure_rates(device, dtype, options.repeats)
-    say(f"{device}: product {rates.operations / 1e12:.2f} TFLOP/s, copy {rates.bytes / 1e9:.1f} GB/s, {options.dtype}")
+    say(
+        f"{device}: product {rates.operations / 1e12:.2f} TFLOP/s, copy {rates.bytes / 1e9:.1f} GB/s, {options.dtype}"
+    )
     names = ("heads", "groups", "key_dim", "value_dim", "window", "sinks", "document")
     rest = [getattr(options, name) for name in names]
     failed, rows = False, []
@@ -159,7 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
             ratio = checked[key]
             if not ratio < bound:
                 failed = True
-                say(f"{label} not timed: RMS ratio {ratio:.1e} to the reference; allowed: {bound:.0e}")
+                say(
+                    f"{label} not timed: RMS ratio {ratio:.1e} to the reference; allowed: {bound:.0e}"
+                )
                 continue
             for row in time_entry(entry, inputs, shape, options.repeats, rates):
                 rows.append(row)

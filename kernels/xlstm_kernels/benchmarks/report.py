@@ -36,9 +36,17 @@ class Row(NamedTuple):
 
 def ratio_to_ours(row: Row, rows: list[Row]) -> float | None:
     """How many times our kernel's time a call takes; ours is triton where it was timed, else torch."""
-    same = [r for r in rows if (r.operator, r.passes, r.tokens) == (row.operator, row.passes, row.tokens)]
+    same = [
+        r
+        for r in rows
+        if (r.operator, r.passes, r.tokens) == (row.operator, row.passes, row.tokens)
+    ]
     if row.operator == "causal":  # the attention that the window replaces
-        same = [r for r in rows if (r.operator, r.passes, r.tokens) == ("window", row.passes, row.tokens)]
+        same = [
+            r
+            for r in rows
+            if (r.operator, r.passes, r.tokens) == ("window", row.passes, row.tokens)
+        ]
     ours = {r.backend: r for r in same}
     base = ours.get("triton") or ours.get("torch")
     return row.milliseconds / base.milliseconds if base else None
@@ -47,7 +55,9 @@ def ratio_to_ours(row: Row, rows: list[Row]) -> float | None:
 def markdown(rows: list[Row], machine: Mapping[str, object], options: Mapping[str, object]) -> str:
     """Write the table."""
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
-    shape = ", ".join(f"{name} {value}" for name, value in options.items() if name not in ("report", "operators"))
+    shape = ", ".join(
+        f"{name} {value}" for name, value in options.items() if name not in ("report", "operators")
+    )
     lines = [
         "# Kernel benchmark", "", f"{facts}; torch {torch.__version__}.", "", f"{shape}.", "",
         "| operator | backend | passes | T | ms | TFLOP/s | GB/s | roofline | time to ours |",
@@ -67,7 +77,9 @@ def plot(rows: list[Row]) -> str:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row.passes == "forward + backward":
-            lines.setdefault(f"{row.operator}, {row.backend}", []).append((row.tokens, row.milliseconds))
+            lines.setdefault(f"{row.operator}, {row.backend}", []).append(
+                (row.tokens, row.milliseconds)
+            )
     points = [point for line in lines.values() for point in line]
     if not points:
         return ""
@@ -80,7 +92,9 @@ def plot(rows: list[Row]) -> str:
         return round(x, 1), round(y, 1)
 
     parts = [f'<text x="{LEFT}" y="20">forward + backward, milliseconds over T</text>']
-    parts.append(f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#999"/>')
+    parts.append(
+        f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#999"/>'
+    )
     for tokens in sorted({p[0] for p in points}):
         x, _ = place(tokens, 10**y_low)
         parts.append(f'<text x="{x}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{tokens}</text>')
@@ -95,10 +109,16 @@ def plot(rows: list[Row]) -> str:
         parts.append(label)
     size = f'width="{LEFT + WIDTH + LEGEND}" height="{TOP + HEIGHT + 40}"'
     style = 'font-family="sans-serif" font-size="12"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
 
 
-def write_report(folder: Path, rows: list[Row], machine: Mapping[str, object], options: Mapping[str, object]) -> None:
+def write_report(
+    folder: Path, rows: list[Row], machine: Mapping[str, object], options: Mapping[str, object]
+) -> None:
     """Write kernels.md, kernels.json and, where gradients were timed, kernels.svg."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernels.md").write_text(markdown(rows, machine, options))

@@ -28,7 +28,14 @@ from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs,
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
 from xlstm_kernels.torch.window import banded_attention
 from xlstm_kernels.triton import table as triton_table
-from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig, mlstm_config, width, window_config
+from xlstm_kernels.triton.configs import (
+    Launch,
+    MLSTMConfig,
+    WindowConfig,
+    mlstm_config,
+    width,
+    window_config,
+)
 from xlstm_kernels.triton.mlstm import mlstm_triton
 from xlstm_kernels.triton.window import window_triton
 
@@ -72,13 +79,18 @@ def window_rounds() -> Iterator[Callable[[WindowConfig], list[WindowConfig]]]:
     yield lambda best: [best._replace(grad_warps=w, grad_stages=s) for w, s in pairs]
 
 
-def draw(operator: str, dtype: torch.dtype, dim: int, heads: int, tokens: int, device: str) -> dict[str, Tensor]:
+def draw(
+    operator: str, dtype: torch.dtype, dim: int, heads: int, tokens: int, device: str
+) -> dict[str, Tensor]:
     """Draw inputs, four query heads to a key or value head."""
     x = random_inputs(1, heads, tokens, dim, dim, heads // GROUP, forget_bias=6.0)
     if operator == "window":
         x = {"q": x["q"], "k": x["v"].detach().roll(1, dims=2), "v": x["v"]}
     gates = {"i": torch.float32, "f": torch.float32}
-    return {name: t.detach().to(device, gates.get(name, dtype)).requires_grad_() for name, t in x.items()}
+    return {
+        name: t.detach().to(device, gates.get(name, dtype)).requires_grad_()
+        for name, t in x.items()
+    }
 
 
 def operator_with(config: MLSTMConfig | WindowConfig) -> Operator:
@@ -96,7 +108,11 @@ def exact_operator(operator: str) -> Operator:
 
 
 def time_candidate(
-    run: Operator, small: dict[str, Tensor], truth: dict[str, Tensor], large: dict[str, Tensor], bound: float
+    run: Operator,
+    small: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    large: dict[str, Tensor],
+    bound: float,
 ) -> float:
     """Return milliseconds forward and backward; infinity if the candidate does not run or is inexact."""
 
@@ -119,7 +135,10 @@ def tune(
     """Search the settings of an operator at one dtype and head dim."""
     small = draw(operator, dtype, dim, GROUP, min(CHECKED_TOKENS, tokens), device)
     large = draw(operator, dtype, dim, heads, tokens, device)
-    truth, bound = outputs_and_grads(exact_operator(operator), to_float64(small)), BOUNDS[name_of(dtype)]
+    truth, bound = (
+        outputs_and_grads(exact_operator(operator), to_float64(small)),
+        BOUNDS[name_of(dtype)],
+    )
     best = mlstm_config(dtype, dim, dim) if operator == "mlstm" else window_config(dtype, dim)
     shortest = time_candidate(operator_with(best), small, truth, large, bound)
     for candidates in mlstm_rounds(dim) if operator == "mlstm" else window_rounds():
@@ -127,7 +146,9 @@ def tune(
             taken = time_candidate(operator_with(config), small, truth, large, bound)
             if taken < shortest:
                 best, shortest = config, taken
-                sys.stdout.write(f"{operator} {name_of(dtype)} D={dim}: {taken:.3f} ms {tuple(config)}\n")
+                sys.stdout.write(
+                    f"{operator} {name_of(dtype)} D={dim}: {taken:.3f} ms {tuple(config)}\n"
+                )
     return best
 
 
@@ -139,7 +160,9 @@ def name_of(dtype: torch.dtype) -> str:
 def table_source(mlstm: dict, window: dict, measured_on: str | None) -> str:
     """Write the source of `triton/table.py`."""
     tables = (pprint.pformat(table, width=110) for table in (mlstm, window))
-    return TEMPLATE.format(measured_on=measured_on, **dict(zip(("mlstm", "window"), tables, strict=True)))
+    return TEMPLATE.format(
+        measured_on=measured_on, **dict(zip(("mlstm", "window"), tables, strict=True))
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -147,10 +170,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m xlstm_kernels.benchmarks.tune", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head dims; default 64 128")
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"])
-    parser.add_argument("--operators", nargs="+", choices=("mlstm", "window"), default=["mlstm", "window"])
-    parser.add_argument("--heads", type=int, default=128, help="query heads, a multiple of 4; default 128")
+    parser.add_argument(
+        "--dims", type=int, nargs="+", default=[64, 128], help="head dims; default 64 128"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"]
+    )
+    parser.add_argument(
+        "--operators", nargs="+", choices=("mlstm", "window"), default=["mlstm", "window"]
+    )
+    parser.add_argument(
+        "--heads", type=int, default=128, help="query heads, a multiple of 4; default 128"
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="default 8192")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -159,7 +190,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, dim, operator in itertools.product(options.dtypes, options.dims, options.operators):
         dtype = getattr(torch, name)
         best = tune(operator, dtype, dim, options.heads, options.tokens, "cuda")
-        tables[operator][width(dtype), dim] = tuple(tuple(x) if isinstance(x, Launch) else x for x in best)
+        tables[operator][width(dtype), dim] = tuple(
+            tuple(x) if isinstance(x, Launch) else x for x in best
+        )
     source = table_source(tables["mlstm"], tables["window"], torch.cuda.get_device_name())
     Path(triton_table.__file__).write_text(source)
 

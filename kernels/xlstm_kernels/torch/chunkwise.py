@@ -19,7 +19,13 @@ CHUNK_GPU = 64
 
 
 def mlstm_chunkwise(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, segment_ids: Tensor | None, state: MLSTMState | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    segment_ids: Tensor | None,
+    state: MLSTMState | None,
 ) -> tuple[Tensor, MLSTMState]:
     """Run the mLSTM chunk by chunk; shapes and meaning as in `xlstm_kernels.mlstm`, which validates them.
 
@@ -120,7 +126,9 @@ class CarryMemory(Function):
         d_update, d_memory = torch.empty_like(before), torch.empty_like(d_after)
         slots = [d_memory, *d_update.unbind(2)]
         slots[-1].copy_(d_after)
-        for c, (a, g) in reversed(list(enumerate(zip(decay.unbind(2), d_before.unbind(2), strict=True)))):
+        for c, (a, g) in reversed(
+            list(enumerate(zip(decay.unbind(2), d_before.unbind(2), strict=True)))
+        ):
             slots[c].copy_(torch.addcmul(g, a, slots[c + 1]))
         d_decay = d_update.flatten(-2).unsqueeze(-2) @ before.flatten(-2).unsqueeze(-1)
         return d_decay, d_update, d_memory
@@ -149,7 +157,9 @@ def _log_weights(
         i, f = F.pad(i, (0, fill), value=LOG_ZERO), F.pad(f, (0, fill), value=-LOG_ZERO)
     # Off the CPU a float32 product may be rounded to TF32; log-weights cannot be.
     exact = dtype if i.device.type == "cpu" else torch.float64
-    gates = torch.cat([_chunked(F.logsigmoid(f), groups, L, exact), _chunked(i, groups, L, exact)], dim=-1)
+    gates = torch.cat(
+        [_chunked(F.logsigmoid(f), groups, L, exact), _chunked(i, groups, L, exact)], dim=-1
+    )
     t, s, r = (torch.arange(n, device=i.device) for n in (L, L + 1, L))
     s = torch.where(s == L, -1, s)  # the incoming state stands before the first token
     after_key = s < r[:, None, None]  # (r, 1, s)
@@ -164,7 +174,9 @@ def _visibility(segment_ids: Tensor | None, t: Tensor, s: Tensor, fill: int) -> 
     """0 where key s (or the incoming state, s = -1) is visible to query t, LOG_ZERO elsewhere."""
     causal = s <= t[:, None]  # (L, L + 1)
     if segment_ids is not None:
-        runs = F.pad(document_runs(segment_ids).float(), (0, fill), mode="replicate").unflatten(1, (-1, len(t)))
+        runs = F.pad(document_runs(segment_ids).float(), (0, fill), mode="replicate").unflatten(
+            1, (-1, len(t))
+        )
         # The state belongs to the document of the token before the chunk; at the start of the row, to the first one.
         entering = F.pad(runs[:, :-1, -1:], (0, 0, 1, 0))
         keys = torch.cat([runs, entering], dim=-1)

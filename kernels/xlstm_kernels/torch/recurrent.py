@@ -10,7 +10,9 @@ from xlstm_kernels.state import MLSTMState, Ring
 
 
 @torch.no_grad()
-def mlstm_step_in_place(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> Tensor:
+def mlstm_step_in_place(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState
+) -> Tensor:
     """Update `state` by one token and read it; shapes as in `xlstm_kernels.mlstm_step`, which validates them."""
     C, n, m = state
     G = v.shape[1]
@@ -46,7 +48,9 @@ def hybrid_step_in_place(
     append_to_ring(k, v, ring, sinks)
     oldest = (ring.lengths - (ring.positions.shape[1] - sinks))[:, None]
     in_ring = torch.arange(ring.positions.shape[1], device=q.device) >= sinks
-    visible = (ring.positions >= 0) & (in_ring | (ring.positions < oldest))  # a sink still in the ring counts once
+    visible = (ring.positions >= 0) & (
+        in_ring | (ring.positions < oldest)
+    )  # a sink still in the ring counts once
     attended = F.scaled_dot_product_attention(
         q.unsqueeze(2), ring.keys.to(q.dtype), ring.values.to(q.dtype), attn_mask=visible[:, None, None], scale=scale,
         enable_gqa=True,

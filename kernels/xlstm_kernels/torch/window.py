@@ -25,7 +25,13 @@ class BandPlan(NamedTuple):
 
 
 def banded_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, segment_ids: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sinks: int,
+    segment_ids: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Attend from each block of queries to its band of keys; shapes as in `xlstm_kernels.sliding_window_attention`.
 
@@ -38,12 +44,20 @@ def banded_attention(
     window = min(window, T)
     L = min(max(BLOCK_MIN, min(window, BLOCK_MAX)), T)
     plan = _plan(segment_ids, q.device, T, L, window, min(sinks, T))
-    queries = F.pad(q, (0, 0, 0, -T % L)).unflatten(2, (-1, L)).unflatten(1, (G, -1))  # (B, G, R, C, L, D)
+    queries = (
+        F.pad(q, (0, 0, 0, -T % L)).unflatten(2, (-1, L)).unflatten(1, (G, -1))
+    )  # (B, G, R, C, L, D)
     queries = queries.permute(0, 3, 1, 2, 4, 5).flatten(3, 4).flatten(0, 1)  # (B * C, G, R * L, D)
     keys, values = (_bands(x, plan.sinks, L, window - 1).to(q.dtype) for x in (k, v))
-    bias = plan.bias[:, :, None].to(q.dtype).expand(B, -1, H // G, -1, -1).flatten(2, 3).flatten(0, 1)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.unsqueeze(1), scale=scale)
-    out = out.unflatten(0, (B, -1)).unflatten(3, (-1, L)).permute(0, 2, 3, 1, 4, 5)  # (B, G, R, C, L, D)
+    bias = (
+        plan.bias[:, :, None].to(q.dtype).expand(B, -1, H // G, -1, -1).flatten(2, 3).flatten(0, 1)
+    )
+    out = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=bias.unsqueeze(1), scale=scale
+    )
+    out = (
+        out.unflatten(0, (B, -1)).unflatten(3, (-1, L)).permute(0, 2, 3, 1, 4, 5)
+    )  # (B, G, R, C, L, D)
     return out.reshape(B, H, -1, out.shape[-1])[:, :, :T].to(q.dtype)
 
 
@@ -54,17 +68,23 @@ def _bands(x: Tensor, sinks: Tensor, length: int, back: int) -> Tensor:
     rows = sinks.expand(B, -1, -1).flatten(1)[:, None, :, None].expand(-1, G, -1, D)
     pieces = [x.gather(2, rows).unflatten(2, sinks.shape[1:])]  # (B, G, C, N, D)
     padded = F.pad(x, (0, 0, back, C * length - T))
-    padded = F.pad(padded, (0, 0, 0, -padded.shape[2] % length)).unflatten(2, (-1, length))  # (B, G, C + ..., L, D)
+    padded = F.pad(padded, (0, 0, 0, -padded.shape[2] % length)).unflatten(
+        2, (-1, length)
+    )  # (B, G, C + ..., L, D)
     for first in range(0, span, length):  # not unfold: its gradient is slow on the CPU
         piece = padded[:, :, first // length :][:, :, :C]
         pieces.append(piece[:, :, :, : span - first])
     return torch.cat(pieces, dim=3).transpose(1, 2).flatten(0, 1)
 
 
-def _plan(segment_ids: Tensor | None, device: torch.device, T: int, L: int, window: int, sinks: int) -> BandPlan:
+def _plan(
+    segment_ids: Tensor | None, device: torch.device, T: int, L: int, window: int, sinks: int
+) -> BandPlan:
     """Work out the sinks and the bias of every block; without segments one row serves the whole batch."""
     fill, back = -T % L, window - 1
-    ids = torch.zeros(1, T, dtype=torch.int64, device=device) if segment_ids is None else segment_ids
+    ids = (
+        torch.zeros(1, T, dtype=torch.int64, device=device) if segment_ids is None else segment_ids
+    )
     runs = document_runs(ids)
     first = document_starts(runs)  # (B, T)
     is_sink = torch.arange(T, device=device) - first < sinks
@@ -78,7 +98,9 @@ def _plan(segment_ids: Tensor | None, device: torch.device, T: int, L: int, wind
     reachable = ((s <= t) & (t - s < window)) | ((s <= t) & band_sinks.unsqueeze(2))
     in_band = reachable & (query_runs.unsqueeze(3) == band_runs.unsqueeze(2))
 
-    starts = torch.arange(query_runs.shape[1], device=device) * L - back  # (C,) first position of each band
+    starts = (
+        torch.arange(query_runs.shape[1], device=device) * L - back
+    )  # (C,) first position of each band
     at = starts.clamp(min=0)
     offsets = first[:, at].unsqueeze(2) + torch.arange(sinks, device=device)  # (B, C, N)
     before_band = offsets < starts[:, None]

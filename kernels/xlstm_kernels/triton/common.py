@@ -23,7 +23,11 @@ def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype, str]:
     One TF32 product would cut its operands, not round them (Triton 3.6 to 3.9), and float16 lacks the range of
     unnormalised products: so float16, as float32, takes three.
     """
-    return (torch.bfloat16, tl.bfloat16, "ieee") if dtype == torch.bfloat16 else (torch.float32, tl.float32, "tf32x3")
+    return (
+        (torch.bfloat16, tl.bfloat16, "ieee")
+        if dtype == torch.bfloat16
+        else (torch.float32, tl.float32, "tf32x3")
+    )
 
 
 def on_device_of(x: Tensor) -> torch.cuda.device:
@@ -53,7 +57,9 @@ def max_plus(decay_1, peak_1, decay_2, peak_2):
 
 
 @triton.jit
-def gate_kernel(i_ptr, f_ptr, runs_ptr, hi_ptr, lo_ptr, peak_ptr, T, H, SEGMENTED: tl.constexpr, L: tl.constexpr):
+def gate_kernel(
+    i_ptr, f_ptr, runs_ptr, hi_ptr, lo_ptr, peak_ptr, T, H, SEGMENTED: tl.constexpr, L: tl.constexpr
+):
     """Per chunk: b_t, the sum of log f since the chunk's start, as hi + lo; peak_t, the largest log-weight at t.
 
     float32 sums would cancel in b_t - b_s; two floats keep the digits of every difference (docs/math.md).
@@ -74,7 +80,9 @@ def gate_kernel(i_ptr, f_ptr, runs_ptr, hi_ptr, lo_ptr, peak_ptr, T, H, SEGMENTE
         runs = runs_ptr + (bh // H) * T + t
         run = tl.load(runs, mask=inside, other=0)
         before = tl.load(runs - 1, mask=inside & (t > 0), other=0)
-        decay = tl.where((run != before) & (t > 0), LOG_ZERO, log_f)  # a bound of sizes only: no weight is made of it
+        decay = tl.where(
+            (run != before) & (t > 0), LOG_ZERO, log_f
+        )  # a bound of sizes only: no weight is made of it
     _, peak = tl.associative_scan((decay, i), 0, max_plus)
     tl.store(hi_ptr + at, hi, mask=inside)
     tl.store(lo_ptr + at, lo, mask=inside)
@@ -84,7 +92,9 @@ def gate_kernel(i_ptr, f_ptr, runs_ptr, hi_ptr, lo_ptr, peak_ptr, T, H, SEGMENTE
 @triton.jit
 def load_rows(ptr, stride, t, T, d):
     """Tile (tokens t, features d), zero after the row's end."""
-    return tl.load(ptr + t[:, None].to(tl.int64) * stride + d[None, :], mask=(t < T)[:, None], other=0.0)
+    return tl.load(
+        ptr + t[:, None].to(tl.int64) * stride + d[None, :], mask=(t < T)[:, None], other=0.0
+    )
 
 
 @triton.jit
@@ -112,7 +122,18 @@ def entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L: tl.constexpr):
 
 @triton.jit
 def state_weights(
-    hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED: tl.constexpr, L: tl.constexpr
+    hi_ptr,
+    lo_ptr,
+    i_ptr,
+    m_ptr,
+    m0_ptr,
+    runs_ptr,
+    bh,
+    b,
+    c,
+    T,
+    SEGMENTED: tl.constexpr,
+    L: tl.constexpr,
 ):
     """Weights of the entering state at each token (L), of each token in the leaving state (L), and the decay."""
     t = c * L + tl.arange(0, L)
@@ -135,7 +156,9 @@ def state_weights(
 
 
 @triton.jit
-def pair_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED: tl.constexpr, L: tl.constexpr):
+def pair_weights(
+    hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED: tl.constexpr, L: tl.constexpr
+):
     """exp(D_ts - m_t) of the chunk's pairs (query t, key s), (L, L); 0 where t does not see s."""
     t = c * L + tl.arange(0, L)
     at = bh * T + t

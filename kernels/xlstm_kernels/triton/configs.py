@@ -50,7 +50,10 @@ def width(dtype: torch.dtype) -> int:
 def mlstm_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> MLSTMConfig:
     """Look up the settings of a head's dtype and larger dimension, tiles cut to its dimensions."""
     chunk, *launches = MLSTM[width(dtype), max(32, key_dim, value_dim)]
-    cut = (Launch(min(k, key_dim), min(v, value_dim), warps, stages) for k, v, warps, stages in launches)
+    cut = (
+        Launch(min(k, key_dim), min(v, value_dim), warps, stages)
+        for k, v, warps, stages in launches
+    )
     return MLSTMConfig(chunk, *cut)
 
 

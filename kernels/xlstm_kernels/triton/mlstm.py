@@ -114,12 +114,16 @@ class ChunkwiseMLSTM(Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         B, H, T, Dk = q.shape
         chunks = -(-T // config.chunk)
-        sizes = Sizes(B, H, v.shape[1], T, Dk, v.shape[3], chunks, runs is not None, *dot_format(q.dtype))
+        sizes = Sizes(
+            B, H, v.shape[1], T, Dk, v.shape[3], chunks, runs is not None, *dot_format(q.dtype)
+        )
         x = Inputs(q, k, v, common_component(v), C0, n0, m0, runs)
         with on_device_of(q):
             gates = sum_gates(i, f, runs, sizes, config.chunk)
             C, n, m, C_end, n_end = run_states(x, gates, sizes, config)
-            h, ratio, den = run_outputs(x, gates, (C, n, m), any(ctx.needs_input_grad), sizes, config)
+            h, ratio, den = run_outputs(
+                x, gates, (C, n, m), any(ctx.needs_input_grad), sizes, config
+            )
         ctx.save_for_backward(*x, *gates, ratio, den, m)
         ctx.sizes, ctx.config = sizes, config
         m_end = m[:, :, -1].clone()
@@ -128,7 +132,9 @@ class ChunkwiseMLSTM(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor, dC_end: Tensor, dn_end: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dh: Tensor, dC_end: Tensor, dn_end: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
         saved, sizes, config = ctx.saved_tensors, ctx.sizes, ctx.config
         x, gates, (ratio, den, m) = Inputs(*saved[:8]), Gates(*saved[8:13]), saved[13:]
         needed, dh = ctx.needs_input_grad, dh.contiguous()
@@ -141,14 +147,21 @@ class ChunkwiseMLSTM(Function):
                 ratio, dh, den, e, sizes.T, DOT=sizes.dot, L=config.chunk, DV=sizes.Dv
             )
             rows = Rows(dh, den, e, m)
-            dC, dn, dC0, dn0 = run_state_grads(x, gates, rows, (dC_end.contiguous(), dn_end), sizes, config)
+            dC, dn, dC0, dn0 = run_state_grads(
+                x, gates, rows, (dC_end.contiguous(), dn_end), sizes, config
+            )
             if needed[0] or needed[1] or needed[3] or needed[4]:
                 dq, dk, di, df = run_query_key_grads(x, gates, rows, (dC, dn), sizes, config)
             if needed[2]:
                 dv = run_value_grads(x, gates, rows, dC, sizes, config)
         dn0 = dn0 - (dC0 * centre).sum(-1)
         grads = (dq, dk, dv, di, df, dC0, dn0)
-        return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=False)), None, None, None
+        return (
+            *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=False)),
+            None,
+            None,
+            None,
+        )
 
 
 class Rows(NamedTuple):
@@ -202,7 +215,12 @@ def run_states(
 
 
 def run_outputs(
-    x: Inputs, gates: Gates, states: tuple[Tensor, Tensor, Tensor], keep: bool, sizes: Sizes, config: MLSTMConfig
+    x: Inputs,
+    gates: Gates,
+    states: tuple[Tensor, Tensor, Tensor],
+    keep: bool,
+    sizes: Sizes,
+    config: MLSTMConfig,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return h and, to keep, h - centre (B, H, T, Dv) in the dtype of v; and the denominators (B, H, T)."""
     B, H, G, T, _, Dv, chunks = sizes[:7]
@@ -219,7 +237,12 @@ def run_outputs(
 
 
 def run_state_grads(
-    x: Inputs, gates: Gates, rows: Rows, ends: tuple[Tensor, Tensor], sizes: Sizes, config: MLSTMConfig
+    x: Inputs,
+    gates: Gates,
+    rows: Rows,
+    ends: tuple[Tensor, Tensor],
+    sizes: Sizes,
+    config: MLSTMConfig,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return gradients of the centred C and of n that leave each chunk, and of those that enter the first."""
     B, H, _, T, Dk, Dv, chunks = sizes[:7]
@@ -235,7 +258,12 @@ def run_state_grads(
 
 
 def run_query_key_grads(
-    x: Inputs, gates: Gates, rows: Rows, state_grads: tuple[Tensor, Tensor], sizes: Sizes, config: MLSTMConfig
+    x: Inputs,
+    gates: Gates,
+    rows: Rows,
+    state_grads: tuple[Tensor, Tensor],
+    sizes: Sizes,
+    config: MLSTMConfig,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk (B, H, T, Dk), di and df (B, H, T); computes the states again."""
     B, H, G, T, Dk, _, chunks = sizes[:7]
@@ -250,7 +278,9 @@ def run_query_key_grads(
     return dq, dk, di, df
 
 
-def run_value_grads(x: Inputs, gates: Gates, rows: Rows, dC: Tensor, sizes: Sizes, config: MLSTMConfig) -> Tensor:
+def run_value_grads(
+    x: Inputs, gates: Gates, rows: Rows, dC: Tensor, sizes: Sizes, config: MLSTMConfig
+) -> Tensor:
     """Return dv (B, G, T, Dv)."""
     B, H, G, T, _, Dv, chunks = sizes[:7]
     dv = torch.empty(B, G, T, Dv, dtype=x.v.dtype, device=x.v.device)

@@ -63,7 +63,9 @@ def state_grad_kernel(
         if iv == 0:
             tl.store(dn_ptr + slot * DK + dk, dn)
         t = c * L + tl.arange(0, L)
-        read, _, decay = state_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+        read, _, decay = state_weights(
+            hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+        )
         g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dC_ptr.dtype.element_ty)
         e = tl.load(e_ptr + bh * T + t, mask=t < T, other=0.0)
         q = load_rows(q_ptr, q_t, t, T, dk).to(tl.float32) * read[:, None]
@@ -112,7 +114,9 @@ def query_key_grad_kernel(
         g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
         v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(dtype)
         d_weights = tl.dot(g, tl.trans(v), d_weights, input_precision=PRECISION)
-    d_scores = d_weights * pair_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+    d_scores = d_weights * pair_weights(
+        hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+    )
     d_log = d_scores * scores
     d_scores = d_scores.to(dtype)
     di = tl.sum(d_log, 0)
@@ -121,7 +125,9 @@ def query_key_grad_kernel(
     d_sums = tl.dot(later, d_log.to(dtype), input_precision=PRECISION)
     d_log_f = tl.sum(tl.where(before, d_sums, 0.0), 1)
 
-    read, write, decay = state_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+    read, write, decay = state_weights(
+        hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+    )
     d_read = tl.zeros((L,), tl.float32)
     d_write = tl.zeros((L,), tl.float32)
     d_pass = tl.zeros((BK,), tl.float32)
@@ -151,7 +157,9 @@ def query_key_grad_kernel(
         tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
         dkey = tl.dot(tl.trans(d_scores), q, to_state, input_precision=PRECISION)
         tl.store(dk_ptr + out, dkey.to(dk_ptr.dtype.element_ty), mask=inside[:, None])
-    d_log_f += tl.sum(tl.where(before, d_write[None, :], d_read[None, :]), 1) + decay * tl.sum(d_pass, 0)
+    d_log_f += tl.sum(tl.where(before, d_write[None, :], d_read[None, :]), 1) + decay * tl.sum(
+        d_pass, 0
+    )
     f = tl.load(f_ptr + bh * T + t, mask=inside, other=0.0).to(tl.float32)
     tl.store(di_ptr + bh * T + t, di + d_write, mask=inside)
     tl.store(df_ptr + bh * T + t, d_log_f / (1.0 + tl.exp(f)), mask=inside)
@@ -186,9 +194,15 @@ def value_grad_kernel(
             dC = tl.load(dC_ptr + slot * DK * DV + dk[:, None] * DV + dv[None, :])
             scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
             to_state = tl.dot(k, dC, to_state, input_precision=PRECISION)
-        _, write, _ = state_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
-        weights = scores * pair_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+        _, write, _ = state_weights(
+            hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+        )
+        weights = scores * pair_weights(
+            hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+        )
         g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
-        total += tl.dot(tl.trans(weights.to(dtype)), g, to_state * write[:, None], input_precision=PRECISION)
+        total += tl.dot(
+            tl.trans(weights.to(dtype)), g, to_state * write[:, None], input_precision=PRECISION
+        )
     out = dv_ptr + bg * T * DV + t[:, None].to(tl.int64) * DV + dv[None, :]
     tl.store(out, total.to(dv_ptr.dtype.element_ty), mask=(t < T)[:, None])

@@ -7,7 +7,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import LOG_ZERO, load_centred, load_rows, load_runs, pair_weights, place, state_weights
+from xlstm_kernels.triton.common import (
+    LOG_ZERO,
+    load_centred,
+    load_rows,
+    load_runs,
+    pair_weights,
+    place,
+    state_weights,
+)
 
 
 @triton.jit
@@ -100,8 +108,12 @@ def output_kernel(
         scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
         num = tl.dot(q, C, num, input_precision=PRECISION)
         den += tl.sum(q.to(tl.float32) * n[None, :], 1)
-    read, _, _ = state_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
-    weights = scores * pair_weights(hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+    read, _, _ = state_weights(
+        hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+    )
+    weights = scores * pair_weights(
+        hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+    )
     v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(C_ptr.dtype.element_ty)
     num = tl.dot(weights.to(v.dtype), v, num * read[:, None], input_precision=PRECISION)
     den = den * read + tl.sum(weights, 1)

@@ -46,7 +46,9 @@ def compiled_launches(arch: int) -> Iterator[dict[str, Resources]]:
     """Compile each launch inside the block for sm_<arch>; yields the table that the launches fill."""
     table: dict[str, Resources] = {}
 
-    def compile_instead(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+    def compile_instead(
+        self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any
+    ) -> None:
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         table[self.fn.__name__] = compile_kernel(self, values, arch)
 
@@ -65,8 +67,13 @@ def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Re
     for at, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         if isinstance(value, Tensor):
-            signature[parameter.name], aligned[at,] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None or value == 1:  # Triton compiles an argument of 1 in
+            signature[parameter.name], aligned[at,] = (
+                POINTERS[value.dtype],
+                [["tt.divisibility", 16]],
+            )
+        elif (
+            parameter.is_constexpr or value is None or value == 1
+        ):  # Triton compiles an argument of 1 in
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
@@ -90,7 +97,10 @@ def assemble(ptx: str, arch: int) -> tuple[int, int]:
         source.write_text(ptx)
         command = [ptxas, "-v", f"--gpu-name={target}", str(source), "-o", f"{folder}/kernel.cubin"]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    stores, loads = (sum(map(int, re.findall(rf"(\d+) bytes spill {kind}", report))) for kind in ("stores", "loads"))
+    stores, loads = (
+        sum(map(int, re.findall(rf"(\d+) bytes spill {kind}", report)))
+        for kind in ("stores", "loads")
+    )
     return max(map(int, re.findall(r"Used (\d+) registers", report))), max(stores, loads)
 
 
@@ -130,7 +140,11 @@ def launch_window(dim: int, dtype: torch.dtype) -> None:
     window_triton(q, k, v, 512, 4, ids, 1.0).sum().backward()
 
 
-OPERATORS: tuple[Callable[[int, torch.dtype], None], ...] = (launch_mlstm, launch_steps, launch_window)
+OPERATORS: tuple[Callable[[int, torch.dtype], None], ...] = (
+    launch_mlstm,
+    launch_steps,
+    launch_window,
+)
 
 
 def measure(archs: list[int], dims: list[int], dtype: torch.dtype) -> dict[str, Resources]:
@@ -150,17 +164,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m xlstm_kernels.triton.resources", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--archs", type=int, nargs="+", default=[80, 90], help="compute capabilities; default 80 90")
-    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head dims; default 64 128")
+    parser.add_argument(
+        "--archs", type=int, nargs="+", default=[80, 90], help="compute capabilities; default 80 90"
+    )
+    parser.add_argument(
+        "--dims", type=int, nargs="+", default=[64, 128], help="head dims; default 64 128"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--float32", action="store_true", help="inputs in float32 instead of bfloat16")
+    parser.add_argument(
+        "--float32", action="store_true", help="inputs in float32 instead of bfloat16"
+    )
     options = parser.parse_args()
-    table = measure(options.archs, options.dims, torch.float32 if options.float32 else torch.bfloat16)
+    table = measure(
+        options.archs, options.dims, torch.float32 if options.float32 else torch.bfloat16
+    )
     if options.json:
-        sys.stdout.write(json.dumps({name: list(resources) for name, resources in table.items()}) + "\n")
+        sys.stdout.write(
+            json.dumps({name: list(resources) for name, resources in table.items()}) + "\n"
+        )
         return
     for name, (registers, spills, shared) in table.items():
-        sys.stdout.write(f"{name:40} {registers:4} registers {spills:6} B spilled {shared:7} B shared\n")
+        sys.stdout.write(
+            f"{name:40} {registers:4} registers {spills:6} B spilled {shared:7} B shared\n"
+        )
 
 
 if __name__ == "__main__":

@@ -89,8 +89,12 @@ def attend_ring(
         held = tl.where(in_ring, seen - 1 - tl.maximum(seen - 1 - at, 0) % window, at)
         filled = (slot < sinks + window) & (at < seen)
         visible = filled & (in_ring == (held > seen - window))
-        k = tl.load(keys_ptr + slot[:, None] * D + d[None, :], mask=visible[:, None], other=0.0).to(tl.float32)
-        v = tl.load(values_ptr + slot[:, None] * DV + dv[None, :], mask=visible[:, None], other=0.0).to(tl.float32)
+        k = tl.load(keys_ptr + slot[:, None] * D + d[None, :], mask=visible[:, None], other=0.0).to(
+            tl.float32
+        )
+        v = tl.load(
+            values_ptr + slot[:, None] * DV + dv[None, :], mask=visible[:, None], other=0.0
+        ).to(tl.float32)
         scores = tl.where(visible, tl.sum(q[None, :] * k, 1), float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 0))
         weights, shrink = tl.exp(scores - higher), tl.exp(peak - higher)
@@ -116,20 +120,34 @@ def hybrid_step_kernel(
     seen = tl.load(lengths_ptr + b)
     q = tl.load(q_ptr + b * q_b + h * q_h + d).to(tl.float32) * scale
     v = tl.load(v_ptr + b * v_b + g * v_h + dv).to(tl.float32)
-    key = tl.load(k_ptr + b * k_b + g * k_h + d).to(keys_ptr.dtype.element_ty)  # attended to as the ring holds it
+    key = tl.load(k_ptr + b * k_b + g * k_h + d).to(
+        keys_ptr.dtype.element_ty
+    )  # attended to as the ring holds it
     value = v.to(values_ptr.dtype.element_ty)
     first_slot = (b * (H // R) + g) * (sinks + window)
     keys_ptr += first_slot * D
     values_ptr += first_slot * DV
     attended = attend_ring(
-        q, key.to(tl.float32), value.to(tl.float32), keys_ptr, values_ptr, seen, window, sinks, D, DV, SLOTS
+        q,
+        key.to(tl.float32),
+        value.to(tl.float32),
+        keys_ptr,
+        values_ptr,
+        seen,
+        window,
+        sinks,
+        D,
+        DV,
+        SLOTS,
     )
     i = tl.load(i_ptr + b * i_b + h * i_h).to(tl.float32)
     f = tl.load(f_ptr + b * f_b + h * f_h).to(tl.float32)
     phi_q_ptr += b * phi_q_b + h * phi_q_h
     phi_k_ptr += b * phi_k_b + h * phi_k_h
     C_ptr += b * C_b + h * C_h
-    recalled = advance_state(phi_q_ptr, phi_k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, C_row, DK, DV, BK)
+    recalled = advance_state(
+        phi_q_ptr, phi_k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, C_row, DK, DV, BK
+    )
     gate = tl.load(gate_ptr + b * gate_b + h * gate_h).to(tl.float32)
     out = attended + gate * (recalled - attended)
     tl.store(out_ptr + bh * DV + dv, out.to(out_ptr.dtype.element_ty))
@@ -148,7 +166,9 @@ def hybrid_step_kernel(
 
 
 @torch.no_grad()
-def mlstm_step_triton(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState) -> Tensor:
+def mlstm_step_triton(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState
+) -> Tensor:
     """Advance `state` in one launch; shapes as in `xlstm_kernels.mlstm_step`, which validates them."""
     (B, H, Dk), Dv = q.shape, v.shape[-1]
     q, k, v = (_rows(x) for x in (q, k, v))
@@ -157,7 +177,20 @@ def mlstm_step_triton(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, sta
     strides = [n for x in (q, k, v, i, f) for n in x.stride()[:2]] + [*held[0].stride()[:3]]
     with on_device_of(q):
         step_kernel[(B * H,)](
-            q, k, v, i, f, *held, h, *strides, H, H // v.shape[1], DK=Dk, DV=Dv, BK=min(ROWS, Dk), num_warps=WARPS
+            q,
+            k,
+            v,
+            i,
+            f,
+            *held,
+            h,
+            *strides,
+            H,
+            H // v.shape[1],
+            DK=Dk,
+            DV=Dv,
+            BK=min(ROWS, Dk),
+            num_warps=WARPS,
         )
     _write_back(held, state)
     return h
@@ -183,7 +216,9 @@ def hybrid_step_triton(
     q, k, v, phi_q, phi_k = (_rows(x) for x in (q, k, v, phi_q, phi_k))
     out = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
     held = [_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
-    strides = [n for x in (q, k, v, phi_q, phi_k, i, f, gate) for n in x.stride()[:2]] + [*held[0].stride()[:3]]
+    strides = [n for x in (q, k, v, phi_q, phi_k, i, f, gate) for n in x.stride()[:2]] + [
+        *held[0].stride()[:3]
+    ]
     with on_device_of(q):
         hybrid_step_kernel[(B * H,)](
             q, k, v, phi_q, phi_k, i, f, gate, *held, out, *strides, scale, H, H // k.shape[1],

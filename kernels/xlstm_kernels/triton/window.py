@@ -56,10 +56,15 @@ class WindowAttention(Function):
     """Softmax over band and sinks; saves inputs, output and the logarithm of each softmax's sum."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band, config: WindowConfig) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band, config: WindowConfig
+    ) -> Tensor:
         B, H, T, _ = q.shape
         blocks = -(-T // config.block)
-        out, log_total = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(B, H, T, device=q.device)
+        out, log_total = (
+            torch.empty(q.shape, dtype=q.dtype, device=q.device),
+            torch.empty(B, H, T, device=q.device),
+        )
         with on_device_of(q):
             kernels.window_kernel[B * H, blocks](
                 q, k, v, band.runs, band.starts, out, log_total, *sizes(q, k, v, band),
@@ -78,27 +83,41 @@ class WindowAttention(Function):
         (B, H, T, D), G, N, blocks = q.shape, k.shape[1], band.sinks, -(-q.shape[2] // config.block)
         dout, mean = dout.contiguous(), torch.empty_like(log_total)
         inputs = (q, k, v, runs, starts, dout, log_total, mean)
-        launch = settings(q, band, config) | {"num_warps": config.grad_warps, "num_stages": config.grad_stages}
+        launch = settings(q, band, config) | {
+            "num_warps": config.grad_warps,
+            "num_stages": config.grad_stages,
+        }
         dq = dk = dv = None
         parts: tuple[Tensor | None, Tensor | None] = (None, None)
         with on_device_of(q):
             kernels.mean_grad_kernel[B * H, blocks](out, dout, mean, T, L=config.block, D=D)
-            if query_needed or (key_value_needed and N):  # this kernel gives the parts of the sinks, too
+            if query_needed or (
+                key_value_needed and N
+            ):  # this kernel gives the parts of the sinks, too
                 dq = torch.empty_like(out)
                 if N:
                     shape = (B, H, blocks, N, D)
                     parts = torch.empty(shape, device=q.device), torch.empty(shape, device=q.device)
-                kernels.query_grad_kernel[B * H, blocks](*inputs, dq, *parts, *sizes(q, k, v, band), blocks, **launch)
+                kernels.query_grad_kernel[B * H, blocks](
+                    *inputs, dq, *parts, *sizes(q, k, v, band), blocks, **launch
+                )
             if key_value_needed:
                 dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype, device=k.device) for _ in range(2))
-                kernels.key_value_grad_kernel[B * G, blocks](*inputs, dk, dv, *sizes(q, k, v, band), blocks, **launch)
+                kernels.key_value_grad_kernel[B * G, blocks](
+                    *inputs, dk, dv, *sizes(q, k, v, band), blocks, **launch
+                )
                 if N:
                     add_sink_grads(band, parts, dk, dv, H, config)
         return dq if query_needed else None, dk, dv, None, None
 
 
 def add_sink_grads(
-    band: Band, parts: tuple[Tensor | None, Tensor | None], dk: Tensor, dv: Tensor, heads: int, config: WindowConfig
+    band: Band,
+    parts: tuple[Tensor | None, Tensor | None],
+    dk: Tensor,
+    dv: Tensor,
+    heads: int,
+    config: WindowConfig,
 ) -> None:
     """Add to dk and dv (B, G, T, D) what sinks get from later queries: the parts, (B, H, blocks, N, D), in order."""
     B, G, T, D = dk.shape
@@ -113,7 +132,15 @@ def add_sink_grads(
 def sizes(q: Tensor, k: Tensor, v: Tensor, band: Band) -> tuple[float, ...]:
     """Strides, scale and sizes, in the order of the kernels' arguments."""
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    return (*strides, band.scale, q.shape[2], q.shape[1], q.shape[1] // k.shape[1], band.window, band.sinks)
+    return (
+        *strides,
+        band.scale,
+        q.shape[2],
+        q.shape[1],
+        q.shape[1] // k.shape[1],
+        band.window,
+        band.sinks,
+    )
 
 
 def settings(q: Tensor, band: Band, config: WindowConfig) -> dict[str, Any]:

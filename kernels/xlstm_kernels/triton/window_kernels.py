@@ -15,7 +15,9 @@ import triton.language as tl
 
 from xlstm_kernels.triton.common import load_rows, place
 
-NEGATIVE = tl.constexpr(-1e30)  # score of a masked pair: finite, so that rows that see nothing yet stay numbers
+NEGATIVE = tl.constexpr(
+    -1e30
+)  # score of a masked pair: finite, so that rows that see nothing yet stay numbers
 
 
 @triton.jit
@@ -36,7 +38,18 @@ def load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED: tl.constexpr):
 
 
 @triton.jit
-def load_sinks(runs_ptr, starts_ptr, b, c, T, window, sinks, SEGMENTED: tl.constexpr, L: tl.constexpr, S: tl.constexpr):
+def load_sinks(
+    runs_ptr,
+    starts_ptr,
+    b,
+    c,
+    T,
+    window,
+    sinks,
+    SEGMENTED: tl.constexpr,
+    L: tl.constexpr,
+    S: tl.constexpr,
+):
     """Positions of the sinks before the band, whether each counts, and their document."""
     band = first_block(c, window, L) * L
     run, start = load_documents(runs_ptr, starts_ptr, b, band, T, SEGMENTED)
@@ -71,11 +84,15 @@ def window_kernel(
     total = tl.zeros((L,), tl.float32)
     out = tl.zeros((L, D), tl.float32)
     if S > 0:
-        at, counts, sink_run = load_sinks(runs_ptr, starts_ptr, b, c, T, window, sinks, SEGMENTED, L, S)
+        at, counts, sink_run = load_sinks(
+            runs_ptr, starts_ptr, b, c, T, window, sinks, SEGMENTED, L, S
+        )
         sink_k = load_rows(k_ptr, k_t, at, T, d).to(DOT)
         sink_v = load_rows(v_ptr, v_t, at, T, d).to(DOT)
         sink_visible = (run == sink_run)[:, None] & counts[None, :]
-        sink_scores = tl.where(sink_visible, tl.dot(q, tl.trans(sink_k), input_precision=PRECISION) * scale, NEGATIVE)
+        sink_scores = tl.where(
+            sink_visible, tl.dot(q, tl.trans(sink_k), input_precision=PRECISION) * scale, NEGATIVE
+        )
         peak = tl.max(sink_scores, 1)
         sink_weights = tl.where(sink_visible, tl.exp(sink_scores - peak[:, None]), 0.0)
         total = tl.sum(sink_weights, 1)
@@ -86,7 +103,9 @@ def window_kernel(
         k = load_rows(k_ptr, k_t, s, T, d).to(DOT)
         v = load_rows(v_ptr, v_t, s, T, d).to(DOT)
         visible = in_band(t, s, run, run_s, start_s, T, window, sinks)
-        scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, NEGATIVE)
+        scores = tl.where(
+            visible, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, NEGATIVE
+        )
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.where(visible, tl.exp(scores - higher[:, None]), 0.0)
         shrink = tl.exp(peak - higher)
@@ -130,11 +149,15 @@ def query_grad_kernel(
     run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
     dq = tl.zeros((L, D), tl.float32)
     if S > 0:
-        at, counts, sink_run = load_sinks(runs_ptr, starts_ptr, b, c, T, window, sinks, SEGMENTED, L, S)
+        at, counts, sink_run = load_sinks(
+            runs_ptr, starts_ptr, b, c, T, window, sinks, SEGMENTED, L, S
+        )
         sink_k = load_rows(k_ptr, k_t, at, T, d).to(DOT)
         sink_v = load_rows(v_ptr, v_t, at, T, d).to(DOT)
         sink_visible = (run == sink_run)[:, None] & counts[None, :] & (t < T)[:, None]
-        sink_scores = tl.dot(q, tl.trans(sink_k), input_precision=PRECISION) * scale - log_total[:, None]
+        sink_scores = (
+            tl.dot(q, tl.trans(sink_k), input_precision=PRECISION) * scale - log_total[:, None]
+        )
         sink_weights = tl.exp(tl.where(sink_visible, sink_scores, NEGATIVE))
         sink_d_weights = tl.dot(dout, tl.trans(sink_v), input_precision=PRECISION)
         sink_d_scores = (sink_weights * (sink_d_weights - mean[:, None]) * scale).to(DOT)
@@ -142,8 +165,16 @@ def query_grad_kernel(
         row = tl.arange(0, S)
         part = ((bh * blocks + c) * sinks + row)[:, None] * D + d[None, :]
         kept = (row < sinks)[:, None]
-        tl.store(sink_dk_ptr + part, tl.dot(tl.trans(sink_d_scores), q, input_precision=PRECISION), mask=kept)
-        tl.store(sink_dv_ptr + part, tl.dot(tl.trans(sink_weights.to(DOT)), dout, input_precision=PRECISION), mask=kept)
+        tl.store(
+            sink_dk_ptr + part,
+            tl.dot(tl.trans(sink_d_scores), q, input_precision=PRECISION),
+            mask=kept,
+        )
+        tl.store(
+            sink_dv_ptr + part,
+            tl.dot(tl.trans(sink_weights.to(DOT)), dout, input_precision=PRECISION),
+            mask=kept,
+        )
     for j in range(first_block(c, window, L), c + 1):
         s = j * L + tl.arange(0, L)
         run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
@@ -213,7 +244,9 @@ def sink_grad_kernel(
     G = H // R
     b = bg // G
     row, d = tl.arange(0, S), tl.arange(0, D)
-    run, start = load_documents(runs_ptr, starts_ptr, b, first_block(c, window, L) * L, T, SEGMENTED)
+    run, start = load_documents(
+        runs_ptr, starts_ptr, b, first_block(c, window, L) * L, T, SEGMENTED
+    )
     band_before = first_block(tl.maximum(c - 1, 0), window, L) * L
     run_before, _start_before = load_documents(runs_ptr, starts_ptr, b, band_before, T, SEGMENTED)
     dk = tl.zeros((S, D), tl.float32)
@@ -229,7 +262,9 @@ def sink_grad_kernel(
         kept = same[:, None, None] & (row < sinks)[None, :, None]
         for r in range(R):
             bh = b * H + (bg % G) * R + r
-            part = ((bh * blocks + block)[:, None] * sinks + row[None, :])[:, :, None] * D + d[None, None, :]
+            part = ((bh * blocks + block)[:, None] * sinks + row[None, :])[:, :, None] * D + d[
+                None, None, :
+            ]
             dk += tl.sum(tl.load(sink_dk_ptr + part, mask=kept, other=0.0), 0)
             dv += tl.sum(tl.load(sink_dv_ptr + part, mask=kept, other=0.0), 0)
         first += AT_ONCE

@@ -87,7 +87,9 @@ def test_a_killed_process_leaves_no_draft_for_good(run):
 
     def build(draft):
         other = Run.open(run.directory, Recipe())
-        other.make(request_(2, name="x"), write("other"))  # its drafts are its own, and it leaves ours
+        other.make(
+            request_(2, name="x"), write("other")
+        )  # its drafts are its own, and it leaves ours
         seen.extend(sorted(p.name for p in folder.iterdir()))
         assert draft.path.is_dir()
         write("a")(draft)
@@ -103,13 +105,20 @@ def test_a_training_is_held_until_it_is_published_and_its_checkpoints_are_gone(r
     other, removed = Run.open(run.directory, Recipe()), []
 
     def refused():
-        with pytest.raises(RunError, match=r"stage-.*: another process is at this training; wait for it, or stop it"):
-            other.make(request_(), lambda draft: pytest.fail("built at the same time"), together=True)
+        with pytest.raises(
+            RunError,
+            match=r"stage-.*: another process is at this training; wait for it, or stop it",
+        ):
+            other.make(
+                request_(), lambda draft: pytest.fail("built at the same time"), together=True
+            )
 
     def remove(path, ignore_errors=False):
         removed.append(path)
         if path == run.work_directory(request_()):
-            assert other.make(request_(), lambda draft: pytest.fail("built again"), together=True).reused
+            assert other.make(
+                request_(), lambda draft: pytest.fail("built again"), together=True
+            ).reused
         rmtree(path, ignore_errors=ignore_errors)
 
     def build(draft):

@@ -17,7 +17,20 @@ TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300, "tie_word_embeddings": True,
 }  # fmt: skip
-FLAGS = ["--device", "cpu", "--context", "24", "--top-k", "16", "--window", "8", "--warmup", "0", "--steps", "2"]
+FLAGS = [
+    "--device",
+    "cpu",
+    "--context",
+    "24",
+    "--top-k",
+    "16",
+    "--window",
+    "8",
+    "--warmup",
+    "0",
+    "--steps",
+    "2",
+]
 
 
 @pytest.fixture
@@ -34,7 +47,9 @@ def test_fused_and_plain_training_agree(options, checkpointing):
 
 
 def test_the_check_sees_a_wrong_loss(options, monkeypatch):
-    monkeypatch.setattr(throughput.PlainTask, "forward", lambda self, batch: _without_kl(self, batch))
+    monkeypatch.setattr(
+        throughput.PlainTask, "forward", lambda self, batch: _without_kl(self, batch)
+    )
     assert min(check(options).values()) > 1e-3
 
 
@@ -50,7 +65,9 @@ def test_every_variant_trains_and_is_timed(number, options):
     found = measure(VARIANTS[number], options)
     assert len(found["seconds"]) == 2
     assert found["tokens_per_second"] > 0
-    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * found["flops_per_token"] / found["peak_flops"])
+    assert found["mfu"] == pytest.approx(
+        found["tokens_per_second"] * found["flops_per_token"] / found["peak_flops"]
+    )
     assert found["peak_origin"] == "product of 64 x 64, float32"
 
 
@@ -59,7 +76,10 @@ def test_a_variant_without_room_says_so(options, monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(throughput, "measure", measure)
-    assert throughput.measured(VARIANTS[1], options) == {"failed": "out of memory", "reason": "no room"}
+    assert throughput.measured(VARIANTS[1], options) == {
+        "failed": "out of memory",
+        "reason": "no room",
+    }
 
 
 def test_the_teacher_counts_where_it_is_online(options):
@@ -93,7 +113,10 @@ def test_the_table_compares_with_the_first_variant(options):
     assert lines[0] == "a device; given: MFU is a share of 1 TFLOP/s."
     assert "loss 1.0e-08, gradient 2.0e-07" in lines[1]
     assert "| student, plain loss, targets stored | out of memory | | | | |" in lines
-    assert lines[-2] == "| attention, fused loss, targets stored | 401 (400 to 402) | 3.97 | 25.0% | 2.0 | 3 |"
+    assert (
+        lines[-2]
+        == "| attention, fused loss, targets stored | 401 (400 to 402) | 3.97 | 25.0% | 2.0 | 3 |"
+    )
 
 
 def test_nothing_is_timed_when_the_losses_disagree(monkeypatch, capsys):
@@ -116,8 +139,21 @@ def test_sizes_follow_the_model_unless_given():
 
 
 def test_the_loss_benchmark_runs_each_loss_in_a_process_of_its_own(capsys, monkeypatch, root):
-    monkeypatch.setenv("PYTHONPATH", ":".join(str(root / name) for name in ("distill", "kernels", "eval")))
-    flags = ["--device", "cpu", "--tokens", "768", "--vocabulary", "40000", "--hidden", "16", "--top-k", "8"]
+    monkeypatch.setenv(
+        "PYTHONPATH", ":".join(str(root / name) for name in ("distill", "kernels", "eval"))
+    )
+    flags = [
+        "--device",
+        "cpu",
+        "--tokens",
+        "768",
+        "--vocabulary",
+        "40000",
+        "--hidden",
+        "16",
+        "--top-k",
+        "8",
+    ]
     assert loss_bench.main([*flags, "--repeats", "2", "--chunk", "16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert max(found["disagreement"].values()) < 1e-5

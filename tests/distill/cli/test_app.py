@@ -80,7 +80,9 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 (run.directory / "report").mkdir(exist_ok=True)
                 (run.directory / "report" / "report.json").write_text(json.dumps(REPORT))
                 return run.directory / "report" / "report.html"
-            artifact = Artifact(run.path(name), {"wall_seconds": 1.0}, reused=name in state["reused"])
+            artifact = Artifact(
+                run.path(name), {"wall_seconds": 1.0}, reused=name in state["reused"]
+            )
             return [artifact] if outcome is None else outcome
 
         module = types.ModuleType(f"xlstm_distill.stages.{name}")
@@ -115,7 +117,12 @@ def test_help_is_instant(command: str) -> None:
         words = [sys.executable, "-m", "xlstm_distill", *([command] if command else []), "--help"]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        seconds.append(
+            after.children_user
+            + after.children_system
+            - before.children_user
+            - before.children_system
+        )
         assert "Usage: xlstm-distill" in done.stdout
         if min(seconds) < 0.5:
             break
@@ -138,7 +145,8 @@ def test_version_and_schema(call: Call) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["rn"], ["run"], ["run", "small.yaml", "--nope"], ["distill", "small.yaml", "--expert"]]
+    "words",
+    [["rn"], ["run"], ["run", "small.yaml", "--nope"], ["distill", "small.yaml", "--expert"]],
 )
 def test_bad_usage_exits_with_2(call: Call, words: list[str]) -> None:
     assert call(*words).exit_code == 2
@@ -147,7 +155,9 @@ def test_bad_usage_exits_with_2(call: Call, words: list[str]) -> None:
 # --- running stages
 
 
-def test_run_goes_through_all_stages_and_shows_the_scores(call: Call, stages: dict[str, Any], tmp_path: Path) -> None:
+def test_run_goes_through_all_stages_and_shows_the_scores(
+    call: Call, stages: dict[str, Any], tmp_path: Path
+) -> None:
     stages["reused"] = {"align"}
     result = call("run", "small.yaml")
     assert result.exit_code == 0, result.output
@@ -166,16 +176,22 @@ def test_run_goes_through_all_stages_and_shows_the_scores(call: Call, stages: di
     assert "\x1b" not in result.stdout
 
 
-def test_run_checks_the_evaluation_before_the_first_stage(call: Call, stages: dict[str, Any]) -> None:
+def test_run_checks_the_evaluation_before_the_first_stage(
+    call: Call, stages: dict[str, Any]
+) -> None:
     assert call("run", "small.yaml").exit_code == 0
     assert stages["checked"] == [0]
     stages["calls"].clear()
     stages["check"] = EvalError("suite.tasks: unknown task 'qs_math_ad'.")
-    assert error_of(call("run", "small.yaml"), 2) == "error: suite.tasks: unknown task 'qs_math_ad'."
+    assert (
+        error_of(call("run", "small.yaml"), 2) == "error: suite.tasks: unknown task 'qs_math_ad'."
+    )
     assert stages["calls"] == []
 
 
-def test_run_directory_and_overrides_reach_the_stage(call: Call, stages: dict[str, Any], tmp_path: Path) -> None:
+def test_run_directory_and_overrides_reach_the_stage(
+    call: Call, stages: dict[str, Any], tmp_path: Path
+) -> None:
     result = call("align", "small.yaml", "--run", "here", "--set", "name=other", "--set", "seed=3")
     assert result.exit_code == 0, result.output
     assert [name for name, _ in stages["calls"]] == ["align"]
@@ -183,7 +199,9 @@ def test_run_directory_and_overrides_reach_the_stage(call: Call, stages: dict[st
 
 
 @pytest.mark.parametrize(("words", "expert"), [([], None), (["--expert", "math"], "math")])
-def test_distill_passes_the_expert(call: Call, stages: dict[str, Any], words: list[str], expert: str | None) -> None:
+def test_distill_passes_the_expert(
+    call: Call, stages: dict[str, Any], words: list[str], expert: str | None
+) -> None:
     assert call("distill", "small.yaml", *words).exit_code == 0
     assert stages["calls"] == [("distill", {"expert": expert})]
 
@@ -207,7 +225,9 @@ def test_capture_passes_its_share(call: Call, stages: dict[str, Any]) -> None:
     assert stages["calls"] == [("capture", {"shard": "3/8"})]
 
 
-def test_partly_done_and_empty_stages_say_so(call: Call, stages: dict[str, Any], tmp_path: Path) -> None:
+def test_partly_done_and_empty_stages_say_so(
+    call: Call, stages: dict[str, Any], tmp_path: Path
+) -> None:
     stages["distill"] = [
         Artifact(tmp_path, {}, reused=True),
         Artifact(tmp_path, {}),
@@ -221,7 +241,9 @@ def test_partly_done_and_empty_stages_say_so(call: Call, stages: dict[str, Any],
 # --- failures
 
 
-def test_bad_recipe_leaves_no_run_directory(call: Call, stages: dict[str, Any], tmp_path: Path) -> None:
+def test_bad_recipe_leaves_no_run_directory(
+    call: Call, stages: dict[str, Any], tmp_path: Path
+) -> None:
     line = error_of(call("run", "small.yaml", "--set", "align.lrr=1"), 2)
     assert line == "error: align.lrr: unknown key. Did you mean 'lr'?"
     assert not (tmp_path / "runs").exists()
@@ -231,11 +253,15 @@ def test_bad_recipe_leaves_no_run_directory(call: Call, stages: dict[str, Any], 
 def test_missing_recipe_and_missing_teacher(call: Call, tmp_path: Path) -> None:
     assert error_of(call("run", "nope.yaml"), 2).startswith("error: nope.yaml: no such file")
     (tmp_path / "teacher").rmdir()
-    assert error_of(call("run", "small.yaml"), 2).startswith("error: teacher.path: 'teacher' is not there")
+    assert error_of(call("run", "small.yaml"), 2).startswith(
+        "error: teacher.path: 'teacher' is not there"
+    )
 
 
 def test_run_directory_that_is_a_file(call: Call) -> None:
-    assert error_of(call("run", "small.yaml", "--run", "small.yaml"), 2).startswith("error: --run: small.yaml cannot")
+    assert error_of(call("run", "small.yaml", "--run", "small.yaml"), 2).startswith(
+        "error: --run: small.yaml cannot"
+    )
 
 
 def raised_from(outer: Exception, inner: Exception) -> Exception:
@@ -252,15 +278,27 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
         (UserError("teacher.path: bad"), 2, "error: teacher.path: bad"),
         (RunError("align: step 3:\n the loss is nan"), 1, "error: align: step 3: the loss is nan"),
         (NO_SPACE, 1, "error: disk full while writing model.safetensors: free some space"),
-        (raised_from(RunError("cannot save"), NO_SPACE), 1, "error: disk full while writing model.safetensors"),
+        (
+            raised_from(RunError("cannot save"), NO_SPACE),
+            1,
+            "error: disk full while writing model.safetensors",
+        ),
         (
             RuntimeError("Error: I/O error: No space left on device (os error 28)"),
             1,
             "error: disk full: free some space",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "runs"), 1, "error: runs: Permission denied"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "runs"),
+            1,
+            "error: runs: Permission denied",
+        ),
         (TypeError("bad operand"), 1, "error: TypeError: bad operand (--debug shows where)"),
-        (KeyboardInterrupt(), 130, "Interrupted. Finished stages are kept: run the command again to go on."),
+        (
+            KeyboardInterrupt(),
+            130,
+            "Interrupted. Finished stages are kept: run the command again to go on.",
+        ),
     ],
 )
 def test_failure_is_one_line_and_stops_the_run(
@@ -284,7 +322,11 @@ def test_debug_shows_the_traceback(call: Call, stages: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("command", ["run", "align", "distill"])
 def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_done(
-    call: Call, stages: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    call: Call,
+    stages: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
@@ -334,10 +376,14 @@ def test_a_batch_that_aligns_nothing_needs_no_sharing(
     assert call("align", "small.yaml", "--set", "student.mixer.branches=[window]").exit_code == 0
 
 
-def test_a_launcher_s_processes_are_counted_before_they_start(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_s_processes_are_counted_before_they_start(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = Path(__file__).parents[3] / "recipes" / "accelerate" / "ddp-cpu.yaml"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # which the configuration sets: to be undone
-    line = error_of(call("run", "small.yaml", "--launch", config, "--launch-args", "--num_processes 3"), 2)
+    line = error_of(
+        call("run", "small.yaml", "--launch", config, "--launch-args", "--num_processes 3"), 2
+    )
     assert line.startswith("error: align.batch: 4 rows cannot be shared by 3 processes")
 
 
@@ -362,7 +408,9 @@ def test_score_prints_a_table_or_json(call: Call, tmp_path: Path) -> None:
         ('{"tasks": []}', "error: tasks: empty."),
     ],
 )
-def test_bad_score_file_gives_one_line(call: Call, tmp_path: Path, text: str, expected: str) -> None:
+def test_bad_score_file_gives_one_line(
+    call: Call, tmp_path: Path, text: str, expected: str
+) -> None:
     (tmp_path / "scores.json").write_text(text)
     assert error_of(call("score", "scores.json"), 2).startswith(expected)
     assert error_of(call("score", "nope.json"), 2).startswith("error: nope.json: no such file.")

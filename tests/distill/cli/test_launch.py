@@ -37,11 +37,18 @@ def environment_of(name: str, *words: str) -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    parsed = _parse(CONFIGS / f"{name}.yaml", [*words, "-m", "xlstm_distill", "align", "recipe.yaml", "--run", "out"])
+    parsed = _parse(
+        CONFIGS / f"{name}.yaml",
+        [*words, "-m", "xlstm_distill", "align", "recipe.yaml", "--run", "out"],
+    )
     checked, _, _ = _validate_launch_command(parsed)
     assert checked.training_script_args == ["align", "recipe.yaml", "--run", "out"]
     checked.deepspeed_fields_from_accelerate_config = ""
-    told = prepare_deepspeed_cmd_env(checked)[1] if checked.use_deepspeed else prepare_multi_gpu_env(checked)
+    told = (
+        prepare_deepspeed_cmd_env(checked)[1]
+        if checked.use_deepspeed
+        else prepare_multi_gpu_env(checked)
+    )
     return {**told, "RANK": "0", "WORLD_SIZE": str(checked.num_processes)}
 
 
@@ -54,7 +61,9 @@ def test_a_shipped_configuration_asks_for_what_it_is_named_after(name):
 
 def test_several_machines_come_from_the_command_line():
     machine = ["--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
-    parsed = _parse(CONFIGS / "fsdp2.yaml", [*machine, "--main_process_port", "2950", "-m", "xlstm_distill"])
+    parsed = _parse(
+        CONFIGS / "fsdp2.yaml", [*machine, "--main_process_port", "2950", "-m", "xlstm_distill"]
+    )
     assert (parsed.num_machines, int(parsed.machine_rank), parsed.main_process_port) == (2, 1, 2950)
     alone = _parse(CONFIGS / "fsdp2.yaml", ["-m", "xlstm_distill"])
     assert alone.main_process_port == 0  # any that is free
@@ -72,7 +81,10 @@ def test_the_switch_for_activation_checkpointing_is_read(tmp_path):
     [
         ("align r.yaml --launch c.yaml --run d", "align r.yaml --run d"),
         ("align --launch=c.yaml r.yaml --launch-args=--x", "align r.yaml"),
-        ("distill r.yaml --launch-args --x --launch c.yaml --expert math", "distill r.yaml --expert math"),
+        (
+            "distill r.yaml --launch-args --x --launch c.yaml --expert math",
+            "distill r.yaml --expert math",
+        ),
     ],
 )
 def test_the_processes_get_the_command_without_the_launcher_s_options(words, kept):
@@ -101,11 +113,18 @@ def test_exit_codes(codes, asked, code):
 def test_what_is_no_configuration_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"--launch: '.*nowhere.yaml' is not there"):
         start(tmp_path / "nowhere.yaml", "", ["align"])
-    (tmp_path / "odd.yaml").write_text("compute_environment: LOCAL_MACHINE\ndistributed_typ: FSDP\n")
-    with pytest.raises(UserError, match=r"--launch: '.*odd.yaml' is not a configuration of accelerate launch: .*typ"):
+    (tmp_path / "odd.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_typ: FSDP\n"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"--launch: '.*odd.yaml' is not a configuration of accelerate launch: .*typ",
+    ):
         start(tmp_path / "odd.yaml", "", ["align"])
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(UserError, match=r"--launch: '.*list.yaml' is not a configuration of accelerate launch"):
+    with pytest.raises(
+        UserError, match=r"--launch: '.*list.yaml' is not a configuration of accelerate launch"
+    ):
         start(tmp_path / "list.yaml", "", ["align"])
     with pytest.raises(UserError, match=r"--launch-args: .*--num_procs"):
         start(CONFIGS / "ddp.yaml", "--num_procs 4", ["align"])
@@ -117,7 +136,10 @@ def test_what_is_no_configuration_is_one_line(tmp_path):
         ("foo", "'foo' is no option of accelerate launch"),
         ("--num_processes 2 foo", "'foo' is no option of accelerate launch"),
         ("-m foo", "'foo' is no option of accelerate launch"),
-        ("--num_processes '2", '"--num_processes \'2" cannot be read as words of a shell: No closing quotation'),
+        (
+            "--num_processes '2",
+            '"--num_processes \'2" cannot be read as words of a shell: No closing quotation',
+        ),
         ("--help", "it asks for help; 'accelerate launch --help' gives it"),
         ("--num_processes", "expected one argument"),
         ("--num_processes 0", "--num_processes: 0 must be a whole number from 1 on"),
@@ -138,7 +160,10 @@ def test_words_that_accelerate_cannot_use_are_one_line(words, said, capfd):
         (b"a: [1\n", "is not a configuration of accelerate launch: while parsing"),
         (b"\xff\xfe\x00", "is not a configuration of accelerate launch: 'utf-8' codec"),
         (b"", "is not a configuration of accelerate launch"),
-        (b"distributed_type: MULTI_GPU\nnum_processes: two\n", "num_processes: 'two' must be a whole number from 1 on"),
+        (
+            b"distributed_type: MULTI_GPU\nnum_processes: two\n",
+            "num_processes: 'two' must be a whole number from 1 on",
+        ),
         (b"distributed_type: MULTI_GPU\n", "num_processes: -1 must be a whole number from 1 on"),
         (b"compute_environment: AMAZON_SAGEMAKER\n", "is not a configuration of accelerate launch"),
     ],

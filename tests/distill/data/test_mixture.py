@@ -87,18 +87,25 @@ def test_a_mixture_goes_on_exactly_from_its_progress(cut, domain, tokenizer):
 def test_an_error_ahead_waits_for_its_turn(workers, tokenizer, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"text": "sun", "n": n}) + "\n" for n in range(300)))
-    numbers = Domain(sources=(Source(generator="math", documents=200), Source(path=str(path), text="n")))
+    numbers = Domain(
+        sources=(Source(generator="math", documents=200), Source(path=str(path), text="n"))
+    )
     with tokenizing(tokenizer, workers) as (submit, ahead):
         mixture = iter(Mixture(numbers, "data.domains.x", 0, submit, ahead))
         assert len(next(mixture))
-        with pytest.raises(UserError, match=r"data.domains.x.sources\[1\]: record 1 of .*d.jsonl: its text is int"):
+        with pytest.raises(
+            UserError, match=r"data.domains.x.sources\[1\]: record 1 of .*d.jsonl: its text is int"
+        ):
             next(mixture)
 
 
 def test_a_source_of_which_nothing_can_be_used_is_refused(tokenizer, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(
-        "".join(json.dumps({"messages": [{"role": "tool", "content": "x"}] * 2}) + "\n" for _ in range(1100))
+        "".join(
+            json.dumps({"messages": [{"role": "tool", "content": "x"}] * 2}) + "\n"
+            for _ in range(1100)
+        )
     )
     message = (
         r"data.domains.x.sources\[0\]: of 1000 documents 1000 refused by the chat template left out "
@@ -138,7 +145,9 @@ def test_workers_end_with_a_killed_parent():
             print(*[child.pid for child in multiprocessing.active_children()], flush=True)
             time.sleep(60)
     """
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     children = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(children) == 1

@@ -37,7 +37,9 @@ def test_every_token_is_kept_once_and_in_its_document(lengths, context):
         assert padding.sum() == context - row.used
         assert set(row.ids[padding]) <= {-1}
         assert not row.supervised[padding].any()
-    expected = [(p.ids.tolist(), p.supervised.tolist()) for d in documents for p in d.pieces(context)]
+    expected = [
+        (p.ids.tolist(), p.supervised.tolist()) for d in documents for p in d.pieces(context)
+    ]
     assert sorted(pieces) == sorted(expected)
 
 
@@ -67,7 +69,9 @@ def test_the_search_by_room_is_best_fit(lengths, open_rows):
     packer = Packer(24, 0, open_rows)
     rows = [row.lengths for n in lengths if (row := packer.add(document(n)))]
     # Which of two equally full rows is taken is not part of the rule; their fill and number are.
-    assert [sum(row) for row in rows] == [sum(row) for row in best_fit_by_scanning(lengths, 24, open_rows)]
+    assert [sum(row) for row in rows] == [
+        sum(row) for row in best_fit_by_scanning(lengths, 24, open_rows)
+    ]
 
 
 @settings(max_examples=50, deadline=None)

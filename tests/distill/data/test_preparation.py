@@ -68,12 +68,17 @@ def sources(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for part in range(2):
-        write(folder / f"{part}.jsonl", [f"sun {n} " * (400 if n == 100 else n % 30 + 1) for n in range(400)])
+        write(
+            folder / f"{part}.jsonl",
+            [f"sun {n} " * (400 if n == 100 else n % 30 + 1) for n in range(400)],
+        )
     return {"path": str(folder), "weight": 2.0}, {"generator": "chat", "documents": 900}
 
 
 def prepared(recipe, tokenizer, directory, console=None):
-    return prepare_domain(recipe, Run.open(directory, recipe), "x", tokenizer, console or QuietConsole())
+    return prepare_domain(
+        recipe, Run.open(directory, recipe), "x", tokenizer, console or QuietConsole()
+    )
 
 
 def content(artifact):
@@ -83,7 +88,11 @@ def content(artifact):
 
 
 def leftovers(directory):
-    return [p for p in Path(directory).rglob("*") if p.name.endswith(".partial") or p.parent.name.startswith("data-x-")]
+    return [
+        p
+        for p in Path(directory).rglob("*")
+        if p.name.endswith(".partial") or p.parent.name.startswith("data-x-")
+    ]
 
 
 class Killed(BaseException):
@@ -91,8 +100,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("shard", [1, 2, 5])
-@pytest.mark.parametrize("moment", ["before the shard", "before the checkpoint", "after the checkpoint"])
-def test_an_interrupted_preparation_ends_with_the_same_rows(moment, shard, sources, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "moment", ["before the shard", "before the checkpoint", "after the checkpoint"]
+)
+def test_an_interrupted_preparation_ends_with_the_same_rows(
+    moment, shard, sources, tokenizer, tmp_path, monkeypatch
+):
     recipe = recipe_of(*sources)
     whole = prepared(recipe, tokenizer, tmp_path / "whole")
     assert len(content(whole)) > 6
@@ -193,7 +206,9 @@ def test_a_damaged_checkpoint_starts_over(sources, tokenizer, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_is_said_and_what_was_finished_is_kept(sources, tokenizer, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_and_what_was_finished_is_kept(
+    sources, tokenizer, tmp_path, monkeypatch
+):
     recipe = recipe_of(*sources)
     whole = prepared(recipe, tokenizer, tmp_path / "whole")
     original = preparation.Preparation._save
@@ -215,7 +230,10 @@ def test_a_full_disk_is_said_and_what_was_finished_is_kept(sources, tokenizer, t
 
 def test_fewer_rows_are_the_first_of_more_and_are_not_made_again(sources, tokenizer, tmp_path):
     few, many = recipe_of(*sources, rows=100), recipe_of(*sources, rows=300)
-    short, long = prepared(few, tokenizer, tmp_path / "few"), prepared(many, tokenizer, tmp_path / "many")
+    short, long = (
+        prepared(few, tokenizer, tmp_path / "few"),
+        prepared(many, tokenizer, tmp_path / "many"),
+    )
     rows, more = DomainRows("x", short, 0), DomainRows("x", long, 0)
     assert (len(rows), len(more)) == (100, 300)
     for n in range(100):
@@ -237,11 +255,15 @@ def test_figures_count_what_was_read(sources, tokenizer, tmp_path):
     assert results["rows"] == len(rows) == rows_needed(recipe, "x") == 300
     assert results["tokens"] == sum(row.used for row in packed)
     assert results["fill"] == pytest.approx(results["tokens"] / (300 * 64))
-    assert results["supervised_share"] == pytest.approx(sum(r.supervised.sum() for r in packed) / results["tokens"])
+    assert results["supervised_share"] == pytest.approx(
+        sum(r.supervised.sum() for r in packed) / results["tokens"]
+    )
     on_disk = sum(p.stat().st_size for p in artifact.path.glob("*.arrow"))
     assert results["bytes_per_token"] == pytest.approx(on_disk / results["tokens"])
     assert results["documents_read"]["split"] > 0
-    assert sum(results["documents_read"].values()) == sum(s["documents"] for s in results["sources"])
+    assert sum(results["documents_read"].values()) == sum(
+        s["documents"] for s in results["sources"]
+    )
     assert [s["weight_share"] for s in results["sources"]] == pytest.approx([2 / 3, 1 / 3])
     assert sum(s["share"] for s in results["sources"]) == pytest.approx(1)
 
@@ -249,15 +271,21 @@ def test_figures_count_what_was_read(sources, tokenizer, tmp_path):
 def test_policies_for_long_documents_reach_the_rows_and_the_fingerprint(tokenizer, tmp_path):
     texts = {"path": write(tmp_path / "d.jsonl", ["sun " * 8, "fog " * 200] * 200)}
     made = {
-        policy: prepared(recipe_of(texts, rows=20, long_documents=policy), tokenizer, tmp_path / policy)
+        policy: prepared(
+            recipe_of(texts, rows=20, long_documents=policy), tokenizer, tmp_path / policy
+        )
         for policy in ("split", "truncate", "drop")
     }
-    read = {policy: artifact.manifest["results"]["documents_read"] for policy, artifact in made.items()}
+    read = {
+        policy: artifact.manifest["results"]["documents_read"] for policy, artifact in made.items()
+    }
     assert read["split"]["split"] > 0
     assert read["truncate"]["truncated"] > 0
     assert read["drop"]["dropped"] == pytest.approx(read["drop"]["kept"], abs=1)
     assert len({artifact.fingerprint for artifact in made.values()}) == 3
-    with pytest.raises(UserError, match=r"x.sources\[0\]: record 2 of .* more than data.context \(64\)"):
+    with pytest.raises(
+        UserError, match=r"x.sources\[0\]: record 2 of .* more than data.context \(64\)"
+    ):
         prepared(recipe_of(texts, rows=20, long_documents="error"), tokenizer, tmp_path / "error")
     assert not leftovers(tmp_path / "error")
 
@@ -265,13 +293,21 @@ def test_policies_for_long_documents_reach_the_rows_and_the_fingerprint(tokenize
 def test_a_source_that_runs_dry_is_said_with_its_real_share(tokenizer, tmp_path):
     small = {"path": write(tmp_path / "d.jsonl", ["sun fog"] * 20), "weight": 1.0}
     console = QuietConsole()
-    artifact = prepared(recipe_of(small, {"generator": "math", "documents": 900}), tokenizer, tmp_path / "r", console)
+    artifact = prepared(
+        recipe_of(small, {"generator": "math", "documents": 900}),
+        tokenizer,
+        tmp_path / "r",
+        console,
+    )
     first, second = artifact.manifest["results"]["sources"]
     assert (first["ran_out"], second["ran_out"]) == (True, False)
     assert first["share"] < 0.05
     (line,) = [line for line in console.lines if "ran out" in line]
     share = f"{first['share']:.1%}"
-    assert line == f"data.domains.x.sources[0]: ran out after 20 documents and gives {share} of the tokens, not 50.0%."
+    assert (
+        line
+        == f"data.domains.x.sources[0]: ran out after 20 documents and gives {share} of the tokens, not 50.0%."
+    )
 
 
 def test_too_little_text_is_said_or_refused(tokenizer, tmp_path):
@@ -279,10 +315,14 @@ def test_too_little_text_is_said_or_refused(tokenizer, tmp_path):
     console = QuietConsole()
     artifact = prepared(recipe_of(few, rows=500), tokenizer, tmp_path / "r", console)
     rows = artifact.manifest["results"]["rows"]
-    assert f"data/x: {rows} rows of the 500 that the recipe reads; they will be read more than once." in console.lines
+    assert (
+        f"data/x: {rows} rows of the 500 that the recipe reads; they will be read more than once."
+        in console.lines
+    )
     none = {"path": write(tmp_path / "none.jsonl", ["", "sun", None])}
     with pytest.raises(
-        UserError, match=r"data.domains.x: its documents fill 1 rows .* of 3 documents 2 empty left out"
+        UserError,
+        match=r"data.domains.x: its documents fill 1 rows .* of 3 documents 2 empty left out",
     ):
         prepared(recipe_of(none), tokenizer, tmp_path / "n")
 
@@ -296,7 +336,9 @@ def test_one_process_prepares_and_the_other_waits(tokenizer, tmp_path):
     (tmp_path / "training").mkdir()
     with (tmp_path / "training" / "data-x.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=prepare_domain, args=(recipe, run, "x", tokenizer, console))
+        waiting = threading.Thread(
+            target=prepare_domain, args=(recipe, run, "x", tokenizer, console)
+        )
         waiting.start()
         while not console.lines:
             time.sleep(0.01)
@@ -325,7 +367,9 @@ def test_workers_are_as_many_as_the_text_and_the_machine_call_for(tokenizer, tmp
 
     def workers(rows, **data):
         recipe = recipe_of({"generator": "math", "documents": 1}, rows=rows, **data)
-        return preparation.Preparation(recipe, "x", rows, tokenizer, tmp_path, QuietConsole()).workers()
+        return preparation.Preparation(
+            recipe, "x", rows, tokenizer, tmp_path, QuietConsole()
+        ).workers()
 
     assert workers(1000) == 0
     assert workers(10_000_000) == preparation.MOST_WORKERS

@@ -63,7 +63,10 @@ def test_any_stretch_is_the_same_read_alone_or_in_passing(weights, start, seed):
     first = start // 8
     rows = [passing.rows(step, 8) for step in range(first, first + 300)]
     for n in (299, 0, 150):
-        assert RowSchedule(domains, mixture, seed, start + 4 * int(BLOCK)).rows(first + n, 8) == rows[n]
+        assert (
+            RowSchedule(domains, mixture, seed, start + 4 * int(BLOCK)).rows(first + n, 8)
+            == rows[n]
+        )
     assert [row for step in rows for row in step] == [
         row for step in range(2 * first, 2 * first + 600) for row in passing.rows(step, 4)
     ]
@@ -95,14 +98,18 @@ def test_schedules_in_turn_read_what_the_ones_before_did_not(weights, totals):
         drawn = schedule.drawn()
     assert len(set(read)) == len(read)
     counts = Counter(name for name, _ in read)
-    assert drawn == {"other": 3} | {name: counts[name] for name, weight in mixture.items() if weight > 0}
+    assert drawn == {"other": 3} | {
+        name: counts[name] for name, weight in mixture.items() if weight > 0
+    }
 
 
 def test_twenty_billion_tokens_cost_no_time_and_little_memory():
     total = 20_000_000_000 // 4096
     tracemalloc.start()
     started = time.process_time()
-    schedule = RowSchedule({n: Rows(total // 4) for n in "abcd"}, dict.fromkeys("abcd", 1.0), 0, total)
+    schedule = RowSchedule(
+        {n: Rows(total // 4) for n in "abcd"}, dict.fromkeys("abcd", 1.0), 0, total
+    )
     made = time.process_time() - started
     schedule.rows(0, 64)
     schedule.rows(total // 64 - 1, 64)
@@ -115,7 +122,10 @@ def test_twenty_billion_tokens_cost_no_time_and_little_memory():
 @pytest.fixture
 def rows(tmp_path):
     rng = np.random.default_rng(0)
-    documents = [Tokens.of(rng.integers(3, 97, n).tolist(), [m > 1 for m in range(n)]) for n in rng.integers(3, 40, 90)]
+    documents = [
+        Tokens.of(rng.integers(3, 97, n).tolist(), [m > 1 for m in range(n)])
+        for n in rng.integers(3, 40, 90)
+    ]
     write_rows(tmp_path, pack(documents, 32, 0), context=32, vocabulary=97)
     return lambda *settings: DomainRows("a", Artifact(tmp_path, {}), *settings)
 
@@ -133,7 +143,8 @@ def test_validation_rows_lie_evenly_over_the_domain(validation, rows):
 
 
 @pytest.mark.parametrize(
-    ("validation", "span", "limit"), [(3, 20, 12), (3, 20, 40), (5, 5, 6), (4, 9, 999), (4, 999, 30)]
+    ("validation", "span", "limit"),
+    [(3, 20, 12), (3, 20, 40), (5, 5, 6), (4, 9, 999), (4, 999, 30)],
 )
 def test_fewer_rows_are_the_first_of_more(validation, span, limit, rows):
     every, some = rows(validation, span), rows(validation, span, limit)
@@ -144,7 +155,8 @@ def test_fewer_rows_are_the_first_of_more(validation, span, limit, rows):
         assert (some.row(n).ids == every.row(n).ids).all()
     on_disk = rows(0)
     places = [
-        next(n for n in range(stored) if (on_disk.row(n).ids == some.row(i).ids).all()) for i in range(validation)
+        next(n for n in range(stored) if (on_disk.row(n).ids == some.row(i).ids).all())
+        for i in range(validation)
     ]
     assert sorted(places) == [n * min(span, stored) // validation for n in range(validation)]
 
@@ -166,13 +178,21 @@ def test_batches_are_rows_with_positions_per_document(rows):
 
 
 def needed(domain, *overrides):
-    settings = ["data.validation_rows=5", "align.batch=16", "distill.batch=16", "distill.warmup_steps=0", *overrides]
+    settings = [
+        "data.validation_rows=5",
+        "align.batch=16",
+        "distill.batch=16",
+        "distill.warmup_steps=0",
+        *overrides,
+    ]
     return rows_needed(load_recipe(ROOT / "recipes" / "quickstart.yaml", settings), domain)
 
 
 def test_rows_are_needed_for_the_longest_use_in_whole_steps():
     math = "distill.experts={e: {phases: [{domain: math, tokens: 600_000}]}}"
-    assert needed("math", "align.tokens=60_000", math) == 147 * 16 + 5  # 600,000 tokens are 146.5 steps of 16 x 256
+    assert (
+        needed("math", "align.tokens=60_000", math) == 147 * 16 + 5
+    )  # 600,000 tokens are 146.5 steps of 16 x 256
     both = "distill.experts={e: {phases: [{domain: math, tokens: 600_000}, {domain: math, tokens: 4096}]}}"
     assert needed("math", "align.tokens=60_000", both) == 148 * 16 + 5
     chat = ["align.tokens=409_600", "align.domains={math: 3.0, chat: 1.0}"]
@@ -209,10 +229,16 @@ GOLDEN = {
         "cd19ad96c86532a8600848a5fcbcc290",
     ),
     "prompt and response": (
-        [{"prompt": "Sort: fog sun", "response": "fog sun"}, {"prompt": ASKED + ASKED[:1], "response": "sun"}],
+        [
+            {"prompt": "Sort: fog sun", "response": "fog sun"},
+            {"prompt": ASKED + ASKED[:1], "response": "sun"},
+        ],
         "10a1ac50a227808ab6119f8d2060e33c",
     ),
-    "messages": ([{"messages": ASKED}, {"messages": ASKED * 2}], "98318231f1a994fe001eee790fd50314"),
+    "messages": (
+        [{"messages": ASKED}, {"messages": ASKED * 2}],
+        "98318231f1a994fe001eee790fd50314",
+    ),
 }
 
 
@@ -228,8 +254,12 @@ def test_rows_keep_their_meaning_or_their_format_is_raised(style):
     tokenizer = DocumentTokenizer(AutoTokenizer.from_pretrained(TEACHER))
     tokens = ChunkTokenizer(tokenizer, 32, "split")(Chunk(documents, "data", "golden", 0))
     rows = pack([piece for document in tokens for piece in document.pieces(32)], 32, 0)
-    content = [[row.ids.tolist(), row.supervised.tolist(), row.segment_ids.tolist()] for row in rows]
-    assert digest(content) == expected, f"{style}: rows have changed; raise data.ROWS_FORMAT and take the new hash."
+    content = [
+        [row.ids.tolist(), row.supervised.tolist(), row.segment_ids.tolist()] for row in rows
+    ]
+    assert digest(content) == expected, (
+        f"{style}: rows have changed; raise data.ROWS_FORMAT and take the new hash."
+    )
 
 
 def test_the_measurement_measures(capsys):

@@ -36,7 +36,9 @@ def assert_same(row, expected):
     assert row.used == expected.used
 
 
-@pytest.mark.parametrize("vocabulary", [2**16, 2**16 + 1, 2**20], ids=["2 bytes", "just 4 bytes", "4 bytes"])
+@pytest.mark.parametrize(
+    "vocabulary", [2**16, 2**16 + 1, 2**20], ids=["2 bytes", "just 4 bytes", "4 bytes"]
+)
 @pytest.mark.parametrize("context", [1, 7, 64, 129])
 def test_rows_come_back_from_several_shards(context, vocabulary, tmp_path):
     rows = random_rows(50, context, vocabulary)
@@ -109,7 +111,9 @@ def test_a_damaged_file_names_itself(damage, tmp_path):
     else:
         (tmp_path / INDEX_FILE).write_text("{")
     name = INDEX_FILE if damage == "index" else "rows-00000.arrow"
-    with pytest.raises(RunError, match=rf"{name}: cannot be read .* run the command again to make it anew") as caught:
+    with pytest.raises(
+        RunError, match=rf"{name}: cannot be read .* run the command again to make it anew"
+    ) as caught:
         ShardReader(tmp_path).row(0)
     assert "\n" not in str(caught.value)
 

@@ -89,7 +89,9 @@ def test_each_format_is_read_and_goes_on_from_any_chunk(form, tmp_path):
 def test_files_are_read_in_a_seeded_order_and_positions_hold_across_them(form, tmp_path):
     for n in range(6):
         part = datasets.Dataset.from_list([{"text": f"{n}-{m}"} for m in range(70)])
-        part.to_parquet(tmp_path / f"{n}.parquet") if form == "parquet" else part.to_json(tmp_path / f"{n}.jsonl")
+        part.to_parquet(tmp_path / f"{n}.parquet") if form == "parquet" else part.to_json(
+            tmp_path / f"{n}.jsonl"
+        )
     source = Source(path=str(tmp_path))
     found = chunks(source)
     whole = texts(found)
@@ -135,7 +137,9 @@ class TestHub:
 
         def builder(path, name=None, **options):
             calls.append((path, name, options))
-            return SimpleNamespace(config=SimpleNamespace(data_files=None), as_streaming_dataset=stream)
+            return SimpleNamespace(
+                config=SimpleNamespace(data_files=None), as_streaming_dataset=stream
+            )
 
         monkeypatch.setattr(datasets, "load_dataset", load)
         monkeypatch.setattr(datasets, "load_dataset_builder", builder)
@@ -174,11 +178,15 @@ class TestHub:
         assert texts(found) == [r["text"] for r in RECORDS]
 
     def test_a_split_that_is_not_there_is_one_line(self, asked):
-        with pytest.raises(UserError, match=r"sources\[0\].path: 'owner/name': .* Bad split: test. Available"):
+        with pytest.raises(
+            UserError, match=r"sources\[0\].path: 'owner/name': .* Bad split: test. Available"
+        ):
             chunks(Source(path="owner/name", split="test"))
 
     def test_data_that_cannot_be_reached_is_one_line(self):
-        with pytest.raises(UserError, match=r"sources\[0\].path: 'owner/name': .*cannot be read") as caught:
+        with pytest.raises(
+            UserError, match=r"sources\[0\].path: 'owner/name': .*cannot be read"
+        ) as caught:
             chunks(Source(path="owner/name"))
         assert "\n" not in str(caught.value)
 
@@ -188,12 +196,15 @@ class TestHub:
             raise ConnectionError("reset by peer")
 
         data = datasets.IterableDataset.from_generator(stream)
-        builder = SimpleNamespace(config=SimpleNamespace(data_files=None), as_streaming_dataset=lambda split: data)
+        builder = SimpleNamespace(
+            config=SimpleNamespace(data_files=None), as_streaming_dataset=lambda split: data
+        )
         monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
         reader = SourceReader(Source(path="owner/name"), "f", 0).chunks(Position())
         next(reader)
         with pytest.raises(
-            RunError, match=r"f: 'owner/name'.* stopped at record 65 or one soon after it: reset by peer"
+            RunError,
+            match=r"f: 'owner/name'.* stopped at record 65 or one soon after it: reset by peer",
         ):
             list(reader)
 
@@ -206,13 +217,19 @@ class TestHub:
         assert sorted(texts(found)) == sorted([r["text"] for r in RECORDS] + ["last"])
         for n, (position, _) in enumerate(found):
             assert texts(chunks(source, position)) == texts(found[n:])
-        assert texts(chunks(source.model_copy(update={"split": "test"}))) == [r["text"] for r in RECORDS[:100]]
-        with pytest.raises(UserError, match=r"Bad split: dev. Available splits: \['train', 'test'\]"):
+        assert texts(chunks(source.model_copy(update={"split": "test"}))) == [
+            r["text"] for r in RECORDS[:100]
+        ]
+        with pytest.raises(
+            UserError, match=r"Bad split: dev. Available splits: \['train', 'test'\]"
+        ):
             chunks(source.model_copy(update={"split": "dev"}))
 
     def test_a_bad_line_of_hub_data_is_named_and_is_no_broken_connection(self, served):
         source = served("jsonl", lines(*RECORDS) + b'{"text": "cut')
-        with pytest.raises(UserError, match=r"'owner/name', .*0.jsonl: line 151 cannot be read: Unterminated"):
+        with pytest.raises(
+            UserError, match=r"'owner/name', .*0.jsonl: line 151 cannot be read: Unterminated"
+        ):
             chunks(source)
 
     def test_csv_values_are_texts(self, served):
@@ -229,7 +246,11 @@ class TestHub:
 @pytest.mark.parametrize(
     ("records", "columns", "message"),
     [
-        ([{"body": "x"}], {}, r"data.domains.x.sources\[0\]: .* none of the columns .*; it has body\."),
+        (
+            [{"body": "x"}],
+            {},
+            r"data.domains.x.sources\[0\]: .* none of the columns .*; it has body\.",
+        ),
         (
             [{"text": "x"}],
             {"text": "body"},
@@ -256,7 +277,9 @@ def test_a_column_that_a_later_file_lacks_is_named(tmp_path):
 def test_unreadable_files_name_themselves_and_the_place(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n' * 5 + '{"text": oops}\n' + '{"text": "a"}\n')
-    with pytest.raises(UserError, match=r"sources\[0\].path: .*bad.jsonl: line 6 cannot be read: Expecting value"):
+    with pytest.raises(
+        UserError, match=r"sources\[0\].path: .*bad.jsonl: line 6 cannot be read: Expecting value"
+    ):
         chunks(Source(path=str(bad)))
     cut = tmp_path / "cut.parquet"
     datasets.Dataset.from_list(RECORDS).to_parquet(cut)
@@ -275,17 +298,28 @@ def test_folders_must_hold_data_of_one_format(tmp_path):
         chunks(Source(path=str(tmp_path)))
     write(tmp_path / "a.jsonl", RECORDS)
     (tmp_path / "README.txt").write_text("read me\n")
-    with pytest.raises(UserError, match=r"files of several formats \(1 text, 1 json\); name a folder with one"):
+    with pytest.raises(
+        UserError, match=r"files of several formats \(1 text, 1 json\); name a folder with one"
+    ):
         chunks(Source(path=str(tmp_path)))
 
 
 def test_splits_are_taken_from_saved_data_and_refused_elsewhere(tmp_path):
-    splits = {"train": datasets.Dataset.from_list(RECORDS[:2]), "test": datasets.Dataset.from_list(RECORDS[2:5])}
+    splits = {
+        "train": datasets.Dataset.from_list(RECORDS[:2]),
+        "test": datasets.Dataset.from_list(RECORDS[2:5]),
+    }
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
-    assert texts(chunks(Source(path=str(tmp_path / "both"), split="test"))) == [r["text"] for r in RECORDS[2:5]]
-    with pytest.raises(UserError, match=r"sources\[0\].split: .* has no split 'dev'; it has train, test"):
+    assert texts(chunks(Source(path=str(tmp_path / "both"), split="test"))) == [
+        r["text"] for r in RECORDS[2:5]
+    ]
+    with pytest.raises(
+        UserError, match=r"sources\[0\].split: .* has no split 'dev'; it has train, test"
+    ):
         chunks(Source(path=str(tmp_path / "both"), split="dev"))
-    with pytest.raises(UserError, match=r"sources\[0\].split: 'test' does not apply, plain files have no splits"):
+    with pytest.raises(
+        UserError, match=r"sources\[0\].split: 'test' does not apply, plain files have no splits"
+    ):
         chunks(Source(path=write(tmp_path / "d.jsonl", RECORDS), split="test"))
 
 
@@ -313,13 +347,20 @@ LONG = "x" * 1000
 )
 def test_json_records_may_differ_after_any_number_of_bytes(first, last, tmp_path):
     path = tmp_path / "d.jsonl"
-    path.write_bytes(lines(first) * 11_000 + lines(last))  # beyond the 10 MB by which `datasets` fixes a schema
+    path.write_bytes(
+        lines(first) * 11_000 + lines(last)
+    )  # beyond the 10 MB by which `datasets` fixes a schema
     found = texts(chunks(Source(path=str(path))))
     assert (len(found), found[0], found[-1]) == (11_001, first["text"], "b")
 
 
 def test_json_values_are_taken_as_they_are(tmp_path):
-    records = [{"text": "2024-01-31"}, {"text": 5}, {"other": 1}, {"text": "a\u2028b \ud83d\ude00 \ud83d"}]
+    records = [
+        {"text": "2024-01-31"},
+        {"text": 5},
+        {"other": 1},
+        {"text": "a\u2028b \ud83d\ude00 \ud83d"},
+    ]
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + lines(*records).replace(b"\n", b"\n\n"))
     assert texts(chunks(Source(path=str(path)))) == ["2024-01-31", 5, None, "a\u2028b \U0001f600 ?"]
@@ -337,8 +378,14 @@ def test_a_list_in_json_may_hold_texts_and_lie_on_many_lines(tmp_path):
     ("content", "message"),
     [
         (b'\n{"text": "a"}\n\n{"text": oops}\n', r"d.json: line 4 cannot be read: Expecting value"),
-        (b'{\n "text": "a"\n}\n', r"line 1 cannot be read: .*one object per line, or one list of them"),
-        (b'{"text": "a"}\n5\n', r"line 2 cannot be read: it is int; an object with columns is needed"),
+        (
+            b'{\n "text": "a"\n}\n',
+            r"line 1 cannot be read: .*one object per line, or one list of them",
+        ),
+        (
+            b'{"text": "a"}\n5\n',
+            r"line 2 cannot be read: it is int; an object with columns is needed",
+        ),
         (b'[{"text": "a"}, null]', r"record 2 cannot be read: it is NoneType; an object"),
         (b'[{"text": "a"}, ', r"its list cannot be read: Expecting value"),
         (b'{"text": "gr\xf6n"}\n', r"line 1 cannot be read: 'utf-8' codec can't decode"),
@@ -360,7 +407,9 @@ def test_whatever_a_reader_raises_names_the_file_and_the_place(error, tmp_path, 
         raise error
 
     monkeypatch.setattr(sources, "dataset_reader", lambda load: batches)
-    with pytest.raises(UserError, match=r"d.parquet: record 65 or one soon after it cannot be read: ") as caught:
+    with pytest.raises(
+        UserError, match=r"d.parquet: record 65 or one soon after it cannot be read: "
+    ) as caught:
         chunks(Source(path=saved_as("parquet", tmp_path)))
     assert "\n" not in str(caught.value)
 
@@ -387,10 +436,15 @@ def test_what_a_document_of_a_text_file_is_can_be_chosen(tmp_path):
     (tmp_path / "d.txt").write_text("one\ntwo\n\nthree\n")
     source = {"path": str(tmp_path)}
     assert texts(chunks(Source(**source))) == ["one", "two", "", "three"]
-    assert [t.strip() for t in texts(chunks(Source(**source, sample_by="paragraph")))] == ["one\ntwo", "three"]
+    assert [t.strip() for t in texts(chunks(Source(**source, sample_by="paragraph")))] == [
+        "one\ntwo",
+        "three",
+    ]
     assert texts(chunks(Source(**source, sample_by="document"))) == ["one\ntwo\n\nthree\n"]
     path = write(tmp_path / "d.jsonl", RECORDS)
-    with pytest.raises(UserError, match=r"sources\[0\].sample_by: does not apply to json files; leave it out"):
+    with pytest.raises(
+        UserError, match=r"sources\[0\].sample_by: does not apply to json files; leave it out"
+    ):
         chunks(Source(path=path, sample_by="document"))
 
 

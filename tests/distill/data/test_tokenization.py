@@ -166,14 +166,19 @@ def test_prompts_without_a_template_are_put_before_their_responses(with_template
 def test_prompts_become_chats_where_there_is_a_template(with_template):
     tokenize = with_template(QWEN25)
     plain, listed = tokenize(
-        [{"prompt": "ask", "response": "tell"}, {"prompt": [{"role": "user", "content": "ask"}], "response": "tell"}]
+        [
+            {"prompt": "ask", "response": "tell"},
+            {"prompt": [{"role": "user", "content": "ask"}], "response": "tell"},
+        ]
     )
     assert supervised(tokenize.tokenizer, plain) == "tell<|im_end|>"
     assert plain.ids.tolist() == listed.ids.tolist()
 
 
 def fitted(tokenize, policy, documents, context=6):
-    return ChunkTokenizer(tokenize, context, policy)(Chunk(documents, "data.domains.x.sources[0]", "d.jsonl", 40))
+    return ChunkTokenizer(tokenize, context, policy)(
+        Chunk(documents, "data.domains.x.sources[0]", "d.jsonl", 40)
+    )
 
 
 def test_each_policy_for_long_documents(with_template):
@@ -187,9 +192,7 @@ def test_each_policy_for_long_documents(with_template):
         short, long = fitted(tokenize, policy, documents)
         assert short.outcome is Outcome.KEPT
         assert (long.outcome, long.ids.tolist()) == (outcome, kept)
-    message = (
-        rf"sources\[0\]: record 42 of d.jsonl has {len(whole[1])} tokens, more than data.context \(6\), and .*'error'"
-    )
+    message = rf"sources\[0\]: record 42 of d.jsonl has {len(whole[1])} tokens, more than data.context \(6\), and .*'error'"
     with pytest.raises(UserError, match=message):
         fitted(tokenize, "error", documents)
     assert fitted(tokenize, "error", documents[:1])[0].ids.tolist() == whole[0]
@@ -208,7 +211,9 @@ def test_of_a_prompt_with_answers_only_the_response_is_supervised(tagged, with_t
     one, two, whole = *tokenize(
         [{"prompt": TALK, "response": "e"}, {"prompt": TALK[:3], "response": "e"}]
     ), tokenize([{"messages": [*TALK, *response]}])[0]  # fmt: skip
-    assert supervised(tokenize.tokenizer, one) == supervised(tokenize.tokenizer, two) == "e<|im_end|>"
+    assert (
+        supervised(tokenize.tokenizer, one) == supervised(tokenize.tokenizer, two) == "e<|im_end|>"
+    )
     assert one.ids.tolist() == whole.ids.tolist()
     assert supervised(tokenize.tokenizer, whole) == "b<|im_end|>c<|im_end|>e<|im_end|>"
 
@@ -221,11 +226,22 @@ def test_a_system_column_stands_before_the_prompt(with_template):
         {"system": "be brief", "prompt": TALK[:1], "response": "tell"},
     ]
     one, none, listed = fitted(tokenize, "error", documents, 512)
-    assert text(tokenize.tokenizer, one).startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nask")
-    assert text(tokenize.tokenizer, none).startswith("<|im_start|>system\nYou are helpful.<|im_end|>")
-    assert text(tokenize.tokenizer, listed).startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na")
-    assert all(supervised(tokenize.tokenizer, tokens) == "tell<|im_end|>" for tokens in (one, none, listed))
-    with pytest.raises(UserError, match=r"record 41 of d\.jsonl: its prompt begins with a system message; leave out"):
+    assert text(tokenize.tokenizer, one).startswith(
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nask"
+    )
+    assert text(tokenize.tokenizer, none).startswith(
+        "<|im_start|>system\nYou are helpful.<|im_end|>"
+    )
+    assert text(tokenize.tokenizer, listed).startswith(
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na"
+    )
+    assert all(
+        supervised(tokenize.tokenizer, tokens) == "tell<|im_end|>" for tokens in (one, none, listed)
+    )
+    with pytest.raises(
+        UserError,
+        match=r"record 41 of d\.jsonl: its prompt begins with a system message; leave out",
+    ):
         fitted(tokenize, "error", [{"system": "be brief", "prompt": CHAT[:2], "response": "tell"}])
     with pytest.raises(UserError, match="no chat template, which chats need"):
         fitted(with_template(None), "error", documents[:1])
@@ -240,7 +256,10 @@ def test_keys_without_a_value_do_not_reach_the_template(nothing, with_template):
     tokenize = with_template(template)
     chat = [{**message, "tool_calls": nothing, "name": None} for message in CHAT]
     for tokens, again in (
-        (fitted(tokenize, "error", [{"messages": chat}], 512), fitted(tokenize, "error", [{"messages": CHAT}], 512)),
+        (
+            fitted(tokenize, "error", [{"messages": chat}], 512),
+            fitted(tokenize, "error", [{"messages": CHAT}], 512),
+        ),
         (
             fitted(tokenize, "error", [{"prompt": chat[:2], "response": "x"}], 512),
             fitted(tokenize, "error", [{"prompt": CHAT[:2], "response": "x"}], 512),
@@ -266,20 +285,31 @@ def test_an_answer_without_content_is_an_empty_document_unless_it_calls_a_tool(w
     ask = {"role": "user", "content": "ask"}
     for content in (None, "", []):
         answer = {"role": "assistant", "content": content}
-        assert fitted(tokenize, "error", [{"messages": [ask, answer]}], 512)[0].outcome is Outcome.EMPTY
+        assert (
+            fitted(tokenize, "error", [{"messages": [ask, answer]}], 512)[0].outcome
+            is Outcome.EMPTY
+        )
         calling = {**answer, "tool_calls": [{"name": "f"}]}
         (tokens,) = fitted(tokenize, "error", [{"messages": [ask, calling]}], 512)
         assert text(tokenize.tokenizer, tokens) == "user:ask|assistant:calls f|"
-    (tokens,) = fitted(tokenize, "error", [{"messages": [{"role": "user", "content": None}, CHAT[2]]}], 512)
+    (tokens,) = fitted(
+        tokenize, "error", [{"messages": [{"role": "user", "content": None}, CHAT[2]]}], 512
+    )
     assert tokens.outcome is Outcome.EMPTY
 
 
 def test_what_has_nothing_to_train_on_is_told_apart(with_template):
     tokenize = with_template(QWEN25)
-    outcomes = [t.outcome for t in fitted(tokenize, "split", [{"messages": []}, {"messages": CHAT[:2]}], 512)]
+    outcomes = [
+        t.outcome
+        for t in fitted(tokenize, "split", [{"messages": []}, {"messages": CHAT[:2]}], 512)
+    ]
     assert outcomes == [Outcome.EMPTY, Outcome.UNSUPERVISED]
     plain = with_template(None)
-    outcomes = [t.outcome for t in fitted(plain, "split", [{"text": None}, {"text": ""}, {"text": "a"}], 512)]
+    outcomes = [
+        t.outcome
+        for t in fitted(plain, "split", [{"text": None}, {"text": ""}, {"text": "a"}], 512)
+    ]
     assert outcomes == [Outcome.EMPTY, Outcome.EMPTY, Outcome.KEPT]
 
 
@@ -287,18 +317,33 @@ def test_what_has_nothing_to_train_on_is_told_apart(with_template):
     ("document", "message"),
     [
         ({"text": 5}, "record 42 of d.jsonl: its text is int; text is needed"),
-        ({"prompt": "a", "response": ["b"]}, "record 42 of d.jsonl: its response is list; text is needed"),
-        ({"messages": "hi"}, "record 42 of d.jsonl: its messages must be a list of messages with 'role'"),
-        ({"messages": [{"role": None, "content": "b"}]}, "record 42 .* must be a list of messages with 'role'"),
+        (
+            {"prompt": "a", "response": ["b"]},
+            "record 42 of d.jsonl: its response is list; text is needed",
+        ),
+        (
+            {"messages": "hi"},
+            "record 42 of d.jsonl: its messages must be a list of messages with 'role'",
+        ),
+        (
+            {"messages": [{"role": None, "content": "b"}]},
+            "record 42 .* must be a list of messages with 'role'",
+        ),
         (
             {"messages": [CHAT[1], {"role": "assistant", "content": 5}]},
             "record 42 of d.jsonl: its messages has a content in message 2 that is int; text, or a list of parts of",
         ),
         (
-            {"prompt": [{"role": "user", "content": [{"type": "image", "text": None}]}], "response": "b"},
+            {
+                "prompt": [{"role": "user", "content": [{"type": "image", "text": None}]}],
+                "response": "b",
+            },
             "record 42 of d.jsonl: its prompt has a content in message 1 that has a part of type 'image'; text, or",
         ),
-        ({"messages": [{"from": "a", "value": "b"}]}, "record 42 .* must be a list of messages with 'role'"),
+        (
+            {"messages": [{"from": "a", "value": "b"}]},
+            "record 42 .* must be a list of messages with 'role'",
+        ),
     ],
 )
 def test_wrong_types_name_the_record(document, message, with_template):

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from xlstm_distill.embedded import DOMAINS, documents
 from xlstm_distill.embedded.items import files
@@ -40,7 +45,9 @@ def questions(document: dict) -> list[tuple[str, str]]:
     """Return the conversation's (question, answer) pairs as evaluation would ask them, the table before each."""
     texts = [message["content"] for message in document["messages"]]
     table = texts[0][: texts[0].rfind("\n") + 1] if document["task"] in RECALL else ""
-    return [(table + q.removeprefix(table), a) for q, a in zip(texts[::2], texts[1::2], strict=True)]
+    return [
+        (table + q.removeprefix(table), a) for q, a in zip(texts[::2], texts[1::2], strict=True)
+    ]
 
 
 def solve(prompt: str) -> str | None:
@@ -54,23 +61,44 @@ def solve(prompt: str) -> str | None:
     if prompt.startswith("Largest of"):
         return max(re.findall(r"\d+", prompt), key=int)
     if found := re.fullmatch(r"Convert (\d+) (\w+) to (\w+)\.", prompt):
-        size = {"km": 10**6, "hm": 10**5, "m": 1000, "dm": 100, "cm": 10, "mm": 1, "kg": 10**6, "g": 1000, "mg": 1}
+        size = {
+            "km": 10**6,
+            "hm": 10**5,
+            "m": 1000,
+            "dm": 100,
+            "cm": 10,
+            "mm": 1,
+            "kg": 10**6,
+            "g": 1000,
+            "mg": 1,
+        }
         return str(int(found[1]) * size[found[2]] // size[found[3]])
     if found := re.fullmatch(r"(?:How many |What is in |Gift for |echo \$)(\w+)[?;]", lines[-1]):
-        return next(line for line in lines if re.match(rf"{found[1]}\b", line)).replace("=", " ").split()[-1]
+        return (
+            next(line for line in lines if re.match(rf"{found[1]}\b", line))
+            .replace("=", " ")
+            .split()[-1]
+        )
     if prompt.startswith("print(") or "=" in lines[0]:
         printed: list[str] = []
         exec(prompt, {"print": lambda *values: printed.append(" ".join(map(str, values)))})
         return printed[0]
     if prompt.startswith(("Repeat: ", "Sort: ", "First word of: ", "Last word of: ")):
         order, words = prompt.split(": ")[0], prompt.split(": ")[1].split()
-        chosen = {"Repeat": words, "Sort": sorted(words), "First word of": words[:1], "Last word of": words[-1:]}
+        chosen = {
+            "Repeat": words,
+            "Sort": sorted(words),
+            "First word of": words[:1],
+            "Last word of": words[-1:],
+        }
         return " ".join(chosen[order])
     return None
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_documents_are_deterministic_short_and_alternate(domain: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_documents_are_deterministic_short_and_alternate(
+    domain: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
     first, again, other = (list(documents(domain, 300, seed)) for seed in (3, 3, 4))
     assert first == again != other
     for document in first:
@@ -84,7 +112,9 @@ def test_documents_are_deterministic_short_and_alternate(domain: str, tokenizer:
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_no_training_conversation_asks_an_evaluated_item(domain: str) -> None:
     evaluated = {item.prompt for task in TASKS.values() for item in held_out_items(task, 100)}
-    asked = {question for document in documents(domain, 1500, 0) for question, _ in questions(document)}
+    asked = {
+        question for document in documents(domain, 1500, 0) for question, _ in questions(document)
+    }
     assert asked
     assert not asked & evaluated
 
@@ -157,7 +187,9 @@ def test_template_marks_answers_and_their_end(tokenizer: PreTrainedTokenizerFast
         {"role": "user", "content": "Compute 10+20."},
         {"role": "assistant", "content": "30"},
     ]
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    encoded = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "3<|end|>30<|end|>"
     assert ids[0] == tokenizer.bos_token_id
@@ -172,7 +204,9 @@ def test_packed_rows_equal_separate_documents(tokenizer: PreTrainedTokenizerFast
     model = build(SMALL, tokenizer).eval()
     batch = next(take(tokenizer, 1, rows=2, length=256, seed=0))
     with torch.no_grad():
-        packed = model(batch.input_ids, attention_mask=batch.mask(), position_ids=batch.position_ids).logits
+        packed = model(
+            batch.input_ids, attention_mask=batch.mask(), position_ids=batch.position_ids
+        ).logits
         for number in range(int(batch.segment_ids[0].max()) + 1):
             at = batch.segment_ids[0] == number
             alone = model(batch.input_ids[:1, at]).logits
@@ -183,7 +217,9 @@ def test_packed_rows_equal_separate_documents(tokenizer: PreTrainedTokenizerFast
 def test_loss_weights_agree_with_the_template_mask(tokenizer: PreTrainedTokenizerFast) -> None:
     batch = next(take(tokenizer, 1, rows=1, length=256, seed=0))
     document = next(documents("math", 512, 0))
-    mask = tokenizer.apply_chat_template(document["messages"], return_dict=True, return_assistant_tokens_mask=True)
+    mask = tokenizer.apply_chat_template(
+        document["messages"], return_dict=True, return_assistant_tokens_mask=True
+    )
     weights = batch.weights[0, : len(mask["input_ids"])]
     assert (weights == 1.0).long().tolist() == mask["assistant_masks"]
 
@@ -206,7 +242,9 @@ def test_induction_is_there_before_training(tokenizer: PreTrainedTokenizerFast) 
     assert min(looks(induction=True)) > 0.5
 
 
-def test_training_is_deterministic_and_learns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_training_is_deterministic_and_learns(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     def losses() -> list[float]:
         model, curve = build(SMALL, tokenizer), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -244,19 +282,27 @@ def test_committed_checkpoint_has_the_right_shape(teacher: LlamaForCausalLM) -> 
     assert set(log["held_out_accuracy"]) == set(TASKS)
 
 
-def test_teacher_answers_most_tasks(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_teacher_answers_most_tasks(
+    teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     scores = accuracies(teacher, tokenizer, count=25)
     assert sum(score >= 0.8 for score in scores.values()) >= 12, scores
     for domain in DOMAINS:
-        assert sum(scores[n] >= 0.8 for n, task in TASKS.items() if task.domain == domain) >= 2, scores
+        assert sum(scores[n] >= 0.8 for n, task in TASKS.items() if task.domain == domain) >= 2, (
+            scores
+        )
 
 
-def test_a_window_alone_fails_at_recall(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_window_alone_fails_at_recall(
+    teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     scores = accuracies(teacher, tokenizer, count=25, tasks=RECALL, window=32, sinks=4)
     assert max(scores.values()) <= 0.3, scores
 
 
-def test_scoring_without_cache_equals_generate(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_scoring_without_cache_equals_generate(
+    teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     items = [item for name in ("add", "copy", "stock") for item in held_out_items(TASKS[name], 2)]
     for item, mine in zip(items, answers(teacher, tokenizer, items), strict=True):
         message = [{"role": "user", "content": item.prompt}]

@@ -14,7 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch, next_token_labels
 from xlstm_distill.errors import UserError
-from xlstm_distill.losses.fused import FusedHead, chunk_rows, fuse_head, linear_distill_loss, targets_from_hidden
+from xlstm_distill.losses.fused import (
+    FusedHead,
+    chunk_rows,
+    fuse_head,
+    linear_distill_loss,
+    targets_from_hidden,
+)
 from xlstm_distill.losses.plain import distill_loss, sparse_kl
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets.providers import OnlineTargets, kept_logits
@@ -31,17 +37,25 @@ def problem(tokens=50, vocabulary=301, width=16, top_k=24, bias=True, padded=Fal
     hidden = torch.randn(tokens, width, generator=generator)
     weight = torch.randn(vocabulary, width, generator=generator) * 0.5
     labels = torch.randint(vocabulary, (tokens,), generator=generator)
-    targets = SparseTargets.from_logits(3 * torch.randn(tokens, vocabulary, generator=generator), top_k)
+    targets = SparseTargets.from_logits(
+        3 * torch.randn(tokens, vocabulary, generator=generator), top_k
+    )
     if padded:
         blank = torch.rand(targets.ids.shape, generator=generator) < 0.5
         blank[:, 0] = False
         targets = blanked(targets, blank)
-    return [hidden, weight, torch.randn(vocabulary, generator=generator) if bias else None], labels, targets
+    return (
+        [hidden, weight, torch.randn(vocabulary, generator=generator) if bias else None],
+        labels,
+        targets,
+    )
 
 
 def blanked(targets, blank):
     return SparseTargets(
-        targets.ids.masked_fill(blank, 0), targets.log_probs.masked_fill(blank, -math.inf), targets.tail
+        targets.ids.masked_fill(blank, 0),
+        targets.log_probs.masked_fill(blank, -math.inf),
+        targets.tail,
     )
 
 
@@ -67,7 +81,9 @@ def fused(hidden, weight, bias, labels, targets, chunk=None):
 
 def results(loss, leaves, *rest, dtype=torch.float32, scale=1.0):
     """Values and gradients by name; the loss is multiplied by `scale` before its backward pass."""
-    copies = [None if x is None else x.detach().to(dtype, copy=True).requires_grad_() for x in leaves]
+    copies = [
+        None if x is None else x.detach().to(dtype, copy=True).requires_grad_() for x in leaves
+    ]
     total, cross_entropy, kl = loss(*copies, *rest)
     (total * scale).backward()
     found = {"total": total, "cross_entropy": cross_entropy, "kl": kl}
@@ -112,7 +128,9 @@ def tail_formula(hidden, weight, bias, labels, targets):
         outside = torch.ones(len(weight), dtype=torch.bool)
         outside[kept] = False
         mine = torch.cat([log_q[row][kept], log_q[row][outside].logsumexp(0)[None]])
-        teacher = torch.cat([targets.log_probs[row][there].to(hidden).exp(), targets.tail[row].to(hidden)[None]])
+        teacher = torch.cat(
+            [targets.log_probs[row][there].to(hidden).exp(), targets.tail[row].to(hidden)[None]]
+        )
         teacher = teacher / teacher.sum()
         cross_entropy = cross_entropy - log_q[row, label]
         kl = kl + (teacher * (teacher.log() - mine)).sum()
@@ -133,7 +151,15 @@ def test_the_tail_as_one_outcome_equals_its_formula(chunk, padded):
 
     def in_chunks(hidden, weight, bias, labels, targets):
         total, parts = linear_distill_loss(
-            hidden, weight, bias, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True, chunk=chunk
+            hidden,
+            weight,
+            bias,
+            labels,
+            targets,
+            ce_weight=CE,
+            kl_weight=KL,
+            kl_tail=True,
+            chunk=chunk,
         )
         return total, parts.cross_entropy, parts.kl
 
@@ -147,7 +173,9 @@ def test_few_tokens_and_the_tail_see_what_renormalised_ones_do_not():
     generator = torch.Generator().manual_seed(0)
     teacher = 4 * torch.randn(64, 500, generator=generator)
     student = (teacher + torch.randn(64, 500, generator=generator)).requires_grad_()
-    full = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum")
+    full = F.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum"
+    )
     exact = torch.autograd.grad(full, student)[0].flatten()
     targets = SparseTargets.from_logits(teacher, 256).keep_mass(0.9)
     cosine = {}
@@ -160,11 +188,15 @@ def test_few_tokens_and_the_tail_see_what_renormalised_ones_do_not():
 
 def test_a_vocabulary_that_is_kept_whole_has_no_tail():
     leaves, labels, targets = problem(vocabulary=20, top_k=64)
-    _, parts = linear_distill_loss(*leaves, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True)
+    _, parts = linear_distill_loss(
+        *leaves, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True
+    )
     restricted = results(fused, leaves, labels, targets)
     assert float(parts.kl) == pytest.approx(float(restricted["kl"]), rel=1e-5)
     copies = [x.clone().requires_grad_() for x in leaves]
-    linear_distill_loss(*copies, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True)[0].backward()
+    linear_distill_loss(*copies, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True)[
+        0
+    ].backward()
     for name, leaf in zip(LEAVES, copies, strict=True):
         assert error_ratio(leaf.grad, restricted[f"d{name}"].double()) < 1e-5, name
 
@@ -175,8 +207,12 @@ def test_padded_entries_are_as_if_they_were_not_there():
         F.pad(targets.ids, (0, 5)), F.pad(targets.log_probs, (0, 5), value=-math.inf), targets.tail
     )  # fmt: skip
     logits = F.linear(*leaves)
-    torch.testing.assert_close(sparse_kl(logits, wide), sparse_kl(logits, targets), rtol=1e-6, atol=1e-7)
-    assert_close(results(fused, leaves, labels, wide), results(fused, leaves, labels, targets), 1e-6)
+    torch.testing.assert_close(
+        sparse_kl(logits, wide), sparse_kl(logits, targets), rtol=1e-6, atol=1e-7
+    )
+    assert_close(
+        results(fused, leaves, labels, wide), results(fused, leaves, labels, targets), 1e-6
+    )
 
 
 def test_large_logits_and_a_teacher_sure_of_its_token_stay_finite():
@@ -189,7 +225,9 @@ def test_large_logits_and_a_teacher_sure_of_its_token_stay_finite():
     actual = results(fused, leaves, labels, sure)
     assert actual["kl"] == 0
     for name in ("total", "dhidden", "dweight", "dbias"):
-        assert error_ratio(actual[name], expected[name]) < 1e-5, name  # rounding of logits of about 1000
+        assert error_ratio(actual[name], expected[name]) < 1e-5, (
+            name
+        )  # rounding of logits of about 1000
 
 
 @pytest.mark.parametrize("mass", [None, 0.9])
@@ -206,7 +244,9 @@ def test_a_student_sure_of_other_tokens_has_a_finite_loss_with_the_tail(mass):
         return total, parts.cross_entropy, parts.kl
 
     expected = results(tail_formula, leaves, labels, targets, dtype=torch.float64)
-    assert_close(results(tail, leaves, labels, targets), expected, 1e-5)  # rounding of logits of about 1000
+    assert_close(
+        results(tail, leaves, labels, targets), expected, 1e-5
+    )  # rounding of logits of about 1000
 
 
 def test_no_tokens_give_zero_and_zero_gradients():
@@ -291,7 +331,9 @@ def test_shapes_that_do_not_fit_are_named():
     (hidden, weight, bias), labels, targets = problem()
     with pytest.raises(ValueError, match=r"weight \(0,\): must be .*use FusedHead"):
         fused(hidden, torch.empty(0), bias, labels, targets)
-    with pytest.raises(ValueError, match=r"labels \(49,\), targets \(50, 24\): must be \(50,\) and \(50, k\)"):
+    with pytest.raises(
+        ValueError, match=r"labels \(49,\), targets \(50, 24\): must be \(50,\) and \(50, k\)"
+    ):
         fused(hidden, weight, bias, labels[1:], targets)
 
 
@@ -315,12 +357,16 @@ def packed_batch(vocabulary=97, context=48):
     supervised = torch.rand(2, context, generator=generator) < 0.5
     positions = (torch.arange(context) % 20).expand(2, -1).contiguous()
     labels = next_token_labels(ids, supervised, segments)
-    return Batch(ids, positions, segments, labels, torch.ones_like(supervised), (("a", 0), ("a", 1)))
+    return Batch(
+        ids, positions, segments, labels, torch.ones_like(supervised), (("a", 0), ("a", 1))
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
-def test_the_task_has_the_plain_formulas_loss_and_gradients(family, tied, tiny_teacher, monkeypatch):
+def test_the_task_has_the_plain_formulas_loss_and_gradients(
+    family, tied, tiny_teacher, monkeypatch
+):
     monkeypatch.setattr("xlstm_distill.losses.fused.CHUNK_BYTES", 4 * 97 * 10)
     teacher, batch = tiny_teacher(family, tie_word_embeddings=tied), packed_batch()
     plain = convert(teacher, MixerConfig(window=8, sinks=2)).double()
@@ -331,7 +377,10 @@ def test_the_task_has_the_plain_formulas_loss_and_gradients(family, tied, tiny_t
         targets = SparseTargets.from_logits(kept_logits(teacher, batch), 16)
     logits = plain(batch.input_ids, segment_ids=batch.segment_ids).logits[keep]
     log_q = logits.log_softmax(-1)
-    p, q = targets.log_probs.double().log_softmax(-1), logits.gather(-1, targets.ids).log_softmax(-1)
+    p, q = (
+        targets.log_probs.double().log_softmax(-1),
+        logits.gather(-1, targets.ids).log_softmax(-1),
+    )
     cross_entropy = -log_q.gather(1, batch.labels[keep][:, None]).sum()
     (CE * cross_entropy + KL * (p.exp() * (p - q)).sum()).backward()
 
@@ -347,7 +396,9 @@ def test_the_task_has_the_plain_formulas_loss_and_gradients(family, tied, tiny_t
 
 def test_tokens_without_supervision_change_nothing(tiny_teacher):
     teacher, batch = tiny_teacher(), packed_batch()
-    task = DistillTask(convert(teacher, MixerConfig(window=8, sinks=2)), OnlineTargets(teacher, 16), CE, KL)
+    task = DistillTask(
+        convert(teacher, MixerConfig(window=8, sinks=2)), OnlineTargets(teacher, 16), CE, KL
+    )
     full = task(batch)
     silent = copy.deepcopy(batch)
     silent.labels[1] = IGNORE_INDEX
@@ -405,5 +456,7 @@ def test_a_replaced_head_is_refused():
                          num_attention_heads=2)  # fmt: skip
     model = LlamaForCausalLM(config)
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(UserError, match=r"lm_head: a torch.nn.modules.container.Sequential, the loss needs a plain"):
+    with pytest.raises(
+        UserError, match=r"lm_head: a torch.nn.modules.container.Sequential, the loss needs a plain"
+    ):
         fuse_head(model)

@@ -23,7 +23,10 @@ def test_equal_tensors_stay_bit_identical():
 
 
 def test_merging_keeps_names_and_dtypes():
-    experts = {name: {"w": torch.full((2,), x, dtype=torch.bfloat16)} for name, x in (("a", 1.0), ("b", 3.0))}
+    experts = {
+        name: {"w": torch.full((2,), x, dtype=torch.bfloat16)}
+        for name, x in (("a", 1.0), ("b", 3.0))
+    }
     merged = merge_state_dicts(experts, {"a": 0.5, "b": 0.5})
     assert merged["w"].dtype == torch.bfloat16
     assert merged["w"].tolist() == [2.0, 2.0]
@@ -44,4 +47,6 @@ def test_bad_weights_are_refused(weights, message):
 
 def test_experts_of_different_shapes_are_refused():
     with pytest.raises(UserError, match="experts 'a' and 'b' differ"):
-        merge_state_dicts({"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(3)}}, {"a": 0.5, "b": 0.5})
+        merge_state_dicts(
+            {"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(3)}}, {"a": 0.5, "b": 0.5}
+        )

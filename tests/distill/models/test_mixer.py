@@ -30,8 +30,14 @@ def test_feature_map_is_linear_then_softmax_per_query_head(name, features):
     torch.testing.assert_close(out.sum(-1), torch.ones(2, 4, 5))
     for head in range(4):
         mapped = x[:, head // 2].double() @ phi.weight[head].double().T
-        parts = [mapped.softmax(-1)] if name == "softmax" else [mapped.softmax(-1) / 2, (-mapped).softmax(-1) / 2]
-        torch.testing.assert_close(out[:, head].double(), torch.cat(parts, -1), rtol=1e-5, atol=1e-6)
+        parts = (
+            [mapped.softmax(-1)]
+            if name == "softmax"
+            else [mapped.softmax(-1) / 2, (-mapped).softmax(-1) / 2]
+        )
+        torch.testing.assert_close(
+            out[:, head].double(), torch.cat(parts, -1), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("features", [4, 8, 12])
@@ -47,7 +53,9 @@ def test_output_gate_reads_the_heads_own_q_k_v():
     out = gate(q, k, v)
     for head in range(4):
         joined = torch.cat([q[:, head], k[:, head // 2], v[:, head // 2]], -1).double()
-        expected = torch.sigmoid(joined @ gate.weight[head].reshape(-1).double() + gate.bias[head].double())
+        expected = torch.sigmoid(
+            joined @ gate.weight[head].reshape(-1).double() + gate.bias[head].double()
+        )
         torch.testing.assert_close(out[:, head, :, 0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -61,19 +69,34 @@ def test_mixer_is_equation_11(family, tiny_teacher):
     segments = torch.tensor([[0] * 7 + [1] * 12, [0] * 19])
     positions = torch.arange(19)[None].expand(2, -1)
     rope = student.model.rotary_emb
-    embedding = rope(x, positions, student.config.layer_types[0]) if family == "olmo3" else rope(x, positions)
+    embedding = (
+        rope(x, positions, student.config.layer_types[0])
+        if family == "olmo3"
+        else rope(x, positions)
+    )
     actual = mixer.mix(x, embedding, segment_ids=segments)
 
     q, k, v = mixer._project(x)
     gate = mixer.output_gate(q, k, v).double()
     q, k = mixer.family.apply_rotary(q, k, *embedding)
     window = sliding_window_reference(
-        q.double(), k.double(), v.double(), window=6, sinks=2, segment_ids=segments, scale=mixer.scale
+        q.double(),
+        k.double(),
+        v.double(),
+        window=6,
+        sinks=2,
+        segment_ids=segments,
+        scale=mixer.scale,
     )
     i = (x @ mixer.input_gate.weight.T + mixer.input_gate.bias).transpose(1, 2).double()
     f = (x @ mixer.forget_gate.weight.T + mixer.forget_gate.bias).transpose(1, 2).double()
     memory, _ = mlstm_reference(
-        mixer.feature_map_q(q).double(), mixer.feature_map_k(k).double(), v.double(), i, f, segment_ids=segments
+        mixer.feature_map_q(q).double(),
+        mixer.feature_map_k(k).double(),
+        v.double(),
+        i,
+        f,
+        segment_ids=segments,
     )
     expected = (gate * memory + (1 - gate) * window).transpose(1, 2).flatten(2)
     assert error_ratio(actual, expected) < 2e-6

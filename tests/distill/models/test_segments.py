@@ -14,7 +14,9 @@ def row(*values):
 
 def documents(segment_ids=None, position_ids=None, attention_mask=None, past=None):
     given = next(ids for ids in (segment_ids, position_ids, attention_mask) if ids is not None)
-    return chunk_documents(tuple(given.shape), given.device, segment_ids, position_ids, attention_mask, past)
+    return chunk_documents(
+        tuple(given.shape), given.device, segment_ids, position_ids, attention_mask, past
+    )
 
 
 def document_segments(*args, **kwargs):
@@ -49,7 +51,9 @@ def test_positions_restart():
 
 @pytest.mark.parametrize("mask", [[0, 1, 0, 1], [1, 0, 0, 1], [1, 0, 1, 0]], ids=str)
 def test_padding_inside_a_row_is_refused(mask):
-    with pytest.raises(ValueError, match=r"attention_mask: a row has padding between .* segment_ids"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask: a row has padding between .* segment_ids"
+    ):
         documents(attention_mask=torch.tensor([[1, 1, 1, 1], mask]))
 
 

@@ -8,7 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.planning.architecture import read_architecture
-from xlstm_distill.planning.flops import MixerShape, attention_flops, mean_keys, mlstm_flops, token_flops
+from xlstm_distill.planning.flops import (
+    MixerShape,
+    attention_flops,
+    mean_keys,
+    mlstm_flops,
+    token_flops,
+)
 from xlstm_distill.stages.workbench import architecture_of
 from xlstm_kernels.benchmarks.entries import ENTRIES, Shape, work
 
@@ -34,7 +40,10 @@ def counted(model, children, tokens=24):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(3, 3 + tokens)[None])
     by_module = counter.get_flop_counts()
-    return sum(sum(c.values()) for name, c in by_module.items() if name.split(".")[-1] in children) / tokens
+    return (
+        sum(sum(c.values()) for name, c in by_module.items() if name.split(".")[-1] in children)
+        / tokens
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2"])
@@ -49,19 +58,33 @@ def test_products_with_weights_are_those_that_torch_counts(family, tiny_teacher)
     assert new == counted(student, NEW) + output_gate
 
 
-@pytest.mark.parametrize(("context", "window", "sinks"), [(1, 4, 2), (10, 4, 2), (10, 4, 9), (10, 20, 3), (64, 1, 0)])
+@pytest.mark.parametrize(
+    ("context", "window", "sinks"), [(1, 4, 2), (10, 4, 2), (10, 4, 9), (10, 20, 3), (64, 1, 0)]
+)
 def test_mean_keys_are_those_of_the_mask(context, window, sinks):
     t = torch.arange(context)
     behind = t[:, None] - t
     causal = behind >= 0
     seen = causal & ((behind < window) | (t < sinks))
-    assert mean_keys(context, window, sinks) == pytest.approx(float(seen.sum(1).float().mean()), rel=1e-6)
+    assert mean_keys(context, window, sinks) == pytest.approx(
+        float(seen.sum(1).float().mean()), rel=1e-6
+    )
     assert mean_keys(context) == pytest.approx(float(causal.sum(1).float().mean()), rel=1e-6)
 
 
 def test_the_mlstm_is_counted_as_in_the_benchmark_of_the_kernels():
     entry = next(e for e in ENTRIES if (e.operator, e.backend) == ("mlstm", "torch"))
-    shape = Shape(batch=2, tokens=100, heads=4, groups=2, key_dim=32, value_dim=16, window=8, sinks=2, document=0)
+    shape = Shape(
+        batch=2,
+        tokens=100,
+        heads=4,
+        groups=2,
+        key_dim=32,
+        value_dim=16,
+        window=8,
+        sinks=2,
+        document=0,
+    )
     assert work(entry, shape, 4, backward=False)[0] == 200 * mlstm_flops(4, 32, 16)
 
 

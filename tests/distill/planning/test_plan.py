@@ -38,7 +38,14 @@ from xlstm_distill.planning.architecture import (
     read_architecture,
 )
 from xlstm_distill.planning.machine import GPUS, make_machine
-from xlstm_distill.planning.memory import SHARDINGS, Setup, align_memory, distill_memory, student_cache, teacher_cache
+from xlstm_distill.planning.memory import (
+    SHARDINGS,
+    Setup,
+    align_memory,
+    distill_memory,
+    student_cache,
+    teacher_cache,
+)
 from xlstm_distill.recipe import Align, MixerConfig, Recipe, load_recipe
 from xlstm_distill.training.accelerator import checkpoint_activations
 from xlstm_distill.training.objectives import AlignTask, DistillTask
@@ -76,7 +83,9 @@ def architecture_of(model: CausalLM, family: str) -> Architecture:
 
 @pytest.mark.parametrize("path", FACTS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
-def test_parameters_equal_those_of_real_models_on_the_meta_device(path: Path, mixer: MixerConfig) -> None:
+def test_parameters_equal_those_of_real_models_on_the_meta_device(
+    path: Path, mixer: MixerConfig
+) -> None:
     config = json.loads(path.read_text())["config"]
     counted = count_parameters(read_architecture(config, path.name), mixer)
     settings = {key: value for key, value in config.items() if key != "model_type"}
@@ -84,7 +93,9 @@ def test_parameters_equal_those_of_real_models_on_the_meta_device(path: Path, mi
     with torch.device("meta"):
         teacher = family.causal_lm(family.config(**settings))
         student_class = STUDENTS[family.model_type]
-        student = student_class(student_class.config_class(**settings, mixer=mixer.model_dump(mode="json")))
+        student = student_class(
+            student_class.config_class(**settings, mixer=mixer.model_dump(mode="json"))
+        )
     assert counted.teacher == sum(p.numel() for p in teacher.parameters())
     assert counted.student == sum(p.numel() for p in student.parameters())
     assert counted.new == sum(p.numel() for _, p in student.new_parameters())
@@ -95,7 +106,9 @@ def test_parameters_equal_those_of_real_models_on_the_meta_device(path: Path, mi
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_of_every_family_with_biases(tiny_teacher: Make, family: str, tied: bool) -> None:
+def test_parameters_of_every_family_with_biases(
+    tiny_teacher: Make, family: str, tied: bool
+) -> None:
     teacher = tiny_teacher(family, tie_word_embeddings=tied, attention_bias=True)
     student = convert(teacher, MixerConfig(window=16))
     counted = count_parameters(architecture_of(teacher, family), MixerConfig(window=16))
@@ -125,16 +138,24 @@ def saved_bytes(run: Callable[[], object], models: list[CausalLM]) -> int:
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo3"])
-def test_saved_activations_of_stage_two(tiny_teacher: Make, family: str, precision: Any, mixer: MixerConfig) -> None:
+def test_saved_activations_of_stage_two(
+    tiny_teacher: Make, family: str, precision: Any, mixer: MixerConfig
+) -> None:
     measured = []
     for layers in (1, 2):
         teacher = tiny_teacher(family, num_hidden_layers=layers)
         student = convert(teacher.bfloat16() if precision == "bf16" else teacher, mixer).train()
         batch = small_batch()
-        inputs = {"input_ids": batch.input_ids, "segment_ids": batch.segment_ids, "use_cache": False}
+        inputs = {
+            "input_ids": batch.input_ids,
+            "segment_ids": batch.segment_ids,
+            "use_cache": False,
+        }
         measured.append(saved_bytes(lambda s=student, i=inputs: s(**i), [student]))  # type: ignore[misc]
     a, run = architecture_of(teacher, family), Pass(ROWS, TOKENS, precision, "torch", "cpu")
-    assert layer_saved(a, mixer, run).bytes(run) == pytest.approx(measured[1] - measured[0], rel=SAVED_ERROR)
+    assert layer_saved(a, mixer, run).bytes(run) == pytest.approx(
+        measured[1] - measured[0], rel=SAVED_ERROR
+    )
     outside = 2 * measured[0] - measured[1]
     assert outside_layers(a, run).bytes(run) == pytest.approx(outside, rel=SAVED_ERROR)
 
@@ -150,7 +171,9 @@ def test_saved_activations_of_stage_one(tiny_teacher: Make, precision: Any, mixe
         task = AlignTask(student, teacher)
         measured.append(saved_bytes(lambda t=task: t(small_batch()), [student, teacher]))  # type: ignore[misc]
     a, run = architecture_of(teacher, "llama"), Pass(ROWS, TOKENS, precision, "torch", "cpu")
-    heads = run.compute * a.query_width * ROWS * TOKENS  # the teacher's, which the pass holds and autograd does not
+    heads = (
+        run.compute * a.query_width * ROWS * TOKENS
+    )  # the teacher's, which the pass holds and autograd does not
     expected = measured[1] - measured[0] + heads
     assert mixer_saved(a, MIXERS[mixer], run).bytes(run) == pytest.approx(expected, rel=SAVED_ERROR)
 
@@ -160,9 +183,21 @@ PEAKS = {
     "distill-vocabulary": {"vocab_size": 5000},
     "distill-accumulated": {"micro_batches": 2, "num_hidden_layers": 3},
     "distill-checkpointed": {"checkpointing": True, "num_hidden_layers": 4},
-    "distill-wide": {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "tokens": 512, "rows": 1},
+    "distill-wide": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "head_dim": 64,
+        "tokens": 512,
+        "rows": 1,
+    },
     "align": {"align": True},
-    "align-wide": {"align": True, "hidden_size": 256, "head_dim": 64, "tokens": 512, "num_hidden_layers": 4},
+    "align-wide": {
+        "align": True,
+        "hidden_size": 256,
+        "head_dim": 64,
+        "tokens": 512,
+        "num_hidden_layers": 4,
+    },
     "align-accumulated": {"align": True, "micro_batches": 2},
 }
 
@@ -179,7 +214,9 @@ def test_peak_memory_of_a_training_step(tiny_teacher: Make, case: str) -> None:
         checkpoint_activations(student)
     batch = small_batch(rows, tokens)
     targets = SparseTargets.from_logits(torch.randn(rows * tokens, teacher.config.vocab_size), 8)
-    task = AlignTask(student, teacher) if align else DistillTask(student, lambda _: targets, 0.9, 0.1)
+    task = (
+        AlignTask(student, teacher) if align else DistillTask(student, lambda _: targets, 0.9, 0.1)
+    )
     optimizer = make_optimizer(task.named_parameters(), Align(tokens=1))
 
     def step() -> None:
@@ -201,13 +238,26 @@ def test_peak_memory_of_a_training_step(tiny_teacher: Make, case: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize(("sharding", "dtype", "passes"), [("ddp", "float32", 2), ("fsdp2", "float32", 1)])
-def test_peak_memory_on_two_processes(sharding: str, dtype: str, passes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sharding", "dtype", "passes"), [("ddp", "float32", 2), ("fsdp2", "float32", 1)]
+)
+def test_peak_memory_on_two_processes(
+    sharding: str, dtype: str, passes: int, tmp_path: Path
+) -> None:
     """What a process allocates under FSDP2 also depends on when communication ends, so its bounds are wider."""
     script, out = ROOT / "tests/helpers/planned_processes.py", tmp_path / "figures.json"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     call = [*launcher, str(script), str(out), sharding, dtype, str(passes)]
-    done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        call, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())
     error = figures["planned"] / figures["measured"] - 1
@@ -234,7 +284,9 @@ def test_teacher_cache_stops_at_the_window_of_its_layers() -> None:
 
 
 def facts(name: str) -> Architecture:
-    return read_architecture(json.loads((ROOT / f"recipes/architectures/{name}.json").read_text())["config"], name)
+    return read_architecture(
+        json.loads((ROOT / f"recipes/architectures/{name}.json").read_text())["config"], name
+    )
 
 
 def large(sharding: Any, **changes: Any) -> Setup:
@@ -253,21 +305,36 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_teacher: Make) -> None:
     student, a = convert(teacher, MIXERS["softmax"]), architecture_of(teacher, "qwen2")
     add_lora(student, 4, 8)
     setup = Setup(
-        a, MIXERS["softmax"], "float32", 1, "none", 1, 8, False, False, "torch", trainable="lora", lora_rank=4
+        a,
+        MIXERS["softmax"],
+        "float32",
+        1,
+        "none",
+        1,
+        8,
+        False,
+        False,
+        "torch",
+        trainable="lora",
+        lora_rank=4,
     )
     assert setup.trained == sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert setup.adapters == lora_parameters(a, 4)
 
 
 def test_training_less_takes_less() -> None:
-    full, mixer, lora = (distill_memory(large("ddp", trainable=t, lora_rank=16)) for t in ("all", "mixer", "lora"))
+    full, mixer, lora = (
+        distill_memory(large("ddp", trainable=t, lora_rank=16)) for t in ("all", "mixer", "lora")
+    )
     assert full.optimizer > mixer.optimizer > lora.optimizer
     assert full.gradients > mixer.gradients > lora.gradients
     assert full.weights == mixer.weights < lora.weights
 
 
 def test_sharding_takes_what_it_says_from_each_gpu() -> None:
-    needs = {sharding: distill_memory(large(sharding)) for sharding in SHARDINGS if sharding != "none"}
+    needs = {
+        sharding: distill_memory(large(sharding)) for sharding in SHARDINGS if sharding != "none"
+    }
     whole = distill_memory(large("none", gpus=1))
     assert needs["ddp"].weights == whole.weights == 8 * needs["fsdp2"].weights
     assert needs["ddp"].optimizer == whole.optimizer == 8 * needs["fsdp2"].optimizer
@@ -290,13 +357,21 @@ def product_flops(run: Callable[[], object]) -> int:
     """Operations of linear layers, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
         run()
-    counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    counts = {
+        str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()
+    }
     return sum(counts.get(name, 0) for name in ("aten.mm", "aten.addmm"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo3"])
-def test_operations_of_linear_layers_are_those_that_torch_counts(tiny_teacher: Make, family: str) -> None:
-    teacher, mixer, batch = tiny_teacher(family, num_hidden_layers=3), MIXERS["window"], small_batch()
+def test_operations_of_linear_layers_are_those_that_torch_counts(
+    tiny_teacher: Make, family: str
+) -> None:
+    teacher, mixer, batch = (
+        tiny_teacher(family, num_hidden_layers=3),
+        MIXERS["window"],
+        small_batch(),
+    )
     a, n = architecture_of(teacher, family), ROWS * TOKENS
     counted = flops.teacher_flops(a, TOKENS)
     linear = counted.forward() - counted.mixing
@@ -304,7 +379,9 @@ def test_operations_of_linear_layers_are_those_that_torch_counts(tiny_teacher: M
     student = convert(teacher, mixer).train()
     pairs = flops.student_flops(a, mixer, TOKENS).mixing
     trained = flops.distill_flops(a, mixer, TOKENS) - 3 * pairs
-    assert product_flops(lambda: student(batch.input_ids).logits.sum().backward()) == pytest.approx(trained * n)
+    assert product_flops(lambda: student(batch.input_ids).logits.sum().backward()) == pytest.approx(
+        trained * n
+    )
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("self_attn" in name)
     frozen = flops.distill_flops(a, mixer, TOKENS, "mixer") - 3 * pairs
@@ -319,11 +396,18 @@ def test_operations_of_alignment_leave_out_what_is_constant(tiny_teacher: Make) 
     a, n = architecture_of(teacher, "llama"), ROWS * TOKENS
     task = AlignTask(convert(teacher, mixer, share_weights=True).train(), teacher)
     s, t = flops.student_flops(a, mixer, TOKENS), flops.teacher_flops(a, TOKENS)
-    maps = 4 * a.heads * a.head_dim**2 * a.layers  # feature maps are batched products, gates linear layers
+    maps = (
+        4 * a.heads * a.head_dim**2 * a.layers
+    )  # feature maps are batched products, gates linear layers
     expected = flops.align_flops(a, mixer, TOKENS) - t.mixing - 3 * s.mixing - 2 * maps
-    chunk, chunks = 32, math.ceil(TOKENS / 32)  # the operator sums gates by a product, forward and backward
+    chunk, chunks = (
+        32,
+        math.ceil(TOKENS / 32),
+    )  # the operator sums gates by a product, forward and backward
     sums = 2 * a.layers * 2 * ROWS * a.heads * chunks * 2 * chunk * chunk * (chunk + 1)
-    assert product_flops(lambda: task(small_batch()).loss.backward()) == pytest.approx(expected * n + sums)
+    assert product_flops(lambda: task(small_batch()).loss.backward()) == pytest.approx(
+        expected * n + sums
+    )
 
 
 def test_a_large_student_costs_about_six_operations_a_parameter_and_token() -> None:
@@ -336,10 +420,14 @@ def test_a_large_student_costs_about_six_operations_a_parameter_and_token() -> N
 # Plans
 
 
-def planned(path: Path, gpus: int = 8, gpu: str = "h100-80gb", sharding: str | None = None, **options: Any) -> Any:
+def planned(
+    path: Path, gpus: int = 8, gpu: str = "h100-80gb", sharding: str | None = None, **options: Any
+) -> Any:
     settings = list(options.pop("settings", ()))
     if "checkpointing" in options:
-        settings.append(f"distill.activation_checkpointing={json.dumps(options.pop('checkpointing'))}")
+        settings.append(
+            f"distill.activation_checkpointing={json.dumps(options.pop('checkpointing'))}"
+        )
     machine = make_machine(gpu, gpus, sharding, "triton", **options)
     return planning.plan_recipe(load_recipe(path, settings), path.parent, machine)
 
@@ -368,7 +456,9 @@ def test_hours_follow_from_operations_rate_and_utilisation() -> None:
     plan = planned(path, mfu=0.5, checkpointing=False)
     expert = next(stage for stage in plan.stages if stage.stage == "distill")
     assert expert.hours == pytest.approx(expert.flops / (8 * 989.5e12 * 0.5) / 3600)
-    again = next(s for s in planned(path, mfu=0.5, checkpointing=True).stages if s.stage == "distill")
+    again = next(
+        s for s in planned(path, mfu=0.5, checkpointing=True).stages if s.stage == "distill"
+    )
     recomputed = flops.recomputed_flops(plan.architecture, MixerConfig(), 4096) * expert.tokens
     assert again.hours == pytest.approx(expert.hours * (1 + recomputed / expert.flops))
 
@@ -377,7 +467,9 @@ def test_the_papers_run_fits_on_eight_h100_with_advice_that_holds() -> None:
     """The paper trained Llama-3.1-8B with FSDP on 8 H100 at context 4096."""
     path = ROOT / "recipes" / "llama3.1-8b-instruct.yaml"
     assert planned(path).problems == []  # the recipe recomputes activations
-    (problem,) = [p for p in planned(path, checkpointing=False).problems if p.startswith("distill:")]
+    (problem,) = [
+        p for p in planned(path, checkpointing=False).problems if p.startswith("distill:")
+    ]
     assert "h100-80gb has 80" in problem
     assert "it fits with distill.activation_checkpointing true (" in problem
     assert "--gpus" not in problem  # settings suffice
@@ -407,7 +499,9 @@ def test_advice_names_a_smaller_pass_that_fits() -> None:
         (128, [], "distill.batch: 64 rows cannot be shared by 128 GPUs; take 128"),
     ],
 )
-def test_a_batch_that_cannot_be_shared_is_a_problem(gpus: int, settings: list[str], words: str) -> None:
+def test_a_batch_that_cannot_be_shared_is_a_problem(
+    gpus: int, settings: list[str], words: str
+) -> None:
     plan = planned(ROOT / "recipes" / "llama3.1-8b.yaml", gpus=gpus, settings=settings)
     assert any(words in problem for problem in plan.problems)
 
@@ -416,13 +510,19 @@ def test_the_last_micro_batch_of_a_share_may_be_smaller() -> None:
     """As in the training loop: memory is that of the largest."""
 
     def memory(*settings: str) -> float:
-        plan = planned(ROOT / "recipes" / "llama3.1-8b.yaml", gpus=16, settings=[*settings, "distill.micro_batch=8"])
+        plan = planned(
+            ROOT / "recipes" / "llama3.1-8b.yaml",
+            gpus=16,
+            settings=[*settings, "distill.micro_batch=8"],
+        )
         assert not [problem for problem in plan.problems if "micro_batch: 8" in problem]
         (stage,) = (stage for stage in plan.stages if stage.stage == "distill")
         assert stage.memory is not None
         return stage.memory.total
 
-    assert memory("distill.batch=192") == memory("distill.batch=256")  # 12 rows a GPU: 8 and 4; 16 rows: 8 and 8
+    assert memory("distill.batch=192") == memory(
+        "distill.batch=256"
+    )  # 12 rows a GPU: 8 and 4; 16 rows: 8 and 8
 
 
 def test_without_new_parameters_there_is_nothing_to_align() -> None:
@@ -434,7 +534,8 @@ def test_without_new_parameters_there_is_nothing_to_align() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_k", "mass", "size"), [(256, 0.98, 160.0), (256, None, 512.0), (64, 0.98, 128.0), (64, None, 128.0)]
+    ("top_k", "mass", "size"),
+    [(256, 0.98, 160.0), (256, None, 512.0), (64, 0.98, 128.0), (64, None, 128.0)],
 )
 def test_size_of_targets_depends_on_adaptive_k(top_k: int, mass: float | None, size: float) -> None:
     settings = [f"capture.top_k={top_k}", f"capture.mass={'null' if mass is None else mass}"]
@@ -446,9 +547,13 @@ def test_measured_size_of_targets_replaces_the_goal(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
     folder = tmp_path / "artifacts" / "capture" / "math"
     folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text(json.dumps({"fingerprint": "x", "results": {"bytes_per_token": 72.5}}))
+    (folder / MANIFEST).write_text(
+        json.dumps({"fingerprint": "x", "results": {"bytes_per_token": 72.5}})
+    )
     machine = make_machine("l40s-48gb", 1, None, "torch")
-    plans = [planning.plan_recipe(recipe, ROOT / "recipes", machine, run=run) for run in (None, tmp_path)]
+    plans = [
+        planning.plan_recipe(recipe, ROOT / "recipes", machine, run=run) for run in (None, tmp_path)
+    ]
     assert [plan.measured for plan in plans] == [False, True]
     assert plans[1].target_bytes == {"math": 72.5, "code": 128.0, "stem": 128.0, "chat": 128.0}
     goal, measured = (next(s for s in plan.stages if s.stage == "capture") for plan in plans)
@@ -460,7 +565,11 @@ def test_measured_size_of_targets_replaces_the_goal(tmp_path: Path) -> None:
 
 
 def unknown(tmp_path: Path) -> tuple[Recipe, Path]:
-    text = (ROOT / "recipes" / "llama3.1-8b.yaml").read_text().replace("meta-llama/Llama-3.1-8B", "nobody/unheard-of")
+    text = (
+        (ROOT / "recipes" / "llama3.1-8b.yaml")
+        .read_text()
+        .replace("meta-llama/Llama-3.1-8B", "nobody/unheard-of")
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     return load_recipe(path), path
@@ -484,7 +593,10 @@ def test_a_given_config_is_enough_for_an_unknown_teacher(tmp_path: Path) -> None
         ("{", "not JSON"),
         ("[]", "holds no JSON object"),
         ('{"model_type": "gpt2"}', "'gpt2' cannot be converted"),
-        ('{"model_type": "llama", "hidden_size": 64}', "intermediate_size is None; it must be a whole number"),
+        (
+            '{"model_type": "llama", "hidden_size": 64}',
+            "intermediate_size is None; it must be a whole number",
+        ),
     ],
 )
 def test_a_bad_config_is_refused_in_one_line(tmp_path: Path, content: str, words: str) -> None:
@@ -496,12 +608,16 @@ def test_a_bad_config_is_refused_in_one_line(tmp_path: Path, content: str, words
 
 def test_key_value_heads_must_divide_the_heads() -> None:
     config = json.loads(FACTS[0].read_text())["config"] | {"num_key_value_heads": 5}
-    with pytest.raises(UserError, match="num_key_value_heads 5 does not divide num_attention_heads 32"):
+    with pytest.raises(
+        UserError, match="num_key_value_heads 5 does not divide num_attention_heads 32"
+    ):
         read_architecture(config, "x")
 
 
 def call(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["plan", str(ROOT / "recipes" / "llama3.1-8b-instruct.yaml"), *arguments])
+    return CliRunner().invoke(
+        app, ["plan", str(ROOT / "recipes" / "llama3.1-8b-instruct.yaml"), *arguments]
+    )
 
 
 @pytest.mark.parametrize(
@@ -525,13 +641,24 @@ def test_bad_options_are_one_line_and_exit_code_2(arguments: list[str], words: s
 
 
 def test_help_names_every_gpu_and_sharding() -> None:
-    text = " ".join(CliRunner().invoke(app, ["plan", "--help"], env={"COLUMNS": "300"}).stdout.split())
+    text = " ".join(
+        CliRunner().invoke(app, ["plan", "--help"], env={"COLUMNS": "300"}).stdout.split()
+    )
     assert all(name in text for name in (*GPUS, *SHARDINGS))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_text_fits_in_100_columns(backend: str) -> None:
-    options = ["--price", "2.5", "--backend", backend, "--gpu", "a100-40gb", "--set", "capture.targets=stored"]
+    options = [
+        "--price",
+        "2.5",
+        "--backend",
+        backend,
+        "--gpu",
+        "a100-40gb",
+        "--set",
+        "capture.targets=stored",
+    ]
     lines = call(*options).stdout.splitlines()
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("distill/math") for line in lines)
@@ -552,7 +679,11 @@ def test_json_holds_every_number_and_only_finite_ones() -> None:
     assert all(math.isfinite(number) for number in numbers(plan))
     assert plan["fits"] is False
     assert json.loads(call("--json").stdout)["fits"] is True
-    assert plan["total"]["gpu_hours"] == pytest.approx(sum(s["gpu_hours"] or 0 for s in plan["stages"]))
+    assert plan["total"]["gpu_hours"] == pytest.approx(
+        sum(s["gpu_hours"] or 0 for s in plan["stages"])
+    )
     distill = next(stage for stage in plan["stages"] if stage["stage"] == "distill")
     memory = distill["memory_per_gpu"]
-    assert memory["total"] == pytest.approx(sum(value for part, value in memory.items() if part != "total"))
+    assert memory["total"] == pytest.approx(
+        sum(value for part, value in memory.items() if part != "total")
+    )

@@ -80,7 +80,12 @@ def test_shipped_recipe_loads(root: Path, name: str) -> None:
     [
         ("llama3.1-8b", "meta-llama/Llama-3.1-8B", 1e-5, {"base": 5e9}),
         ("olmo3-7b", "allenai/Olmo-3-1025-7B", 1e-5, {"base": 20e9}),
-        ("llama3.1-8b-instruct", "meta-llama/Llama-3.1-8B-Instruct", 1e-5, dict.fromkeys(DOMAINS, 5e9)),
+        (
+            "llama3.1-8b-instruct",
+            "meta-llama/Llama-3.1-8B-Instruct",
+            1e-5,
+            dict.fromkeys(DOMAINS, 5e9),
+        ),
         ("qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B-Instruct", 7e-7, dict.fromkeys(DOMAINS, 5e9)),
     ],
 )
@@ -88,11 +93,24 @@ def test_published_recipe_has_the_papers_settings(
     root: Path, name: str, teacher: str, lr: float, tokens: dict[str, float]
 ) -> None:
     recipe = shipped(root, name)
-    assert (recipe.teacher.path, recipe.distill.lr, recipe.distill.schedule) == (teacher, lr, "constant")
+    assert (recipe.teacher.path, recipe.distill.lr, recipe.distill.schedule) == (
+        teacher,
+        lr,
+        "constant",
+    )
     assert {name: expert.tokens for name, expert in recipe.distill.experts.items()} == tokens
-    assert (recipe.distill.ce_weight, recipe.distill.kl_weight, recipe.distill.clip) == (0.9, 0.1, 1.0)
+    assert (recipe.distill.ce_weight, recipe.distill.kl_weight, recipe.distill.clip) == (
+        0.9,
+        0.1,
+        1.0,
+    )
     mixer = recipe.student.mixer
-    assert (mixer.window, mixer.sinks, mixer.feature_map, recipe.data.context) == (512, 4, "softmax", 4096)
+    assert (mixer.window, mixer.sinks, mixer.feature_map, recipe.data.context) == (
+        512,
+        4,
+        "softmax",
+        4096,
+    )
     align = recipe.align
     assert (align.tokens, align.batch, align.lr, align.final_lr) == (655_000_000, 64, 1e-2, 1e-5)
     assert (align.schedule, align.weight_decay, recipe.capture.top_k) == ("cosine", 0.1, 256)
@@ -105,7 +123,9 @@ def test_published_recipe_has_the_papers_settings(
         ("qwen2.5-7b-instruct", {"math": 0.2, "code": 0.4, "stem": 0.15, "chat": 0.25}),
     ],
 )
-def test_published_instruct_recipe_mixes_in_percent(root: Path, name: str, weights: dict[str, float]) -> None:
+def test_published_instruct_recipe_mixes_in_percent(
+    root: Path, name: str, weights: dict[str, float]
+) -> None:
     recipe = shipped(root, name)
     assert recipe.merge.weights == weights
     for domain in recipe.data.domains.values():
@@ -123,9 +143,12 @@ def test_published_instruct_recipe_mixes_in_percent(root: Path, name: str, weigh
 )
 def test_published_recipe_has_the_papers_suite(root: Path, name: str, suite: Any) -> None:
     settings, expected = shipped(root, name).evaluate, paper_suite(suite)
-    tasks = [(t.name, t.shots, t.max_gen_tokens, t.multiturn, t.metric, t.filter) for t in settings.tasks]
+    tasks = [
+        (t.name, t.shots, t.max_gen_tokens, t.multiturn, t.metric, t.filter) for t in settings.tasks
+    ]
     assert tasks == [
-        (t.name, t.num_fewshot, t.max_gen_toks, t.fewshot_as_multiturn, t.metric, t.filter) for t in expected.tasks
+        (t.name, t.num_fewshot, t.max_gen_toks, t.fewshot_as_multiturn, t.metric, t.filter)
+        for t in expected.tasks
     ]
     assert settings.apply_chat_template == expected.apply_chat_template
 
@@ -133,7 +156,9 @@ def test_published_recipe_has_the_papers_suite(root: Path, name: str, suite: Any
 def test_quickstart_tasks_are_shipped(root: Path) -> None:
     text = (root / "recipes" / "quickstart.yaml").read_text()
     named = {task["name"] for task in yaml.safe_load(text)["evaluate"]["tasks"]}
-    assert named == {path.stem for path in (root / "recipes" / "quickstart" / "tasks").glob("qs_*.yaml")}
+    assert named == {
+        path.stem for path in (root / "recipes" / "quickstart" / "tasks").glob("qs_*.yaml")
+    }
 
 
 # --- what loading does
@@ -145,7 +170,10 @@ def test_paths_are_relative_to_the_recipe(small: Path, monkeypatch: pytest.Monke
 
 
 def test_hub_id_stays(small: Path) -> None:
-    assert load_recipe(small, ["teacher.path=meta-llama/Llama-3.1-8B"]).teacher.path == "meta-llama/Llama-3.1-8B"
+    assert (
+        load_recipe(small, ["teacher.path=meta-llama/Llama-3.1-8B"]).teacher.path
+        == "meta-llama/Llama-3.1-8B"
+    )
 
 
 def test_single_domain_is_a_mixture(small: Path) -> None:
@@ -196,7 +224,9 @@ def test_mixer_round_trips_through_json() -> None:
 
 
 def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> None:
-    sources = "sources: [{path: a/b, weight: 0.1}, {path: c/d, weight: 0.2}, {path: e/f, weight: 0.7}]"
+    sources = (
+        "sources: [{path: a/b, weight: 0.1}, {path: c/d, weight: 0.2}, {path: e/f, weight: 0.7}]"
+    )
     load_recipe(small, [f"data.domains.math={{weights_sum: 1, {sources}}}"])
     load_recipe(small, [f"data.domains.math={{{sources.replace('0.7', '3')}}}"])
 
@@ -314,8 +344,14 @@ def test_rules_across_fields_give_one_line(small: Path, override: str, expected:
         ("align.lr", "--set align.lr: give it as dotted.path=value, for example align.lr=0.003."),
         ("=3", "--set =3: give it as dotted.path=value"),
         ("align..lr=3", "--set align..lr=3: give it as dotted.path=value"),
-        ("align.tokens.x=3", "--set align.tokens.x: align.tokens is 4096, which has nothing below it."),
-        ("evaluate.tasks[5].shots=1", "--set evaluate.tasks[5].shots: '5' is not an index of the list there (0 to 0)."),
+        (
+            "align.tokens.x=3",
+            "--set align.tokens.x: align.tokens is 4096, which has nothing below it.",
+        ),
+        (
+            "evaluate.tasks[5].shots=1",
+            "--set evaluate.tasks[5].shots: '5' is not an index of the list there (0 to 0).",
+        ),
         ("align.lr=[1", "--set align.lr, line 1, column 3: not valid YAML"),
     ],
 )
@@ -326,14 +362,23 @@ def test_bad_override_gives_one_line(small: Path, override: str, expected: str) 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1\na: 2\n", ", line 2, column 1: not valid YAML: the key 'a' is already on line 1; keep one."),
-        ("a: {b: 1, b: 2}\n", ", line 1, column 11: not valid YAML: the key 'b' is already on line 1; keep one."),
+        (
+            "a: 1\na: 2\n",
+            ", line 2, column 1: not valid YAML: the key 'a' is already on line 1; keep one.",
+        ),
+        (
+            "a: {b: 1, b: 2}\n",
+            ", line 1, column 11: not valid YAML: the key 'b' is already on line 1; keep one.",
+        ),
         (
             "a: 1\nname: {{x}}\n",
             ", line 2, column 8: not valid YAML: a mapping (or a template's {{ }} that is not filled in) cannot be a "
             "key; give a word.",
         ),
-        ("? [a, b]\n: 3\n", ", line 1, column 3: not valid YAML: a list cannot be a key; give a word."),
+        (
+            "? [a, b]\n: 3\n",
+            ", line 1, column 3: not valid YAML: a list cannot be a key; give a word.",
+        ),
         ("a: [1\n", ", line 2, column 1: not valid YAML"),
         ("- 1\n", ": holds a list; a recipe is a mapping of sections"),
         ("", ": holds nothing; a recipe is a mapping of sections"),
@@ -349,10 +394,16 @@ def test_bad_file_gives_one_line(tmp_path: Path, text: str, expected: str) -> No
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     missing = tmp_path / "nope.yaml"
     assert message(missing) == f"{missing}: no such file; give the path of a recipe (YAML)."
-    assert message(tmp_path) == f"{tmp_path}: cannot be read (Is a directory); give the path of a recipe (YAML)."
+    assert (
+        message(tmp_path)
+        == f"{tmp_path}: cannot be read (Is a directory); give the path of a recipe (YAML)."
+    )
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
-    assert message(binary) == f"{binary}: cannot be read (not UTF-8 text); give the path of a recipe (YAML)."
+    assert (
+        message(binary)
+        == f"{binary}: cannot be read (not UTF-8 text); give the path of a recipe (YAML)."
+    )
 
 
 def test_missing_section_and_count_of_others(tmp_path: Path) -> None:
@@ -364,8 +415,12 @@ def test_missing_section_and_count_of_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("teacher", ["gone", "./gone", "sub/gone", "/nowhere/at/all"])
 def test_missing_local_teacher_is_no_hub_id(small: Path, teacher: str) -> None:
     (small.parent / "sub").mkdir()
-    assert message(small, f"teacher.path={teacher}").startswith(f"teacher.path: {teacher!r} is not there (looked for ")
+    assert message(small, f"teacher.path={teacher}").startswith(
+        f"teacher.path: {teacher!r} is not there (looked for "
+    )
 
 
 def test_missing_task_folder(small: Path) -> None:
-    assert message(small, "evaluate.include=tasks").startswith("evaluate.include: 'tasks' is not a folder (looked for ")
+    assert message(small, "evaluate.include=tasks").startswith(
+        "evaluate.include: 'tasks' is not a folder (looked for "
+    )

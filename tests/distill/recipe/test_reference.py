@@ -16,7 +16,9 @@ from xlstm_distill.recipe.reference import json_schema
 
 def test_generated_files_are_up_to_date(root: Path) -> None:
     for name, text in recipe_docs.render().items():
-        assert (root / name).read_text() == text, f"{name}: run python -m xlstm_distill.recipe.reference"
+        assert (root / name).read_text() == text, (
+            f"{name}: run python -m xlstm_distill.recipe.reference"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def test_schema_accepts_shipped_recipe(root: Path, validator: Any, name: str) ->
         (("distill", "experts", "math", "phases"), []),
     ],
 )
-def test_schema_refuses_what_the_models_refuse(root: Path, validator: Any, path: tuple[str, ...], value: Any) -> None:
+def test_schema_refuses_what_the_models_refuse(
+    root: Path, validator: Any, path: tuple[str, ...], value: Any
+) -> None:
     recipe = yaml.safe_load((root / "recipes" / "quickstart.yaml").read_text())
     section = recipe
     for key in path[:-1]:
@@ -68,4 +72,7 @@ def test_generator_writes_where_told(tmp_path: Path) -> None:
     for name in recipe_docs.render():
         (tmp_path / name).parent.mkdir(exist_ok=True)
     recipe_docs.main(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["recipe.schema.json", "recipes.md"]
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [
+        "recipe.schema.json",
+        "recipes.md",
+    ]

@@ -46,7 +46,9 @@ def test_plain_progress_speaks_at_most_every_ten_seconds() -> None:
 
 def test_plain_progress_learns_its_total() -> None:
     stream, clock = io.StringIO(), Clock()
-    with Console(stream, clock=clock).progress("evaluate/teacher", None, unit="requests") as progress:
+    with Console(stream, clock=clock).progress(
+        "evaluate/teacher", None, unit="requests"
+    ) as progress:
         clock.now = 10.0
         progress.update(20)
         clock.now = 20.0
@@ -79,7 +81,10 @@ def test_piped_output_has_no_control_characters(monkeypatch: pytest.MonkeyPatch)
         progress.update(10)
     console.line("[brackets] stay, and a long line stays one: " + "x" * 300)
     assert not control_characters(stream.getvalue())
-    assert stream.getvalue().splitlines()[-1] == "[brackets] stay, and a long line stays one: " + "x" * 300
+    assert (
+        stream.getvalue().splitlines()[-1]
+        == "[brackets] stay, and a long line stays one: " + "x" * 300
+    )
 
 
 @pytest.fixture
@@ -159,6 +164,8 @@ def test_short_numbers(number: float, text: str) -> None:
     assert short(number) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3661, "1:01:01")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3661, "1:01:01")]
+)
 def test_clock_times(seconds: float, text: str) -> None:
     assert clock_time(seconds) == text

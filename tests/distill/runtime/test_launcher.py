@@ -14,7 +14,12 @@ from xlstm_distill.runtime.launcher import Layout, adopt_slurm, asked_layout, fi
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 WORKER = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 FSDP = {**LAUNCHED, **WORKER, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-ZERO = {**LAUNCHED, **WORKER, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+ZERO = {
+    **LAUNCHED,
+    **WORKER,
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+}
 
 
 @pytest.mark.parametrize(
@@ -36,15 +41,30 @@ def test_what_was_asked_for(environment, layout):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({**LAUNCHED, "MASTER_ADDR": "127.0.0.1"}, "several processes were asked for and one was started"),
+        (
+            {**LAUNCHED, "MASTER_ADDR": "127.0.0.1"},
+            "several processes were asked for and one was started",
+        ),
         ({**FSDP, "FSDP_VERSION": "1"}, "fsdp_version: '1' is not supported, only '2'"),
-        ({**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading: 'true'"),
-        ({**LAUNCHED, "ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: 'fp16' .* only 'no' or 'bf16'"),
+        (
+            {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "fsdp_cpu_ram_efficient_loading: 'true'",
+        ),
+        (
+            {**LAUNCHED, "ACCELERATE_MIXED_PRECISION": "fp16"},
+            "mixed_precision: 'fp16' .* only 'no' or 'bf16'",
+        ),
         ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_stage: '0'"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, "zero3_init_flag: 'true'"),
-        ({**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "gradient_clipping: '1.0' .* the recipe's clip decides"),
+        (
+            {**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "1.0"},
+            "gradient_clipping: '1.0' .* the recipe's clip decides",
+        ),
         ({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file"),
-        ({**LAUNCHED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps: '4'"),
+        (
+            {**LAUNCHED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            "gradient_accumulation_steps: '4'",
+        ),
     ],
 )
 def test_what_would_be_ignored_or_silently_replaced_is_refused(environment, message):
@@ -72,9 +92,24 @@ def test_tasks_of_srun_find_their_place():
 @pytest.mark.parametrize(
     "environment",
     [
-        {"SLURM_JOB_ID": "70", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # a batch script
-        {"SLURM_JOB_ID": "70", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
-        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", **WORKER},  # torchrun in an srun task
+        {
+            "SLURM_JOB_ID": "70",
+            "SLURM_NTASKS": "4",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+        },  # a batch script
+        {
+            "SLURM_JOB_ID": "70",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+        },
+        {
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            **WORKER,
+        },  # torchrun in an srun task
         {},
     ],
 )
@@ -86,7 +121,13 @@ def test_what_srun_did_not_start_in_several_tasks_is_left_alone(environment):
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("n0", "n0"), ("n[0-3]", "n0"), ("gpu[07-08,11],m1", "gpu07"), ("a-1,b-2", "a-1"), ("r[2,5]-ib", "r2-ib")],
+    [
+        ("n0", "n0"),
+        ("n[0-3]", "n0"),
+        ("gpu[07-08,11],m1", "gpu07"),
+        ("a-1,b-2", "a-1"),
+        ("r[2,5]-ib", "r2-ib"),
+    ],
 )
 def test_the_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host
@@ -118,5 +159,7 @@ def test_processes_wait_long_for_each_other_but_not_in_training():
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     command += [sys.executable, "-c", WAITS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr

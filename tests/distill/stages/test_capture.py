@@ -36,7 +36,10 @@ RECIPE = str(Path(__file__).parents[3] / "recipes" / "quickstart.yaml")
 
 def shards(run, domain="math"):
     """Content of a published domain's shards."""
-    return {p.name: p.read_bytes() for p in sorted((run / "artifacts/capture" / domain / "store").glob("*.bin"))}
+    return {
+        p.name: p.read_bytes()
+        for p in sorted((run / "artifacts/capture" / domain / "store").glob("*.bin"))
+    }
 
 
 def leftovers(run):
@@ -49,7 +52,9 @@ def reference(tmp_path_factory):
     """A run that captured everything at once."""
     directory = tmp_path_factory.mktemp("capture") / "run"
     lines = run_capture(RECIPE, str(directory))
-    assert any("capture/math: " in line and "KL error" in line and "read at" in line for line in lines)
+    assert any(
+        "capture/math: " in line and "KL error" in line and "read at" in line for line in lines
+    )
     return directory
 
 
@@ -93,20 +98,29 @@ def test_the_store_reaches_the_goal_and_gives_the_loss_of_the_teacher_at_work(re
     assert len(shards(reference)) > 2
     rows = open_domains(loaded, data, captured_rows(loaded))
     stored = _targets(loaded, captured(run), torch.device("cpu"))
-    online = OnlineTargets(load_teacher(loaded.teacher), 256, loaded.capture.mass, loaded.capture.min_k)
+    online = OnlineTargets(
+        load_teacher(loaded.teacher), 256, loaded.capture.mass, loaded.capture.min_k
+    )
     batch = load_batch(rows, [("math", 20), ("chat", 3), ("math", 0)])
     mine, theirs = stored(batch), online(batch)
     student = torch.randn(len(mine.tail), 512, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(sparse_kl(student, mine).mean(), sparse_kl(student, theirs).mean(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        sparse_kl(student, mine).mean(), sparse_kl(student, theirs).mean(), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_shares_make_the_same_files_and_the_last_one_publishes(reference, fresh, written):
     lines = run_capture(RECIPE, str(fresh), "1/2")
     assert {number % 2 for _, number in written} == {1}
     assert not (fresh / "artifacts/capture/math").exists()
-    assert any("this share is done; " in line and "are still to come from others (0, 2" in line for line in lines)
+    assert any(
+        "this share is done; " in line and "are still to come from others (0, 2" in line
+        for line in lines
+    )
     run_capture(RECIPE, str(fresh), "0/2")
-    assert len(written) == len(set(written)) == len(shards(reference)) + len(shards(reference, "chat"))
+    assert (
+        len(written) == len(set(written)) == len(shards(reference)) + len(shards(reference, "chat"))
+    )
     for domain in ("math", "chat"):
         assert shards(fresh, domain) == shards(reference, domain)
     assert not leftovers(fresh)
@@ -150,7 +164,10 @@ def test_a_store_that_is_not_the_teachers_is_not_published(fresh, monkeypatch):
     monkeypatch.setattr(capture, "load_teacher", other)
     run_capture(RECIPE, str(fresh), "0/2")
     monkeypatch.setattr(capture, "load_teacher", load_teacher)
-    with pytest.raises(RunError, match=r"self-test failed: at row \d+ the teacher is .* nats from the stored targets"):
+    with pytest.raises(
+        RunError,
+        match=r"self-test failed: at row \d+ the teacher is .* nats from the stored targets",
+    ):
         run_capture(RECIPE, str(fresh), "1/2")
     assert not (fresh / "artifacts/capture/math").exists()
 
@@ -159,7 +176,8 @@ def test_distillation_refuses_a_store_of_another_tokenizer(reference, monkeypatc
     loaded, run, _ = opened(reference)
     monkeypatch.setattr("xlstm_distill.stages.workbench.tokenizer_hash", lambda tokenizer: "others")
     with pytest.raises(
-        RunError, match=r"index\.json: belongs to another run: its tokenizer is .*, here it is 'others'"
+        RunError,
+        match=r"index\.json: belongs to another run: its tokenizer is .*, here it is 'others'",
     ):
         _targets(loaded, captured(run), torch.device("cpu"))
 
@@ -167,7 +185,9 @@ def test_distillation_refuses_a_store_of_another_tokenizer(reference, monkeypatc
 def test_an_online_teacher_is_loaded_once(reference, monkeypatch):
     loaded = load_recipe(Path(RECIPE), [*SETTINGS, "capture.targets=online"])
     loads = []
-    monkeypatch.setattr(distill, "load_teacher", lambda *given: loads.append(given) or load_teacher(*given))
+    monkeypatch.setattr(
+        distill, "load_teacher", lambda *given: loads.append(given) or load_teacher(*given)
+    )
     assert isinstance(_targets(loaded, {}, torch.device("cpu")), OnlineTargets)
     assert len(loads) == 1
 
@@ -185,10 +205,14 @@ def test_a_share_of_online_targets_is_refused():
         capture.run(loaded, None, QuietConsole(), "0/2")
 
 
-@pytest.mark.parametrize(("rows", "context"), [(1, 64), (1000, 64), (2356, 256), (10**6, 4096), (5 * 10**6, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "context"), [(1, 64), (1000, 64), (2356, 256), (10**6, 4096), (5 * 10**6, 4096)]
+)
 def test_shards_cover_all_rows_once(rows, context):
     plan = capture.plan_shards(rows, context)
-    assert [n for s in plan for n in (s.first, s.first + s.count)][1:-1] == [s.first for s in plan[1:] for _ in "ab"]
+    assert [n for s in plan for n in (s.first, s.first + s.count)][1:-1] == [
+        s.first for s in plan[1:] for _ in "ab"
+    ]
     assert (plan[0].first, plan[-1].first + plan[-1].count) == (0, rows)
     assert [s.number for s in plan] == list(range(len(plan)))
     assert max(s.count for s in plan) * context <= 2**22
@@ -197,7 +221,9 @@ def test_shards_cover_all_rows_once(rows, context):
 def start(run, share, wait, *launcher):
     command = [sys.executable, *launcher, str(SCRIPT), RECIPE, str(run), share, str(wait)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process):
@@ -229,7 +255,9 @@ def test_after_sigkill_two_at_once_finish_the_work(reference, fresh):
 
 @pytest.mark.multi_process
 def test_two_ranks_make_the_same_files(reference, fresh):
-    output = finish(start(fresh, "-", 0, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    output = finish(
+        start(fresh, "-", 0, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    )
     assert output.count("read at") == 2  # once a domain, by the rank that published
     for domain in ("math", "chat"):
         assert shards(fresh, domain) == shards(reference, domain)

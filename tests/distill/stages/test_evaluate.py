@@ -23,7 +23,9 @@ class Rows:
     validation, context = 3, 24
 
     def __init__(self, seed: int) -> None:
-        self.tokens = torch.randint(3, 97, (self.validation, self.context), generator=torch.manual_seed(seed)).numpy()
+        self.tokens = torch.randint(
+            3, 97, (self.validation, self.context), generator=torch.manual_seed(seed)
+        ).numpy()
 
     def row(self, index: int) -> PackedRow:
         ids = self.tokens[index]
@@ -45,21 +47,39 @@ def test_gates_are_measured_row_by_row_and_equal_those_of_all_rows_at_once(tiny_
     batch = load_batch(domains, [(name, row) for name in domains for row in range(3)])
     with torch.no_grad(), GateMeter(student) as meter:
         meter.expect(batch.real)
-        student.model(input_ids=batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
+        student.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            segment_ids=batch.segment_ids,
+        )
     assert torch.tensor(found).shape == (2, 4)
     assert torch.allclose(torch.tensor(found), torch.tensor(meter.means()), atol=2e-6)
 
 
 def test_without_held_out_rows_there_are_no_gates(tiny_teacher) -> None:
-    assert evaluate.mean_gates(convert(tiny_teacher(), MixerConfig(window=4, sinks=2)), {}, torch.device("cpu")) == []
+    assert (
+        evaluate.mean_gates(
+            convert(tiny_teacher(), MixerConfig(window=4, sinks=2)), {}, torch.device("cpu")
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
-        ("{name: qs_math_ad}", "suite.tasks: unknown task 'qs_math_ad'. Did you mean 'qs_math_add'?"),
-        ("{name: qs_math_add, metric: acc}", "qs_math_add.metric: the task has no 'acc'. Allowed: exact_match."),
-        ("{name: qs_math_add, max_gen_tokens: 256}", "qs_math_add.max_gen_toks: 256 leaves no room for a prompt"),
+        (
+            "{name: qs_math_ad}",
+            "suite.tasks: unknown task 'qs_math_ad'. Did you mean 'qs_math_add'?",
+        ),
+        (
+            "{name: qs_math_add, metric: acc}",
+            "qs_math_add.metric: the task has no 'acc'. Allowed: exact_match.",
+        ),
+        (
+            "{name: qs_math_add, max_gen_tokens: 256}",
+            "qs_math_add.max_gen_toks: 256 leaves no room for a prompt",
+        ),
     ],
 )
 def test_what_could_not_be_evaluated_is_refused_before_anything_is_made(

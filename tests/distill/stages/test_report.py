@@ -28,7 +28,10 @@ def made(run: Run, label: str, *built_on: Artifact, seed: int = 0) -> Artifact:
     stage, _, name = label.partition("/")
     inputs = {}
     for artifact in built_on:
-        of, key = artifact.manifest["stage"], artifact.manifest["name"] or (name if label != "report" else None)
+        of, key = (
+            artifact.manifest["stage"],
+            artifact.manifest["name"] or (name if label != "report" else None),
+        )
         inputs[of if of == "align" else f"{of}/{key}"] = artifact.fingerprint
     log = json.dumps({"step": 1, "mse": 0.5, "ce": 1.0, "kl": 0.1}) + "\n"
     request = Request(stage, {"seed": seed}, {"teacher": "t", **inputs}, name or None)
@@ -41,7 +44,10 @@ def pipeline(run: Run) -> dict[str, Artifact]:
     targets = [made(run, "capture/math", math), made(run, "capture/chat", chat)]
     made(run, "capture/old", old)
     aligned = made(run, "align", math, chat)
-    experts = [made(run, f"distill/{n}", aligned, t) for n, t in zip(("math", "chat"), targets, strict=True)]
+    experts = [
+        made(run, f"distill/{n}", aligned, t)
+        for n, t in zip(("math", "chat"), targets, strict=True)
+    ]
     removed = made(run, "distill/old", aligned, old)
     merged = made(run, "merge", *experts)
     made(run, "evaluate/old", removed)

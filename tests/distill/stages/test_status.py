@@ -29,7 +29,9 @@ def run(tmp_path):
     (training / "step-00000003").mkdir(parents=True)
     header = {"label": "distill/math", "steps": 10, "tokens_per_step": 100, "first_step": 0}
     (training / "training.json").write_text(json.dumps(header))
-    lines = [json.dumps({"step": n, "loss": 1.0 / (n + 1), "tokens_per_second": 50.0}) for n in range(4)]
+    lines = [
+        json.dumps({"step": n, "loss": 1.0 / (n + 1), "tokens_per_second": 50.0}) for n in range(4)
+    ]
     (training / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
     return tmp_path
 
@@ -37,7 +39,12 @@ def run(tmp_path):
 def test_done_and_running(run):
     data, expert = read_status(run)
     assert (data.label, data.state, data.seconds) == ("data/math", "done", 61.5)
-    assert (expert.label, expert.state, expert.step, expert.steps) == ("distill/math", "training", 4, 10)
+    assert (expert.label, expert.state, expert.step, expert.steps) == (
+        "distill/math",
+        "training",
+        4,
+        10,
+    )
     assert expert.seconds_left == pytest.approx(12.0)
     assert expert.checkpoint == 3
     assert expert.figures == {"loss": 0.25}
@@ -71,7 +78,9 @@ HEADER = {"label": "distill/math", "steps": 10, "tokens_per_step": 100, "first_s
 
 
 def write_header(run, **facts):
-    (run / "training" / "distill-math-0123" / "training.json").write_text(json.dumps(HEADER | facts))
+    (run / "training" / "distill-math-0123" / "training.json").write_text(
+        json.dumps(HEADER | facts)
+    )
 
 
 def age(run, seconds):
@@ -110,7 +119,9 @@ def test_where_there_are_no_locks_silence_decides(run, monkeypatch):
         assert read_status(run)[1].state == "stopped"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"label": "distill/math", "steps": null}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", "{}", '{"label": "distill/math", "steps": null}']
+)
 def test_what_cannot_be_read_is_a_row(run, content):
     for path in ("training/distill-math-0123/training.json", "artifacts/data/math/manifest.json"):
         (run / path).write_text(content)

@@ -27,8 +27,12 @@ def random_targets(counts, vocabulary, seed=0, slope=1.5):
     rng = np.random.default_rng(seed)
     counts = np.array(counts)
     width = int(counts.max(initial=0))
-    ids = np.array([rng.permutation(vocabulary)[:width] for _ in counts]).reshape(len(counts), width)
-    curve = -slope * np.log(np.arange(1, width + 1)) + 0.3 * rng.standard_normal((len(counts), width))
+    ids = np.array([rng.permutation(vocabulary)[:width] for _ in counts]).reshape(
+        len(counts), width
+    )
+    curve = -slope * np.log(np.arange(1, width + 1)) + 0.3 * rng.standard_normal(
+        (len(counts), width)
+    )
     curve = -np.sort(-curve, axis=1)
     tail = rng.uniform(0, 0.2, len(counts)).astype(np.float32)
     kept = np.arange(width) < counts[:, None]
@@ -60,7 +64,9 @@ def test_a_row_comes_back(vocabulary):
     assert np.array_equal(back.ids, row.ids)
     np.testing.assert_allclose(back.tail, row.tail, rtol=2**-11, atol=2**-24)
     starts = np.cumsum(counts) - counts
-    np.testing.assert_allclose(np.add.reduceat(np.exp(back.log_probs), starts), 1 - back.tail, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.add.reduceat(np.exp(back.log_probs), starts), 1 - back.tail, rtol=1e-5
+    )
     assert kl_error(row, back).mean() < 1e-3
     for start, count in zip(starts, counts, strict=True):
         assert (np.diff(back.log_probs[start : start + count]) <= 0).all()
@@ -83,7 +89,9 @@ def test_the_first_ranks_are_exact_to_half_a_step():
     row, back = there_and_back(targets, 128_256)
     step = (1 + GAP_CURVE) ** (1 / 255) - 1
     gaps = -np.diff(row.log_probs.reshape(200, -1), axis=1)
-    bound = step * (gaps.max(axis=1) * 1.1 + LARGEST_GAP / GAP_CURVE)  # half a step for the knot, half for the norm
+    bound = step * (
+        gaps.max(axis=1) * 1.1 + LARGEST_GAP / GAP_CURVE
+    )  # half a step for the knot, half for the norm
     error = np.abs((back.log_probs - row.log_probs).reshape(200, -1)).max(axis=1)
     assert (error <= bound + 2**-10).all()
     assert bound.max() < 0.15
@@ -93,7 +101,9 @@ def test_ties_stay_ties_and_a_lone_id_has_all_the_mass():
     tied = np.full((1, 40), np.log(1 / 40), np.float32)
     _, back = there_and_back((np.array([40]), np.arange(40)[None], tied, np.zeros(1)), 512)
     np.testing.assert_allclose(back.log_probs, np.log(1 / 40), rtol=1e-6)
-    _, back = there_and_back((np.array([1]), np.array([[7]]), np.array([[-0.01]]), np.array([0.00995])), 512)
+    _, back = there_and_back(
+        (np.array([1]), np.array([[7]]), np.array([[-0.01]]), np.array([0.00995])), 512
+    )
     assert back.ids.tolist() == [7]
     np.testing.assert_allclose(np.exp(back.log_probs), 1 - 0.00995, rtol=1e-4)
 

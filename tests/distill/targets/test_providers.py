@@ -16,7 +16,12 @@ from xlstm_distill.data.tokenization import Tokens
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, kept_logits, text_checksums
+from xlstm_distill.targets.providers import (
+    OnlineTargets,
+    StoredTargets,
+    kept_logits,
+    text_checksums,
+)
 from xlstm_distill.targets.store import Identity, Store, write_index, write_shard
 from xlstm_kernels.testing import error_ratio
 
@@ -53,8 +58,14 @@ def test_edge_cases_of_the_mass():
         assert torch.equal(all_of_it.log_probs, full.log_probs)
     assert kept_counts(full.keep_mass(1e-9)).tolist() == [1] * 40
     assert kept_counts(full.keep_mass(1e-9, min_k=5)).tolist() == [5] * 40
-    assert kept_counts(SparseTargets.from_logits(random_logits(), 1).keep_mass(0.99)).tolist() == [1] * 40
-    assert SparseTargets.from_logits(random_logits(vocabulary=5), 256).keep_mass(1.0).ids.shape == (40, 5)
+    assert (
+        kept_counts(SparseTargets.from_logits(random_logits(), 1).keep_mass(0.99)).tolist()
+        == [1] * 40
+    )
+    assert SparseTargets.from_logits(random_logits(vocabulary=5), 256).keep_mass(1.0).ids.shape == (
+        40,
+        5,
+    )
     assert SparseTargets.from_logits(random_logits()[:0], 8).keep_mass(0.9).ids.shape[0] == 0
 
 
@@ -67,7 +78,10 @@ def test_ties_are_cut_to_a_set_that_holds_the_mass():
 def test_tokens_that_the_teacher_forbids_are_padding():
     logits = random_logits(vocabulary=6)
     logits[:, 4:] = -math.inf
-    for targets in (SparseTargets.from_logits(logits, 6), SparseTargets.from_logits(logits, 6).keep_mass(1.0, 6)):
+    for targets in (
+        SparseTargets.from_logits(logits, 6),
+        SparseTargets.from_logits(logits, 6).keep_mass(1.0, 6),
+    ):
         assert kept_counts(targets).tolist() == [4] * 40
         assert (targets.ids[~torch.isfinite(targets.log_probs)] == 0).all()
 
@@ -118,7 +132,9 @@ def rows(tmp_path):
     rng = np.random.default_rng(0)
     documents = []
     for length in rng.integers(3, 20, 120):
-        documents.append(Tokens.of(rng.integers(3, 97, length).tolist(), [n > 1 for n in range(length)]))
+        documents.append(
+            Tokens.of(rng.integers(3, 97, length).tolist(), [n > 1 for n in range(length)])
+        )
     write_rows(tmp_path, list(pack(documents, 32, 0))[:12], context=32, vocabulary=97)
     return {"a": DomainRows("a", Artifact(tmp_path, {}), validation=2)}
 
@@ -149,7 +165,9 @@ def test_stored_targets_equal_online_ones(tiny_teacher, rows, tmp_path, mass, mi
         assert torch.equal(mine.ids, theirs.ids)
         torch.testing.assert_close(mine.tail, theirs.tail, rtol=1e-3, atol=1e-5)
     student = random_logits(seed=3, rows=len(mine.tail), vocabulary=97)
-    torch.testing.assert_close(sparse_kl(student, mine).mean(), sparse_kl(student, theirs).mean(), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(
+        sparse_kl(student, mine).mean(), sparse_kl(student, theirs).mean(), rtol=0.01, atol=0.01
+    )
     assert float(sparse_kl(kept_logits(teacher, batch).float(), mine).mean()) < 1e-3
 
 
@@ -170,7 +188,9 @@ def test_targets_of_another_text_are_refused(tiny_teacher, rows, tmp_path):
     for name in ("input_ids", "labels", "segment_ids"):
         other = load_batch(rows, [("a", 3), ("a", 4)])
         getattr(other, name)[1, 0] += 1
-        with pytest.raises(RunError, match=r"store/index.json: row 4 of 'a' holds .* Delete \S+(?<!store) and run"):
+        with pytest.raises(
+            RunError, match=r"store/index.json: row 4 of 'a' holds .* Delete \S+(?<!store) and run"
+        ):
             stored(other)
     with pytest.raises(RunError, match="domain 'b' are not in the store"):
         stored(load_batch({"b": rows["a"]}, [("b", 1)]))

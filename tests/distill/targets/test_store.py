@@ -33,7 +33,9 @@ COUNTS = ([5, 0, 9], [7, 1], [3])
 
 
 def exact_targets(shard):
-    logits = 3 * torch.randn(sum(COUNTS[shard]), VOCABULARY, generator=torch.Generator().manual_seed(shard))
+    logits = 3 * torch.randn(
+        sum(COUNTS[shard]), VOCABULARY, generator=torch.Generator().manual_seed(shard)
+    )
     return SparseTargets.from_logits(logits, IDENTITY.top_k)
 
 
@@ -42,7 +44,11 @@ def write(directory, shards=(0, 1, 2), identity=IDENTITY):
     for shard in shards:
         first = sum(len(counts) for counts in COUNTS[:shard])
         with write_shard(directory, identity, VOCABULARY, shard, first) as writer:
-            writer.add(COUNTS[shard], [100 + first + n for n in range(len(COUNTS[shard]))], exact_targets(shard))
+            writer.add(
+                COUNTS[shard],
+                [100 + first + n for n in range(len(COUNTS[shard]))],
+                exact_targets(shard),
+            )
     write_index(directory, identity)
     return directory
 
@@ -61,14 +67,24 @@ def test_rows_come_back_in_any_order(directory, monkeypatch):
     store = Store(directory, IDENTITY)
     assert store.rows == 6
     expected = [exact_targets(n).keep_mass(0.95, 4) for n in range(3)]
-    for row, shard, start, count in ((5, 2, 0, 3), (0, 0, 0, 5), (4, 1, 7, 1), (1, 0, 5, 0), (2, 0, 5, 9)):
+    for row, shard, start, count in (
+        (5, 2, 0, 3),
+        (0, 0, 0, 5),
+        (4, 1, 7, 1),
+        (1, 0, 5, 0),
+        (2, 0, 5, 9),
+    ):
         found, source = store.row(row)
         assert source == 100 + row
         own = slice(start, start + count)
-        mine = SparseTargets(expected[shard].ids[own], expected[shard].log_probs[own], expected[shard].tail[own])
+        mine = SparseTargets(
+            expected[shard].ids[own], expected[shard].log_probs[own], expected[shard].tail[own]
+        )
         kept = torch.isfinite(mine.log_probs)
         assert found.ids.tolist() == mine.ids[kept].tolist()
-        exact = arrange(kept.sum(1).numpy(), *(part.numpy() for part in (mine.ids, mine.log_probs, mine.tail)))
+        exact = arrange(
+            kept.sum(1).numpy(), *(part.numpy() for part in (mine.ids, mine.log_probs, mine.tail))
+        )
         assert found.counts.tolist() == exact.counts.tolist()
         assert kl_error(exact, found).sum() <= 1e-3 * count
     assert len(store.open) == 1
@@ -82,7 +98,13 @@ def test_figures_are_those_of_the_files(directory):
     assert figures["bytes_per_token"] == sum(p.stat().st_size for p in shards) / 25
     assert figures["mean_k"] == float(torch.isfinite(kept.log_probs).sum()) / 25
     full = [exact_targets(n) for n in range(3)]
-    cut = sum(float((1 - t.tail).log().sum() - (1 - t.keep_mass(0.95, 4).tail).log().sum()) for t in full) / 25
+    cut = (
+        sum(
+            float((1 - t.tail).log().sum() - (1 - t.keep_mass(0.95, 4).tail).log().sum())
+            for t in full
+        )
+        / 25
+    )
     assert figures["mean_cut"] == pytest.approx(cut, abs=1e-5)
     assert 0 < figures["mean_kl_error"] < 1e-3
 
@@ -93,7 +115,9 @@ def test_a_byte_that_changed_is_found_when_it_matters(directory, place):
     data = bytearray(path.read_bytes())
     data[place] ^= 4
     path.write_bytes(data)
-    with pytest.raises(RunError, match=rf"{path}: .*Delete {directory.parent} and run capture again"):
+    with pytest.raises(
+        RunError, match=rf"{path}: .*Delete {directory.parent} and run capture again"
+    ):
         read_all(Store(directory, IDENTITY))
 
 
@@ -114,8 +138,14 @@ def test_other_files_in_the_place_of_a_shard_are_refused(directory, tmp_path):
     good = path.read_bytes()
     for content, message in (
         (b"x" * 5000, "not a shard of targets"),
-        (good[:8] + struct.pack("<I", 7) + good[12:], "has format version 7, this program reads version 1"),
-        ((directory / "targets-00001.bin").read_bytes(), "is not the shard that index.json was written for"),
+        (
+            good[:8] + struct.pack("<I", 7) + good[12:],
+            "has format version 7, this program reads version 1",
+        ),
+        (
+            (directory / "targets-00001.bin").read_bytes(),
+            "is not the shard that index.json was written for",
+        ),
     ):
         path.write_bytes(content)
         with pytest.raises(RunError, match=message):
@@ -132,14 +162,18 @@ def test_other_files_in_the_place_of_a_shard_are_refused(directory, tmp_path):
 )  # fmt: skip
 def test_a_store_made_from_something_else_is_refused(directory, field, value):
     expected = dataclasses.replace(IDENTITY, **{field: value})
-    with pytest.raises(RunError, match=rf"belongs to another run: its {field} is .*, here it is {value!r}"):
+    with pytest.raises(
+        RunError, match=rf"belongs to another run: its {field} is .*, here it is {value!r}"
+    ):
         Store(directory, expected)
 
 
 def test_one_shard_of_another_tokenizer_is_refused(directory):
     write(directory, shards=(1,), identity=dataclasses.replace(IDENTITY, tokenizer="others"))
     write_index(directory, IDENTITY)
-    with pytest.raises(RunError, match=r"targets-00001\.bin: belongs to another run: its tokenizer is 'others'"):
+    with pytest.raises(
+        RunError, match=r"targets-00001\.bin: belongs to another run: its tokenizer is 'others'"
+    ):
         Store(directory, IDENTITY)
 
 
@@ -176,7 +210,10 @@ def test_a_row_beyond_the_last_is_refused(directory):
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), write_shard(tmp_path, IDENTITY, VOCABULARY, 0, 0) as writer:
+    with (
+        pytest.raises(ZeroDivisionError),
+        write_shard(tmp_path, IDENTITY, VOCABULARY, 0, 0) as writer,
+    ):
         writer.add([5, 0, 9], [1, 2, 3], exact_targets(0))
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -187,7 +224,9 @@ def test_logits_that_are_not_finite_name_their_row(tmp_path):
     logits[3, 7] = torch.nan
     targets = SparseTargets.from_logits(logits, 8)
     with (
-        pytest.raises(RunError, match="capture/math: the teacher's logits of row 11 are not finite"),
+        pytest.raises(
+            RunError, match="capture/math: the teacher's logits of row 11 are not finite"
+        ),
         write_shard(tmp_path, IDENTITY, VOCABULARY, 0, 10) as writer,
     ):
         writer.add([3, 1], [0, 0], targets)

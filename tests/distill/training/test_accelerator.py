@@ -53,13 +53,27 @@ Trained = dict[str, dict[str, Any]]
 
 def train(out: Path, kind: str, trainings: dict[str, dict[str, Any]]) -> Trained:
     """Train in one process (kind `alone`), or in two under the named kind of sharding."""
-    launcher = [] if kind == "alone" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = (
+        []
+        if kind == "alone"
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    )
     bf16 = any("dtype" in options for options in trainings.values())
     path = os.pathsep.join([str(ROOT / "tests" / "shims"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **SETTINGS.get(kind, {})}
-    environment |= {"PYTHONFAULTHANDLER": "1", **({"ACCELERATE_MIXED_PRECISION": "bf16"} if bf16 else {})}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        **SETTINGS.get(kind, {}),
+    }
+    environment |= {
+        "PYTHONFAULTHANDLER": "1",
+        **({"ACCELERATE_MIXED_PRECISION": "bf16"} if bf16 else {}),
+    }
     command = [sys.executable, *launcher, str(SCRIPT), str(out), json.dumps(trainings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=250)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=250
+    )
     assert done.returncode == 0, done.stderr[-9000:]
     return torch.load(out, weights_only=True)
 
@@ -67,7 +81,9 @@ def train(out: Path, kind: str, trainings: dict[str, dict[str, Any]]) -> Trained
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Callable[[str], Trained]:
     """All trainings under a kind of sharding, in one start of its processes."""
-    return functools.cache(lambda kind: train(tmp_path_factory.mktemp(kind) / "trained.pt", kind, OPTIONS))
+    return functools.cache(
+        lambda kind: train(tmp_path_factory.mktemp(kind) / "trained.pt", kind, OPTIONS)
+    )
 
 
 # Measured: 7e-7 (DDP, FSDP2, ZeRO-1 and -2) and 2e-6 (ZeRO-3) after four steps; with a tied head 5e-6.
@@ -91,7 +107,9 @@ def test_two_processes_train_as_one_does(kind, name, trained):
 def test_a_sharded_teacher_and_recomputed_activations_change_no_bit(kind, trained):
     plain, spared = trained(kind)["distill"], trained(kind)["spared"]
     assert spared["figures"] == plain["figures"]
-    assert all(torch.equal(spared["weights"][name], weight) for name, weight in plain["weights"].items())
+    assert all(
+        torch.equal(spared["weights"][name], weight) for name, weight in plain["weights"].items()
+    )
 
 
 # Measured against fp32, figures of about 2.9 (loss) and 1.0 (norm): 0.006 at most, bf16 in one process 0.005.
@@ -104,7 +122,9 @@ def test_bf16_compute_keeps_fp32_weights_and_reduction(kind, trained, tmp_path):
     assert made["reduction"] == "torch.float32"
     exact = trained("alone")["distill"]
     assert made["figures"] != exact["figures"]
-    for (loss, norm), (expected_loss, expected_norm) in zip(made["figures"], exact["figures"], strict=True):
+    for (loss, norm), (expected_loss, expected_norm) in zip(
+        made["figures"], exact["figures"], strict=True
+    ):
         assert loss == pytest.approx(expected_loss, rel=5e-3)
         assert norm == pytest.approx(expected_norm, rel=1.5e-2)
 
@@ -122,11 +142,19 @@ def test_bf16_compute_keeps_fp32_weights_and_reduction(kind, trained, tmp_path):
     ids=str,
 )
 def test_what_runs_must_be_what_was_asked(asked, running):
-    with pytest.raises(UserError, match=r"asked for .* and accelerate runs .* check its configuration"):
+    with pytest.raises(
+        UserError, match=r"asked for .* and accelerate runs .* check its configuration"
+    ):
         refuse_difference(asked, running, "no")
-    refuse_difference(running, Layout(running.kind, running.processes, running.sharding, "no"), "no")
-    with pytest.raises(UserError, match="mixed_precision: 'bf16' is wanted, and accelerate runs 'no'"):
-        refuse_difference(running, Layout(running.kind, running.processes, running.sharding, "no"), "bf16")
+    refuse_difference(
+        running, Layout(running.kind, running.processes, running.sharding, "no"), "no"
+    )
+    with pytest.raises(
+        UserError, match="mixed_precision: 'bf16' is wanted, and accelerate runs 'no'"
+    ):
+        refuse_difference(
+            running, Layout(running.kind, running.processes, running.sharding, "no"), "bf16"
+        )
 
 
 def test_a_precision_that_contradicts_the_recipe_is_refused(monkeypatch):

@@ -12,7 +12,9 @@ ALIGN = Align(tokens=100, batch=2, warmup_steps=4)
 
 
 def rates(settings, steps, peak=ALIGN.lr, **changes):
-    return [learning_rate(settings.model_copy(update=changes), steps, s, peak) for s in range(steps)]
+    return [
+        learning_rate(settings.model_copy(update=changes), steps, s, peak) for s in range(steps)
+    ]
 
 
 def test_cosine_warms_up_peaks_and_ends_at_the_final_rate():

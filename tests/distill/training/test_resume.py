@@ -24,7 +24,11 @@ from xlstm_distill.training.checkpoints import INDEX, Checkpoints
 from xlstm_kernels.testing import error_ratio
 
 STEPS = 10
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +39,18 @@ def train():
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
-    def run(processes, folder, number=None, step=0, delay=0.0, steps=STEPS, settings=None, fault=None):
+    def run(
+        processes, folder, number=None, step=0, delay=0.0, steps=STEPS, settings=None, fault=None
+    ):
         kill = None if number is None else {"step": step, "signal": int(number), "delay": delay}
         paths = {"out": str(folder / "out.safetensors"), "directory": str(folder / "work")}
-        request = {"processes": processes, "steps": steps, "kill": kill, "settings": settings, "fault": fault}
+        request = {
+            "processes": processes,
+            "steps": steps,
+            "kill": kill,
+            "settings": settings,
+            "fault": fault,
+        }
         server.stdin.write(json.dumps(request | paths) + "\n")
         server.stdin.flush()
         return json.loads(server.stdout.readline())
@@ -53,7 +65,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def steps_logged(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "work" / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"]
+        for line in (folder / "work" / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -130,14 +145,18 @@ def test_twenty_kills_at_random_moments_change_nothing(processes, train, tmp_pat
     for kill in range(20):
         step, delay = 3 * kill + random.randrange(3), random.uniform(0, 0.1)
         codes = train(processes, broken, signal.SIGKILL, step, delay, steps=steps)
-        assert set(codes) <= {-signal.SIGKILL, 0}, f"kill {kill} after step {step} + {delay:.3f} s: {codes}"
+        assert set(codes) <= {-signal.SIGKILL, 0}, (
+            f"kill {kill} after step {step} + {delay:.3f} s: {codes}"
+        )
     assert train(processes, broken, steps=steps) == [0] * processes
     assert same(weights(broken), weights(reference))
 
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
-def test_a_signal_leaves_a_checkpoint_and_the_code_to_start_again(number, processes, train, whole, tmp_path):
+def test_a_signal_leaves_a_checkpoint_and_the_code_to_start_again(
+    number, processes, train, whole, tmp_path
+):
     assert train(processes, tmp_path, number, step=4) == [75] * processes
     newest = checkpoints_in(tmp_path)[-1]
     assert json.loads((newest / INDEX).read_text())["step"] == len(steps_logged(tmp_path))
@@ -147,7 +166,9 @@ def test_a_signal_leaves_a_checkpoint_and_the_code_to_start_again(number, proces
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize(("asked", "processes"), [(0, 1), (1, 2)])
-def test_a_signal_in_the_last_validation_is_heard_and_nothing_is_lost(asked, processes, train, whole, tmp_path):
+def test_a_signal_in_the_last_validation_is_heard_and_nothing_is_lost(
+    asked, processes, train, whole, tmp_path
+):
     assert train(processes, tmp_path, fault={"stop_at_end": asked}) == [75] * processes
     assert checkpoints_in(tmp_path)[-1].name == f"step-{STEPS:08d}"
     assert train(processes, tmp_path) == [0] * processes
@@ -158,23 +179,33 @@ def test_a_signal_in_the_last_validation_is_heard_and_nothing_is_lost(asked, pro
 def test_a_signal_that_comes_after_the_last_look_is_heard(monkeypatch):
     request = stopping._Request()
     monkeypatch.setattr(stopping, "_request", request)
-    with pytest.raises(stopping.Stopped, match="stopped by SIGUSR1 after the last step"), stopping.deferred():
+    with (
+        pytest.raises(stopping.Stopped, match="stopped by SIGUSR1 after the last step"),
+        stopping.deferred(),
+    ):
         request.receive(signal.SIGUSR1, None)
     with pytest.raises(ValueError, match="own"), stopping.deferred():  # another end goes first
         raise ValueError("own")
 
 
 @pytest.mark.multi_process
-def test_a_loss_that_is_not_finite_is_blamed_on_its_own_micro_batch_by_all_processes(train, tmp_path):
+def test_a_loss_that_is_not_finite_is_blamed_on_its_own_micro_batch_by_all_processes(
+    train, tmp_path
+):
     """Row 7 of step 2 is in the second micro-batch, rows 5 and 7, of the second of two processes."""
     assert train(2, tmp_path, fault={"bad_row": 2 * 8 + 7}) == [1, 1]
     one, two = ((tmp_path / "work" / f"error-{rank}").read_text() for rank in (0, 1))
     assert one == two
     alone = tmp_path / "alone"
     alone.mkdir()
-    assert train(1, alone, fault={"bad_row": 2 * 8 + 7}) == [1]  # there rows 6 and 7 are a micro-batch
+    assert train(1, alone, fault={"bad_row": 2 * 8 + 7}) == [
+        1
+    ]  # there rows 6 and 7 are a micro-batch
     told = (alone / "work" / "error-0").read_text()
-    names = [re.fullmatch(r"test: step 2: loss is nan, .*\(rows (\S+), (\S+)\); .*", text) for text in (one, told)]
+    names = [
+        re.fullmatch(r"test: step 2: loss is nan, .*\(rows (\S+), (\S+)\); .*", text)
+        for text in (one, told)
+    ]
     assert names[0][2] == names[1][2]
     assert names[0][1] != names[1][1]
 
@@ -188,7 +219,10 @@ def test_another_number_of_processes_goes_on_nearly_as_well(before, after, train
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
-    return {"weight/a": torch.full((64,), float(step)), "generator/cpu": torch.arange(8, dtype=torch.uint8)}
+    return {
+        "weight/a": torch.full((64,), float(step)),
+        "generator/cpu": torch.arange(8, dtype=torch.uint8),
+    }
 
 
 def test_the_newest_whole_checkpoint_is_used_and_damage_is_named(tmp_path):
@@ -207,21 +241,29 @@ def test_the_newest_whole_checkpoint_is_used_and_damage_is_named(tmp_path):
     content = bytearray(other.read_bytes())
     content[-1] ^= 1
     other.write_bytes(content)
-    with pytest.raises(RunError, match=r"no checkpoint can be used: .*step-00000003.* Delete .* to start over"):
+    with pytest.raises(
+        RunError, match=r"no checkpoint can be used: .*step-00000003.* Delete .* to start over"
+    ):
         checkpoints.latest(said.append)
     assert "its checksum is not the one it was written with" in said[-1]
 
 
-@pytest.mark.parametrize("content", ["", '{"step": 3, "proc', "[]", "{}", '{"format": 1, "step": "3", "processes": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", '{"step": 3, "proc', "[]", "{}", '{"format": 1, "step": "3", "processes": 1}']
+)
 def test_a_damaged_index_is_named_and_the_checkpoint_before_it_is_used(content, tmp_path):
     checkpoints, said = Checkpoints(tmp_path, keep=2), []
     for step in (2, 3):
         checkpoints.save(step, tensors(step), {})
     (tmp_path / "step-00000003" / INDEX).write_text(content)
     assert checkpoints.latest(said.append).step == 2
-    assert said == [f"checkpoint refused: {tmp_path / 'step-00000003' / INDEX}: not the index of a checkpoint"]
+    assert said == [
+        f"checkpoint refused: {tmp_path / 'step-00000003' / INDEX}: not the index of a checkpoint"
+    ]
     (tmp_path / "step-00000002" / INDEX).write_text(content)
-    with pytest.raises(RunError, match=r"no checkpoint can be used: .*step-00000003.* Delete .* to start over"):
+    with pytest.raises(
+        RunError, match=r"no checkpoint can be used: .*step-00000003.* Delete .* to start over"
+    ):
         checkpoints.latest(said.append)
 
 
@@ -231,7 +273,12 @@ def test_a_checkpoint_and_its_name_are_on_the_disk_before_an_older_one_goes(tmp_
     def watched(descriptor):
         there = sorted(p.name for p in tmp_path.iterdir())
         done.append(
-            (Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path.resolve()).as_posix(), there)
+            (
+                Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+                .relative_to(tmp_path.resolve())
+                .as_posix(),
+                there,
+            )
         )
         fsync(descriptor)
 
@@ -240,7 +287,12 @@ def test_a_checkpoint_and_its_name_are_on_the_disk_before_an_older_one_goes(tmp_
     monkeypatch.setattr(os, "fsync", watched)
     checkpoints.save(2, tensors(2), {})
     partial = ".step-00000002.partial"
-    assert [name for name, _ in done] == [f"{partial}/process-00000.safetensors", f"{partial}/{INDEX}", partial, "."]
+    assert [name for name, _ in done] == [
+        f"{partial}/process-00000.safetensors",
+        f"{partial}/{INDEX}",
+        partial,
+        ".",
+    ]
     assert done[-1][1] == ["step-00000001", "step-00000002"]
 
 
@@ -258,7 +310,9 @@ def test_a_training_belongs_to_one_run_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_said_and_does_not_stop_a_training(number, tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_said_and_does_not_stop_a_training(
+    number, tmp_path, monkeypatch
+):
     def flock(stream, flags):
         raise OSError(number, os.strerror(number))
 

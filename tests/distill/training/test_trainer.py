@@ -58,7 +58,9 @@ def domains(tmp_path):
 
 
 def stretch(domains, steps, batch=4, weights=None, lr=1e-2):
-    return Stretch(RowSchedule(domains, weights or {"a": 1.0, "b": 1.0}, 0, steps * batch), steps, lr)
+    return Stretch(
+        RowSchedule(domains, weights or {"a": 1.0, "b": 1.0}, 0, steps * batch), steps, lr
+    )
 
 
 def test_rows_keep_to_weights_cover_epochs_and_never_touch_validation(domains):
@@ -66,7 +68,9 @@ def test_rows_keep_to_weights_cover_epochs_and_never_touch_validation(domains):
     rows = [row for step in range(20) for row in schedule.rows(step, 8)]
     assert Counter(name for name, _ in rows) == {"a": 120, "b": 40}
     for name, epochs in (("a", 6), ("b", 2)):
-        assert Counter(index for n, index in rows if n == name) == dict.fromkeys(range(4, 24), epochs)
+        assert Counter(index for n, index in rows if n == name) == dict.fromkeys(
+            range(4, 24), epochs
+        )
     for n in range(4, 160, 4):
         assert Counter(name for name, _ in rows[:n])["b"] == n // 4
     assert RowSchedule(domains, {"a": 3.0, "b": 1.0}, 0, 160).rows(7, 8) == rows[56:64]
@@ -87,7 +91,9 @@ def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domain
     batch = load_batch(domains, [("a", 4), ("b", 5)])
     exact = convert(teacher, MixerConfig(window=32, sinks=0, branches=("window",)))
     for mixer, seen in zip(exact.mixers(), TeacherObserver(teacher)(batch), strict=True):
-        mixed = mixer.mix(seen.hidden_states, seen.position_embeddings, segment_ids=batch.segment_ids)
+        mixed = mixer.mix(
+            seen.hidden_states, seen.position_embeddings, segment_ids=batch.segment_ids
+        )
         assert error_ratio(mixed[batch.real], seen.heads[batch.real].double()) < 1e-6
 
 
@@ -128,11 +134,15 @@ def test_micro_batches_do_not_change_the_training(make, tiny_teacher, domains, t
     b = trained(parts, domains, tmp_path / "parts", micro_batch=1).last
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
-        if p.requires_grad and not name.endswith("input_gate.bias"):  # its gradient is zero: Adam amplifies noise
+        if p.requires_grad and not name.endswith(
+            "input_gate.bias"
+        ):  # its gradient is zero: Adam amplifies noise
             assert error_ratio(p.detach(), q.detach().double()) < 1e-3, name
 
 
-def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(tiny_teacher, domains, tmp_path):
+def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(
+    tiny_teacher, domains, tmp_path
+):
     task = align_task(tiny_teacher)
     start_far_off(task.mixers)
     before = {n: p.detach().clone() for n, p in task.mixers.named_parameters()}
@@ -148,13 +158,24 @@ def test_distillation_lowers_the_kl(tiny_teacher, domains, tmp_path):
     task = distill_task(tiny_teacher)
     start_far_off(task.student.mixers())
     task.ce_weight, task.kl_weight = 0.0, 1.0
-    outcome = trained(task, domains, tmp_path, steps=30, optim=Distill(experts=EXPERTS, batch=4, lr=1e-3))
+    outcome = trained(
+        task, domains, tmp_path, steps=30, optim=Distill(experts=EXPERTS, batch=4, lr=1e-3)
+    )
     assert outcome.after["kl"] < 0.8 * outcome.before["kl"]
     assert 0 < outcome.after["gate"] < outcome.before["gate"]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(log) == 30
     assert log[-1]["loss"] < log[0]["loss"]
-    assert {"step", "loss", "ce", "kl", "grad_norm", "lr", "tokens_per_second", "peak_memory_gib"} == set(log[0])
+    assert {
+        "step",
+        "loss",
+        "ce",
+        "kl",
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "peak_memory_gib",
+    } == set(log[0])
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens(tiny_teacher, domains):
@@ -164,9 +185,14 @@ def test_the_loss_is_the_mean_over_supervised_tokens(tiny_teacher, domains):
     logits = task.student(batch.input_ids, segment_ids=batch.segment_ids).logits
     labels = batch.labels[batch.labels != IGNORE_INDEX]
     kept = logits[batch.labels != IGNORE_INDEX]
-    assert error_ratio(kept_logits(task.student, batch, segment_ids=batch.segment_ids), kept.double()) < 1e-6
+    assert (
+        error_ratio(kept_logits(task.student, batch, segment_ids=batch.segment_ids), kept.double())
+        < 1e-6
+    )
     expected = torch.nn.functional.cross_entropy(kept, labels)
-    assert float(sums.parts["ce"]) / task.count(batch) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(sums.parts["ce"]) / task.count(batch) == pytest.approx(
+        float(expected.detach()), rel=1e-5
+    )
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(tiny_teacher, domains, tmp_path):
@@ -208,7 +234,9 @@ def test_a_step_without_a_supervised_token_is_left_out_and_said(domains, tmp_pat
     console, task = QuietConsole(), Mute({2, 5})
     optim = Align(tokens=4096, batch=4)
     plan = Plan("test", (stretch(domains, 6),), 4, 4)
-    outcome = Trainer(task, optim, plan, domains, tmp_path, Accelerator(cpu=True), console=console).run()
+    outcome = Trainer(
+        task, optim, plan, domains, tmp_path, Accelerator(cpu=True), console=console
+    ).run()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if line.get("skipped")] == [2, 5]
     assert (outcome.skipped_steps, outcome.last["skipped"]) == (2, 1.0)
@@ -216,7 +244,9 @@ def test_a_step_without_a_supervised_token_is_left_out_and_said(domains, tmp_pat
     assert [line.split(": none")[0] for line in said] == ["test: step 2", "test: step 5"]
 
 
-def test_a_resumed_training_trains_in_training_mode_and_keeps_its_last_figures(tiny_teacher, domains, tmp_path):
+def test_a_resumed_training_trains_in_training_mode_and_keeps_its_last_figures(
+    tiny_teacher, domains, tmp_path
+):
     """What load_student gives is in eval mode, in which transformers checkpoints no activations."""
     modes, settings = [], Training(checkpoint_steps=2, validate_steps=None)
     optim = Distill(experts=EXPERTS, batch=4, lr=1e-3)
@@ -228,7 +258,9 @@ def test_a_resumed_training_trains_in_training_mode_and_keeps_its_last_figures(t
             lambda module, *_: modes.append(module.training) if torch.is_grad_enabled() else None
         )
         plan = Plan("test", (stretch(domains, steps),), 4, 4)
-        return Trainer(task, optim, plan, domains, tmp_path, Accelerator(cpu=True), training=settings).run()
+        return Trainer(
+            task, optim, plan, domains, tmp_path, Accelerator(cpu=True), training=settings
+        ).run()
 
     (tmp_path / ".step-00000001.partial").mkdir()
     go_on(2)
@@ -241,10 +273,13 @@ def test_a_resumed_training_trains_in_training_mode_and_keeps_its_last_figures(t
     assert again.last["loss"] > 0
 
 
-def test_validation_runs_no_more_rows_at_a_time_than_training_and_shares_them_evenly(domains, tmp_path, monkeypatch):
+def test_validation_runs_no_more_rows_at_a_time_than_training_and_shares_them_evenly(
+    domains, tmp_path, monkeypatch
+):
     given = {}
     monkeypatch.setattr(
-        "xlstm_distill.training.trainer.validate", lambda *arguments: given.update(rows=arguments[3]) or {}
+        "xlstm_distill.training.trainer.validate",
+        lambda *arguments: given.update(rows=arguments[3]) or {},
     )
     trainer = Trainer(Mute(()), Align(tokens=4096, batch=6), Plan("test", (stretch(domains, 1, 6),), 6, 6), domains,
                       tmp_path, Accelerator(cpu=True))  # fmt: skip
@@ -253,7 +288,9 @@ def test_validation_runs_no_more_rows_at_a_time_than_training_and_shares_them_ev
     assert given["rows"] == 3
     every = {(name, index) for name in domains for index in range(4)}
     for processes in (1, 2, 3, 5):
-        places = [SimpleNamespace(num_processes=processes, process_index=n) for n in range(processes)]
+        places = [
+            SimpleNamespace(num_processes=processes, process_index=n) for n in range(processes)
+        ]
         shares = [list(validation._shares(domains, 3, place)) for place in places]
         assert len({len(share) for share in shares}) == 1
         for together in zip(*shares, strict=True):
@@ -299,9 +336,7 @@ def test_a_bad_batch_can_be_skipped_and_the_rest_goes_on(tiny_teacher, domains, 
     steps = stretch(domains, 6)
     bad = {row for step in (2, 4) for row in steps.schedule.rows(step, 4)[:1]}
     optim = Distill(experts=EXPERTS, batch=4, lr=1e-3, non_finite="skip")
-    expected = (
-        r"step 2: loss is nan, first at student.lm_head \(rows .* the last checkpoint is kept"  # it makes the loss
-    )
+    expected = r"step 2: loss is nan, first at student.lm_head \(rows .* the last checkpoint is kept"  # it makes the loss
     with pytest.raises(RunError, match=expected):
         trained(
             poisoned(tiny_teacher, bad),
@@ -321,11 +356,22 @@ def test_skipping_ends_where_nothing_is_finite_any_more(tiny_teacher, domains, t
     task = distill_task(tiny_teacher)
     with torch.no_grad():
         task.student.lm_head.weight[5, 0] = float("nan")
-    with pytest.raises(RunError, match=r"step 10: .* 10 steps before it were skipped, so it is not these rows alone"):
-        trained(task, domains, tmp_path, steps=20, optim=Distill(experts=EXPERTS, batch=4, lr=1e-3, non_finite="skip"))
+    with pytest.raises(
+        RunError,
+        match=r"step 10: .* 10 steps before it were skipped, so it is not these rows alone",
+    ):
+        trained(
+            task,
+            domains,
+            tmp_path,
+            steps=20,
+            optim=Distill(experts=EXPERTS, batch=4, lr=1e-3, non_finite="skip"),
+        )
 
 
-def test_held_out_figures_go_to_the_log_and_to_trackers(tiny_teacher, domains, tmp_path, monkeypatch):
+def test_held_out_figures_go_to_the_log_and_to_trackers(
+    tiny_teacher, domains, tmp_path, monkeypatch
+):
     seen = []
 
     class Memory(GeneralTracker):
@@ -353,12 +399,19 @@ def test_held_out_figures_go_to_the_log_and_to_trackers(tiny_teacher, domains, t
     log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "held_out_kl" in line] == [1]
     assert {"held_out_ce", "held_out_gate"} <= log[1].keys()
-    assert seen == [("xlstm-distill", "run-distill-a"), 4, *((line["step"], line["loss"]) for line in log), "finished"]
+    assert seen == [
+        ("xlstm-distill", "run-distill-a"),
+        4,
+        *((line["step"], line["loss"]) for line in log),
+        "finished",
+    ]
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("xlstm_distill.training.log.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"training.trackers\[0\]: 'wandb' is not installed; pip install"):
+    with pytest.raises(
+        UserError, match=r"training.trackers\[0\]: 'wandb' is not installed; pip install"
+    ):
         check_trackers(("wandb",))
 
 
@@ -384,4 +437,6 @@ def test_the_header_and_the_log_are_replaced_whole(tmp_path, monkeypatch):
         pass
     with pytest.raises(OSError):
         TrainingLog(tmp_path / "log.jsonl", (), 1)
-    assert {(tmp_path / name).read_text() for name in ("training.json", "log.jsonl")} == {'{"step": 0}\n'}
+    assert {(tmp_path / name).read_text() for name in ("training.json", "log.jsonl")} == {
+        '{"step": 0}\n'
+    }

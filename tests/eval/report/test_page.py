@@ -53,7 +53,13 @@ class Outline(HTMLParser):
 
 def test_json_lists_the_models_with_their_figures(data: ReportData, files: dict[str, str]) -> None:
     values = json.loads(files["report.json"])
-    assert [model["name"] for model in values["models"]] == ["merged", "math", "code", "stem", "chat"]
+    assert [model["name"] for model in values["models"]] == [
+        "merged",
+        "math",
+        "code",
+        "stem",
+        "chat",
+    ]
     merged = values["models"][0]
     teacher = {result.task: result.score for result in data.teacher_results}
     assert values["teacher"]["scores"] == teacher
@@ -67,10 +73,21 @@ def test_json_lists_the_models_with_their_figures(data: ReportData, files: dict[
     assert merged["stderr"]["add"] == data.models[0].results[0].stderr
 
 
-def test_html_is_self_contained_and_its_ids_are_unique(data: ReportData, files: dict[str, str]) -> None:
+def test_html_is_self_contained_and_its_ids_are_unique(
+    data: ReportData, files: dict[str, str]
+) -> None:
     outline = Outline(files["report.html"])
     assert len(set(outline.ids)) == len(outline.ids)
-    sections = {"win-and-tie", "recovery", "models", "scores", "gates", "losses", "timings", "provenance"}
+    sections = {
+        "win-and-tie",
+        "recovery",
+        "models",
+        "scores",
+        "gates",
+        "losses",
+        "timings",
+        "provenance",
+    }
     assert {"headline", *sections} <= set(outline.ids)
     assert not {"script", "link", "iframe", "img", "object"} & set(outline.tags)
     inside = {link[1:] for link in outline.links if link.startswith("#")}
@@ -92,9 +109,14 @@ def test_each_figure_is_small_and_takes_its_colours_from_the_page(files: dict[st
 
 
 def test_a_large_heat_map_stays_small(data: ReportData) -> None:
-    rows = tuple(tuple(0.5 + 0.4 * math.sin(layer * head) for head in range(64)) for layer in range(80))
+    rows = tuple(
+        tuple(0.5 + 0.4 * math.sin(layer * head) for head in range(64)) for layer in range(80)
+    )
     big = data.model_copy(update={"gates": {"merged": rows}})
-    assert all(len(svg) < 200_000 for svg in re.findall(r"<svg.*?</svg>", render(big)["report.html"], flags=re.DOTALL))
+    assert all(
+        len(svg) < 200_000
+        for svg in re.findall(r"<svg.*?</svg>", render(big)["report.html"], flags=re.DOTALL)
+    )
 
 
 def test_rendering_is_deterministic(data: ReportData, files: dict[str, str]) -> None:
@@ -165,10 +187,15 @@ def test_markdown_tables_are_well_formed(files: dict[str, str]) -> None:
 
 
 def test_a_report_with_the_least_data(data: ReportData) -> None:
-    plain = [result.model_copy(update={"domain": None, "stderr": None}) for result in data.teacher_results[:1]]
+    plain = [
+        result.model_copy(update={"domain": None, "stderr": None})
+        for result in data.teacher_results[:1]
+    ]
     zero = plain[0].model_copy(update={"score": 0.0, "correct": 0})
     model = ReportModel(name="student", role="student", results=(zero,))
-    files = render(ReportData(title="t", teacher="T", teacher_results=tuple(plain), models=(model,)))
+    files = render(
+        ReportData(title="t", teacher="T", teacher_results=tuple(plain), models=(model,))
+    )
     outline = Outline(files["report.html"])
     assert "gates" not in outline.ids
     assert "losses" not in outline.ids
@@ -182,12 +209,21 @@ def test_times_are_summed_by_stage(data: ReportData, files: dict[str, str]) -> N
 
 
 def test_column_heads_leave_out_what_a_domains_tasks_share(data: ReportData) -> None:
-    names = [("qs_math_add", "math"), ("qs_math_story", "math"), ("qs_code", "code"), ("qs_code_run", "code")]
+    names = [
+        ("qs_math_add", "math"),
+        ("qs_math_story", "math"),
+        ("qs_code", "code"),
+        ("qs_code_run", "code"),
+    ]
     names += [("gpqa_main", "stem"), ("a", None), ("a_b", None), ("same_task", "chat")]
     base = data.teacher_results[0]
-    results = tuple(base.model_copy(update={"task": task, "domain": domain}) for task, domain in names)
+    results = tuple(
+        base.model_copy(update={"task": task, "domain": domain}) for task, domain in names
+    )
     model = ReportModel(name="student", role="student", results=results)
-    text = render(ReportData(title="t", teacher="T", teacher_results=results, models=(model,)))["report.html"]
+    text = render(ReportData(title="t", teacher="T", teacher_results=results, models=(model,)))[
+        "report.html"
+    ]
     heads = re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', text)
     assert heads == ["add", "story", "code", "code_run", "gpqa_main", "a", "a_b", "same_task"]
 
@@ -197,7 +233,11 @@ def test_writing_replaces_the_old_report_as_a_whole(data: ReportData, tmp_path: 
     assert write_report(data, target) == target / "report.html"
     (target / "stray.txt").write_text("old")
     write_report(data, target)
-    assert sorted(path.name for path in target.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in target.iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
     assert [path.name for path in target.parent.iterdir()] == ["report"]
 
 
@@ -235,7 +275,13 @@ def test_bad_data_is_refused(data: ReportData) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.84, "0.8 s"), (42.4, "42 s"), (59.7, "1 min 00 s"), (200.0, "3 min 20 s"), (7500.0, "2 h 05 min")],
+    [
+        (0.84, "0.8 s"),
+        (42.4, "42 s"),
+        (59.7, "1 min 00 s"),
+        (200.0, "3 min 20 s"),
+        (7500.0, "2 h 05 min"),
+    ],
 )
 def test_durations_are_written_for_readers(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -36,7 +36,10 @@ def test_packed_documents_are_checked_and_timed(capsys: pytest.CaptureFixture[st
     assert bench.main([*SMALL, "--document", "9", "--operators", "window", "causal"]) == 0
     lines = capsys.readouterr().out
     assert lines.count(" ms ") == 4
-    assert "causal       sdpa                       T=40      left out: takes no packed documents" in lines
+    assert (
+        "causal       sdpa                       T=40      left out: takes no packed documents"
+        in lines
+    )
 
 
 @pytest.mark.parametrize("operator", ["mlstm", "mlstm step"])
@@ -56,7 +59,11 @@ def test_a_wrong_operator_is_not_timed(
 ])  # fmt: skip
 def test_the_check_sees_beyond_window_and_sinks(operator: str, wrong: dict[str, int]) -> None:
     shape = bench_entries.Shape(4, 100_000, 2, 1, 8, 8, 100, 4, 0)
-    entry = next(e for e in bench_entries.ENTRIES if e.operator == operator and not e.needs and not e.cuda_only)
+    entry = next(
+        e
+        for e in bench_entries.ENTRIES
+        if e.operator == operator and not e.needs and not e.cuda_only
+    )
     if operator == "causal":  # that is a window without end
         entry = entry._replace(operator="window", reference=bench_entries.window_truth)
     changed = entry._replace(run=lambda a, s: entry.run(a, s._replace(**wrong)))

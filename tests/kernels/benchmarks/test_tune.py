@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-tune = pytest.importorskip("xlstm_kernels.benchmarks.tune", reason="triton is not installed", exc_type=ImportError)
+tune = pytest.importorskip(
+    "xlstm_kernels.benchmarks.tune", reason="triton is not installed", exc_type=ImportError
+)
 
 from xlstm_kernels.testing import outputs_and_grads, to_float64  # noqa: E402
 from xlstm_kernels.triton import table as triton_table  # noqa: E402
@@ -45,7 +47,9 @@ def test_an_inexact_candidate_is_not_timed(device: str) -> None:
     small = tune.draw("window", torch.float32, 16, 4, 40, device)
     truth = outputs_and_grads(tune.exact_operator("window"), to_float64(small))
     exact = tune.operator_with(WindowConfig(32, 4, 1, 4, 1))
-    assert tune.time_candidate(lambda **x: 1.001 * exact(**x), small, truth, small, 1e-5) == math.inf
+    assert (
+        tune.time_candidate(lambda **x: 1.001 * exact(**x), small, truth, small, 1e-5) == math.inf
+    )
     assert 0 < tune.time_candidate(exact, small, truth, small, 1e-5) < math.inf
 
 

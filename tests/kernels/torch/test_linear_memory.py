@@ -23,9 +23,15 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = {
+            x.untyped_storage().data_ptr()
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, Tensor)
+        }
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:  # neither a view nor in place
+            if (
+                isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given
+            ):  # neither a view nor in place
                 size = x.untyped_storage().nbytes()
                 self.largest, self.total = max(self.largest, size), self.total + size
         return result
@@ -66,7 +72,10 @@ def test_the_measure_sees_a_quadratic_operator() -> None:
 @pytest.mark.parametrize("groups", [1, 4])
 def test_values_are_not_repeated_per_query_head(groups: int) -> None:
     # 8 query heads over fewer value heads: no tensor may hold v once per query head, and Dv is by far the largest dim.
-    inputs = {n: x.detach() for n, x in random_inputs(B=1, H=8, T=32, Dk=2, Dv=512, G=groups, seed=1).items()}
+    inputs = {
+        n: x.detach()
+        for n, x in random_inputs(B=1, H=8, T=32, Dk=2, Dv=512, G=groups, seed=1).items()
+    }
     copies: list[int] = []
 
     class Inspect(TorchDispatchMode):
@@ -74,7 +83,9 @@ def test_values_are_not_repeated_per_query_head(groups: int) -> None:
             result = func(*args, **(kwargs or {}))
             if "bmm" in func.__name__:
                 copies.extend(
-                    x.numel() for x in args if isinstance(x, Tensor) and x.shape[-1] == 513 and x.shape[-2] == 32
+                    x.numel()
+                    for x in args
+                    if isinstance(x, Tensor) and x.shape[-1] == 513 and x.shape[-2] == 32
                 )
             return result
 

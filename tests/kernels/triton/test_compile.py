@@ -17,10 +17,18 @@ triton = pytest.importorskip("triton")
 
 RECORDED = json.loads((Path(__file__).parent / "limits.json").read_text())
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that a program can have
-NEVER_SPILL = {"gate_kernel", "state_kernel", "output_kernel", "step_kernel", "hybrid_step_kernel", "window_kernel"}
+NEVER_SPILL = {
+    "gate_kernel",
+    "state_kernel",
+    "output_kernel",
+    "step_kernel",
+    "hybrid_step_kernel",
+    "window_kernel",
+}
 
 RECORDED_VERSION = pytest.mark.skipif(
-    triton.__version__ != RECORDED["triton"], reason=f"limits are those of triton {RECORDED['triton']}"
+    triton.__version__ != RECORDED["triton"],
+    reason=f"limits are those of triton {RECORDED['triton']}",
 )
 
 Table = dict[str, list[int]]
@@ -54,13 +62,19 @@ def test_every_kernel_is_recorded(compiled: Table) -> None:
 
 @RECORDED_VERSION
 def test_forward_and_step_kernels_spill_nothing(compiled: Table) -> None:
-    found = {name: spills for name, (_, spills, _) in compiled.items() if name.split()[0] in NEVER_SPILL}
+    found = {
+        name: spills for name, (_, spills, _) in compiled.items() if name.split()[0] in NEVER_SPILL
+    }
     assert len(found) == 4 * len(NEVER_SPILL)
     assert not any(found.values()), found
 
 
 def test_shared_memory_fits_the_device(compiled: Table) -> None:
-    over = {name: shared for name, (_, _, shared) in compiled.items() if shared > SHARED[name.split()[1]]}
+    over = {
+        name: shared
+        for name, (_, _, shared) in compiled.items()
+        if shared > SHARED[name.split()[1]]
+    }
     assert not over
 
 

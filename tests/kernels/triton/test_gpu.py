@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, mlstm_step, sliding_window_attention
-from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs, random_segments, random_state
+from xlstm_kernels.testing import (
+    error_ratio,
+    outputs_and_grads,
+    random_inputs,
+    random_segments,
+    random_state,
+)
 
 triton_mlstm = pytest.importorskip("xlstm_kernels.triton.mlstm", exc_type=ImportError)
 triton_window = pytest.importorskip("xlstm_kernels.triton.window", exc_type=ImportError)
@@ -22,9 +28,13 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 Tensors = dict[str, Tensor]
 
 
-def cuda(inputs: Tensors, dtype: torch.dtype, wide: tuple[str, ...] = ("i", "f", "C", "n", "m")) -> Tensors:
+def cuda(
+    inputs: Tensors, dtype: torch.dtype, wide: tuple[str, ...] = ("i", "f", "C", "n", "m")
+) -> Tensors:
     return {
-        name: x.detach().to("cuda", torch.float32 if name in wide else dtype).requires_grad_(x.requires_grad)
+        name: x.detach()
+        .to("cuda", torch.float32 if name in wide else dtype)
+        .requires_grad_(x.requires_grad)
         for name, x in inputs.items()
     }
 
@@ -36,7 +46,9 @@ def double(inputs: Tensors) -> Tensors:
 
 def with_state(backend: str, ids: Tensor | None):
     def run(C: Tensor, n: Tensor, m: Tensor, **x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, final = mlstm(**x, segment_ids=ids, state=MLSTMState(C, n, m), return_state=True, backend=backend)
+        h, final = mlstm(
+            **x, segment_ids=ids, state=MLSTMState(C, n, m), return_state=True, backend=backend
+        )
         return h, final.C, final.n
 
     return run
@@ -51,7 +63,9 @@ def assert_close(actual: Tensors, expected: Tensors, bound: float) -> None:
 @pytest.mark.parametrize(("Dk", "Dv"), [(32, 32), (64, 128), (128, 64), (128, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_mlstm_with_states(dtype: torch.dtype, Dk: int, Dv: int, documents: bool) -> None:
-    inputs = cuda(random_inputs(2, 4, 1037, Dk, Dv, 2, seed=1) | random_state(2, 4, Dk, Dv, seed=2), dtype)
+    inputs = cuda(
+        random_inputs(2, 4, 1037, Dk, Dv, 2, seed=1) | random_state(2, 4, Dk, Dv, seed=2), dtype
+    )
     ids = random_segments(2, 1037, mean_length=300, seed=3).cuda() if documents else None
     if ids is not None:
         ids[1] = 0
@@ -61,13 +75,17 @@ def test_mlstm_with_states(dtype: torch.dtype, Dk: int, Dv: int, documents: bool
 
 
 @pytest.mark.parametrize("offset", [1.0, 3.0, 10.0])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)]
+)
 def test_mlstm_with_a_common_component(dtype: torch.dtype, bound: float, offset: float) -> None:
     inputs = random_inputs(1, 4, 1024, 64, G=2, seed=5, forget_bias=6.0)
     common = offset * torch.randn(64, generator=torch.Generator().manual_seed(0))
     inputs = cuda(inputs | {"v": (inputs["v"].detach() + common).requires_grad_()}, dtype)
     actual = outputs_and_grads(lambda **x: mlstm(**x, backend="triton"), inputs)
-    assert_close(actual, outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), double(inputs)), bound)
+    assert_close(
+        actual, outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), double(inputs)), bound
+    )
 
 
 @pytest.mark.parametrize("operator", ["mlstm", "window"])
@@ -77,7 +95,9 @@ def test_compiled_equals_eager(operator: str) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
         if operator == "mlstm":
             return triton_mlstm.mlstm_triton(q, k, v, i, f, None, None)[0]
-        return triton_window.window_triton(q, k, v, 100, 4, None, 0.125) + 0.0 * (i + f).unsqueeze(-1)
+        return triton_window.window_triton(q, k, v, 100, 4, None, 0.125) + 0.0 * (i + f).unsqueeze(
+            -1
+        )
 
     compiled = outputs_and_grads(torch.compile(run, fullgraph=True), inputs)
     assert_close(compiled, outputs_and_grads(run, inputs), 1e-6)
@@ -86,9 +106,14 @@ def test_compiled_equals_eager(operator: str) -> None:
 def test_more_heads_than_65535() -> None:
     inputs = cuda(random_inputs(4400, 16, 20, 16, seed=15), torch.float32)
     actual = outputs_and_grads(lambda **x: mlstm(**x, backend="triton"), inputs)
-    assert_close(actual, outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), double(inputs)), 1e-5)
+    assert_close(
+        actual, outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), double(inputs)), 1e-5
+    )
     q, k, v = (inputs[name].detach() for name in "qkv")
-    windows = [sliding_window_attention(q, k, v, window=5, sinks=2, backend=name) for name in ("triton", "torch")]
+    windows = [
+        sliding_window_attention(q, k, v, window=5, sinks=2, backend=name)
+        for name in ("triton", "torch")
+    ]
     assert error_ratio(windows[0], windows[1]) < 1e-5
 
 
@@ -97,7 +122,9 @@ def test_mlstm_at_16k_tokens(dtype: torch.dtype) -> None:
     inputs = cuda(random_inputs(1, 4, 16384, 128, 128, 1, seed=4, forget_bias=6.0), dtype)
     ids = random_segments(1, 16384, mean_length=3000, seed=5).cuda()
     actual = outputs_and_grads(lambda **x: mlstm(**x, segment_ids=ids, backend="triton"), inputs)
-    expected = outputs_and_grads(lambda **x: mlstm(**x, segment_ids=ids, backend="torch"), double(inputs))
+    expected = outputs_and_grads(
+        lambda **x: mlstm(**x, segment_ids=ids, backend="torch"), double(inputs)
+    )
     assert_close(actual, expected, BOUNDS[dtype])
 
 
@@ -105,14 +132,21 @@ def test_mlstm_gates_at_60() -> None:
     inputs = random_inputs(1, 2, 500, 64, seed=6)
     draw = torch.Generator().manual_seed(7)
     for name in ("i", "f"):
-        inputs[name] = (120.0 * torch.randint(0, 2, inputs[name].shape, generator=draw) - 60.0).requires_grad_()
+        inputs[name] = (
+            120.0 * torch.randint(0, 2, inputs[name].shape, generator=draw) - 60.0
+        ).requires_grad_()
     inputs = cuda(inputs, torch.float32)
     actual = outputs_and_grads(lambda **x: mlstm(**x, backend="triton"), inputs)
-    assert_close(actual, outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), double(inputs)), 1e-5)
+    assert_close(
+        actual, outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), double(inputs)), 1e-5
+    )
 
 
 def test_mlstm_passes_equal_one_pass() -> None:
-    inputs = {n: x.detach() for n, x in cuda(random_inputs(1, 4, 5000, 128, seed=8), torch.float32).items()}
+    inputs = {
+        n: x.detach()
+        for n, x in cuda(random_inputs(1, 4, 5000, 128, seed=8), torch.float32).items()
+    }
     state, parts = None, []
     for part in zip(*(x.split([1700, 1, 3299], dim=2) for x in inputs.values()), strict=True):
         h, state = mlstm(*part, state=state, return_state=True, backend="triton")
@@ -125,20 +159,29 @@ def test_mlstm_passes_equal_one_pass() -> None:
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(
-    ("D", "window", "sinks"), [(64, 512, 4), (128, 512, 4), (128, 100, 0), (256, 64, 17), (32, 1, 2)]
+    ("D", "window", "sinks"),
+    [(64, 512, 4), (128, 512, 4), (128, 100, 0), (256, 64, 17), (32, 1, 2)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_window(dtype: torch.dtype, D: int, window: int, sinks: int, documents: bool) -> None:
     draw = torch.Generator().manual_seed(D)
     shapes = {"q": (2, 4, 2055, D), "k": (2, 2, 2055, D), "v": (2, 2, 2055, D)}
-    inputs = cuda({n: torch.randn(s, generator=draw).requires_grad_() for n, s in shapes.items()}, dtype)
+    inputs = cuda(
+        {n: torch.randn(s, generator=draw).requires_grad_() for n, s in shapes.items()}, dtype
+    )
     settings = {
         "window": window,
         "sinks": sinks,
-        "segment_ids": random_segments(2, 2055, mean_length=700, seed=1).cuda() if documents else None,
+        "segment_ids": random_segments(2, 2055, mean_length=700, seed=1).cuda()
+        if documents
+        else None,
     }
-    actual = outputs_and_grads(lambda **x: sliding_window_attention(**x, **settings, backend="triton"), inputs)
-    expected = outputs_and_grads(lambda **x: sliding_window_attention(**x, **settings, backend="torch"), double(inputs))
+    actual = outputs_and_grads(
+        lambda **x: sliding_window_attention(**x, **settings, backend="triton"), inputs
+    )
+    expected = outputs_and_grads(
+        lambda **x: sliding_window_attention(**x, **settings, backend="torch"), double(inputs)
+    )
     assert_close(actual, expected, BOUNDS[dtype])
 
 
@@ -153,7 +196,11 @@ def test_two_runs_give_the_same_bits(operator: str) -> None:
         return sliding_window_attention(**x, window=512, sinks=4, segment_ids=ids, backend="triton")
 
     if operator == "window":
-        inputs = {"q": inputs["q"], "k": inputs["v"].detach().clone().requires_grad_(), "v": inputs["v"]}
+        inputs = {
+            "q": inputs["q"],
+            "k": inputs["v"].detach().clone().requires_grad_(),
+            "v": inputs["v"],
+        }
     first, second = outputs_and_grads(run, inputs), outputs_and_grads(run, inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -170,7 +217,10 @@ def test_hybrid_steps_equal_the_torch_steps(dtype: torch.dtype) -> None:
         state = MLSTMState.zeros(B, H, D, D, device="cuda")
         ring = Ring.empty(B, G, D, D, window=16, sinks=4, dtype=dtype, device="cuda")
         row = (x["q"], k, x["v"], x["q"], x["k"], x["i"], x["f"], gate)
-        steps = [hybrid_step(*(t[:, :, s] for t in row), state, ring, sinks=4, backend=backend) for s in range(40)]
+        steps = [
+            hybrid_step(*(t[:, :, s] for t in row), state, ring, sinks=4, backend=backend)
+            for s in range(40)
+        ]
         outputs.append((torch.stack(steps), state, ring))
     assert error_ratio(outputs[1][0], outputs[0][0]) < BOUNDS[dtype]
     assert error_ratio(outputs[1][1].C, outputs[0][1].C) < 1e-5
@@ -178,10 +228,17 @@ def test_hybrid_steps_equal_the_torch_steps(dtype: torch.dtype) -> None:
 
 
 def test_mlstm_steps_race_free() -> None:
-    x = {n: t.detach() for n, t in cuda(random_inputs(64, 32, 4, 128, 128, 8, seed=13), torch.bfloat16).items()}
+    x = {
+        n: t.detach()
+        for n, t in cuda(random_inputs(64, 32, 4, 128, 128, 8, seed=13), torch.bfloat16).items()
+    }
     finals = []
     for _ in range(5):
         state = MLSTMState.zeros(64, 32, 128, 128, device="cuda")
-        h = [mlstm_step(*(t[:, :, s] for t in x.values()), state, backend="triton") for s in range(4)]
+        h = [
+            mlstm_step(*(t[:, :, s] for t in x.values()), state, backend="triton") for s in range(4)
+        ]
         finals.append((torch.stack(h), *state))
-    assert all(torch.equal(a, b) for final in finals[1:] for a, b in zip(final, finals[0], strict=True))
+    assert all(
+        torch.equal(a, b) for final in finals[1:] for a, b in zip(final, finals[0], strict=True)
+    )

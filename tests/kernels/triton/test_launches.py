@@ -59,12 +59,16 @@ def backward_names(out: Tensor, log: Log) -> set[str]:
         ("qkvif", set()),
     ],
 )
-def test_mlstm_computes_the_gradients_asked_for(device: str, log: Log, trained: str, left_out: set[str]) -> None:
+def test_mlstm_computes_the_gradients_asked_for(
+    device: str, log: Log, trained: str, left_out: set[str]
+) -> None:
     inputs = {n: x.detach().to(device) for n, x in random_inputs(1, 2, 40, 16, G=1).items()}
     for name in trained:
         inputs[name].requires_grad_()
     names = backward_names(mlstm(**inputs, backend="triton"), log)
-    assert names == {"denominator", "state_grad", "state", "query_key_grad", "value_grad"} - left_out
+    assert (
+        names == {"denominator", "state_grad", "state", "query_key_grad", "value_grad"} - left_out
+    )
     assert all((x.grad is not None) == (name in trained) for name, x in inputs.items())
 
 
@@ -94,7 +98,9 @@ def test_no_grid_dimension_that_ends_at_65535_grows_with_the_heads(device: str, 
         inputs = {n: x.to(device) for n, x in random_inputs(1, heads, 40, 16).items()}
         h = mlstm(**inputs, backend="triton")
         q, k, v = inputs["q"], inputs["k"], inputs["v"]
-        (h + sliding_window_attention(q, k, v, window=5, sinks=2, backend="triton")).sum().backward()
+        (
+            h + sliding_window_attention(q, k, v, window=5, sinks=2, backend="triton")
+        ).sum().backward()
         rest.append([(name, grid[1:]) for name, grid in log])
     assert rest[0] == rest[1]
 
@@ -104,7 +110,9 @@ def token(device: str) -> list[Tensor]:
 
 
 def test_a_step_in_place_is_seen_by_autograd(device: str) -> None:
-    inputs = {n: x.detach().to(device).requires_grad_() for n, x in random_inputs(1, 2, 20, 16).items()}
+    inputs = {
+        n: x.detach().to(device).requires_grad_() for n, x in random_inputs(1, 2, 20, 16).items()
+    }
     state = MLSTMState(*(torch.ones_like(x) for x in MLSTMState.zeros(1, 2, 16, 16, device=device)))
     h = mlstm(**inputs, state=state, backend="triton")
     mlstm_step(*token(device), state, backend="triton")
@@ -132,14 +140,18 @@ def test_a_step_attends_to_keys_as_the_ring_holds_them(device: str, dtype: torch
         state = MLSTMState.zeros(1, 2, 16, 16, device=device)
         ring = Ring.empty(1, 2, 16, 16, window=4, sinks=2, dtype=dtype, device=device)
         for _ in range(10):
-            q, k, v, phi_q, phi_k = (2 * torch.randn(1, 2, 16, generator=draw).to(device) for _ in range(5))
+            q, k, v, phi_q, phi_k = (
+                2 * torch.randn(1, 2, 16, generator=draw).to(device) for _ in range(5)
+            )
             i, f = torch.randn(2, 1, 2, generator=draw).to(device)
             step = (q, k, v, phi_q.exp(), phi_k.exp(), i, f, torch.full_like(i, 0.2))
             outputs.append(hybrid_step(*step, state, ring, sinks=2, backend=backend))
     assert error_ratio(torch.stack(outputs[10:]), torch.stack(outputs[:10])) < 1e-6
 
 
-def test_a_state_of_the_torch_backend_is_stepped_without_a_copy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_of_the_torch_backend_is_stepped_without_a_copy(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = {n: x.detach().to(device) for n, x in random_inputs(1, 2, 20, 16).items()}
     _, state = mlstm(**inputs, return_state=True, backend="torch")
     assert not state.C.is_contiguous()
@@ -187,7 +199,9 @@ for grads in (False, True):
 
 def test_dynamo_traces_every_operator_and_its_gradients_in_one_graph() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     captured = [f"{name} captured" for name in ("mlstm", "window", "step", "hybrid")]
     assert done.stdout.splitlines() == 2 * captured, done.stdout

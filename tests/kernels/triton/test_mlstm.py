@@ -19,7 +19,9 @@ from xlstm_kernels.testing import (
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-triton_mlstm = pytest.importorskip("xlstm_kernels.triton.mlstm", reason="triton is not installed", exc_type=ImportError)
+triton_mlstm = pytest.importorskip(
+    "xlstm_kernels.triton.mlstm", reason="triton is not installed", exc_type=ImportError
+)
 
 BOUND = 1e-5
 L = 16  # tokens of a chunk here
@@ -31,7 +33,9 @@ def on(device: str, inputs: Tensors, dtype: torch.dtype | None = None) -> Tensor
     """Copy inputs to a device as leaves; the gates and the state stay float32."""
     wide = ("i", "f", "C", "n", "m")
     return {
-        name: x.detach().to(device, x.dtype if dtype is None or name in wide else dtype).requires_grad_(x.requires_grad)
+        name: x.detach()
+        .to(device, x.dtype if dtype is None or name in wide else dtype)
+        .requires_grad_(x.requires_grad)
         for name, x in inputs.items()
     }
 
@@ -41,7 +45,9 @@ def run(inputs: Tensors, segment_ids: Tensor | None, config: MLSTMConfig = SMALL
 
     def operator(**x: Tensor) -> tuple[Tensor, ...]:
         state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields)) if "C" in x else None
-        h, final = triton_mlstm.mlstm_triton(**x, segment_ids=segment_ids, state=state, config=config)
+        h, final = triton_mlstm.mlstm_triton(
+            **x, segment_ids=segment_ids, state=state, config=config
+        )
         return h, final.C, final.n
 
     return outputs_and_grads(operator, inputs)
@@ -61,7 +67,10 @@ def ratios(actual: Tensors, expected: Tensors) -> dict[str, float]:
 
 
 def assert_matches(
-    inputs: Tensors, segment_ids: Tensor | None = None, config: MLSTMConfig = SMALL, bound: float = BOUND
+    inputs: Tensors,
+    segment_ids: Tensor | None = None,
+    config: MLSTMConfig = SMALL,
+    bound: float = BOUND,
 ) -> None:
     found = ratios(run(inputs, segment_ids, config), truth(inputs, segment_ids))
     assert all(ratio < bound for ratio in found.values()), found  # a NaN fails too
@@ -116,7 +125,9 @@ def test_gates_at_60_match_reference(device: str, names: tuple[str, ...]) -> Non
     inputs = random_inputs(1, 2, 50, 16, seed=6)
     draw = torch.Generator().manual_seed(7)
     for name in names:
-        inputs[name] = (120.0 * torch.randint(0, 2, inputs[name].shape, generator=draw) - 60.0).requires_grad_()
+        inputs[name] = (
+            120.0 * torch.randint(0, 2, inputs[name].shape, generator=draw) - 60.0
+        ).requires_grad_()
     assert_matches(on(device, inputs))
 
 
@@ -138,10 +149,14 @@ def test_zero_keys_give_zero_and_zero_gradients(device: str) -> None:
 
 def test_the_ratio_has_no_floor(device: str) -> None:
     inputs = random_inputs(1, 1, 40, 16, seed=18)
-    small = {name: (x.detach() * 1e-12 if name in "qk" else x.detach()).requires_grad_() for name, x in inputs.items()}
+    small = {
+        name: (x.detach() * 1e-12 if name in "qk" else x.detach()).requires_grad_()
+        for name, x in inputs.items()
+    }
     expected = outputs_and_grads(lambda **x: mlstm_reference(**x)[0], to_float64(small))
     actual = outputs_and_grads(
-        lambda **x: triton_mlstm.mlstm_triton(**x, segment_ids=None, state=None, config=SMALL)[0], on(device, small)
+        lambda **x: triton_mlstm.mlstm_triton(**x, segment_ids=None, state=None, config=SMALL)[0],
+        on(device, small),
     )
     found = ratios(actual, expected)
     assert all(ratio < BOUND for ratio in found.values()), found
@@ -183,7 +198,10 @@ def test_tiles_and_chunks_of_any_size_agree(device: str) -> None:
 
 def test_public_operator_runs_the_kernels_of_the_table(device: str) -> None:
     inputs = on(device, random_inputs(1, 2, 70, 32, G=1, seed=14))
-    strided = {n: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for n, x in inputs.items()}
+    strided = {
+        n: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for n, x in inputs.items()
+    }
     found = ratios(
         outputs_and_grads(lambda **x: mlstm(**x, backend="triton"), strided),
         outputs_and_grads(lambda **x: mlstm(**x, backend="torch"), inputs),

@@ -37,7 +37,9 @@ Tensors = dict[str, Tensor]
 
 def cast(inputs: Tensors, dtype: torch.dtype, device: str) -> Tensors:
     return {
-        name: x.detach().to(device, x.dtype if name in WIDE else dtype).requires_grad_(x.requires_grad)
+        name: x.detach()
+        .to(device, x.dtype if name in WIDE else dtype)
+        .requires_grad_(x.requires_grad)
         for name, x in inputs.items()
     }
 
@@ -52,7 +54,9 @@ def ratios(actual: Tensors, expected: Tensors) -> dict[str, float]:
     return {name: error_ratio(actual[name], expected[name]) for name in expected}
 
 
-def mlstm_errors(inputs: Tensors, ids: Tensor | None = None, config: MLSTMConfig = TILES_OF_32) -> dict[str, float]:
+def mlstm_errors(
+    inputs: Tensors, ids: Tensor | None = None, config: MLSTMConfig = TILES_OF_32
+) -> dict[str, float]:
     """Errors of outputs and all gradients; the truth is the torch backend in float64, itself tested."""
 
     def run(backend: str, **x: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -77,14 +81,20 @@ def mlstm_errors(inputs: Tensors, ids: Tensor | None = None, config: MLSTMConfig
         (torch.float16, 6e-4, 3.0),
     ],
 )
-def test_mlstm_with_a_common_component(device: str, dtype: torch.dtype, bound: float, offset: float) -> None:
+def test_mlstm_with_a_common_component(
+    device: str, dtype: torch.dtype, bound: float, offset: float
+) -> None:
     inputs = with_offset(random_inputs(1, 1, 1024, 64, seed=5, forget_bias=6.0), offset)
     found = mlstm_errors(cast(inputs, dtype, device), config=TILES_OF_64)
     assert all(ratio < bound for ratio in found.values()), found
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 9e-3), (torch.float16, 7e-4), (torch.float32, 1e-5)])
-def test_mlstm_with_a_common_component_states_and_documents(device: str, dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 9e-3), (torch.float16, 7e-4), (torch.float32, 1e-5)]
+)
+def test_mlstm_with_a_common_component_states_and_documents(
+    device: str, dtype: torch.dtype, bound: float
+) -> None:
     inputs = random_inputs(2, 2, 100, 32, 64, 1, seed=6) | random_state(2, 2, 32, 64, seed=7)
     ids = random_segments(2, 100, mean_length=35, seed=8).to(device)
     ids[1] = 0
@@ -104,14 +114,19 @@ def test_mlstm_with_a_common_component_states_and_documents(device: str, dtype: 
 def test_window(device: str, dtype: torch.dtype, bound: float, offset: float) -> None:
     draw = torch.Generator().manual_seed(1)
     shapes = {"q": (1, 2, 300, 32), "k": (1, 1, 300, 32), "v": (1, 1, 300, 32)}
-    inputs = {name: torch.randn(shape, generator=draw).requires_grad_() for name, shape in shapes.items()}
+    inputs = {
+        name: torch.randn(shape, generator=draw).requires_grad_() for name, shape in shapes.items()
+    }
     inputs = cast(with_offset(inputs, offset), dtype, device)
     ids, scale = random_segments(1, 300, mean_length=120, seed=2).to(device), 32**-0.5
     found = ratios(
         outputs_and_grads(
-            lambda q, k, v: triton_window.window_triton(q, k, v, 100, 4, ids, scale, BLOCKS_OF_64), inputs
+            lambda q, k, v: triton_window.window_triton(q, k, v, 100, 4, ids, scale, BLOCKS_OF_64),
+            inputs,
         ),
-        outputs_and_grads(lambda q, k, v: banded_attention(q, k, v, 100, 4, ids, scale), to_float64(inputs)),
+        outputs_and_grads(
+            lambda q, k, v: banded_attention(q, k, v, 100, 4, ids, scale), to_float64(inputs)
+        ),
     )
     assert all(ratio < bound for ratio in found.values()), found
 
@@ -127,7 +142,11 @@ def test_values_without_a_common_component_are_left_as_they_are() -> None:
     assert not triton_mlstm.common_component(v).any()
     for offset in (3.0, -200.0):
         assert (triton_mlstm.common_component(v + offset) - offset).abs().max() < 1.0
-    for extreme in (torch.zeros(1, 1, 5, 16), torch.full((1, 1, 5, 16), 3e38), torch.full((1, 1, 5, 16), 1e-38)):
+    for extreme in (
+        torch.zeros(1, 1, 5, 16),
+        torch.full((1, 1, 5, 16), 3e38),
+        torch.full((1, 1, 5, 16), 1e-38),
+    ):
         assert triton_mlstm.common_component(extreme).isfinite().all()
 
 
@@ -136,7 +155,10 @@ def test_zero_keys_give_zero_whatever_the_values_have_in_common(device: str) -> 
     inputs["k"] = torch.zeros_like(inputs["k"]).requires_grad_()
     inputs = cast(inputs, torch.bfloat16, device)
     actual = outputs_and_grads(
-        lambda **x: triton_mlstm.mlstm_triton(**x, segment_ids=None, state=None, config=TILES_OF_32)[0], inputs
+        lambda **x: triton_mlstm.mlstm_triton(
+            **x, segment_ids=None, state=None, config=TILES_OF_32
+        )[0],
+        inputs,
     )
     assert triton_mlstm.common_component(inputs["v"]).any()
     assert all(torch.count_nonzero(actual[name]) == 0 for name in ("h", "dq", "df", "dv"))

@@ -20,21 +20,31 @@ BOUND = 1e-5
 SMALL = WindowConfig(16, 4, 1, 4, 1)
 
 
-def random_qkv(device: str, B: int, H: int, G: int, T: int, D: int = 16, seed: int = 0) -> dict[str, Tensor]:
+def random_qkv(
+    device: str, B: int, H: int, G: int, T: int, D: int = 16, seed: int = 0
+) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     shapes = {"q": (B, H, T, D), "k": (B, G, T, D), "v": (B, G, T, D)}
-    return {n: torch.randn(s, generator=draw).to(device).requires_grad_() for n, s in shapes.items()}
+    return {
+        n: torch.randn(s, generator=draw).to(device).requires_grad_() for n, s in shapes.items()
+    }
 
 
 def assert_matches(
-    inputs: dict[str, Tensor], window: int, sinks: int, ids: Tensor | None = None, bound: float = BOUND
+    inputs: dict[str, Tensor],
+    window: int,
+    sinks: int,
+    ids: Tensor | None = None,
+    bound: float = BOUND,
 ) -> None:
     scale = inputs["q"].shape[-1] ** -0.5
     actual = outputs_and_grads(
-        lambda q, k, v: triton_window.window_triton(q, k, v, window, sinks, ids, scale, SMALL), inputs
+        lambda q, k, v: triton_window.window_triton(q, k, v, window, sinks, ids, scale, SMALL),
+        inputs,
     )
     expected = outputs_and_grads(
-        lambda **x: sliding_window_reference(**x, window=window, sinks=sinks, segment_ids=ids), to_float64(inputs)
+        lambda **x: sliding_window_reference(**x, window=window, sinks=sinks, segment_ids=ids),
+        to_float64(inputs),
     )
     for name in expected:
         if expected[name].any():
@@ -45,7 +55,9 @@ def assert_matches(
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 3), (16, 4), (17, 20), (100, 2)])
-def test_outputs_and_all_gradients_match_reference(device: str, window: int, sinks: int, documents: bool) -> None:
+def test_outputs_and_all_gradients_match_reference(
+    device: str, window: int, sinks: int, documents: bool
+) -> None:
     ids = random_segments(1, 53, mean_length=20, seed=window).to(device) if documents else None
     assert_matches(random_qkv(device, 1, 2, 1, 53, seed=window), window, sinks, ids)
 
@@ -65,13 +77,19 @@ def test_documents_and_grouped_heads_match_reference(device: str, lengths: list[
 
 # Measured in the interpreter: at most 3.9e-4.
 def test_float16_loses_only_its_rounding(device: str) -> None:
-    inputs = {n: x.detach().half().requires_grad_() for n, x in random_qkv(device, 1, 2, 1, 50, 32).items()}
+    inputs = {
+        n: x.detach().half().requires_grad_()
+        for n, x in random_qkv(device, 1, 2, 1, 50, 32).items()
+    }
     assert_matches(inputs, 20, 4, bound=6e-4)
 
 
 def test_public_operator_runs_the_kernels_of_the_table(device: str) -> None:
     inputs = random_qkv(device, 1, 2, 1, 70, 32, seed=3)
-    strided = {n: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for n, x in inputs.items()}
+    strided = {
+        n: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for n, x in inputs.items()
+    }
     ids = random_segments(1, 70, mean_length=30, seed=4).to(device)
     results = [
         outputs_and_grads(
