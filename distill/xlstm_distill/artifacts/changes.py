@@ -35,7 +35,9 @@ def changed_settings(
 
 def changed_inputs(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     """Name each input that is another one now: `align changed`."""
-    names = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
+    names = [
+        name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)
+    ]
     return [CHANGED_INPUTS.get(name, f"{name} changed") for name in names]
 
 

@@ -9,14 +9,20 @@ gives the `Request` that names an artifact's fingerprint. Each hash is computed 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlstm_distill.artifacts import Request
 from xlstm_distill.artifacts.hashing import hash_path
-from xlstm_distill.data.budget import captured_rows, expert_rows, rows_needed, rows_to_align
+from xlstm_distill.data.budget import (
+    captured_rows,
+    expert_rows,
+    keys_of_rows,
+    rows_needed,
+    rows_to_align,
+)
 from xlstm_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -123,14 +129,9 @@ class Lineage:
     def recipe_keys(self, label: str) -> dict[str, str]:
         """Recipe keys of those of `settings(label)` that have another name in the recipe."""
         stage, _, name = label.partition("/")
-        domain = f"data.domains.{name}"
         capture = {key: f"capture.{key}" for key in part(self.recipe.capture)}
         return {
-            "data": {
-                "sources": f"{domain}.sources",
-                "context": "data.context",
-                "long_documents": "data.long_documents",
-            },
+            "data": keys_of_rows(name),
             "capture": capture,
             "align": {"mixer": "student.mixer"},
             "distill": {"expert": f"distill.experts.{name}"},
@@ -297,8 +298,3 @@ def part(model: Any, *exclude: str) -> dict[str, Any]:
 def stage_of(label: str) -> str:
     """The stage that makes an artifact."""
     return label.partition("/")[0]
-
-
-def in_order(labels: Mapping[str, Any] | Iterable[str]) -> list[str]:
-    """Sort labels by their stages' order; within a stage they keep theirs."""
-    return sorted(labels, key=lambda label: STAGES.index(stage_of(label)))
