@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests; nothing here touches the network."""
+"""Settings and fixtures shared by all tests; nothing here touches the network."""
 
 from __future__ import annotations
 
@@ -8,22 +8,46 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from processes import SETTINGS
 
+os.environ.update(SETTINGS)  # before torch is imported: it reads the number of threads once
+
+import psutil
 import pytest
 import torch
 
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
+MAX_WORKERS = 8
+WORKER_MEMORY = 3 * 2**30
+"""Memory that a worker of pytest-xdist may need with the processes its tests start (bytes)."""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return what `-n auto` means: a worker for each core, if the memory allows it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory().available // WORKER_MEMORY
+    return max(1, min(cores or 1, memory, MAX_WORKERS))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """DeepSpeed compiles a part of itself at its first start: without it or a compiler, its tests are skipped."""
+    """Mark tests of optional packages slow; skip what cannot run; put files that start processes first.
+
+    DeepSpeed compiles a part of itself at its first start, so it needs a compiler.
+    """
     missing = [] if importlib.util.find_spec("deepspeed") else ["DeepSpeed"]
     missing += [] if shutil.which("c++") else ["a C++ compiler"]
     for item in items:
+        if item.get_closest_marker("deepspeed") or item.get_closest_marker("peers"):
+            item.add_marker(pytest.mark.slow)
         if missing and item.get_closest_marker("deepspeed"):
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}"))
+    # These files take longest. A worker that got one of them last would work on while others idle.
+    long = {item.path for item in items if item.get_closest_marker("multi_process")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
