@@ -34,7 +34,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests of optional packages slow; skip what cannot run; put files that start processes first.
+    """Mark tests of optional packages slow, skip those that cannot run, and put long files first.
 
     DeepSpeed compiles a part of itself at its first start, so it needs a compiler.
     """
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if missing and item.get_closest_marker("deepspeed"):
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}"))
-    # These files take longest. A worker that got one of them last would work on while others idle.
+    # Files that start processes take longest. If one came last, the other workers would be idle.
     long = {item.path for item in items if item.get_closest_marker("multi_process")}
     items.sort(key=lambda item: item.path not in long)
 
@@ -58,7 +58,7 @@ def root() -> Path:
 
 @pytest.fixture
 def tiny_teacher() -> Callable[..., torch.nn.Module]:
-    """Make a randomly initialised teacher of a family: 2 layers, 4 query heads of 16 over 2 key/value heads."""
+    """Make a randomly initialised teacher: 2 layers, 4 query heads of 16, 2 key/value heads."""
 
     def make(family: str = "llama", seed: int = 0, **overrides: object) -> torch.nn.Module:
         from xlstm_distill.models.families import FAMILIES
@@ -66,8 +66,9 @@ def tiny_teacher() -> Callable[..., torch.nn.Module]:
         torch.manual_seed(seed)
         settings = {
             "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
-            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.15,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "max_position_embeddings": 512, "initializer_range": 0.15,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         }  # fmt: skip
         config = FAMILIES[family].config(**{**settings, **overrides})
         return FAMILIES[family].causal_lm(config).eval()

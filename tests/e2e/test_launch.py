@@ -1,4 +1,7 @@
-"""Stages in several processes, as a user starts them: --launch, accelerate launch, torchrun and the console script."""
+"""Stages in several processes, as a user starts them.
+
+Through --launch, accelerate launch, torchrun and the console script.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ pytestmark = pytest.mark.multi_process
 ROOT = Path(__file__).parents[2]
 RECIPE, CONFIGS = ROOT / "recipes" / "quickstart.yaml", ROOT / "recipes" / "accelerate"
 SETS = (
-    "align.tokens=16384", "align.warmup_steps=1", "data.validation_rows=4", "capture.targets=online",
+    "align.tokens=16384", "align.warmup_steps=1", "data.validation_rows=4",
+    "capture.targets=online",
     "distill.experts={math: {phases: [{domain: math, tokens: 16384}]}}", "distill.warmup_steps=1",
 )  # fmt: skip
 CPU = str(CONFIGS / "ddp-cpu.yaml")
@@ -102,10 +106,9 @@ def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
 @pytest.mark.parametrize("name", ["fsdp2", ZERO[2]])
 def test_sharding_that_would_silently_not_happen_is_refused(name, aligned, tmp_path):
     run = shutil.copytree(aligned, tmp_path / "run")
-    done = cli(
-        *words("distill", run, "--launch", str(CONFIGS / f"{name}.yaml"),
-               "--launch-args", "--num_processes 2 --mixed_precision no")
-    )  # fmt: skip
+    options = "--num_processes 2 --mixed_precision no"
+    launch = ("--launch", str(CONFIGS / f"{name}.yaml"), "--launch-args", options)
+    done = cli(*words("distill", run, *launch))
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     asked = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}[name]
@@ -114,9 +117,7 @@ def test_sharding_that_would_silently_not_happen_is_refused(name, aligned, tmp_p
         for line in lines
     )
     assert "Traceback" not in done.stderr
-    assert not (run / "artifacts" / "distill").exists() or not list(
-        (run / "artifacts" / "distill").iterdir()
-    )
+    assert not list(run.glob("artifacts/distill/*"))
 
 
 def test_several_processes_that_accelerate_would_not_start_are_refused(tmp_path):
@@ -139,6 +140,11 @@ def test_a_bad_recipe_is_said_once(tmp_path):
     assert "--launch-args: '--num_processes 2' has no effect without --launch" in done.stderr
 
 
+def logged_steps(run: Path) -> int:
+    """Count the steps in the logs of a run's trainings."""
+    return sum(log.read_text().count("\n") for log in run.glob("training/*/log.jsonl"))
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
 )
@@ -149,14 +155,16 @@ def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number,
         "align", run, "--launch", CPU, sets=("align.tokens=4000000", "align.batch=4", *SETS[1:])
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "xlstm_distill", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, env=process_environment(), cwd=ROOT,
-    )  # fmt: skip
+        [sys.executable, "-m", "xlstm_distill", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=process_environment(),
+        cwd=ROOT,
+    )
     try:
         deadline = time.monotonic() + 240
-        while (
-            sum(len(log.read_text().splitlines()) for log in run.glob("training/*/log.jsonl")) < 3
-        ):
+        while logged_steps(run) < 3:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded teacher, with small budgets: the command line as a user calls it."""
+"""The whole pipeline on the embedded teacher, with small budgets, from the command line."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_every_stage_publishes_an_artifact_with_a_manifest(run):
 
 
 def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_been(run, tmp_path):
-    """SIGKILL, then SIGTERM, then to the end: the weights are those of the run that nobody disturbed."""
+    """After a SIGKILL and a SIGTERM, the weights equal those of an undisturbed run bit by bit."""
     shutil.copytree(run / "artifacts" / "data", tmp_path / "artifacts" / "data")
     words = ["align", RECIPE, "--run", tmp_path, "--set", "training.checkpoint_steps=3"]
     command = [sys.executable, "-m", "xlstm_distill", *map(str, arguments(*words))]
@@ -202,7 +202,8 @@ def test_a_longer_expert_redoes_only_itself(run, tmp_path):
     assert done.returncode == 0, done.stderr
     after = manifests(copy)
     assert {label for label in after if after[label] != before[label]} == {
-        "data/math", "capture/math", "distill/math", "merge", "evaluate/math", "evaluate/merged", "report",
+        "data/math", "capture/math", "distill/math", "merge",
+        "evaluate/math", "evaluate/merged", "report",
     }  # fmt: skip
 
 
@@ -297,9 +298,12 @@ def test_two_processes_write_once_and_align_the_same_student(run, tmp_path):
 def test_a_student_of_windows_alone_goes_through_all_stages(tmp_path):
     """It has no new parameters: nothing to align, and no output gates to report."""
     windows = (
-        "student.mixer.branches=[window]", "data.domains={math: {sources: [{generator: math, documents: 2000}]}}",
-        "distill.experts={math: {phases: [{domain: math, tokens: 4096}]}}", "distill.warmup_steps=0",
-        "align.tokens=32768", "align.warmup_steps=0", "capture.targets=online", "data.validation_rows=4",
+        "student.mixer.branches=[window]",
+        "data.domains={math: {sources: [{generator: math, documents: 2000}]}}",
+        "data.validation_rows=4", "capture.targets=online",
+        "align.tokens=32768", "align.warmup_steps=0",
+        "distill.experts={math: {phases: [{domain: math, tokens: 4096}]}}",
+        "distill.warmup_steps=0",
         "evaluate.tasks=[{name: qs_math_add}]", "evaluate.limit=4",
     )  # fmt: skip
     done = cli("run", RECIPE, "--run", tmp_path / "run", sets=windows)

@@ -1,4 +1,4 @@
-"""Run the command line in this process: the imports, several seconds, are paid once for all tests."""
+"""Run the command line in the test's own process: its imports take seconds, and happen once."""
 
 from __future__ import annotations
 
