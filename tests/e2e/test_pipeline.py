@@ -239,7 +239,7 @@ def test_a_teacher_that_is_not_there_is_one_line(tmp_path):
     run = tmp_path / "run"
     absent = ("teacher.path=quickstart/nowhere",)
     line = one_line(cli_process("run", RECIPE, "--run", run, sets=absent), 2)
-    assert "teacher.path: 'quickstart/nowhere' is not there" in line
+    assert "teacher.path: 'quickstart/nowhere' does not exist" in line
     (tmp_path / "empty").mkdir()
     empty = (f"teacher.path={tmp_path / 'empty'}",)
     line = one_line(cli("run", RECIPE, "--run", run, sets=empty), 2)

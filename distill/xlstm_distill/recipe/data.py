@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from xlstm_distill.recipe.fields import (
     SUM_TOLERANCE,
@@ -22,6 +23,7 @@ from xlstm_distill.recipe.fields import (
 )
 
 USED_BY_GENERATORS = ("generator", "documents", "weight")
+HUB_ONLY = ("name", "revision", "streaming")
 
 LongDocuments = Literal["split", "truncate", "drop", "error"]
 
@@ -29,103 +31,108 @@ LongDocuments = Literal["split", "truncate", "drop", "error"]
 class Source(Section):
     """Documents from the hub, a local file or folder, or an embedded generator.
 
-    Without column names the first of these that the data has is used: `messages`; `prompt` and `response`; `text`.
+    Without column names, the first of these that the data has is used: `messages`; `prompt` and
+    `response`; `text`.
     """
 
     path: HubOrPath | None = Field(
         default=None, description="Hub id, local file or folder; paths are relative to the recipe."
     )
     generator: Literal["math", "code", "stem", "chat"] | None = Field(
-        default=None, description="An embedded domain instead."
+        default=None, description="Embedded generator of documents, in place of `path`."
     )
     name: Text | None = Field(default=None, description="Configuration (subset) of the data set.")
     split: Text = Field(default="train", description="Split of the data set.")
     revision: Text | None = Field(
-        default=None, description="Branch, tag or commit on the hub; pin it to reproduce a run."
+        default=None,
+        description="Branch, tag or commit on the hub. A commit makes a run reproducible.",
     )
     streaming: Flag = Field(
         default=True,
-        description="Read hub data as it is needed; false downloads all of it first, and finds it again offline.",
+        description="Read hub data as it is needed. `false` downloads all of it first, so that "
+        "later runs find it offline.",
     )
     weight: Positive = Field(
         default=1.0, description="Share of the domain's tokens, relative to its other sources."
     )
     documents: Count | None = Field(
-        default=None, description="Documents to read at most; a generator needs it."
+        default=None, description="Most documents to read; required for a generator."
     )
     text: Text | None = Field(default=None, description="Column that holds plain text.")
     prompt: Text | None = Field(
-        default=None, description="Column that holds the prompt; with `response`."
+        default=None, description="Column that holds the prompt; needs `response`."
     )
     response: Text | None = Field(
-        default=None, description="Column that holds the response; with `prompt`."
+        default=None, description="Column that holds the response; needs `prompt`."
     )
     system: Text | None = Field(
         default=None,
-        description="Column that holds a system message, to stand before `prompt`; empty means none.",
+        description="Column that holds a system message, which comes before `prompt`. An empty "
+        "value means no system message.",
     )
     messages: Text | None = Field(
         default=None, description="Column that holds chat messages (role, content)."
     )
     sample_by: Literal["line", "paragraph", "document"] = Field(
         default="line",
-        description="What a document is in local `.txt` files: a line, a paragraph (up to an empty line), or a file.",
+        description="What one document is in local `.txt` files: a line, a paragraph (ends at an "
+        "empty line), or a whole file.",
     )
 
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield errors of the origin, of settings that do not apply to it, and of the columns."""
+        yield from self._origin_errors()
+        yield from self._column_errors()
+
+    def _origin_errors(self) -> Iterator[FieldError]:
         if (self.path is None) == (self.generator is None):
             found = "neither" if self.path is None else "both"
-            raise FieldError("", f"has {found} of 'path' and 'generator'; give exactly one.")
-        if self.generator is None:
-            return self
-        if self.documents is None:
-            raise FieldError(
-                "documents", "missing; a generator needs the number of documents to make."
-            )
-        fields = {
-            name: field
-            for name, field in type(self).model_fields.items()
-            if name not in USED_BY_GENERATORS
-        }
-        if unused := [
-            name for name, field in fields.items() if getattr(self, name) != field.default
-        ]:
-            raise FieldError(unused[0], "does not apply to a generator; leave it out.")
-        return self
-
-    @model_validator(mode="after")
-    def _hub_settings(self) -> Self:
-        """A local path comes absolute from validation; what only the hub has must not be ignored there."""
-        if self.path is not None and Path(self.path).is_absolute():
-            for field in ("name", "revision", "streaming"):
-                if getattr(self, field) != type(self).model_fields[field].default:
-                    raise FieldError(
+            yield FieldError("", f"has {found} of 'path' and 'generator'; give exactly one.")
+        elif self.path is None:
+            yield from self._generator_errors()
+        # Validation has made local paths absolute, so a path that is still relative is a hub id.
+        elif Path(self.path).is_absolute():
+            for field in HUB_ONLY:
+                if self._differs(field):
+                    yield FieldError(
                         field, f"does not apply to the local path {self.path}; leave it out."
                     )
-        elif self.path is not None and self.sample_by != "line":
-            raise FieldError(
-                "sample_by", f"does not apply to {self.path!r} on the hub, only to local files."
+        elif self.sample_by != "line":
+            yield FieldError(
+                "sample_by",
+                f"does not apply to {self.path!r} on the hub, only to local files; leave it out.",
             )
-        return self
 
-    @model_validator(mode="after")
-    def _one_style(self) -> Self:
+    def _generator_errors(self) -> Iterator[FieldError]:
+        if self.documents is None:
+            yield FieldError(
+                "documents", "missing; a generator needs the number of documents to make."
+            )
+        for field in type(self).model_fields:
+            if field not in USED_BY_GENERATORS and self._differs(field):
+                yield FieldError(field, "does not apply to a generator; leave it out.")
+
+    def _differs(self, field: str) -> bool:
+        """Whether a field is not at its default. A recipe written out in full names defaults too."""
+        return getattr(self, field) != type(self).model_fields[field].default
+
+    def _column_errors(self) -> Iterator[FieldError]:
+        if self.generator is not None:
+            return
         if (self.prompt is None) != (self.response is None):
             missing = "prompt" if self.prompt is None else "response"
-            raise FieldError(missing, "missing; 'prompt' and 'response' go together.")
+            yield FieldError(missing, "missing; 'prompt' and 'response' go together.")
         if self.system is not None and self.prompt is None:
-            raise FieldError(
-                "system", "given without 'prompt' and 'response'; it stands before a prompt."
+            yield FieldError(
+                "system", "given without 'prompt' and 'response'; it comes before a prompt."
             )
         styles = [
             name for name in ("text", "prompt", "messages") if getattr(self, name) is not None
         ]
-        if len(styles) > 1:
-            raise FieldError(
-                styles[1], f"given beside '{styles[0]}'; name the columns of one style only."
+        for style in styles[1:]:
+            yield FieldError(
+                style, f"given beside '{styles[0]}'; name the columns of one style only."
             )
-        return self
 
 
 class Domain(Section):
@@ -134,23 +141,21 @@ class Domain(Section):
     sources: tuple[Source, ...] = Field(min_length=1, description="Where the documents come from.")
     weights_sum: Positive | None = Field(
         default=None,
-        description="What the sources' weights must sum to where they are meant as shares: 1 or 100, say; null lets "
-        "them be relative.",
+        description="Number that the sources' weights must sum to, for example 1 or 100, to catch "
+        "a wrong weight; null means that weights are relative.",
     )
 
-    @model_validator(mode="after")
-    def _weights_add_up(self) -> Self:
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error if the weights do not sum to `weights_sum`."""
+        if self.weights_sum is None:
+            return
         total = math.fsum(source.weight for source in self.sources)
-        if (
-            self.weights_sum is not None
-            and abs(total - self.weights_sum) > SUM_TOLERANCE * self.weights_sum
-        ):
-            raise FieldError(
+        if abs(total - self.weights_sum) > SUM_TOLERANCE * self.weights_sum:
+            yield FieldError(
                 "weights_sum",
-                f"the sources' weights sum to {total:.6g}, not {self.weights_sum:.6g}; mend them, or leave weights_sum "
-                "out to have them relative.",
+                f"the sources' weights sum to {total:.6g}, not {self.weights_sum:.6g}; correct "
+                "them, or leave weights_sum out to make them relative.",
             )
-        return self
 
 
 class Data(Section):
@@ -163,11 +168,13 @@ class Data(Section):
     )
     long_documents: LongDocuments = Field(
         default="split",
-        description="What happens to a document longer than `context`: `split` into rows of its own, nothing lost; "
-        "`truncate` to its first `context` tokens; `drop`; or `error`.",
+        description="What happens to a document longer than `context`: `split` cuts it into "
+        "several rows and keeps all of it; `truncate` keeps its first `context` tokens; `drop` "
+        "leaves it out; `error` stops.",
     )
     workers: CountOrZero | None = Field(
         default=None,
-        description="Processes that tokenise beside the main one; 0 means none, null one per free core (at most 16) "
-        "where there is enough text. The rows are the same for any number.",
+        description="Processes that tokenise beside the main one; 0 means none. null means one "
+        "per free core (at most 16) if there is enough text. The rows are the same for any "
+        "number.",
     )

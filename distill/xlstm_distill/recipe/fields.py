@@ -1,21 +1,32 @@
-"""Types shared by the recipe's sections: strict numbers, names that can be folders, paths relative to the recipe."""
+"""Types that the recipe's sections share: strict numbers, names of folders, paths relative to the recipe."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
 SUM_TOLERANCE = 1e-6
-"""How far weights that must add up may be off, for rounding."""
+"""How far a sum of weights may be from its total, relative to it. Rounding needs some room."""
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-_NAME, _HUB_ID = re.compile(NAME_PATTERN), re.compile(f"{NAME_PATTERN}/{NAME_PATTERN}")
+_NAME = re.compile(NAME_PATTERN)
+_HUB_ID = re.compile(f"{NAME_PATTERN}/{NAME_PATTERN}")
 
 
 class FieldError(ValueError):
-    """A rule that spans fields is broken; `field` is the dotted path of the one to change, from the section on."""
+    """A broken rule that spans fields; `field` is the dotted path to change, below the section."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}" if field else message)
@@ -27,6 +38,25 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield every broken rule that spans fields of this section; all fields are valid alone."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _keeps_its_rules(self) -> Self:
+        broken = list(self.broken_rules())
+        if broken:
+            # pydantic reports one error per validator that raises. A ValidationError is the
+            # exception: its problems join those of the whole recipe, so the user sees all at once.
+            raise ValidationError.from_exception_data(
+                type(self).__name__,
+                [
+                    InitErrorDetails(type="value_error", input=self, ctx={"error": error})
+                    for error in broken
+                ],
+            )
+        return self
+
 
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
@@ -37,9 +67,10 @@ def _name(value: str) -> str:
 
 
 def _hub_or_path(value: str, info: ValidationInfo) -> str:
-    """Make a local path absolute (relative to the recipe's folder, the validation context); keep a hub id.
+    """Make a local path absolute and keep a hub id.
 
-    `owner/name` is a path if it, or a folder `owner`, lies beside the recipe; else it is a hub id.
+    Paths are relative to the recipe's folder, which is in the validation context. `owner/name` is a
+    path if it exists beside the recipe, or if a folder `owner` does; otherwise it is a hub id.
     """
     folder: Path | None = (info.context or {}).get("folder")
     if folder is None:
@@ -51,12 +82,13 @@ def _hub_or_path(value: str, info: ValidationInfo) -> str:
         return value
     raise FieldError(
         "",
-        f"{value!r} is not there (looked for {path}); give a local path or a hub id 'owner/name'.",
+        f"{value!r} does not exist (looked for {path}); give a local path or a hub id "
+        "'owner/name'.",
     )
 
 
 def _folder(value: str, info: ValidationInfo) -> str:
-    """Make a local folder's path absolute (relative to the recipe's folder, the validation context)."""
+    """Make a local folder's path absolute; it is relative to the recipe's folder."""
     folder: Path | None = (info.context or {}).get("folder")
     if folder is None:
         return value
@@ -74,6 +106,8 @@ Name = Annotated[
 ]
 HubOrPath = Annotated[str, Field(min_length=1), AfterValidator(_hub_or_path)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_folder)]
+# Strict: pydantic would otherwise take "3", 3.0 and "yes" for 3 and true. A recipe that means
+# something else than it says is worse than one that is refused.
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
@@ -87,5 +121,5 @@ Mixture = Annotated[dict[str, Positive], Field(min_length=1)]
 
 
 def shape_of(value: Any) -> str:
-    """Tell a mapping from anything else: the discriminator of `uniform` or a mapping of weights."""
+    """Tell a mapping from a word: the discriminator of `uniform` and a mapping of weights."""
     return "<mapping>" if isinstance(value, dict) else "<word>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +11,96 @@ import yaml
 from pydantic import ValidationError
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.recipe.problems import kind_of, one_line
-from xlstm_distill.recipe.recipe import Recipe
+from xlstm_distill.recipe.fields import Section
+from xlstm_distill.recipe.problems import kind_of, problem_lines
+from xlstm_distill.recipe.recipe import Recipe, broken_between
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that is no word, and one given twice: YAML would silently keep the last."""
+    """SafeLoader that refuses a key that is not a word, and a key that is given twice.
+
+    YAML itself would keep the last of two equal keys and say nothing.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                is_list = isinstance(key, yaml.SequenceNode)
-                what = (
-                    "a list"
-                    if is_list
-                    else "a mapping (or a template's {{ }} that is not filled in)"
-                )
-                message = f"{what} cannot be a key; give a word"
-                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+                raise _key_error(key, f"{_kind_of_node(key)} cannot be a key; give a word")
             if key.value in seen:
-                message = f"the key '{key.value}' is already on line {seen[key.value]}; keep one"
-                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+                first = seen[key.value]
+                raise _key_error(key, f"the key '{key.value}' is already on line {first}; keep one")
+            # `<<` merges mappings and may come several times.
             if key.tag != "tag:yaml.org,2002:merge":
                 seen[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and validate a recipe; `overrides` are `dotted.path=value` with YAML values, applied in order.
+def _kind_of_node(key: yaml.Node) -> str:
+    if isinstance(key, yaml.SequenceNode):
+        return "a list"
+    # `{{ name }}` of a template reads as a mapping inside a mapping.
+    return "a mapping (or a template's {{ }} that is not filled in)"
 
-    Relative paths in it are taken from the recipe's folder and come back absolute.
+
+def _key_error(key: yaml.Node, message: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    `overrides` are `dotted.path=value` with YAML values, applied in order. Relative paths in the
+    recipe are taken from its folder and come back absolute.
 
     Raises:
-        UserError: in one line, what is wrong where and what is allowed (file, YAML, override or value).
+        UserError: all problems of the file, the overrides and the values, one line each.
     """
     path = Path(path)
     data = _parse(_read(path), str(path))
     if not isinstance(data, dict):
         raise UserError(
-            f"{path}: holds {kind_of(data)}; a recipe is a mapping of sections such as 'teacher' and 'data'."
+            f"{path}: contains {kind_of(data)}; a recipe is a mapping of sections such as "
+            "'teacher' and 'data'."
         )
+    problems: list[str] = []
     for override in overrides:
-        _override(data, override)
+        try:
+            _override(data, override)
+        except UserError as error:
+            problems.extend(error.problems)
+    recipe: Recipe | None = None
+    context = {"folder": path.resolve().parent}
     try:
-        return Recipe.model_validate(data, context={"folder": path.resolve().parent})
+        recipe = Recipe.model_validate(data, context=context)
     except ValidationError as error:
-        raise UserError(one_line(error)) from None
+        problems.extend(problem_lines(error))
+        problems.extend(_problems_between_sections(data, context))
+    if problems or recipe is None:
+        raise UserError(*dict.fromkeys(problems))
+    return recipe
+
+
+def _problems_between_sections(data: Mapping[str, Any], context: dict[str, Any]) -> list[str]:
+    """Check the rules between the sections that are valid alone.
+
+    pydantic skips the recipe's own rules as soon as one section has a problem. The user would then
+    mend the section, and only the next run would show the rest.
+    """
+    sections: dict[str, Section] = {}
+    for name, field in Recipe.model_fields.items():
+        kind = field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            continue
+        try:
+            sections[name] = kind.model_validate(data.get(name, {}), context=context)
+        except ValidationError:
+            continue
+    return [f"{broken.field}: {broken.message}" for broken in broken_between(sections)]
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """Write a recipe with all its values, defaults included, as YAML that `load_recipe` reads back to an equal one."""
+    """Write a recipe with all its values, defaults included; `load_recipe` reads it back equal."""
     return yaml.safe_dump(
         recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
     )
@@ -71,7 +110,10 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a recipe (YAML).") from None
+        raise UserError(
+            f"{path}: no such file; give the path of a recipe (YAML). 'xlstm-distill recipes' "
+            "lists the recipes that come with this package."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(
@@ -93,12 +135,15 @@ def _parse(text: str, name: str) -> Any:
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    """Set one value in place. The path may hold list indices: `evaluate.tasks[0].shots` or `evaluate.tasks.0.shots`."""
+    """Set one value in place.
+
+    The path may name list items, as `evaluate.tasks[0].shots` or as `evaluate.tasks.0.shots`.
+    """
     dotted, equals, text = override.partition("=")
     parts = re.sub(r"\[(\d+)\]", r".\1", dotted.strip()).split(".")
     if not equals or not all(parts):
         raise UserError(
-            f"--set {override}: give it as dotted.path=value, for example align.lr=0.003."
+            f"--set {override}: not of the form dotted.path=value; write it like align.lr=0.003."
         )
     value = _parse(text, f"--set {dotted}") if text.strip() else None
     here: Any = data
@@ -111,6 +156,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _enter(here: Any, part: str, dotted: str, path: list[str]) -> Any:
+    """Return what `part` names; a section that the recipe leaves out becomes an empty mapping."""
     if isinstance(here, list):
         below = here[_index(here, part, dotted)]
     else:
@@ -127,6 +173,6 @@ def _enter(here: Any, part: str, dotted: str, path: list[str]) -> Any:
 def _index(items: list[Any], part: str, dotted: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
         raise UserError(
-            f"--set {dotted}: {part!r} is not an index of the list there (0 to {len(items) - 1})."
+            f"--set {dotted}: {part!r} is not an index of this list (0 to {len(items) - 1})."
         )
     return int(part)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from xlstm_distill.recipe.fields import (
     Count,
@@ -25,54 +26,58 @@ class Teacher(Section):
         description="Local directory, relative to the recipe, or hub id `owner/name`."
     )
     revision: Text | None = Field(
-        default=None, description="Branch, tag or commit on the hub; pin it to reproduce a run."
+        default=None,
+        description="Branch, tag or commit on the hub. A commit makes a run reproducible.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="Number format of the weights."
     )
     trust_remote_code: Flag = Field(
-        default=False, description="Run code that comes with the teacher."
+        default=False, description="Allow Python code that comes with the teacher to run."
     )
 
 
 class MixerConfig(Section):
-    """The mixer that takes the place of every attention layer (paper, Eq. 11)."""
+    """The mixer that replaces every attention layer (paper, Eq. 11)."""
 
     window: Count = Field(
         default=512,
-        description="Keys each query sees in the window branch, itself included (tokens).",
+        description="Keys that each query sees in the window branch, itself included (tokens).",
     )
     sinks: CountOrZero = Field(
-        default=4, description="First tokens of each document that stay visible (tokens)."
+        default=4,
+        description="First tokens of each document that stay visible to the window (tokens).",
     )
     feature_map: Literal["softmax", "hedgehog"] = Field(
         default="softmax",
-        description="Map of queries and keys for the mLSTM branch, after a linear map per head: `softmax` over "
-        "features (the paper's), or `hedgehog`, softmax of x and of -x side by side.",
+        description="Feature map of the mLSTM branch's queries and keys. Both begin with a linear "
+        "map per head. `softmax` takes the softmax over the features (the paper's); `hedgehog` "
+        "concatenates the softmax of x and of -x.",
     )
     feature_dim: Count | None = Field(
-        default=None, description="Width of the linear map; null means the head's dimension."
+        default=None,
+        description="Output width of the feature map's linear map; null means the head dimension.",
     )
     forget_bias: Number = Field(
         default=3.0, description="Initial bias of the forget gate (before the sigmoid)."
     )
     output_gate_bias: Number = Field(
         default=-2.0,
-        description="Initial bias of the output gate (before the sigmoid); below 0 starts near window attention.",
+        description="Initial bias of the output gate (before the sigmoid). Below 0, the student "
+        "starts close to window attention.",
     )
     branches: tuple[Literal["mlstm", "window"], ...] = Field(
         default=("mlstm", "window"),
         min_length=1,
-        description="Branches to use; both is the paper's mixer, one is an ablation.",
+        description="Branches of the mixer. The paper's mixer has both; one alone is an ablation.",
     )
 
-    @model_validator(mode="after")
-    def _branches_differ(self) -> Self:
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error if a branch is named twice."""
         if len(set(self.branches)) < len(self.branches):
-            raise FieldError(
+            yield FieldError(
                 "branches", f"{list(self.branches)} names a branch twice; name each once."
             )
-        return self
 
 
 class Student(Section):

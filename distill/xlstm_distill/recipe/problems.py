@@ -15,8 +15,8 @@ from xlstm_distill.recipe.recipe import Recipe
 Location = tuple[int | str, ...]
 
 
-def one_line(error: ValidationError) -> str:
-    """Say the first problem of a validation in one line, and how many more there are."""
+def problem_lines(error: ValidationError) -> list[str]:
+    """Say every problem of a recipe, one line each, unknown keys first."""
     locations = [problem["loc"] for problem in error.errors()]
     # A list with a bad item also reports itself as too short.
     problems = [
@@ -24,8 +24,7 @@ def one_line(error: ValidationError) -> str:
     ]
     # Unknown keys come first: a misspelt key also reports the right one as missing.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
-    lines = list(dict.fromkeys(_sentence(problem) for problem in problems))
-    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
+    return list(dict.fromkeys(_sentence(problem) for problem in problems))
 
 
 def _sentence(problem: Any) -> str:

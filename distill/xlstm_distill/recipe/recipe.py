@@ -1,11 +1,12 @@
-"""The recipe: everything a run is made from, and the checks across its sections. Imports no torch."""
+"""The recipe: everything a run is made from, and the rules between its sections. Loads no torch."""
 
 from __future__ import annotations
 
 import math
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from xlstm_distill.recipe.data import Data
 from xlstm_distill.recipe.evaluation import Evaluate, Report
@@ -36,73 +37,108 @@ class Recipe(Section):
     evaluate: Evaluate = Field(description="The evaluation.")
     report: Report = Field(default_factory=Report, description="The report.")
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
-        mixer = self.student.mixer
-        if "window" in mixer.branches and mixer.window >= self.data.context:
-            raise FieldError(
-                "student.mixer.window",
-                f"{mixer.window} must be below data.context ({self.data.context}).",
-            )
-        if not self.distill.kl_tail and self.capture.mass is not None:
-            raise FieldError(
-                "distill.kl_tail",
-                f"false renormalises over targets that capture.mass ({self.capture.mass:g}) cuts to a few tokens, and "
-                "leaves little of the KL divergence; set capture.mass to null, or distill.kl_tail to true.",
-            )
-        self._check_domains("align.domains", self.align.domains or {})
-        self._check_steps("align", self.align, self.align.tokens)
-        for name, expert in self.distill.experts.items():
-            for index, phase in enumerate(expert.phases):
-                self._check_domains(
-                    f"distill.experts.{name}.phases[{index}].domains", phase.domains
-                )
-                self._check_tokens(
-                    f"distill.experts.{name}.phases[{index}].tokens",
-                    phase.tokens,
-                    self.distill.batch,
-                )
-            self._check_steps("distill", self.distill, expert.tokens)
-        return self
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield the broken rules between sections."""
+        yield from broken_between({name: getattr(self, name) for name in type(self).model_fields})
 
-    @model_validator(mode="after")
-    def _merge_fits_experts(self) -> Self:
-        weights, experts = self.merge.weights, self.distill.experts
-        if weights == "uniform":
-            return self
-        if unknown := [name for name in weights if name not in experts]:
-            raise FieldError(
-                f"merge.weights.{unknown[0]}", f"no such expert. Experts: {', '.join(experts)}."
-            )
-        if missing := [name for name in experts if name not in weights]:
-            raise FieldError(
-                "merge.weights", f"no weight for expert {missing[0]!r}; give one (0 leaves it out)."
-            )
-        total = math.fsum(weights.values())
-        if abs(total - 1) > SUM_TOLERANCE:
-            raise FieldError("merge.weights", f"they sum to {total:.6g}; they must sum to 1.")
-        return self
 
-    def _check_domains(self, field: str, mixture: dict[str, float]) -> None:
-        known = self.data.domains
-        if unknown := [name for name in mixture if name not in known]:
-            raise FieldError(
-                f"{field}.{unknown[0]}", f"no such domain. Domains: {', '.join(known)}."
+def broken_between(sections: Mapping[str, Any]) -> Iterator[FieldError]:
+    """Yield the broken rules between valid sections.
+
+    A rule is skipped if a section that it reads is not given, because that section is invalid.
+    """
+    for needed, rule in RULES:
+        if all(name in sections for name in needed):
+            yield from rule(*(sections[name] for name in needed))
+
+
+def _window_fits(student: Student, data: Data) -> Iterator[FieldError]:
+    mixer = student.mixer
+    if "window" in mixer.branches and mixer.window >= data.context:
+        yield FieldError(
+            "student.mixer.window", f"{mixer.window} must be below data.context ({data.context})."
+        )
+
+
+def _tail_fits_mass(distill: Distill, capture: Capture) -> Iterator[FieldError]:
+    if not distill.kl_tail and capture.mass is not None:
+        yield FieldError(
+            "distill.kl_tail",
+            f"false renormalises over targets that capture.mass ({capture.mass:g}) cuts to a few "
+            "tokens, so little of the KL divergence is left; set capture.mass to null, or "
+            "distill.kl_tail to true.",
+        )
+
+
+def _align_fits_data(align: Align, data: Data) -> Iterator[FieldError]:
+    yield from _unknown_domains("align.domains", align.domains or {}, data)
+    yield from _less_than_a_step("align.tokens", align.tokens, align.batch, data)
+    yield from _too_few_steps("align", align, align.tokens, data)
+
+
+def _experts_fit_data(distill: Distill, data: Data) -> Iterator[FieldError]:
+    for name, expert in distill.experts.items():
+        for index, phase in enumerate(expert.phases):
+            field = f"distill.experts.{name}.phases[{index}]"
+            yield from _unknown_domains(f"{field}.domains", phase.domains, data)
+            yield from _less_than_a_step(f"{field}.tokens", phase.tokens, distill.batch, data)
+        yield from _too_few_steps("distill", distill, expert.tokens, data)
+
+
+def _merge_fits_experts(merge: Merge, distill: Distill) -> Iterator[FieldError]:
+    weights, experts = merge.weights, distill.experts
+    if weights == "uniform":
+        return
+    for name in weights:
+        if name not in experts:
+            yield FieldError(
+                f"merge.weights.{name}", f"no such expert. Experts: {', '.join(experts)}."
+            )
+    missing = [name for name in experts if name not in weights]
+    for name in missing:
+        yield FieldError(
+            "merge.weights", f"no weight for expert {name!r}; give one (0 leaves it out)."
+        )
+    total = math.fsum(weights.values())
+    # Weights of the wrong experts need not sum to anything yet.
+    if weights.keys() == experts.keys() and abs(total - 1) > SUM_TOLERANCE:
+        yield FieldError("merge.weights", f"they sum to {total:.6g}; they must sum to 1.")
+
+
+def _unknown_domains(field: str, mixture: Mapping[str, float], data: Data) -> Iterator[FieldError]:
+    for name in mixture:
+        if name not in data.domains:
+            yield FieldError(
+                f"{field}.{name}", f"no such domain. Domains: {', '.join(data.domains)}."
             )
 
-    def _check_tokens(self, field: str, tokens: int, batch: int) -> None:
-        step = batch * self.data.context
-        if tokens < step:
-            raise FieldError(
-                field,
-                f"{tokens} is less than one optimiser step (batch x data.context = {step} tokens).",
-            )
 
-    def _check_steps(self, section: str, settings: Optimization, tokens: int) -> None:
-        self._check_tokens(f"{section}.tokens", tokens, settings.batch)
-        steps = math.ceil(tokens / (settings.batch * self.data.context))
-        if settings.warmup_steps >= steps:
-            raise FieldError(
-                f"{section}.warmup_steps",
-                f"{settings.warmup_steps} must be below the {steps} steps there are.",
-            )
+def _less_than_a_step(field: str, tokens: int, batch: int, data: Data) -> Iterator[FieldError]:
+    step = batch * data.context
+    if tokens < step:
+        yield FieldError(
+            field,
+            f"{tokens} is less than one optimiser step (batch x data.context = {step} tokens).",
+        )
+
+
+def _too_few_steps(
+    section: str, settings: Optimization, tokens: int, data: Data
+) -> Iterator[FieldError]:
+    """Yield an error if warm-up takes all steps of a training of so many tokens."""
+    steps = math.ceil(tokens / (settings.batch * data.context))
+    if settings.warmup_steps >= steps:
+        yield FieldError(
+            f"{section}.warmup_steps",
+            f"{settings.warmup_steps} must be below the number of steps ({steps}).",
+        )
+
+
+RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[FieldError]]], ...] = (
+    (("student", "data"), _window_fits),
+    (("distill", "capture"), _tail_fits_mass),
+    (("align", "data"), _align_fits_data),
+    (("distill", "data"), _experts_fit_data),
+    (("merge", "distill"), _merge_fits_experts),
+)
+"""The sections that each rule reads, and the rule."""

@@ -1,8 +1,9 @@
-"""The recipe's sections of the three stages: targets, alignment, distillation into experts, merge."""
+"""The recipe's sections for the stages: targets, alignment, distillation into experts, merge."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -24,7 +25,10 @@ from xlstm_distill.recipe.fields import (
 RESERVED = ("teacher", "merged")
 """Names that the report gives to models; no expert may have one."""
 
-MIN_K = 16
+FINAL_LR = (
+    "Learning rate at the last step. null means that the rate falls towards 0 and would reach it "
+    "one step after the last."
+)
 
 
 class Capture(Section):
@@ -32,26 +36,27 @@ class Capture(Section):
 
     targets: Literal["stored", "online"] = Field(
         default="stored",
-        description="`stored` runs the teacher once and keeps its top tokens; `online` runs it in each step.",
+        description="`stored` runs the teacher once and keeps its top tokens on disk; `online` "
+        "runs the teacher in each training step.",
     )
     top_k: int = Field(
         default=256,
         strict=True,
         ge=1,
         le=256,
-        description="Tokens kept of each distribution at most (paper: 256).",
+        description="Most tokens to keep of each distribution (paper: 256).",
     )
     mass: ShareOfAll | None = Field(
         default=0.98,
-        description="Keep of each distribution only the smallest set of tokens that holds this mass; null keeps all "
-        "`top_k`. docs/targets.md has what each choice costs.",
+        description="Keep of each distribution only the smallest set of tokens whose "
+        "probabilities sum to this; null keeps all `top_k`. docs/targets.md compares the choices.",
     )
     min_k: int = Field(
-        default=MIN_K,
+        default=16,
         strict=True,
         ge=1,
         le=256,
-        description="With `mass`, keep so many tokens at least (or all `top_k`).",
+        description="Fewest tokens to keep with `mass` (at most `top_k`).",
     )
     batch: Count = Field(default=8, description="Rows per forward pass of the teacher (rows).")
     shard_teacher: Flag = Field(
@@ -59,29 +64,25 @@ class Capture(Section):
         description="Spread the layers of an online teacher over the processes, as FSDP2 does.",
     )
 
-    @model_validator(mode="after")
-    def _only_online_teachers_are_sharded(self) -> Self:
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield errors of settings that have no effect, and of bounds in the wrong order."""
         if self.shard_teacher and self.targets == "stored":
-            raise FieldError(
+            yield FieldError(
                 "shard_teacher",
                 "true has no effect with targets 'stored'; set targets to 'online'.",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _min_k_is_used(self) -> Self:
-        if self.min_k == MIN_K:  # a recipe written out in full names it too
-            return self
+        # A recipe written out in full names min_k even where it is not used.
+        if self.min_k == type(self).model_fields["min_k"].default:
+            return
         if self.mass is None:
-            raise FieldError(
+            yield FieldError(
                 "min_k",
                 f"{self.min_k} has no effect with mass null, which keeps all top_k; leave it out.",
             )
         if self.min_k > self.top_k:
-            raise FieldError(
-                "min_k", f"{self.min_k} is above top_k ({self.top_k}); it must not be."
+            yield FieldError(
+                "min_k", f"{self.min_k} is above top_k ({self.top_k}); give at most top_k."
             )
-        return self
 
 
 class Optimization(Section):
@@ -90,13 +91,11 @@ class Optimization(Section):
     batch: Count = Field(description="Rows per optimiser step, over all processes (rows).")
     micro_batch: Count | None = Field(
         default=None,
-        description="Rows per forward pass of a process (rows); null means no gradient accumulation.",
+        description="Rows per forward pass of a process (rows); null means no gradient "
+        "accumulation.",
     )
     lr: Positive = Field(description="Peak learning rate.")
-    final_lr: NonNegative | None = Field(
-        default=None,
-        description="Learning rate at the last step; null: it falls towards 0, which the last step is just above.",
-    )
+    final_lr: NonNegative | None = Field(default=None, description=FINAL_LR)
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="Course of the learning rate after warm-up."
     )
@@ -112,62 +111,58 @@ class Optimization(Section):
     )
     non_finite: Literal["stop", "skip"] = Field(
         default="stop",
-        description="What to do at a loss or gradient that is not finite: `stop`, or `skip` the step and say so.",
+        description="What happens when a loss or gradient is not finite: `stop` ends the training; "
+        "`skip` leaves out the step and reports it.",
     )
 
-    @model_validator(mode="after")
-    def _batch_is_whole(self) -> Self:
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield errors of the micro-batch and of the final learning rate."""
         if self.micro_batch is not None and self.batch % self.micro_batch:
-            raise FieldError(
+            yield FieldError(
                 "micro_batch",
-                f"{self.micro_batch} does not divide batch ({self.batch}); take a divisor.",
+                f"{self.micro_batch} does not divide batch ({self.batch}); give a divisor.",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _final_lr_is_used(self) -> Self:
         if self.final_lr is None:
-            return self
+            return
         if self.schedule == "constant":
-            raise FieldError(
+            yield FieldError(
                 "final_lr",
                 f"{self.final_lr} has no effect with schedule 'constant'; set it to null.",
             )
-        if self.final_lr > self.lr:
-            raise FieldError(
-                "final_lr", f"{self.final_lr} is above lr ({self.lr}); it must not be."
+        elif self.final_lr > self.lr:
+            yield FieldError(
+                "final_lr", f"{self.final_lr} is above lr ({self.lr}); give at most lr."
             )
-        return self
 
 
 class Align(Optimization):
-    """Stage I: each mixer learns to reproduce its teacher layer's attention output (paper, Eq. 12)."""
+    """Stage I: each mixer learns its teacher layer's attention output (paper, Eq. 12)."""
 
-    tokens: Count = Field(description="Tokens of text to train on (tokens; paper: 655 million).")
+    tokens: Count = Field(description="Text to train on (tokens; paper: 655 million).")
     batch: Count = Field(
         default=64, description="Rows per optimiser step, over all processes (rows)."
     )
     lr: Positive = Field(default=1e-2, description="Peak learning rate.")
-    final_lr: NonNegative | None = Field(
-        default=1e-5,
-        description="Learning rate at the last step; null: it falls towards 0, which the last step is just above.",
-    )
+    final_lr: NonNegative | None = Field(default=1e-5, description=FINAL_LR)
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="cosine", description="Course of the learning rate after warm-up."
     )
     domains: Mixture | None = Field(
         default=None,
-        description="Share of each domain in the tokens, relative; null means all domains alike.",
+        description="Share of each domain in the tokens, relative; null means equal shares.",
     )
 
 
 class Phase(Section):
-    """A stretch of an expert's training on one mixture of domains; `domain: NAME` stands for `domains: {NAME: 1.0}`."""
+    """A part of an expert's training, on one mixture of domains.
+
+    `domain: NAME` is short for `domains: {NAME: 1.0}`.
+    """
 
     domains: Mixture = Field(
         description="Share of each domain in the phase's tokens, relative; or give `domain`."
     )
-    tokens: Count = Field(description="Tokens of text to train on (tokens).")
+    tokens: Count = Field(description="Text to train on (tokens).")
     lr: Positive | None = Field(
         default=None, description="Peak learning rate of this phase; null means `distill.lr`."
     )
@@ -197,7 +192,10 @@ class Expert(Section):
 
 
 class Distill(Optimization):
-    """Stage II: cross-entropy and sparse KL divergence to the teacher, one expert per domain (paper, Eq. 13)."""
+    """Stage II: train the experts by cross-entropy and sparse KL divergence to the teacher.
+
+    The source is the paper's Eq. 13.
+    """
 
     ce_weight: NonNegative = Field(
         default=0.9, description="Weight of the cross-entropy (paper's gamma)."
@@ -207,80 +205,83 @@ class Distill(Optimization):
     )
     kl_tail: Flag = Field(
         default=True,
-        description="Count all tokens outside of the targets as one outcome of the KL divergence; false leaves them "
-        "out and renormalises both distributions (the paper's, which then needs `capture.mass: null`).",
+        description="Count all tokens outside of the targets as one more outcome of the KL "
+        "divergence. `false` leaves them out and renormalises both distributions, as the paper "
+        "does; it needs `capture.mass: null`.",
     )
     trainable: Literal["all", "mixer", "lora"] = Field(
         default="all",
-        description="Parameters that train: `all` (the paper's), the mixers' own (projections, maps, gates), or "
-        "`lora`: low-rank adapters on all projections, and what the mixers add.",
+        description="Parameters that train: `all` (the paper's); `mixer`, the mixers' own "
+        "(projections, maps, gates); or `lora`, low-rank adapters on all projections and what "
+        "the mixers add.",
     )
     lora_rank: Count = Field(
         default=256, description="Rank of the adapters, with `trainable: lora` (paper: 256)."
     )
-    lora_alpha: Count = Field(default=512, description="Scale of the adapters times their rank.")
+    lora_alpha: Count = Field(
+        default=512, description="Scale of the adapters times their rank, with `trainable: lora`."
+    )
     activation_checkpointing: Flag = Field(
         default=False,
-        description="Keep each decoder layer's input only and compute the rest again: less memory.",
+        description="Keep only the input of each decoder layer and compute the rest again in the "
+        "backward pass: less memory, more time.",
     )
     experts: dict[Name, Expert] = Field(
-        min_length=1, description="Experts by name; one alone makes no merge."
+        min_length=1, description="Experts by name. A single expert needs no merge."
     )
 
-    @model_validator(mode="after")
-    def _adapters_are_used(self) -> Self:
-        for name in (
-            "lora_rank",
-            "lora_alpha",
-        ):  # a recipe written out in full names them, at their defaults
-            value = getattr(self, name)
-            if self.trainable != "lora" and value != type(self).model_fields[name].default:
-                raise FieldError(
-                    name,
-                    f"{value} has no effect with trainable {self.trainable!r}; set trainable to 'lora'.",
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _phases_end_lower(self) -> Self:
-        """A phase's own rate must be able to fall to the final one."""
-        for name, expert in self.experts.items():
-            for index, phase in enumerate(expert.phases):
-                if phase.lr is not None and phase.lr < (self.final_lr or 0.0):
-                    raise FieldError(
-                        f"experts.{name}.phases[{index}].lr",
-                        f"{phase.lr} is below distill.final_lr ({self.final_lr}); raise it, or lower final_lr.",
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _some_loss(self) -> Self:
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield errors of the optimiser, the loss, the adapters and the experts."""
+        yield from super().broken_rules()
         if self.ce_weight == self.kl_weight == 0:
-            raise FieldError(
-                "ce_weight", "0.0 beside kl_weight 0.0 leaves no loss; make one of them positive."
+            yield FieldError(
+                "ce_weight",
+                "0.0 beside kl_weight 0.0 leaves no loss; make one of the two positive.",
             )
-        if taken := [name for name in self.experts if name in RESERVED]:
-            raise FieldError(
-                f"experts.{taken[0]}", "the report uses this name itself; choose another."
-            )
-        return self
+        for name in ("lora_rank", "lora_alpha"):
+            value = getattr(self, name)
+            # A recipe written out in full names both at their defaults, whatever trains.
+            default = type(self).model_fields[name].default
+            if self.trainable != "lora" and value != default:
+                yield FieldError(
+                    name,
+                    f"{value} has no effect with trainable {self.trainable!r}; set trainable to "
+                    "'lora'.",
+                )
+        for name, expert in self.experts.items():
+            yield from self._expert_errors(name, expert)
+
+    def _expert_errors(self, name: str, expert: Expert) -> Iterator[FieldError]:
+        if name in RESERVED:
+            yield FieldError(f"experts.{name}", "the report uses this name itself; choose another.")
+        for index, phase in enumerate(expert.phases):
+            # The schedule falls from the phase's own rate to the final one, so it cannot rise.
+            if phase.lr is not None and phase.lr < (self.final_lr or 0.0):
+                yield FieldError(
+                    f"experts.{name}.phases[{index}].lr",
+                    f"{phase.lr} is below distill.final_lr ({self.final_lr}); raise it, or lower "
+                    "final_lr.",
+                )
 
 
 class Training(Section):
-    """How training is kept and watched; nothing here changes the weights, so nothing is made anew when it changes."""
+    """Checkpoints and figures of the trainings. Nothing here changes the weights."""
 
     checkpoint_steps: Count | None = Field(
-        default=500, description="Optimiser steps from one checkpoint to the next; null keeps none."
+        default=500,
+        description="Optimiser steps from one checkpoint to the next; null means no checkpoints.",
     )
     keep_checkpoints: Count = Field(
-        default=2, description="Checkpoints of a training that are kept at most."
+        default=2, description="Most checkpoints of a training to keep; older ones are deleted."
     )
     validate_steps: Count | None = Field(
         default=500,
-        description="Optimiser steps from one look at the held-out rows to the next; null: before and after only.",
+        description="Optimiser steps from one validation on held-out rows to the next; null means "
+        "before and after training only.",
     )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
-        default=(), description="Where figures go besides the log; each needs its package."
+        default=(),
+        description="Where training figures go besides the log; each needs its own package.",
     )
 
 

@@ -254,7 +254,7 @@ def test_missing_recipe_and_missing_teacher(call: Call, tmp_path: Path) -> None:
     assert error_of(call("run", "nope.yaml"), 2).startswith("error: nope.yaml: no such file")
     (tmp_path / "teacher").rmdir()
     assert error_of(call("run", "small.yaml"), 2).startswith(
-        "error: teacher.path: 'teacher' is not there"
+        "error: teacher.path: 'teacher' does not exist"
     )
 
 

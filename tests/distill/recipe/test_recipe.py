@@ -46,13 +46,18 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-def message(path: Path, *overrides: str) -> str:
-    """The one line that loading a bad recipe gives."""
+def problems(path: Path, *overrides: str) -> tuple[str, ...]:
+    """The lines that loading a bad recipe gives, one for each problem."""
     with pytest.raises(UserError) as caught:
         load_recipe(path, overrides)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    assert not [line for line in caught.value.problems if "\n" in line]
+    return caught.value.problems
+
+
+def message(path: Path, *overrides: str) -> str:
+    """The line of a recipe that has one problem."""
+    (line,) = problems(path, *overrides)
+    return line
 
 
 # --- the shipped recipes
@@ -257,7 +262,7 @@ def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> 
         ("capture={mass: null, min_k: 4}", "capture.min_k: 4 has no effect with mass null, which keeps all top_k;"),
         ("capture.shard_teacher=true", "capture.shard_teacher: true has no effect with targets 'stored'; set targets"),
         ("distill.lora_rank=8", "distill.lora_rank: 8 has no effect with trainable 'all'; set trainable to 'lora'."),
-        ("capture={top_k: 8, min_k: 9}", "capture.min_k: 9 is above top_k (8); it must not be."),
+        ("capture={top_k: 8, min_k: 9}", "capture.min_k: 9 is above top_k (8); give at most top_k."),
         ("teacher.dtype=fp32", "teacher.dtype: 'fp32' is not allowed. Allowed: 'float32', 'bfloat16' or 'float16'."),
         ("student.mixer.branches=[swa]", "student.mixer.branches[0]: 'swa' is not allowed. Allowed: 'mlstm' or"),
         ("student.mixer.branches=[]", "student.mixer.branches: empty. Give at least one."),
@@ -285,18 +290,17 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
         ("distill.experts.code.phases=[{domain: math, tokens: 100}]",
          "distill.experts.code.phases[0].tokens: 100 is less than one optimiser step"),
         ("align.tokens=100", "align.tokens: 100 is less than one optimiser step (batch x data.context = 256 tokens)."),
-        ("align.warmup_steps=16", "align.warmup_steps: 16 must be below the 16 steps"),
+        ("align.warmup_steps=16", "align.warmup_steps: 16 must be below the number of steps (16)."),
         ("distill.experts.merged={phases: [{domain: math, tokens: 2048}]}",
          "distill.experts.merged: the report uses this name itself; choose another."),
-        ("align.micro_batch=3", "align.micro_batch: 3 does not divide batch (4); take a divisor."),
+        ("align.micro_batch=3", "align.micro_batch: 3 does not divide batch (4); give a divisor."),
         ("align.schedule=constant", "align.final_lr: 1e-05 has no effect with schedule 'constant'; set it to null."),
-        ("align.lr=1.0e-6", "align.final_lr: 1e-05 is above lr (1e-06); it must not be."),
+        ("align.lr=1.0e-6", "align.final_lr: 1e-05 is above lr (1e-06); give at most lr."),
         ("distill.kl_weight=0", "distill.ce_weight: 0.0 beside kl_weight 0.0 leaves no loss;"),
         ("distill.kl_tail=false", "distill.kl_tail: false renormalises over targets that capture.mass (0.98) cuts"),
         ("merge.weights=unifrm", "merge.weights: 'unifrm' is not allowed. Allowed: 'uniform'."),
         ("merge.weights={math: 0.5}", "merge.weights: no weight for expert 'code'; give one (0 leaves it out)."),
         ("merge.weights={math: 0.5, code: 0.7}", "merge.weights: they sum to 1.2; they must sum to 1."),
-        ("merge.weights={math: 0.5, cod: 0.5}", "merge.weights.cod: no such expert. Experts: math, code."),
         ("merge.weights={math: -0.5, code: 1.5}", "merge.weights.math: -0.5 must be at least 0.0."),
         ("data.domains.math.sources=[]", "data.domains.math.sources: empty. Give at least one."),
         ("data.domains.math.sources=[{generator: math}]",
@@ -316,15 +320,15 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
         ("data.domains.math.sources=[{path: a/b, weight: -2}]",
          "data.domains.math.sources[0].weight: -2 must be greater than 0.0."),
         ("data.domains.math={weights_sum: 100, sources: [{path: a/b, weight: 70}, {path: c/d, weight: 25.5}]}",
-         "data.domains.math.weights_sum: the sources' weights sum to 95.5, not 100; mend them, or leave"),
+         "data.domains.math.weights_sum: the sources' weights sum to 95.5, not 100; correct them, or leave"),
         ("data.domains.math.sources=[{path: teacher, revision: main}]",
          "data.domains.math.sources[0].revision: does not apply to the local path "),
         ("data.domains.math.sources=[{path: teacher, streaming: false}]",
          "data.domains.math.sources[0].streaming: does not apply to the local path "),
         ("data.domains.math.sources=[{path: a/b, system: x}]",
-         "data.domains.math.sources[0].system: given without 'prompt' and 'response'; it stands before a prompt."),
+         "data.domains.math.sources[0].system: given without 'prompt' and 'response'; it comes before a prompt."),
         ("data.domains.math.sources=[{path: a/b, sample_by: document}]",
-         "data.domains.math.sources[0].sample_by: does not apply to 'a/b' on the hub, only to local files."),
+         "data.domains.math.sources[0].sample_by: does not apply to 'a/b' on the hub, only to local files; leave"),
         ("data.domains.math.sources=[{generator: math, documents: 9, split: test}]",
          "data.domains.math.sources[0].split: does not apply to a generator; leave it out."),
         ("data.long_documents=cut",
@@ -338,19 +342,75 @@ def test_rules_across_fields_give_one_line(small: Path, override: str, expected:
     assert message(small, *beside, override).startswith(expected)
 
 
+# --- several problems at once
+
+
+def test_every_problem_of_a_recipe_is_listed(small: Path) -> None:
+    """Of the file, the overrides, the fields, the rules of a section, and the rules between sections."""
+    found = problems(
+        small,
+        "evaluate.include=tasks",
+        "align",
+        "evaluate.tasks[7].shots=1",
+        "evaluate.tasks[0].shts=3",
+        "teacher.path=gone",
+        "distill.micro_batch=3",
+        "distill.kl_weight=0",
+        "distill.ce_weight=0",
+        "student.mixer.window=64",
+        "align.domains={mth: 1.0}",
+        "align.warmup_steps=16",
+    )
+    starts = (
+        "--set align: not of the form",
+        "--set evaluate.tasks[7].shots: '7' is not an index",
+        "evaluate.tasks[0].shts: unknown key. Did you mean 'shots'?",
+        "teacher.path: 'gone' does not exist",
+        "distill.micro_batch: 3 does not divide batch (4)",
+        "distill.ce_weight: 0.0 beside kl_weight 0.0",
+        "evaluate.include: 'tasks' is not a folder",
+        # The sections student, align and data are valid, so the rules between them are checked.
+        "student.mixer.window: 64 must be below data.context (64).",
+        "align.domains.mth: no such domain.",
+        "align.warmup_steps: 16 must be below the number of steps (16).",
+    )
+    assert [
+        line for line, start in zip(found, starts, strict=True) if not line.startswith(start)
+    ] == []
+
+
+def test_weights_of_other_experts_name_every_expert(small: Path) -> None:
+    assert problems(small, "merge.weights={math: 0.5, cod: 0.5}") == (
+        "merge.weights.cod: no such expert. Experts: math, code.",
+        "merge.weights: no weight for expert 'code'; give one (0 leaves it out).",
+    )
+
+
+def test_rules_of_one_section_are_all_checked(small: Path) -> None:
+    source = "{path: teacher, name: x, revision: main, streaming: false, text: a, messages: b}"
+    fields = ("name", "revision", "streaming", "messages")
+    found = problems(small, f"data.domains.math.sources=[{source}]")
+    assert [line.split(":")[0] for line in found] == [
+        f"data.domains.math.sources[0].{field}" for field in fields
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("align.lr", "--set align.lr: give it as dotted.path=value, for example align.lr=0.003."),
-        ("=3", "--set =3: give it as dotted.path=value"),
-        ("align..lr=3", "--set align..lr=3: give it as dotted.path=value"),
+        (
+            "align.lr",
+            "--set align.lr: not of the form dotted.path=value; write it like align.lr=0.003.",
+        ),
+        ("=3", "--set =3: not of the form dotted.path=value"),
+        ("align..lr=3", "--set align..lr=3: not of the form dotted.path=value"),
         (
             "align.tokens.x=3",
             "--set align.tokens.x: align.tokens is 4096, which has nothing below it.",
         ),
         (
             "evaluate.tasks[5].shots=1",
-            "--set evaluate.tasks[5].shots: '5' is not an index of the list there (0 to 0).",
+            "--set evaluate.tasks[5].shots: '5' is not an index of this list (0 to 0).",
         ),
         ("align.lr=[1", "--set align.lr, line 1, column 3: not valid YAML"),
     ],
@@ -380,8 +440,8 @@ def test_bad_override_gives_one_line(small: Path, override: str, expected: str) 
             ", line 1, column 3: not valid YAML: a list cannot be a key; give a word.",
         ),
         ("a: [1\n", ", line 2, column 1: not valid YAML"),
-        ("- 1\n", ": holds a list; a recipe is a mapping of sections"),
-        ("", ": holds nothing; a recipe is a mapping of sections"),
+        ("- 1\n", ": contains a list; a recipe is a mapping of sections"),
+        ("", ": contains nothing; a recipe is a mapping of sections"),
         ("a: \x00\n", ": not valid YAML"),
     ],
 )
@@ -393,7 +453,8 @@ def test_bad_file_gives_one_line(tmp_path: Path, text: str, expected: str) -> No
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     missing = tmp_path / "nope.yaml"
-    assert message(missing) == f"{missing}: no such file; give the path of a recipe (YAML)."
+    expected = f"{missing}: no such file; give the path of a recipe (YAML). 'xlstm-distill recipes'"
+    assert message(missing).startswith(expected)
     assert (
         message(tmp_path)
         == f"{tmp_path}: cannot be read (Is a directory); give the path of a recipe (YAML)."
@@ -406,17 +467,18 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     )
 
 
-def test_missing_section_and_count_of_others(tmp_path: Path) -> None:
+def test_all_missing_sections_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "bare.yaml"
     path.write_text("name: bare\n")
-    assert message(path) == "teacher: missing. Add it. (and 4 more)"
+    sections = ("teacher", "data", "align", "distill", "evaluate")
+    assert problems(path) == tuple(f"{name}: missing. Add it." for name in sections)
 
 
 @pytest.mark.parametrize("teacher", ["gone", "./gone", "sub/gone", "/nowhere/at/all"])
 def test_missing_local_teacher_is_no_hub_id(small: Path, teacher: str) -> None:
     (small.parent / "sub").mkdir()
     assert message(small, f"teacher.path={teacher}").startswith(
-        f"teacher.path: {teacher!r} is not there (looked for "
+        f"teacher.path: {teacher!r} does not exist (looked for "
     )
 
 
