@@ -22,7 +22,7 @@ from xlstm_distill.artifacts.locks import (
     marked,
     remove_leftovers,
     training_lock,
-    waiting,
+    wait_for,
 )
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
@@ -292,7 +292,7 @@ class Run:
 
         A file system without locks gives it to everyone: then only runs at the very same moment can disturb each other.
         """
-        return waiting(self._locks / request.label.replace("/", "-"))
+        return wait_for(self._locks / request.label.replace("/", "-"))
 
     def _manifest(self, request: Request, draft: Draft, seconds: float) -> dict[str, Any]:
         return {
