@@ -50,19 +50,29 @@ def busy(what: Path) -> RunError:
 
 
 @contextlib.contextmanager
-def waiting(path: Path) -> Iterator[None]:
-    """Hold a lock as soon as it is free; a file system without locks gives it to everyone."""
+def wait_for(path: Path, say_waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock file; wait while another process holds it.
+
+    `say_waiting` is called once, before the wait, if there is one. Where the file system has no
+    locks every process goes on without: work may then be done twice.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if say_waiting is not None:
+                say_waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # the file system has no locks
         yield
 
 
 @contextlib.contextmanager
 def marked(path: Path) -> Iterator[None]:
     """Hold a lock file of one's own, which tells others that this process lives; it is removed afterwards."""
-    with waiting(path):
+    with wait_for(path):
         try:
             yield
         finally:

@@ -23,7 +23,7 @@ from xlstm_distill.artifacts.locks import (
     marked,
     remove_leftovers,
     training_lock,
-    waiting,
+    wait_for,
     working,
 )
 from xlstm_distill.errors import RunError, UserError
@@ -234,7 +234,7 @@ class Run:
         A file system without locks gives it to everyone. Then two runs can only disturb each other
         when they publish at the very same moment.
         """
-        return waiting(self._locks / request.label.replace("/", "-"))
+        return wait_for(self._locks / request.label.replace("/", "-"))
 
     def _manifest(self, request: Request, draft: Draft, seconds: float) -> dict[str, Any]:
         return {

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from xlstm_distill.data.sources import Position, SourceReader
-from xlstm_distill.data.tokenization import Outcome, Tokens
+from xlstm_distill.data.tokenization import DocumentOutcome, Tokens
 from xlstm_distill.data.workers import Submit
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Domain
@@ -21,15 +21,15 @@ HOPELESS = 1000
 """Documents of a source without a single token kept from which it is refused."""
 
 LEFT_OUT = {
-    Outcome.DROPPED: "too long",
-    Outcome.EMPTY: "empty",
-    Outcome.UNSUPERVISED: "with nothing to train on",
-    Outcome.REFUSED: "refused by the chat template",
+    DocumentOutcome.DROPPED: "too long",
+    DocumentOutcome.EMPTY: "empty",
+    DocumentOutcome.UNSUPERVISED: "with nothing to train on",
+    DocumentOutcome.REFUSED: "refused by the chat template",
 }
 
 
 @dataclass
-class Progress:
+class SourceProgress:
     """How far a source has been read, as JSON values: a chunk's place, documents used of it, and what came of them."""
 
     position: dict[str, Any] = field(default_factory=lambda: asdict(Position()))
@@ -37,7 +37,7 @@ class Progress:
     tokens: int = 0
     dry: bool = False
     outcomes: dict[str, int] = field(
-        default_factory=lambda: {outcome.name.lower(): 0 for outcome in Outcome}
+        default_factory=lambda: {outcome.name.lower(): 0 for outcome in DocumentOutcome}
     )
     reason: str | None = None
 
@@ -60,7 +60,7 @@ class _Stream:
     """A source's documents in order, some chunks read and tokenised ahead."""
 
     def __init__(
-        self, reader: SourceReader, progress: Progress, submit: Submit, ahead: int
+        self, reader: SourceReader, progress: SourceProgress, submit: Submit, ahead: int
     ) -> None:
         self.progress, self._submit, self._ahead = progress, submit, ahead
         self._chunks = reader.chunks(Position(**progress.position))
@@ -138,10 +138,10 @@ class Mixture:
         seed: int,
         submit: Submit,
         ahead: int,
-        progress: list[Progress] | None = None,
+        progress: list[SourceProgress] | None = None,
     ) -> None:
         self._field = field
-        self.progress = progress or [Progress() for _ in domain.sources]
+        self.progress = progress or [SourceProgress() for _ in domain.sources]
         self._weights = [source.weight for source in domain.sources]
         self._streams = [
             _Stream(

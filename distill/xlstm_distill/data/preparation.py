@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from xlstm_distill.artifacts import Draft
-from xlstm_distill.data.mixture import Mixture, Progress
+from xlstm_distill.data.mixture import Mixture, SourceProgress
 from xlstm_distill.data.packing import OPEN_ROWS, Packer
-from xlstm_distill.data.shards import ShardWriter, check_shard, written_whole
-from xlstm_distill.data.tokenization import ChunkTokenizer, DocumentTokenizer, Outcome
+from xlstm_distill.data.shards import RowShardWriter, check_shard, written_whole
+from xlstm_distill.data.tokenization import ChunkTokenizer, DocumentOutcome, DocumentTokenizer
 from xlstm_distill.data.workers import tokenizing
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
@@ -33,24 +30,6 @@ MOST_WORKERS = 16
 """Workers from which the main process, which reads, mixes and packs, is the limit."""
 SAID = 0.01
 """Relative difference of a source's share from its weight that is worth a line."""
-
-
-@contextlib.contextmanager
-def exclusive(path: Path, label: str, console: consoles.Console) -> Iterator[None]:
-    """Hold a lock file; wait, and say so, while another process holds it.
-
-    Where the file system has no locks it goes on without: two preparations then do the same work twice.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.line(f"{label}: another process prepares it; waiting.")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # no locks here
-        yield
 
 
 def clean(folder: Path) -> None:
@@ -92,8 +71,8 @@ class Preparation:
         # A small domain would leave much of its text in open rows.
         self.packer = Packer(recipe.data.context, pad, min(OPEN_ROWS, max(16, needed // 32)))
         vocabulary = max(tokenizer.get_vocab().values()) + 1
-        self.writer = ShardWriter(folder, recipe.data.context, vocabulary)
-        self.progress = [Progress() for _ in self.domain.sources]
+        self.writer = RowShardWriter(folder, recipe.data.context, vocabulary)
+        self.progress = [SourceProgress() for _ in self.domain.sources]
 
     def build(self, draft: Draft) -> None:
         """Make the rows, or what is missing of them, and move them into the draft.
@@ -202,7 +181,7 @@ class Preparation:
             )
             return
         self.writer.shards, self.writer.totals = state["shards"], state["totals"]
-        self.progress = [Progress(**progress) for progress in state["progress"]]
+        self.progress = [SourceProgress(**progress) for progress in state["progress"]]
         self.console.line(f"{self.label}: going on after {self.writer.rows} of {self.needed} rows.")
 
     def _results(self) -> dict[str, Any]:
@@ -230,7 +209,7 @@ class Preparation:
             "bytes_per_token": sum(s["bytes"] for s in self.writer.shards) / totals["tokens"],
             "documents_read": {
                 o.name.lower(): sum(p.outcomes[o.name.lower()] for p in self.progress)
-                for o in Outcome
+                for o in DocumentOutcome
             },
             "sources": shares,
         }

@@ -8,9 +8,10 @@ from typing import Any
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.artifacts.hashing import digest
+from xlstm_distill.artifacts.locks import wait_for
 from xlstm_distill.data import sources
 from xlstm_distill.data.budget import held_out_span, keys_of_rows, rows_needed
-from xlstm_distill.data.preparation import Preparation, clean, exclusive
+from xlstm_distill.data.preparation import Preparation, clean
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
@@ -42,7 +43,11 @@ def prepare_domain(
 
     if not is_main_process() or run.find(request):
         return run.make(request, build, console=console)
-    with exclusive(folder.with_name(f"data-{name}.lock"), request.label, console):
+
+    def say_waiting() -> None:
+        console.line(f"{request.label}: another process prepares it; waiting.")
+
+    with wait_for(folder.with_name(f"data-{name}.lock"), say_waiting):
         artifact = run.make(request, build, console=console)
         clean(folder)
     return artifact

@@ -16,9 +16,9 @@ AHEAD_RECORDS = 1000
 """Records from whose keys a JSON file's columns are known."""
 CSV_RECORDS = 4096
 BLOCK_BYTES = 2**20
-Batch = Mapping[str, list[Any]]
+RecordBatch = Mapping[str, list[Any]]
 State = dict[str, Any]
-Reader = Callable[[State | None], Iterator[tuple[Batch, State]]]
+Reader = Callable[[State | None], Iterator[tuple[RecordBatch, State]]]
 """Yields batches of a file, from its beginning or from a state on, which is a JSON value."""
 
 
@@ -33,7 +33,7 @@ class BadRecord(ValueError):
 def dataset_reader(load: Callable[[], Any]) -> Reader:
     """Read what `datasets` reads, with the schema it finds; `load` gives a streaming data set, or None if empty."""
 
-    def batches(state: State | None) -> Iterator[tuple[Batch, State]]:
+    def batches(state: State | None) -> Iterator[tuple[RecordBatch, State]]:
         data = load()
         if data is None:
             return
@@ -97,7 +97,7 @@ class _Raw(io.RawIOBase):
         super().close()
 
 
-def _json_batches(path: str, state: State | None) -> Iterator[tuple[Batch, State]]:
+def _json_batches(path: str, state: State | None) -> Iterator[tuple[RecordBatch, State]]:
     with open_bytes(path) as file:
         records = _json_records(file, state or {})
         ahead = list(itertools.islice(records, 0 if state else AHEAD_RECORDS))
@@ -164,7 +164,7 @@ def _skip(file: BinaryIO, count: int) -> None:
         count -= len(block)
 
 
-def _csv_batches(path: str, state: State | None) -> Iterator[tuple[Batch, State]]:
+def _csv_batches(path: str, state: State | None) -> Iterator[tuple[RecordBatch, State]]:
     import pandas
 
     done, seen = (state or {}).get("record", 0), 0

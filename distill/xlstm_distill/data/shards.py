@@ -37,7 +37,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 @dataclass
-class ShardWriter:
+class RowShardWriter:
     """Writes rows of `context` tokens in shards; the caller says when one is to end.
 
     `ids` take 2 bytes a token where the vocabulary allows it, else 4; `supervised` 1 bit; documents 4 bytes each.
@@ -112,7 +112,7 @@ class ShardWriter:
 
 def write_rows(folder: Path, rows: Iterable[PackedRow], context: int, vocabulary: int) -> None:
     """Write rows into a folder that `ShardReader` reads."""
-    writer = ShardWriter(folder, context, vocabulary)
+    writer = RowShardWriter(folder, context, vocabulary)
     for row in rows:
         writer.add(row)
         if writer.is_full:

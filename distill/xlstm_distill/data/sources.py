@@ -19,8 +19,8 @@ from xlstm_distill.artifacts.hashing import digest, hash_path
 from xlstm_distill.data.readers import (
     BATCH_RECORDS,
     BadRecord,
-    Batch,
     Reader,
+    RecordBatch,
     csv_reader,
     dataset_reader,
     json_reader,
@@ -107,6 +107,11 @@ class SourceReader:
         self.source, self.field, self.seed = source, field, seed
         self._columns: dict[str, str] = {}
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The column that was chosen for each role; empty until documents have been read."""
+        return dict(self._columns)
+
     def chunks(self, start: Position) -> Iterator[tuple[Position, Chunk]]:
         """Yield chunks and where they begin, from a position on.
 
@@ -140,6 +145,7 @@ class SourceReader:
     def _generated(self, start: Position) -> Iterator[tuple[Position, Chunk]]:
         assert self.source.generator is not None
         assert self.source.documents is not None
+        self._columns = {"messages": "messages"}
         label = f"generator {self.source.generator!r}"
         stream = embedded.documents(self.source.generator, self.source.documents, self.seed)
         rest = itertools.islice(stream, start.record, None)
@@ -184,7 +190,7 @@ class SourceReader:
             f"{self.field}.path: {file.label if file else repr(self.source.path)}: {where} cannot be read: {reason}"
         )
 
-    def _documents(self, batch: Batch, file: _File, position: Position) -> list[Document]:
+    def _documents(self, batch: RecordBatch, file: _File, position: Position) -> list[Document]:
         """Take the columns that the recipe names, else those with the usual names.
 
         A file has its columns from the first batch on; what lacks one later (JSON has no schema) has null there.
@@ -205,7 +211,7 @@ class SourceReader:
         named = {role: getattr(self.source, role) for role in ROLES}
         return {role: column for role, column in named.items() if column is not None}
 
-    def _choose_columns(self, batch: Batch) -> dict[str, str]:
+    def _choose_columns(self, batch: RecordBatch) -> dict[str, str]:
         if columns := self._named_columns():
             return columns
         for style in STYLES:

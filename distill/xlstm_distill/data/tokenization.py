@@ -23,7 +23,7 @@ TODAY = date(2024, 7, 26)
 Messages = list[dict[str, Any]]
 
 
-class Outcome(enum.IntEnum):
+class DocumentOutcome(enum.IntEnum):
     """What became of a document."""
 
     KEPT = 0
@@ -41,7 +41,7 @@ class Tokens:
 
     ids: np.ndarray
     supervised: np.ndarray
-    outcome: Outcome = Outcome.KEPT
+    outcome: DocumentOutcome = DocumentOutcome.KEPT
     reason: str | None = None
 
     @classmethod
@@ -50,7 +50,7 @@ class Tokens:
         return cls(np.array(ids, dtype=np.int32), np.array(supervised, dtype=bool))
 
     @classmethod
-    def without(cls, outcome: Outcome, reason: str | None = None) -> Tokens:
+    def without(cls, outcome: DocumentOutcome, reason: str | None = None) -> Tokens:
         """A document of which nothing is kept, and why."""
         return cls(np.empty(0, dtype=np.int32), np.empty(0, dtype=bool), outcome, reason)
 
@@ -143,7 +143,7 @@ class DocumentTokenizer:
         except (jinja2.TemplateError, TypeError) as error:
             # Templates refuse what they were not written for, such as two user turns in a row, or a content of None.
             if len(chats) == 1:
-                return [Tokens.without(Outcome.REFUSED, " ".join(str(error).split()))]
+                return [Tokens.without(DocumentOutcome.REFUSED, " ".join(str(error).split()))]
             return [self._chats([chat])[0] for chat in chats]
 
     def _marked(self, chats: list[Chat]) -> list[Tokens]:
@@ -265,14 +265,14 @@ class ChunkTokenizer:
             self.tokenize([document for document in documents if document is not None])
         )
         return [
-            Tokens.without(Outcome.EMPTY)
+            Tokens.without(DocumentOutcome.EMPTY)
             if document is None
             else self._fit(next(tokenized), chunk, index)
             for index, document in enumerate(documents)
         ]
 
     def _fit(self, tokens: Tokens, chunk: Chunk, index: int) -> Tokens:
-        if tokens.outcome is not Outcome.KEPT:
+        if tokens.outcome is not DocumentOutcome.KEPT:
             return tokens
         if len(tokens) > self.context:
             if self.long_documents == "error":
@@ -281,14 +281,18 @@ class ChunkTokenizer:
                     "data.long_documents is 'error'; raise the context, or choose split, truncate or drop."
                 )
             if self.long_documents == "drop":
-                return Tokens.without(Outcome.DROPPED)
+                return Tokens.without(DocumentOutcome.DROPPED)
             if self.long_documents == "truncate":
                 kept = slice(self.context)
-                tokens = Tokens(tokens.ids[kept], tokens.supervised[kept], Outcome.TRUNCATED)
+                tokens = Tokens(
+                    tokens.ids[kept], tokens.supervised[kept], DocumentOutcome.TRUNCATED
+                )
             else:
-                tokens = Tokens(tokens.ids, tokens.supervised, Outcome.SPLIT)
+                tokens = Tokens(tokens.ids, tokens.supervised, DocumentOutcome.SPLIT)
         # The first token of a document is never predicted.
-        return tokens if tokens.supervised[1:].any() else Tokens.without(Outcome.UNSUPERVISED)
+        return (
+            tokens if tokens.supervised[1:].any() else Tokens.without(DocumentOutcome.UNSUPERVISED)
+        )
 
 
 def _checked(document: Mapping[str, Any], where: str) -> dict[str, Any] | None:

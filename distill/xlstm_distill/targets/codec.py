@@ -29,7 +29,7 @@ LARGEST_GAP, GAP_CURVE = 24.0, 400.0
 
 
 @dataclass(frozen=True)
-class Row:
+class TargetRow:
     """Targets of one packed row: counts (K,), tail (K,) fp32; ids (n,) and log_probs (n,) fp32, token after token."""
 
     counts: Ints
@@ -92,7 +92,7 @@ def _groups(k: int) -> list[tuple[int, int]]:
     return found
 
 
-def arrange(counts: Ints, ids: Ints, log_probs: Floats, tail: Floats) -> Row:
+def arrange(counts: Ints, ids: Ints, log_probs: Floats, tail: Floats) -> TargetRow:
     """Bring targets (K, width), padded behind `counts` (K,) and descending, into the order in which they are stored."""
     mask = np.arange(ids.shape[1]) < counts[:, None]
     flat_ids, flat_probs = ids[mask].astype(np.uint32), log_probs[mask].astype(np.float32)
@@ -102,10 +102,10 @@ def arrange(counts: Ints, ids: Ints, log_probs: Floats, tail: Floats) -> Row:
         order = np.argsort(flat_ids[places], axis=1)
         for values in (flat_ids, flat_probs):
             values[places] = np.take_along_axis(values[places], order, axis=1)
-    return Row(counts.astype(np.int64), flat_ids, flat_probs, tail.astype(np.float32))
+    return TargetRow(counts.astype(np.int64), flat_ids, flat_probs, tail.astype(np.float32))
 
 
-def encode(row: Row, vocabulary: int) -> bytes:
+def encode(row: TargetRow, vocabulary: int) -> bytes:
     """Code an arranged row."""
     _, _, group = _per_id(row.counts)
     parts = [
@@ -119,7 +119,7 @@ def encode(row: Row, vocabulary: int) -> bytes:
     return b"".join(part.tobytes() for part in parts)
 
 
-def decode(data: bytes | memoryview, tokens: int, vocabulary: int) -> Row:
+def decode(data: bytes | memoryview, tokens: int, vocabulary: int) -> TargetRow:
     """Read back a row of `tokens` kept tokens.
 
     Raises:
@@ -140,17 +140,17 @@ def decode(data: bytes | memoryview, tokens: int, vocabulary: int) -> Row:
             ids[places] = _decode_groups(buffer, len(places) // size, size, vocabulary).ravel()
     if buffer.left or (len(ids) and int(ids.max()) >= vocabulary):
         raise ValueError("its bytes are no row of targets")
-    return Row(counts, ids, _decode_curve(counts, codes, tail, token, index), tail)
+    return TargetRow(counts, ids, _decode_curve(counts, codes, tail, token, index), tail)
 
 
-def kl_error(exact: Row, decoded: Row) -> Floats:
+def kl_error(exact: TargetRow, decoded: TargetRow) -> Floats:
     """KL(exact || decoded) of the distributions over the kept ids, renormalised as the loss does; (K,) in nats."""
     first, token = (
         np.cumsum(exact.counts) - exact.counts,
         np.repeat(np.arange(len(exact.counts)), exact.counts),
     )
 
-    def restricted(row: Row) -> Floats:
+    def restricted(row: TargetRow) -> Floats:
         values = row.log_probs.astype(np.float64)
         return values - np.log(np.add.reduceat(np.exp(values), first))[token]
 
@@ -168,7 +168,7 @@ def _per_id(counts: Ints) -> tuple[Ints, Ints, Ints]:
     return token, index, tables().group.ravel()[index]
 
 
-def _encode_curve(row: Row) -> NDArray[np.uint8]:
+def _encode_curve(row: TargetRow) -> NDArray[np.uint8]:
     """Code the gaps between knots, each from the decoded value of the knot before it, so that errors do not add up."""
     table = tables()
     middles = (table.levels[1:] + table.levels[:-1]) / 2

@@ -15,7 +15,7 @@ from xlstm_distill.errors import RunError
 from xlstm_distill.losses.fused import fuse_head
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.targets.codec import Row
+from xlstm_distill.targets.codec import TargetRow
 from xlstm_distill.targets.store import INDEX_FILE, Store, refusal
 
 
@@ -82,7 +82,7 @@ class StoredTargets:
         ]
         return to_targets(rows, batch.labels.device)
 
-    def _row(self, name: str, row: int, checksum: int) -> Row:
+    def _row(self, name: str, row: int, checksum: int) -> TargetRow:
         """Read one row.
 
         Raises:
@@ -99,7 +99,7 @@ class StoredTargets:
         return targets
 
 
-def to_targets(rows: list[Row], device: torch.device | str = "cpu") -> SparseTargets:
+def to_targets(rows: list[TargetRow], device: torch.device | str = "cpu") -> SparseTargets:
     """Join decoded rows into padded tensors."""
     counts = np.concatenate([row.counts for row in rows])
     width = int(counts.max()) if len(counts) else 0

@@ -22,7 +22,7 @@ import numpy as np
 
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.targets.codec import Row, arrange, decode, encode, kl_error
+from xlstm_distill.targets.codec import TargetRow, arrange, decode, encode, kl_error
 
 MAGIC = b"XLSTMTGT"
 VERSION = 1
@@ -161,7 +161,7 @@ def shard_name(number: int) -> str:
     return f"targets-{number:05d}.bin"
 
 
-class ShardWriter:
+class TargetShardWriter:
     """Writes a shard beside its place; `write_shard` moves it there when it is complete."""
 
     def __init__(
@@ -199,7 +199,7 @@ class ShardWriter:
                 )
             self._add_row(arrange(lengths[own], ids[own], log_probs[own], tail[own]), source)
 
-    def _add_row(self, row: Row, source: int) -> None:
+    def _add_row(self, row: TargetRow, source: int) -> None:
         data = encode(row, self.vocabulary)
         tokens = len(row.counts)
         self.figures.tokens += tokens
@@ -225,13 +225,13 @@ class ShardWriter:
 @contextlib.contextmanager
 def write_shard(
     directory: Path, identity: Identity, vocabulary: int, number: int, first_row: int
-) -> Iterator[ShardWriter]:
+) -> Iterator[TargetShardWriter]:
     """Give a writer in the block; the shard appears under its name, on disk, when the block ends without an error."""
     path = directory / shard_name(number)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         with partial.open("wb") as file:
-            writer = ShardWriter(file, identity, vocabulary, number, first_row)
+            writer = TargetShardWriter(file, identity, vocabulary, number, first_row)
             yield writer
             writer.finish()
             file.flush()
@@ -276,7 +276,7 @@ class Shard:
             raise refusal(path, "its index is damaged (wrong checksum)")
         self.index = np.frombuffer(index, ROW)
 
-    def row(self, row: int) -> tuple[Row, int]:
+    def row(self, row: int) -> tuple[TargetRow, int]:
         """Decode a row of the domain; also returns the checksum of the text it was made from.
 
         Raises:
@@ -333,7 +333,7 @@ class Store:
             raise refusal(path, f"is not the shard that {INDEX_FILE} was written for")
         return header
 
-    def row(self, row: int) -> tuple[Row, int]:
+    def row(self, row: int) -> tuple[TargetRow, int]:
         """Decode a row; also returns the checksum of the text it was made from."""
         if not 0 <= row < self.rows:
             raise refusal(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from xlstm_distill.data.mixture import Mixture, Progress
+from xlstm_distill.data.mixture import Mixture, SourceProgress
 from xlstm_distill.data.tokenization import ChunkTokenizer, DocumentTokenizer
 from xlstm_distill.data.workers import tokenizing
 from xlstm_distill.errors import RunError, UserError
@@ -78,7 +78,7 @@ def test_workers_change_nothing(domain, tokenizer):
 def test_a_mixture_goes_on_exactly_from_its_progress(cut, domain, tokenizer):
     whole, _ = mixed(domain, tokenizer)
     found, progress = mixed(domain, tokenizer, count=cut)
-    saved = [Progress(**json.loads(json.dumps(asdict(p)))) for p in progress]
+    saved = [SourceProgress(**json.loads(json.dumps(asdict(p)))) for p in progress]
     rest, _ = mixed(domain, tokenizer, progress=saved)
     assert found + rest == whole
 
@@ -137,7 +137,7 @@ def test_workers_end_with_a_killed_parent():
     code = f"""
         import multiprocessing, time
         from transformers import AutoTokenizer
-        from xlstm_distill.mixing import tokenizing
+        from xlstm_distill.data.workers import tokenizing
         from xlstm_distill.data.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer
         tokenizer = ChunkTokenizer(DocumentTokenizer(AutoTokenizer.from_pretrained({str(TEACHER)!r})), 256, "split")
         with tokenizing(tokenizer, 1) as (submit, _):

@@ -109,7 +109,7 @@ def test_an_interrupted_preparation_ends_with_the_same_rows(
     recipe = recipe_of(*sources)
     whole = prepared(recipe, tokenizer, tmp_path / "whole")
     assert len(content(whole)) > 6
-    saves, made = [], shards.ShardWriter.end_shard
+    saves, made = [], shards.RowShardWriter.end_shard
 
     def save(self):
         saves.append(1)
@@ -127,7 +127,7 @@ def test_an_interrupted_preparation_ends_with_the_same_rows(
     original = preparation.Preparation._save
     with monkeypatch.context() as patched:
         patched.setattr(preparation.Preparation, "_save", save)
-        patched.setattr(shards.ShardWriter, "end_shard", end_shard)
+        patched.setattr(shards.RowShardWriter, "end_shard", end_shard)
         with pytest.raises(Killed):
             prepared(recipe, tokenizer, tmp_path / "cut")
     console = QuietConsole()
@@ -145,10 +145,10 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
     whole = prepared(recipe, tokenizer, tmp_path / "whole")
     code = f"""
         import sys, time
-        from xlstm_distill import preparation, shards
+        from xlstm_distill.data import preparation, shards
         from xlstm_distill.artifacts import Run
         from xlstm_distill.runtime.console import QuietConsole
-        from xlstm_distill.data import prepare_domain
+        from xlstm_distill.data.prepare import prepare_domain
         from xlstm_distill.recipe import Recipe
         from xlstm_distill.models.teacher import load_tokenizer
         shards.SHARD_TOKENS = {SHARD}

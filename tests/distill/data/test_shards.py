@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from xlstm_distill.data.packing import PackedRow
-from xlstm_distill.data.shards import INDEX_FILE, ShardReader, ShardWriter, write_rows
+from xlstm_distill.data.shards import INDEX_FILE, RowShardWriter, ShardReader, write_rows
 from xlstm_distill.errors import RunError
 
 
@@ -43,7 +43,7 @@ def assert_same(row, expected):
 def test_rows_come_back_from_several_shards(context, vocabulary, tmp_path):
     rows = random_rows(50, context, vocabulary)
     rows[3].ids[0] = vocabulary - 1
-    writer = ShardWriter(tmp_path, context, vocabulary)
+    writer = RowShardWriter(tmp_path, context, vocabulary)
     for n, row in enumerate(rows):
         writer.add(row)
         if n % 17 == 16:
@@ -63,7 +63,7 @@ def test_rows_come_back_from_several_shards(context, vocabulary, tmp_path):
 def test_shards_are_mapped_and_keep_no_file_open(tmp_path, monkeypatch):
     monkeypatch.setattr("xlstm_distill.data.shards.OPEN_SHARDS", 2)
     rows = random_rows(12, 512, 2**17)
-    writer = ShardWriter(tmp_path, 512, 2**17)
+    writer = RowShardWriter(tmp_path, 512, 2**17)
     for row in rows:
         writer.add(row)
         writer.end_shard()
@@ -121,7 +121,7 @@ def test_a_damaged_file_names_itself(damage, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_is_an_error_and_leaves_no_shard(tmp_path):
     (tmp_path / "rows-00000.arrow.partial").symlink_to("/dev/full")
-    writer = ShardWriter(tmp_path, 16, 100)
+    writer = RowShardWriter(tmp_path, 16, 100)
     for row in random_rows(8, 16, 100):
         writer.add(row)
     with pytest.raises(OSError) as caught:

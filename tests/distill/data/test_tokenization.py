@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from xlstm_distill.data.tokenization import Chunk, ChunkTokenizer, DocumentTokenizer, Outcome
+from xlstm_distill.data.tokenization import (
+    Chunk,
+    ChunkTokenizer,
+    DocumentOutcome,
+    DocumentTokenizer,
+)
 from xlstm_distill.errors import UserError
 
 TEACHER = Path(__file__).parents[3] / "recipes" / "quickstart" / "teacher"
@@ -139,7 +144,7 @@ def test_a_refused_chat_is_left_out_alone(with_template):
     tokenize = with_template(LLAMA3, tagged=True)
     odd = [{"role": "tool", "content": "x"}, *CHAT[1:3]]
     first, second, third = tokenize([{"messages": CHAT}, {"messages": odd}, {"messages": CHAT}])
-    assert second.outcome is Outcome.REFUSED
+    assert second.outcome is DocumentOutcome.REFUSED
     assert second.reason == "no role tool"
     assert first.ids.tolist() == third.ids.tolist()
     assert len(first)
@@ -187,10 +192,10 @@ def test_each_policy_for_long_documents(with_template):
     whole = [tokens.ids.tolist() for tokens in tokenize(documents)]
     assert len(whole[0]) <= 6 < len(whole[1])
     for policy, outcome, kept in (
-        ("split", Outcome.SPLIT, whole[1]), ("truncate", Outcome.TRUNCATED, whole[1][:6]), ("drop", Outcome.DROPPED, [])
+        ("split", DocumentOutcome.SPLIT, whole[1]), ("truncate", DocumentOutcome.TRUNCATED, whole[1][:6]), ("drop", DocumentOutcome.DROPPED, [])
     ):  # fmt: skip
         short, long = fitted(tokenize, policy, documents)
-        assert short.outcome is Outcome.KEPT
+        assert short.outcome is DocumentOutcome.KEPT
         assert (long.outcome, long.ids.tolist()) == (outcome, kept)
     message = rf"sources\[0\]: record 42 of d.jsonl has {len(whole[1])} tokens, more than data.context \(6\), and .*'error'"
     with pytest.raises(UserError, match=message):
@@ -265,7 +270,7 @@ def test_keys_without_a_value_do_not_reach_the_template(nothing, with_template):
             fitted(tokenize, "error", [{"prompt": CHAT[:2], "response": "x"}], 512),
         ),
     ):
-        assert tokens[0].outcome is Outcome.KEPT
+        assert tokens[0].outcome is DocumentOutcome.KEPT
         assert tokens[0].ids.tolist() == again[0].ids.tolist()
 
 
@@ -287,7 +292,7 @@ def test_an_answer_without_content_is_an_empty_document_unless_it_calls_a_tool(w
         answer = {"role": "assistant", "content": content}
         assert (
             fitted(tokenize, "error", [{"messages": [ask, answer]}], 512)[0].outcome
-            is Outcome.EMPTY
+            is DocumentOutcome.EMPTY
         )
         calling = {**answer, "tool_calls": [{"name": "f"}]}
         (tokens,) = fitted(tokenize, "error", [{"messages": [ask, calling]}], 512)
@@ -295,7 +300,7 @@ def test_an_answer_without_content_is_an_empty_document_unless_it_calls_a_tool(w
     (tokens,) = fitted(
         tokenize, "error", [{"messages": [{"role": "user", "content": None}, CHAT[2]]}], 512
     )
-    assert tokens.outcome is Outcome.EMPTY
+    assert tokens.outcome is DocumentOutcome.EMPTY
 
 
 def test_what_has_nothing_to_train_on_is_told_apart(with_template):
@@ -304,13 +309,13 @@ def test_what_has_nothing_to_train_on_is_told_apart(with_template):
         t.outcome
         for t in fitted(tokenize, "split", [{"messages": []}, {"messages": CHAT[:2]}], 512)
     ]
-    assert outcomes == [Outcome.EMPTY, Outcome.UNSUPERVISED]
+    assert outcomes == [DocumentOutcome.EMPTY, DocumentOutcome.UNSUPERVISED]
     plain = with_template(None)
     outcomes = [
         t.outcome
         for t in fitted(plain, "split", [{"text": None}, {"text": ""}, {"text": "a"}], 512)
     ]
-    assert outcomes == [Outcome.EMPTY, Outcome.EMPTY, Outcome.KEPT]
+    assert outcomes == [DocumentOutcome.EMPTY, DocumentOutcome.EMPTY, DocumentOutcome.KEPT]
 
 
 @pytest.mark.parametrize(
