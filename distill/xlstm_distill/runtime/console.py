@@ -1,4 +1,7 @@
-"""What stages say while they run: progress bars on a terminal, plain lines elsewhere. Loads rich only for a bar."""
+"""What stages print while they run: progress bars on a terminal, plain lines elsewhere.
+
+rich is loaded for the first bar or table only: it would slow down `--help`.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,30 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 10.0
 """Least time between two plain lines of a progress (seconds)."""
 RATE_SECONDS = 86400.0
-"""Stretch over which a bar estimates the time left (seconds): some steps take minutes, and it needs two of them."""
+"""Period from which a bar estimates the time left (seconds).
+
+An estimate needs two steps, and some steps take minutes; rich's own 30 s would never hold two.
+"""
+PLAIN_WIDTH = 200
+"""Width of tables where there is no terminal (columns)."""
 
 
 class Progress(Protocol):
-    """A stage's progress."""
+    """The progress of a stage."""
 
     def update(self, n: float, *, total: float | None = None, **metrics: float) -> None:
-        """Add `n` units done and show the latest metrics; `total` replaces the total, if it was not known before."""
+        """Add `n` units done and show the latest metrics; `total` replaces the total."""
 
     def skip(self, n: float) -> None:
-        """Count `n` units as done before this progress began: they are no part of its rate."""
+        """Count `n` units as done before this progress began; they do not count for the rate."""
 
 
 class Console:
-    """Writes lines and progress to one stream; a stream that is no terminal gets no control characters."""
+    """Writes lines and progress to one stream.
+
+    A stream that is not a terminal gets no control characters. `stage` is "stage 3 of 6" while a
+    command runs several stages, else empty; bars show it.
+    """
 
     def __init__(
         self,
@@ -41,11 +53,12 @@ class Console:
     ) -> None:
         self.stream = sys.stdout if stream is None else stream
         self.terminal = _is_terminal(self.stream) if terminal is None else terminal
+        self.stage = ""
         self._clock = clock
         self._rich: rich.console.Console | None = None
 
     def line(self, text: str = "") -> None:
-        """Write a line of plain text; above the bar, if one is shown."""
+        """Write a line of plain text, above the bar if one is shown."""
         if self._rich is None:
             self.stream.write(text + "\n")
             self.stream.flush()
@@ -54,28 +67,34 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, label: str, total: float | None, unit: str = "tokens") -> Iterator[Progress]:
-        """Show progress towards `total` units (None: not yet known), with rate, time left and metrics, in the block."""
+        """Show progress towards `total` units during the block: rate, time left and metrics.
+
+        `total` is None if it is not known yet. A block that raises leaves the progress as it is.
+        """
         if not self.terminal:
             plain = PlainProgress(self.line, label, total, unit, self._clock)
             yield plain
             plain.finish()
             return
         with _bar(self.rich(), self._clock) as bar:
-            task = bar.add_task(label, total=total, unit=unit, rate="", metrics="")
-            yield RichProgress(bar, task, unit, self._clock)
+            shown = f"{self.stage}  {label}" if self.stage else label
+            task = bar.add_task(shown, total=total, unit=unit, rate="", metrics="")
+            progress = RichProgress(bar, task, unit, total, self._clock)
+            yield progress
+            progress.finish()
 
     def rich(self) -> rich.console.Console:
         """Return the rich console on the same stream, for tables."""
         if self._rich is None:
             from rich.console import Console as RichConsole
 
-            width = None if self.terminal else 200
+            width = None if self.terminal else PLAIN_WIDTH
             self._rich = RichConsole(file=self.stream, force_terminal=self.terminal, width=width)
         return self._rich
 
 
 class QuietConsole(Console):
-    """Writes nothing; keeps the lines in `lines`. For tests, and for all processes but the first."""
+    """Writes nothing and keeps the lines in `lines`: for tests, and for all ranks but rank 0."""
 
     def __init__(self) -> None:
         super().__init__(terminal=False)
@@ -87,7 +106,7 @@ class QuietConsole(Console):
 
 
 class PlainProgress:
-    """Progress as plain lines: at most one in PLAIN_SECONDS, and one at the end."""
+    """Progress as plain lines: at most one every PLAIN_SECONDS, and one at the end."""
 
     def __init__(
         self,
@@ -97,23 +116,19 @@ class PlainProgress:
         unit: str,
         clock: Callable[[], float],
     ) -> None:
-        self._write, self._label, self._total, self._unit, self._clock = (
-            write,
-            label,
-            total,
-            unit,
-            clock,
-        )
+        self._write, self._clock = write, clock
+        self._label, self._total, self._unit = label, total, unit
         self._done = self._skipped = 0.0
         self._metrics: dict[str, float] = {}
         self._started = self._written = clock()
         self._last = ""
 
     def update(self, n: float, *, total: float | None = None, **metrics: float) -> None:
-        """Add `n` units; write a line if the last one is long ago."""
+        """Add `n` units; write a line if the last one is PLAIN_SECONDS old."""
         self._done += n
         self._total = self._total if total is None else total
         self._metrics.update(metrics)
+        # `finish` writes the line of a progress that is complete.
         if self._clock() - self._written >= PLAIN_SECONDS and not self._complete():
             self._written = self._clock()
             self._say()
@@ -128,7 +143,8 @@ class PlainProgress:
         self._say()
 
     def _say(self) -> None:
-        if (line := self._line()) != self._last:
+        line = self._line()
+        if line != self._last:
             self._last = line
             self._write(line)
 
@@ -136,31 +152,39 @@ class PlainProgress:
         return self._total is not None and self._done >= self._total
 
     def _line(self) -> str:
-        rate = (self._done - self._skipped) / max(self._clock() - self._started, 1e-9)
-        parts = [f"{short(self._done)} {self._unit}", f"{short(rate)} {self._unit}/s"]
+        seconds = max(self._clock() - self._started, 1e-9)
+        rate = (self._done - self._skipped) / seconds
+        done, left = f"{short(self._done)} {self._unit}", ""
         if self._total:
-            parts[0] = (
-                f"{short(self._done)} of {short(self._total)} {self._unit} ({self._done / self._total:.0%})"
-            )
+            share = self._done / self._total
+            done = f"{short(self._done)} of {short(self._total)} {self._unit} ({share:.0%})"
             if rate > 0 and not self._complete():
-                parts.append(f"{clock_time((self._total - self._done) / rate)} left")
-        parts += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
-        return f"{self._label}: " + ", ".join(parts)
+                left = f"{clock_time((self._total - self._done) / rate)} left"
+        metrics = [f"{name} {value:.4g}" for name, value in self._metrics.items()]
+        parts = [done, f"{short(rate)} {self._unit}/s", left, *metrics]
+        return f"{self._label}: " + ", ".join(part for part in parts if part)
 
 
 class RichProgress:
     """Progress as a bar on a terminal."""
 
     def __init__(
-        self, bar: rich.progress.Progress, task: Any, unit: str, clock: Callable[[], float]
+        self,
+        bar: rich.progress.Progress,
+        task: Any,
+        unit: str,
+        total: float | None,
+        clock: Callable[[], float],
     ) -> None:
         self._bar, self._task, self._unit, self._clock = bar, task, unit, clock
-        self._done, self._started = 0.0, clock()
+        self._total, self._started = total, clock()
+        self._done = self._skipped = 0.0
         self._metrics: dict[str, float] = {}
 
     def update(self, n: float, *, total: float | None = None, **metrics: float) -> None:
         """Add `n` units and redraw rate and metrics."""
         self._done += n
+        self._total = self._total if total is None else total
         self._metrics.update(metrics)
         rate = self._done / max(self._clock() - self._started, 1e-9)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self._metrics.items())
@@ -170,7 +194,13 @@ class RichProgress:
 
     def skip(self, n: float) -> None:
         """Count `n` units as done before."""
-        self._bar.update(self._task, completed=n)
+        self._skipped += n
+        self._bar.update(self._task, completed=self._skipped + self._done)
+
+    def finish(self) -> None:
+        """Draw the bar full: totals are estimates, and the work that there was is done."""
+        total = self._total or self._done + self._skipped or 1.0
+        self._bar.update(self._task, total=total, completed=total)
 
 
 def _bar(console: rich.console.Console, clock: Callable[[], float]) -> rich.progress.Progress:
@@ -196,7 +226,7 @@ def _bar(console: rich.console.Console, clock: Callable[[], float]) -> rich.prog
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Tell whether bars can be drawn (NO_COLOR takes only the colour, which rich sees to itself)."""
+    """Tell whether bars can be drawn. NO_COLOR removes the colour only; rich reads it itself."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 

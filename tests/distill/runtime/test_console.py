@@ -1,7 +1,8 @@
-"""What stages say while they run: plain lines where there is no terminal, bars where there is one."""
+"""What stages print while they run: plain lines without a terminal, bars on one."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable
 
@@ -95,9 +96,13 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
 
     def draw() -> str:
         stream, clock = Terminal(), Clock()
-        with Console(stream, clock=clock).progress("align", 100_000) as progress:
+        with (
+            contextlib.suppress(InterruptedError),
+            Console(stream, clock=clock).progress("align", 100_000) as progress,
+        ):
             clock.now = 10.0
             progress.update(50_000, loss=0.25)
+            raise InterruptedError  # the bar stays as it is, and is drawn once more
         return stream.getvalue()
 
     return draw
@@ -114,11 +119,54 @@ def test_a_bar_says_the_time_left_of_slow_steps(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "160")
     stream, clock = Terminal(), Clock()
-    with Console(stream, clock=clock).progress("align", 100) as progress:
+    with (
+        contextlib.suppress(InterruptedError),
+        Console(stream, clock=clock).progress("align", 100) as progress,
+    ):
         for _ in range(3):
             clock.now += 400.0
             progress.update(10)
+        raise InterruptedError
     assert "46:40" in stream.getvalue()
+
+
+@pytest.mark.parametrize("total", [100, None])
+def test_a_bar_ends_at_100_percent(monkeypatch: pytest.MonkeyPatch, total: int | None) -> None:
+    """Also where the total was an estimate, or never known, and after units of an earlier run."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    stream = Terminal()
+    with Console(stream, clock=Clock()).progress("data/math", total) as progress:
+        progress.skip(10)
+        progress.update(87)
+    last = stream.getvalue().split("data/math")[-1]
+    assert "100%" in last
+
+
+def test_a_bar_whose_block_fails_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    stream = Terminal()
+
+    def fail() -> None:
+        with Console(stream, clock=Clock()).progress("align", 100) as progress:
+            progress.update(40)
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        fail()
+    assert "40%" in stream.getvalue().split("align")[-1]
+
+
+def test_a_bar_names_the_stage_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    stream = Terminal()
+    console = Console(stream, clock=Clock())
+    console.stage = "stage 3 of 6"
+    with console.progress("distill/math", 100) as progress:
+        progress.update(100)
+    assert "stage 3 of 6  distill/math" in stream.getvalue()
 
 
 def test_no_color_takes_the_colour_from_the_bar(
