@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import typer
 
@@ -39,28 +39,29 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        code, message = _explain(error)
-        typer.echo("error: " + " ".join(message.split()), err=True)
+        code, problems = _explain(error)
+        for problem in problems:
+            typer.echo("error: " + " ".join(problem.split()), err=True)
         raise typer.Exit(code) from None
 
 
-def _explain(error: Exception) -> tuple[int, str]:
-    """Return exit code and message of an error."""
+def _explain(error: Exception) -> tuple[int, Sequence[str]]:
+    """Return the exit code and the lines of an error: one for each problem."""
     if isinstance(error, UserError):
-        return USER_ERROR, str(error)
-    if full := _disk_full(error):
-        return RUN_ERROR, full
+        return USER_ERROR, error.problems
+    full = _disk_full(error)
+    if full:
+        return RUN_ERROR, [full]
     if isinstance(error, RunError):
-        return RUN_ERROR, str(error)
-    evaluation = sys.modules.get("xlstm_eval.records")  # loaded if it can have raised
+        return RUN_ERROR, [str(error)]
+    # Not imported for its name alone: a module that is not loaded cannot have raised.
+    evaluation = sys.modules.get("xlstm_eval.records")
     if evaluation is not None and isinstance(error, evaluation.EvalError):
-        return USER_ERROR, str(error)
+        return USER_ERROR, [str(error)]
     if isinstance(error, OSError) and error.strerror:
-        return (
-            RUN_ERROR,
-            f"{error.filename}: {error.strerror}" if error.filename else error.strerror,
-        )
-    return RUN_ERROR, f"{type(error).__name__}: {error} (--debug shows where)"
+        where = f"{error.filename}: " if error.filename else ""
+        return RUN_ERROR, [where + error.strerror]
+    return RUN_ERROR, [f"{type(error).__name__}: {error} (--debug shows where)"]
 
 
 def _disk_full(error: BaseException) -> str | None:

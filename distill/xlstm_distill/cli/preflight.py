@@ -1,4 +1,4 @@
-"""Whether the processes of a run can share the recipe's batches: asked before any work is done."""
+"""Check before any work that the processes of a run can share the recipe's batches."""
 
 from __future__ import annotations
 
@@ -19,39 +19,44 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 PATIENCE_SECONDS = 5.0
-"""How long the other processes let the first one speak; then a launcher has ended them, or they end by themselves."""
+"""Time for rank 0 to print its error before the other ranks end (seconds)."""
 
 
 def check_batches(
     recipe: Recipe, stages: Sequence[str], processes: int, run: Path, *, expert: str | None = None
 ) -> None:
-    """Refuse a batch that so many processes cannot share, unless the run has what the stage is to make.
+    """Refuse a batch that the processes cannot share, unless the run has what the stage makes.
 
     Raises:
-        UserError: names the batch; on the first process alone.
+        UserError: names every such batch; on rank 0 only.
     """
     experts = [expert] if expert else list(recipe.distill.experts)
-    new = "mlstm" in recipe.student.mixer.branches  # else there is nothing to align
+    # Without the mLSTM branch there is nothing to align.
+    aligned = ["align"] if "mlstm" in recipe.student.mixer.branches else []
     trained = {
-        "align": (recipe.align, ["align"] if new else []),
+        "align": (recipe.align, aligned),
         "distill": (recipe.distill, [f"distill/{name}" for name in experts]),
     }
+    problems = []
     for stage, (section, labels) in trained.items():
         if stage not in stages or section.batch % processes == 0:
             continue
-        if not all((run / "artifacts" / label / "manifest.json").is_file() for label in labels):
-            _refuse_once(
-                f"{stage}.batch: {section.batch} rows cannot be shared by {processes} processes; take "
-                f"{nearest_batches(section.batch, processes)}, or a number of processes that divides it."
-            )
+        if all((run / "artifacts" / label / "manifest.json").is_file() for label in labels):
+            continue
+        problems.append(
+            f"{stage}.batch: {section.batch} rows cannot be shared by {processes} processes; take "
+            f"{nearest_batches(section.batch, processes)}, or a number of processes that divides "
+            "it."
+        )
+    if problems:
+        _refuse_once(problems)
 
 
-def _refuse_once(message: str) -> NoReturn:
-    """All processes come to the same answer: the first says it, the others end as it does."""
+def _refuse_once(problems: list[str]) -> NoReturn:
+    """End every rank with the same exit code; only rank 0 prints the problems."""
     if is_main_process():
-        raise UserError(message)
-    signal.signal(
-        signal.SIGTERM, signal.SIG_DFL
-    )  # from a launcher that has seen the first end: no reason to speak
+        raise UserError(*problems)
+    # The launcher sends SIGTERM as soon as rank 0 has ended. That is no reason to print anything.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(PATIENCE_SECONDS)
     raise typer.Exit(BAD_INPUT)

@@ -12,7 +12,10 @@ SHOWN_ALPHAS = (0.0, 0.05)
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
-    """Lay out report.json: a row per task, then mean, C_α and α*; a column per model, the merged student first."""
+    """Lay out report.json: a row per task, then mean, C_α and α*; a column per model.
+
+    The merged student comes first.
+    """
     from rich import box
     from rich.table import Table
 

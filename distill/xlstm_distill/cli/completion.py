@@ -1,0 +1,83 @@
+"""What the shell completes: recipe files, recipe keys, experts, shipped recipes, GPUs.
+
+A shell calls these at every TAB, so they import as little as they can. They never fail: without an
+answer the shell completes file names by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+def recipe_paths(incomplete: str) -> list[str]:
+    """Recipes that begin with `incomplete`: files, and files one folder further down.
+
+    A folder alone is not offered. Shells would put a space behind it, and the next TAB would then
+    complete another word.
+    """
+    head, slash, start = incomplete.rpartition("/")
+    prefix = head + slash
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in sorted(Path(prefix or ".").expanduser().iterdir()):
+            if not entry.name.startswith(start) or entry.name.startswith("."):
+                continue
+            if entry.is_file() and entry.suffix in RECIPE_SUFFIXES:
+                found.append(prefix + entry.name)
+            elif entry.is_dir():
+                inside = sorted(p for p in entry.iterdir() if p.suffix in RECIPE_SUFFIXES)
+                found += [f"{prefix}{entry.name}/{path.name}" for path in inside]
+    return found
+
+
+def recipe_keys(incomplete: str) -> list[str]:
+    """Keys for --set, section by section: `al` gives `align.batch=`, `align.lr=` and so on."""
+    from xlstm_distill.recipe.fields import Section
+    from xlstm_distill.recipe.recipe import Recipe
+
+    def keys(section: type[Section], above: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from keys(kind, f"{above}{name}.")
+            else:
+                yield f"{above}{name}="
+
+    return [key for key in keys(Recipe, "") if key.startswith(incomplete)]
+
+
+def experts(context: typer.Context, incomplete: str) -> list[str]:
+    """Experts of the recipe that the command line names."""
+    recipe = _recipe(context)
+    if recipe is None:
+        return []
+    return [name for name in recipe.distill.experts if name.startswith(incomplete)]
+
+
+def shipped_recipes(incomplete: str) -> list[str]:
+    """Names of the shipped recipes."""
+    from xlstm_distill.errors import UserError
+    from xlstm_distill.recipe.shipped import shipped_names
+
+    with contextlib.suppress(UserError):
+        return [name for name in shipped_names() if name.startswith(incomplete)]
+    return []
+
+
+def _recipe(context: typer.Context) -> Any:
+    from xlstm_distill.errors import UserError
+    from xlstm_distill.recipe import load_recipe
+
+    path = context.params.get("recipe")
+    if path is None:
+        return None
+    with contextlib.suppress(UserError):
+        return load_recipe(path)
+    return None

@@ -1,0 +1,124 @@
+"""Commands that run no stage: status, score, plan and schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlstm_distill.cli import completion
+from xlstm_distill.cli.failures import one_line_errors
+from xlstm_distill.cli.options import AsJson, Debug, Overrides, RecipePath
+from xlstm_distill.cli.run import make_console
+from xlstm_distill.runtime.console import Console
+
+
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show how far a run is, from another shell."""
+    with one_line_errors(debug):
+        from xlstm_distill.stages.status import read_status, status_table, to_json
+
+        stages = read_status(run_dir)
+        if as_json:
+            typer.echo(to_json(stages))
+        else:
+            Console().rich().print(status_table(stages))
+
+
+def score(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE.json", help='Scores: {"tasks": [{"task", "teacher", ...}]}.'),
+    ],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare a student's scores with its teacher's.
+
+    Prints recovery, Win-and-Tie rates and critical tolerance.
+    """
+    with one_line_errors(debug):
+        from xlstm_eval.score import score_file
+
+        result = score_file(file)
+        typer.echo(result.to_json() if as_json else result.to_text())
+
+
+def plan(
+    recipe: RecipePath,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="rtx4090-24gb, rtx5090-32gb, l4-24gb, a10g-24gb, l40s-48gb, a100-40gb, "
+            "a100-80gb, h100-80gb, h200-141gb, b200-180gb or b300.",
+            show_default="h100-80gb",
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="Memory of any other GPU; without --gpu, no hours."),
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs, over all nodes.")] = 8,
+    sharding: Annotated[
+        str | None,
+        typer.Option(
+            help="none, ddp, fsdp2, zero1, zero2 or zero3.", show_default="fsdp2; none on one GPU"
+        ),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Kernels: auto (what the stages take), torch or triton.")
+    ] = "auto",
+    mfu: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the GPUs' peak that is reached.", show_default="one for each stage"
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Price of a GPU for an hour, in any currency.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The teacher's config.json.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Take the size of stored targets from this run."),
+    ] = None,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Print what a recipe costs on given GPUs; exit with 1 where it does not fit, and say what would.
+
+    Tokens, FLOPs, memory, disk, hours and cost of every stage. Needs no network.
+    """
+    with one_line_errors(debug):
+        from xlstm_distill.planning.machine import make_machine
+        from xlstm_distill.planning.plan import plan_recipe
+        from xlstm_distill.planning.tables import show, to_json
+        from xlstm_distill.recipe import load_recipe
+
+        loaded = load_recipe(recipe, overrides or ())
+        machine = make_machine(
+            gpu, gpus, sharding, backend, gpu_memory=gpu_memory, mfu=mfu, price=price
+        )
+        made = plan_recipe(loaded, recipe.resolve().parent, machine, config=config, run=run_dir)
+        if as_json:
+            typer.echo(json.dumps(to_json(made), indent=2))
+        else:
+            show(made, make_console())
+        if made.problems:
+            raise typer.Exit(1)
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from xlstm_distill.recipe.reference import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,37 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xlstm_distill.cli import completion
+
+RecipePath = Annotated[
+    Path,
+    typer.Argument(metavar="RECIPE", help="Recipe (YAML).", autocompletion=completion.recipe_paths),
+]
+RunPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        # torchrun has a --run-path of its own and takes --run for an abbreviation of it.
+        "--run-dir",
+        metavar="DIR",
+        help="Run directory (torchrun needs the longer name).",
+        show_default="runs/NAME of the recipe",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a value, for example align.lr=0.003. May be repeated.",
+        autocompletion=completion.recipe_keys,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

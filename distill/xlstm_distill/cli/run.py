@@ -1,0 +1,231 @@
+"""`run` and the commands of the single stages: parse, check, call the stage, say how it ended."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xlstm_distill.cli import completion
+from xlstm_distill.cli.failures import one_line_errors
+from xlstm_distill.cli.launch import LaunchArgs, LaunchConfig, dispatch
+from xlstm_distill.cli.options import Debug, Overrides, RecipePath, RunPath
+from xlstm_distill.cli.preflight import check_batches
+from xlstm_distill.runtime.console import Console, QuietConsole
+from xlstm_distill.runtime.ranks import is_main_process, process_count
+
+if TYPE_CHECKING:
+    from xlstm_distill.artifacts import Run
+    from xlstm_distill.recipe import Recipe
+    from xlstm_distill.stages.lineage import Lineage
+
+STAGES = ("capture", "align", "distill", "merge", "evaluate", "report")
+
+Check = Callable[["Recipe", int], None]
+"""Looks at a recipe and the number of processes, and raises UserError if they do not fit."""
+
+
+def run(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
+    debug: Debug = False,
+) -> None:
+    """Run all stages, from teacher to report; finished stages are skipped."""
+    with one_line_errors(debug):
+        check = _check(STAGES, run_dir)
+        dispatch(launch, launch_args, recipe, overrides, check)
+        console = make_console()
+        lineage, opened = _open(recipe, run_dir, overrides, console, check)
+        _stage_module("evaluate").check(lineage, opened)
+        for number, stage in enumerate(STAGES, start=1):
+            console.stage = f"stage {number} of {len(STAGES)}"
+            console.line(f"{console.stage}: {stage}")
+            _run_stage(stage, lineage, opened, console)
+        _print_summary(opened.directory, console)
+
+
+def capture(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do share I (0 to N - 1) of N, for a Slurm array.",
+            show_default="all",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
+    debug: Debug = False,
+) -> None:
+    """Store the teacher's sparse next-token targets."""
+    _one_stage(
+        "capture", recipe, run_dir, overrides, debug, launched=(launch, launch_args), shard=shard
+    )
+
+
+def align(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
+    debug: Debug = False,
+) -> None:
+    """Teach each mixer its teacher layer's attention output (stage I)."""
+    _one_stage("align", recipe, run_dir, overrides, debug, launched=(launch, launch_args))
+
+
+def distill(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    expert: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Train this expert alone (or its index, from 0).",
+            show_default="all, one by one",
+            autocompletion=completion.experts,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
+    debug: Debug = False,
+) -> None:
+    """Train the experts from the aligned student (stage II)."""
+    _one_stage(
+        "distill", recipe, run_dir, overrides, debug, launched=(launch, launch_args), expert=expert
+    )
+
+
+def merge(
+    recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False
+) -> None:
+    """Merge the experts into one student (stage III)."""
+    _one_stage("merge", recipe, run_dir, overrides, debug)
+
+
+def evaluate(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
+    debug: Debug = False,
+) -> None:
+    """Measure teacher and students on the recipe's tasks."""
+    _one_stage("evaluate", recipe, run_dir, overrides, debug, launched=(launch, launch_args))
+
+
+def report(
+    recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False
+) -> None:
+    """Write the report of a run and show its summary."""
+    with one_line_errors(debug):
+        console = make_console()
+        lineage, opened = _open(recipe, run_dir, overrides, console)
+        _run_stage("report", lineage, opened, console)
+        _print_summary(opened.directory, console)
+
+
+def make_console() -> Console:
+    """Return the console of this rank: only rank 0 prints."""
+    return Console() if is_main_process() else QuietConsole()
+
+
+def _one_stage(
+    stage: str,
+    recipe: Path,
+    run_dir: Path | None,
+    overrides: list[str] | None,
+    debug: bool,
+    launched: tuple[Path | None, str] = (None, ""),
+    **options: Any,
+) -> None:
+    with one_line_errors(debug):
+        check = _check((stage,), run_dir, options.get("expert"))
+        dispatch(*launched, recipe, overrides, check)
+        console = make_console()
+        lineage, opened = _open(recipe, run_dir, overrides, console, check)
+        _run_stage(stage, lineage, opened, console, **options)
+
+
+def _check(stages: Sequence[str], run_dir: Path | None, expert: str | None = None) -> Check:
+    """Make the check that runs as soon as the recipe and the number of processes are known."""
+
+    def check(recipe: Recipe, processes: int) -> None:
+        check_batches(recipe, stages, processes, _directory(run_dir, recipe), expert=expert)
+
+    return check
+
+
+def _directory(run_dir: Path | None, recipe: Recipe) -> Path:
+    return run_dir or Path("runs") / recipe.name
+
+
+def _open(
+    recipe: Path,
+    run_dir: Path | None,
+    overrides: list[str] | None,
+    console: Console,
+    check: Check = lambda recipe, processes: None,
+) -> tuple[Lineage, Run]:
+    """Load and check the recipe, then open the run directory: a bad recipe must not leave one."""
+    from xlstm_distill.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    check(loaded, process_count())
+    directory = _directory(run_dir, loaded)
+    # torch and transformers take seconds to load. Until then this line shows that something runs.
+    console.line(f"{loaded.name}: run directory {directory}")
+
+    from xlstm_distill.artifacts import Run
+    from xlstm_distill.stages.lineage import Lineage
+
+    opened = Run.open(directory, loaded)
+    opened.keep_recipe()
+    return Lineage(loaded), opened
+
+
+def _stage_module(stage: str) -> Any:
+    importlib.import_module("xlstm_distill.stages.workbench").quiet_libraries()
+    return importlib.import_module(f"xlstm_distill.stages.{stage}")
+
+
+def _run_stage(stage: str, lineage: Lineage, run: Run, console: Console, **options: Any) -> None:
+    """Run a stage, which is the function of that name in its module, and print how it ended."""
+    started = time.monotonic()
+    result = getattr(_stage_module(stage), stage)(lineage, run, console, **options)
+    artifacts = result if isinstance(result, list) else [result]
+    made = [artifact for artifact in artifacts if not getattr(artifact, "reused", False)]
+    ending = f"done in {time.monotonic() - started:.1f} s"
+    if not artifacts:
+        ending = "nothing to do"
+    elif not made:
+        ending = "already done"
+    elif len(made) < len(artifacts):
+        ending += f" ({len(artifacts) - len(made)} of {len(artifacts)} already done)"
+    console.line(f"{stage:<10}{ending}")
+
+
+def _print_summary(directory: Path, console: Console) -> None:
+    """Print the scores of teacher, experts and merged student, and the path of the report."""
+    from xlstm_distill.cli.summary import summary_table
+
+    if not is_main_process():
+        return
+    folder = directory / "report"
+    scores = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    console.rich().print(summary_table(scores))
+    console.line(f"Report: {folder / 'report.html'}")

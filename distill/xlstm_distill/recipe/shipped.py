@@ -1,0 +1,140 @@
+"""The recipes that come with the package: find them, list them, copy one with all it needs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xlstm_distill.errors import UserError
+from xlstm_distill.recipe.load import load_recipe
+from xlstm_distill.recipe.problems import did_you_mean
+
+INSTALLED = "shipped_recipes"
+"""Name of the folder `recipes/` inside the installed package (setup.py puts it there)."""
+SHARED = ("recipe.schema.json", "accelerate", "architectures")
+"""What every recipe may use: the schema for editors, launch configurations, model sizes for `plan`."""
+
+
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """A recipe that comes with the package."""
+
+    name: str
+    path: Path
+    teacher: str
+    summary: str
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the shipped recipes.
+
+    A wheel holds it inside the package; in a checkout it is the top-level folder `recipes/`.
+    """
+    package = Path(__file__).resolve().parents[1]
+    candidates = (package / INSTALLED, package.parents[1] / "recipes")
+    for folder in candidates:
+        if (folder / SHARED[0]).is_file():
+            return folder
+    looked = " and ".join(str(folder) for folder in candidates)
+    raise UserError(f"the shipped recipes are missing (looked in {looked}); install again.")
+
+
+def shipped_recipes() -> list[ShippedRecipe]:
+    """List the shipped recipes by name."""
+    return [_describe(path) for path in sorted(recipes_folder().glob("*.yaml"))]
+
+
+def find_recipe(name: str) -> Path:
+    """Return the path of a shipped recipe.
+
+    Raises:
+        UserError: there is none of this name; the line suggests the closest one.
+    """
+    names = shipped_names()
+    if name not in names:
+        raise UserError(f"{name!r} is not a shipped recipe. {did_you_mean(name, names)}")
+    return recipes_folder() / f"{name}.yaml"
+
+
+def shipped_names() -> list[str]:
+    """Names of the shipped recipes, without reading them."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def copy_recipe(name: str, directory: Path) -> Path:
+    """Copy a shipped recipe, its teacher, tasks and data, and what all recipes share.
+
+    Returns the path of the copied recipe. Files that are there already with the same content stay:
+    a second recipe may be copied into the same folder.
+
+    Raises:
+        UserError: no such recipe, or the copy would overwrite files; nothing is written then.
+    """
+    source = find_recipe(name)
+    target = directory / source.name
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: is a file; give a folder, which may be new.")
+    files = {path: directory / path.relative_to(source.parent) for path in _needed(source)}
+    taken = [
+        copy
+        for path, copy in files.items()
+        if copy.exists() and (copy == target or not _same(path, copy))
+    ]
+    if taken:
+        raise UserError(
+            *(
+                f"{copy}: exists and is not overwritten; move it or give another folder."
+                for copy in taken
+            )
+        )
+    for path, copy in files.items():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    return target
+
+
+def _describe(path: Path) -> ShippedRecipe:
+    text = path.read_text(encoding="utf-8")
+    teacher = yaml.safe_load(text)["teacher"]["path"]
+    comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("# ")]
+    # The first comment is for editors: it names the schema.
+    return ShippedRecipe(path.stem, path, teacher, comments[1])
+
+
+def _needed(recipe: Path) -> list[Path]:
+    """All files that a copy of a recipe needs: its own, the local ones it names, the shared ones."""
+    folder = recipe.parent.resolve()
+    # A recipe names parts of a folder, as quickstart/teacher; the folder belongs together.
+    named = {
+        folder / Path(text).relative_to(folder).parts[0]
+        for text in _texts(load_recipe(recipe).model_dump(mode="json"))
+        if Path(text).is_relative_to(folder)
+    }
+    roots = [recipe.resolve(), *sorted(named), *(folder / name for name in SHARED)]
+    files = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*"))]
+    return sorted(
+        recipe.parent / path.relative_to(folder)
+        for path in files
+        if path.is_file() and "__pycache__" not in path.parts
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text inside nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for below in value.values():
+            yield from _texts(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _texts(below)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
