@@ -8,18 +8,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
+from xlstm_eval.problems import FieldError
+
 SUM_TOLERANCE = 1e-6
 """How far weights that must add up may be off, for rounding."""
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME, _HUB_ID = re.compile(NAME_PATTERN), re.compile(f"{NAME_PATTERN}/{NAME_PATTERN}")
-
-
-class FieldError(ValueError):
-    """A rule that spans fields is broken; `field` is the dotted path of the one to change, from the section on."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}" if field else message)
-        self.field, self.message = field, message
 
 
 class Section(BaseModel):
