@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from xlstm_eval.records import EvalError, TaskResult, did_you_mean
+from xlstm_eval.problems import did_you_mean
+from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
 

@@ -5,11 +5,12 @@ Light on purpose: pydantic only, so that scoring a file never loads torch.
 
 from __future__ import annotations
 
-import difflib
 import math
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xlstm_eval.problems import FieldError, kind_of, one_line
 
 
 class EvalError(ValueError):
@@ -46,8 +47,9 @@ class TaskResult(Frozen):
     @model_validator(mode="after")
     def _correct_fits_samples(self) -> Self:
         if self.correct is not None and self.correct > self.samples:
-            raise ValueError(
-                f"correct: {self.correct} is more than samples ({self.samples}). Give a count of samples."
+            raise FieldError(
+                "correct",
+                f"{self.correct} is more than samples ({self.samples}). Give a count of samples.",
             )
         return self
 
@@ -75,16 +77,18 @@ class TaskPair(Frozen):
         if all(count is None for count in counts):
             return self
         if self.samples is None or self.teacher_correct is None or self.student_correct is None:
-            raise ValueError(
-                "samples, teacher_correct and student_correct: give all three or none."
+            raise FieldError(
+                "", "samples, teacher_correct and student_correct: give all three or none."
             )
         for side, score, correct in (
             ("teacher", self.teacher, self.teacher_correct),
             ("student", self.student, self.student_correct),
         ):
             if not math.isclose(score, correct / self.samples, abs_tol=1e-9):
-                raise ValueError(
-                    f"{side}: {score} is not {side}_correct / samples = {correct}/{self.samples}. Make them agree."
+                raise FieldError(
+                    side,
+                    f"{score} is not {side}_correct / samples = {correct}/{self.samples}. "
+                    "Make them agree.",
                 )
         return self
 
@@ -99,8 +103,9 @@ class ScoreFile(Frozen):
         first: dict[str, int] = {}
         for index, pair in enumerate(self.tasks):
             if pair.task in first:
-                raise ValueError(
-                    f"tasks[{index}].task: {pair.task!r} is already tasks[{first[pair.task]}]. Give each task once."
+                raise FieldError(
+                    f"tasks[{index}].task",
+                    f"{pair.task!r} is already tasks[{first[pair.task]}]. Give each task once.",
                 )
             first[pair.task] = index
         return self
@@ -132,103 +137,8 @@ def load_pairs(data: object, error: type[EvalError] = EvalError) -> tuple[TaskPa
     Raises ``error`` with one line that starts with the dotted path of the first bad value.
     """
     if not isinstance(data, dict):
-        raise error(f'the file holds {_kind(data)}; it must hold an object {{"tasks": [...]}}.')
+        raise error(f'the file holds {kind_of(data)}; it must hold {{"tasks": [...]}}.')
     try:
         return ScoreFile.model_validate(data).tasks
     except ValidationError as problem:
-        raise error(one_line(problem, ScoreFile)) from None
-
-
-def one_line(problem: ValidationError, model: type[BaseModel]) -> str:
-    """Say the first of a validation's errors in one line, and how many more there are."""
-    locations = [error["loc"] for error in problem.errors()]
-    # A list with a bad item also reports itself as too short.
-    errors = [
-        e for e in problem.errors() if e["type"] != "too_short" or not _below(e["loc"], locations)
-    ]
-    # An unknown key comes first: a misspelt key also reports the right one as missing.
-    errors.sort(key=lambda error: error["type"] != "extra_forbidden")
-    others = len({error["loc"] for error in errors}) - 1
-    return _sentence(errors[0], model) + (f" (and {others} more)" if others > 0 else "")
-
-
-def _sentence(error: Any, model: type[BaseModel]) -> str:
-    path, value, kind = _dotted(error["loc"]), error["input"], error["type"]
-    where = path or "the file"
-    match kind:
-        case "finite_number":
-            return f"{where}: {value} is not a finite number. Give a number >= 0, or leave the task out."
-        case "greater_than_equal":
-            return f"{where}: {value!r} is less than {error['ctx']['ge']}. Scores and counts start there."
-        case "extra_forbidden":
-            return f"{where}: unknown key. {did_you_mean(str(error['loc'][-1]), _keys(model, error['loc']))}"
-        case "missing":
-            return f"{where}: missing. Add it."
-        case "too_short" | "string_too_short":
-            return f"{where}: empty. Give at least one."
-        case "value_error":
-            return (f"{path}: " if path else "") + str(error["ctx"]["error"])
-        case "tuple_type" | "model_type" | "dict_type" | "model_attributes_type":
-            wanted = "a list" if kind == "tuple_type" else "an object"
-            return f"{where}: {_kind(value)}; give {wanted}."
-        case "float_type" | "int_type" | "bool_type" | "string_type":
-            words = {
-                "float": "a number",
-                "int": "a whole number",
-                "bool": "true or false",
-                "string": "a string",
-            }
-            return (
-                f"{where}: {value!r} is {_kind(value)}; give {words[kind.removesuffix('_type')]}."
-            )
-    return f"{where}: {value!r}: {error['msg']}."
-
-
-def _below(location: tuple[int | str, ...], others: list[tuple[int | str, ...]]) -> bool:
-    return any(
-        len(other) > len(location) and other[: len(location)] == location for other in others
-    )
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else (f".{part}" if path else str(part))
-    return path
-
-
-def _keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys allowed where ``location`` ends, following nested models by annotation."""
-    fields = model.model_fields
-    for part in location[:-1]:
-        if isinstance(part, str) and part in fields:
-            fields = _nested(fields[part].annotation) or fields
-    return sorted(fields)
-
-
-def _nested(annotation: Any) -> dict[str, Any] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation.model_fields
-    for argument in getattr(annotation, "__args__", ()):
-        if (fields := _nested(argument)) is not None:
-            return fields
-    return None
-
-
-def did_you_mean(name: str, allowed: list[str]) -> str:
-    """Suggest the closest allowed name, or list what is allowed."""
-    if close := difflib.get_close_matches(name, allowed, n=1):
-        return f"Did you mean {close[0]!r}?"
-    shown = ", ".join(allowed[:12]) + (", ..." if len(allowed) > 12 else "")
-    return f"Allowed: {shown}."
-
-
-def _kind(value: object) -> str:
-    """Name a value's type in the words of JSON."""
-    if value is None:
-        return "null"
-    names: tuple[tuple[type, str], ...] = (
-        (bool, "a boolean"), (str, "a string"), (int, "a number"), (float, "a number"),
-        (list, "a list"), (tuple, "a list"), (dict, "an object"),
-    )  # fmt: skip
-    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
+        raise error(one_line(problem, ScoreFile, whole="the file")) from None

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from xlstm_eval.records import EvalError, TaskResult, did_you_mean, one_line
+from xlstm_eval.problems import did_you_mean, one_line
+from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.suites import SuiteTask
 
 Row = dict[
@@ -117,7 +118,8 @@ def task_result(
             correct=int(sum(values)) if binary else None,
         )
     except ValidationError as error:
-        raise EvalError(f"{entry.name}: {one_line(error, TaskResult)}") from None
+        reason = one_line(error, TaskResult, whole="result")
+        raise EvalError(f"{entry.name}: {reason}") from None
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -29,10 +29,10 @@ def test_pairs_are_read_in_order_with_their_optional_fields() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], 'the file holds a list; it must hold an object {"tasks": [...]}.'),
+        ([], 'the file holds a list; it must hold {"tasks": [...]}.'),
         ({"tasks": []}, "tasks: empty. Give at least one."),
-        ({"tasks": {}}, "tasks: an object; give a list."),
-        ({"tasks": [3]}, "tasks[0]: a number; give an object."),
+        ({"tasks": {}}, "tasks: {} is a mapping; give a list."),
+        ({"tasks": [3]}, "tasks[0]: 3 is a whole number; give a mapping."),
         ({"task": [GOOD]}, "task: unknown key. Did you mean 'tasks'?"),
         (
             {"tasks": [GOOD | {"studnet": 1.0}]},
@@ -53,17 +53,20 @@ def test_pairs_are_read_in_order_with_their_optional_fields() -> None:
         ),
         (
             {"tasks": [GOOD | {"student": "0.4"}]},
-            "tasks[0].student: '0.4' is a string; give a number.",
+            "tasks[0].student: '0.4' is text; give a number.",
         ),
         (
             {"tasks": [GOOD | {"student": True}]},
-            "tasks[0].student: True is a boolean; give a number.",
+            "tasks[0].student: True is true/false; give a number.",
         ),
-        ({"tasks": [GOOD | {"student": None}]}, "tasks[0].student: None is null; give a number."),
-        ({"tasks": [GOOD | {"student": -0.1}]}, "tasks[0].student: -0.1 is less than 0."),
+        (
+            {"tasks": [GOOD | {"student": None}]},
+            "tasks[0].student: None is nothing; give a number.",
+        ),
+        ({"tasks": [GOOD | {"student": -0.1}]}, "tasks[0].student: -0.1 must be at least 0."),
         (
             {"tasks": [GOOD | {"higher_is_better": 1}]},
-            "tasks[0].higher_is_better: 1 is a number; give true or false.",
+            "tasks[0].higher_is_better: 1 is a whole number; give true or false.",
         ),
         ({"tasks": [GOOD | {"task": ""}]}, "tasks[0].task: empty."),
         ({"tasks": [GOOD, GOOD | {"task": "b"}, GOOD]}, "tasks[2].task: 'a' is already tasks[0]."),
@@ -73,7 +76,7 @@ def test_pairs_are_read_in_order_with_their_optional_fields() -> None:
         ),
         (
             {"tasks": [GOOD | {"samples": 10, "teacher_correct": 5, "student_correct": 3}]},
-            "tasks[0]: student: 0.4 is not student_correct / samples = 3/10.",
+            "tasks[0].student: 0.4 is not student_correct / samples = 3/10.",
         ),
     ],
 )
@@ -92,7 +95,7 @@ def test_one_bad_value_is_one_problem() -> None:
         with pytest.raises(EvalError) as caught:
             load_pairs({"tasks": [GOOD | values]})
         field = "teacher: 'y'" if count else "student: 'x'"
-        assert str(caught.value) == f"tasks[0].{field} is a string; give a number.{count}"
+        assert str(caught.value) == f"tasks[0].{field} is text; give a number.{count}"
 
 
 def test_a_count_cannot_exceed_the_samples() -> None:

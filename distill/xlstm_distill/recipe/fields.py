@@ -1,4 +1,4 @@
-"""Types that the recipe's sections share: strict numbers, names of folders, paths relative to the recipe."""
+"""Types that the recipe's sections share: strict numbers, folder names, paths beside the recipe."""
 
 from __future__ import annotations
 
@@ -18,19 +18,13 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
+from xlstm_eval.problems import FieldError
+
 SUM_TOLERANCE = 1e-6
 """How far a sum of weights may be from its total, relative to it. Rounding needs some room."""
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(NAME_PATTERN)
 _HUB_ID = re.compile(f"{NAME_PATTERN}/{NAME_PATTERN}")
-
-
-class FieldError(ValueError):
-    """A broken rule that spans fields; `field` is the dotted path to change, below the section."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}" if field else message)
-        self.field, self.message = field, message
 
 
 class Section(BaseModel):
