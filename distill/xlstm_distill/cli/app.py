@@ -226,9 +226,17 @@ def score(
 def plan(
     recipe: RecipePath,
     gpu: Annotated[
-        str,
-        typer.Option(help="a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb or l40s-48gb."),
-    ] = "h100-80gb",
+        str | None,
+        typer.Option(
+            help="rtx4090-24gb, rtx5090-32gb, l4-24gb, a10g-24gb, l40s-48gb, a100-40gb, "
+            "a100-80gb, h100-80gb, h200-141gb, b200-180gb or b300.",
+            show_default="h100-80gb",
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="Memory of any other GPU; without --gpu, no hours."),
+    ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs, over all nodes.")] = 8,
     sharding: Annotated[
         str | None,
@@ -259,24 +267,29 @@ def plan(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Say what a recipe takes on given GPUs: tokens, FLOPs, memory, disk, hours, cost. Needs no network."""
+    """Print what a recipe costs on given GPUs; exit with 1 where it does not fit, and say what would.
+
+    Tokens, FLOPs, memory, disk, hours and cost of every stage. Needs no network.
+    """
     with one_line_errors(debug):
         import json
 
-        from xlstm_distill.planning import machine as planning_machine
-        from xlstm_distill.planning import plan as planning
-        from xlstm_distill.planning import tables as planning_text
+        from xlstm_distill.planning.machine import make_machine
+        from xlstm_distill.planning.plan import plan_recipe
+        from xlstm_distill.planning.tables import show, to_json
         from xlstm_distill.recipe import load_recipe
 
-        loaded, rates = load_recipe(recipe, overrides or ()), {"mfu": mfu, "price": price}
-        machine = planning_machine.make_machine(gpu, gpus, sharding, backend, **rates)
-        made = planning.plan_recipe(
-            loaded, recipe.resolve().parent, machine, config=config, run=run_dir
+        loaded = load_recipe(recipe, overrides or ())
+        machine = make_machine(
+            gpu, gpus, sharding, backend, gpu_memory=gpu_memory, mfu=mfu, price=price
         )
+        made = plan_recipe(loaded, recipe.resolve().parent, machine, config=config, run=run_dir)
         if as_json:
-            typer.echo(json.dumps(planning_text.to_json(made), indent=2))
+            typer.echo(json.dumps(to_json(made), indent=2))
         else:
-            planning_text.show(made, _console())
+            show(made, _console())
+        if made.problems:
+            raise typer.Exit(1)
 
 
 @app.command()
