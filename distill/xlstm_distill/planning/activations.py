@@ -1,10 +1,11 @@
-"""Bytes that a forward pass keeps for its backward pass, layer by layer, counted tensor by tensor. Loads no torch.
+"""Count the bytes that a forward pass keeps for its backward pass, layer by layer. Loads no torch.
 
-Each term is a tensor that autograd saves in `mixer`, `feature_maps`, the operators and the family's modeling code; the
-sizes below were read off `saved_tensors_hooks`, and the tests of the plan compare their sum with a real pass.
+Each term is a tensor that autograd saves in `mixer`, `feature_maps`, the operators or the family's
+modeling code. The sizes were read off `torch.autograd.graph.saved_tensors_hooks`; the tests compare
+their sum with a real pass.
 
-Letters: d hidden size, H query heads, G key/value heads, D head dim, F features, L chunk length. All figures are bytes
-per token unless they say otherwise.
+Letters: d hidden size, H query heads, G key/value heads, D head dim, F features, L chunk length.
+All figures are bytes per token unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ from xlstm_distill.planning.architecture import Architecture, features
 from xlstm_distill.recipe import MixerConfig
 
 Precision = Literal["fp32", "bf16", "autocast"]
-"""`fp32`; `bf16`: weights are bf16 when they are used (FSDP2, DeepSpeed, teachers); `autocast`: fp32 weights that
-autocast turns into bf16, so that the residual stream stays fp32 (one process, DDP)."""
+"""How a model computes.
+
+- `fp32`: everything in fp32.
+- `bf16`: weights are bf16 when they are used (FSDP2, DeepSpeed, teachers).
+- `autocast`: autocast casts fp32 weights to bf16 for the products; the residual stream stays fp32
+  (one process, DDP).
+"""
 Backend = Literal["torch", "triton"]
-FP32, INT64 = 4, 8
+FP64, FP32, BF16, INT64 = 8, 4, 2, 8
+"""Bytes of a number."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of a process: `rows` of `tokens` tokens, and how it computes."""
+    """One forward pass of a process: `rows` of `tokens` tokens, its precision and its kernels."""
 
     rows: int
     tokens: int
@@ -36,22 +43,23 @@ class Pass:
     @property
     def compute(self) -> int:
         """Bytes of a number that comes out of a matrix product."""
-        return 4 if self.precision == "fp32" else 2
+        return FP32 if self.precision == "fp32" else BF16
 
     @property
     def residual(self) -> int:
         """Bytes of a number of the residual stream."""
-        return 2 if self.precision == "bf16" else 4
+        return BF16 if self.precision == "bf16" else FP32
 
     @property
     def chunk(self) -> int:
-        """Chunk of the mLSTM (`xlstm_kernels.torch.chunkwise`)."""
-        return min(32 if self.device == "cpu" else 64, self.tokens)
+        """Chunk length L of the mLSTM (the defaults of `xlstm_kernels.torch.chunkwise`)."""
+        default = 32 if self.device == "cpu" else 64
+        return min(default, self.tokens)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes saved: `per_token` for each token, `constant` once per layer and pass."""
+    """Saved bytes: `per_token` for each token, `constant` once per layer and pass."""
 
     per_token: float = 0.0
     constant: float = 0.0
@@ -59,156 +67,195 @@ class Saved:
     def __add__(self, other: Saved) -> Saved:
         return Saved(self.per_token + other.per_token, self.constant + other.constant)
 
-    def bytes(self, run: Pass) -> float:
-        """Bytes for the rows and tokens of a pass."""
-        return self.per_token * run.rows * run.tokens + self.constant
+    def bytes(self, forward: Pass) -> float:
+        """Return the bytes for all rows and tokens of a pass."""
+        return self.per_token * forward.rows * forward.tokens + self.constant
 
 
-def layer_saved(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
-    """What one layer of the student saves when all its parameters train (stage II)."""
-    parts = [
-        _norms(a, run),
-        _linear_inputs(a, mixer, run),
-        _query_key_norms(a, run),
-        _window(a, mixer, run),
-    ]
+def layer_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
+    """Count what one layer of the student saves when all its parameters train (stage II)."""
+    # The MLP saves four tensors of its inner width: gate, silu(gate), up, and their product.
+    total = Saved(4 * forward.compute * a.intermediate)
+    total += _norms(a, forward)
+    total += _linear_inputs(a, mixer, forward)
+    total += _query_key_norms(a, forward)
+    total += _window(a, mixer, forward)
     if "mlstm" in mixer.branches:
-        parts += [
-            _feature_maps(a, mixer, run),
-            mlstm_saved(a, mixer, run, values_train=True),
-            _gate(a, mixer, run),
-        ]
-    return sum(
-        parts, Saved(4 * run.compute * a.intermediate)
-    )  # the MLP's: gate, silu(gate), up, their product
+        total += _feature_maps(a, mixer, forward)
+        total += mlstm_saved(a, mixer, forward, values_train=True)
+        total += _output_gate(a, mixer, forward)
+    return total
 
 
-def mixer_saved(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
-    """What one mixer saves when only its new parameters train (stage I), with the teacher's activations it reads.
+def mixer_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
+    """Count what one mixer saves when only its new parameters train (stage I).
 
-    The window branch has nothing to train, and queries, keys and values are constants.
+    The teacher's tensors that it reads are included. The window branch has nothing to train, and
+    queries, keys and values are constants.
     """
     if "mlstm" not in mixer.branches:
         return Saved()
-    hidden, heads = (
-        run.compute * a.hidden,
-        run.compute * a.query_width,
-    )  # seen in the teacher: layer input, heads
-    error = FP32 * a.query_width + FP32
-    parts = [
-        _feature_maps(a, mixer, run),
-        mlstm_saved(a, mixer, run, values_train=False),
-        _gate(a, mixer, run),
-    ]
+    layer_input = forward.compute * a.hidden
+    teacher_heads = forward.compute * a.query_width
+    error = FP32 * a.query_width + FP32  # the difference to the teacher's heads, and its norm
+    total = Saved(layer_input + teacher_heads + error)
+    total += _feature_maps(a, mixer, forward)
+    total += mlstm_saved(a, mixer, forward, values_train=False)
+    total += _output_gate(a, mixer, forward)
     if "window" in mixer.branches:
-        parts.append(Saved(run.compute * a.query_width))  # what the window branch gave
-    return sum(parts, Saved(hidden + heads + error))
+        total += Saved(forward.compute * a.query_width)  # the window branch's output, a constant
+    return total
 
 
-def outside_layers(a: Architecture, run: Pass) -> Saved:
-    """What is saved once: token ids, cosines and sines, the last norm and its output."""
-    cosines = 2 * (FP32 if a.model_type.startswith("olmo") else run.residual) * a.head_dim
-    return Saved(INT64 + cosines + _norm(a, run, a.hidden) + run.residual * a.hidden)
+def outside_layers(a: Architecture, forward: Pass) -> Saved:
+    """Count what is saved once: token ids, RoPE's cosines and sines, the last norm, its output."""
+    # Olmo keeps cosines and sines in fp32; the other families cast them to the residual stream's
+    # precision.
+    rope_size = FP32 if a.model_type.startswith("olmo") else forward.residual
+    rope = 2 * rope_size * a.head_dim
+    last_norm = _norm(a, forward, a.hidden) + forward.residual * a.hidden
+    return Saved(INT64 + rope + last_norm)
 
 
-def checkpoint_saved(a: Architecture, run: Pass) -> Saved:
-    """What a layer saves under activation checkpointing: its input."""
-    return Saved(run.residual * a.hidden)
+def checkpoint_saved(a: Architecture, forward: Pass) -> Saved:
+    """Count what a layer saves under activation checkpointing: its input."""
+    return Saved(forward.residual * a.hidden)
 
 
-def _norm(a: Architecture, run: Pass, width: int) -> int:
-    """An RMSNorm: its input in fp32, one number per vector, and the normalised input before the weight."""
-    normalised = FP32 if a.norm == "projection" else run.residual  # Olmo applies the weight in fp32
+def _norm(a: Architecture, forward: Pass, width: int) -> int:
+    """Count an RMSNorm: its input in fp32, one number per vector, and the normalised input."""
+    # Olmo multiplies by the weight in fp32, before it casts back.
+    normalised = FP32 if a.norm == "projection" else forward.residual
     return FP32 * width + FP32 + normalised * width
 
 
-def _norms(a: Architecture, run: Pass) -> Saved:
-    return Saved(2 * _norm(a, run, a.hidden))
+def _norms(a: Architecture, forward: Pass) -> Saved:
+    return Saved(2 * _norm(a, forward, a.hidden))
 
 
-def _linear_inputs(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
-    """Inputs of the attention's and the MLP's products. Autocast makes a copy for each product, and none is shared."""
-    gates = 2 if "mlstm" in mixer.branches else 0
-    copies = 3 + gates + 2 if run.precision == "autocast" else 2
-    heads = run.compute * a.query_width  # of the output projection
-    return Saved(copies * run.compute * a.hidden + heads)
+def _linear_inputs(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
+    """Count the inputs of the attention's and the MLP's products.
+
+    Without autocast, q, k, v and the gates share one input, and the MLP's gate and up projection
+    another. Autocast makes a bf16 copy for each product.
+    """
+    gates = 2 if "mlstm" in mixer.branches else 0  # input and forget gate
+    copies = 3 + gates + 2 if forward.precision == "autocast" else 2
+    heads = forward.compute * a.query_width  # the output projection's input
+    return Saved(copies * forward.compute * a.hidden + heads)
 
 
-def _query_key_norms(a: Architecture, run: Pass) -> Saved:
+def _query_key_norms(a: Architecture, forward: Pass) -> Saved:
     if a.norm == "none":
         return Saved()
     width = a.query_width + a.key_width
     vectors = a.heads + a.groups if a.norm == "head" else 2
-    normalised = FP32 if a.norm == "projection" else run.compute
+    normalised = FP32 if a.norm == "projection" else forward.compute
     return Saved((FP32 + normalised) * width + FP32 * vectors)
 
 
-def _gate(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
-    """The output gate: q, k, v before RoPE, its sigmoid, and the branches it mixes (of which the mLSTM's is here)."""
+def _output_gate(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
+    """Count the output gate: q, k, v before RoPE, its sigmoid, and the mLSTM's output.
+
+    `_window` counts the other branch that the gate mixes.
+    """
     if "window" not in mixer.branches:
         return Saved()
-    c = run.compute
-    low = 0 if c == FP32 else c * a.heads
-    return Saved(2 * c * a.query_width + 2 * c * a.key_width + FP32 * a.heads + low)
+    size = forward.compute
+    inputs = size * a.query_width + 2 * size * a.key_width
+    mlstm_output = size * a.query_width
+    sigmoid = FP32 * a.heads
+    sigmoid_copy = 0 if size == FP32 else size * a.heads
+    return Saved(inputs + mlstm_output + sigmoid + sigmoid_copy)
 
 
-def _feature_maps(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
-    """Inputs, softmaxes in fp32, and a copy of the maps for every row."""
+def _feature_maps(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
+    """Count both feature maps: inputs, softmaxes in fp32, a copy of the weights for every row."""
     width = mixer.feature_dim or a.head_dim
-    softmaxes = 2 if mixer.feature_map == "hedgehog" else 1
-    inputs = run.compute * (a.query_width + a.key_width)
-    copies = 2 * run.rows * run.compute * a.heads * width * a.head_dim
-    return Saved(inputs + 2 * softmaxes * FP32 * a.heads * width, copies)
+    softmaxes = (
+        2 if mixer.feature_map == "hedgehog" else 1
+    )  # hedgehog: of the features and of their negatives
+    inputs = forward.compute * (a.query_width + a.key_width)
+    outputs = 2 * softmaxes * FP32 * a.heads * width
+    weight_copies = 2 * forward.rows * forward.compute * a.heads * width * a.head_dim
+    return Saved(inputs + outputs, weight_copies)
 
 
-def mlstm_saved(a: Architecture, mixer: MixerConfig, run: Pass, *, values_train: bool) -> Saved:
-    """The mLSTM of all heads, from features to its output."""
-    H, F, D, L = a.heads, features(mixer, a), a.head_dim, run.chunk
-    # Features are a softmax itself unless they were cast, or put together from two.
-    cast = run.compute < FP32 or mixer.feature_map == "hedgehog"
-    if (
-        run.backend == "triton"
-    ):  # q, k; gates and their sums, m, denominators; h less its common component
-        inputs = 2 * run.compute * H * F if cast else 0
-        start = H * (F * (D + 1) + 1) + a.groups * D  # the state, the common component
-        return Saved(inputs + run.compute * H * D + 7 * FP32 * H, FP32 * run.rows * start)
-    stretch = (
-        math.ceil(run.tokens / L) * L / run.tokens
-    )  # the last chunk is filled up, which copies them too
-    cast = cast or run.tokens % L > 0
-    queries, keys = (3 if cast else 2) * H * F, (2 if values_train else 1) * H * F
-    pairs = H * (L + 1) + (2 if values_train else 1) * H * L  # weights, scores, their product
-    states = H * F * (D + 1) / L
+def mlstm_saved(a: Architecture, mixer: MixerConfig, forward: Pass, *, values_train: bool) -> Saved:
+    """Count the mLSTM of all heads, from features to its output.
+
+    `values_train`: whether values need a gradient; in stage I they are constants, and less is kept.
+    """
+    # The operator's features are the softmax itself, unless they were cast to bf16 or joined from
+    # two softmaxes.
+    copied = forward.compute < FP32 or mixer.feature_map == "hedgehog"
+    if forward.backend == "triton":
+        return _mlstm_triton(a, features(mixer, a), forward, copied=copied)
+    return _mlstm_torch(a, features(mixer, a), forward, copied=copied, values_train=values_train)
+
+
+def _mlstm_triton(a: Architecture, F: int, forward: Pass, *, copied: bool) -> Saved:
+    """Count the fused operator: it computes states and scores again in its backward pass."""
+    H, D = a.heads, a.head_dim
+    inputs = 2 * forward.compute * H * F if copied else 0  # features of queries and keys
+    output = forward.compute * H * D  # h, less its common component
+    per_head = 7 * FP32 * H  # gates, their sums, m and denominators
+    # The state that a row starts from (S, z and m), and the common component of each group's
+    # values.
+    start = H * (F * (D + 1) + 1) + a.groups * D
+    return Saved(inputs + output + per_head, FP32 * forward.rows * start)
+
+
+def _mlstm_torch(
+    a: Architecture, F: int, forward: Pass, *, copied: bool, values_train: bool
+) -> Saved:
+    """Count the chunkwise form in plain torch, fp32: it keeps every chunk's state and L x L scores.
+
+    Letters L, H, F, D as above; D + 1 because the normaliser z rides along as one more value.
+    """
+    H, D, L = a.heads, a.head_dim, forward.chunk
+    # The last chunk is filled up to L tokens, and filling copies queries and keys as a cast does.
+    padded = math.ceil(forward.tokens / L) * L / forward.tokens
+    copied = copied or forward.tokens % L > 0
+    gradients = 2 if values_train else 1  # tensors kept for the gradients of keys and of scores
+    queries = (3 if copied else 2) * H * F
+    keys = gradients * H * F
+    weights, scores = H * (L + 1), gradients * H * L
+    states = H * F * (D + 1) / L  # one state for each chunk
     values = a.groups * (D + 1)
     outputs = H * (D + 1)  # h and the denominators
-    constant = (
-        (FP32 if run.device == "cpu" else 8) * 2 * L * L * (L + 1)
-    )  # which gates enter which pair
-    return Saved(
-        stretch * FP32 * (queries + keys + pairs + states + values + outputs + 2 * H), constant
-    )
+    gates = 2 * H
+    numbers = queries + keys + weights + scores + states + values + outputs + gates
+    # One product with a constant 0/1 matrix sums the gates between each pair of positions of a
+    # chunk. It is (2 L, L (L + 1)), in fp32 on a CPU and in fp64 on CUDA.
+    matrix_size = FP32 if forward.device == "cpu" else FP64
+    return Saved(padded * FP32 * numbers, matrix_size * 2 * L * L * (L + 1))
 
 
 def band(mixer: MixerConfig, tokens: int) -> tuple[int, int]:
-    """Length of a block of queries and of the keys it reads in `banded_attention`, sinks included."""
+    """Return the lengths of a block of queries and of the keys it reads in `banded_attention`.
+
+    Sinks are among the keys.
+    """
     window = min(mixer.window, tokens)
     block = min(max(32, min(window, 128)), tokens)
     return block, window - 1 + block + min(mixer.sinks, tokens)
 
 
-def _window(a: Architecture, mixer: MixerConfig, run: Pass) -> Saved:
-    """Sliding-window attention of all heads, and the copy of its output that the gate or the projection reads."""
+def _window(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
+    """Count sliding-window attention of all heads, and the copy of its output that is read next."""
     if "window" not in mixer.branches:
         return Saved()
-    c, keys, queries = run.compute, a.key_width, a.query_width
-    statistics = FP32 * a.heads
-    if run.backend == "triton":
-        return Saved(2 * c * keys + 2 * c * queries + statistics)
-    block, span = band(mixer, run.tokens)
-    stretch = math.ceil(run.tokens / block) * block / run.tokens
-    bands = (
-        c * (a.heads // a.groups) * span + 2 * c * keys * span / block
-    )  # bias; keys and values of each block
-    gathered = 2 * c * keys + INT64 * min(mixer.sinks, run.tokens) / block
-    output = c * queries if "mlstm" in mixer.branches else 0
-    return Saved(gathered + stretch * (bands + 2 * c * queries + statistics) + output)
+    size, keys, queries = forward.compute, a.key_width, a.query_width
+    statistics = FP32 * a.heads  # the log-sum-exp of each query
+    if forward.backend == "triton":
+        return Saved(2 * size * keys + 2 * size * queries + statistics)
+    block, span = band(mixer, forward.tokens)
+    padded = math.ceil(forward.tokens / block) * block / forward.tokens
+    bias = size * (a.heads // a.groups) * span
+    block_keys_and_values = 2 * size * keys * span / block
+    inside = bias + block_keys_and_values + 2 * size * queries + statistics
+    sink_positions = INT64 * min(mixer.sinks, forward.tokens) / block
+    gathered = 2 * size * keys + sink_positions
+    output = size * queries if "mlstm" in mixer.branches else 0
+    return Saved(gathered + padded * inside + output)

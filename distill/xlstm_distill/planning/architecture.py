@@ -1,4 +1,7 @@
-"""A teacher's architecture as numbers, and the parameters of teacher and student that follow. Loads no torch."""
+"""Describe a teacher's architecture as numbers, and count its and the student's parameters.
+
+Loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ REQUIRED = (
     "vocab_size",
 )
 FULL_ATTENTION_EVERY = 4
-"""Olmo3's pattern where its config names no layer types: three layers with a window, then one without."""
+"""Olmo3's pattern where its config names no layer types: 3 layers with a window, 1 without."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A Transformer language model in numbers: widths, heads, layers, and what its family adds.
 
-    `reaches`: how many keys back each layer of the teacher attends, itself included; None means all.
+    `reaches`: how many keys each layer of the teacher attends to, its own included; None means all.
     """
 
     layers: int
@@ -60,19 +63,20 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters by what happens to them.
-
-    `embedding` is a table look-up, `head` the output projection (0 where it is the embedding), `projections` the
-    attention's own weights in all layers, `rest` MLPs and norms, `new` the mixers' feature maps and gates.
-    """
+    """Numbers of parameters, by what happens to them."""
 
     embedding: int
+    """A table look-up: no product."""
     head: int
+    """The output projection; 0 where it is the embedding."""
     projections: int
+    """The attention's own weights, in all layers."""
     rest: int
+    """MLPs and norms, in all layers, and the last norm."""
     new: int
+    """The mixers' feature maps and gates, in all layers."""
     layer: int
-    """Teacher's parameters of one layer."""
+    """One layer of the teacher."""
 
     @property
     def teacher(self) -> int:
@@ -102,14 +106,12 @@ def count_parameters(architecture: Architecture, mixer: MixerConfig) -> Paramete
     d, queries, keys = a.hidden, a.query_width, a.key_width
     attention = d * (queries + 2 * keys) + queries * d
     attention += a.qkv_bias * (queries + 2 * keys) + a.output_bias * d
+    # Weights of the norms on queries and keys: one head wide (Qwen3), or the whole projection
+    # (Olmo).
     attention += {"none": 0, "head": 2 * a.head_dim, "projection": queries + keys}[a.norm]
-    rest = 3 * d * a.intermediate + a.mlp_bias * (2 * a.intermediate + d) + 2 * d
-    new = 0
-    if "mlstm" in mixer.branches:
-        width = mixer.feature_dim or a.head_dim
-        new += 2 * a.heads * width * a.head_dim + 2 * a.heads * (d + 1)
-        if "window" in mixer.branches:
-            new += a.heads * (3 * a.head_dim + 1)
+    mlp = 3 * d * a.intermediate + a.mlp_bias * (2 * a.intermediate + d)
+    rest = mlp + 2 * d  # and two norms
+    new = _new_parameters(a, mixer)
     table = a.vocabulary * d
     return Parameters(
         embedding=table,
@@ -121,8 +123,23 @@ def count_parameters(architecture: Architecture, mixer: MixerConfig) -> Paramete
     )
 
 
+def _new_parameters(a: Architecture, mixer: MixerConfig) -> int:
+    """Count what one mixer adds to a layer: feature maps and gates, all of them per query head."""
+    if "mlstm" not in mixer.branches:
+        return 0
+    width = mixer.feature_dim or a.head_dim
+    feature_maps = 2 * a.heads * width * a.head_dim
+    input_and_forget_gate = 2 * a.heads * (a.hidden + 1)
+    # The output gate mixes two branches; it reads q, k and v of a head.
+    output_gate = a.heads * (3 * a.head_dim + 1) if "window" in mixer.branches else 0
+    return feature_maps + input_and_forget_gate + output_gate
+
+
 def lora_parameters(a: Architecture, rank: int) -> int:
-    """Parameters of adapters of a rank on every projection of every layer (`lora.add_lora`)."""
+    """Count adapters of a rank on every projection of every layer (`training.lora.add_lora`).
+
+    An adapter of a projection from m to n numbers has rank * (m + n) parameters.
+    """
     attention = 2 * (a.hidden + a.query_width) + 2 * (a.hidden + a.key_width)
     return a.layers * rank * (attention + 3 * (a.hidden + a.intermediate))
 
@@ -130,11 +147,11 @@ def lora_parameters(a: Architecture, rank: int) -> int:
 def find_architecture(recipe: Recipe, folder: Path, config: Path | None = None) -> Architecture:
     """Find the teacher's architecture without the network.
 
-    In this order: `config` (a config.json), the teacher's own where it is a local directory, the facts in
-    `architectures/` beside the recipe (`folder`), a copy that the hub's cache holds.
+    Looks in this order: `config` (a config.json); the teacher's own, where it is a local directory;
+    the facts in `architectures/` beside the recipe (in `folder`); a copy in the hub's cache.
 
     Raises:
-        UserError: none of them knows the teacher, or what they say is no architecture that can be converted.
+        UserError: none of them has the teacher, or the architecture found cannot be converted.
     """
     if config is not None:
         return read_architecture(_read_json(config), str(config))
@@ -148,8 +165,8 @@ def find_architecture(recipe: Recipe, folder: Path, config: Path | None = None) 
     if cached := _cached_config(recipe):
         return read_architecture(_read_json(cached), str(cached))
     raise UserError(
-        f"teacher.path: nothing here tells the architecture of {recipe.teacher.path!r}; save its config.json and give "
-        "it with --config FILE."
+        f"teacher.path: the architecture of {recipe.teacher.path!r} is not known here; "
+        "save its config.json and give it with --config FILE."
     )
 
 
@@ -203,8 +220,8 @@ def read_architecture(config: Mapping[str, Any], name: str) -> Architecture:
         head_dim=_count(head_dim, "head_dim", name),
         vocabulary=numbers["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=bias
-        or family.model_type == "qwen2",  # Qwen2 always has them, and none on the output
+        # Qwen2 has biases on q, k and v whatever its config says, and none on the output.
+        qkv_bias=bias or family.model_type == "qwen2",
         output_bias=bias and family.model_type != "qwen2",
         mlp_bias=bool(config.get("mlp_bias", False)) and family.model_type == "llama",
         norm=family.norm,
@@ -224,7 +241,7 @@ def _count(config: Mapping[str, Any], key: str, name: str) -> int:
 
 
 def _reaches(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """How far back each layer of the teacher attends."""
+    """Read how many keys each layer of the teacher attends to."""
     window = config.get("sliding_window")
     if not isinstance(window, int) or config.get("use_sliding_window") is False:
         return (None,) * layers

@@ -1,152 +1,225 @@
-"""Whether a stage fits on a GPU, and if not, the fewest changes of settings that would make it fit."""
+"""Say whether a stage fits on a GPU, and find the fewest changes that would make it fit."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from xlstm_distill.planning.machine import Gpu
-from xlstm_distill.planning.memory import Memory, Setup
+from xlstm_distill.planning.memory import Memory, MemoryInputs, Sharding
 
-ADVICE = 3
-"""Ways out that are named at most."""
+MOST_WAYS = 3
+"""Ways to fit that are named at most."""
+MOST_CHANGES = 4
+"""Changes of one way at most."""
 MOST_GPUS = 64
-LONGEST = 4
-"""Changes of a way out at most."""
-Change = tuple[str, Callable[[Setup], Setup]]
+Value = str | int | bool
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage's memory as a function of its settings; `batch` rows are shared by the GPUs."""
+class Change:
+    """A change of settings, and what it does to the memory model's inputs.
 
-    name: str
-    memory: Callable[[Setup], Memory]
-    setup: Setup
+    Keys of `settings` are keys of the recipe (`align.micro_batch`) or options of `plan` (`--gpus`).
+    """
+
+    settings: Mapping[str, Value]
+    apply: Callable[[MemoryInputs], MemoryInputs]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Settings that solve a problem together, and the memory per GPU that they lead to."""
+
+    settings: Mapping[str, Value]
+    memory: float | None = None
+
+    def __str__(self) -> str:
+        size = "" if self.memory is None else f" ({self.memory / 1e9:.1f} GB)"
+        return command_line(self.settings) + size
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a stage does not run as planned, in one line, and ways to solve it, the best first."""
+
+    text: str
+    ways: tuple[Way, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A stage's memory as a function of its inputs; the GPUs share `batch` rows."""
+
+    stage: str
+    memory: Callable[[MemoryInputs], Memory]
+    inputs: MemoryInputs
     batch: int
     label: str | None = None
+    """What messages call it; default: `stage`."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Memory of a stage at its peak, and what to say where it is more than the GPU has."""
+    """Memory of a stage at its peak, and the problem where a GPU has less."""
 
     memory: Memory
-    fits: bool
-    problems: tuple[str, ...] = ()
+    problem: Problem | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU has enough memory."""
+        return self.problem is None
 
 
-def what_fits(stage: Stage, gpu: Gpu) -> Fit:
-    """Compare a stage's memory with a GPU's; where it is more, look for changes that make it fit."""
-    memory = stage.memory(stage.setup)
+def command_line(settings: Mapping[str, Value]) -> str:
+    """Write settings as the options that set them: `--set align.micro_batch=2 --gpus 4`."""
+    words = []
+    for key, value in settings.items():
+        shown = str(value).lower() if isinstance(value, bool) else str(value)
+        words.append(f"{key} {shown}" if key.startswith("--") else f"--set {key}={shown}")
+    return " ".join(words)
+
+
+def what_fits(stage: StageMemory, gpu: Gpu) -> Fit:
+    """Compare a stage's memory with a GPU's; where it is more, look for ways to fit."""
+    memory = stage.memory(stage.inputs)
     if memory.total <= gpu.memory:
-        return Fit(memory, True)
-    name = stage.label or stage.name
-    needs = f"{name}: needs {memory.total / 1e9:.1f} GB on each GPU, {gpu.name} has {gpu.memory / 1e9:.0f}"
-    ways = list(itertools.islice(ways_out(stage, gpu, _settings(stage)), ADVICE))
-    if not ways and stage.name == "distill":  # hardware last, and as little as will do
-        ways = next(
-            (found for more in _more_gpus(stage) if (found := _ways_with(stage, gpu, more))), []
-        )
+        return Fit(memory)
+    ways = tuple(itertools.islice(_ways(stage, gpu), MOST_WAYS))
+    return Fit(memory, Problem(_message(stage, memory, gpu, ways), ways))
+
+
+def _message(stage: StageMemory, memory: Memory, gpu: Gpu, ways: tuple[Way, ...]) -> str:
+    name = stage.label or stage.stage
+    needs = f"{name}: needs {memory.total / 1e9:.1f} GB on each GPU, {gpu.name} has "
+    needs += f"{gpu.memory / 1e9:g}"
     if not ways:
-        return Fit(
-            memory,
-            False,
-            (f"{needs}; no setting tried here makes it fit: take a GPU with more memory.",),
-        )
-    return Fit(memory, False, (f"{needs}; it fits with {', or with '.join(ways)}.",))
+        return f"{needs}; no setting tried here makes it fit: take a GPU with more memory."
+    return f"{needs}; it fits with {', or with '.join(map(str, ways))}."
 
 
-def ways_out(stage: Stage, gpu: Gpu, kinds: list[list[Change]]) -> Iterator[str]:
-    """Name the smallest sets of changes with which a stage fits, in words; at most one change of each kind."""
-    for count in range(1, LONGEST + 1):
-        found = False
-        for chosen in itertools.combinations(kinds, count):
-            for changes in itertools.product(*chosen):
-                setup = stage.setup
-                for _, change in changes:
-                    setup = change(setup)
-                memory = stage.memory(setup)
-                if memory.total <= gpu.memory:
-                    found = True
-                    yield (
-                        " and ".join(name for name, _ in changes)
-                        + f" ({memory.total / 1e9:.1f} GB)"
-                    )
-                    break  # the mildest change of its kind is enough
-        if found:
+def _ways(stage: StageMemory, gpu: Gpu) -> Iterator[Way]:
+    """Find ways to fit, the best first.
+
+    Settings that leave the result as it is come first. Only where none suffices do those follow
+    that train fewer parameters (the paper finds it worse), and then those that need more GPUs, as
+    few as will do.
+    """
+    settings = _memory_settings(stage)
+    found = list(smallest_ways(stage, gpu, settings))
+    yield from found
+    if found or stage.stage != "distill":
+        return
+    yield from itertools.islice(smallest_ways(stage, gpu, [_fewer_trained(stage), *settings]), 1)
+    for more in _more_gpus(stage):
+        ways = list(_ways_with(stage, gpu, more))
+        yield from ways
+        if ways:
             return
 
 
-def _settings(stage: Stage) -> list[list[Change]]:
-    """Changes of settings by kind, those that cost least first and each kind's mildest first."""
-    if stage.name in ("capture", "evaluate"):
-        return [_fewer_rows(stage, f"{stage.name}.batch")]
-    t = stage.setup
-    kinds: list[list[Change]] = []
-    if stage.name == "distill" and not t.checkpointing:
-        kinds.append(
-            [
-                (
-                    "distill.activation_checkpointing true",
-                    functools.partial(replace, checkpointing=True),
-                )
-            ]
-        )
-    kinds.append(_fewer_rows(stage, f"{stage.name}.micro_batch"))
-    if stage.name == "distill":
-        if t.gpus > 1:
-            shardings: list[Change] = [
-                ("--sharding fsdp2", functools.partial(replace, sharding="fsdp2")),
-                ("--sharding zero3", functools.partial(replace, sharding="zero3")),
-            ]
-            kinds.append([change for change in shardings if not change[0].endswith(t.sharding)])
-        if t.online:
-            kinds.append([("capture.targets stored", functools.partial(replace, online=False))])
+def smallest_ways(stage: StageMemory, gpu: Gpu, kinds: list[list[Change]]) -> Iterator[Way]:
+    """Find the smallest sets of changes with which a stage fits, at most one of each kind."""
+    for count in range(1, MOST_CHANGES + 1):
+        found = False
+        for chosen in itertools.combinations(kinds, count):
+            way = _first_that_fits(stage, gpu, chosen)
+            if way is not None:
+                found = True
+                yield way
+        if found:  # a larger set would change more than is needed
+            return
+
+
+def _first_that_fits(stage: StageMemory, gpu: Gpu, kinds: tuple[list[Change], ...]) -> Way | None:
+    """Take one change of each kind, the mildest combination that fits."""
+    for changes in itertools.product(*kinds):
+        inputs, settings = stage.inputs, dict[str, Value]()
+        for change in changes:
+            inputs = change.apply(inputs)
+            settings |= change.settings
+        memory = stage.memory(inputs)
+        if memory.total <= gpu.memory:
+            return Way(settings, memory.total)
+    return None
+
+
+def _memory_settings(stage: StageMemory) -> list[list[Change]]:
+    """List settings that cost time or disk but not quality, by kind, the mildest first."""
+    if stage.stage in ("capture", "evaluate"):
+        return [_fewer_rows(stage, f"{stage.stage}.batch")]
+    inputs = stage.inputs
+    kinds = [_fewer_rows(stage, f"{stage.stage}.micro_batch")]
+    if stage.stage == "distill":
+        if not inputs.checkpointing:
+            kinds.insert(0, [_change("distill.activation_checkpointing", True, checkpointing=True)])
+        if inputs.gpus > 1:
+            others: list[Sharding] = ["fsdp2", "zero3"]
+            kinds.append(
+                [_change("--sharding", s, sharding=s) for s in others if s != inputs.sharding]
+            )
+        if inputs.online:
+            kinds.append([_change("capture.targets", "stored", online=False)])
     return [kind for kind in kinds if kind]
 
 
-def _fewer_rows(stage: Stage, setting: str) -> list[Change]:
-    """Halve the rows of a pass down to one; what is left of the batch is accumulated."""
-    rows = stage.setup.rows // 2
-    changes: list[Change] = []
-    while rows:
-        changes.append(
-            (f"{setting} {rows}", functools.partial(replace, rows=rows, accumulates=True))
-        )
-        rows //= 2
+def _change(key: str, value: Value, **inputs: object) -> Change:
+    return Change({key: value}, functools.partial(_replaced, changes=inputs))
+
+
+def _replaced(inputs: MemoryInputs, *, changes: Mapping[str, object]) -> MemoryInputs:
+    return replace(inputs, **changes)  # type: ignore[arg-type]
+
+
+def _fewer_rows(stage: StageMemory, key: str) -> list[Change]:
+    """List the smaller passes, the largest first; more of them make up the batch.
+
+    A recipe's `micro_batch` must divide its batch. `capture.batch` and `evaluate.batch` are the
+    pass itself.
+    """
+    changes = []
+    for rows in range(stage.inputs.rows - 1, 0, -1):
+        if stage.batch % rows == 0:
+            changes.append(_change(key, rows, rows=rows, accumulates=True))
     return changes
 
 
-def _ways_with(stage: Stage, gpu: Gpu, more: Change) -> list[str]:
-    """What fits on more GPUs, by itself or with changed settings."""
-    words, change = more
-    larger = replace(stage, setup=change(stage.setup))
-    memory = larger.memory(larger.setup)
+def _fewer_trained(stage: StageMemory) -> list[Change]:
+    """List what `distill.trainable` could be; the paper's order of quality: all, mixer, lora."""
+    order = ("all", "mixer", "lora")
+    fewer = order[order.index(stage.inputs.trainable) + 1 :]
+    return [_change("distill.trainable", kind, trainable=kind) for kind in fewer]
+
+
+def _ways_with(stage: StageMemory, gpu: Gpu, more: Change) -> Iterator[Way]:
+    """Find what fits on more GPUs, by itself or with changed settings."""
+    larger = replace(stage, inputs=more.apply(stage.inputs))
+    memory = larger.memory(larger.inputs)
     if memory.total <= gpu.memory:
-        return [f"{words} ({memory.total / 1e9:.1f} GB)"]
-    return [
-        f"{words} and {way}"
-        for way in itertools.islice(ways_out(larger, gpu, _settings(larger)), ADVICE)
-    ]
+        yield Way(more.settings, memory.total)
+        return
+    for way in smallest_ways(larger, gpu, _memory_settings(larger)):
+        yield Way({**more.settings, **way.settings}, way.memory)
 
 
-def _more_gpus(stage: Stage) -> Iterator[Change]:
-    """Double the GPUs while they can share the batch. One GPU shards nothing: with more it takes FSDP2."""
-    t = stage.setup
-    gpus = 2 * t.gpus
+def _more_gpus(stage: StageMemory) -> Iterator[Change]:
+    """Double the GPUs while they can share the batch."""
+    inputs, gpus = stage.inputs, 2 * stage.inputs.gpus
     while gpus <= min(stage.batch, MOST_GPUS):
         if stage.batch % gpus == 0:
-            words = f"--gpus {gpus}" + (" --sharding fsdp2" if t.sharding == "none" else "")
-            yield words, functools.partial(_spread, gpus=gpus, batch=stage.batch)
+            settings: dict[str, Value] = {"--gpus": gpus}
+            if inputs.sharding == "none":  # a single GPU shards nothing; several take FSDP2
+                settings["--sharding"] = "fsdp2"
+            yield Change(settings, functools.partial(_spread, gpus=gpus, batch=stage.batch))
         gpus *= 2
 
 
-def _spread(t: Setup, *, gpus: int, batch: int) -> Setup:
+def _spread(inputs: MemoryInputs, *, gpus: int, batch: int) -> MemoryInputs:
     """The same batch on more GPUs: fewer rows each."""
     share = batch // gpus
-    rows = min(t.rows, share)
-    sharding = "fsdp2" if t.sharding == "none" else t.sharding
-    return replace(t, gpus=gpus, rows=rows, accumulates=share > rows, sharding=sharding)
+    rows = min(inputs.rows, share)
+    sharding: Sharding = "fsdp2" if inputs.sharding == "none" else inputs.sharding
+    return replace(inputs, gpus=gpus, rows=rows, accumulates=share > rows, sharding=sharding)

@@ -1,11 +1,15 @@
-"""Floating-point operations of a token, counted from the architecture: for plans and for MFU. Imports no torch.
+"""Count the floating-point operations per token from the architecture: for plans and for MFU.
 
-A multiplication and an addition are two operations. Products with weights, attention and the mLSTM's chunkwise form
-count; norms, activations, gates' nonlinearities and softmax do not. A backward pass costs twice its forward, and what
-activation checkpointing computes again is not useful work, so it never counts (as MFU is defined, arXiv 2204.02311).
+Imports no torch. A multiplication and an addition are two operations.
 
-Per stage, rows count as one document each: shorter documents see fewer pairs of tokens. A product's backward pass is
-one product for its input and one for its weight; a frozen weight needs the first alone, and constants need neither.
+- Counted: products with weights, attention, the mLSTM's chunkwise form.
+- Not counted: norms, activations, softmax, the gates' nonlinearities.
+- A product's backward pass is one product for its input and one for its weight. A frozen weight
+  needs the first alone; a constant input needs the second alone.
+- What activation checkpointing computes again is no useful work, so it is not in the MFU
+  (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B).
+- Every row counts as one document. Shorter documents have fewer pairs of tokens, so this is an
+  upper bound.
 """
 
 from __future__ import annotations
@@ -17,14 +21,15 @@ from xlstm_distill.planning.architecture import Architecture, lora_parameters
 from xlstm_distill.recipe import MixerConfig
 
 MLSTM_CHUNK = 64
-"""Tokens of a chunk in the count of the mLSTM's operations, whatever a backend uses."""
+"""Tokens of a chunk in this count. Backends may use another: the count must not depend on them."""
 
 
 @dataclass(frozen=True)
 class MixerShape:
-    """The hybrid mixer: window and sinks of its attention, features of the mLSTM's queries and keys; 0: no branch.
+    """The hybrid mixer's sizes; 0 for a branch that it does not have.
 
-    `features` is the width of the linear map, `expansion` how many features the map makes of each (hedgehog: 2).
+    `window` and `sinks` are the attention's, in keys. `features` is the width of the linear map of
+    queries and keys; the feature map makes `expansion` features of each (hedgehog: 2).
     """
 
     window: int
@@ -35,38 +40,41 @@ class MixerShape:
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """Operations of the forward pass per token, all layers together, by part.
-
-    `new` are the student's feature maps and gates; `mixing` is what depends on the context, attention and the mLSTM;
-    `head` is per token that has logits.
-    """
+    """Operations of the forward pass per token, all layers together, by part."""
 
     projections: float
+    """Queries, keys, values and the output projection."""
     mlp: float
     new: float
+    """The student's feature maps and gates."""
     mixing: float
+    """What mixes tokens: attention and the mLSTM."""
     head: float
+    """Logits, per token that has them."""
 
     def forward(self, supervised: float = 1.0) -> float:
-        """Of a token of which the share `supervised` has logits."""
+        """Sum the parts; the share `supervised` of the tokens has logits."""
         return self.projections + self.mlp + self.new + self.mixing + supervised * self.head
 
     def training(self, supervised: float = 1.0) -> float:
-        """Forward and backward where all parameters train."""
+        """Count forward and backward where all parameters train: three products for each."""
         return 3 * self.forward(supervised)
 
 
 def token_flops(
     architecture: Architecture, context: int, mixer: MixerShape | None = None
 ) -> TokenFlops:
-    """Count the forward pass per token of a document of `context` tokens; `mixer`: the student's, None: the teacher.
+    """Count the forward pass per token of a document of `context` tokens.
 
-    Every layer of a teacher counts as full attention, Olmo3's sliding ones too (at its window or less they are).
+    `mixer`: the student's, or None for the teacher. Every layer of a teacher counts as full
+    attention, Olmo3's sliding layers too: up to a context of their window they are (`teacher_flops`
+    counts them exactly).
     """
     a = architecture
-    new, mixing = (
-        (0.0, attention_flops(a, context)) if mixer is None else _hybrid_flops(a, context, mixer)
-    )
+    if mixer is None:
+        new, mixing = 0.0, attention_flops(a, context)
+    else:
+        new, mixing = _hybrid_flops(a, context, mixer)
     return TokenFlops(
         projections=a.layers * 4 * a.hidden * a.head_dim * (a.heads + a.groups),
         mlp=a.layers * 6 * a.hidden * a.intermediate,
@@ -79,12 +87,20 @@ def token_flops(
 def attention_flops(
     architecture: Architecture, context: int, window: int | None = None, sinks: int = 0
 ) -> float:
-    """Of a token in one layer: scores and weighted values over the keys it sees, on the mean over a document."""
+    """Count a token's attention in one layer, the mean over a document.
+
+    Each key that it sees takes 2 D operations for the score and 2 D for the weighted value, in each
+    head.
+    """
     return 4 * architecture.heads * architecture.head_dim * mean_keys(context, window, sinks)
 
 
 def mean_keys(context: int, window: int | None = None, sinks: int = 0) -> float:
-    """Keys that a token of a document of `context` tokens sees, on the mean: all so far, or window and sinks."""
+    """Return the mean number of keys that a token of a document of `context` tokens sees.
+
+    It sees all so far; or the last `window`, and of the first `sinks` those that are not in the
+    window.
+    """
     seen = _capped_sum(context, context if window is None else window)
     if window is not None:
         seen += _capped_sum(context - window, sinks)
@@ -92,33 +108,39 @@ def mean_keys(context: int, window: int | None = None, sinks: int = 0) -> float:
 
 
 def mlstm_flops(heads: int, key_dim: int, value_dim: int, chunk: int = MLSTM_CHUNK) -> float:
-    """Of a token in one layer: write and read of the state, and the products within a chunk (causal half)."""
-    return heads * (4 * key_dim * value_dim + chunk * (key_dim + value_dim))
+    """Count a token's mLSTM in one layer: `key_dim` features F, `value_dim` D, `chunk` length L.
+
+    Writing and reading the state (F x D) takes 2 F D each. Within the chunk, scores take 2 F and
+    weighted values 2 D for each of L / 2 earlier tokens (the causal half).
+    """
+    state = 4 * key_dim * value_dim
+    within_chunk = chunk * (key_dim + value_dim)
+    return heads * (state + within_chunk)
 
 
 def _hybrid_flops(a: Architecture, context: int, mixer: MixerShape) -> tuple[float, float]:
-    """Of a token in one layer: maps and gates, and the two branches."""
+    """Count a token's mixer in one layer: maps and gates, and the two branches."""
     new = mixing = 0.0
     if mixer.features:
-        new += (
-            4 * a.heads * a.head_dim * mixer.features + 4 * a.hidden * a.heads
-        )  # two maps; two gates
+        feature_maps = 4 * a.heads * a.head_dim * mixer.features  # of queries and keys
+        gates = 4 * a.hidden * a.heads  # input and forget gate
+        new += feature_maps + gates
         mixing += mlstm_flops(a.heads, mixer.features * mixer.expansion, a.head_dim)
     if mixer.window:
         mixing += attention_flops(a, context, mixer.window, mixer.sinks)
     if mixer.features and mixer.window:
-        new += 6 * a.heads * a.head_dim  # output gate over q, k, v
+        new += 6 * a.heads * a.head_dim  # the output gate reads q, k and v
     return new, mixing
 
 
 def _capped_sum(count: int, cap: int) -> int:
-    """min(1, cap) + min(2, cap) + ... + min(count, cap)."""
+    """Return min(1, cap) + min(2, cap) + ... + min(count, cap)."""
     rising = max(0, min(count, cap))
     return rising * (rising + 1) // 2 + max(0, count - cap) * cap if count > 0 else 0
 
 
 def teacher_flops(a: Architecture, context: int) -> TokenFlops:
-    """One forward pass of the teacher, its layers with a window of their own included."""
+    """Count one forward pass of the teacher; its sliding-window layers count with their window."""
     pairs = sum(
         attention_flops(a, context, None if reach is None else min(reach, context))
         for reach in a.reaches
@@ -127,12 +149,12 @@ def teacher_flops(a: Architecture, context: int) -> TokenFlops:
 
 
 def student_flops(a: Architecture, mixer: MixerConfig, context: int) -> TokenFlops:
-    """One forward pass of the student."""
+    """Count one forward pass of the student."""
     return token_flops(a, context, mixer_shape(a, mixer))
 
 
 def mixer_shape(a: Architecture, mixer: MixerConfig) -> MixerShape:
-    """Sizes of the mixer's branches; 0 for one that it does not have."""
+    """Return the sizes of the mixer's branches, 0 for one that it does not have."""
     window, mlstm = "window" in mixer.branches, "mlstm" in mixer.branches
     return MixerShape(
         window=mixer.window if window else 0,
@@ -151,39 +173,40 @@ def distill_flops(
     lora_rank: int = 0,
     online: bool = False,
 ) -> float:
-    """Forward and backward pass of stage II, the teacher's forward pass included where it runs `online`."""
-    f = student_flops(a, mixer, context)
-    frozen = {"all": 0.0, "mixer": f.mlp + f.head, "lora": f.projections + f.mlp + f.head}[
-        trainable
-    ]
-    adapters = 3 * 2 * lora_parameters(a, lora_rank) if trainable == "lora" else 0
-    return (
-        f.training() - frozen + adapters + (teacher_flops(a, context).forward() if online else 0.0)
-    )
+    """Count a token's forward and backward pass in stage II.
+
+    `online`: the teacher computes the targets beside it, which adds its forward pass.
+    """
+    student = student_flops(a, mixer, context)
+    total = student.training()
+    # A frozen weight saves one of the three products: the one for its own gradient.
+    if trainable == "mixer":
+        total -= student.mlp + student.head
+    elif trainable == "lora":
+        total -= student.projections + student.mlp + student.head
+        total += 3 * 2 * lora_parameters(a, lora_rank)
+    if online:
+        total += teacher_flops(a, context).forward()
+    return total
 
 
 def recomputed_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
-    """What activation checkpointing of every layer adds to stage II: their forward pass once more."""
+    """Count what activation checkpointing adds to stage II: the layers' forward pass once more."""
     return student_flops(a, mixer, context).forward(supervised=0)
 
 
 def align_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
-    """Stage I: the teacher's layers forward, the mixers forward on its inputs, and their new parameters back.
+    """Count a token of stage I: the teacher's layers forward, the mixers forward and backward.
 
-    Queries, keys and values are constants there, so that maps and gates need the gradient of their weights alone, and
-    the window branch none. The output projection is not computed.
+    Queries, keys and values are constants there. So maps and gates need the gradient of their
+    weights alone, and the window branch needs none. The output projection is not computed.
     """
-    f = student_flops(a, mixer, context)
-    window = (
-        a.layers * attention_flops(a, context, mixer.window, mixer.sinks)
-        if "window" in mixer.branches
-        else 0.0
-    )
-    inputs = f.projections * (a.heads + 2 * a.groups) / (2 * (a.heads + a.groups))
-    return (
-        teacher_flops(a, context).forward(supervised=0)
-        + inputs
-        + 2 * f.new
-        + window
-        + 3 * (f.mixing - window)
-    )
+    student = student_flops(a, mixer, context)
+    window = 0.0
+    if "window" in mixer.branches:
+        window = a.layers * attention_flops(a, context, mixer.window, mixer.sinks)
+    mlstm = student.mixing - window
+    # Of the four projections, whose widths are H, G, G and H heads, all but the output's.
+    inputs = student.projections * (a.heads + 2 * a.groups) / (2 * (a.heads + a.groups))
+    teacher = teacher_flops(a, context).forward(supervised=0)
+    return teacher + inputs + 2 * student.new + window + 3 * mlstm

@@ -1,10 +1,10 @@
-"""What a run can be planned for: GPUs, how they share the student, and what share of their peak is assumed."""
+"""Describe what a run is planned for: GPUs, how they share the student, and the assumed MFU."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning.activations import Backend
@@ -12,31 +12,41 @@ from xlstm_distill.planning.memory import SHARDINGS, Sharding
 from xlstm_distill.recipe.problems import did_you_mean
 from xlstm_kernels import dispatch
 
+DEFAULT_GPU = "h100-80gb"
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """Memory (bytes) and dense peak rates (operations per second), from the vendor's data sheet."""
+    """Memory (bytes) and dense peak rates (operations per second); None for rates not known."""
 
     name: str
     memory: float
-    bf16: float
-    fp32: float
+    bf16: float | None = None
+    fp32: float | None = None
 
 
 def _gpu(name: str, gigabytes: float, bf16_tflops: float, fp32_tflops: float) -> Gpu:
     return Gpu(name, gigabytes * 1e9, bf16_tflops * 1e12, fp32_tflops * 1e12)
 
 
-# NVIDIA's data sheets; bf16 without sparsity (half of the figure with it). SXM modules where there are several.
+# NVIDIA's data sheets and architecture white papers. bf16 is without sparsity (half of the figure
+# with it) and accumulates in fp32, which GeForce cards do at half the rate of fp16 accumulation.
+# fp32 is outside of the tensor cores. SXM modules where there are several.
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
+        _gpu("rtx4090-24gb", 24, 165.2, 82.6),
+        _gpu("rtx5090-32gb", 32, 209.5, 104.8),
+        _gpu("l4-24gb", 24, 121, 30.3),
+        _gpu("a10g-24gb", 24, 70, 35),
+        _gpu("l40s-48gb", 48, 362, 91.6),
         _gpu("a100-40gb", 40, 312, 19.5),
         _gpu("a100-80gb", 80, 312, 19.5),
         _gpu("h100-80gb", 80, 989.5, 67),
         _gpu("h200-141gb", 141, 989.5, 67),
         _gpu("b200-180gb", 180, 2250, 75),
-        _gpu("l40s-48gb", 48, 362, 91.6),
+        # Data sheets give 270 to 288 GB, depending on the system: the plan takes the least.
+        _gpu("b300", 270, 2250, 75),
     )
 }
 
@@ -49,8 +59,8 @@ class Utilisation:
     reason: str
 
 
-# Published: Llama 3.1 8B under FSDP on 8 H100, bf16, PyTorch without and with compilation: 33 % and 39 % (torchtitan,
-# December 2024). The rest is chosen: no GPU has run these stages yet.
+# Published: Llama 3.1 8B under FSDP on 8 H100, bf16, PyTorch without and with compilation: 33 % and
+# 39 % (torchtitan, December 2024). The rest is chosen: no GPU has run these stages yet.
 _TRITON: Mapping[str, Utilisation] = {
     "capture": Utilisation(0.40, "a forward pass alone; chosen, above distill's"),
     "align": Utilisation(
@@ -69,7 +79,7 @@ _TORCH: Mapping[str, Utilisation] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What a recipe is planned for. `mfu` and `price` (per GPU and hour) are None where they are not given."""
+    """What a recipe is planned for; `mfu` and `price` (per GPU and hour) are None if not given."""
 
     gpu: Gpu
     gpus: int
@@ -79,15 +89,24 @@ class Machine:
     price: float | None = None
 
 
-def find_gpu(name: str) -> Gpu:
-    """Look up a GPU.
+def find_gpu(name: str | None, memory: float | None = None) -> Gpu:
+    """Look up a GPU; `memory` (GB) replaces the table's, and is enough for a GPU with no `name`.
 
     Raises:
-        UserError: it is not in the table.
+        UserError: the name is not in the table, or the memory is no size.
     """
+    if memory is not None and not 0 < memory < math.inf:
+        raise UserError(f"--gpu-memory: {memory:g} must be a number of GB above 0, for example 24.")
+    if name is None and memory is not None:
+        return Gpu(f"GPU of {memory:g} GB", memory * 1e9)
+    name = name or DEFAULT_GPU
     if name not in GPUS:
-        raise UserError(f"--gpu: {name!r} is not in the table. {did_you_mean(name, sorted(GPUS))}")
-    return GPUS[name]
+        known = did_you_mean(name, sorted(GPUS))
+        raise UserError(
+            f"--gpu: {name!r} is not in the table. {known} "
+            "For any other GPU give its memory: --gpu-memory GB."
+        )
+    return GPUS[name] if memory is None else replace(GPUS[name], memory=memory * 1e9)
 
 
 def utilisation(stage: str, backend: Backend, given: float | None) -> Utilisation:
@@ -98,11 +117,12 @@ def utilisation(stage: str, backend: Backend, given: float | None) -> Utilisatio
 
 
 def make_machine(
-    gpu: str,
-    gpus: int,
-    sharding: str | None,
-    backend: str,
+    gpu: str | None = None,
+    gpus: int = 8,
+    sharding: str | None = None,
+    backend: str = "auto",
     *,
+    gpu_memory: float | None = None,
     mfu: float | None = None,
     price: float | None = None,
 ) -> Machine:
@@ -120,13 +140,15 @@ def make_machine(
         )
     if sharding == "none" and gpus > 1:
         raise UserError(
-            f"--sharding: 'none' is for one GPU, --gpus is {gpus}; take ddp, fsdp2 or zero1 to zero3."
+            f"--sharding: 'none' is for one GPU, --gpus is {gpus}; "
+            "take ddp, fsdp2 or zero1 to zero3."
         )
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu: {mfu:g} must be above 0 and at most 1, for example 0.35.")
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price: {price:g} must be a number of at least 0.")
-    return Machine(find_gpu(gpu), gpus, sharding, _backend(backend), mfu, price)
+    found = find_gpu(gpu, gpu_memory)
+    return Machine(found, gpus, sharding, _backend(backend), mfu, price)
 
 
 def _backend(name: str) -> Backend:

@@ -1,8 +1,12 @@
-"""Peak memory of a GPU, by part, for each way to share a model among processes. Loads no torch.
+"""Predict the peak memory of a GPU, by part, for each way to share a model among processes.
 
-A step has a few moments that can be its peak. At the end of the forward pass all saved activations and the loss are
-there, and gradients only where earlier micro-batches left some; at the end of the backward pass it is the other way
-round. The parts reported are those of the greatest moment.
+Loads no torch. A step has a few moments that can be its peak. At the end of the forward pass all
+saved activations and the loss are there; gradients are there only where earlier micro-batches left
+some. At the end of the backward pass all gradients are there, and the activations of one layer. The
+parts reported are those of the greatest moment.
+
+Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054), for what each sharding keeps on a GPU; the
+documentation of FSDP2 and DeepSpeed for what they gather. docs/planning.md lists what was measured.
 """
 
 from __future__ import annotations
@@ -36,24 +40,26 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 ADAM = 8
-"""Two fp32 moments per trained parameter."""
+"""Bytes of the two fp32 moments of a trained parameter."""
 ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000
-"""DeepSpeed's defaults: numbers in a reduction bucket, and gathered parameters that ZeRO-3 holds at most."""
+"""DeepSpeed's defaults: numbers in a reduction bucket, and the most parameters ZeRO-3 gathers."""
 CHUNK_BYTES = 256 * 2**20
-"""Memory for the fp32 logits of a chunk of the loss (`fused_loss`)."""
+"""Memory for the fp32 logits of a chunk of the loss (`losses.fused`)."""
 TARGET_BYTES = 12
-"""An id and a log-probability of a target in use."""
+"""Bytes of a target in use: an id (int64) and a log-probability (fp32)."""
 CUDA_CONTEXT = 1.5e9
-"""CUDA context, cuBLAS workspaces, NCCL buffers: chosen, on the safe side; no allocator counts them."""
+"""CUDA context, cuBLAS workspaces, NCCL buffers. Chosen: no allocator counts them."""
 FRAGMENTATION = 0.05
-"""Share of what is allocated that the caching allocator holds on top: chosen."""
+"""Share of what is allocated that the caching allocator holds on top. Chosen."""
 ALIGN_TRANSIENT = 0.4
-"""Gradients of one mixer in flight, as a share of what it saved: the largest seen in docs/planning.md."""
+"""Gradients of one mixer in flight, as a share of what it saved. The largest that was measured."""
+LORA_MODULES = 7
+"""Projections of a layer that get an adapter: q, k, v, o, gate, up, down."""
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A stage that trains, as far as memory depends on it. `kept`: supervised tokens of a pass, at most all of them."""
+@dataclass(frozen=True, kw_only=True)
+class MemoryInputs:
+    """What a stage's memory depends on: the model, how it is shared, and the shape of a pass."""
 
     architecture: Architecture
     mixer: MixerConfig
@@ -61,11 +67,15 @@ class Setup:
     gpus: int
     sharding: Sharding
     rows: int
+    """Rows of one forward pass of a GPU."""
     tokens: int
+    """Tokens of a row."""
     accumulates: bool
+    """Whether a step has several passes, so that gradients of earlier ones are there."""
     checkpointing: bool
     backend: Backend
     online: bool = False
+    """Whether the teacher computes the targets of stage II beside the student."""
     top_k: int = 256
     trainable: Literal["all", "mixer", "lora"] = "all"
     lora_rank: int = 0
@@ -73,20 +83,36 @@ class Setup:
 
     @property
     def precision(self) -> Precision:
-        """How the student computes: bf16 where the teacher is (`stages.common.make_accelerator`)."""
+        """How the student computes in stage II: bf16 where the teacher is."""
         if self.teacher_dtype != "bfloat16":
             return "fp32"
         return "autocast" if self.sharding in ("none", "ddp") else "bf16"
 
     @property
-    def run(self) -> Pass:
-        """One forward pass of a process."""
+    def student_pass(self) -> Pass:
+        """One forward pass of stage II."""
         return Pass(self.rows, self.tokens, self.precision, self.backend, self.device)
+
+    @property
+    def teacher_pass(self) -> Pass:
+        """One forward pass in the teacher's own precision: all stages but stage II."""
+        precision: Precision = "fp32" if self.teacher_dtype == "float32" else "bf16"
+        return replace(self.student_pass, precision=precision)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of one pass."""
+        return self.rows * self.tokens
 
     @property
     def parameters(self) -> Parameters:
         """Parameters of teacher and student."""
         return count_parameters(self.architecture, self.mixer)
+
+    @property
+    def teacher_weights(self) -> float:
+        """Bytes of the teacher's weights."""
+        return float(DTYPE_BYTES[self.teacher_dtype] * self.parameters.teacher)
 
     @property
     def adapters(self) -> int:
@@ -108,8 +134,7 @@ class Memory:
     gradients: float = 0.0
     optimizer: float = 0.0
     working_copies: float = 0.0
-    """Weights and gradients put together for use: FSDP2's and ZeRO's gathered layers, DDP's and ZeRO's buckets,
-    autocast's bf16 copies."""
+    """Gathered layers (FSDP2, ZeRO), buckets (DDP, ZeRO), autocast's bf16 copies."""
     activations: float = 0.0
     loss: float = 0.0
     teacher: float = 0.0
@@ -134,7 +159,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of weights, of gradients, of the optimiser's states and of working copies."""
+    """Bytes that a GPU holds between passes."""
 
     weights: float
     gradients: float
@@ -142,145 +167,189 @@ class States:
     working_copies: float
 
 
-def distill_memory(t: Setup) -> Memory:
-    """Memory of stage II."""
-    p = t.parameters
-    states = _states(t, p)
-    teacher = float(DTYPE_BYTES[t.teacher_dtype] * p.teacher) if t.online else 0.0
-    base = Memory(states.weights, 0.0, states.optimizer, states.working_copies, teacher=teacher)
-    layer = layer_saved(t.architecture, t.mixer, t.run).bytes(t.run)
-    if t.trainable == "lora":  # what lies between the two factors of each of the seven adapters
-        layer += 7.0 * t.run.compute * t.lora_rank * _tokens(t)
-    layers = t.architecture.layers
-    saved = layers * (
-        checkpoint_saved(t.architecture, t.run).bytes(t.run) if t.checkpointing else layer
+def distill_memory(inputs: MemoryInputs) -> Memory:
+    """Predict the memory of stage II."""
+    a, forward = inputs.architecture, inputs.student_pass
+    states = _states(inputs)
+    base = Memory(
+        weights=states.weights,
+        optimizer=states.optimizer,
+        working_copies=states.working_copies,
+        teacher=inputs.teacher_weights if inputs.online else 0.0,
     )
-    saved += outside_layers(t.architecture, t.run).bytes(t.run)
-    left_over = states.gradients if t.accumulates else 0.0
-    moments = [
-        replace(base, gradients=left_over, activations=saved, loss=_loss(t)),
-        replace(base, gradients=states.gradients, activations=layer),
-    ]
-    if t.checkpointing:  # the last layer recomputed, before any gradient but the head's
+    layer = layer_saved(a, inputs.mixer, forward).bytes(forward)
+    if inputs.trainable == "lora":
+        # Each adapter saves the vector of `rank` numbers between its two factors.
+        layer += LORA_MODULES * forward.compute * inputs.lora_rank * inputs.pass_tokens
+    kept = checkpoint_saved(a, forward).bytes(forward) if inputs.checkpointing else layer
+    saved = a.layers * kept + outside_layers(a, forward).bytes(forward)
+    left_over = states.gradients if inputs.accumulates else 0.0
+    end_of_forward = replace(base, gradients=left_over, activations=saved, loss=_loss(inputs))
+    end_of_backward = replace(base, gradients=states.gradients, activations=layer)
+    moments = [end_of_forward, end_of_backward]
+    if inputs.checkpointing:
+        # The last layer is computed again before there is any gradient but the head's.
         moments.append(replace(base, gradients=left_over, activations=saved + layer))
     return max(moments, key=lambda memory: memory.allocated)
 
 
-def align_memory(t: Setup) -> Memory:
-    """Memory of stage I: all mixers hang on one pass of the teacher, whose weights the student shares."""
-    p = t.parameters
-    run = replace(t.run, precision="fp32" if t.teacher_dtype == "float32" else "bf16")
-    mixer = mixer_saved(t.architecture, t.mixer, run).bytes(run)
-    gradients = 4.0 * p.new
-    base = Memory(
-        weights=4.0 * p.new, optimizer=float(ADAM * p.new), teacher=_teacher_weights(t, p)
-    )
-    base = replace(base, working_copies=4.0 * p.new if t.sharding != "none" else 0.0)
-    activations = t.architecture.layers * mixer + ALIGN_TRANSIENT * mixer
-    return replace(base, gradients=gradients if t.accumulates else 0.0, activations=activations)
-
-
-def capture_memory(t: Setup) -> Memory:
-    """Memory of one pass of the teacher for its targets, without gradients."""
-    run = replace(t.run, precision="fp32" if t.teacher_dtype == "float32" else "bf16")
-    loss = (
-        3 * _chunk(t) + _tokens(t) * t.top_k * TARGET_BYTES
-    )  # logits, the same in fp32, log-probabilities
+def align_memory(inputs: MemoryInputs) -> Memory:
+    """Predict the memory of stage I: one teacher pass feeds all mixers, which share its weights."""
+    new, forward = inputs.parameters.new, inputs.teacher_pass
+    mixer = mixer_saved(inputs.architecture, inputs.mixer, forward).bytes(forward)
     return Memory(
-        activations=_forward(t.architecture, run),
+        weights=4.0 * new,
+        gradients=4.0 * new if inputs.accumulates else 0.0,
+        optimizer=float(ADAM * new),
+        working_copies=4.0 * new if inputs.sharding != "none" else 0.0,  # buckets of the reduction
+        activations=inputs.architecture.layers * mixer + ALIGN_TRANSIENT * mixer,
+        teacher=inputs.teacher_weights,
+    )
+
+
+def capture_memory(inputs: MemoryInputs) -> Memory:
+    """Predict the memory of one pass of the teacher for its targets, without gradients."""
+    # Three copies of a chunk: the logits, the same in fp32, and their log-probabilities.
+    loss = 3 * _chunk(inputs) + _targets(inputs)
+    return Memory(
+        activations=_without_gradients(inputs.architecture, inputs.teacher_pass),
         loss=loss,
-        teacher=_teacher_weights(t, t.parameters),
+        teacher=inputs.teacher_weights,
     )
 
 
-def evaluation_memory(t: Setup, student: bool) -> Memory:
-    """Memory to score prompts of `rows` x `tokens` and to decode to that length, for the teacher or a student."""
-    p, a = t.parameters, t.architecture
-    run = replace(t.run, precision="fp32" if t.teacher_dtype == "float32" else "bf16")
-    size = DTYPE_BYTES[t.teacher_dtype]
-    cache = t.rows * (
-        student_cache(a, t.mixer, size) if student else teacher_cache(a, t.tokens, size)
+def evaluation_memory(inputs: MemoryInputs, student: bool) -> Memory:
+    """Predict the memory to score prompts of `rows` x `tokens` and to decode to that length.
+
+    `student`: whether the student is evaluated, or else the teacher.
+    """
+    p, a = inputs.parameters, inputs.architecture
+    size = DTYPE_BYTES[inputs.teacher_dtype]
+    if student:
+        parameters, row_cache = p.student, student_cache(a, inputs.mixer, size)
+    else:
+        parameters, row_cache = p.teacher, teacher_cache(a, inputs.tokens, size)
+    logits = size * inputs.pass_tokens * a.vocabulary
+    return Memory(
+        weights=float(size * parameters),
+        activations=_without_gradients(a, inputs.teacher_pass),
+        loss=2.0 * logits,  # logits of all tokens, and their log-probabilities
+        cache=inputs.rows * row_cache,
     )
-    logits = 2.0 * size * _tokens(t) * a.vocabulary  # and their log-probabilities
-    weights = float(size * (p.student if student else p.teacher))
-    return Memory(weights=weights, activations=_forward(a, run), loss=logits, cache=cache)
 
 
 def student_cache(a: Architecture, mixer: MixerConfig, size: int) -> float:
-    """Bytes a row's decoding state takes in all layers, however many tokens it has seen (`cache.MixerCacheLayer`)."""
+    """Count the bytes of a row's decoding state in all layers (`models.cache`).
+
+    They do not grow with the tokens it has seen. `size`: bytes of a number of keys and values.
+    """
     slots = mixer.window + mixer.sinks
-    ring = 2 * a.key_width * slots * size + 8 * (
-        slots + 1
-    )  # keys, values, their positions, the length
-    state = (
-        a.heads * (features(mixer, a) * (a.head_dim + 1) + 1) * 4
-        if "mlstm" in mixer.branches
-        else 0
-    )
-    return float(a.layers * (ring + state))
+    keys_and_values = 2 * a.key_width * slots * size
+    positions = 8 * (slots + 1)  # int64, and the length
+    state = 0
+    if "mlstm" in mixer.branches:
+        # Per head, in fp32: S (F x D), z (F) and the stabiliser m.
+        state = a.heads * (features(mixer, a) * (a.head_dim + 1) + 1) * 4
+    return float(a.layers * (keys_and_values + positions + state))
 
 
 def teacher_cache(a: Architecture, tokens: int, size: int) -> float:
-    """Bytes of a row's keys and values in all layers of the teacher."""
-    return float(sum(2 * a.key_width * min(tokens, reach or tokens) * size for reach in a.reaches))
+    """Count the bytes of a row's keys and values in all layers of the teacher."""
+    kept = sum(min(tokens, reach or tokens) for reach in a.reaches)
+    return float(2 * a.key_width * size * kept)
 
 
-def _tokens(t: Setup) -> int:
-    return t.rows * t.tokens
-
-
-def _teacher_weights(t: Setup, p: Parameters) -> float:
-    return float(DTYPE_BYTES[t.teacher_dtype] * p.teacher)
-
-
-def _chunk(t: Setup) -> float:
-    """The fp32 logits of one chunk of tokens; chunks are of about the same size."""
-    tokens, row = _tokens(t), 4 * t.architecture.vocabulary
+def _chunk(inputs: MemoryInputs) -> float:
+    """Count the fp32 logits of one chunk of tokens; chunks are of about the same size."""
+    tokens, row = inputs.pass_tokens, 4 * inputs.architecture.vocabulary
     chunks = math.ceil(tokens / max(1, CHUNK_BYTES // row))
     return float(row * math.ceil(tokens / chunks))
 
 
-def _loss(t: Setup) -> float:
-    """Logits of a chunk, gradients of hidden states and head, which are made with the loss, and targets."""
-    a, run, tokens = t.architecture, t.run, _tokens(t)
-    copies = 1.0 if run.compute == 4 else 1.5  # beside fp32, the same in bf16 for the products
-    gradients = tokens * run.residual * a.hidden + 4.0 * a.vocabulary * a.hidden
-    return copies * _chunk(t) + gradients + tokens * t.top_k * TARGET_BYTES
+def _targets(inputs: MemoryInputs) -> int:
+    return inputs.pass_tokens * inputs.top_k * TARGET_BYTES
 
 
-def _forward(a: Architecture, run: Pass) -> float:
-    """What one layer needs at once where nothing is saved: the MLP's three products, or q, k, v and heads."""
+def _loss(inputs: MemoryInputs) -> float:
+    """Count a chunk's logits, the gradients of hidden states and head, and the targets.
+
+    The fused loss computes these gradients in its forward pass.
+    """
+    a, forward = inputs.architecture, inputs.student_pass
+    # Beside the fp32 logits, the products need the same in bf16.
+    copies = 1.0 if forward.compute == 4 else 1.5
+    hidden_gradient = inputs.pass_tokens * forward.residual * a.hidden
+    head_gradient = 4.0 * a.vocabulary * a.hidden
+    return copies * _chunk(inputs) + (hidden_gradient + head_gradient) + _targets(inputs)
+
+
+def _without_gradients(a: Architecture, forward: Pass) -> float:
+    """Count what one layer needs at once where nothing is saved.
+
+    That is the larger of the MLP's three products and of q, k, v, heads; and the residual stream.
+    """
     mlp, attention = 3 * a.intermediate, 3 * a.query_width + 2 * a.key_width
-    return (
-        run.rows
-        * run.tokens
-        * (run.compute * max(mlp, attention) + 3 * run.residual * a.hidden + 4 * a.hidden)
+    products = forward.compute * max(mlp, attention)
+    residual = 3 * forward.residual * a.hidden + 4 * a.hidden
+    return forward.rows * forward.tokens * (products + residual)
+
+
+def _states(inputs: MemoryInputs) -> States:
+    """Count weights, gradients and optimiser states on one GPU."""
+    if inputs.sharding in ("none", "ddp"):
+        return _whole_states(inputs)
+    if inputs.sharding == "fsdp2":
+        return _fsdp2_states(inputs)
+    return _zero_states(inputs)
+
+
+def _whole_states(inputs: MemoryInputs) -> States:
+    """Every GPU holds everything, in fp32."""
+    held, trained = inputs.parameters.student + inputs.adapters, inputs.trained
+    # Autocast keeps a bf16 copy of each weight of a product until the step ends; a look-up has
+    # none.
+    looked_up = inputs.parameters.embedding
+    copies = 0.0 if inputs.precision == "fp32" else 2.0 * (held - looked_up)
+    buckets = 4.0 * trained if inputs.sharding == "ddp" else 0.0
+    return States(4.0 * held, 4.0 * trained, float(ADAM * trained), copies + buckets)
+
+
+def _fsdp2_states(inputs: MemoryInputs) -> States:
+    """Every GPU holds a share of everything in fp32, and gathers a layer when it is used."""
+    held, trained = inputs.parameters.student + inputs.adapters, inputs.trained
+    size = 4 if inputs.precision == "fp32" else 2
+    layer, tables = _layer_parameters(inputs), inputs.parameters.embedding + inputs.parameters.head
+    # This layer and the next one (which is fetched ahead), embedding and head.
+    gathered = size * (2 * layer + tables)
+    # Their gradients, and the same in fp32, in which they are reduced.
+    gradients = (size + 4) * (layer + tables)
+    gpus = inputs.gpus
+    return States(
+        4.0 * held / gpus, 4.0 * trained / gpus, ADAM * trained / gpus, gathered + gradients
     )
 
 
-def _states(t: Setup, p: Parameters) -> States:
-    """Weights, gradients and optimiser on one GPU."""
-    shards, trained, held = t.gpus, t.trained, p.student + t.adapters
-    table = p.embedding + p.head
-    half = t.precision != "fp32"
-    if t.sharding in ("none", "ddp"):
-        copies = 2.0 * (held - p.embedding) if half else 0.0
-        buckets = 4.0 * trained if t.sharding == "ddp" else 0.0
-        return States(4.0 * held, 4.0 * trained, float(ADAM * trained), copies + buckets)
-    layer = p.layer + (p.new + t.adapters) / t.architecture.layers
-    if t.sharding == "fsdp2":
-        use = 2 if half else 4
-        # Gathered: this layer, the next one, embedding and head; then their gradients, and these in fp32 to be reduced.
-        gathered = use * (2 * layer + table) + (use + 4) * (layer + table)
-        return States(
-            4.0 * held / shards, 4.0 * trained / shards, ADAM * trained / shards, gathered
-        )
+def _zero_states(inputs: MemoryInputs) -> States:
+    """DeepSpeed shards optimiser states (ZeRO-1), gradients too (2), weights too (3)."""
+    held, trained = inputs.parameters.student + inputs.adapters, inputs.trained
+    half = inputs.precision != "fp32"
     size = 2.0 if half else 4.0
-    master = 4.0 * trained / shards if half else 0.0  # the fp32 weights that AdamW updates
-    weights = size * held / (shards if t.sharding == "zero3" else 1)
-    gradients = 4.0 * trained / shards + (size * trained if t.sharding == "zero1" else 0.0)
-    gathered = size * min(held, ZERO_LIVE + layer) if t.sharding == "zero3" else 0.0
-    buckets = (2 * size + 4) * min(
-        ZERO_BUCKET, trained
-    )  # one filled while one is sent, and its fp32 copy
-    return States(weights, gradients, ADAM * trained / shards + master, gathered + buckets)
+    weights = size * held
+    gradients = 4.0 * trained / inputs.gpus
+    gathered = 0.0
+    if inputs.sharding == "zero1":
+        gradients += size * trained  # whole, beside the fp32 share that the optimiser reads
+    if inputs.sharding == "zero3":
+        weights /= inputs.gpus
+        gathered = size * min(held, ZERO_LIVE + _layer_parameters(inputs))
+    # AdamW updates fp32 masters where the weights are bf16.
+    masters = 4.0 * trained / inputs.gpus if half else 0.0
+    # One bucket is filled while another is sent, and its fp32 copy is reduced.
+    buckets = (2 * size + 4) * min(ZERO_BUCKET, trained)
+    return States(weights, gradients, ADAM * trained / inputs.gpus + masters, gathered + buckets)
+
+
+def _layer_parameters(inputs: MemoryInputs) -> float:
+    """Count the parameters of one layer of the student, adapters included."""
+    added = inputs.parameters.new + inputs.adapters
+    return inputs.parameters.layer + added / inputs.architecture.layers

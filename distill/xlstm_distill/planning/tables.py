@@ -1,19 +1,21 @@
-"""A plan as tables for people (at most 100 columns) and as JSON for programs."""
+"""Show a plan as tables for people (at most 100 columns) and as JSON for programs."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from xlstm_distill.planning.fit import command_line
 from xlstm_distill.runtime.console import short
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from xlstm_distill.planning.costs import StageCost
     from xlstm_distill.planning.memory import Memory
-    from xlstm_distill.planning.plan import Plan, StagePlan
+    from xlstm_distill.planning.plan import CostPlan
     from xlstm_distill.runtime.console import Console
 
 PARTS = {
@@ -29,33 +31,33 @@ PARTS = {
 }
 Rows = list[list[str]]
 WIDTH = 100
-"""Columns that a plan takes at most."""
+"""Columns that a plan's text takes at most."""
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+def to_json(plan: CostPlan) -> dict[str, Any]:
     """Return a plan as JSON; bytes and operations are plain numbers."""
+    parameters = plan.parameters
+    totals = {"teacher": parameters.teacher, "student": parameters.student}
     return {
         "recipe": plan.recipe,
         "teacher": plan.teacher,
         "architecture": asdict(plan.architecture),
-        "parameters": asdict(plan.parameters)
-        | {"teacher": plan.parameters.teacher, "student": plan.parameters.student},
+        "parameters": asdict(parameters) | totals,
         "machine": asdict(plan.machine),
         "target_bytes_per_token": {"measured": plan.measured, **plan.target_bytes},
         "stages": [_stage_json(stage) for stage in plan.stages],
-        "total": {
-            name: _total(plan, name) for name in ("flops", "disk", "hours", "gpu_hours", "cost")
-        },
+        "total": _totals(plan),
         "fits": not any(stage.fit and not stage.fit.fits for stage in plan.stages),
         "problems": plan.problems,
+        "changes": None if plan.changes is None else dict(plan.changes),
     }
 
 
-def _stage_json(stage: StagePlan) -> dict[str, Any]:
-    values = asdict(stage)
-    del values["fit"]
-    memory = stage.memory
-    values["memory_per_gpu"] = _memory_json(memory) if memory else None
+def _stage_json(stage: StageCost) -> dict[str, Any]:
+    values = asdict(replace(stage, fit=None, batch_problem=None))
+    del values["fit"], values["batch_problem"]
+    values["problems"] = [problem.text for problem in stage.problems]
+    values["memory_per_gpu"] = _memory_json(stage.memory) if stage.memory else None
     values["fits"] = stage.fit.fits if stage.fit else None
     return values
 
@@ -64,13 +66,17 @@ def _memory_json(memory: Memory) -> dict[str, float]:
     return asdict(memory) | {"reserve": memory.reserve, "total": memory.total}
 
 
-def _total(plan: Plan, name: str) -> float | None:
-    values = [getattr(stage, name) for stage in plan.stages]
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+def _totals(plan: CostPlan) -> dict[str, float | None]:
+    """Sum the stages; None for what no stage knows."""
+    sums = {}
+    for name in ("flops", "disk", "hours", "gpu_hours", "cost"):
+        values = [getattr(stage, name) for stage in plan.stages]
+        known = [value for value in values if value is not None]
+        sums[name] = sum(known) if known else None
+    return sums
 
 
-def show(plan: Plan, console: Console) -> None:
+def show(plan: CostPlan, console: Console) -> None:
     """Print a plan: rich tables on a terminal, aligned text elsewhere."""
     for line in _heading(plan):
         console.line(line)
@@ -85,7 +91,7 @@ def show(plan: Plan, console: Console) -> None:
         console.line(line)
 
 
-def _heading(plan: Plan) -> Iterator[str]:
+def _heading(plan: CostPlan) -> Iterator[str]:
     m, p = plan.machine, plan.parameters
     checkpointing = "with" if plan.checkpointing else "without"
     yield f"{plan.recipe} on {m.gpus} x {m.gpu.name}"
@@ -94,63 +100,65 @@ def _heading(plan: Plan) -> Iterator[str]:
     yield f"student: {short(p.student)} parameters, {short(p.new)} of them new"
 
 
-def _stage_rows(plan: Plan) -> tuple[list[str], Rows]:
-    """A row per stage and expert, then the total."""
+def _stage_rows(plan: CostPlan) -> tuple[list[str], Rows]:
+    """Return the head, a row per stage and expert, and the total."""
     priced = plan.machine.price is not None
-    head = ["stage", "tokens", "steps", "FLOPs", "GB per GPU", "disk", "hours", "GPU-hours"] + [
-        "cost"
-    ] * priced
-    rows = []
-    for stage in plan.stages:
-        memory = stage.memory
-        gigabytes = (
-            ""
-            if memory is None
-            else f"{memory.total / 1e9:.1f}" + ("" if stage.fit and stage.fit.fits else " !")
-        )
-        rows.append([
-            stage.label, _count(stage.tokens), _count(stage.steps), _si(stage.flops), gigabytes, _bytes(stage.disk),
-            _hours(stage.hours), _hours(stage.gpu_hours),
-        ] + [_price(stage.cost)] * priced)  # fmt: skip
-    sums = {name: _total(plan, name) for name in ("flops", "disk", "hours", "gpu_hours", "cost")}
-    rows.append([
-        "total", "", "", _si(sums["flops"]), "", _bytes(sums["disk"] or 0.0), _hours(sums["hours"]),
+    head = ["stage", "tokens", "steps", "FLOPs", "GB per GPU", "disk", "hours", "GPU-hours"]
+    rows = [_stage_row(stage) for stage in plan.stages]
+    sums = _totals(plan)
+    work, disk = _si(sums["flops"]), _bytes(sums["disk"] or 0.0)
+    hours, gpu_hours, cost = (
+        _hours(sums["hours"]),
         _hours(sums["gpu_hours"]),
-    ] + [_price(sums["cost"])] * priced)  # fmt: skip
-    return head, rows
+        _price(sums["cost"]),
+    )
+    rows.append(["total", "", "", work, "", disk, hours, gpu_hours, cost])
+    if priced:
+        return [*head, "cost"], rows
+    return head, [row[:-1] for row in rows]
 
 
-def _memory_rows(plan: Plan) -> tuple[list[str], Rows]:
-    """A row per part of memory, a column per kind of stage; all experts need the same."""
-    stages: dict[str, StagePlan] = {}
-    for stage in plan.stages:
-        if stage.fit:
-            stages.setdefault("distill" if stage.stage == "distill" else stage.label, stage)
-    columns = {name: _memory_json(stage.memory) for name, stage in stages.items() if stage.memory}
-    rows = [
-        [title, *(_gigabytes(column[part]) for column in columns.values())]
-        for part, title in PARTS.items()
-        if any(column[part] for column in columns.values())
+def _stage_row(stage: StageCost) -> list[str]:
+    gigabytes = "" if stage.memory is None else f"{stage.memory.total / 1e9:.1f}"
+    if stage.fit and not stage.fit.fits:
+        gigabytes += " !"
+    return [
+        stage.label,
+        _count(stage.tokens),
+        _count(stage.steps),
+        _si(stage.flops),
+        gigabytes,
+        _bytes(stage.disk),
+        _hours(stage.hours),
+        _hours(stage.gpu_hours),
+        _price(stage.cost),
     ]
+
+
+def _memory_rows(plan: CostPlan) -> tuple[list[str], Rows]:
+    """Return the head and a row per part of memory; a column per kind of stage."""
+    columns: dict[str, dict[str, float]] = {}
+    for stage in plan.stages:
+        if stage.memory:
+            # All experts need the same, so they share a column.
+            name = "distill" if stage.stage == "distill" else stage.label
+            columns.setdefault(name, _memory_json(stage.memory))
+    rows = []
+    for part, title in PARTS.items():
+        values = [column[part] for column in columns.values()]
+        if any(values):
+            rows.append([title, *map(_gigabytes, values)])
     rows.append(["total", *(f"{column['total'] / 1e9:.1f}" for column in columns.values())])
     return ["GB per GPU", *columns], rows
 
 
-def _notes(plan: Plan) -> Iterator[str]:
+def _notes(plan: CostPlan) -> Iterator[str]:
     yield ""
-    seen: dict[str, str] = {}
-    for stage in plan.stages:
-        if stage.utilisation and stage.stage not in seen:
-            seen[stage.stage] = f"{stage.utilisation.share:.0%} ({stage.utilisation.reason})"
-    if plan.machine.mfu is not None:
-        yield f"MFU assumed: {plan.machine.mfu:.0%} in every stage (--mfu)."
-    else:
-        yield "MFU assumed, before recomputation (--mfu changes it):"
-        yield from (f"  {name}: {text}" for name, text in seen.items())
+    yield from _utilisation_notes(plan)
     if any(stage.stage == "capture" for stage in plan.stages):
-        source = (
-            "measured in the run" if plan.measured else "docs/planning.md; a run's own: --run DIR"
-        )
+        source = "measured in the run"
+        if not plan.measured:
+            source = "docs/planning.md; a run's own: --run DIR"
         sizes = sorted({f"{value:.0f}" for value in plan.target_bytes.values()}, key=float)
         yield f"Stored targets: {' or '.join(sizes)} bytes per token ({source})."
     if scratch := max(stage.scratch for stage in plan.stages):
@@ -159,12 +167,50 @@ def _notes(plan: Plan) -> Iterator[str]:
     yield f"Merge runs on the host, with {_bytes(merge.host_memory or 0.0)} of its memory."
     yield "Not counted: tokenisation, validation, loading, saving, hours of the evaluation."
     yield ""
-    if plan.problems:
-        yield "As it stands, this does not run:"
-        for problem in plan.problems:
-            yield from textwrap.wrap(problem, WIDTH, initial_indent="- ", subsequent_indent="  ")
+    yield from _verdict(plan)
+
+
+def _utilisation_notes(plan: CostPlan) -> Iterator[str]:
+    """Say which MFU the hours assume, each kind of stage once."""
+    reasons: dict[str, str] = {}
+    for stage in plan.stages:
+        if stage.utilisation:
+            text = f"{stage.utilisation.share:.0%} ({stage.utilisation.reason})"
+            reasons.setdefault(stage.stage, text)
+    if not reasons:
+        yield "Hours are not known: name a GPU with --gpu, beside --gpu-memory."
+    elif plan.machine.mfu is not None:
+        yield f"MFU assumed: {plan.machine.mfu:.0%} in every stage (--mfu)."
     else:
+        yield "MFU assumed, before recomputation (--mfu changes it):"
+        yield from (f"  {name}: {text}" for name, text in reasons.items())
+
+
+def _verdict(plan: CostPlan) -> Iterator[str]:
+    """Say whether every stage fits, or what does not and which settings to give."""
+    if not plan.problems:
         yield "Every stage fits."
+        return
+    yield "As it stands, this does not run:"
+    for problem in plan.problems:
+        yield from _wrapped(problem, "- ")
+    if plan.changes is None:
+        yield "No change of settings that was tried makes every stage fit."
+    else:
+        yield "Every stage fits with:"
+        yield from _wrapped(command_line(plan.changes), "  ")
+
+
+def _wrapped(text: str, start: str) -> list[str]:
+    """Wrap a text, without breaking the options in it."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=start,
+        subsequent_indent="  ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _table(head: Sequence[str], rows: Rows) -> Table:
@@ -202,7 +248,9 @@ def _hours(value: float | None) -> str:
 
 
 def _price(value: float | None) -> str:
-    return "" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+    if value is None:
+        return ""
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def _gigabytes(value: float) -> str:

@@ -14,7 +14,15 @@ from xlstm_distill.recipe import MixerConfig, Recipe, load_recipe
 from xlstm_distill.recipe.load import recipe_to_yaml
 from xlstm_eval.suites import paper_suite
 
-SHIPPED = ("llama3.1-8b", "llama3.1-8b-instruct", "olmo3-7b", "quickstart", "qwen2.5-7b-instruct")
+SHIPPED = (
+    "llama3.1-8b",
+    "llama3.1-8b-instruct",
+    "llama3.2-1b-instruct",
+    "olmo3-7b",
+    "quickstart",
+    "quickstart-paper",
+    "qwen2.5-7b-instruct",
+)
 DOMAINS = ("math", "code", "stem", "chat")
 
 SMALL = """\
@@ -156,6 +164,22 @@ def test_published_recipe_has_the_papers_suite(root: Path, name: str, suite: Any
         for t in expected.tasks
     ]
     assert settings.apply_chat_template == expected.apply_chat_template
+
+
+def test_the_papers_quickstart_differs_in_the_mixer_alone(root: Path) -> None:
+    ours, papers = shipped(root, "quickstart"), shipped(root, "quickstart-paper")
+    assert papers.student.mixer == MixerConfig(window=32, sinks=4)  # softmax, as wide as a head
+    assert ours.student.mixer != papers.student.mixer
+    different = {"name", "student", "report"}
+    assert ours.model_dump(exclude=different) == papers.model_dump(exclude=different)
+
+
+def test_the_recipe_for_one_gpu_keeps_the_papers_mixes_and_losses(root: Path) -> None:
+    small, large = shipped(root, "llama3.2-1b-instruct"), shipped(root, "llama3.1-8b-instruct")
+    assert small.data.domains == large.data.domains
+    assert (small.student, small.merge) == (large.student, large.merge)
+    for name in ("ce_weight", "kl_weight", "kl_tail", "clip", "weight_decay", "schedule"):
+        assert getattr(small.distill, name) == getattr(large.distill, name)
 
 
 def test_quickstart_tasks_are_shipped(root: Path) -> None:

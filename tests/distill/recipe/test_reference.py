@@ -30,7 +30,16 @@ def validator() -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3.1-8b", "llama3.1-8b-instruct", "olmo3-7b", "quickstart", "qwen2.5-7b-instruct"]
+    "name",
+    [
+        "llama3.1-8b",
+        "llama3.1-8b-instruct",
+        "llama3.2-1b-instruct",
+        "olmo3-7b",
+        "quickstart",
+        "quickstart-paper",
+        "qwen2.5-7b-instruct",
+    ],
 )
 def test_schema_accepts_shipped_recipe(root: Path, validator: Any, name: str) -> None:
     recipe = yaml.safe_load((root / "recipes" / f"{name}.yaml").read_text())
