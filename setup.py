@@ -1,4 +1,4 @@
-"""The packages of the three source roots, and the shipped recipes. The rest is in pyproject.toml."""
+"""The packages of the three source roots, and the shipped recipes; pyproject.toml has the rest."""
 
 from setuptools import find_packages, setup
 

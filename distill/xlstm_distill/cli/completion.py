@@ -61,6 +61,20 @@ def experts(context: typer.Context, incomplete: str) -> list[str]:
     return [name for name in recipe.distill.experts if name.startswith(incomplete)]
 
 
+def gpus(incomplete: str) -> list[str]:
+    """GPUs that `plan` knows."""
+    from xlstm_distill.planning.machine import GPUS
+
+    return [name for name in GPUS if name.startswith(incomplete)]
+
+
+def shardings(incomplete: str) -> list[str]:
+    """Ways to share the student between GPUs."""
+    from xlstm_distill.planning.memory import SHARDINGS
+
+    return [name for name in SHARDINGS if name.startswith(incomplete)]
+
+
 def shipped_recipes(incomplete: str) -> list[str]:
     """Names of the shipped recipes."""
     from xlstm_distill.errors import UserError

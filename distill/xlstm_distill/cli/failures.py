@@ -19,9 +19,10 @@ USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Turn an error into one line on stderr and an exit code: 2 for bad input, 1 at run time, 130 or 75 when stopped.
+    """Turn an error into plain lines on stderr, one for each problem, and an exit code.
 
-    This is the outermost frame, so it takes every exception: what is not bad input is a failure of the run.
+    2 means bad input, 1 a failure at run time, 130 or 75 that the run was stopped. This is the
+    outermost frame, so it catches every exception: what is not bad input is a failure of the run.
     """
     stopping.listen()
     try:
@@ -65,13 +66,19 @@ def _explain(error: Exception) -> tuple[int, Sequence[str]]:
 
 
 def _disk_full(error: BaseException) -> str | None:
-    """Recognise a full disk in an error or its causes: torch and safetensors wrap it in types of their own."""
+    """Recognise a full disk in an error or its causes.
+
+    torch and safetensors wrap it in types of their own, so its text is looked for too.
+    """
     cause: BaseException | None = error
     while cause is not None:
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or os.strerror(errno.ENOSPC) in str(cause):
             name = getattr(cause, "filename", None)
             where = f" while writing {name}" if name else ""
-            return f"disk full{where}: free some space and run the command again; finished stages are kept."
+            return (
+                f"disk full{where}: free some space and run the command again; finished stages "
+                "are kept."
+            )
         cause = cause.__cause__ or cause.__context__
     return None

@@ -58,6 +58,7 @@ def plan(
             help="rtx4090-24gb, rtx5090-32gb, l4-24gb, a10g-24gb, l40s-48gb, a100-40gb, "
             "a100-80gb, h100-80gb, h200-141gb, b200-180gb or b300.",
             show_default="h100-80gb",
+            autocompletion=completion.gpus,
         ),
     ] = None,
     gpu_memory: Annotated[
@@ -68,7 +69,9 @@ def plan(
     sharding: Annotated[
         str | None,
         typer.Option(
-            help="none, ddp, fsdp2, zero1, zero2 or zero3.", show_default="fsdp2; none on one GPU"
+            help="none, ddp, fsdp2, zero1, zero2 or zero3.",
+            show_default="fsdp2; none on one GPU",
+            autocompletion=completion.shardings,
         ),
     ] = None,
     backend: Annotated[
@@ -94,9 +97,10 @@ def plan(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Print what a recipe costs on given GPUs; exit with 1 where it does not fit, and say what would.
+    """Print what a recipe costs on given GPUs, and whether it fits.
 
-    Tokens, FLOPs, memory, disk, hours and cost of every stage. Needs no network.
+    Tokens, FLOPs, memory, disk, hours and cost of every stage. Exits with 1 if the recipe does not
+    fit, and prints a change that makes it fit. Needs no network.
     """
     with one_line_errors(debug):
         from xlstm_distill.planning.machine import make_machine

@@ -1,4 +1,4 @@
-"""`recipes` lists the recipes that come with the package; `recipes copy` writes one into a folder."""
+"""`recipes` lists the recipes that come with the package; `recipes copy` copies one."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.planning.activations import Backend
 from xlstm_distill.planning.memory import SHARDINGS, Sharding
 from xlstm_distill.recipe.problems import did_you_mean
-from xlstm_kernels import dispatch
 
 DEFAULT_GPU = "h100-80gb"
 
@@ -152,6 +151,9 @@ def make_machine(
 
 
 def _backend(name: str) -> Backend:
+    # Loads torch: not at the top, because a shell asks this module for the GPUs' names at every TAB.
+    from xlstm_kernels import dispatch
+
     chosen = dispatch.AUTO if name == "auto" else name
     if chosen == "torch":
         return "torch"

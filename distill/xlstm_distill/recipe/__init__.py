@@ -17,6 +17,7 @@ from xlstm_distill.recipe.training import (
 )
 
 __all__ = [
-    "Align", "Capture", "Data", "Distill", "Domain", "Evaluate", "Expert", "Merge", "MixerConfig", "Optimization",
-    "Phase", "Recipe", "Report", "Source", "Student", "Task", "Teacher", "Training", "load_recipe",
+    "Align", "Capture", "Data", "Distill", "Domain", "Evaluate", "Expert", "Merge", "MixerConfig",
+    "Optimization", "Phase", "Recipe", "Report", "Source", "Student", "Task", "Teacher", "Training",
+    "load_recipe",
 ]  # fmt: skip

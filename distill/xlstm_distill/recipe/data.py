@@ -113,7 +113,7 @@ class Source(Section):
                 yield FieldError(field, "does not apply to a generator; leave it out.")
 
     def _differs(self, field: str) -> bool:
-        """Whether a field is not at its default. A recipe written out in full names defaults too."""
+        """Whether a field differs from its default; a recipe may name a default too."""
         return getattr(self, field) != type(self).model_fields[field].default
 
     def _column_errors(self) -> Iterator[FieldError]:

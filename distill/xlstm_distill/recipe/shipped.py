@@ -17,7 +17,7 @@ from xlstm_distill.recipe.problems import did_you_mean
 INSTALLED = "shipped_recipes"
 """Name of the folder `recipes/` inside the installed package (setup.py puts it there)."""
 SHARED = ("recipe.schema.json", "accelerate", "architectures")
-"""What every recipe may use: the schema for editors, launch configurations, model sizes for `plan`."""
+"""What every recipe may use: schema, launch configurations, and model sizes for `plan`."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,14 @@ def copy_recipe(name: str, directory: Path) -> Path:
     target = directory / source.name
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file; give a folder, which may be new.")
-    files = {path: directory / path.relative_to(source.parent) for path in _needed(source)}
-    taken = [
-        copy
-        for path, copy in files.items()
-        if copy.exists() and (copy == target or not _same(path, copy))
-    ]
+    folder = source.parent.resolve()
+    files = {path: directory / path.relative_to(folder) for path in _needed(source)}
+    taken = []
+    for path, copy in files.items():
+        if copy.exists() and (copy == target or not _same(path, copy)):
+            taken.append(f"{copy}: exists and is not overwritten; move it or give another folder.")
     if taken:
-        raise UserError(
-            *(
-                f"{copy}: exists and is not overwritten; move it or give another folder."
-                for copy in taken
-            )
-        )
+        raise UserError(*taken)
     for path, copy in files.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
@@ -107,21 +102,18 @@ def _describe(path: Path) -> ShippedRecipe:
 
 
 def _needed(recipe: Path) -> list[Path]:
-    """All files that a copy of a recipe needs: its own, the local ones it names, the shared ones."""
+    """Return the files of a recipe's copy: its own, the local ones it names, and the shared ones."""
     folder = recipe.parent.resolve()
-    # A recipe names parts of a folder, as quickstart/teacher; the folder belongs together.
-    named = {
-        folder / Path(text).relative_to(folder).parts[0]
-        for text in _texts(load_recipe(recipe).model_dump(mode="json"))
-        if Path(text).is_relative_to(folder)
-    }
-    roots = [recipe.resolve(), *sorted(named), *(folder / name for name in SHARED)]
-    files = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*"))]
-    return sorted(
-        recipe.parent / path.relative_to(folder)
-        for path in files
-        if path.is_file() and "__pycache__" not in path.parts
-    )
+    roots = {folder / recipe.name, *(folder / name for name in SHARED)}
+    for text in _texts(load_recipe(recipe).model_dump(mode="json")):
+        path = Path(text)
+        if path.is_absolute() and path.is_relative_to(folder):
+            # A recipe names parts of its folder, as quickstart/teacher. The folder is one thing.
+            roots.add(folder / path.relative_to(folder).parts[0])
+    files = []
+    for root in sorted(roots):
+        files += [root] if root.is_file() else sorted(root.rglob("*"))
+    return [path for path in files if path.is_file() and "__pycache__" not in path.parts]
 
 
 def _texts(value: Any) -> Iterator[str]:
