@@ -28,10 +28,11 @@ MOST_CHARACTERS = 300
 
 @dataclass
 class Findings:
-    """What was found: the problems, and what the data and the tasks are."""
+    """What was found: the problems, and what teacher, data and tasks are."""
 
     recipe: str
     problems: list[str] = field(default_factory=list)
+    teacher: dict[str, str] = field(default_factory=dict)
     sources: list[SourcePreview] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
 
@@ -85,11 +86,13 @@ def examine(recipe: Recipe) -> Findings:
     lineage = Lineage(recipe)
     try:
         tokenizer = lineage.tokenizer
-        family_of(_teacher_config(recipe).model_type)
+        family = _teacher_config(recipe).model_type
+        family_of(family)
     except (UserError, OSError) as error:
         # Without a tokenizer there is nothing to prepare examples with, or to measure tasks by.
         findings.problems.append(str(error))
         return findings
+    findings.teacher = {"path": recipe.teacher.path, "family": family}
     findings.sources = preview_sources(recipe, tokenizer, EXAMPLES)
     findings.problems += [source.problem for source in findings.sources if source.problem]
     findings.problems += _task_problems(recipe)
@@ -137,6 +140,8 @@ def _lines(findings: Findings) -> Iterator[Text]:
     """Lay out tasks and sources, line by line; what is supervised is green on a terminal."""
     from rich.text import Text
 
+    if findings.teacher:
+        yield Text("teacher.path: {path} ({family})".format(**findings.teacher))
     yield Text(f"evaluate.tasks: {', '.join(findings.tasks)}")
     for source in findings.sources:
         columns = ", ".join(

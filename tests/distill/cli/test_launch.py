@@ -1,4 +1,4 @@
-"""`--launch`: shipped configurations ask for what they say, arguments reach the right parser, exit codes come back."""
+"""`--launch`: shipped configurations, arguments for the right parser, exit codes."""
 
 from __future__ import annotations
 

@@ -16,22 +16,21 @@ Call = Callable[..., Result]
 ErrorOf = Callable[[Result, int], str]
 
 
-@pytest.mark.parametrize("command", ["run", "align", "distill"])
+@pytest.mark.parametrize("stage", ["align", "distill"])
 def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_done(
     call: Call,
     stages: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    command: str,
+    stage: str,
     error_of: ErrorOf,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
-    stage = "distill" if command == "distill" else "align"
-    line = error_of(call(command, "small.yaml"), 2)
+    line = error_of(call(stage, "small.yaml"), 2)
     assert line == (
-        f"error: {stage}.batch: 4 rows cannot be shared by 3 processes; take 3 or 6, or a number of processes that "
-        "divides it."
+        f"error: {stage}.batch: 4 rows cannot be shared by 3 processes; take 3 or 6, or a "
+        "number of processes that divides it."
     )
     assert not (tmp_path / "runs").exists()
     assert stages["calls"] == []
@@ -40,6 +39,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_done(
 def test_every_batch_that_cannot_be_shared_is_named(
     call: Call,
     stages: dict[str, Any],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     errors_of: Callable[..., list[str]],
 ) -> None:
@@ -47,6 +47,8 @@ def test_every_batch_that_cannot_be_shared_is_named(
     monkeypatch.setenv("RANK", "0")
     found = errors_of(call("run", "small.yaml"), 2)
     assert [line.split(": ")[1] for line in found] == ["align.batch", "distill.batch"]
+    assert not (tmp_path / "runs").exists()
+    assert stages["calls"] == []
 
 
 def test_only_the_first_process_refuses_a_batch(

@@ -236,7 +236,10 @@ def test_overrides_apply_in_order(small: Path) -> None:
 def test_a_phase_cannot_start_below_the_final_learning_rate(small: Path) -> None:
     phase = "distill.experts.code.phases=[{domain: math, tokens: 2048, lr: 1.0e-5}]"
     falling = ["distill.schedule=cosine", "distill.final_lr=5.0e-5", phase]
-    expected = "distill.experts.code.phases[0].lr: 1e-05 is below distill.final_lr (5e-05); raise it, or lower"
+    expected = (
+        "distill.experts.code.phases[0].lr: 1e-05 is below distill.final_lr (5e-05); raise it, or "
+        "lower"
+    )
     assert message(small, *falling).startswith(expected)
     assert load_recipe(small, [phase]).distill.experts["code"].phases[0].lr == 1e-5
 
@@ -268,7 +271,8 @@ def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> 
     [
         ("student.mixer.windw=3", "student.mixer.windw: unknown key. Did you mean 'window'?"),
         ("evaluate.tasks[0].shts=3", "evaluate.tasks[0].shts: unknown key. Did you mean 'shots'?"),
-        ("distill.experts.math.phase=[]", "distill.experts.math.phase: unknown key. Did you mean 'phases'?"),
+        ("distill.experts.math.phase=[]",
+         "distill.experts.math.phase: unknown key. Did you mean 'phases'?"),
         ("qqq=1", "qqq: unknown key. Allowed: align, capture, data,"),
         ("align.lr=1e-4", "align.lr: '1e-4' is text; YAML needs 1.0e-4"),
         ("align.lr='0.1'", "align.lr: '0.1' is text; YAML needs 0.1 without quotes"),
@@ -283,18 +287,26 @@ def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> 
         ("capture.top_k=257", "capture.top_k: 257 must be at most 256."),
         ("capture.mass=0", "capture.mass: 0 must be greater than 0"),
         ("capture.mass=1.01", "capture.mass: 1.01 must be at most 1"),
-        ("capture={mass: null, min_k: 4}", "capture.min_k: 4 has no effect with mass null, which keeps all top_k;"),
-        ("capture.shard_teacher=true", "capture.shard_teacher: true has no effect with targets 'stored'; set targets"),
-        ("distill.lora_rank=8", "distill.lora_rank: 8 has no effect with trainable 'all'; set trainable to 'lora'."),
-        ("capture={top_k: 8, min_k: 9}", "capture.min_k: 9 is above top_k (8); give at most top_k."),
-        ("teacher.dtype=fp32", "teacher.dtype: 'fp32' is not allowed. Allowed: 'float32', 'bfloat16' or 'float16'."),
-        ("student.mixer.branches=[swa]", "student.mixer.branches[0]: 'swa' is not allowed. Allowed: 'mlstm' or"),
+        ("capture={mass: null, min_k: 4}",
+         "capture.min_k: 4 has no effect with mass null, which keeps all top_k;"),
+        ("capture.shard_teacher=true",
+         "capture.shard_teacher: true has no effect with targets 'stored'; set targets"),
+        ("distill.lora_rank=8",
+         "distill.lora_rank: 8 has no effect with trainable 'all'; set trainable to 'lora'."),
+        ("capture={top_k: 8, min_k: 9}",
+         "capture.min_k: 9 is above top_k (8); give at most top_k."),
+        ("teacher.dtype=fp32",
+         "teacher.dtype: 'fp32' is not allowed. Allowed: 'float32', 'bfloat16' or 'float16'."),
+        ("student.mixer.branches=[swa]",
+         "student.mixer.branches[0]: 'swa' is not allowed. Allowed: 'mlstm' or"),
         ("student.mixer.branches=[]", "student.mixer.branches: empty. Give at least one."),
-        ("student.mixer.branches=[mlstm, mlstm]", "student.mixer.branches: ['mlstm', 'mlstm'] names a branch twice;"),
+        ("student.mixer.branches=[mlstm, mlstm]",
+         "student.mixer.branches: ['mlstm', 'mlstm'] names a branch twice;"),
         ("student=5", "student: 5 is a whole number; give a mapping."),
         ("align.betas=0.9", "align.betas: 0.9 is a number; give a list."),
         ("align.betas=[0.9, 0.9, 0.9]", "align.betas: has 3 items. Give 2."),
-        ("evaluate.tasks=[{name: a}, {name: a}]", "evaluate.tasks[1].name: 'a' is already tasks[0]; keep one."),
+        ("evaluate.tasks=[{name: a}, {name: a}]",
+         "evaluate.tasks[1].name: 'a' is already tasks[0]; keep one."),
         ("report.alphas=[0.1, 0]", "report.alphas: [0.1, 0.0] is not strictly ascending;"),
     ],
 )  # fmt: skip
@@ -313,22 +325,28 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
          "distill.experts.code.phases[0].domain: given beside 'domains'; keep one of the two."),
         ("distill.experts.code.phases=[{domain: math, tokens: 100}]",
          "distill.experts.code.phases[0].tokens: 100 is less than one optimiser step"),
-        ("align.tokens=100", "align.tokens: 100 is less than one optimiser step (batch x data.context = 256 tokens)."),
+        ("align.tokens=100",
+         "align.tokens: 100 is less than one optimiser step (batch x data.context = 256 tokens)."),
         ("align.warmup_steps=16", "align.warmup_steps: 16 must be below the number of steps (16)."),
         ("distill.experts.merged={phases: [{domain: math, tokens: 2048}]}",
          "distill.experts.merged: the report uses this name itself; choose another."),
         ("align.micro_batch=3", "align.micro_batch: 3 does not divide batch (4); give a divisor."),
-        ("align.schedule=constant", "align.final_lr: 1e-05 has no effect with schedule 'constant'; set it to null."),
+        ("align.schedule=constant",
+         "align.final_lr: 1e-05 has no effect with schedule 'constant'; set it to null."),
         ("align.lr=1.0e-6", "align.final_lr: 1e-05 is above lr (1e-06); give at most lr."),
         ("distill.kl_weight=0", "distill.ce_weight: 0.0 beside kl_weight 0.0 leaves no loss;"),
-        ("distill.kl_tail=false", "distill.kl_tail: false renormalises over targets that capture.mass (0.98) cuts"),
+        ("distill.kl_tail=false",
+         "distill.kl_tail: false renormalises over targets that capture.mass (0.98) cuts"),
         ("merge.weights=unifrm", "merge.weights: 'unifrm' is not allowed. Allowed: 'uniform'."),
-        ("merge.weights={math: 0.5}", "merge.weights: no weight for expert 'code'; give one (0 leaves it out)."),
-        ("merge.weights={math: 0.5, code: 0.7}", "merge.weights: they sum to 1.2; they must sum to 1."),
+        ("merge.weights={math: 0.5}",
+         "merge.weights: no weight for expert 'code'; give one (0 leaves it out)."),
+        ("merge.weights={math: 0.5, code: 0.7}",
+         "merge.weights: they sum to 1.2; they must sum to 1."),
         ("merge.weights={math: -0.5, code: 1.5}", "merge.weights.math: -0.5 must be at least 0.0."),
         ("data.domains.math.sources=[]", "data.domains.math.sources: empty. Give at least one."),
         ("data.domains.math.sources=[{generator: math}]",
-         "data.domains.math.sources[0].documents: missing; a generator needs the number of documents to make."),
+         "data.domains.math.sources[0].documents: missing; a generator needs the "
+         "number of documents to make."),
         ("data.domains.math.sources=[{generator: math, documents: 9, text: x}]",
          "data.domains.math.sources[0].text: does not apply to a generator; leave it out."),
         ("data.domains.math.sources=[{split: train}]",
@@ -338,27 +356,34 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
         ("data.domains.math.sources=[{path: a/b, prompt: x}]",
          "data.domains.math.sources[0].response: missing; 'prompt' and 'response' go together."),
         ("data.domains.math.sources=[{path: a/b, text: x, messages: y}]",
-         "data.domains.math.sources[0].messages: given beside 'text'; name the columns of one style only."),
+         "data.domains.math.sources[0].messages: given beside 'text'; name the "
+         "columns of one style only."),
         ("data.domains.math.sources=[{path: a/b, weight: 0}]",
          "data.domains.math.sources[0].weight: 0 must be greater than 0.0."),
         ("data.domains.math.sources=[{path: a/b, weight: -2}]",
          "data.domains.math.sources[0].weight: -2 must be greater than 0.0."),
-        ("data.domains.math={weights_sum: 100, sources: [{path: a/b, weight: 70}, {path: c/d, weight: 25.5}]}",
-         "data.domains.math.weights_sum: the sources' weights sum to 95.5, not 100; correct them, or leave"),
+        ("data.domains.math={weights_sum: 100, sources: [{path: a/b, weight: "
+         "70}, {path: c/d, weight: 25.5}]}",
+         "data.domains.math.weights_sum: the sources' weights sum to 95.5, not 100; "
+         "correct them, or leave"),
         ("data.domains.math.sources=[{path: teacher, revision: main}]",
          "data.domains.math.sources[0].revision: does not apply to the local path "),
         ("data.domains.math.sources=[{path: teacher, streaming: false}]",
          "data.domains.math.sources[0].streaming: does not apply to the local path "),
         ("data.domains.math.sources=[{path: a/b, system: x}]",
-         "data.domains.math.sources[0].system: given without 'prompt' and 'response'; it comes before a prompt."),
+         "data.domains.math.sources[0].system: given without 'prompt' and "
+         "'response'; it comes before a prompt."),
         ("data.domains.math.sources=[{path: a/b, sample_by: document}]",
-         "data.domains.math.sources[0].sample_by: does not apply to 'a/b' on the hub, only to local files; leave"),
+         "data.domains.math.sources[0].sample_by: does not apply to 'a/b' on the "
+         "hub, only to local files; leave"),
         ("data.domains.math.sources=[{generator: math, documents: 9, split: test}]",
          "data.domains.math.sources[0].split: does not apply to a generator; leave it out."),
         ("data.long_documents=cut",
-         "data.long_documents: 'cut' is not allowed. Allowed: 'split', 'truncate', 'drop' or 'error'."),
+         "data.long_documents: 'cut' is not allowed. Allowed: 'split', 'truncate', "
+         "'drop' or 'error'."),
         ("data.workers=-1", "data.workers: -1 must be at least 0."),
-        ("data.domains={a/b: {sources: [{path: x/y}]}}", "data.domains.a/b: 'a/b' cannot name a folder;"),
+        ("data.domains={a/b: {sources: [{path: x/y}]}}",
+         "data.domains.a/b: 'a/b' cannot name a folder;"),
     ],
 )  # fmt: skip
 def test_rules_across_fields_give_one_line(small: Path, override: str, expected: str) -> None:
@@ -370,7 +395,7 @@ def test_rules_across_fields_give_one_line(small: Path, override: str, expected:
 
 
 def test_every_problem_of_a_recipe_is_listed(small: Path) -> None:
-    """Of the file, the overrides, the fields, the rules of a section, and the rules between sections."""
+    """Of the overrides, the fields, the rules of a section, and the rules between sections."""
     found = problems(
         small,
         "evaluate.include=tasks",
@@ -456,8 +481,8 @@ def test_bad_override_gives_one_line(small: Path, override: str, expected: str) 
         ),
         (
             "a: 1\nname: {{x}}\n",
-            ", line 2, column 8: not valid YAML: a mapping (or a template's {{ }} that is not filled in) cannot be a "
-            "key; give a word.",
+            ", line 2, column 8: not valid YAML: a mapping (or a template's {{ }} that is not "
+            "filled in) cannot be a key; give a word.",
         ),
         (
             "? [a, b]\n: 3\n",
