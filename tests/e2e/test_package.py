@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import process_environment
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
@@ -57,7 +57,7 @@ def pip(*words: str) -> None:
 
 def command_line(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the installed command line; the repository is not on the path."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    environment = process_environment(PYTHONPATH=str(installed))
     command = [sys.executable, "-m", "xlstm_distill", *words]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, check=False, cwd=folder
@@ -92,6 +92,7 @@ def test_recipes_are_listed_and_copied_without_a_clone(installed: Path, tmp_path
     assert planned.returncode == 0, planned.stderr
 
 
+@pytest.mark.slow
 def test_a_copied_recipe_runs_without_a_clone(installed: Path, tmp_path: Path) -> None:
     """All stages on the embedded teacher, at the smallest sizes, up to the report."""
     command_line(installed, tmp_path, "recipes", "copy", "quickstart", ".")

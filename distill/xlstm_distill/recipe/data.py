@@ -56,7 +56,7 @@ class Source(Section):
         default=1.0, description="Share of the domain's tokens, relative to its other sources."
     )
     documents: Count | None = Field(
-        default=None, description="Most documents to read; required for a generator."
+        default=None, description="Maximum number of documents to read; required for a generator."
     )
     text: Text | None = Field(default=None, description="Column that holds plain text.")
     prompt: Text | None = Field(

@@ -102,7 +102,7 @@ def _describe(path: Path) -> ShippedRecipe:
 
 
 def _needed(recipe: Path) -> list[Path]:
-    """Return the files of a recipe's copy: its own, the local ones it names, and the shared ones."""
+    """Return the files of a recipe's copy: its own, those it names, and the shared ones."""
     folder = recipe.parent.resolve()
     roots = {folder / recipe.name, *(folder / name for name in SHARED)}
     for text in _texts(load_recipe(recipe).model_dump(mode="json")):

@@ -44,19 +44,19 @@ class Capture(Section):
         strict=True,
         ge=1,
         le=256,
-        description="Most tokens to keep of each distribution (paper: 256).",
+        description="Maximum number of tokens to keep of each distribution (paper: 256).",
     )
     mass: ShareOfAll | None = Field(
         default=0.98,
         description="Keep of each distribution only the smallest set of tokens whose "
-        "probabilities sum to this; null keeps all `top_k`. docs/targets.md compares the choices.",
+        "probabilities sum to at least this; null keeps all `top_k`. docs/targets.md compares the choices.",
     )
     min_k: int = Field(
         default=16,
         strict=True,
         ge=1,
         le=256,
-        description="Fewest tokens to keep with `mass` (at most `top_k`).",
+        description="Minimum number of tokens to keep with `mass` (at most `top_k`).",
     )
     batch: Count = Field(default=8, description="Rows per forward pass of the teacher (rows).")
     shard_teacher: Flag = Field(
@@ -272,7 +272,8 @@ class Training(Section):
         description="Optimiser steps from one checkpoint to the next; null means no checkpoints.",
     )
     keep_checkpoints: Count = Field(
-        default=2, description="Most checkpoints of a training to keep; older ones are deleted."
+        default=2,
+        description="Maximum number of checkpoints of a training to keep; older ones are deleted.",
     )
     validate_steps: Count | None = Field(
         default=500,

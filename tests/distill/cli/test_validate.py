@@ -1,4 +1,4 @@
-"""`validate`: what it shows of a good recipe, all problems of a bad one, and that it writes nothing."""
+"""`validate`: what it shows of a good recipe, and all problems of a bad one."""
 
 from __future__ import annotations
 
