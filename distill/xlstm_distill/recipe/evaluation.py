@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Iterator
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from xlstm_distill.recipe.fields import (
     Count,
@@ -18,20 +18,22 @@ from xlstm_distill.recipe.fields import (
 )
 
 
-class Task(Section):
-    """One task of the evaluation, and what differs from its own file."""
+class EvalTask(Section):
+    """One task of the evaluation, with settings that replace those of its own file."""
 
     name: Text = Field(
-        description="Name of the task: lm-eval's, or a YAML task's in the folder `include`."
+        description="Name of an lm-eval task, or of a YAML task in the folder `include`."
     )
-    domain: Text | None = Field(default=None, description="Group under which the report shows it.")
+    domain: Text | None = Field(
+        default=None, description="Group in which the report shows the task."
+    )
     shots: CountOrZero | None = Field(
         default=None, description="Examples in the prompt; null means the task's own number."
     )
     max_gen_tokens: Count | None = Field(
-        default=None, description="Longest answer (tokens); null means the task's own."
+        default=None, description="Longest answer (tokens); null means the task's own length."
     )
-    multiturn: Flag = Field(default=False, description="Give the examples as turns of a chat.")
+    multiturn: Flag = Field(default=False, description="Write the examples as turns of a chat.")
     metric: Text | None = Field(
         default=None, description="Score to report; null means the task's first."
     )
@@ -41,36 +43,35 @@ class Task(Section):
 
 
 class Evaluate(Section):
-    """What teacher and students are measured on, with the same settings for both."""
+    """What teacher and students are measured on, under the same settings."""
 
     include: Folder | None = Field(
         default=None, description="Folder of lm-eval YAML tasks, relative to the recipe."
     )
-    tasks: tuple[Task, ...] = Field(min_length=1, description="The tasks.")
+    tasks: tuple[EvalTask, ...] = Field(min_length=1, description="The tasks.")
     batch: Count = Field(default=8, description="Prompts per forward pass.")
     apply_chat_template: Flag = Field(
         default=False, description="Wrap prompts in the teacher's chat template."
     )
     limit: Count | None = Field(
-        default=None, description="Items of each task to use at most; null means all."
+        default=None, description="Maximum number of items of each task; null means all."
     )
     confirm_run_unsafe_code: Flag = Field(
-        default=False, description="Allow tasks that run the code a model wrote."
+        default=False, description="Allow tasks that run code which a model wrote."
     )
     experts: Flag = Field(
         default=True, description="Evaluate each expert too, not only the merged student."
     )
 
-    @model_validator(mode="after")
-    def _tasks_differ(self) -> Self:
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error for every task that is named a second time."""
         names = [task.name for task in self.tasks]
         for index, name in enumerate(names):
-            if names.index(name) < index:
-                raise FieldError(
-                    f"tasks[{index}].name",
-                    f"{name!r} is already tasks[{names.index(name)}]; keep one.",
+            first = names.index(name)
+            if first < index:
+                yield FieldError(
+                    f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
                 )
-        return self
 
 
 class Report(Section):
@@ -86,11 +87,10 @@ class Report(Section):
         description="Tolerances at which the Win-and-Tie rate is listed, ascending.",
     )
 
-    @model_validator(mode="after")
-    def _alphas_ascend(self) -> Self:
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error if the tolerances do not ascend."""
         if list(self.alphas) != sorted(set(self.alphas)):
-            raise FieldError(
+            yield FieldError(
                 "alphas",
                 f"{list(self.alphas)} is not strictly ascending; sort it and drop repetitions.",
             )
-        return self

@@ -49,7 +49,8 @@ class Capture(Section):
     mass: ShareOfAll | None = Field(
         default=0.98,
         description="Keep of each distribution only the smallest set of tokens whose "
-        "probabilities sum to at least this; null keeps all `top_k`. docs/targets.md compares the choices.",
+        "probabilities sum to at least this; null keeps all `top_k`. docs/targets.md compares the "
+        "choices.",
     )
     min_k: int = Field(
         default=16,
