@@ -267,9 +267,9 @@ def plan(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Print what a recipe costs on given GPUs; exit with 1 where it does not fit, and say what would.
+    """Print what a recipe costs on given GPUs: tokens, FLOPs, memory, disk, hours, price.
 
-    Tokens, FLOPs, memory, disk, hours and cost of every stage. Needs no network.
+    Exits with 1 where it does not fit, and prints settings that make it fit. Needs no network.
     """
     with one_line_errors(debug):
         import json
