@@ -1,6 +1,7 @@
-"""Measure a step of stage II on several processes: `torchrun planned_processes.py OUT SHARDING DTYPE PASSES`.
+"""Measure a step of stage II: `torchrun planned_processes.py OUT SHARDING DTYPE PASSES`.
 
-Writes to OUT what the step allocated at its peak beyond weights, moments and buckets, and what the planner expects.
+Writes to OUT, as JSON, the memory that a process allocates at the peak and what the planner
+expects.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert
 from xlstm_distill.planning.architecture import read_architecture
-from xlstm_distill.planning.memory import Setup, distill_memory
+from xlstm_distill.planning.memory import MemoryInputs, distill_memory
 from xlstm_distill.recipe import Align, MixerConfig
 from xlstm_distill.training.accelerator import checkpoint_activations
 from xlstm_distill.training.objectives import DistillTask
@@ -31,9 +32,15 @@ from xlstm_kernels.testing import allocated_peak
 
 TOKENS = 256
 SIZES = {
-    "vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 2000,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "tie_word_embeddings": False,
+}
 
 
 def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
@@ -59,14 +66,24 @@ def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
 
     step()
     step()
-    setup = Setup(
-        read_architecture({**SIZES, "model_type": "llama"}, "test"), mixer, dtype, dist.get_world_size(), sharding, 1,
-        TOKENS, passes > 1, True, "torch", top_k=0, device="cpu",
-    )  # fmt: skip
-    planned = distill_memory(setup)
-    held = (
-        planned.weights + planned.optimizer + (planned.working_copies if sharding == "ddp" else 0.0)
+    inputs = MemoryInputs(
+        architecture=read_architecture({**SIZES, "model_type": "llama"}, "test"),
+        mixer=mixer,
+        teacher_dtype=dtype,
+        gpus=dist.get_world_size(),
+        sharding=sharding,
+        rows=1,
+        tokens=TOKENS,
+        accumulates=passes > 1,
+        checkpointing=True,
+        backend="torch",
+        top_k=0,
+        device="cpu",
     )
+    planned = distill_memory(inputs)
+    held = planned.weights + planned.optimizer
+    if sharding == "ddp":  # its buckets stay from step to step
+        held += planned.working_copies
     measured = held + allocated_peak(step)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps({"measured": measured, "planned": planned.allocated}))
@@ -74,7 +91,7 @@ def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
 
 
 def shard(task: DistillTask, dtype: str) -> DistillTask:
-    """Shard as the accelerator module does: by decoder layer, gradients reduced in fp32."""
+    """Shard as `training.accelerator` does: by decoder layer, gradients reduced in fp32."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if dtype == "bfloat16" else MixedPrecisionPolicy()

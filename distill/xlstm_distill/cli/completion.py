@@ -89,9 +89,10 @@ def _recipe(context: typer.Context) -> Any:
     from xlstm_distill.errors import UserError
     from xlstm_distill.recipe import load_recipe
 
-    path = context.params.get("recipe")
-    if path is None:
-        return None
-    with contextlib.suppress(UserError):
-        return load_recipe(path)
+    # An option that still waits for its value ends click's parsing: the arguments before it are
+    # then in `args`, not yet in `params`.
+    for word in (context.params.get("recipe"), *context.args):
+        if str(word).endswith(RECIPE_SUFFIXES):
+            with contextlib.suppress(UserError):
+                return load_recipe(str(word))
     return None

@@ -97,10 +97,9 @@ def plan(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Print what a recipe costs on given GPUs, and whether it fits.
+    """Print what a recipe costs on given GPUs: tokens, FLOPs, memory, disk, hours, price.
 
-    Tokens, FLOPs, memory, disk, hours and cost of every stage. Exits with 1 if the recipe does not
-    fit, and prints a change that makes it fit. Needs no network.
+    Exits with 1 where it does not fit, and prints settings that make it fit. Needs no network.
     """
     with one_line_errors(debug):
         from xlstm_distill.planning.machine import make_machine

@@ -46,7 +46,7 @@ def recipes_folder() -> Path:
 
 def shipped_recipes() -> list[ShippedRecipe]:
     """List the shipped recipes by name."""
-    return [_describe(path) for path in sorted(recipes_folder().glob("*.yaml"))]
+    return [_describe(find_recipe(name)) for name in shipped_names()]
 
 
 def find_recipe(name: str) -> Path:

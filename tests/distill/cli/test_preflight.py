@@ -97,6 +97,6 @@ def test_a_launcher_s_processes_are_counted_before_they_start(
     config = Path(__file__).parents[3] / "recipes" / "accelerate" / "ddp-cpu.yaml"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # which the configuration sets: to be undone
     line = error_of(
-        call("run", "small.yaml", "--launch", config, "--launch-args", "--num_processes 3"), 2
+        call("align", "small.yaml", "--launch", config, "--launch-args", "--num_processes 3"), 2
     )
     assert line.startswith("error: align.batch: 4 rows cannot be shared by 3 processes")

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.planning.architecture import read_architecture
+from xlstm_distill.models.families import CausalLM
+from xlstm_distill.planning.architecture import (
+    Architecture,
+    count_parameters,
+    read_architecture,
+)
 from xlstm_distill.planning.flops import (
     MixerShape,
+    align_flops,
     attention_flops,
+    distill_flops,
     mean_keys,
     mlstm_flops,
+    student_flops,
+    teacher_flops,
     token_flops,
 )
 from xlstm_distill.stages.workbench import architecture_of
+from xlstm_distill.training.objectives import AlignTask
 from xlstm_kernels.benchmarks.entries import ENTRIES, Shape, work
 
 LLAMA_1B = read_architecture(
@@ -32,6 +46,10 @@ LLAMA_1B = read_architecture(
     "1B",
 )
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+MLSTM = MixerConfig(window=40, branches=("mlstm",))
+WINDOW = MixerConfig(window=40, branches=("window",))
+ROWS, TOKENS = 2, 200
+Make = Callable[..., CausalLM]
 NEW = ("feature_map_q", "feature_map_k", "input_gate", "forget_gate")
 
 
@@ -105,3 +123,65 @@ def test_branches_of_the_mixer_add_up_and_do_not_grow_with_the_context():
     assert token_flops(LLAMA_1B, 2**20, both).mixing < 1.1 * parts[0]
     hedgehog = token_flops(LLAMA_1B, 8192, MixerShape(0, 0, 64, expansion=2))
     assert hedgehog.mixing == pytest.approx(16 * mlstm_flops(32, 128, 64))
+
+
+def product_flops(run: Callable[[], object]) -> int:
+    """Operations of linear layers, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counts = {
+        str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()
+    }
+    return sum(counts.get(name, 0) for name in ("aten.mm", "aten.addmm"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo3"])
+def test_operations_of_linear_layers_are_those_that_torch_counts(
+    tiny_teacher: Make, small_batch: Any, family: str
+) -> None:
+    teacher, mixer = tiny_teacher(family, num_hidden_layers=3), WINDOW
+    batch = small_batch(ROWS, TOKENS)
+    a, n = architecture_of(teacher), ROWS * TOKENS
+    counted = teacher_flops(a, TOKENS)
+    linear = counted.forward() - counted.mixing
+    assert product_flops(lambda: teacher(batch.input_ids)) == linear * n
+    student = convert(teacher, mixer).train()
+    pairs = student_flops(a, mixer, TOKENS).mixing
+    trained = distill_flops(a, mixer, TOKENS) - 3 * pairs
+    assert product_flops(lambda: student(batch.input_ids).logits.sum().backward()) == pytest.approx(
+        trained * n
+    )
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("self_attn" in name)
+    frozen = distill_flops(a, mixer, TOKENS, "mixer") - 3 * pairs
+    by_torch = product_flops(lambda: student(batch.input_ids).logits.sum().backward())
+    # Below the first mixer nothing needs a gradient: its three input products are not computed.
+    first = 2 * a.hidden * (a.query_width + 2 * a.key_width) * n
+    assert by_torch == pytest.approx(frozen * n - first)
+
+
+def test_operations_of_alignment_leave_out_what_is_constant(
+    tiny_teacher: Make, small_batch: Any
+) -> None:
+    teacher, mixer = tiny_teacher(num_hidden_layers=3), MLSTM
+    a, n = architecture_of(teacher), ROWS * TOKENS
+    task = AlignTask(convert(teacher, mixer, share_weights=True).train(), teacher)
+    s, t = student_flops(a, mixer, TOKENS), teacher_flops(a, TOKENS)
+    # Feature maps are batched products, which are not among those counted; gates are linear layers.
+    maps = 4 * a.heads * a.head_dim**2 * a.layers
+    expected = align_flops(a, mixer, TOKENS) - t.mixing - 3 * s.mixing - 2 * maps
+    # The operator sums gates by a product with a constant matrix, forward and backward.
+    chunk, chunks = 32, math.ceil(TOKENS / 32)
+    sums = 2 * a.layers * 2 * ROWS * a.heads * chunks * 2 * chunk * chunk * (chunk + 1)
+    assert product_flops(lambda: task(small_batch(ROWS, TOKENS)).loss.backward()) == pytest.approx(
+        expected * n + sums
+    )
+
+
+def test_a_large_student_costs_about_six_operations_a_parameter_and_token(
+    facts: Callable[[str], Architecture],
+) -> None:
+    a, mixer = facts("llama-3.1-8b"), MixerConfig()
+    p = count_parameters(a, mixer)
+    ratio = distill_flops(a, mixer, 4096) / (6 * (p.student - p.embedding))
+    assert 1.0 < ratio < 1.05  # window and mLSTM add little at 4096 tokens
