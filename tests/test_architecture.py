@@ -1,4 +1,4 @@
-"""The one-way rule: a room imports from the rooms before it, and inside a room nothing is circular."""
+"""The one-way rule: a room imports from the rooms before it, and no import inside it is circular."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ LIGHT = (
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Dotted names of all absolute imports in a file; those that only type checkers read are left out."""
+    """Dotted names of all absolute imports in a file, without those that only type checkers read."""
     tree = ast.parse(path.read_text())
     found: set[str] = set()
     stack: list[ast.AST] = [tree]
@@ -147,6 +147,16 @@ def test_rooms_import_from_earlier_rooms_only(module):
         if target in (None, *PACKAGES) or not target.startswith(f"{package}."):
             continue
         assert room_number(target) <= room_number(module), f"{module} imports {name}, a later room"
+
+
+def test_only_the_command_line_imports_from_the_top_of_the_package():
+    """It prints the version. The top knows the rooms, so a room that imports it closes a circle."""
+    for module in OURS:
+        taken = {name for name in imports(NAMES[module]) if module_of(name) in PACKAGES}
+        own = {name for name in taken if name.split(".")[0] == module.split(".")[0]}
+        assert own <= (
+            {"xlstm_distill.__version__"} if module == "xlstm_distill.cli.app" else set()
+        )
 
 
 def test_inside_a_room_no_import_is_circular():

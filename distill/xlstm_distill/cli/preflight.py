@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.recipe.problems import nearest_batches
 from xlstm_distill.runtime.ranks import is_main_process
 
 if TYPE_CHECKING:
@@ -30,6 +29,9 @@ def check_batches(
     Raises:
         UserError: names every such batch; on rank 0 only.
     """
+    # Not at the top: building the recipe's models takes half of the time that `--help` may take.
+    from xlstm_distill.recipe.problems import nearest_batches
+
     experts = [expert] if expert else list(recipe.distill.experts)
     # Without the mLSTM branch there is nothing to align.
     aligned = ["align"] if "mlstm" in recipe.student.mixer.branches else []
