@@ -1,4 +1,4 @@
-"""The one-way rule: a room imports from the rooms before it, and no import inside it is circular."""
+"""The one-way rule: rooms import from earlier rooms, and no import inside a room is circular."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ LIGHT = (
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Dotted names of all absolute imports in a file, without those that only type checkers read."""
+    """Dotted names of all absolute imports in a file, without those for type checkers alone."""
     tree = ast.parse(path.read_text())
     found: set[str] = set()
     stack: list[ast.AST] = [tree]
