@@ -11,11 +11,12 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
-from xlstm_distill.artifacts import Run
+from xlstm_distill.artifacts import Run, files
 from xlstm_distill.data import preparation, shards
 from xlstm_distill.data.budget import rows_needed
 from xlstm_distill.data.prepare import data_identity, prepare_domain
@@ -130,6 +131,8 @@ def test_an_interrupted_preparation_ends_with_the_same_rows(
         patched.setattr(shards.RowShardWriter, "end_shard", end_shard)
         with pytest.raises(Killed):
             prepared(recipe, tokenizer, tmp_path / "cut")
+    for work in (tmp_path / "cut").rglob("data-x-*/"):  # a signal would leave a file half written
+        (work / ".rows-00009.arrow.0123456789ab.partial").write_bytes(b"half a shard")
     console = QuietConsole()
     resumed = prepared(recipe, tokenizer, tmp_path / "cut", console)
     done = shard if moment == "after the checkpoint" else shard - 1
@@ -216,13 +219,15 @@ def test_a_full_disk_is_said_and_what_was_finished_is_kept(
     def save(self):
         original(self)
         if len(self.writer.shards) == 3:
-            (self.folder / "rows-00003.arrow.partial").symlink_to("/dev/full")
+            (self.folder / f".rows-00003.arrow.{0:012}.partial").symlink_to("/dev/full")
 
     with monkeypatch.context() as patched, pytest.raises(OSError) as caught:
+        # A partial file gets a random name: fix it, to have a full device there.
+        patched.setattr(files.uuid, "uuid4", lambda: uuid.UUID(int=0))
         patched.setattr(preparation.Preparation, "_save", save)
         prepared(recipe, tokenizer, tmp_path / "full")
     assert caught.value.errno == errno.ENOSPC
-    next((tmp_path / "full").rglob("*.partial")).unlink()
+    assert not list((tmp_path / "full").rglob("*.partial"))
     console = QuietConsole()
     assert content(prepared(recipe, tokenizer, tmp_path / "full", console)) == content(whole)
     assert any("going on after" in line for line in console.lines)

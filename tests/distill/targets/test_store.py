@@ -12,12 +12,12 @@ import torch
 
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.targets import store as store_module
 from xlstm_distill.targets.codec import arrange, kl_error
 from xlstm_distill.targets.providers import to_targets
 from xlstm_distill.targets.store import (
     HEADER_BYTES,
     INDEX_FILE,
+    MAGIC,
     PREFIX,
     Identity,
     Store,
@@ -62,9 +62,8 @@ def read_all(store):
     return to_targets([store.row(row)[0] for row in range(store.rows)])
 
 
-def test_rows_come_back_in_any_order(directory, monkeypatch):
-    monkeypatch.setattr(store_module, "OPEN_SHARDS", 1)
-    store = Store(directory, IDENTITY)
+def test_rows_come_back_in_any_order(directory):
+    store = Store(directory, IDENTITY, most_open=1)
     assert store.rows == 6
     expected = [exact_targets(n).keep_mass(0.95, 4) for n in range(3)]
     for row, shard, start, count in (
@@ -197,7 +196,7 @@ def test_a_header_that_lies_with_a_right_checksum_does_not_reach_the_decoder(dir
     header = json.loads(data[PREFIX.size : PREFIX.size + length])
     header["first_row"] = 1
     text = json.dumps(header, sort_keys=True).encode()
-    page = PREFIX.pack(store_module.MAGIC, 1, len(text), zlib.crc32(text)) + text
+    page = PREFIX.pack(MAGIC, 1, len(text), zlib.crc32(text)) + text
     path.write_bytes(page.ljust(HEADER_BYTES, b"\0") + data[HEADER_BYTES:])
     assert read_header(path).first_row == 1
     with pytest.raises(RunError, match=r"is not the shard that index\.json"):
