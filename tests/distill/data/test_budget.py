@@ -23,10 +23,10 @@ def needed(domain, *overrides):
 
 def test_rows_are_needed_for_the_longest_use_in_whole_steps():
     math = "distill.experts={e: {phases: [{domain: math, tokens: 600_000}]}}"
-    assert (
-        needed("math", "align.tokens=60_000", math) == 147 * 16 + 5
-    )  # 600,000 tokens are 146.5 steps of 16 x 256
-    both = "distill.experts={e: {phases: [{domain: math, tokens: 600_000}, {domain: math, tokens: 4096}]}}"
+    # 600,000 tokens are 146.5 steps of 16 x 256.
+    assert needed("math", "align.tokens=60_000", math) == 147 * 16 + 5
+    phases = "{domain: math, tokens: 600_000}, {domain: math, tokens: 4096}"
+    both = f"distill.experts={{e: {{phases: [{phases}]}}}}"
     assert needed("math", "align.tokens=60_000", both) == 148 * 16 + 5
     chat = ["align.tokens=409_600", "align.domains={math: 3.0, chat: 1.0}"]
     chat.append("distill.experts={e: {phases: [{domain: chat, tokens: 8192}]}}")

@@ -1,4 +1,4 @@
-"""Preparing a domain: killed or not, by any number of workers, the same rows; and figures that tell what was lost."""
+"""Preparing a domain: the same rows, killed or not, by any number of workers; and its figures."""
 
 from __future__ import annotations
 
@@ -33,19 +33,23 @@ SHARD = 64 * 40
 def recipe_of(*sources, rows=300, context=64, **data):
     """A recipe with one domain `x` that reads `rows` rows, 4 of them held out."""
     budget = (rows - 4) * context
+    phase = {"domain": "x", "tokens": context}
     return Recipe.model_validate(
         {
             "name": "test",
             "teacher": {"path": str(TEACHER), "dtype": "float32"},
             "student": {"mixer": {"window": 32}},
-            "data": {"context": context, "validation_rows": 4, "domains": {"x": {"sources": sources}}, **data},
-            "align": {"tokens": budget, "batch": 1, "warmup_steps": 0},
-            "distill": {
-                "lr": 1e-3, "batch": 1, "experts": {"x": {"phases": [{"domain": "x", "tokens": context}]}},
+            "data": {
+                "context": context,
+                "validation_rows": 4,
+                "domains": {"x": {"sources": sources}},
+                **data,
             },
+            "align": {"tokens": budget, "batch": 1, "warmup_steps": 0},
+            "distill": {"lr": 1e-3, "batch": 1, "experts": {"x": {"phases": [phase]}}},
             "evaluate": {"tasks": [{"name": "t"}]},
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +166,8 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
             time.sleep(0.2)
         preparation.Preparation._save = slow
         recipe = Recipe.model_validate_json(sys.stdin.read())
-        prepare_domain(recipe, Run.open(sys.argv[1], recipe), "x", load_tokenizer(recipe.teacher), QuietConsole())
+        run, tokenizer = Run.open(sys.argv[1], recipe), load_tokenizer(recipe.teacher)
+        prepare_domain(recipe, run, "x", tokenizer, QuietConsole())
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "cut")],
@@ -309,9 +314,9 @@ def test_a_source_that_runs_dry_is_said_with_its_real_share(tokenizer, tmp_path)
     assert first["share"] < 0.05
     (line,) = [line for line in console.lines if "ran out" in line]
     share = f"{first['share']:.1%}"
-    assert (
-        line
-        == f"data.domains.x.sources[0]: ran out after 20 documents and gives {share} of the tokens, not 50.0%."
+    assert line == (
+        f"data.domains.x.sources[0]: ran out after 20 documents and gives {share} of the tokens, "
+        "not 50.0%."
     )
 
 

@@ -58,9 +58,9 @@ GOLDEN = {
 
 @pytest.mark.parametrize("style", GOLDEN)
 def test_rows_keep_their_meaning_or_their_format_is_raised(style):
-    """The same documents make the same rows as when ROWS_FORMAT was last raised, by the embedded teacher's tokenizer.
+    """The same documents make the same rows as when ROWS_FORMAT was last raised.
 
-    Where that tokenizer was trained anew, the hashes alone are to be renewed.
+    The tokenizer is the embedded teacher's. When that is trained anew, only the hashes change.
     """
     from transformers import AutoTokenizer
 
@@ -72,5 +72,5 @@ def test_rows_keep_their_meaning_or_their_format_is_raised(style):
         [row.ids.tolist(), row.supervised.tolist(), row.segment_ids.tolist()] for row in rows
     ]
     assert digest(content) == expected, (
-        f"{style}: rows have changed; raise data.ROWS_FORMAT and take the new hash."
+        f"{style}: rows have changed; raise prepare.ROWS_FORMAT and take the new hash."
     )

@@ -1,4 +1,4 @@
-"""The order of rows: domains keep to their weights, epochs read every row once, any step at once."""
+"""The order of rows: domains keep to their weights, and an epoch reads every row once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_every_domain_keeps_to_its_weight_at_every_point(weights, total):
     order = np.array([int(name) for name in names_of(schedule, total)])
     drawn = np.cumsum(order[:, None] == np.arange(len(weights)), axis=0)
     share = np.array(weights) / sum(weights)
-    # Rounding to the nearest gives half a row; when the n-th row is due is known to half a row per domain.
+    # Rounding to the nearest gives half a row. When the n-th row is due is known to half a row per
+    # domain.
     bound = 0.5 + share * (len(weights) / 2 + 1)
     assert (np.abs(drawn - share * np.arange(1, total + 1)[:, None]) <= bound + 1e-9).all()
 

@@ -1,4 +1,4 @@
-"""Sources: every format, exact positions, file order, and errors that name field, file and record."""
+"""Sources: formats, exact positions, file order, and errors that name field, file and record."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_generator_goes_on_from_any_chunk():
 
 
 class TestHub:
-    """The hub is out of reach of tests: its entries, load_dataset and load_dataset_builder, are replaced."""
+    """Tests cannot reach the hub: load_dataset and load_dataset_builder are replaced."""
 
     @pytest.fixture
     def asked(self, monkeypatch):

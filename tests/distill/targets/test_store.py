@@ -156,9 +156,18 @@ def test_other_files_in_the_place_of_a_shard_are_refused(directory, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("tokenizer", "others"), ("data", "others"), ("teacher", "others"), ("dtype", "float32"), ("revision", None),
-     ("domain", "code"), ("top_k", 63), ("mass", None), ("min_k", 5)],
-)  # fmt: skip
+    [
+        ("tokenizer", "others"),
+        ("data", "others"),
+        ("teacher", "others"),
+        ("dtype", "float32"),
+        ("revision", None),
+        ("domain", "code"),
+        ("top_k", 63),
+        ("mass", None),
+        ("min_k", 5),
+    ],
+)
 def test_a_store_made_from_something_else_is_refused(directory, field, value):
     expected = dataclasses.replace(IDENTITY, **{field: value})
     with pytest.raises(
@@ -189,7 +198,7 @@ def test_an_index_that_is_missing_damaged_or_of_another_version_is_refused(direc
 
 
 def test_a_header_that_lies_with_a_right_checksum_does_not_reach_the_decoder(directory):
-    """Rows are checked by their own checksums, so a shard put together by hand fails at the latest there."""
+    """The store's index holds the header's checksum, so a shard put together by hand is refused."""
     path = directory / "targets-00000.bin"
     data = path.read_bytes()
     length = PREFIX.unpack_from(data)[2]
