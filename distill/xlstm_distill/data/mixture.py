@@ -114,11 +114,13 @@ class _Stream:
             if self._failure is not None:
                 raise self._failure
             return False
+        # Waits for this chunk, even if a later one is done: the order must not depend on workers.
         pending = self._pending.popleft()
         self._pending_size -= pending.size
         self._documents = pending.tokens.result()
         self.progress.position = asdict(pending.position)
         self.progress.used, self._skip = self._skip, 0
+        # The workers go on while this chunk is used. Without workers, reading ahead gains nothing.
         if self._ahead > 1:
             self._read_ahead()
         return True
@@ -142,6 +144,7 @@ class _Stream:
                 self._pending_size += size
 
     def _has_room(self) -> bool:
+        # One chunk always: otherwise a document above AHEAD_BYTES would stop its source.
         if not self._pending:
             return True
         return len(self._pending) < self._ahead and self._pending_size < AHEAD_BYTES
@@ -191,6 +194,7 @@ class Mixture:
                 continue
             progress = self.progress[turn]
             progress.count(document)
+            # Otherwise a source of the wrong kind would be read to its end, which can take days.
             if progress.tokens == 0 and progress.documents >= HOPELESS:
                 raise UserError(
                     f"{self._field}.sources[{turn}]: {progress.losses()}; nothing of it can be "

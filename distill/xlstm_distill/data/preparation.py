@@ -93,6 +93,7 @@ class Preparation:
             self._make()
             draft.results |= self._results()
             self._warn(draft.results)
+            # The work directory becomes the draft, so that no row is copied.
             draft.path.rmdir()
             self.folder.rename(draft.path)
             (draft.path / CHECKPOINT).unlink(missing_ok=True)
@@ -131,6 +132,7 @@ class Preparation:
         """
         if self.recipe.data.workers is not None:
             return self.recipe.data.workers
+        # Each worker imports transformers, which takes seconds.
         if (self.needed - self.writer.rows) * self.recipe.data.context < WORTH_WORKERS:
             return 0
         if hasattr(os, "sched_getaffinity"):
@@ -159,6 +161,7 @@ class Preparation:
                 if self.writer.is_full:
                     self.writer.end_shard()
                     self._save()
+            # The sources are dry: the open rows are all that is left.
             for row in self.packer.drain():
                 if self.writer.rows < self.needed:
                     self.writer.add(row)

@@ -155,6 +155,7 @@ class ShardReader:
             self._ends = np.cumsum([shard["rows"] for shard in self.shards])
         except (OSError, ValueError, KeyError) as error:
             raise _damaged(folder / INDEX_FILE, error) from error
+        # Sizes cost nothing to compare; checksums wait until a shard is read.
         for shard in self.shards:
             check_size(folder, shard)
         self.mapped: OrderedDict[int, _MappedShard] = OrderedDict()

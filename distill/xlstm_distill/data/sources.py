@@ -122,8 +122,10 @@ class SourceReader:
             yield from self._generated(start)
             return
         files = self._files()
+        # From the seed alone, so that reading goes on in the same order after a restart.
         order = np.random.default_rng(self.seed).permutation(len(files))
         self._columns = self._named_columns()
+        # The file to go on with may have other columns than the one that the choice was made by.
         if start.read and not self._columns:
             self._settle_columns([files[number] for number in order])
         here, read = start, start.read
@@ -203,11 +205,11 @@ class SourceReader:
     def _documents(self, batch: RecordBatch, file: _File, position: Position) -> list[Document]:
         """Take the columns that the recipe names, else those with the usual names.
 
-        The first batch of a file must have them. A later record may lack one, because JSON has no
-        schema; it has null there.
+        Where a record lacks one (JSON has no schema), it has null.
         """
         columns = self._columns or self._choose_columns(batch)
         missing = [column for column in columns.values() if column not in batch]
+        # Later records of a file may lack a column, but a whole file without it is a mistake.
         if missing and not position.record:
             raise UserError(
                 f"{self.field}: {file.label} has no column {missing[0]!r} "
@@ -248,6 +250,7 @@ class SourceReader:
         try:
             if not path.exists():
                 return self._hub_files()
+            # Files that `save_to_disk` writes: such a folder is one data set, not loose files.
             if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
                 return self._saved(datasets.load_from_disk(str(path)))
         except (*LIST_ERRORS, datasets.exceptions.DatasetsError) as error:
@@ -287,6 +290,7 @@ class SourceReader:
         import datasets
 
         source, name = self.source, repr(self.source.path)
+        # Downloaded whole: `datasets` keeps it on the disk as one table, which is read from there.
         if not source.streaming:
             data = datasets.load_dataset(
                 source.path, source.name, split=source.split, revision=source.revision
@@ -295,6 +299,7 @@ class SourceReader:
         builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
         reader = hub_file_reader(builder)
         addresses = (builder.config.data_files or {}).get(source.split)
+        # File by file, so that a bad record is named by its file and line.
         if reader and addresses:
             return [
                 _File(f"{name}, {address}", reader(str(address)), remote=True)

@@ -125,6 +125,7 @@ class DocumentTokenizer:
         """Tokenise documents of one style, as `checked_document` returns them."""
         if not documents:
             return []
+        # The columns of a source are chosen once, so all its documents have the style of the first.
         if "text" in documents[0]:
             return self._texts([document["text"] for document in documents])
         if "messages" in documents[0]:
@@ -214,6 +215,7 @@ class DocumentTokenizer:
                 "chats need; use its fast version, or a chat template with generation tags."
             )
         texts = [self._render(chat.messages) for chat in chats]
+        # Without special tokens: the template has rendered those that a chat begins with.
         encoded = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -225,10 +227,11 @@ class DocumentTokenizer:
         for chat, text, ids, offsets in zip(
             chats, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            # Characters (start, stop) of each token.
+            # Characters (start, stop) of each token; both columns ascend.
             spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
             supervised = np.zeros(len(ids), dtype=bool)
             for start, stop in self._turns(chat, text):
+                # All tokens that overlap the turn, even where a token spans its edge.
                 first = np.searchsorted(spans[:, 1], start, side="right")
                 end = np.searchsorted(spans[:, 0], stop, side="left")
                 supervised[first:end] = True
@@ -242,6 +245,7 @@ class DocumentTokenizer:
         turns follow (they drop its reasoning); such a turn is left out.
         """
         messages = chat.messages
+        # From 1, because a template need not render an empty list of messages.
         for turn in range(max(chat.first, 1), len(messages)):
             if messages[turn]["role"] != "assistant":
                 continue

@@ -152,6 +152,7 @@ def encode(row: TargetRow, vocabulary: int) -> bytes:
     """Code an arranged row."""
     _, _, group = _per_id(row.counts)
     parts = [
+        # One less, so that 256 fits a byte: no token keeps 0 ids.
         (row.counts - 1).astype(np.uint8),
         row.tail.astype("<f2"),
         _encode_curve(row),
@@ -220,6 +221,7 @@ def _encode_curve(row: TargetRow) -> NDArray[np.uint8]:
     Each gap starts at the decoded value of the knot before it, so that errors do not add up.
     """
     table = tables()
+    # A gap gets the code of the level that is nearest.
     middles = (table.levels[1:] + table.levels[:-1]) / 2
     first = np.cumsum(row.counts) - row.counts
     curve = row.log_probs.astype(np.float64)

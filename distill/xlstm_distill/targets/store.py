@@ -243,6 +243,7 @@ class TargetShardWriter:
             index_checksum=zlib.crc32(index),
             figures=self.figures,
         )
+        # Last, because it holds the index's checksum and the figures.
         self.file.seek(0)
         self.file.write(header.to_bytes())
 
@@ -314,6 +315,7 @@ class TargetShard:
         data = self.bytes[start : start + int(entry["bytes"])].data
         if zlib.crc32(data) != int(entry["checksum"]):
             raise refusal(self.path, f"row {row} is damaged (wrong checksum)")
+        # The checksum was right, so this is a shard that somebody put together by hand.
         try:
             return decode(data, int(entry["tokens"]), self.header.vocabulary), int(entry["source"])
         except ValueError as error:
@@ -351,6 +353,7 @@ class Store:
 
     def _check(self, entry: dict[str, Any], expected: Identity) -> Header:
         path = self.directory / entry["file"]
+        # Also the identity of each shard: another run may have left one of the same name here.
         header = read_header(path)
         if difference := header.identity.difference(expected):
             raise refusal(path, f"belongs to another run: its {difference}")
