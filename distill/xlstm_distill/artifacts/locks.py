@@ -1,11 +1,16 @@
-"""Locks on files, which the system takes back from a process that dies; a file system may have none."""
+"""Locks on files. The system frees the locks of a process that dies; a file system may have none."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
+import os
+import platform
 import re
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,6 +77,31 @@ def marked(path: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def working(locks: Path, label: str) -> Iterator[None]:
+    """Show other shells that this process is at an artifact: a held file that says who and when."""
+    stem = f"working-{label.replace('/', '-')}"
+    for other in locks.glob(f"{stem}-*.json"):
+        _remove_unheld(other, other)
+    path = locks / f"{stem}-{uuid.uuid4().hex[:12]}.json"
+    facts = {"label": label, "host": platform.node(), "pid": os.getpid(), "started": time.time()}
+    with marked(path):
+        path.write_text(json.dumps(facts) + "\n")
+        yield
+
+
+def is_held(path: Path) -> bool | None:
+    """Whether a process holds a lock file; None where the file system has no locks or no such file."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
 
 
 def remove_leftovers(final: Path, marks: Path) -> None:

@@ -1,4 +1,4 @@
-"""The run directory: artifacts with manifests, published by atomic rename, found again by what they were made from."""
+"""The run directory: artifacts are published by rename and found by what they were made from."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xlstm_distill.artifacts.files import replace_directory
-from xlstm_distill.artifacts.hashing import digest
+from xlstm_distill.artifacts.artifact import FORMAT, Artifact, Draft, Request
+from xlstm_distill.artifacts.changes import in_a_line
+from xlstm_distill.artifacts.files import replace_directory, write_text
 from xlstm_distill.artifacts.locks import (
     busy,
     exclusive,
@@ -23,17 +24,16 @@ from xlstm_distill.artifacts.locks import (
     remove_leftovers,
     training_lock,
     wait_for,
+    working,
 )
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.recipe.load import recipe_to_yaml
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.ranks import all_agree, is_main_process, wait_for_everyone
 
 MANIFEST = "manifest.json"
-
-FORMAT = 2
-"""Raised when a stage's output changes meaning, so that older artifacts are made anew."""
-
+RECIPE_FILE = "recipe.yaml"
 PACKAGES = (
     "xlstm-distill",
     "torch",
@@ -44,78 +44,6 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
 )
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A published result of a stage."""
-
-    path: Path
-    manifest: Mapping[str, Any]
-    reused: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything the artifact was made from."""
-        return self.manifest["fingerprint"]
-
-    @property
-    def identity(self) -> str:
-        """What the inputs of those who read it name: the fingerprint, but for artifacts of which a part may be read."""
-        return self.manifest["identity"]
-
-    @property
-    def model_path(self) -> Path:
-        """Hugging Face directory of the model inside the artifact."""
-        return self.path / "model"
-
-    def read_json(self, name: str) -> Any:
-        """Read one of the artifact's JSON files."""
-        return json.loads((self.path / name).read_text())
-
-
-@dataclass
-class Draft:
-    """An artifact being written; `path` is a temporary directory that becomes the artifact when all went well.
-
-    `earlier_seconds` is what went into it before this: into gathering its files, or into a training that was cut short.
-    """
-
-    path: Path
-    earlier_seconds: float = 0.0
-    results: dict[str, Any] = field(default_factory=dict)
-
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file into the artifact."""
-        (self.path / name).write_text(
-            json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        )
-
-
-@dataclass(frozen=True)
-class Request:
-    """What an artifact is to be made from: the parts of the recipe it reads and the artifacts it is built on.
-
-    `identity` stands for it in the inputs of others where they depend on less than the whole, else the fingerprint.
-    """
-
-    stage: str
-    parts: Mapping[str, Any]
-    inputs: Mapping[str, str]
-    name: str | None = None
-    identity: str | None = None
-
-    @property
-    def label(self) -> str:
-        """`stage` or `stage/name`."""
-        return self.stage if self.name is None else f"{self.stage}/{self.name}"
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of stage, recipe parts and inputs."""
-        return digest(
-            {"format": FORMAT, "stage": self.label, "parts": self.parts, "inputs": self.inputs}
-        )
 
 
 class Run:
@@ -140,29 +68,29 @@ class Run:
             ) from None
         return cls(directory, recipe)
 
+    def keep_recipe(self) -> None:
+        """Write the recipe into the run directory, defaults included; `status` compares with it."""
+        if is_main_process():
+            write_text(self.directory / RECIPE_FILE, recipe_to_yaml(self.recipe))
+
     def path(self, label: str) -> Path:
         """Where the artifact of a stage (`stage` or `stage/name`) lies."""
         return self.directory / "artifacts" / label
 
     def work_directory(self, request: Request) -> Path:
-        """Where what an artifact is made of lies until it is published: checkpoints and the log of a training."""
-        return (
-            self.directory
-            / "training"
-            / f"{request.label.replace('/', '-')}-{request.fingerprint[:12]}"
-        )
+        """Where an artifact's checkpoints, log or finished shards lie until it is published."""
+        name = f"{request.label.replace('/', '-')}-{request.fingerprint[:12]}"
+        return self.directory / "training" / name
 
     def find(self, request: Request) -> Artifact | None:
         """Return the published artifact if it was made from exactly this, else None."""
         artifact = self.load(request.label)
-        return (
-            artifact
-            if artifact is not None and artifact.fingerprint == request.fingerprint
-            else None
-        )
+        if artifact is None or artifact.fingerprint != request.fingerprint:
+            return None
+        return artifact
 
     def has(self, request: Request) -> bool:
-        """Whether the artifact made from exactly this is published. All processes ask, and get one answer."""
+        """Whether the artifact made from exactly this is published. All ranks ask and get one answer."""
         return all_agree(self.find(request) is not None)
 
     def load(self, label: str) -> Artifact | None:
@@ -176,9 +104,9 @@ class Run:
             return None
         try:
             content = json.loads(manifest.read_text())
-            return (
-                Artifact(self.path(label), content, reused=True) if content["fingerprint"] else None
-            )
+            if not content["fingerprint"]:
+                return None
+            return Artifact(self.path(label), content, reused=True)
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{manifest}: not a manifest; delete {self.path(label)} to make it again."
@@ -193,48 +121,55 @@ class Run:
         gathered: Path | None = None,
         console: Console | None = None,
     ) -> Artifact:
-        """Return the artifact made from exactly this, building it if it is not there.
+        """Return the artifact made from exactly this; build it if it is not there.
 
-        `build` writes into a temporary directory, which is renamed into place when it returns; an earlier artifact of
-        the same stage stays until then, and for good when `build` raises. Of several processes the first builds and
-        the others wait; with `together` all build (training), what the others wrote is dropped, and the work directory
-        belongs to this run of the program until the artifact is there. `gathered` is a directory in which independent
-        runs of the program have gathered the artifact's files; it becomes the artifact once, after `build` has
-        completed it, and it stays when `build` raises.
+        `build` writes into a temporary directory, which is renamed into place when it returns. An
+        earlier artifact of the same label stays until then, and for good when `build` raises.
+        Rank 0 builds; the other ranks wait. With `together` all ranks build (training), only
+        rank 0's files are kept, and the work directory belongs to this run of the program until
+        the artifact is there. `gathered` is a directory in which several runs of the program have
+        collected the artifact's files; it becomes the artifact once `build` has completed it, and
+        it stays when `build` raises.
 
         Raises:
             RunError: another run of the program is at the same training (`together`).
         """
-        wait_for_everyone()  # so that all see the same answer
+        console = console or QuietConsole()
+        wait_for_everyone()  # so that all ranks see the same answer
         if done := self._find_everywhere(request):
             return done
-        with (
-            self._training(request, console or QuietConsole())
-            if together
-            else contextlib.nullcontext()
-        ):
-            # Another run of the program may have published it, and removed the work directory, a moment ago.
+        self.say_why(request, console)
+        with self._training(request, console) if together else contextlib.nullcontext():
+            # Another run may have published it, and removed the work directory, a moment ago.
             if together and (done := self._find_everywhere(request)):
                 return done
             if is_main_process() or together:
                 if gathered is None:
-                    self._build(request, build)
+                    self._build(request, build, mark=not together)
                 else:
                     self._complete(request, build, gathered)
             wait_for_everyone()
-            artifact = self.need(request.label, request.fingerprint)
+            artifact = self.need(request)
             if is_main_process():
                 shutil.rmtree(self.work_directory(request), ignore_errors=True)
         return replace(artifact, reused=False)
 
+    def say_why(self, request: Request, console: Console) -> None:
+        """Say in one line why a published artifact is made again; nothing if there is none."""
+        earlier = self.load(request.label)
+        if earlier is None:
+            return
+        if changes := request.changes_since(earlier):
+            console.line(f"{request.label} is made again: {in_a_line(changes)}")
+
     def _find_everywhere(self, request: Request) -> Artifact | None:
-        """Find an artifact that all processes see; all of them must ask."""
+        """Find an artifact that all ranks see; all of them must ask."""
         done = self.find(request)
         return done if all_agree(done is not None) else None
 
     @contextlib.contextmanager
     def _training(self, request: Request, console: Console) -> Iterator[None]:
-        """Hold a training on the main process; no process goes on without."""
+        """Hold a training on rank 0; no rank goes on without."""
         work, refused = self.work_directory(request), None
         with contextlib.ExitStack() as stack:
             if is_main_process():
@@ -248,14 +183,16 @@ class Run:
                 raise refused or busy(work)
             yield
 
-    def _build(self, request: Request, build: Callable[[Draft], None]) -> None:
+    def _build(self, request: Request, build: Callable[[Draft], None], *, mark: bool) -> None:
+        """Build and publish; `mark` shows others that this run of the program is at it."""
         final = self.path(request.label)
         final.parent.mkdir(parents=True, exist_ok=True)
         draft = Draft(final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
         with contextlib.ExitStack() as stack:
-            with self._lock(
-                request
-            ):  # a draft whose mark is not held yet would look like one of a dead process
+            if mark:
+                stack.enter_context(self.working(request.label))
+            # Under the lock: a draft whose mark is not held yet looks like one of a dead process.
+            with self._lock(request):
                 remove_leftovers(final, self._locks)
                 stack.enter_context(marked(self._locks / draft.path.name))
                 draft.path.mkdir()
@@ -268,8 +205,12 @@ class Run:
             finally:
                 shutil.rmtree(draft.path, ignore_errors=True)
 
+    def working(self, label: str) -> contextlib.AbstractContextManager[None]:
+        """Show other shells that this process is at an artifact; a training shows it by its lock."""
+        return working(self._locks, label)
+
     def _complete(self, request: Request, build: Callable[[Draft], None], gathered: Path) -> None:
-        """Complete and publish a gathered directory, unless another run of the program has done so meanwhile."""
+        """Complete and publish a gathered directory, unless another run has done so meanwhile."""
         final = self.path(request.label)
         with self._lock(request):
             if self.find(request) is None:
@@ -288,9 +229,10 @@ class Run:
         return self.directory / ".locks"
 
     def _lock(self, request: Request) -> contextlib.AbstractContextManager[None]:
-        """Hold the right to publish this artifact; the system takes it back from a process that dies.
+        """Hold the right to publish this artifact; a process that dies loses it.
 
-        A file system without locks gives it to everyone: then only runs at the very same moment can disturb each other.
+        A file system without locks gives it to everyone. Then two runs can only disturb each other
+        when they publish at the very same moment.
         """
         return wait_for(self._locks / request.label.replace("/", "-"))
 
@@ -310,19 +252,20 @@ class Run:
             "results": draft.results,
         }
 
-    def need(self, label: str, fingerprint: str | None = None) -> Artifact:
-        """Return an artifact an asked-for stage builds on.
+    def need(self, request: Request) -> Artifact:
+        """Return an artifact that a stage builds on.
 
         Raises:
             RunError: it is missing, or was made from other settings than the recipe now names.
         """
-        artifact = self.load(label)
-        stage = label.split("/")[0]
+        artifact = self.load(request.label)
+        path = self.path(request.label)
         if artifact is None:
-            raise RunError(f"{self.path(label)}: not there yet; run the stage '{stage}' first.")
-        if fingerprint is not None and artifact.fingerprint != fingerprint:
+            raise RunError(f"{path}: not there yet; run the stage '{request.stage}' first.")
+        if changes := request.changes_since(artifact):
             raise RunError(
-                f"{self.path(label)}: made from other settings than this recipe's; run '{stage}' again."
+                f"{path}: made from other settings than this recipe's ({in_a_line(changes)}); "
+                f"run '{request.stage}' again."
             )
         return artifact
 

@@ -19,7 +19,7 @@ import transformers
 
 from xlstm_distill import embedded
 from xlstm_distill.artifacts import Artifact, Run
-from xlstm_distill.data.prepare import prepare_domain
+from xlstm_distill.data.prepare import prepare_domain, tokenizer_hash
 from xlstm_distill.data.rows import DomainRows, load_batch
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.recipe import Recipe
@@ -96,7 +96,9 @@ def _recipe(tokenizer: Path, data: Path, tokens: int, workers: int) -> Recipe:
 def _prepare(recipe: Recipe, folder: Path, tokenizer: Any, workers: int) -> Artifact:
     run = Run.open(folder, recipe)
     started, before = time.monotonic(), os.times()
-    artifact = prepare_domain(recipe, run, "x", tokenizer, QuietConsole())
+    artifact = prepare_domain(
+        recipe, run, "x", tokenizer, tokenizer_hash(tokenizer), QuietConsole()
+    )
     seconds, after = time.monotonic() - started, os.times()
     main_cpu = after.user + after.system - before.user - before.system
     cpu = (

@@ -19,6 +19,7 @@ from xlstm_distill.runtime.ranks import is_main_process, process_count
 if TYPE_CHECKING:
     from xlstm_distill.artifacts import Run
     from xlstm_distill.recipe import Recipe
+    from xlstm_distill.stages.lineage import Lineage
 
 STAGES = ("capture", "align", "distill", "merge", "evaluate", "report")
 
@@ -331,28 +332,30 @@ def _open(
     run_dir: Path | None,
     overrides: list[str] | None,
     check: Check = lambda recipe, processes: None,
-) -> tuple[Recipe, Run]:
+) -> tuple[Lineage, Run]:
     """Load and check the recipe first: a bad one must not leave a run directory behind."""
     from xlstm_distill.artifacts import Run
     from xlstm_distill.recipe import load_recipe
+    from xlstm_distill.stages.lineage import Lineage
 
     loaded = load_recipe(recipe, overrides or ())
     check(loaded, process_count())
-    return loaded, Run.open(_directory(run_dir, loaded), loaded)
+    run = Run.open(_directory(run_dir, loaded), loaded)
+    run.keep_recipe()
+    return Lineage(loaded), run
 
 
-def _check_evaluation(recipe: Recipe, run: Run) -> None:
+def _check_evaluation(lineage: Lineage, run: Run) -> None:
     """Refuse at once what could not be evaluated after days of training."""
     importlib.import_module("xlstm_distill.stages.workbench").quiet_libraries()
-    importlib.import_module("xlstm_distill.stages.evaluate").check(recipe, run)
+    importlib.import_module("xlstm_distill.stages.evaluate").check(lineage, run)
 
 
-def _run_stage(stage: str, recipe: Recipe, run: Run, console: Console, **options: Any) -> None:
+def _run_stage(stage: str, lineage: Lineage, run: Run, console: Console, **options: Any) -> None:
     started = time.monotonic()
     importlib.import_module("xlstm_distill.stages.workbench").quiet_libraries()
-    result = importlib.import_module(f"xlstm_distill.stages.{stage}").run(
-        recipe, run, console, **options
-    )
+    module = importlib.import_module(f"xlstm_distill.stages.{stage}")
+    result = getattr(module, stage)(lineage, run, console, **options)
     artifacts = result if isinstance(result, list) else [result]
     made = [artifact for artifact in artifacts if not getattr(artifact, "reused", False)]
     seconds = f"done in {time.monotonic() - started:.1f} s"

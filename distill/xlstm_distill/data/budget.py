@@ -70,3 +70,13 @@ def _rows_read(tokens: int, batch: int, recipe: Recipe) -> int:
 
 def _share(weights: Mapping[str, float], domain: str) -> float:
     return weights.get(domain, 0.0) / sum(weights.values())
+
+
+def keys_of_rows(name: str) -> dict[str, str]:
+    """Recipe keys of the parts of a domain's request, for messages."""
+    return {
+        "sources": f"data.domains.{name}.sources",
+        "context": "data.context",
+        "long_documents": "data.long_documents",
+        "rows": f"rows of {name}",
+    }

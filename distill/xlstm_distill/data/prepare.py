@@ -10,7 +10,7 @@ from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.artifacts.locks import wait_for
 from xlstm_distill.data import sources
-from xlstm_distill.data.budget import held_out_span, rows_needed
+from xlstm_distill.data.budget import held_out_span, keys_of_rows, rows_needed
 from xlstm_distill.data.preparation import Preparation, clean
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
@@ -21,17 +21,20 @@ ROWS_FORMAT = 3
 
 
 def prepare_domain(
-    recipe: Recipe, run: Run, name: str, tokenizer: Any, console: Console
+    recipe: Recipe, run: Run, name: str, tokenizer: Any, tokenizer_hash: str, console: Console
 ) -> Artifact:
     """Tokenise and pack a domain's documents into rows, once; the artifact is `data/<domain>`.
 
-    A preparation that was killed goes on from its last finished shard and ends with the same rows. Of several runs of
-    the command on one run directory the first prepares and the others wait.
+    A preparation that was killed goes on from its last finished shard and ends with the same rows.
+    Of several runs of the command on one run directory the first prepares; the others wait.
     """
-    needed = max(rows_needed(recipe, name), _rows_there(recipe, run, name, tokenizer))
+    needed = rows_needed(recipe, name)
+    # Rows that are there stay, also where this recipe needs fewer of them.
+    needed = max(needed, _rows_there(recipe, run, name, tokenizer_hash))
     request = replace(
-        _data_request(recipe, name, tokenizer, rows=needed),
-        identity=data_identity(recipe, name, tokenizer),
+        data_request(recipe, name, tokenizer_hash, rows=needed),
+        identity=data_identity(recipe, name, tokenizer_hash),
+        keys=keys_of_rows(name),
     )
     folder = run.work_directory(request)
 
@@ -39,30 +42,34 @@ def prepare_domain(
         Preparation(recipe, name, needed, tokenizer, folder, console).build(draft)
 
     if not is_main_process() or run.find(request):
-        return run.make(request, build)
+        return run.make(request, build, console=console)
 
     def say_waiting() -> None:
         console.line(f"{request.label}: another process prepares it; waiting.")
 
     with wait_for(folder.with_name(f"data-{name}.lock"), say_waiting):
-        artifact = run.make(request, build)
+        artifact = run.make(request, build, console=console)
         clean(folder)
     return artifact
 
 
-def data_identity(recipe: Recipe, name: str, tokenizer: Any) -> str:
-    """Hash of what a domain's rows are, however many of them there are: the first are the same for any number.
+def data_identity(recipe: Recipe, name: str, tokenizer_hash: str) -> str:
+    """Hash of what a domain's rows are, however many there are: the first are always the same.
 
     A stage's result depends on this, and on the number of rows that its own settings make it read.
     """
-    span = {
-        "held_out_span": held_out_span(recipe, name),
-        "validation_rows": recipe.data.validation_rows,
-    }
-    return _data_request(recipe, name, tokenizer, **span).fingerprint
+    span = held_out_span(recipe, name)
+    return data_request(
+        recipe,
+        name,
+        tokenizer_hash,
+        held_out_span=span,
+        validation_rows=recipe.data.validation_rows,
+    ).fingerprint
 
 
-def _data_request(recipe: Recipe, name: str, tokenizer: Any, **counts: int) -> Request:
+def data_request(recipe: Recipe, name: str, tokenizer_hash: str, **counts: int) -> Request:
+    """What a domain's rows are made from; `counts` says which part of them is meant."""
     parts = {
         "format": ROWS_FORMAT,
         "sources": [sources.identity(s) for s in recipe.data.domains[name].sources],
@@ -71,18 +78,17 @@ def _data_request(recipe: Recipe, name: str, tokenizer: Any, **counts: int) -> R
         "seed": recipe.seed,
         **counts,
     }
-    return Request("data", name=name, parts=parts, inputs={"tokenizer": tokenizer_hash(tokenizer)})
+    return Request("data", name=name, parts=parts, inputs={"tokenizer": tokenizer_hash})
 
 
-def _rows_there(recipe: Recipe, run: Run, name: str, tokenizer: Any) -> int:
+def _rows_there(recipe: Recipe, run: Run, name: str, tokenizer_hash: str) -> int:
     """Rows asked for when the published artifact was made, if it holds this recipe's rows; else 0."""
     published = run.load(f"data/{name}")
-    rows = published.manifest["recipe"].get("rows", 0) if published else 0
-    same = (
-        published
-        and _data_request(recipe, name, tokenizer, rows=rows).fingerprint == published.fingerprint
-    )
-    return rows if same else 0
+    if published is None:
+        return 0
+    rows = published.manifest["recipe"].get("rows", 0)
+    same = data_request(recipe, name, tokenizer_hash, rows=rows)
+    return rows if same.fingerprint == published.fingerprint else 0
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

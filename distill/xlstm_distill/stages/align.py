@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
+from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
+from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
-from xlstm_distill.models.teacher import load_teacher, load_tokenizer
+from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.planning.flops import align_flops
-from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.prepare import prepare
 from xlstm_distill.stages.workbench import (
-    align_request,
-    align_rows,
-    aligned_domains,
     architecture_of,
     keep_training,
     open_domains,
-    prepare_domains,
     save_model,
 )
 from xlstm_distill.training.accelerator import full_state_dict, make_accelerator
@@ -29,60 +29,71 @@ from xlstm_distill.training.objectives import AlignTask
 from xlstm_distill.training.trainer import Plan, Stretch, Trainer
 
 
-def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
-    """Convert the teacher and align the new parameters; the result is the seed θ(0) of every expert."""
-    weights = aligned_domains(recipe)
-    check_trackers(recipe.training.trackers)
-    request = align_request(recipe)
-    data = {} if run.has(request) else prepare_domains(recipe, run, weights, console)
+def align(lineage: Lineage, run: Run, console: Console) -> Artifact:
+    """Convert the teacher and align the new parameters: the seed weights θ(0) of every expert."""
+    check_trackers(lineage.recipe.training.trackers)
+    request = lineage.request("align")
+    # Whoever finds the artifact does not need the rows.
+    data = {} if run.has(request) else prepare(lineage, run, lineage.aligned_domains(), console)
 
     def build(draft: Draft) -> None:
-        accelerator = make_accelerator(recipe)
-        torch.manual_seed(recipe.seed)
-        # Both hold the same tensors: only the student's new parameters train, so one copy of the weights is enough.
-        teacher = load_teacher(recipe.teacher, accelerator.device)
-        student = convert(teacher, recipe.student.mixer, share_weights=True)
-        if not any(
-            student.new_parameters()
-        ):  # an ablation: the window branch alone has nothing to learn here
-            console.line(
-                f"align: no new parameters to align with branches {list(recipe.student.mixer.branches)}"
-            )
-            if accelerator.is_main_process:
-                save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
-            return
-        for _, parameter in student.new_parameters():  # small steps would be lost in bf16
-            parameter.data = parameter.data.float()
-        task = AlignTask(student, teacher)
-        domains = open_domains(recipe, data, align_rows(recipe))
-        steps = math.ceil(recipe.align.tokens / (recipe.align.batch * recipe.data.context))
-        schedule = RowSchedule(domains, weights, recipe.seed, steps * recipe.align.batch)
-        stretch = Stretch(schedule, steps, recipe.align.lr)
-        flops = align_flops(architecture_of(teacher), recipe.student.mixer, recipe.data.context)
-        plan = Plan(
-            "align",
-            (stretch,),
-            recipe.align.batch,
-            recipe.align.micro_batch or recipe.align.batch,
-            flops,
-        )
-        work = run.work_directory(request)
-        trainer = Trainer(
-            task,
-            recipe.align,
-            plan,
-            domains,
-            work,
-            accelerator,
-            training=recipe.training,
-            console=console,
-        )
-        outcome = trainer.run()
-        keep_training(draft, work, plan, outcome)
-        trained = full_state_dict(accelerator, student)
-        if accelerator.is_main_process:
-            save_model(student, load_tokenizer(recipe.teacher), draft.path / "model", trained)
-        errors = [held["mse"] / held["teacher_power"] for held in (outcome.before, outcome.after)]
-        console.line(f"align: held-out relative error {errors[0]:.3f} -> {errors[1]:.3f}")
+        _align(lineage, run, data, draft, console)
 
     return run.make(request, build, together=True, console=console)
+
+
+def _align(
+    lineage: Lineage, run: Run, data: Mapping[str, Artifact], draft: Draft, console: Console
+) -> None:
+    recipe = lineage.recipe
+    accelerator = make_accelerator(recipe)
+    torch.manual_seed(recipe.seed)
+    # Both hold the same tensors: only the new parameters train, so one copy of the rest is enough.
+    teacher = load_teacher(recipe.teacher, accelerator.device)
+    student = convert(teacher, recipe.student.mixer, share_weights=True)
+    if not any(student.new_parameters()):
+        # An ablation: the window branch alone has nothing to learn here.
+        branches = list(recipe.student.mixer.branches)
+        console.line(f"align: no new parameters to align with branches {branches}")
+        if accelerator.is_main_process:
+            save_model(student, lineage.tokenizer, draft.path / "model")
+        return
+    for _, parameter in student.new_parameters():
+        parameter.data = parameter.data.float()  # small steps would be lost in bf16
+    domains = open_domains(recipe, data, lineage.aligned_rows())
+    plan = _plan(lineage, teacher, domains)
+    work = run.work_directory(lineage.request("align"))
+    trainer = Trainer(
+        AlignTask(student, teacher),
+        recipe.align,
+        plan,
+        domains,
+        work,
+        accelerator,
+        training=recipe.training,
+        console=console,
+    )
+    outcome = trainer.run()
+    keep_training(draft, work, plan, outcome)
+    trained = full_state_dict(accelerator, student)
+    if accelerator.is_main_process:
+        save_model(student, lineage.tokenizer, draft.path / "model", trained)
+    before, after = (
+        held["mse"] / held["teacher_power"] for held in (outcome.before, outcome.after)
+    )
+    console.line(f"align: held-out relative error {before:.3f} -> {after:.3f}")
+
+
+def _plan(lineage: Lineage, teacher: CausalLM, domains: Mapping[str, DomainRows]) -> Plan:
+    """One stretch over all domains that alignment reads."""
+    recipe, settings = lineage.recipe, lineage.recipe.align
+    tokens_per_step = settings.batch * recipe.data.context
+    steps = math.ceil(settings.tokens / tokens_per_step)
+    schedule = RowSchedule(domains, lineage.aligned_domains(), recipe.seed, steps * settings.batch)
+    return Plan(
+        "align",
+        (Stretch(schedule, steps, settings.lr),),
+        settings.batch,
+        settings.micro_batch or settings.batch,
+        align_flops(architecture_of(teacher), recipe.student.mixer, recipe.data.context),
+    )

@@ -24,7 +24,6 @@ from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, load_batch
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import load_teacher
-from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console, Progress, short
 from xlstm_distill.runtime.ranks import (
     all_agree,
@@ -33,13 +32,9 @@ from xlstm_distill.runtime.ranks import (
     process_index,
     wait_for_everyone,
 )
-from xlstm_distill.stages.workbench import (
-    STORE,
-    capture_request,
-    open_domains,
-    prepare_domains,
-    store_identity,
-)
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.prepare import prepare
+from xlstm_distill.stages.workbench import open_domains
 from xlstm_distill.targets.providers import (
     OnlineTargets,
     StoredTargets,
@@ -56,6 +51,8 @@ from xlstm_distill.targets.store import (
 )
 from xlstm_distill.training.accelerator import make_accelerator
 
+STORE = "store"
+"""Folder of a capture's shards inside its artifact."""
 SHARDS = 64
 SHARD_TOKENS = (2**16, 2**22)
 """A domain is cut into about so many shards, but none smaller or larger than this (tokens of text)."""
@@ -74,14 +71,15 @@ class ShardRows:
     count: int
 
 
-def run(
-    recipe: Recipe, run: Run, console: Console, shard: str | None = None
+def capture(
+    lineage: Lineage, run: Run, console: Console, shard: str | None = None
 ) -> list[Artifact | None]:
-    """Store top-k targets of every domain that an expert uses; nothing to do where targets are computed online.
+    """Store top-k targets of every domain that an expert reads; nothing where they are online.
 
-    `shard` (`I/N`) is the share of this run of the program among N. None stands for a domain that is not published
-    yet, because shards of other shares are missing.
+    `shard` (`I/N`) is the share of this run of the program among N. None in the result stands for a
+    domain that is not published yet, because shards of other shares are missing.
     """
+    recipe = lineage.recipe
     share = parse_share(shard) if shard is not None else (0, 1)
     if recipe.capture.targets == "online":
         if shard is not None:
@@ -90,29 +88,29 @@ def run(
             )
         return []
     limits = captured_rows(recipe)
-    requests = {name: capture_request(recipe, name) for name in limits}
+    requests = {name: lineage.request(f"capture/{name}") for name in limits}
     if all(run.has(request) for request in requests.values()):
-        return [run.need(request.label, request.fingerprint) for request in requests.values()]
+        return [run.need(request) for request in requests.values()]
 
-    @functools.cache
+    @functools.cache  # loaded by whoever has a shard to write, once for all domains
     def teacher() -> OnlineTargets:
-        return OnlineTargets(
-            load_teacher(recipe.teacher, make_accelerator(recipe).device), recipe.capture.top_k
-        )
+        loaded = load_teacher(recipe.teacher, make_accelerator(recipe).device)
+        return OnlineTargets(loaded, recipe.capture.top_k)
 
-    rows = open_domains(recipe, prepare_domains(recipe, run, limits, console), limits)
-    return [
-        DomainCapture(
+    rows = open_domains(recipe, prepare(lineage, run, limits, console), limits)
+    found: list[Artifact | None] = []
+    for name, request in requests.items():
+        domain = DomainCapture(
             run=run,
             request=request,
-            identity=store_identity(recipe, name),
+            identity=lineage.store_identity(name),
             rows=rows[name],
             batch=recipe.capture.batch,
             teacher=teacher,
             console=console,
-        ).work(share)
-        for name, request in requests.items()
-    ]
+        )
+        found.append(domain.work(share))
+    return found
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -169,7 +167,9 @@ class DomainCapture:
             return done
         part, parts = share
         worker, workers = part * process_count() + process_index(), parts * process_count()
-        self._write(self.shards[worker::workers])
+        self.run.say_why(self.request, self.console)
+        with self.run.working(self.request.label):
+            self._write(self.shards[worker::workers])
         wait_for_everyone()
         missing = [shard.number for shard in self.shards if not self._finished(shard)]
         if not all_agree(not missing or self._published()):

@@ -5,35 +5,30 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.data.budget import expert_rows
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.models.teacher import load_teacher, load_tokenizer, teacher_hash
+from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.planning.flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import process_count
+from xlstm_distill.stages.capture import STORE
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.prepare import prepare
 from xlstm_distill.stages.workbench import (
-    NO_PART,
-    STORE,
-    align_request,
     architecture_of,
-    capture_identity,
-    capture_request,
-    data_inputs,
     keep_training,
     load_student,
     open_domains,
-    part,
-    prepare_domains,
     save_model,
-    store_identity,
 )
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, TargetSource
 from xlstm_distill.targets.store import Store
@@ -49,11 +44,13 @@ from xlstm_distill.training.objectives import DistillTask
 from xlstm_distill.training.trainer import Plan, Stretch, Trainer
 
 
-def run(recipe: Recipe, run: Run, console: Console, expert: str | None = None) -> list[Artifact]:
+def distill(
+    lineage: Lineage, run: Run, console: Console, expert: str | None = None
+) -> list[Artifact]:
     """Train one expert, by name or index, or all of them in the recipe's order."""
-    names = choose_experts(list(recipe.distill.experts), expert)
-    check_trackers(recipe.training.trackers)
-    return [_run_expert(recipe, run, name, console) for name in names]
+    names = choose_experts(list(lineage.recipe.distill.experts), expert)
+    check_trackers(lineage.recipe.training.trackers)
+    return [_expert(lineage, run, name, console) for name in names]
 
 
 def choose_experts(names: Sequence[str], wanted: str | None) -> Sequence[str]:
@@ -74,93 +71,80 @@ def choose_experts(names: Sequence[str], wanted: str | None) -> Sequence[str]:
     )
 
 
-def expert_request(recipe: Recipe, name: str) -> Request:
-    """What an expert is made from: settings shared by all, its own phases, seed weights, data and targets."""
-    domains = expert_rows(recipe, name)
-    inputs = {"align": align_request(recipe).fingerprint, "teacher": teacher_hash(recipe.teacher)}
-    if recipe.capture.targets == "stored":
-        inputs |= {f"capture/{domain}": capture_identity(recipe, domain) for domain in domains}
-    parts = {
-        "distill": part(recipe.distill, "experts", *NO_PART, "activation_checkpointing"),
-        "expert": part(recipe.distill.experts[name]),
-        "capture": part(recipe.capture, "batch", "shard_teacher"),
-        "seed": recipe.seed,
-    }
-    return Request(
-        "distill", name=name, parts=parts, inputs={**inputs, **data_inputs(recipe, domains)}
+@dataclass(frozen=True)
+class Material:
+    """The artifacts an expert is made of: seed student, stored targets and rows by domain."""
+
+    aligned: Artifact
+    targets: Mapping[str, Artifact]
+    data: Mapping[str, Artifact]
+
+
+def _expert(lineage: Lineage, run: Run, name: str, console: Console) -> Artifact:
+    request = lineage.request(f"distill/{name}")
+    if run.has(request):
+        return run.need(request)
+    # What it builds on is looked for first: a missing seed student is said before rows are made.
+    aligned = run.need(lineage.request("align"))
+    targets = _captured(lineage, run, name)
+    data = prepare(lineage, run, expert_rows(lineage.recipe, name), console)
+    material = Material(aligned, targets, data)
+
+    def build(draft: Draft) -> None:
+        _train(lineage, run, name, material, draft, console)
+
+    return run.make(request, build, together=True, console=console)
+
+
+def _train(
+    lineage: Lineage, run: Run, name: str, material: Material, draft: Draft, console: Console
+) -> None:
+    recipe, settings = lineage.recipe, lineage.recipe.distill
+    accelerator = make_accelerator(recipe)
+    torch.manual_seed(recipe.seed)
+    student = _trainable_student(recipe, material.aligned)
+    source = _targets(lineage, material.targets, accelerator.device)
+    task = DistillTask(
+        student, source, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail
+    )
+    domains = open_domains(recipe, material.data, expert_rows(recipe, name))
+    plan = _plan(recipe, name, student, domains)
+    work = run.work_directory(lineage.request(f"distill/{name}"))
+    trainer = Trainer(
+        task,
+        settings,
+        plan,
+        domains,
+        work,
+        accelerator,
+        training=recipe.training,
+        console=console,
+    )
+    outcome = trainer.run()
+    keep_training(draft, work, plan, outcome)
+    weights = full_state_dict(accelerator, student)
+    if accelerator.is_main_process:
+        if settings.trainable == "lora":
+            weights = merged_state(weights, settings.lora_rank, settings.lora_alpha)
+        save_model(student, lineage.tokenizer, draft.path / "model", weights)
+    console.line(
+        f"{plan.label}: held-out CE {outcome.before['ce']:.3f} -> {outcome.after['ce']:.3f}, "
+        f"KL {outcome.before['kl']:.3f} -> {outcome.after['kl']:.3f} nats"
     )
 
 
-def find_experts(recipe: Recipe, run: Run) -> dict[str, Artifact]:
-    """The published experts of this recipe.
-
-    Raises:
-        RunError: one is missing, or was made from other settings.
-    """
-    found = {}
-    for name in recipe.distill.experts:
-        request = expert_request(recipe, name)
-        found[name] = run.need(request.label, request.fingerprint)
-    return found
-
-
-def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifact:
-    request = expert_request(recipe, name)
-    if run.has(request):
-        return run.need(request.label, request.fingerprint)
-    aligned = run.need("align", request.inputs["align"])
-    targets = _find_targets(recipe, run, name)
-    data = prepare_domains(recipe, run, expert_rows(recipe, name), console)
-
-    def build(draft: Draft) -> None:
-        accelerator = make_accelerator(recipe)
-        torch.manual_seed(recipe.seed)
-        student = load_student(
-            aligned, torch.float32
-        )  # on the CPU: what is sharded moves shard by shard
-        settings = recipe.distill
-        if settings.trainable == "lora":
-            add_lora(student, settings.lora_rank, settings.lora_alpha)
-        else:
-            choose_trainable(student, settings.trainable)
-        if settings.activation_checkpointing:
-            checkpoint_activations(student)
-        source = _targets(recipe, targets, accelerator.device)
-        task = DistillTask(
-            student, source, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail
-        )
-        domains = open_domains(recipe, data, expert_rows(recipe, name))
-        stretches = _stretches(recipe, recipe.distill.experts[name], domains)
-        flops = distill_flops(
-            architecture_of(student), recipe.student.mixer, recipe.data.context, settings.trainable,
-            lora_rank=settings.lora_rank, online=recipe.capture.targets == "online",
-        )  # fmt: skip
-        micro_batch = settings.micro_batch or settings.batch
-        plan = Plan(f"distill/{name}", stretches, settings.batch, micro_batch, flops)
-        work = run.work_directory(request)
-        trainer = Trainer(
-            task,
-            settings,
-            plan,
-            domains,
-            work,
-            accelerator,
-            training=recipe.training,
-            console=console,
-        )
-        outcome = trainer.run()
-        keep_training(draft, work, plan, outcome)
-        weights = full_state_dict(accelerator, student)
-        if accelerator.is_main_process:
-            if settings.trainable == "lora":
-                weights = merged_state(weights, settings.lora_rank, settings.lora_alpha)
-            save_model(student, load_tokenizer(recipe.teacher), draft.path / "model", weights)
-        console.line(
-            f"{plan.label}: held-out CE {outcome.before['ce']:.3f} -> {outcome.after['ce']:.3f}, "
-            f"KL {outcome.before['kl']:.3f} -> {outcome.after['kl']:.3f} nats"
-        )
-
-    return run.make(request, build, together=True, console=console)
+def _trainable_student(recipe: Recipe, aligned: Artifact) -> CausalLM:
+    """The seed student with the parameters that the recipe trains."""
+    settings = recipe.distill
+    # On the CPU and in float32: what is sharded moves to its device shard by shard.
+    student = load_student(aligned, torch.float32)
+    if settings.trainable == "lora":
+        add_lora(student, settings.lora_rank, settings.lora_alpha)
+    else:
+        choose_trainable(student, settings.trainable)
+    if settings.activation_checkpointing:
+        checkpoint_activations(student)
+    return student
 
 
 def choose_trainable(student: CausalLM, which: str) -> None:
@@ -171,35 +155,47 @@ def choose_trainable(student: CausalLM, which: str) -> None:
             mixer.requires_grad_(True)
 
 
-def _find_targets(recipe: Recipe, run: Run, name: str) -> dict[str, Artifact]:
+def _captured(lineage: Lineage, run: Run, name: str) -> dict[str, Artifact]:
     """The published targets of an expert's domains; none where they are computed online.
 
     Raises:
         RunError: one is missing, or was made from other settings.
     """
-    if recipe.capture.targets == "online":
+    if lineage.recipe.capture.targets == "online":
         return {}
-    requests = {domain: capture_request(recipe, domain) for domain in expert_rows(recipe, name)}
-    return {
-        domain: run.need(request.label, request.fingerprint) for domain, request in requests.items()
-    }
+    domains = expert_rows(lineage.recipe, name)
+    return {domain: run.need(lineage.request(f"capture/{domain}")) for domain in domains}
 
 
 def _targets(
-    recipe: Recipe, captured: Mapping[str, Artifact], device: torch.device
+    lineage: Lineage, captured: Mapping[str, Artifact], device: torch.device
 ) -> TargetSource:
-    if recipe.capture.targets == "online":
-        kept = recipe.capture
-        teacher = load_teacher(recipe.teacher, device)
+    kept, teacher = lineage.recipe.capture, lineage.recipe.teacher
+    if kept.targets == "online":
+        model = load_teacher(teacher, device)
         if kept.shard_teacher and process_count() > 1:
-            shard_teacher(teacher)
-        return OnlineTargets(teacher, kept.top_k, kept.mass, kept.min_k)
-    return StoredTargets(
-        {
-            domain: Store(a.path / STORE, store_identity(recipe, domain))
-            for domain, a in captured.items()
-        }
+            shard_teacher(model)
+        return OnlineTargets(model, kept.top_k, kept.mass, kept.min_k)
+    stores = {}
+    for domain, artifact in captured.items():
+        stores[domain] = Store(artifact.path / STORE, lineage.store_identity(domain))
+    return StoredTargets(stores)
+
+
+def _plan(recipe: Recipe, name: str, student: CausalLM, domains: Mapping[str, DomainRows]) -> Plan:
+    """The expert's phases, and what a token costs."""
+    settings = recipe.distill
+    flops = distill_flops(
+        architecture_of(student),
+        recipe.student.mixer,
+        recipe.data.context,
+        settings.trainable,
+        lora_rank=settings.lora_rank,
+        online=recipe.capture.targets == "online",
     )
+    stretches = _stretches(recipe, settings.experts[name], domains)
+    micro_batch = settings.micro_batch or settings.batch
+    return Plan(f"distill/{name}", stretches, settings.batch, micro_batch, flops)
 
 
 def _stretches(

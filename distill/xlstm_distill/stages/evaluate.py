@@ -4,126 +4,110 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from xlstm_distill.artifacts import Artifact, Draft, Request, Run
-from xlstm_distill.artifacts.hashing import hash_path
+from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.data.rows import DomainRows, load_batch
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.gates import GateMeter
-from xlstm_distill.models.teacher import load_teacher, load_tokenizer, teacher_hash
+from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
-from xlstm_distill.stages.merge import merge_request
-from xlstm_distill.stages.workbench import (
-    data_inputs,
-    load_student,
-    open_domains,
-    part,
-    prepare_domains,
-)
+from xlstm_distill.stages.lineage import TEACHER, Lineage
+from xlstm_distill.stages.prepare import prepare
+from xlstm_distill.stages.workbench import load_student, open_domains
 from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.results import write_samples
 from xlstm_eval.suites import Suite, SuiteTask
 
-TEACHER, MERGED = "teacher", "merged"
 GATE_ROWS = 16
 """Held-out rows of each domain over which the output gates are averaged."""
 
 
-def run(recipe: Recipe, run: Run, console: Console) -> list[Artifact]:
-    """Evaluate every model under the same settings; each has its own artifact, so a new merge redoes only itself."""
-    tokenizer = load_tokenizer(recipe.teacher)
-    suite = functools.cache(
-        lambda: load_suite(_suite(recipe))
-    )  # takes seconds: only when something is to be scored
-    planned = _plan(recipe, run)
-    done = all(run.has(request) for request, _ in planned.values())
-    data = {} if done else prepare_domains(recipe, run, recipe.data.domains, console)
+def evaluate(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
+    """Score every model under the same settings.
 
-    def build(name: str, source: Artifact | None, draft: Draft) -> None:
+    Each model has an artifact of its own, so that a new merge redoes only its own evaluation.
+    """
+    recipe = lineage.recipe
+    sources = _sources(lineage, run)
+    requests = {name: lineage.request(f"evaluate/{name}") for name in sources}
+    done = all([run.has(request) for request in requests.values()])  # a list: all ranks ask all
+    data = {} if done else prepare(lineage, run, recipe.data.domains, console)
+
+    @functools.cache  # takes seconds: only when something is to be scored
+    def suite() -> LoadedSuite:
+        return load_suite(_suite(recipe))
+
+    def build(name: str, draft: Draft) -> None:
         device = make_accelerator(recipe).device
-        dtype = getattr(torch, recipe.teacher.dtype)
-        model = (
-            load_student(source, dtype, device) if source else load_teacher(recipe.teacher, device)
-        )
-        _score(model.eval(), tokenizer, suite(), name, recipe, draft, console)
+        source = sources[name]
+        if source is None:
+            model = load_teacher(recipe.teacher, device)
+        else:
+            model = load_student(source, getattr(torch, recipe.teacher.dtype), device)
+        _score(model.eval(), lineage, suite(), name, draft, console)
         if source is not None:
-            held_out = open_domains(recipe, data, dict.fromkeys(data, recipe.data.validation_rows))
+            limits = dict.fromkeys(data, recipe.data.validation_rows)
+            held_out = open_domains(recipe, data, limits)
             draft.write_json("gates.json", mean_gates(model, held_out, device))
 
     return [
-        run.make(request, functools.partial(build, name, source))
-        for name, (request, source) in planned.items()
+        run.make(request, functools.partial(build, name), console=console)
+        for name, request in requests.items()
     ]
 
 
-def check(recipe: Recipe, run: Run) -> None:
-    """Refuse before any training what could not be evaluated after it; one process does, as one evaluates.
+def check(lineage: Lineage, run: Run) -> None:
+    """Refuse before any training what could not be evaluated after it.
 
-    A teacher that has been evaluated under these settings shows that they are good.
+    Rank 0 checks, as rank 0 evaluates. A teacher that has been evaluated under these settings shows
+    that they are good.
 
     Raises:
-        EvalError: an unknown task, metric or filter, data that cannot be loaded, unsafe code that is not confirmed,
-            or more tokens to generate than the context holds.
+        EvalError: an unknown task, metric or filter, data that cannot be loaded, unsafe code that
+            is not confirmed, or more tokens to generate than the context holds.
     """
-    if not is_main_process() or run.find(_request(recipe, TEACHER, None, {})):
+    if not is_main_process() or run.find(lineage.request(f"evaluate/{TEACHER}")):
         return
-    tokenizer, teacher = load_tokenizer(recipe.teacher), recipe.teacher
+    check_tasks(lineage)
+
+
+def check_tasks(lineage: Lineage) -> None:
+    """Check the recipe's tasks against the teacher's tokenizer and context; raises as `check`."""
+    teacher = lineage.recipe.teacher
     config = AutoConfig.from_pretrained(
         teacher.path,
         revision=teacher.revision or "main",
         trust_remote_code=teacher.trust_remote_code,
     )
-    check_suite(_suite(recipe), config, tokenizer)
+    check_suite(_suite(lineage.recipe), config, lineage.tokenizer)
 
 
-def find_evaluations(recipe: Recipe, run: Run) -> dict[str, Artifact]:
+def find_evaluations(lineage: Lineage, run: Run) -> dict[str, Artifact]:
     """The published evaluations of this recipe, the teacher's first.
 
     Raises:
         RunError: one is missing, or was made from other settings.
     """
-    planned = _plan(recipe, run)
-    return {
-        name: run.need(request.label, request.fingerprint) for name, (request, _) in planned.items()
-    }
+    _sources(lineage, run)  # a missing student is said before its missing evaluation
+    models = lineage.evaluated_models()
+    return {name: run.need(lineage.request(f"evaluate/{name}")) for name in models}
 
 
-def _plan(recipe: Recipe, run: Run) -> dict[str, tuple[Request, Artifact | None]]:
-    """What is evaluated: each model's request and the artifact that holds it (None for the teacher)."""
-    sources: dict[str, Artifact | None] = {TEACHER: None, **_students(recipe, run)}
-    data = data_inputs(recipe, recipe.data.domains)
-    return {
-        name: (_request(recipe, name, source, data), source) for name, source in sources.items()
-    }
-
-
-def _students(recipe: Recipe, run: Run) -> dict[str, Artifact]:
-    """The merged student, then the experts where the recipe wants them scored."""
-    request, experts = merge_request(recipe, run)
-    students = {MERGED: run.need(request.label, request.fingerprint)}
-    return {**students, **(experts if recipe.evaluate.experts else {})}
-
-
-def _request(recipe: Recipe, name: str, source: Artifact | None, data: dict[str, str]) -> Request:
-    if source is None:
-        inputs = {"teacher": teacher_hash(recipe.teacher)}
-    else:
-        inputs = {f"{source.manifest['stage']}/{name}": source.fingerprint, **data}
-    if recipe.evaluate.include is not None:
-        inputs["tasks"] = hash_path(Path(recipe.evaluate.include))
-    parts = {
-        "evaluate": part(recipe.evaluate, "include", "experts"),
-        "dtype": recipe.teacher.dtype,
-        "seed": recipe.seed,
-    }
-    return Request("evaluate", name=name, parts=parts, inputs=inputs)
+def _sources(lineage: Lineage, run: Run) -> dict[str, Artifact | None]:
+    """The artifact that holds each model; None for the teacher."""
+    found: dict[str, Artifact | None] = {}
+    for name in lineage.evaluated_models():
+        if name == TEACHER:
+            found[name] = None
+        else:
+            found[name] = run.need(lineage.request(lineage.model_label(name)))
+    return found
 
 
 def _suite(recipe: Recipe) -> Suite:
@@ -152,10 +136,9 @@ def _suite(recipe: Recipe) -> Suite:
 
 def _score(
     model: CausalLM,
-    tokenizer: Any,
+    lineage: Lineage,
     suite: LoadedSuite,
     name: str,
-    recipe: Recipe,
     draft: Draft,
     console: Console,
 ) -> None:
@@ -170,10 +153,10 @@ def _score(
 
         result = evaluate_model(
             model,
-            tokenizer,
+            lineage.tokenizer,
             suite,
-            batch_size=recipe.evaluate.batch,
-            seed=recipe.seed,
+            batch_size=lineage.recipe.evaluate.batch,
+            seed=lineage.recipe.seed,
             progress=advance,
         )
     for warning in result.warnings:

@@ -4,52 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.merging.linear import merge_state_dicts
-from xlstm_distill.models.teacher import load_tokenizer
-from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
-from xlstm_distill.stages.distill import find_experts
+from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.workbench import load_student, save_model
 
 
-def merge_weights(recipe: Recipe) -> dict[str, float]:
-    """The recipe's merge weights by expert; uniform ones are 1/K each."""
-    experts = recipe.distill.experts
-    if recipe.merge.weights == "uniform":
-        return {name: 1 / len(experts) for name in experts}
-    return dict(recipe.merge.weights)
-
-
-def merge_request(recipe: Recipe, run: Run) -> tuple[Request, dict[str, Artifact]]:
-    """What the merged student is made from, and the experts, which must be there and of this recipe."""
-    weights = merge_weights(recipe)
-    experts = find_experts(recipe, run)
-    request = Request(
-        "merge",
-        parts={"method": recipe.merge.method, "weights": weights},
-        inputs={f"distill/{name}": artifact.fingerprint for name, artifact in experts.items()},
-    )
-    return request, experts
-
-
-def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
+def merge(lineage: Lineage, run: Run, console: Console) -> Artifact:
     """Merge the experts; with one expert the result is that expert."""
-    request, experts = merge_request(recipe, run)
-    weights = merge_weights(recipe)
+    weights = lineage.merge_weights()
+    experts = {name: run.need(lineage.request(f"distill/{name}")) for name in weights}
 
     def build(draft: Draft) -> None:
-        students = {
-            name: load_student(experts[name], torch.float32) for name, w in weights.items() if w > 0
-        }
-        used = {name: weights[name] for name in students}
-        merged = merge_state_dicts({name: s.state_dict() for name, s in students.items()}, used)
-        student = next(iter(students.values()))
-        student.load_state_dict(merged)
-        save_model(student, load_tokenizer(recipe.teacher), draft.path / "model")
+        # Experts of weight 0 are not loaded: a student of 8B parameters takes 32 GB in float32.
+        used = {name: weight for name, weight in weights.items() if weight > 0}
+        students = {name: load_student(experts[name], torch.float32) for name in used}
+        states = {name: student.state_dict() for name, student in students.items()}
+        merged = next(iter(students.values()))
+        merged.load_state_dict(merge_state_dicts(states, used))
+        save_model(merged, lineage.tokenizer, draft.path / "model")
         draft.results |= {"weights": weights}
-        console.line(
-            "merge: " + ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
-        )
+        shown = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
+        console.line(f"merge: {shown}")
 
-    return run.make(request, build)
+    return run.make(lineage.request("merge"), build, console=console)

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.artifacts.files import replace_directory
 from xlstm_distill.artifacts.run import MANIFEST, versions
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.load import recipe_to_yaml
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
-from xlstm_distill.stages.evaluate import MERGED, TEACHER, find_evaluations
-from xlstm_distill.stages.workbench import part
+from xlstm_distill.stages.evaluate import find_evaluations
+from xlstm_distill.stages.lineage import MERGED, STAGES, TEACHER, Lineage, stage_of
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
@@ -27,31 +27,29 @@ from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
 CURVE_POINTS = 200
 UNITS = {"mse": "squared error", "ce": "nats per token", "kl": "nats per token"}
 FOLDER = "report"
-STAGES = ("data", "capture", "align", "distill", "merge", "evaluate")
 
 
-def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
+def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
     """Publish the report and put report.{html,md,json} into RUN/report."""
-    evaluated = find_evaluations(recipe, run)
+    evaluated = find_evaluations(lineage, run)
     _require_same_requests(evaluated)
-    request = Request(
-        "report",
-        parts={"report": part(recipe.report), "recipe": part(recipe)},
-        inputs={f"evaluate/{name}": artifact.fingerprint for name, artifact in evaluated.items()},
-    )
-    artifact = run.make(request, lambda draft: _write(recipe, run, evaluated, draft))
+
+    def build(draft: Draft) -> None:
+        _write(lineage.recipe, run, evaluated, draft)
+
+    artifact = run.make(lineage.request("report"), build, console=console)
     target = run.directory / FOLDER
-    if is_main_process() and not (artifact.reused and (target / "report.html").is_file()):
+    shown = artifact.reused and (target / "report.html").is_file()
+    if is_main_process() and not shown:
         with tempfile.TemporaryDirectory(dir=run.directory) as folder:
-            replace_directory(
-                Path(shutil.copytree(artifact.path / FOLDER, Path(folder) / FOLDER)), target
-            )
+            copy = shutil.copytree(artifact.path / FOLDER, Path(folder) / FOLDER)
+            replace_directory(Path(copy), target)
     return artifact
 
 
 def _write(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact], draft: Draft) -> None:
     students = {name: artifact for name, artifact in evaluated.items() if name != TEACHER}
-    sources = lineage(run, evaluated)
+    sources = ancestry(run, evaluated)
     data = ReportData(
         title=recipe.report.title or f"{recipe.name}: student against teacher",
         teacher=Path(recipe.teacher.path).name
@@ -93,28 +91,29 @@ def _gates(students: Mapping[str, Artifact]) -> dict[str, Any] | None:
     return {name: rows for name, rows in gates.items() if rows} or None
 
 
-def lineage(run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    """The evaluations and all they were made from, in the stages' order and then by time; what else is there is not.
+def ancestry(run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """The evaluations and all that they were made from, in the stages' order and then by time.
 
-    An artifact that has since been made anew from other settings is left out.
+    Nothing else that lies in the run counts, and neither does an artifact that has since been made
+    again from other settings.
     """
     found = {f"evaluate/{name}": artifact for name, artifact in evaluated.items()}
     waiting = list(found.values())
     while waiting:
         for name, identity in waiting.pop().manifest["inputs"].items():
+            # An evaluation names its model: "merge/merged" is the artifact "merge".
             label = "merge" if name == f"merge/{MERGED}" else name
-            if label.split("/")[0] not in STAGES or label in found:
+            if stage_of(label) not in STAGES or label in found:
                 continue
             artifact = run.load(label)
             if artifact is not None and artifact.identity == identity:
                 found[label] = artifact
                 waiting.append(artifact)
-    return dict(
-        sorted(
-            found.items(),
-            key=lambda item: (STAGES.index(item[0].split("/")[0]), _finished(item[1])),
-        )
-    )
+
+    def place(label: str) -> tuple[int, int]:
+        return STAGES.index(stage_of(label)), _finished(found[label])
+
+    return {label: found[label] for label in sorted(found, key=place)}
 
 
 def _finished(artifact: Artifact) -> int:

@@ -1,9 +1,12 @@
-"""How far a run is, read from its directory by another shell; touches nothing."""
+"""How far a run is, read from its directory by another shell. Loads no torch; touches nothing.
+
+The run's saved recipe says which artifacts there should be and from which settings. Manifests say
+what was made, locks and logs what is being made.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import platform
 import re
@@ -13,24 +16,38 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlstm_distill.artifacts.locks import training_lock
+import yaml
+
+from xlstm_distill.artifacts.artifact import FORMAT
+from xlstm_distill.artifacts.changes import changed_settings, in_a_line
+from xlstm_distill.artifacts.locks import is_held, training_lock
+from xlstm_distill.artifacts.run import RECIPE_FILE
 from xlstm_distill.errors import UserError
+from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import clock_time, short
+from xlstm_distill.stages.lineage import Lineage, stage_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SILENT_SECONDS, SILENT_STEPS = 60.0, 5.0
-"""A training that has logged nothing for so long, and for so many of its steps, is silent: it validates, saves, hangs,
-or, where nothing else can be found out, is not running any more."""
-"""What a training holds while it runs (`checkpoints.exclusive`)."""
+"""A training is silent when it has logged nothing for so long and for so many of its steps.
+
+It validates, saves or hangs; where nothing else can be found out, it is not running any more.
+"""
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError)
-"""What reading half-written or foreign JSON can raise."""
+"""What reading half-written or foreign files can raise."""
+UNDER_WAY = ("running", "silent")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """An artifact that is done, or a training on its way to one. Times in seconds."""
+class StageStatus:
+    """Where an artifact of the run stands. Times are in seconds.
+
+    `state` is `done`, `outdated` (made from other settings than the saved recipe's; `why` names
+    them), `running`, `silent` (running, but without a word), `stopped`, `waiting` (not begun) or
+    `unreadable` (`path` names the file, from the run directory on).
+    """
 
     label: str
     state: str
@@ -42,40 +59,72 @@ class Stage:
     seconds_since: float | None = None
     checkpoint: int | None = None
     figures: dict[str, float] | None = None
+    host: str | None = None
+    why: str | None = None
     path: str | None = None
-    """The file that could not be read, from the run directory on."""
 
 
-def read_status(run: Path) -> list[Stage]:
-    """Read all artifacts and trainings of a run directory, oldest first.
+def read_status(run: Path) -> list[StageStatus]:
+    """Read all artifacts, trainings and other work of a run directory, in the stages' order.
 
     Raises:
         UserError: it is no run directory.
     """
     if not (run / "artifacts").is_dir():
         raise UserError(
-            f"RUN: {run} is no run directory (it has no folder 'artifacts'); give the one that 'run' wrote."
+            f"RUN: {run} is no run directory (it has no folder 'artifacts'); "
+            "give the one that 'run' wrote."
         )
-    manifests = [
-        p
-        for p in (run / "artifacts").rglob("manifest.json")
-        if not p.relative_to(run).as_posix().count("/.")
-    ]
-    done = [
-        stage
-        for path in sorted(manifests, key=_modified)
-        if (stage := _read(_artifact, path, run, _label(path, run)))
-    ]
-    published = {_label(path, run): _modified(path) for path in manifests}
+    manifests = _manifests(run)
+    found = _published(run, manifests)
+    for status in (*_trainings(run, manifests), *_working(run)):
+        earlier = found.get(status.label)
+        # Work under way counts more than an earlier result, and a running process more than the
+        # leftovers of a stopped one.
+        if earlier is None or earlier.state not in UNDER_WAY:
+            found[status.label] = status
+    lineage = _saved_lineage(run)
+    if lineage is None:  # a run of before recipes were saved
+        return list(found.values())
+    return _compared(lineage, found, manifests)
+
+
+def _manifests(run: Path) -> dict[str, Path]:
+    """Manifests of the published artifacts by label, oldest first."""
+    artifacts = run / "artifacts"
+    found: dict[str, Path] = {}
+    for path in sorted(artifacts.rglob("manifest.json"), key=_modified):
+        folder = path.parent.relative_to(artifacts)
+        # Drafts and gathered shards lie in hidden folders beside the artifacts.
+        if not any(name.startswith(".") for name in folder.parts):
+            found[folder.as_posix()] = path
+    return found
+
+
+def _published(run: Path, manifests: Mapping[str, Path]) -> dict[str, StageStatus]:
+    found: dict[str, StageStatus] = {}
+    for label, path in manifests.items():
+        if status := _read(_artifact, path, run, label):
+            found[label] = status
+    return found
+
+
+def _trainings(run: Path, manifests: Mapping[str, Path]) -> list[StageStatus]:
+    published = {label: _modified(path) for label, path in manifests.items()}
+
+    def read(header: Path) -> StageStatus | None:
+        return _training(header, published)
+
     headers = sorted((run / "training").glob("*/training.json"), key=_modified)
-    trainings = (
-        _read(lambda p: _training(p, published), path, run, path.parent.name) for path in headers
-    )
-    return done + [stage for stage in trainings if stage]
+    found = [_read(read, header, run, header.parent.name) for header in headers]
+    return [status for status in found if status]
 
 
-def _label(manifest: Path, run: Path) -> str:
-    return manifest.parent.relative_to(run / "artifacts").as_posix()
+def _working(run: Path) -> list[StageStatus]:
+    """Data, captures, merges, evaluations and reports that a process is at."""
+    marks = sorted((run / ".locks").glob("working-*.json"), key=_modified)
+    found = [_read(_work, mark, run, mark.stem) for mark in marks]
+    return [status for status in found if status]
 
 
 def _modified(path: Path) -> float:
@@ -86,74 +135,91 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _read(read: Callable[[Path], Stage | None], path: Path, run: Path, label: str) -> Stage | None:
-    """Read an entry; one that cannot be read is shown as such, and one that is gone meanwhile is not."""
+def _read(
+    read: Callable[[Path], StageStatus | None], path: Path, run: Path, label: str
+) -> StageStatus | None:
+    """Read an entry. One that cannot be read is shown as such; one that is gone is left out."""
     try:
         found = read(path)
         return found and replace(found, label=found.label or label)
     except FileNotFoundError:
         return None
     except DAMAGE:
-        return Stage(label, "unreadable", path=str(path.relative_to(run)))
+        return StageStatus(label, "unreadable", path=str(path.relative_to(run)))
 
 
-def _artifact(manifest: Path) -> Stage:
-    return Stage("", "done", seconds=float(json.loads(manifest.read_text())["wall_seconds"]))
+def _artifact(manifest: Path) -> StageStatus:
+    return StageStatus("", "done", seconds=float(json.loads(manifest.read_text())["wall_seconds"]))
 
 
-def _training(header: Path, published: Mapping[str, float]) -> Stage | None:
-    """Read a training; None if it is over, or an older recipe's: an artifact of its label is newer."""
-    facts, log = json.loads(header.read_text()), header.parent / "log.jsonl"
+def _work(mark: Path) -> StageStatus | None:
+    """Read who is at an artifact; None if that process has died."""
+    facts = json.loads(mark.read_text())
+    here = facts["host"] == platform.node()
+    # Not every file system shares locks between machines: a free lock only speaks for this one.
+    if not is_held(mark) and here:
+        return None
+    since = max(0.0, time.time() - float(facts["started"]))
+    return StageStatus(
+        facts["label"], "running", seconds=since, host=None if here else facts["host"]
+    )
+
+
+def _training(header: Path, published: Mapping[str, float]) -> StageStatus | None:
+    """Read a training; None if it is over: an artifact of its label is newer."""
+    facts = json.loads(header.read_text())
+    log = header.parent / "log.jsonl"
     line = _last_line(log)
     since = time.time() - (log if line else header).stat().st_mtime
-    step, steps = (int(line["step"]) + 1 if line else int(facts["first_step"])), int(facts["steps"])
+    step = int(line["step"]) + 1 if line else int(facts["first_step"])
+    steps = int(facts["steps"])
     rate = line.get("tokens_per_second") if line else None
     seconds_a_step = facts["tokens_per_step"] / rate if rate else None
     silent = since > max(SILENT_SECONDS, SILENT_STEPS * (seconds_a_step or 0))
-    running = _running(header.parent, facts)
+    running = _is_running(header.parent, facts)
     if running is None:
         running = not silent
     if not running and published.get(facts["label"], 0.0) > time.time() - since:
         return None
-    return Stage(
+    state = "stopped"
+    if running:
+        state = "silent" if silent else "running"
+    left = (steps - step) * seconds_a_step if seconds_a_step and running else None
+    figures = dict(line) if line else {}
+    for name in ("step", "tokens_per_second"):
+        figures.pop(name, None)
+    return StageStatus(
         facts["label"],
-        "stopped" if not running else "silent" if silent else "training",
+        state,
         step=step,
         steps=steps,
         tokens_per_second=rate,
-        seconds_left=(steps - step) * seconds_a_step if seconds_a_step and running else None,
+        seconds_left=left,
         seconds_since=since,
         checkpoint=_newest_checkpoint(header.parent),
-        figures={k: v for k, v in line.items() if k not in ("step", "tokens_per_second")}
-        if line
-        else None,
+        figures=figures if line else None,
     )
 
 
-def _running(training: Path, facts: Mapping[str, Any]) -> bool | None:
+def _is_running(training: Path, facts: Mapping[str, Any]) -> bool | None:
     """Whether a process is at a training; None where that cannot be told from here.
 
-    A training holds its lock until it is published. That it is free says something on its own machine alone, as not
-    every file system shares locks between machines.
+    A training holds its lock until it is published. A free lock only speaks for this machine.
     """
-    try:
-        with training_lock(training.parent.parent, training).open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    held = is_held(training_lock(training.parent.parent, training))
+    if held:
         return True
-    except OSError:
-        return None
-    return False if facts.get("host") == platform.node() else None
+    return False if held is False and facts.get("host") == platform.node() else None
 
 
 def _newest_checkpoint(training: Path) -> int | None:
-    """Number of the newest checkpoint's step; other names are not ours."""
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in training.iterdir())
+    """Step of the newest checkpoint; folders of other names are not ours."""
+    found = [re.fullmatch(r"step-(\d+)", path.name) for path in training.iterdir()]
     return max((int(match[1]) for match in found if match), default=None)
 
 
 def _last_line(log: Path) -> dict[str, Any] | None:
-    """The newest whole line of a log; one that is being written, or was damaged, does not count."""
+    """The newest whole line of a log; one that is being written, or is damaged, does not count."""
     if not log.is_file():
         return None
     for line in reversed(log.read_bytes().splitlines(keepends=True)):
@@ -163,53 +229,150 @@ def _last_line(log: Path) -> dict[str, Any] | None:
     return None
 
 
-def to_json(stages: list[Stage]) -> str:
+def _saved_lineage(run: Path) -> Lineage | None:
+    """The lineage of the recipe that the run was started with last; None if none can be read."""
+    try:
+        text = (run / RECIPE_FILE).read_text(encoding="utf-8")
+        # Without the context of a folder, validation leaves paths alone: a teacher may have moved.
+        return Lineage(Recipe.model_validate(yaml.safe_load(text)))
+    except (*DAMAGE, yaml.YAMLError):
+        return None
+
+
+def _compared(
+    lineage: Lineage, found: Mapping[str, StageStatus], manifests: Mapping[str, Path]
+) -> list[StageStatus]:
+    """Put the statuses in the recipe's order, with what is waiting and what is outdated."""
+    planned = lineage.labels()
+    outdated: dict[str, str] = {}
+    ordered: list[StageStatus] = []
+    for label in planned:
+        status = found.get(label, StageStatus(label, "waiting"))
+        if label in manifests and status.state != "unreadable":
+            if why := _why_outdated(lineage, label, manifests, outdated):
+                outdated[label] = why
+                if status.state == "done":
+                    status = replace(status, state="outdated", why=why)
+        ordered.append(status)
+    # What another recipe made in this run directory, and what no recipe names.
+    rest = [replace(s, why="not in the recipe") for s in found.values() if s.label not in planned]
+    return ordered + rest
+
+
+def _why_outdated(
+    lineage: Lineage, label: str, manifests: Mapping[str, Path], outdated: Mapping[str, str]
+) -> str | None:
+    """Say which settings of an artifact are not the recipe's; None if all are.
+
+    Files are not hashed here: a change of the teacher's weights or of local data shows when the
+    stage runs.
+    """
+    manifest = _json(manifests[label])
+    changes = _changed(lineage, label, manifest)
+    if manifest.get("format", FORMAT) != FORMAT:
+        changes.append("another version of the program made it")
+    for need in lineage.needs(label):
+        if need in outdated:
+            changes.append(f"{need} is outdated")
+        elif need in manifests and _was_made_again(need, label, manifest, manifests):
+            changes.append(f"{need} was made again")
+    return in_a_line(changes) if changes else None
+
+
+def _changed(lineage: Lineage, label: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Changed settings of one artifact, by their recipe keys."""
+    now = lineage.settings(label)
+    made_from = {key: value for key, value in manifest.get("recipe", {}).items() if key in now}
+    if stage_of(label) == "data":
+        # A manifest has hashes where the recipe has paths, and more rows than are needed are fine.
+        now["sources"] = [_without_files(source) for source in now["sources"]]
+        made_from["sources"] = [_without_files(s) for s in made_from.get("sources", [])]
+        now["rows"] = max(now["rows"], int(made_from.get("rows", 0)))
+    return changed_settings(made_from, now, lineage.recipe_keys(label))
+
+
+def _without_files(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A source's settings without those that a manifest gives as a hash of files."""
+    return {key: value for key, value in source.items() if key not in ("path", "code")}
+
+
+def _was_made_again(
+    need: str, label: str, manifest: Mapping[str, Any], manifests: Mapping[str, Path]
+) -> bool:
+    """Whether an artifact was built on another version of its input than the published one."""
+    name = need
+    if need == "merge" and stage_of(label) == "evaluate":
+        name = label.replace("evaluate", "merge")  # an evaluation names its model
+    used = manifest.get("inputs", {}).get(name)
+    return used is not None and used != _json(manifests[need]).get("identity")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except DAMAGE:
+        return {}
+
+
+def to_json(stages: list[StageStatus]) -> str:
     """Write the status as JSON, facts that do not apply left out."""
-    found = [
-        {key: value for key, value in asdict(stage).items() if value is not None}
-        for stage in stages
-    ]
+    found = []
+    for stage in stages:
+        facts = asdict(stage)
+        found.append({key: value for key, value in facts.items() if value is not None})
     return json.dumps({"stages": found}, indent=1)
 
 
-def status_table(stages: list[Stage]) -> Table:
+def status_table(stages: list[StageStatus]) -> Table:
     """Lay the status out for reading."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in ("stage", "state", "time", "step", "tokens/s", "left", "figures"):
-        table.add_column(
-            name, justify="left" if name in ("stage", "state", "figures") else "right", no_wrap=True
-        )
+        words = name in ("stage", "state", "figures")
+        table.add_column(name, justify="left" if words else "right", no_wrap=name != "state")
     for stage in stages:
         table.add_row(*_cells(stage))
     return table
 
 
-def _cells(stage: Stage) -> tuple[str, ...]:
-    shown = ("loss", "ce", "kl", "mse", "grad_norm", "held_out_ce", "held_out_kl", "held_out_gate")
-    figures = [
-        f"{name} {stage.figures[name]:.4g}"
-        for name in shown
-        if stage.figures and name in stage.figures
-    ]
-    state = stage.state if stage.path is None else f"{stage.state}: {stage.path}"
-    if state == "silent":
-        state = f"training, silent for {clock_time(stage.seconds_since or 0)}"
-    if state == "stopped":
-        at = (
-            f"at checkpoint {stage.checkpoint}"
-            if stage.checkpoint is not None
-            else "without a checkpoint"
-        )
-        state = f"stopped {clock_time(stage.seconds_since or 0)} ago {at}"
+SHOWN_FIGURES = (
+    "loss",
+    "ce",
+    "kl",
+    "mse",
+    "grad_norm",
+    "held_out_ce",
+    "held_out_kl",
+    "held_out_gate",
+)
+
+
+def _cells(stage: StageStatus) -> tuple[str, ...]:
+    known = stage.figures or {}
+    figures = [f"{name} {known[name]:.4g}" for name in SHOWN_FIGURES if name in known]
     return (
         stage.label,
-        state,
+        _state_in_words(stage),
         clock_time(stage.seconds) if stage.seconds is not None else "",
         f"{stage.step} of {stage.steps}" if stage.steps else "",
         short(stage.tokens_per_second) if stage.tokens_per_second else "",
         clock_time(stage.seconds_left) if stage.seconds_left is not None else "",
         ", ".join(figures),
     )
+
+
+def _state_in_words(stage: StageStatus) -> str:
+    since = clock_time(stage.seconds_since or 0)
+    if stage.state == "unreadable":
+        return f"unreadable: {stage.path}"
+    if stage.state == "silent":
+        return f"running, silent for {since}"
+    if stage.state == "stopped":
+        at = "without a checkpoint"
+        if stage.checkpoint is not None:
+            at = f"at checkpoint {stage.checkpoint}"
+        return f"stopped {since} ago {at}"
+    words = stage.state if stage.host is None else f"{stage.state} on {stage.host}"
+    return words if stage.why is None else f"{words}: {stage.why}"

@@ -19,7 +19,7 @@ import pytest
 from xlstm_distill.artifacts import Run, files
 from xlstm_distill.data import preparation, shards
 from xlstm_distill.data.budget import rows_needed
-from xlstm_distill.data.prepare import data_identity, prepare_domain
+from xlstm_distill.data.prepare import data_identity, prepare_domain, tokenizer_hash
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.teacher import load_tokenizer
@@ -81,9 +81,8 @@ def sources(tmp_path):
 
 
 def prepared(recipe, tokenizer, directory, console=None):
-    return prepare_domain(
-        recipe, Run.open(directory, recipe), "x", tokenizer, console or QuietConsole()
-    )
+    run, own_hash = Run.open(directory, recipe), tokenizer_hash(tokenizer)
+    return prepare_domain(recipe, run, "x", tokenizer, own_hash, console or QuietConsole())
 
 
 def content(artifact):
@@ -155,7 +154,7 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
         from xlstm_distill.data import preparation, shards
         from xlstm_distill.artifacts import Run
         from xlstm_distill.runtime.console import QuietConsole
-        from xlstm_distill.data.prepare import prepare_domain
+        from xlstm_distill.data.prepare import prepare_domain, tokenizer_hash
         from xlstm_distill.recipe import Recipe
         from xlstm_distill.models.teacher import load_tokenizer
         shards.SHARD_TOKENS = {SHARD}
@@ -167,7 +166,7 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
         preparation.Preparation._save = slow
         recipe = Recipe.model_validate_json(sys.stdin.read())
         run, tokenizer = Run.open(sys.argv[1], recipe), load_tokenizer(recipe.teacher)
-        prepare_domain(recipe, run, "x", tokenizer, QuietConsole())
+        prepare_domain(recipe, run, "x", tokenizer, tokenizer_hash(tokenizer), QuietConsole())
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "cut")],
@@ -249,7 +248,8 @@ def test_fewer_rows_are_the_first_of_more_and_are_not_made_again(sources, tokeni
     for n in range(100):
         assert (rows.row(n).ids == more.row(n).ids).all()
         assert (rows.row(n).supervised == more.row(n).supervised).all()
-    assert data_identity(few, "x", tokenizer) == data_identity(many, "x", tokenizer)
+    own_hash = tokenizer_hash(tokenizer)
+    assert data_identity(few, "x", own_hash) == data_identity(many, "x", own_hash)
     again = prepared(few, tokenizer, tmp_path / "many")
     assert (again.reused, again.fingerprint) == (True, long.fingerprint)
     grown = prepared(many, tokenizer, tmp_path / "few")
@@ -346,9 +346,8 @@ def test_one_process_prepares_and_the_other_waits(tokenizer, tmp_path):
     (tmp_path / "training").mkdir()
     with (tmp_path / "training" / "data-x.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = threading.Thread(
-            target=prepare_domain, args=(recipe, run, "x", tokenizer, console)
-        )
+        settings = (recipe, run, "x", tokenizer, tokenizer_hash(tokenizer), console)
+        waiting = threading.Thread(target=prepare_domain, args=settings)
         waiting.start()
         while not console.lines:
             time.sleep(0.01)

@@ -1,0 +1,105 @@
+"""An artifact, what it is made from, and an artifact that is being written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xlstm_distill.artifacts.changes import changed_inputs, changed_settings
+from xlstm_distill.artifacts.hashing import digest
+
+FORMAT = 2
+"""Raised when a stage's output changes meaning, so that older artifacts are made anew."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published result of a stage."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    reused: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything the artifact was made from."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def identity(self) -> str:
+        """What the inputs of later artifacts name.
+
+        It is the fingerprint, except where a later artifact may read a part of this one: rows and
+        targets keep their identity however many of them there are.
+        """
+        return self.manifest["identity"]
+
+    @property
+    def model_path(self) -> Path:
+        """Hugging Face directory of the model inside the artifact."""
+        return self.path / "model"
+
+    def read_json(self, name: str) -> Any:
+        """Read one of the artifact's JSON files."""
+        return json.loads((self.path / name).read_text())
+
+
+@dataclass
+class Draft:
+    """An artifact that is being written.
+
+    `path` is a temporary directory that becomes the artifact when all went well.
+    `earlier_seconds` is time spent before: gathering the files, or a training that was cut short.
+    """
+
+    path: Path
+    earlier_seconds: float = 0.0
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file into the artifact."""
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+        (self.path / name).write_text(text + "\n")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an artifact is to be made from: parts of the recipe, and the artifacts it is built on.
+
+    `identity` stands for it in the inputs of later artifacts; None means the fingerprint.
+    `keys` are the recipe keys of parts that have another name in the recipe; they are for messages
+    only and not part of the fingerprint.
+    """
+
+    stage: str
+    parts: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    name: str | None = None
+    identity: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """`stage` or `stage/name`."""
+        return self.stage if self.name is None else f"{self.stage}/{self.name}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of stage, recipe parts and inputs."""
+        return digest(
+            {"format": FORMAT, "stage": self.label, "parts": self.parts, "inputs": self.inputs}
+        )
+
+    def changes_since(self, earlier: Artifact) -> list[str]:
+        """Say what has changed since an artifact of this label was made; empty if nothing has."""
+        manifest = earlier.manifest
+        if earlier.fingerprint == self.fingerprint:
+            return []
+        found = changed_settings(manifest.get("recipe", {}), self.parts, self.keys)
+        found += changed_inputs(manifest.get("inputs", {}), self.inputs)
+        if manifest.get("format") != FORMAT:
+            found.append("another version of the program made it")
+        return found or ["made from something else"]

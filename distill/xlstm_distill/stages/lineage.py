@@ -1,0 +1,300 @@
+"""What every artifact of a run is made from, and what depends on what.
+
+The first part needs the recipe alone and loads neither torch nor a tokenizer: which artifacts there
+are (`labels`), what each is built on (`needs`), which settings it reads (`settings`). `status` and
+the job graph use it. The second part also hashes the teacher, its tokenizer and local data, and so
+gives the `Request` that names an artifact's fingerprint. Each hash is computed once per lineage.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xlstm_distill.artifacts import Request
+from xlstm_distill.artifacts.hashing import hash_path
+from xlstm_distill.data.budget import (
+    captured_rows,
+    expert_rows,
+    keys_of_rows,
+    rows_needed,
+    rows_to_align,
+)
+from xlstm_distill.recipe import Recipe
+
+if TYPE_CHECKING:
+    from xlstm_distill.targets.store import Identity
+
+TEACHER, MERGED = "teacher", "merged"
+"""Models that are evaluated besides the experts."""
+STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
+"""What an artifact's label begins with, in the order in which stages follow each other."""
+NO_PART = ("micro_batch", "non_finite")
+"""Keys of a training that may change while it is under way: neither changes what is trained."""
+
+
+class Lineage:
+    """The artifacts of a recipe, from rows to report."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    # --- from the recipe alone ---------------------------------------------------------------
+
+    def labels(self) -> list[str]:
+        """Labels of all artifacts (`stage` or `stage/name`), each after what it is built on."""
+        recipe = self.recipe
+        captured = captured_rows(recipe) if recipe.capture.targets == "stored" else {}
+        return [
+            *(f"data/{name}" for name in recipe.data.domains),
+            *(f"capture/{name}" for name in captured),
+            "align",
+            *(f"distill/{name}" for name in recipe.distill.experts),
+            "merge",
+            *(f"evaluate/{name}" for name in self.evaluated_models()),
+            "report",
+        ]
+
+    def needs(self, label: str) -> list[str]:
+        """Labels of the artifacts that one is built on directly."""
+        recipe = self.recipe
+        stage, _, name = label.partition("/")
+        if stage == "capture":
+            return [f"data/{name}"]
+        if stage == "align":
+            return [f"data/{domain}" for domain in self.aligned_domains()]
+        if stage == "distill":
+            domains = expert_rows(recipe, name)
+            stored = domains if recipe.capture.targets == "stored" else {}
+            return [
+                "align",
+                *(f"capture/{domain}" for domain in stored),
+                *(f"data/{domain}" for domain in domains),
+            ]
+        if stage == "merge":
+            return [f"distill/{expert}" for expert in recipe.distill.experts]
+        if stage == "evaluate" and name != TEACHER:
+            model = "merge" if name == MERGED else f"distill/{name}"
+            return [model, *(f"data/{domain}" for domain in recipe.data.domains)]
+        if stage == "report":
+            return [f"evaluate/{model}" for model in self.evaluated_models()]
+        return []
+
+    def settings(self, label: str) -> dict[str, Any]:
+        """The parts of the recipe that an artifact depends on, as JSON values."""
+        recipe = self.recipe
+        stage, _, name = label.partition("/")
+        match stage:
+            case "data":
+                return {
+                    "sources": [part(source) for source in recipe.data.domains[name].sources],
+                    "context": recipe.data.context,
+                    "long_documents": recipe.data.long_documents,
+                    "seed": recipe.seed,
+                    "rows": rows_needed(recipe, name),
+                }
+            case "capture":
+                kept = part(recipe.capture, "batch", "targets", "shard_teacher")
+                return {**kept, "rows": captured_rows(recipe)[name]}
+            case "align":
+                return {
+                    "align": part(recipe.align, *NO_PART),
+                    "mixer": part(recipe.student.mixer),
+                    "seed": recipe.seed,
+                }
+            case "distill":
+                return {
+                    "distill": part(
+                        recipe.distill, "experts", *NO_PART, "activation_checkpointing"
+                    ),
+                    "expert": part(recipe.distill.experts[name]),
+                    "capture": part(recipe.capture, "batch", "shard_teacher"),
+                    "seed": recipe.seed,
+                }
+            case "merge":
+                return {"method": recipe.merge.method, "weights": self.merge_weights()}
+            case "evaluate":
+                return {
+                    "evaluate": part(recipe.evaluate, "include", "experts"),
+                    "dtype": recipe.teacher.dtype,
+                    "seed": recipe.seed,
+                }
+            case "report":
+                return {"report": part(recipe.report), "recipe": part(recipe)}
+        raise ValueError(f"{label!r} is no artifact of a run")
+
+    def recipe_keys(self, label: str) -> dict[str, str]:
+        """Recipe keys of those of `settings(label)` that have another name in the recipe."""
+        stage, _, name = label.partition("/")
+        capture = {key: f"capture.{key}" for key in part(self.recipe.capture)}
+        return {
+            "data": keys_of_rows(name),
+            "capture": capture,
+            "align": {"mixer": "student.mixer"},
+            "distill": {"expert": f"distill.experts.{name}"},
+            "merge": {"method": "merge.method", "weights": "merge.weights"},
+            "evaluate": {"dtype": "teacher.dtype"},
+            "report": {"recipe": ""},
+        }[stage]
+
+    def aligned_domains(self) -> dict[str, float]:
+        """Domains that alignment reads, and their weights."""
+        return dict(self.recipe.align.domains or dict.fromkeys(self.recipe.data.domains, 1.0))
+
+    def aligned_rows(self) -> dict[str, int]:
+        """Rows of each domain that alignment sees."""
+        return {name: rows_to_align(self.recipe, name) for name in self.aligned_domains()}
+
+    def merge_weights(self) -> dict[str, float]:
+        """Merge weights by expert; uniform ones are 1/K each."""
+        experts = self.recipe.distill.experts
+        if self.recipe.merge.weights == "uniform":
+            return {name: 1 / len(experts) for name in experts}
+        return dict(self.recipe.merge.weights)
+
+    def evaluated_models(self) -> list[str]:
+        """The teacher, the merged student, and the experts where the recipe wants them scored."""
+        experts = self.recipe.distill.experts if self.recipe.evaluate.experts else ()
+        return [TEACHER, MERGED, *experts]
+
+    # --- with the teacher's, the tokenizer's and the data's hashes ---------------------------
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The teacher's tokenizer."""
+        from xlstm_distill.models.teacher import load_tokenizer
+
+        return load_tokenizer(self.recipe.teacher)
+
+    @functools.cached_property
+    def tokenizer_hash(self) -> str:
+        """Hash of what the tokenizer does."""
+        from xlstm_distill.data.prepare import tokenizer_hash
+
+        return tokenizer_hash(self.tokenizer)
+
+    @functools.cached_property
+    def teacher_hash(self) -> str:
+        """Hash of the teacher's files and settings."""
+        from xlstm_distill.models.teacher import teacher_hash
+
+        return teacher_hash(self.recipe.teacher)
+
+    @functools.cache  # noqa: B019  (a lineage lives as long as the program's one command)
+    def request(self, label: str) -> Request:
+        """What an artifact is made from; its fingerprint follows from this.
+
+        Rows are the exception: an artifact may hold more than this recipe needs, so that
+        `data.prepare.prepare_domain` makes their request, and others depend on their identity.
+        """
+        stage, _, name = label.partition("/")
+        keys = self.recipe_keys(label)
+        if stage == "data":
+            from xlstm_distill.data.prepare import data_request
+
+            rows = rows_needed(self.recipe, name)
+            request = data_request(self.recipe, name, self.tokenizer_hash, rows=rows)
+            return replace(request, identity=self.data_identity(name), keys=keys)
+        if stage == "capture":
+            request = self._capture_request(name, rows=captured_rows(self.recipe)[name])
+            return replace(request, identity=self.capture_identity(name), keys=keys)
+        return Request(
+            stage,
+            parts=self.settings(label),
+            inputs=self._inputs(stage, name),
+            name=name or None,
+            keys=keys,
+        )
+
+    def _inputs(self, stage: str, name: str) -> dict[str, str]:
+        """Identities of all that a stage after the capture reads."""
+        if stage == "align":
+            return {"teacher": self.teacher_hash, **self.data_inputs(self.aligned_domains())}
+        if stage == "distill":
+            domains = expert_rows(self.recipe, name)
+            stored = domains if self.recipe.capture.targets == "stored" else {}
+            return {
+                "align": self.request("align").fingerprint,
+                "teacher": self.teacher_hash,
+                **{f"capture/{domain}": self.capture_identity(domain) for domain in stored},
+                **self.data_inputs(domains),
+            }
+        if stage == "evaluate":
+            return self._evaluation_inputs(name)
+        labels = self.needs(stage)
+        return {label: self.request(label).fingerprint for label in labels}
+
+    def _evaluation_inputs(self, model: str) -> dict[str, str]:
+        if model == TEACHER:
+            inputs = {"teacher": self.teacher_hash}
+        else:
+            made = self.request(self.model_label(model))
+            inputs = {f"{made.stage}/{model}": made.fingerprint}
+            inputs |= self.data_inputs(self.recipe.data.domains)  # its gates are measured on them
+        if self.recipe.evaluate.include is not None:
+            inputs["tasks"] = self._tasks_hash
+        return inputs
+
+    @functools.cached_property
+    def _tasks_hash(self) -> str:
+        return hash_path(Path(str(self.recipe.evaluate.include)))
+
+    def model_label(self, model: str) -> str:
+        """Label of the artifact that holds an evaluated student."""
+        return "merge" if model == MERGED else f"distill/{model}"
+
+    def data_inputs(self, names: Iterable[str]) -> dict[str, str]:
+        """Identities of packed rows, as inputs of a stage; the rows need not be there."""
+        return {f"data/{name}": self.data_identity(name) for name in names}
+
+    @functools.cache  # noqa: B019
+    def data_identity(self, domain: str) -> str:
+        """Hash of what a domain's rows are, however many of them there are."""
+        from xlstm_distill.data.prepare import data_identity
+
+        return data_identity(self.recipe, domain, self.tokenizer_hash)
+
+    def capture_identity(self, domain: str) -> str:
+        """Hash of what a domain's targets are, for however many rows they were captured."""
+        return self._capture_request(domain).fingerprint
+
+    def _capture_request(self, domain: str, **counts: int) -> Request:
+        from xlstm_distill.targets.store import VERSION
+
+        kept = part(self.recipe.capture, "batch", "targets", "shard_teacher")
+        return Request(
+            "capture",
+            name=domain,
+            parts={**kept, "store": VERSION, **counts},
+            inputs={"teacher": self.teacher_hash, **self.data_inputs([domain])},
+        )
+
+    def store_identity(self, domain: str) -> Identity:
+        """What every shard of a domain's targets says it was made from."""
+        from xlstm_distill.targets.store import Identity
+
+        capture, teacher = self.recipe.capture, self.recipe.teacher
+        return Identity(
+            domain=domain,
+            data=self.data_identity(domain),
+            tokenizer=self.tokenizer_hash,
+            teacher=self.teacher_hash,
+            revision=teacher.revision,
+            dtype=teacher.dtype,
+            top_k=capture.top_k,
+            mass=capture.mass,
+            min_k=capture.min_k,
+        )
+
+
+def part(model: Any, *exclude: str) -> dict[str, Any]:
+    """A part of the recipe as JSON, for manifests and fingerprints."""
+    return model.model_dump(mode="json", exclude=set(exclude) or None)
+
+
+def stage_of(label: str) -> str:
+    """The stage that makes an artifact."""
+    return label.partition("/")[0]
