@@ -72,9 +72,13 @@ def _checked_messages(value: Any, where: str) -> Messages | None:
         by_assistant = message["role"] == "assistant"
         if not calls_tool and (content is None or (not content and by_assistant)):
             return None
-        whole = {**message, "content": content}
-        found.append({key: part for key, part in whole.items() if part is not None and part != []})
+        found.append(_without_empty({**message, "content": content}))
     return found
+
+
+def _without_empty(message: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the keys whose value is null or an empty list."""
+    return {key: value for key, value in message.items() if value is not None and value != []}
 
 
 def _text_of(content: Any, where: str) -> str | None:

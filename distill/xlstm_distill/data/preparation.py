@@ -43,9 +43,11 @@ WORTH_A_LINE = 0.01
 
 def clean(folder: Path) -> None:
     """Remove the work directories that preparations of this domain with other settings left."""
-    stem = folder.name.rsplit("-", 1)[0]
+    stem, _, _ = folder.name.rpartition("-")
     for other in folder.parent.glob(f"{stem}-*"):
-        if other.name.rsplit("-", 1)[0] == stem and (other / CHECKPOINT).exists():
+        # The pattern also finds the domain `math-long` where `math` is meant.
+        own, _, _ = other.name.rpartition("-")
+        if own == stem and (other / CHECKPOINT).exists():
             shutil.rmtree(other, ignore_errors=True)
 
 
@@ -249,8 +251,8 @@ class Preparation:
         for number, progress in enumerate(self.progress):
             field = f"{self.field}.sources[{number}]"
             source = results["sources"][number]
-            off_weight = abs(source["share"] / source["weight_share"] - 1) > WORTH_A_LINE
-            if progress.dry and off_weight:
+            difference = abs(source["share"] / source["weight_share"] - 1)
+            if progress.dry and difference > WORTH_A_LINE:
                 self.console.line(
                     f"{field}: ran out after {source['documents']} documents and gives "
                     f"{source['share']:.1%} of the tokens, not {source['weight_share']:.1%}."

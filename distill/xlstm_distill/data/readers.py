@@ -179,7 +179,9 @@ def _json_batches(path: str, state: State | None) -> Iterator[tuple[RecordBatch,
         rest = itertools.chain(ahead, records)
         while batch := list(itertools.islice(rest, BATCH_RECORDS)):
             names = known | _keys(batch)
-            columns = {name: [record.get(name) for record, _ in batch] for name in names}
+            columns = {}
+            for name in names:
+                columns[name] = [record.get(name) for record, _ in batch]
             _, after = batch[-1]
             yield columns, after
 

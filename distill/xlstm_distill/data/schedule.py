@@ -61,11 +61,12 @@ class RowSchedule:
 
     def rows(self, step: int, batch: int) -> list[Row]:
         """Return the rows of a step, with `batch` rows a step."""
-        if (step + 1) * batch > self.total:
+        first, stop = step * batch, (step + 1) * batch
+        if stop > self.total:
             raise IndexError(
                 f"step {step} of {batch} rows is beyond the schedule's {self.total} rows"
             )
-        return [self._row(n) for n in range(step * batch, (step + 1) * batch)]
+        return [self._row(n) for n in range(first, stop)]
 
     def _row(self, n: int) -> Row:
         if n not in self._block:

@@ -263,7 +263,9 @@ class SourceReader:
         if path.is_file():
             files = [path]
         else:
-            files = sorted(p for p in path.rglob("*") if p.is_file() and format_of(p))
+            # Files of other kinds, such as a README.md, may lie beside the data.
+            below = sorted(path.rglob("*"))
+            files = [file for file in below if file.is_file() and format_of(file)]
         formats = Counter(format_of(file) for file in files)
         if not files or None in formats:
             raise UserError(

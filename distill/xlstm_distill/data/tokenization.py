@@ -74,8 +74,11 @@ class Tokens:
 
     def pieces(self, length: int) -> list[Tokens]:
         """Split into pieces of at most `length` tokens."""
-        starts = range(0, len(self.ids), length)
-        return [Tokens(self.ids[s : s + length], self.supervised[s : s + length]) for s in starts]
+        found = []
+        for start in range(0, len(self.ids), length):
+            own = slice(start, start + length)
+            found.append(Tokens(self.ids[own], self.supervised[own]))
+        return found
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ class DocumentTokenizer:
         self.tokenizer = tokenizer
         self.template = _dated(tokenizer.get_chat_template()) if tokenizer.chat_template else None
         self.marks_turns = bool(GENERATION_TAG.search(self.template or ""))
-        self.closing = tuple(sorted({str(token) for token in tokenizer.get_added_vocab()} - {""}))
+        # A turn may end with any token that is no text. Every text ends with "", so it is left out.
+        added = {str(token) for token in tokenizer.get_added_vocab()}
+        self.closing = tuple(sorted(added - {""}))
 
     def __call__(self, documents: Sequence[Mapping[str, Any]]) -> list[Tokens]:
         """Tokenise documents of one style, as `checked_document` returns them."""

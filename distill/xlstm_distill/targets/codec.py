@@ -122,7 +122,8 @@ def _interpolation(knots: list[int], places: Floats) -> tuple[Ints, Floats]:
     """
     x, at = np.log1p(knots), np.log1p(places)
     before = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(knots) - 2)
-    return before, (at - x[before]) / (x[before + 1] - x[before])
+    low, high = x[before], x[before + 1]
+    return before, (at - low) / (high - low)
 
 
 def _gap_levels() -> Floats:
@@ -179,12 +180,14 @@ def decode(data: bytes | memoryview, tokens: int, vocabulary: int) -> TargetRow:
     ids = np.empty(len(index), np.uint32)
     single = np.flatnonzero(group == 1)
     bits = id_bits(vocabulary)
-    ids[single] = unpack_bits(buffer.take(packed_bytes(len(single), bits)), len(single), bits)
+    packed = buffer.take(packed_bytes(len(single), bits))
+    ids[single] = unpack_bits(packed, len(single), bits)
     for _, size in GROUPS:
         places = np.flatnonzero(group == size)
         if len(places):
             ids[places] = _decode_groups(buffer, len(places) // size, size, vocabulary).ravel()
-    if buffer.left or (len(ids) and int(ids.max()) >= vocabulary):
+    beyond = int(ids.max(initial=0)) >= vocabulary
+    if buffer.left or beyond:
         raise ValueError("its bytes are no row of targets")
     return TargetRow(counts, ids, _decode_curve(counts, codes, tail, token, index), tail)
 
@@ -211,8 +214,9 @@ def _per_id(counts: Ints) -> tuple[Ints, Ints, Ints]:
     """
     token = np.repeat(np.arange(len(counts)), counts)
     first = np.cumsum(counts) - counts
-    index = np.arange(len(token)) + np.repeat(counts * MAX_K - first, counts)
-    return token, index, tables().group.ravel()[index]
+    rank = np.arange(len(token)) - np.repeat(first, counts)
+    place = np.repeat(counts * MAX_K, counts) + rank
+    return token, place, tables().group.ravel()[place]
 
 
 def _encode_curve(row: TargetRow) -> NDArray[np.uint8]:
@@ -233,7 +237,8 @@ def _encode_curve(row: TargetRow) -> NDArray[np.uint8]:
         gap = value - curve[first + table.knots[row.counts, knot]]
         codes[:, knot - 1] = np.searchsorted(middles, gap)
         value = value - table.levels[codes[:, knot - 1]]
-    return codes[np.arange(codes.shape[1]) < table.gaps[row.counts][:, None]]
+    own = np.arange(codes.shape[1]) < table.gaps[row.counts][:, None]
+    return codes[own]
 
 
 def _decode_curve(counts: Ints, codes: Ints, tail: Floats, token: Ints, index: Ints) -> Floats:
@@ -254,8 +259,8 @@ def _decode_curve(counts: Ints, codes: Ints, tail: Floats, token: Ints, index: I
     at_first = np.append(np.repeat(total[start], knots), total[-1])
     curve = (at_first - total).astype(np.float32)
     before = start[token] + table.left.ravel()[index]
-    low = curve[before]
-    values = low + (curve[before + 1] - low) * table.weight.ravel()[index]
+    low, high = curve[before], curve[before + 1]
+    values = low + (high - low) * table.weight.ravel()[index]
     mass = np.add.reduceat(np.exp(values), np.cumsum(counts) - counts)
     # A tail that rounds to 1 would make the logarithm infinite.
     shift = np.log1p(-np.minimum(tail, LARGEST_TAIL)) - np.log(mass)

@@ -209,12 +209,13 @@ class TargetShardWriter:
             start += count
             # A token always keeps an id, unless no log-probability of it is finite.
             if count and int(lengths[own].min()) == 0:
-                row = self.first_row + len(self.index)
+                number = self.first_row + len(self.index)
                 raise RunError(
-                    f"capture/{self.identity.domain}: the teacher's logits of row {row} are not "
-                    "finite."
+                    f"capture/{self.identity.domain}: the teacher's logits of row {number} are "
+                    "not finite."
                 )
-            self._add_row(arrange(lengths[own], ids[own], log_probs[own], tail[own]), source)
+            row = arrange(lengths[own], ids[own], log_probs[own], tail[own])
+            self._add_row(row, source)
 
     def _add_row(self, row: TargetRow, source: int) -> None:
         data = encode(row, self.vocabulary)

@@ -15,10 +15,10 @@ from xlstm_distill.data.tokenization import Tokens
 @pytest.fixture
 def rows(tmp_path):
     rng = np.random.default_rng(0)
-    documents = [
-        Tokens.of(rng.integers(3, 97, n).tolist(), [m > 1 for m in range(n)])
-        for n in rng.integers(3, 40, 90)
-    ]
+    documents = []
+    for length in rng.integers(3, 40, 90):
+        supervised = [n > 1 for n in range(length)]
+        documents.append(Tokens.of(rng.integers(3, 97, length).tolist(), supervised))
     write_rows(tmp_path, pack(documents, 32, 0), context=32, vocabulary=97)
     return lambda *settings: DomainRows("a", Artifact(tmp_path, {}), *settings)
 
@@ -47,10 +47,8 @@ def test_fewer_rows_are_the_first_of_more(validation, span, limit, rows):
     for n in range(len(some)):
         assert (some.row(n).ids == every.row(n).ids).all()
     on_disk = rows(0)
-    places = [
-        next(n for n in range(stored) if (on_disk.row(n).ids == some.row(i).ids).all())
-        for i in range(validation)
-    ]
+    order = {on_disk.row(n).ids.tobytes(): n for n in range(stored)}
+    places = [order[some.row(n).ids.tobytes()] for n in range(validation)]
     assert sorted(places) == [n * min(span, stored) // validation for n in range(validation)]
 
 

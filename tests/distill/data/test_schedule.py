@@ -39,7 +39,8 @@ def test_every_domain_keeps_to_its_weight_at_every_point(weights, total):
     # Rounding to the nearest gives half a row. When the n-th row is due is known to half a row per
     # domain.
     bound = 0.5 + share * (len(weights) / 2 + 1)
-    assert (np.abs(drawn - share * np.arange(1, total + 1)[:, None]) <= bound + 1e-9).all()
+    due = share * np.arange(1, total + 1)[:, None]
+    assert (np.abs(drawn - due) <= bound + 1e-9).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,7 +68,8 @@ def test_an_epoch_reads_every_training_row_once_across_blocks():
     read = [row for step in range(6 * rows // 8) for row in schedule.rows(step, 8)]
     of_a = [index for name, index in read if name == "a"]
     for epoch in range(len(of_a) // rows):
-        assert sorted(of_a[epoch * rows : (epoch + 1) * rows]) == list(range(4, 4 + rows))
+        own = of_a[epoch * rows : (epoch + 1) * rows]
+        assert sorted(own) == list(range(4, 4 + rows))
     assert of_a[:rows] != of_a[rows : 2 * rows]
     assert min(Counter(index for name, index in read if name == "b").values()) >= 3
     with pytest.raises(IndexError, match="beyond the schedule's"):
