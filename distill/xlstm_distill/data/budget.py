@@ -8,41 +8,54 @@ from collections.abc import Mapping
 from xlstm_distill.recipe import Recipe
 
 HELD_OUT_SPREAD = 16
-"""Held-out rows lie evenly over so many times as many rows at the start, whatever comes after them."""
+"""Held-out rows lie evenly over the first rows of a domain, one in so many.
+
+They do not depend on how many rows come after these.
+"""
 
 
 def rows_needed(recipe: Recipe, domain: str) -> int:
-    """Rows of a domain that the longest of its uses reads once, and its validation rows."""
+    """Rows of a domain that its longest use reads once, and its validation rows."""
     return max(rows_to_align(recipe, domain), captured_rows(recipe).get(domain, 0))
 
 
 def rows_to_align(recipe: Recipe, domain: str) -> int:
     """Rows of a domain that alignment reads once, and its validation rows."""
     aligned_on = recipe.align.domains or dict.fromkeys(recipe.data.domains, 1.0)
-    read = _rows_read(recipe.align.tokens, recipe.align.batch, recipe) * _share(aligned_on, domain)
-    return math.ceil(read) + recipe.data.validation_rows
+    read = _rows_read(recipe.align.tokens, recipe.align.batch, recipe)
+    return math.ceil(read * _share(aligned_on, domain)) + recipe.data.validation_rows
 
 
 def expert_rows(recipe: Recipe, expert: str) -> dict[str, int]:
-    """Rows of each of its domains that an expert reads once, and validation rows; in the recipe's order."""
+    """Rows of each of its domains that an expert reads once, and validation rows.
+
+    Domains are in the recipe's order.
+    """
+    batch = recipe.distill.batch
     phases = recipe.distill.experts[expert].phases
-    steps = [(phase, _rows_read(phase.tokens, recipe.distill.batch, recipe)) for phase in phases]
-    return {
-        name: math.ceil(sum(rows * _share(phase.domains, name) for phase, rows in steps))
-        + recipe.data.validation_rows
-        for name in recipe.data.domains
-        if any(name in phase.domains for phase in phases)
-    }
+    rows_of_phases = [_rows_read(phase.tokens, batch, recipe) for phase in phases]
+    found = {}
+    for name in recipe.data.domains:
+        if not any(name in phase.domains for phase in phases):
+            continue
+        # Summed before rounding up: each phase goes on after the rows of the one before.
+        read = sum(
+            rows * _share(phase.domains, name)
+            for phase, rows in zip(phases, rows_of_phases, strict=True)
+        )
+        found[name] = math.ceil(read) + recipe.data.validation_rows
+    return found
 
 
 def captured_rows(recipe: Recipe) -> dict[str, int]:
     """Rows of each domain that some expert reads, in the recipe's order."""
-    seen = [expert_rows(recipe, expert) for expert in recipe.distill.experts]
-    return {
-        name: max(rows[name] for rows in seen if name in rows)
-        for name in recipe.data.domains
-        if any(name in rows for rows in seen)
-    }
+    of_experts = [expert_rows(recipe, expert) for expert in recipe.distill.experts]
+    found = {}
+    for name in recipe.data.domains:
+        counts = [rows[name] for rows in of_experts if name in rows]
+        if counts:
+            found[name] = max(counts)
+    return found
 
 
 def held_out_span(recipe: Recipe, domain: str) -> int:
@@ -51,7 +64,7 @@ def held_out_span(recipe: Recipe, domain: str) -> int:
 
 
 def _rows_read(tokens: int, batch: int, recipe: Recipe) -> int:
-    """Rows of a budget, rounded up to whole optimiser steps."""
+    """Rows of a token budget, rounded up to whole optimiser steps."""
     return math.ceil(tokens / (batch * recipe.data.context)) * batch
 
 

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from xlstm_distill.data.sources import Position, SourceReader
-from xlstm_distill.data.tokenization import DocumentOutcome, Tokens
+from xlstm_distill.data.tokenization import Chunk, DocumentOutcome, Tokens
 from xlstm_distill.data.workers import Submit
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Domain
@@ -18,7 +18,7 @@ AHEAD_BYTES = 2**26
 """Text of a source that may wait for the workers (bytes), whatever their number."""
 
 HOPELESS = 1000
-"""Documents of a source without a single token kept from which it is refused."""
+"""A source is refused when nothing is kept of its first documents, this many."""
 
 LEFT_OUT = {
     DocumentOutcome.DROPPED: "too long",
@@ -30,105 +30,144 @@ LEFT_OUT = {
 
 @dataclass
 class SourceProgress:
-    """How far a source has been read, as JSON values: a chunk's place, documents used of it, and what came of them."""
+    """How far a source has been read, as JSON values.
+
+    position: where the chunk that is being used begins (a `Position`).
+    used: documents used of that chunk.
+    tokens: tokens of all documents used.
+    dry: whether the source has run out.
+    outcomes: documents by what became of them (`DocumentOutcome`, lower case).
+    reason: why the first document was refused.
+    """
 
     position: dict[str, Any] = field(default_factory=lambda: asdict(Position()))
     used: int = 0
     tokens: int = 0
     dry: bool = False
     outcomes: dict[str, int] = field(
-        default_factory=lambda: {outcome.name.lower(): 0 for outcome in DocumentOutcome}
+        default_factory=lambda: {outcome.label: 0 for outcome in DocumentOutcome}
     )
     reason: str | None = None
 
+    @property
+    def documents(self) -> int:
+        """Documents used so far, including those left out."""
+        return sum(self.outcomes.values())
+
+    def count(self, document: Tokens) -> None:
+        """Count a document by its outcome, its tokens, and the first reason for a refusal."""
+        self.outcomes[document.outcome.label] += 1
+        self.tokens += len(document)
+        self.reason = self.reason or document.reason
+
     def losses(self) -> str:
         """Say how many documents were left out, and why."""
-        said = ", ".join(f"{n} {why}" for why, n in self.lost().items())
+        said = ", ".join(f"{count} {why}" for why, count in self.lost().items())
         reason = f" (the first: {self.reason})" if self.reason else ""
-        return f"of {sum(self.outcomes.values())} documents {said} left out{reason}"
+        return f"of {self.documents} documents {said} left out{reason}"
 
     def lost(self) -> dict[str, int]:
-        """Documents that were left out, by reason."""
-        return {
-            why: n
-            for outcome, why in LEFT_OUT.items()
-            if (n := self.outcomes[outcome.name.lower()])
-        }
+        """Count the documents that were left out, by reason."""
+        counts = {why: self.outcomes[outcome.label] for outcome, why in LEFT_OUT.items()}
+        return {why: count for why, count in counts.items() if count}
+
+
+class _Pending(NamedTuple):
+    """A chunk that was submitted: where it begins, its text (characters), and its tokens to be."""
+
+    position: Position
+    size: int
+    tokens: Future[list[Tokens]]
 
 
 class _Stream:
-    """A source's documents in order, some chunks read and tokenised ahead."""
+    """A source's documents in order; some chunks are read and tokenised ahead."""
 
     def __init__(
         self, reader: SourceReader, progress: SourceProgress, submit: Submit, ahead: int
     ) -> None:
         self.progress, self._submit, self._ahead = progress, submit, ahead
         self._chunks = reader.chunks(Position(**progress.position))
-        self._waiting: deque[tuple[Position, int, Future[list[Tokens]]]] = deque()
-        self._bytes = 0
+        self._pending: deque[_Pending] = deque()
+        self._pending_size = 0
         self._failure: UserError | RunError | OSError | None = None
         self._ended = False
         self._documents: list[Tokens] = []
+        # Reading resumes at the beginning of a chunk, of which these were used before.
         self._skip = progress.used
 
     def next(self) -> Tokens | None:
-        """The next document, of whatever outcome; None at the end."""
+        """Return the next document, whatever its outcome; None at the end."""
+        # A loop, because a resumed chunk may be used up already.
         while self.progress.used >= len(self._documents):
-            if not self._advance():
+            if not self._next_chunk():
                 self.progress.dry = True
                 return None
         document = self._documents[self.progress.used]
         self.progress.used += 1
         return document
 
-    def _advance(self) -> bool:
+    def _next_chunk(self) -> bool:
+        """Go on to the next chunk; False at the end of the source."""
         self._read_ahead()
-        if not self._waiting:
+        if not self._pending:
             if self._failure is not None:
                 raise self._failure
             return False
-        position, size, future = self._waiting.popleft()
-        self._bytes -= size
-        self._documents = future.result()
-        self.progress.position, self.progress.used, self._skip = asdict(position), self._skip, 0
+        # Waits for this chunk, even if a later one is done: the order must not depend on workers.
+        pending = self._pending.popleft()
+        self._pending_size -= pending.size
+        self._documents = pending.tokens.result()
+        self.progress.position = asdict(pending.position)
+        self.progress.used, self._skip = self._skip, 0
+        # The workers go on while this chunk is used. Without workers, reading ahead gains nothing.
         if self._ahead > 1:
             self._read_ahead()
         return True
 
     def _read_ahead(self) -> None:
-        """Submit chunks; an error waits until all before it is used, so that workers do not change what is seen."""
-        while not self._ended and (
-            not self._waiting or (len(self._waiting) < self._ahead and self._bytes < AHEAD_BYTES)
-        ):
+        """Submit chunks until enough are pending.
+
+        An error surfaces after the documents before it, whatever the number of workers.
+        """
+        while not self._ended and self._has_room():
             try:
                 position, chunk = next(self._chunks)
-                future = self._submit(chunk)
+                tokens = self._submit(chunk)
             except StopIteration:
                 self._ended = True
             except (UserError, RunError, OSError) as error:
                 self._failure, self._ended = error, True
             else:
-                size = sum(
-                    _size(value) for document in chunk.documents for value in document.values()
-                )
-                self._waiting.append((position, size, future))
-                self._bytes += size
+                size = _text_size(chunk)
+                self._pending.append(_Pending(position, size, tokens))
+                self._pending_size += size
+
+    def _has_room(self) -> bool:
+        # One chunk always: otherwise a document above AHEAD_BYTES would stop its source.
+        if not self._pending:
+            return True
+        return len(self._pending) < self._ahead and self._pending_size < AHEAD_BYTES
 
 
-def _size(value: Any) -> int:
-    """Characters of a column's text or messages."""
-    if isinstance(value, list):
-        return sum(
-            len(str(message.get("content"))) for message in value if isinstance(message, dict)
-        )
-    return len(value) if isinstance(value, str) else 0
+def _text_size(chunk: Chunk) -> int:
+    """Characters of a chunk's text and messages."""
+    size = 0
+    for document in chunk.documents:
+        for value in document.values():
+            if isinstance(value, str):
+                size += len(value)
+            elif isinstance(value, list):
+                messages = [message for message in value if isinstance(message, dict)]
+                size += sum(len(str(message.get("content"))) for message in messages)
+    return size
 
 
 class Mixture:
-    """A domain's kept documents, interleaved so that its sources' tokens keep to their weights at every point.
+    """A domain's kept documents; its sources' tokens keep to their weights at every point.
 
-    A source that runs out stops; the others go on. `progress` has one entry per source; given to a new mixture it
-    continues there. The order depends on neither workers nor chunks.
+    A source that runs out stops; the others go on. `progress` has one entry per source; a new
+    mixture that is given it goes on there. The order depends on neither workers nor chunks.
     """
 
     def __init__(
@@ -143,26 +182,33 @@ class Mixture:
         self._field = field
         self.progress = progress or [SourceProgress() for _ in domain.sources]
         self._weights = [source.weight for source in domain.sources]
-        self._streams = [
-            _Stream(
-                SourceReader(source, f"{field}.sources[{n}]", seed), self.progress[n], submit, ahead
-            )
-            for n, source in enumerate(domain.sources)
-        ]
+        self._streams = []
+        for number, (source, own) in enumerate(zip(domain.sources, self.progress, strict=True)):
+            reader = SourceReader(source, f"{field}.sources[{number}]", seed)
+            self._streams.append(_Stream(reader, own, submit, ahead))
 
     def __iter__(self) -> Iterator[Tokens]:
-        while live := [n for n, progress in enumerate(self.progress) if not progress.dry]:
-            turn = min(live, key=lambda n: (self.progress[n].tokens / self._weights[n], n))
-            progress = self.progress[turn]
+        while (turn := self._next_source()) is not None:
             document = self._streams[turn].next()
             if document is None:
                 continue
-            progress.outcomes[document.outcome.name.lower()] += 1
-            progress.reason = progress.reason or document.reason
-            progress.tokens += len(document)
-            if progress.tokens == 0 and sum(progress.outcomes.values()) >= HOPELESS:
+            progress = self.progress[turn]
+            progress.count(document)
+            # Otherwise a source of the wrong kind would be read to its end, which can take days.
+            if progress.tokens == 0 and progress.documents >= HOPELESS:
                 raise UserError(
-                    f"{self._field}.sources[{turn}]: {progress.losses()}; nothing of it can be used."
+                    f"{self._field}.sources[{turn}]: {progress.losses()}; nothing of it can be "
+                    "used."
                 )
             if len(document):
                 yield document
+
+    def _next_source(self) -> int | None:
+        """Choose the source that is furthest behind its weight; None when all are dry."""
+        live = [n for n, progress in enumerate(self.progress) if not progress.dry]
+
+        def tokens_by_weight(n: int) -> float:
+            return self.progress[n].tokens / self._weights[n]
+
+        # min returns the first of equal sources, so a tie does not depend on anything else.
+        return min(live, key=tokens_by_weight, default=None)

@@ -11,12 +11,18 @@ import numpy as np
 from xlstm_distill.data.tokenization import Tokens
 
 OPEN_ROWS = 256
-"""Rows kept open for best-fit packing; more fill better and mix documents over a longer stretch (docs/data.md)."""
+"""Rows kept open for best-fit packing.
+
+With more open rows, rows are fuller and documents are mixed over a longer stretch (docs/data.md).
+"""
 
 
 @dataclass
 class PackedRow:
-    """A row: tokens (T,) int32, which are supervised (T,) bool, and the lengths of its documents in order."""
+    """A row: ids (T,) int32, supervised (T,) bool, and the lengths of its documents in order.
+
+    `used` counts the tokens of its documents; the rest of the row is padding.
+    """
 
     ids: np.ndarray
     supervised: np.ndarray
@@ -29,7 +35,7 @@ class PackedRow:
         return cls(np.full(context, pad, dtype=np.int32), np.zeros(context, dtype=bool))
 
     def add(self, document: Tokens) -> None:
-        """Append a document that fits."""
+        """Append a document; the caller ensures that it fits."""
         stop = self.used + len(document)
         self.ids[self.used : stop] = document.ids
         self.supervised[self.used : stop] = document.supervised
@@ -38,49 +44,62 @@ class PackedRow:
 
     @property
     def segment_ids(self) -> np.ndarray:
-        """Number of each token's document (T,) int64, one more for padding."""
-        missing = len(self.ids) - sum(self.lengths)
-        return np.repeat(np.arange(len(self.lengths) + 1), [*self.lengths, missing])
+        """Return each token's document number (T,) int64; padding has the number after the last."""
+        padding = len(self.ids) - sum(self.lengths)
+        return np.repeat(np.arange(len(self.lengths) + 1), [*self.lengths, padding])
 
 
 class Packer:
-    """Puts each document into the fullest open row that it fits (online best fit); nothing is cut off.
+    """Put each document into the fullest open row that it fits (online best fit).
 
-    When too many rows are open the fullest is finished. Open rows are kept in order of the room they have left, so
-    that the right one is found by bisection; of equal ones the oldest is taken.
+    No document is cut. When too many rows are open, the fullest one is finished. Open rows are
+    sorted by the room they have left, so a bisection finds the right one; of equally full rows the
+    oldest is taken.
     """
 
     def __init__(self, context: int, pad: int, open_rows: int = OPEN_ROWS) -> None:
         self.context, self.pad, self.open_rows = context, pad, open_rows
-        self._order: list[tuple[int, int]] = []  # (room left, number), ascending
+        self._order: list[tuple[int, int]] = []  # (room left, row number), ascending
         self._rows: dict[int, PackedRow] = {}
         self._next = 0
 
     def add(self, document: Tokens) -> PackedRow | None:
-        """Add a document of at most `context` tokens; returns the row that this finished, if any."""
+        """Add a document of at most `context` tokens; return the row that this finishes, if any."""
+        length = len(document)
         finished = None
-        place = bisect.bisect_left(self._order, (len(document), -1))
+        # Row numbers start at 0, so (length, -1) sorts before every row with exactly this room.
+        place = bisect.bisect_left(self._order, (length, -1))
         if place < len(self._order):
             room, number = self._order.pop(place)
         else:
-            if len(self._order) == self.open_rows and len(document) < self.context:
-                finished = self._rows.pop(self._order.pop(0)[1])
-            room, number = self.context, self._next
-            self._rows[number] = PackedRow.empty(self.context, self.pad)
-            self._next += 1
+            # A document as long as a row needs no open row, so it must not close another.
+            if len(self._order) == self.open_rows and length < self.context:
+                finished = self._finish_fullest()
+            room, number = self.context, self._open_row()
         self._rows[number].add(document)
-        if room == len(document):
+        if room == length:
             return self._rows.pop(number)
-        bisect.insort(self._order, (room - len(document), number))
+        bisect.insort(self._order, (room - length, number))
         return finished
+
+    def _open_row(self) -> int:
+        """Open an empty row and return its number."""
+        number = self._next
+        self._rows[number] = PackedRow.empty(self.context, self.pad)
+        self._next += 1
+        return number
+
+    def _finish_fullest(self) -> PackedRow:
+        _, number = self._order.pop(0)
+        return self._rows.pop(number)
 
     def drain(self) -> Iterator[PackedRow]:
         """Finish all open rows, the fullest first."""
         while self._order:
-            yield self._rows.pop(self._order.pop(0)[1])
+            yield self._finish_fullest()
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the open rows, oldest first, as arrays from which `restore` goes on."""
+        """Return the open rows, oldest first, as arrays that `restore` takes."""
         rows = [self._rows[number] for number in sorted(self._rows)]
         return {
             "open_used": np.array([row.used for row in rows], dtype=np.int64),
@@ -92,19 +111,19 @@ class Packer:
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over the open rows of another packer's `state`."""
+        all_used = state["open_used"].tolist()
+        all_counts = state["open_documents"].tolist()
         tokens = documents = 0
-        for used, count in zip(
-            state["open_used"].tolist(), state["open_documents"].tolist(), strict=True
-        ):
-            row = PackedRow.empty(self.context, self.pad)
+        for used, count in zip(all_used, all_counts, strict=True):
+            number = self._open_row()
+            row = self._rows[number]
             row.ids[:used] = state["open_ids"][tokens : tokens + used]
             row.supervised[:used] = state["open_supervised"][tokens : tokens + used]
             row.lengths = state["open_lengths"][documents : documents + count].tolist()
             row.used = used
-            bisect.insort(self._order, (self.context - used, self._next))
-            self._rows[self._next] = row
-            self._next += 1
-            tokens, documents = tokens + used, documents + count
+            bisect.insort(self._order, (self.context - used, number))
+            tokens += used
+            documents += count
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -112,7 +131,10 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def pack(documents: Iterable[Tokens], context: int, pad: int) -> Iterator[PackedRow]:
-    """Pack documents to the end, for rows from other tokens than a recipe's; one that is too long becomes several."""
+    """Pack documents to the end; a document longer than a row becomes several pieces.
+
+    A recipe's rows are made by `preparation`; this is for rows of other tokens.
+    """
     packer = Packer(context, pad)
     for document in documents:
         for piece in document.pieces(context):

@@ -1,4 +1,7 @@
-"""Prepare a domain's rows: mix, tokenise, pack and write shard by shard, so that a killed preparation can go on."""
+"""Prepare a domain's rows: mix, tokenise, pack and write, shard by shard.
+
+A preparation that was killed goes on after its last finished shard and ends with the same rows.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,45 @@ from typing import Any
 import numpy as np
 
 from xlstm_distill.artifacts import Draft
+from xlstm_distill.artifacts.files import remove_partials, written_whole
 from xlstm_distill.data.mixture import Mixture, SourceProgress
 from xlstm_distill.data.packing import OPEN_ROWS, Packer
-from xlstm_distill.data.shards import RowShardWriter, check_shard, written_whole
-from xlstm_distill.data.tokenization import ChunkTokenizer, DocumentOutcome, DocumentTokenizer
+from xlstm_distill.data.shards import RowShardWriter, check_shard
+from xlstm_distill.data.tokenization import (
+    ChunkTokenizer,
+    DocumentOutcome,
+    DocumentTokenizer,
+    Tokens,
+)
 from xlstm_distill.data.workers import tokenizing
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.runtime import console as consoles
+from xlstm_distill.runtime.console import Console, Progress
 
 CHECKPOINT = "checkpoint.npz"
 WORTH_WORKERS = 50_000_000
-"""Tokens from which the start of worker processes pays."""
+"""Tokens from which worker processes save more time than they take to start."""
 MOST_WORKERS = 16
-"""Workers from which the main process, which reads, mixes and packs, is the limit."""
-SAID = 0.01
-"""Relative difference of a source's share from its weight that is worth a line."""
+"""Workers from which the main process is the limit: it reads, mixes and packs."""
+WORTH_A_LINE = 0.01
+"""Relative difference between a source's share and its weight from which a line is printed."""
 
 
 def clean(folder: Path) -> None:
-    """Remove what preparations of the same domain with other settings have left beside a work directory."""
-    stem = folder.name.rsplit("-", 1)[0]
+    """Remove the work directories that preparations of this domain with other settings left."""
+    stem, _, _ = folder.name.rpartition("-")
     for other in folder.parent.glob(f"{stem}-*"):
-        if other.name.rsplit("-", 1)[0] == stem and (other / CHECKPOINT).exists():
+        # The pattern also finds the domain `math-long` where `math` is meant.
+        own, _, _ = other.name.rpartition("-")
+        if own == stem and (other / CHECKPOINT).exists():
             shutil.rmtree(other, ignore_errors=True)
 
 
 class Preparation:
-    """Makes the rows of one domain in a folder that outlives the process, and hands them over when they are complete.
+    """Make the rows of one domain in a folder that outlives the process, then publish them.
 
-    After every shard the folder holds all that is needed to go on: which shards there are, how far each source has
-    been read, and the rows that are still open.
+    After every shard the folder holds all that is needed to go on: the finished shards, how far
+    each source has been read, and the rows that are still open.
     """
 
     def __init__(
@@ -54,43 +65,43 @@ class Preparation:
         needed: int,
         tokenizer: Any,
         folder: Path,
-        console: consoles.Console,
+        console: Console,
     ) -> None:
-        self.recipe, self.name, self.needed, self.folder, self.console = (
-            recipe,
-            name,
-            needed,
-            folder,
-            console,
-        )
+        self.recipe, self.name, self.needed = recipe, name, needed
+        self.tokenizer, self.folder, self.console = tokenizer, folder, console
+        self.domain = recipe.data.domains[name]
         self.field, self.label = f"data.domains.{name}", f"data/{name}"
-        self.domain, self.tokenizer = recipe.data.domains[name], tokenizer
-        pad = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+        pad = tokenizer.pad_token_id
+        if pad is None:
+            pad = tokenizer.eos_token_id
         # A small domain would leave much of its text in open rows.
-        self.packer = Packer(recipe.data.context, pad, min(OPEN_ROWS, max(16, needed // 32)))
+        open_rows = min(OPEN_ROWS, max(16, needed // 32))
+        self.packer = Packer(recipe.data.context, pad, open_rows)
         vocabulary = max(tokenizer.get_vocab().values()) + 1
         self.writer = RowShardWriter(folder, recipe.data.context, vocabulary)
         self.progress = [SourceProgress() for _ in self.domain.sources]
 
     def build(self, draft: Draft) -> None:
-        """Make the rows, or what is missing of them, and move them into the draft.
+        """Make the rows, or those that are missing, and move them into the draft.
 
         Raises:
             UserError: a source cannot be used, or there are too few documents.
             RunError: hub data stopped coming, or a worker died.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        # The caller holds the lock of this folder: a partial file is of a killed process.
+        remove_partials(self.folder)
         try:
             self._make()
             draft.results |= self._results()
             self._warn(draft.results)
+            # The work directory becomes the draft, so that no row is copied.
             draft.path.rmdir()
             self.folder.rename(draft.path)
             (draft.path / CHECKPOINT).unlink(missing_ok=True)
         finally:
-            if not (self.folder / CHECKPOINT).exists():  # nothing to go on from
+            # Without a checkpoint there is nothing to go on from.
+            if not (self.folder / CHECKPOINT).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def _make(self) -> None:
@@ -98,28 +109,38 @@ class Preparation:
         if self.writer.rows < self.needed:
             self._fill()
         self.writer.close()
+        self._check_enough()
+
+    def _check_enough(self) -> None:
+        """Refuse a domain with no rows to train on, and say what its sources lost."""
         validation = self.recipe.data.validation_rows
-        if self.writer.rows <= validation:
-            losses = [
-                f" sources[{n}]: {p.losses()}." for n, p in enumerate(self.progress) if p.lost()
-            ]
-            raise UserError(
-                f"{self.field}: its documents fill {self.writer.rows} rows of {self.recipe.data.context} tokens and "
-                f"data.validation_rows holds back {validation} of them; give more documents or hold back fewer."
-                + "".join(losses)
-            )
+        if self.writer.rows > validation:
+            return
+        losses = [
+            f" sources[{number}]: {progress.losses()}."
+            for number, progress in enumerate(self.progress)
+            if progress.lost()
+        ]
+        raise UserError(
+            f"{self.field}: its documents fill {self.writer.rows} rows of "
+            f"{self.recipe.data.context} tokens and data.validation_rows holds back {validation} "
+            f"of them; give more documents or hold back fewer.{''.join(losses)}"
+        )
 
     def workers(self) -> int:
-        """Processes that tokenise: the recipe's number, or one per core that the main process leaves free."""
+        """Processes that tokenise: the recipe's number, or one per core but one.
+
+        That core is for the main process.
+        """
         if self.recipe.data.workers is not None:
             return self.recipe.data.workers
+        # Each worker imports transformers, which takes seconds.
         if (self.needed - self.writer.rows) * self.recipe.data.context < WORTH_WORKERS:
             return 0
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count() or 1
         return min(cores - 1, MOST_WORKERS)
 
     def _fill(self) -> None:
@@ -131,28 +152,34 @@ class Preparation:
         total = (self.needed - self.writer.rows) * data.context
         with (
             tokenizing(tokenizer, self.workers()) as (submit, ahead),
-            self.console.progress(self.label, total) as progress,
+            self.console.progress(self.label, total) as bar,
         ):
-            mixture = Mixture(
-                self.domain, self.field, self.recipe.seed, submit, ahead, self.progress
-            )
+            seed = self.recipe.seed
+            mixture = Mixture(self.domain, self.field, seed, submit, ahead, self.progress)
             for document in mixture:
-                before = self.writer.rows
-                for piece in document.pieces(data.context):
-                    if (row := self.packer.add(piece)) and self.writer.rows < self.needed:
-                        self.writer.add(row)
-                progress.update((self.writer.rows - before) * data.context)
+                self._add(document, bar)
                 if self.writer.rows >= self.needed:
                     return
                 if self.writer.is_full:
                     self.writer.end_shard()
                     self._save()
+            # The sources are dry: the open rows are all that is left.
             for row in self.packer.drain():
                 if self.writer.rows < self.needed:
                     self.writer.add(row)
-                    progress.update(data.context)
+                    bar.update(data.context)
+
+    def _add(self, document: Tokens, bar: Progress) -> None:
+        """Pack a document and add the rows that this finishes."""
+        before = self.writer.rows
+        for piece in document.pieces(self.recipe.data.context):
+            row = self.packer.add(piece)
+            if row is not None and self.writer.rows < self.needed:
+                self.writer.add(row)
+        bar.update((self.writer.rows - before) * self.recipe.data.context)
 
     def _save(self) -> None:
+        """Write the checkpoint; the shards that it names are on the disk already."""
         state = {
             "shards": self.writer.shards,
             "totals": self.writer.totals,
@@ -185,50 +212,55 @@ class Preparation:
         self.console.line(f"{self.label}: going on after {self.writer.rows} of {self.needed} rows.")
 
     def _results(self) -> dict[str, Any]:
-        """The figures of the preparation, for the manifest."""
+        """Return the figures of the preparation, for the manifest."""
         totals, rows = self.writer.totals, self.writer.rows
-        read = sum(progress.tokens for progress in self.progress)
-        weights = sum(source.weight for source in self.domain.sources)
-        shares = [
-            {
-                "source": source.path or source.generator,
-                "weight_share": source.weight / weights,
-                "share": progress.tokens / max(read, 1),
-                "tokens": progress.tokens,
-                "documents": sum(progress.outcomes.values()),
-                "ran_out": progress.dry,
-            }
-            for source, progress in zip(self.domain.sources, self.progress, strict=True)
-        ]
+        bytes_written = sum(shard["bytes"] for shard in self.writer.shards)
+        documents_read = {}
+        for outcome in DocumentOutcome:
+            counts = [progress.outcomes[outcome.label] for progress in self.progress]
+            documents_read[outcome.label] = sum(counts)
         return {
             "rows": rows,
             "rows_needed": self.needed,
             "tokens": totals["tokens"],
             "fill": totals["tokens"] / (rows * self.recipe.data.context),
             "supervised_share": totals["supervised"] / totals["tokens"],
-            "bytes_per_token": sum(s["bytes"] for s in self.writer.shards) / totals["tokens"],
-            "documents_read": {
-                o.name.lower(): sum(p.outcomes[o.name.lower()] for p in self.progress)
-                for o in DocumentOutcome
-            },
-            "sources": shares,
+            "bytes_per_token": bytes_written / totals["tokens"],
+            "documents_read": documents_read,
+            "sources": self._shares(),
         }
 
+    def _shares(self) -> list[dict[str, Any]]:
+        """Return what each source gave, beside the share that its weight asks for."""
+        read = sum(progress.tokens for progress in self.progress)
+        weights = sum(source.weight for source in self.domain.sources)
+        return [
+            {
+                "source": source.path or source.generator,
+                "weight_share": source.weight / weights,
+                "share": progress.tokens / max(read, 1),
+                "tokens": progress.tokens,
+                "documents": progress.documents,
+                "ran_out": progress.dry,
+            }
+            for source, progress in zip(self.domain.sources, self.progress, strict=True)
+        ]
+
     def _warn(self, results: dict[str, Any]) -> None:
-        """Say what is other than the recipe asks for."""
-        for number, (source, progress) in enumerate(
-            zip(results["sources"], self.progress, strict=True)
-        ):
+        """Print where the rows differ from what the recipe asks for."""
+        for number, progress in enumerate(self.progress):
             field = f"{self.field}.sources[{number}]"
-            if progress.dry and abs(source["share"] / source["weight_share"] - 1) > SAID:
+            source = results["sources"][number]
+            difference = abs(source["share"] / source["weight_share"] - 1)
+            if progress.dry and difference > WORTH_A_LINE:
                 self.console.line(
-                    f"{field}: ran out after {source['documents']} documents and gives {source['share']:.1%} of the "
-                    f"tokens, not {source['weight_share']:.1%}."
+                    f"{field}: ran out after {source['documents']} documents and gives "
+                    f"{source['share']:.1%} of the tokens, not {source['weight_share']:.1%}."
                 )
             if progress.lost():
                 self.console.line(f"{field}: {progress.losses()}.")
         if results["rows"] < self.needed:
             self.console.line(
-                f"{self.label}: {results['rows']} rows of the {self.needed} that the recipe reads; they will be read "
-                "more than once."
+                f"{self.label}: {results['rows']} rows of the {self.needed} that the recipe reads; "
+                "they will be read more than once."
             )

@@ -82,7 +82,10 @@ def data_request(recipe: Recipe, name: str, tokenizer_hash: str, **counts: int) 
 
 
 def _rows_there(recipe: Recipe, run: Run, name: str, tokenizer_hash: str) -> int:
-    """Rows asked for when the published artifact was made, if it holds this recipe's rows; else 0."""
+    """Return the rows asked for when the published artifact was made.
+
+    It is 0 if there is none, or if it does not hold this recipe's rows.
+    """
     published = run.load(f"data/{name}")
     if published is None:
         return 0
@@ -96,15 +99,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules = sorted(tokenizer.get_vocab().items())
-    else:  # padding and truncation are set by the last call, not by the tokenizer's files
-        rules = [
-            part
-            for part in json.loads(backend.to_str()).items()
-            if part[0] not in ("padding", "truncation")
-        ]
-    special = json.loads(
-        json.dumps(tokenizer.special_tokens_map, default=str)
-    )  # templates render some by name
+    else:
+        # Padding and truncation are set by the last call, not by the tokenizer's files.
+        state = json.loads(backend.to_str())
+        rules = [part for part in state.items() if part[0] not in ("padding", "truncation")]
+    # Templates render some of the special tokens by name.
+    special = json.loads(json.dumps(tokenizer.special_tokens_map, default=str))
     splits = getattr(tokenizer, "split_special_tokens", False)
     ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     return digest([rules, tokenizer.chat_template, *ids, special, splits])

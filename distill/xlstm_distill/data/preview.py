@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -72,58 +72,40 @@ def preview_sources(recipe: Recipe, tokenizer: Any, examples: int = 3) -> list[S
     return found
 
 
-@dataclass
-class _Looked:
-    """What has been seen of a source so far."""
-
-    kept: list[Tokens] = field(default_factory=list)
-    progress: SourceProgress = field(default_factory=SourceProgress)
-
-    @property
-    def documents(self) -> int:
-        return sum(self.progress.outcomes.values())
-
-
 def _preview(
     source: Source, reader: SourceReader, prepare: ChunkTokenizer, examples: int
 ) -> SourcePreview:
-    looked = _Looked()
+    kept: list[Tokens] = []
+    progress = SourceProgress()
     problem = None
     try:
-        _look(looked, _one_by_one(reader, prepare), examples)
+        for tokens in _one_by_one(reader, prepare):
+            progress.count(tokens)
+            if len(tokens):
+                kept.append(tokens)
+            enough = len(kept) >= examples and progress.documents >= DOCUMENTS
+            if enough or progress.documents >= HOPELESS:
+                break
     except (UserError, RunError, OSError) as error:
         problem = str(error)
-    if problem is None and not looked.kept:
-        problem = f"{reader.field}: {looked.progress.losses()}; nothing of it can be used."
+    if problem is None and not kept:
+        problem = f"{reader.field}: {progress.losses()}; nothing of it can be used."
     decode = prepare.tokenize.tokenizer.decode
     return SourcePreview(
         field=reader.field,
         origin=source.path or f"generator {source.generator!r}",
         columns=reader.columns,
-        examples=tuple(_example(tokens, decode) for tokens in looked.kept[:examples]),
-        left_out=_left_out(looked.progress, prepare.context),
+        examples=tuple(_example(tokens, decode) for tokens in kept[:examples]),
+        left_out=_left_out(progress, prepare.context),
         problem=problem,
     )
-
-
-def _look(looked: _Looked, documents: Iterator[Tokens], examples: int) -> None:
-    """Take in documents until there are enough examples, or no hope of one."""
-    for tokens in documents:
-        looked.progress.outcomes[tokens.outcome.name.lower()] += 1
-        looked.progress.reason = looked.progress.reason or tokens.reason
-        if len(tokens):
-            looked.kept.append(tokens)
-        enough = len(looked.kept) >= examples and looked.documents >= DOCUMENTS
-        if enough or looked.documents >= HOPELESS:
-            return
 
 
 def _one_by_one(reader: SourceReader, prepare: ChunkTokenizer) -> Iterator[Tokens]:
     """Prepare each document alone, so that those before a bad one can still be shown."""
     for _, chunk in reader.chunks(Position()):
         for index, document in enumerate(chunk.documents):
-            alone = replace(chunk, documents=[document], first=chunk.first + index)
-            yield from prepare(alone)
+            yield from prepare(replace(chunk, documents=[document], first=chunk.first + index))
 
 
 def _example(tokens: Tokens, decode: Any) -> Example:
@@ -142,6 +124,6 @@ def _example(tokens: Tokens, decode: Any) -> Example:
 
 def _left_out(progress: SourceProgress, context: int) -> str | None:
     said = [progress.losses()] if progress.lost() else []
-    if cut := progress.outcomes[DocumentOutcome.TRUNCATED.name.lower()]:
+    if cut := progress.outcomes[DocumentOutcome.TRUNCATED.label]:
         said.append(f"{cut} cut to {context} tokens (data.context)")
     return "; ".join(said) or None

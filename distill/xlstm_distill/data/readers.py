@@ -1,4 +1,7 @@
-"""Readers of data files: records in batches of columns, each with the state from which reading goes on after it."""
+"""Readers of data files: records in batches of columns, each with the state after it.
+
+A reader goes on from a state exactly where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,82 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 BATCH_RECORDS = 64
 AHEAD_RECORDS = 1000
-"""Records from whose keys a JSON file's columns are known."""
+"""Records at the start of a JSON file whose keys are its columns."""
 CSV_RECORDS = 4096
 BLOCK_BYTES = 2**20
+FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".csv": "csv",
+}
+"""File endings and their formats, as `datasets` names them."""
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 RecordBatch = Mapping[str, list[Any]]
 State = dict[str, Any]
 Reader = Callable[[State | None], Iterator[tuple[RecordBatch, State]]]
-"""Yields batches of a file, from its beginning or from a state on, which is a JSON value."""
+"""Yields batches of a file, from its beginning (None) or from a state, which is a JSON value."""
 
 
 class BadRecord(ValueError):
-    """A record that is no record; `where` names it by line or number."""
+    """A record that cannot be read; `where` names it by line or number."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(reason)
         self.where = where
 
 
+def format_of(file: Path) -> str | None:
+    """Return a file's format by its name, compressed or not; None if it is not known."""
+    name = file.name.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return FORMATS.get(Path(name).suffix)
+
+
+def file_reader(file: Path, sample_by: str) -> Reader:
+    """Return the reader of a local file; `sample_by` says what a document of a text file is."""
+    form = format_of(file)
+    assert form is not None, f"{file} was listed without a known ending"
+    if form == "json":
+        return json_reader(str(file))
+    if form == "csv":
+        return csv_reader(str(file))
+    options = {"sample_by": sample_by} if form == "text" else {}
+    return dataset_reader(functools.partial(_open_dataset, file, form, options))
+
+
+def hub_file_reader(builder: Any) -> Callable[[str], Reader] | None:
+    """Return our own reader for the files of a hub data set, or None if `datasets` must read them.
+
+    Ours does what the data set's builder does, but without a schema. It knows no options, so it is
+    not used where the data set sets some.
+    """
+    from datasets.packaged_modules.csv.csv import Csv, CsvConfig
+    from datasets.packaged_modules.json.json import Json
+
+    config = builder.config
+    if isinstance(builder, Json):
+        options = (config.field, config.encoding, config.encoding_errors)
+        return json_reader if options == (None, "utf-8", None) else None
+    if isinstance(builder, Csv):
+        default = CsvConfig().pd_read_csv_kwargs
+        return csv_reader if config.pd_read_csv_kwargs == default else None
+    return None
+
+
 def dataset_reader(load: Callable[[], Any]) -> Reader:
-    """Read what `datasets` reads, with the schema it finds; `load` gives a streaming data set, or None if empty."""
+    """Read what `datasets` reads, with the schema it finds.
+
+    `load` returns a streaming data set, or None if it has no record.
+    """
 
     def batches(state: State | None) -> Iterator[tuple[RecordBatch, State]]:
         data = load()
@@ -45,17 +101,30 @@ def dataset_reader(load: Callable[[], Any]) -> Reader:
     return batches
 
 
-def json_reader(path: str) -> Reader:
-    """Read JSON: one object per line, or one list of objects or texts, compressed or not, local or on the hub.
+def _open_dataset(file: Path, form: str, options: Mapping[str, Any]) -> Any:
+    """Open a file as a streaming data set; None if it has no record."""
+    import datasets
 
-    Each record is taken as it is. `datasets` would fix the types of all columns by the first 10 MB and fail on a later
-    record that differs, be it in a column that nobody asked for.
+    try:
+        return datasets.load_dataset(
+            form, data_files=[str(file)], split="train", streaming=True, **options
+        )
+    except StopIteration:  # what `datasets` raises on a file without a record
+        return None
+
+
+def json_reader(path: str) -> Reader:
+    """Read JSON: one object per line, or one list of objects or texts; compressed or not.
+
+    The path is local or on the hub. Each record is taken as it is. `datasets` would fix the types
+    of all columns by the first 10 MB; a later record with another type would then be an error, even
+    in a column that nobody asked for.
     """
     return functools.partial(_json_batches, path)
 
 
 def csv_reader(path: str) -> Reader:
-    """Read CSV, every value as the text that it is: `NA` and `5` are texts too."""
+    """Read CSV, every value as text: `NA` and `5` are texts too."""
     return functools.partial(_csv_batches, path)
 
 
@@ -65,14 +134,17 @@ def open_bytes(path: str) -> BinaryIO:
     from datasets.utils.file_utils import xopen
 
     file = xopen(datasets.StreamingDownloadManager().extract(path), "rb")
-    return cast(
-        BinaryIO,
-        file if isinstance(file, io.BufferedReader) else io.BufferedReader(_Raw(file), BLOCK_BYTES),
-    )
+    if not isinstance(file, io.BufferedReader):
+        file = io.BufferedReader(_Raw(file), BLOCK_BYTES)
+    return cast(BinaryIO, file)
 
 
 class _Raw(io.RawIOBase):
-    """A file to buffer, of which only `read` is used: it is what `datasets` tries again when a connection breaks."""
+    """A file to buffer. Reading goes through `read` alone.
+
+    `datasets` tries a `read` of a remote file again when the connection breaks, but no other way of
+    reading.
+    """
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -100,33 +172,47 @@ class _Raw(io.RawIOBase):
 def _json_batches(path: str, state: State | None) -> Iterator[tuple[RecordBatch, State]]:
     with open_bytes(path) as file:
         records = _json_records(file, state or {})
+        # A column that only some records have must be known from the first batch on. A file that is
+        # gone on with needs no look ahead: its columns have been chosen.
         ahead = list(itertools.islice(records, 0 if state else AHEAD_RECORDS))
-        known = dict.fromkeys(name for record, _ in ahead for name in record)
+        known = _keys(ahead)
         rest = itertools.chain(ahead, records)
         while batch := list(itertools.islice(rest, BATCH_RECORDS)):
-            names = known | dict.fromkeys(name for record, _ in batch for name in record)
-            yield {name: [record.get(name) for record, _ in batch] for name in names}, batch[-1][1]
+            names = known | _keys(batch)
+            columns = {}
+            for name in names:
+                columns[name] = [record.get(name) for record, _ in batch]
+            _, after = batch[-1]
+            yield columns, after
+
+
+def _keys(batch: Iterable[tuple[dict[str, Any], State]]) -> dict[str, None]:
+    """Collect the keys of records in the order in which they first appear."""
+    return dict.fromkeys(name for record, _ in batch for name in record)
 
 
 def _json_records(file: BinaryIO, state: State) -> Iterator[tuple[dict[str, Any], State]]:
-    """Yield records, each with the state after it: the next line's place in bytes, or a number in a list."""
+    """Yield records, each with the state after it.
+
+    The state is the next line's place (bytes) and number, or the record's number in a list.
+    """
     offset, number = state.get("offset", 0), state.get("line", 0)
     _skip(file, offset)
     for line in file:
-        offset, number = offset + len(line), number + 1
+        offset += len(line)
+        number += 1
         text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
         if text.startswith(b"["):
             listed = _parsed(text + file.read(), "its list")
             yield from itertools.islice(_listed(listed), state.get("record", 0), None)
             return
         if text:
-            yield (
-                _object(_parsed(text, f"line {number}"), f"line {number}"),
-                {"offset": offset, "line": number},
-            )
+            where = f"line {number}"
+            yield _object(_parsed(text, where), where), {"offset": offset, "line": number}
 
 
 def _listed(values: Iterable[Any]) -> Iterator[tuple[dict[str, Any], State]]:
+    """Yield the records of a JSON list; a text is a record with the column `text`."""
     for number, value in enumerate(values, 1):
         record = {"text": value} if isinstance(value, str) else _object(value, f"record {number}")
         yield record, {"record": number}
@@ -136,14 +222,14 @@ def _parsed(text: bytes, where: str) -> Any:
     try:
         value = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        hint = (
-            " (a JSON file holds one object per line, or one list of them)"
-            if where == "line 1"
-            else ""
-        )
+        hint = ""
+        if where == "line 1":
+            hint = " (a JSON file holds one object per line, or one list of them)"
         raise BadRecord(where, f"{error}{hint}") from None
-    if b"\\ud" in text or b"\\uD" in text:  # perhaps half a character, which no tokenizer takes
-        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    # An escape such as \\ud83d alone is half a character, which no tokenizer takes. It becomes "?".
+    if b"\\ud" in text or b"\\uD" in text:
+        whole = json.dumps(value, ensure_ascii=False)
+        value = json.loads(whole.encode("utf-8", "replace"))
     return value
 
 
@@ -154,12 +240,13 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _skip(file: BinaryIO, count: int) -> None:
-    """Go forward by bytes from the beginning, also where a decompressor or a remote file cannot seek."""
+    """Go forward from the beginning (bytes)."""
     if count == 0:
         return
     with contextlib.suppress(OSError, ValueError):
         file.seek(count)
         return
+    # Some decompressors and remote files cannot seek: read what is to be skipped.
     while count > 0 and (block := file.read(min(count, BLOCK_BYTES))):
         count -= len(block)
 
@@ -167,16 +254,18 @@ def _skip(file: BinaryIO, count: int) -> None:
 def _csv_batches(path: str, state: State | None) -> Iterator[tuple[RecordBatch, State]]:
     import pandas
 
-    done, seen = (state or {}).get("record", 0), 0
+    done = (state or {}).get("record", 0)
+    seen = 0
     with open_bytes(path) as file:
-        for frame in pandas.read_csv(
+        frames = pandas.read_csv(
             file, dtype=str, keep_default_na=False, na_filter=False, chunksize=CSV_RECORDS
-        ):
+        )
+        for frame in frames:
             columns = {str(name): values for name, values in frame.to_dict("list").items()}
+            # A CSV record can span lines, so there is no place to go on from: earlier records are
+            # parsed again and passed over.
             for start in range(max(0, done - seen), len(frame), BATCH_RECORDS):
                 stop = min(start + BATCH_RECORDS, len(frame))
-                yield (
-                    {name: values[start:stop] for name, values in columns.items()},
-                    {"record": seen + stop},
-                )
+                batch = {name: values[start:stop] for name, values in columns.items()}
+                yield batch, {"record": seen + stop}
             seen += len(frame)

@@ -23,9 +23,10 @@ Row = tuple[str, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows ready for a model; all (B, T) int64 but `real`, which is False on padding.
+    """Rows ready for a model; tensors are (B, T), int64 except `real`.
 
-    `labels` holds the next token where it is supervised and of the same document, else IGNORE_INDEX.
+    `labels` holds the next token where it is supervised and of the same document, else
+    IGNORE_INDEX. `real` is False on padding.
     """
 
     input_ids: Tensor
@@ -44,10 +45,10 @@ class Batch:
 
 
 class DomainRows:
-    """The first `limit` packed rows of one domain; the first `validation` of them are never trained on.
+    """The first `limit` packed rows of one domain; the first `validation` of them are held out.
 
-    Validation rows lie evenly over the first `span` rows: they trade places with the rows that come first on the disk.
-    Without span and limit all rows count.
+    Held-out rows lie evenly over the first `span` rows on the disk. They are numbered first: each
+    trades places with a row at the start. Without span and limit all rows count.
     """
 
     def __init__(
@@ -60,13 +61,8 @@ class DomainRows:
     ) -> None:
         self.name, self.validation, self.limit = name, validation, limit
         self._shards = ShardReader(artifact.path)
-        self._traded: dict[int, int] = {}
         stored = len(self._shards)
-        span = stored if span is None else min(span, stored)
-        for first in range(min(validation, span)):
-            other = first * span // validation
-            here, there = self._traded.get(first, first), self._traded.get(other, other)
-            self._traded[first], self._traded[other] = there, here
+        self._place = _traded_places(validation, stored if span is None else min(span, stored))
 
     def __len__(self) -> int:
         stored = len(self._shards)
@@ -84,7 +80,18 @@ class DomainRows:
 
     def row(self, index: int) -> PackedRow:
         """Read a row, memory-mapped."""
-        return self._shards.row(self._traded.get(index, index))
+        return self._shards.row(self._place.get(index, index))
+
+
+def _traded_places(validation: int, span: int) -> dict[int, int]:
+    """Map row numbers to places on the disk, where these differ."""
+    place: dict[int, int] = {}
+    for first in range(min(validation, span)):
+        other = first * span // validation
+        # An earlier trade may have moved either of the two rows.
+        here, there = place.get(first, first), place.get(other, other)
+        place[first], place[other] = there, here
+    return place
 
 
 def load_batch(domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
@@ -105,8 +112,12 @@ def load_batch(domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
 
 
 def next_token_labels(input_ids: Tensor, supervised: Tensor, segment_ids: Tensor) -> Tensor:
-    """Label each token with the next one where that is supervised and of the same document; all (B, T)."""
+    """Label each token with the next one where that is supervised and of the same document.
+
+    All tensors are (B, T). Other places, and the last of each row, get IGNORE_INDEX.
+    """
     labels = torch.full_like(input_ids, IGNORE_INDEX)
-    keep = supervised[:, 1:] & (segment_ids[:, 1:] == segment_ids[:, :-1])
+    same_document = segment_ids[:, 1:] == segment_ids[:, :-1]
+    keep = supervised[:, 1:] & same_document
     labels[:, :-1] = torch.where(keep, input_ids[:, 1:], IGNORE_INDEX)
     return labels

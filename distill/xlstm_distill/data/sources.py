@@ -6,7 +6,7 @@ import errno
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,23 @@ from xlstm_distill import embedded
 from xlstm_distill.artifacts.hashing import digest, hash_path
 from xlstm_distill.data.readers import (
     BATCH_RECORDS,
+    FORMATS,
     BadRecord,
     Reader,
     RecordBatch,
-    csv_reader,
     dataset_reader,
-    json_reader,
+    file_reader,
+    format_of,
+    hub_file_reader,
 )
 from xlstm_distill.data.tokenization import Chunk
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Source
 
-BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".csv": "csv",
-}
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 STYLES = (("messages",), ("prompt", "response"), ("text",))
+"""Roles of the columns of each style, in the order in which they are looked for."""
 ROLES = ("messages", "system", "prompt", "response", "text")
+NAME_COLUMNS = "Name the right ones with messages, prompt and response, or text."
 LIST_ERRORS = (
     OSError,
     ValueError,
@@ -49,17 +44,18 @@ LIST_ERRORS = (
     ImportError,
     pa.ArrowException,
 )
-"""What `datasets` raises, besides its own errors, on a data set or folder that it cannot make out."""
-OWN_READERS: Mapping[str, Callable[[str], Reader]] = {"json": json_reader, "csv": csv_reader}
+"""What `datasets` raises, besides its own errors, on a data set or folder that it cannot read."""
 Document = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two documents of a source, as JSON values, from which reading goes on exactly.
+    """A place between two documents of a source, as JSON values; reading goes on from it exactly.
 
-    `file` counts in the order of reading; `state` is that of the file's data set, `record` the records of the file
-    before it, `read` all documents before it.
+    file: number of the file, in the order of reading.
+    record: records of this file before the place.
+    read: documents of the source before the place.
+    state: state of the file's reader.
     """
 
     file: int = 0
@@ -78,29 +74,32 @@ class _File:
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """What a source's content depends on, for fingerprints: its settings and a hash of local files or a generator."""
+    """Return what a source's content depends on, for fingerprints.
+
+    That is its settings, and a hash of local files or of a generator's code.
+    """
     settings = source.model_dump(mode="json")
     if source.generator is not None:
-        settings["code"] = _generators_hash()
+        settings["code"] = generators_hash()
     elif source.path is not None and (path := Path(source.path)).exists():
         settings["path"] = hash_path(path)
     return settings
 
 
 @functools.cache
-def _generators_hash() -> str:
-    """Hash of the files that decide what the embedded generators write."""
+def generators_hash() -> str:
+    """Hash the files that decide what the embedded generators write."""
     folder = Path(embedded.__file__).parent
-    return digest(
-        [(folder / name).read_text(encoding="utf-8") for name in embedded.GENERATOR_FILES]
-    )
+    texts = [(folder / name).read_text(encoding="utf-8") for name in embedded.GENERATOR_FILES]
+    return digest(texts)
 
 
 class SourceReader:
-    """Reads a source in chunks of documents with the columns `messages`, `prompt` and `response`, or `text`.
+    """Read a source in chunks of documents.
 
-    Files are read in an order drawn from the seed, so that a budget that ends early has seen files from everywhere.
-    `field` is the source's dotted path, for messages.
+    A document has the columns `messages`; `prompt`, `response` and perhaps `system`; or `text`.
+    Files are read in an order drawn from the seed: a budget that ends early has then seen files
+    from everywhere. `field` is the source's dotted path, for messages.
     """
 
     def __init__(self, source: Source, field: str, seed: int) -> None:
@@ -123,8 +122,10 @@ class SourceReader:
             yield from self._generated(start)
             return
         files = self._files()
+        # From the seed alone, so that reading goes on in the same order after a restart.
         order = np.random.default_rng(self.seed).permutation(len(files))
         self._columns = self._named_columns()
+        # The file to go on with may have other columns than the one that the choice was made by.
         if start.read and not self._columns:
             self._settle_columns([files[number] for number in order])
         here, read = start, start.read
@@ -139,7 +140,8 @@ class SourceReader:
             here = Position(file=here.file + 1, read=read)
         if read == 0:
             raise UserError(
-                f"{self.field}: {self.source.path!r}, split {self.source.split!r}, has no documents."
+                f"{self.field}: {self.source.path!r}, split {self.source.split!r}, has no "
+                "documents."
             )
 
     def _generated(self, start: Position) -> Iterator[tuple[Position, Chunk]]:
@@ -148,6 +150,7 @@ class SourceReader:
         self._columns = {"messages": "messages"}
         label = f"generator {self.source.generator!r}"
         stream = embedded.documents(self.source.generator, self.source.documents, self.seed)
+        # All documents come from one random stream, so those before the start are made again.
         rest = itertools.islice(stream, start.record, None)
         position = start
         while batch := list(itertools.islice(rest, BATCH_RECORDS)):
@@ -158,23 +161,33 @@ class SourceReader:
 
     def _records(self, file: _File, start: Position) -> Iterator[tuple[Position, list[Document]]]:
         """Yield a file's documents in batches, and where they begin."""
-        position, batches = start, file.read(start.state)
+        position = start
+        batches = file.read(start.state)
         while True:
             try:
                 found = next(batches, None)
-            except Exception as error:  # each format and decompressor has errors of its own; here is nothing but reading
+            # Each format and decompressor has errors of its own. Nothing but reading can fail here.
+            except Exception as error:
                 raise self._unreadable(file, position, error) from error
             if found is None:
                 return
-            documents = self._documents(found[0], file, position)
+            batch, state = found
+            documents = self._documents(batch, file, position)
             yield position, documents
-            count = len(documents)
             position = Position(
-                position.file, position.record + count, position.read + count, found[1]
+                file=position.file,
+                record=position.record + len(documents),
+                read=position.read + len(documents),
+                state=state,
             )
 
     def _unreadable(self, file: _File | None, position: Position, error: Exception) -> Exception:
-        """Say which file could not be read, and where in it; without a file, that the source could not be listed."""
+        """Make the error for a file that cannot be read, or without a file for the whole source.
+
+        It names the file and the place in it. Hub data that stops after its first documents is a
+        RunError, because the same command can go on later.
+        """
+        # A full disk (the hub's cache) is no fault of the source.
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return error
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -183,29 +196,29 @@ class SourceReader:
             where = error.where
         elif file and file.remote and position.read:
             return RunError(
-                f"{self.field}: {file.label} stopped at {where}: {reason}. Run the command again to go on from the "
-                "last finished shard."
+                f"{self.field}: {file.label} stopped at {where}: {reason}. Run the command again "
+                "to go on from the last finished shard."
             )
-        return UserError(
-            f"{self.field}.path: {file.label if file else repr(self.source.path)}: {where} cannot be read: {reason}"
-        )
+        name = file.label if file else repr(self.source.path)
+        return UserError(f"{self.field}.path: {name}: {where} cannot be read: {reason}")
 
     def _documents(self, batch: RecordBatch, file: _File, position: Position) -> list[Document]:
         """Take the columns that the recipe names, else those with the usual names.
 
-        A file has its columns from the first batch on; what lacks one later (JSON has no schema) has null there.
+        Where a record lacks one (JSON has no schema), it has null.
         """
         columns = self._columns or self._choose_columns(batch)
         missing = [column for column in columns.values() if column not in batch]
+        # Later records of a file may lack a column, but a whole file without it is a mistake.
         if missing and not position.record:
             raise UserError(
-                f"{self.field}: {file.label} has no column {missing[0]!r} (record {position.record + 1}); it has "
-                f"{', '.join(sorted(batch))}. Name the right ones with messages, prompt and response, or text."
+                f"{self.field}: {file.label} has no column {missing[0]!r} "
+                f"(record {position.record + 1}); it has {', '.join(sorted(batch))}. {NAME_COLUMNS}"
             )
         self._columns = columns
         nulls = [None] * len(next(iter(batch.values()), []))
-        rows = zip(*(batch.get(column, nulls) for column in columns.values()), strict=True)
-        return [dict(zip(columns, row, strict=True)) for row in rows]
+        values = [batch.get(column, nulls) for column in columns.values()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
     def _named_columns(self) -> dict[str, str]:
         named = {role: getattr(self.source, role) for role in ROLES}
@@ -218,12 +231,12 @@ class SourceReader:
             if all(role in batch for role in style):
                 return {role: role for role in style}
         raise UserError(
-            f"{self.field}: {self.source.path!r} has none of the columns messages, prompt + response, text; it has "
-            f"{', '.join(sorted(batch))}. Name the right ones with messages, prompt and response, or text."
+            f"{self.field}: {self.source.path!r} has none of the columns messages, prompt + "
+            f"response, text; it has {', '.join(sorted(batch))}. {NAME_COLUMNS}"
         )
 
     def _settle_columns(self, files: Sequence[_File]) -> None:
-        """Choose columns as reading from the beginning does, by the first file that has a record."""
+        """Choose columns by the first file with a record, as reading from the beginning does."""
         for file in files:
             if next(self._records(file, Position()), None):
                 return
@@ -237,55 +250,58 @@ class SourceReader:
         try:
             if not path.exists():
                 return self._hub_files()
+            # Files that `save_to_disk` writes: such a folder is one data set, not loose files.
             if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
                 return self._saved(datasets.load_from_disk(str(path)))
         except (*LIST_ERRORS, datasets.exceptions.DatasetsError) as error:
             raise self._unreadable(None, Position(), error) from error
         self._refuse_split("plain files have no splits")
-        files = (
-            [path]
-            if path.is_file()
-            else sorted(p for p in path.rglob("*") if p.is_file() and _builder(p))
-        )
-        formats = Counter(_builder(file) for file in files)
+        return self._plain_files(path)
+
+    def _plain_files(self, path: Path) -> list[_File]:
+        """List a local file, or the files of a folder; all must have one format."""
+        if path.is_file():
+            files = [path]
+        else:
+            # Files of other kinds, such as a README.md, may lie beside the data.
+            below = sorted(path.rglob("*"))
+            files = [file for file in below if file.is_file() and format_of(file)]
+        formats = Counter(format_of(file) for file in files)
         if not files or None in formats:
             raise UserError(
-                f"{self.field}.path: {path} holds no file that ends in {', '.join(BUILDERS)}."
+                f"{self.field}.path: {path} holds no file that ends in {', '.join(FORMATS)}."
             )
         if len(formats) > 1:
             found = ", ".join(f"{count} {name}" for name, count in formats.items())
             raise UserError(
-                f"{self.field}.path: {path} holds files of several formats ({found}); name a folder with one."
+                f"{self.field}.path: {path} holds files of several formats ({found}); name a "
+                "folder with one."
             )
-        if self.source.sample_by != "line" and (others := set(formats) - {"text"}):
+        sample_by = self.source.sample_by
+        others = set(formats) - {"text"}
+        if sample_by != "line" and others:
             raise UserError(
                 f"{self.field}.sample_by: does not apply to {others.pop()} files; leave it out."
             )
-        return [_File(str(file), self._reader(file)) for file in files if file.stat().st_size]
-
-    def _reader(self, file: Path) -> Reader:
-        """How a local file is read."""
-        builder = str(_builder(file))
-        if builder in OWN_READERS:
-            return OWN_READERS[builder](str(file))
-        options = {"sample_by": self.source.sample_by} if builder == "text" else {}
-        return dataset_reader(functools.partial(_open_file, file, builder, options))
+        # Empty files have no format to check, and some libraries refuse them.
+        sized = [file for file in files if file.stat().st_size]
+        return [_File(str(file), file_reader(file, sample_by)) for file in sized]
 
     def _hub_files(self) -> list[_File]:
-        """List hub data by files where these are read here, else by the shards that `datasets` makes of it."""
+        """List the files of hub data that our readers read, else the shards of `datasets`."""
         import datasets
 
         source, name = self.source, repr(self.source.path)
+        # Downloaded whole: `datasets` keeps it on the disk as one table, which is read from there.
         if not source.streaming:
             data = datasets.load_dataset(
                 source.path, source.name, split=source.split, revision=source.revision
             )
             return [_File(name, dataset_reader(data.to_iterable_dataset), remote=True)]
         builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
-        reader, addresses = (
-            _own_reader(builder),
-            (builder.config.data_files or {}).get(source.split),
-        )
+        reader = hub_file_reader(builder)
+        addresses = (builder.config.data_files or {}).get(source.split)
+        # File by file, so that a bad record is named by its file and line.
         if reader and addresses:
             return [
                 _File(f"{name}, {address}", reader(str(address)), remote=True)
@@ -293,19 +309,21 @@ class SourceReader:
             ]
         data = builder.as_streaming_dataset(split=source.split)
         count = data.num_shards
-        shards = [functools.partial(data.shard, count, n) for n in range(count)]
-        return [
-            _File(f"{name}, shard {n + 1} of {count},", dataset_reader(shard), remote=True)
-            for n, shard in enumerate(shards)
-        ]
+        found = []
+        for number in range(count):
+            label = f"{name}, shard {number + 1} of {count},"
+            shard = functools.partial(data.shard, count, number)
+            found.append(_File(label, dataset_reader(shard), remote=True))
+        return found
 
     def _saved(self, data: Any) -> list[_File]:
-        """A data set that `save_to_disk` wrote, with or without splits."""
+        """List a data set that `save_to_disk` wrote, with or without splits."""
         if not isinstance(data, Mapping):
             self._refuse_split("this saved data set has no splits")
         elif self.source.split not in data:
             raise UserError(
-                f"{self.field}.split: {self.source.path} has no split {self.source.split!r}; it has {', '.join(data)}."
+                f"{self.field}.split: {self.source.path} has no split {self.source.split!r}; it "
+                f"has {', '.join(data)}."
             )
         else:
             data = data[self.source.split]
@@ -316,40 +334,3 @@ class SourceReader:
             raise UserError(
                 f"{self.field}.split: {self.source.split!r} does not apply, {reason}; leave it out."
             )
-
-
-def _builder(file: Path) -> str | None:
-    """The format of a file by its name, compressed or not."""
-    name = file.name.lower()
-    for ending in COMPRESSED:
-        name = name.removesuffix(ending)
-    return BUILDERS.get(Path(name).suffix)
-
-
-def _open_file(file: Path, builder: str, options: Mapping[str, Any]) -> Any:
-    """Open a file as a streaming data set; None if it has no record."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            builder, data_files=[str(file)], split="train", streaming=True, **options
-        )
-    except StopIteration:  # what datasets raises on a file without a record
-        return None
-
-
-def _own_reader(builder: Any) -> Callable[[str], Reader] | None:
-    """The reader of this project that does what a hub data set's builder does, but without a schema; None if none."""
-    from datasets.packaged_modules.csv.csv import Csv, CsvConfig
-    from datasets.packaged_modules.json.json import Json
-
-    config = builder.config
-    if isinstance(builder, Json) and (config.field, config.encoding, config.encoding_errors) == (
-        None,
-        "utf-8",
-        None,
-    ):
-        return json_reader
-    if isinstance(builder, Csv) and config.pd_read_csv_kwargs == CsvConfig().pd_read_csv_kwargs:
-        return csv_reader
-    return None

@@ -1,9 +1,12 @@
-"""Code the sparse targets of a packed row into bytes and back: pure functions of arrays (format: docs/targets.md).
+"""Code the sparse targets of a packed row into bytes and back (format: docs/targets.md).
 
-Letters: K kept tokens of a row, k ids of one of them (1 to MAX_K), n all ids of the row, V vocabulary.
-Ids are stored in descending order of probability; from rank 64 on in groups whose ids are sorted and so cost less.
-Log-probabilities are a curve over ranks: its values at a few ranks (knots), as coded gaps; in between it is
-interpolated over log rank, and a group has one value.
+Pure functions of arrays. Letters: K kept tokens of a row, k ids of one of them (1 to MAX_K), n all
+ids of the row, V vocabulary, J knots, S groups.
+
+Ids are stored in descending order of probability. From rank 64 on they are stored in groups whose
+ids are sorted, which cost fewer bits. Log-probabilities are a curve over ranks, stored as its value
+at a few ranks (knots), as coded gaps between them. In between, the curve is interpolated over log
+rank; a group has one value.
 """
 
 from __future__ import annotations
@@ -20,17 +23,22 @@ Floats: TypeAlias = "NDArray[np.floating]"
 
 MAX_K = 256
 GROUPS = ((64, 16), (128, 32))
-"""From which rank on ids are stored in sorted groups of which size; what does not fill a group is stored singly."""
+"""First rank and size of the sorted groups; ids that do not fill a group are stored singly."""
 SINGLE_KNOTS = 16
 KNOT_RATIO = 1.35
-"""The first ranks are all knots; after them the next knot's rank is this much higher."""
+"""The first ranks are all knots; after them each knot's rank is this many times the one before."""
 LARGEST_GAP, GAP_CURVE = 24.0, 400.0
-"""Fall of log-probability that the largest code stands for (nats), and how much finer small gaps are coded."""
+"""Fall of log-probability of the largest code (nats), and how much finer small gaps are coded."""
+LARGEST_TAIL = np.float32(1 - 2**-11)
+"""The largest tail below 1 that half precision holds."""
 
 
 @dataclass(frozen=True)
 class TargetRow:
-    """Targets of one packed row: counts (K,), tail (K,) fp32; ids (n,) and log_probs (n,) fp32, token after token."""
+    """Targets of one packed row: counts (K,), tail (K,) fp32, ids (n,), log_probs (n,) fp32.
+
+    Ids and log-probabilities follow each other token after token.
+    """
 
     counts: Ints
     ids: Ints
@@ -42,9 +50,10 @@ class TargetRow:
 class Tables:
     """What follows from k alone; the first axis is k.
 
-    knots (257, J) rank of each knot; gaps (257,) number of coded gaps, one less than knots; left (257, 256) knot before
-    each rank and weight (257, 256) of the knot after it; group (257, 256) size of the rank's group, 1 for a single id;
-    levels (256,) the gap that a code stands for, in nats.
+    knots (257, J): rank of each knot. gaps (257,): number of coded gaps, one less than knots.
+    left (257, 256): the knot before each rank. weight (257, 256): weight of the knot after it.
+    group (257, 256): size of the rank's group, 1 for a single id.
+    levels (256,): the gap of each code (nats).
     """
 
     knots: Ints
@@ -58,44 +67,79 @@ class Tables:
 @functools.cache
 def tables() -> Tables:
     """Make the tables, once."""
-    schedule = list(range(SINGLE_KNOTS))
-    while schedule[-1] < MAX_K - 1:
-        schedule.append(max(schedule[-1] + 1, round((schedule[-1] + 1) * KNOT_RATIO) - 1))
+    schedule = _knot_schedule()
     knots = np.zeros((MAX_K + 1, len(schedule)), np.int64)
     gaps = np.zeros(MAX_K + 1, np.int64)
     left = np.zeros((MAX_K + 1, MAX_K), np.uint8)
     weight = np.zeros((MAX_K + 1, MAX_K), np.float32)
     group = np.ones((MAX_K + 1, MAX_K), np.uint8)
     for k in range(1, MAX_K + 1):
-        own = [rank for rank in schedule if rank < k - 1] + [k - 1]
-        knots[k, : len(own)], knots[k, len(own) :] = own, own[-1]
+        # The last rank is always a knot, so that every rank lies between two.
+        own = [*(rank for rank in schedule if rank < k - 1), k - 1]
+        knots[k, : len(own)] = own
+        knots[k, len(own) :] = own[-1]
         gaps[k] = len(own) - 1
         place = np.arange(k, dtype=np.float64)
         for start, size in _groups(k):
             group[k, start : start + size] = size
+            # Sorting loses the order inside a group: all its ids get the curve at its middle.
             place[start : start + size] = start + (size - 1) / 2
         if k > 1:
-            x, at = np.log1p(own), np.log1p(place)
-            before = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(own) - 2)
-            left[k, :k] = before
-            weight[k, :k] = (at - x[before]) / (x[before + 1] - x[before])
-    levels = LARGEST_GAP * ((1 + GAP_CURVE) ** (np.arange(256) / 255) - 1) / GAP_CURVE
-    return Tables(knots, gaps, left, weight, group, levels)
+            left[k, :k], weight[k, :k] = _interpolation(own, place)
+    return Tables(knots, gaps, left, weight, group, _gap_levels())
+
+
+def _knot_schedule() -> list[int]:
+    """List the ranks of the knots of the largest set of ids; smaller sets use the first of them."""
+    ranks = list(range(SINGLE_KNOTS))
+    while ranks[-1] < MAX_K - 1:
+        # Ranks count from 0, so the ratio applies to rank + 1.
+        grown = round((ranks[-1] + 1) * KNOT_RATIO) - 1
+        ranks.append(max(ranks[-1] + 1, grown))
+    return ranks
 
 
 def _groups(k: int) -> list[tuple[int, int]]:
-    """First rank and size of the sorted groups of a set of k ids: at each rank the largest that may start and fits."""
-    found, rank = [], GROUPS[0][0]
-    while fitting := [size for start, size in GROUPS if rank >= start and rank + size <= k]:
+    """List first rank and size of the sorted groups of a set of k ids.
+
+    At each rank it is the largest group that may start there and fits.
+    """
+    found = []
+    rank = GROUPS[0][0]
+    while True:
+        fitting = [size for start, size in GROUPS if rank >= start and rank + size <= k]
+        if not fitting:
+            return found
         found.append((rank, fitting[-1]))
         rank += fitting[-1]
-    return found
+
+
+def _interpolation(knots: list[int], places: Floats) -> tuple[Ints, Floats]:
+    """For each place, return the knot before it and the weight of the knot after it.
+
+    Interpolation is linear in log(1 + rank): probabilities fall roughly as a power of the rank, and
+    such a curve is a line there.
+    """
+    x, at = np.log1p(knots), np.log1p(places)
+    before = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(knots) - 2)
+    low, high = x[before], x[before + 1]
+    return before, (at - low) / (high - low)
+
+
+def _gap_levels() -> Floats:
+    """Return the gap that each code stands for: steps grow geometrically from 0 to LARGEST_GAP."""
+    growth = (1 + GAP_CURVE) ** (np.arange(256) / 255)
+    return LARGEST_GAP * (growth - 1) / GAP_CURVE
 
 
 def arrange(counts: Ints, ids: Ints, log_probs: Floats, tail: Floats) -> TargetRow:
-    """Bring targets (K, width), padded behind `counts` (K,) and descending, into the order in which they are stored."""
+    """Put targets into the order in which they are stored.
+
+    ids and log_probs are (K, width), descending, padded behind `counts` (K,); tail is (K,).
+    """
     mask = np.arange(ids.shape[1]) < counts[:, None]
-    flat_ids, flat_probs = ids[mask].astype(np.uint32), log_probs[mask].astype(np.float32)
+    flat_ids = ids[mask].astype(np.uint32)
+    flat_probs = log_probs[mask].astype(np.float32)
     _, _, group = _per_id(counts)
     for _, size in GROUPS:
         places = np.flatnonzero(group == size).reshape(-1, size)
@@ -109,6 +153,7 @@ def encode(row: TargetRow, vocabulary: int) -> bytes:
     """Code an arranged row."""
     _, _, group = _per_id(row.counts)
     parts = [
+        # One less, so that 256 fits a byte: no token keeps 0 ids.
         (row.counts - 1).astype(np.uint8),
         row.tail.astype("<f2"),
         _encode_curve(row),
@@ -123,8 +168,10 @@ def decode(data: bytes | memoryview, tokens: int, vocabulary: int) -> TargetRow:
     """Read back a row of `tokens` kept tokens.
 
     Raises:
-        ValueError: the bytes are not of the length that their own counts imply, or an id is not of the vocabulary.
+        ValueError: the bytes have another length than their own counts imply, or an id lies beyond
+            the vocabulary.
     """
+    # Parts have no lengths of their own: each follows from what was read before it.
     buffer = _Buffer(np.frombuffer(data, np.uint8))
     counts = buffer.take(tokens).astype(np.int64) + 1
     tail = buffer.take(2 * tokens).view("<f2").astype(np.float32)
@@ -133,54 +180,65 @@ def decode(data: bytes | memoryview, tokens: int, vocabulary: int) -> TargetRow:
     ids = np.empty(len(index), np.uint32)
     single = np.flatnonzero(group == 1)
     bits = id_bits(vocabulary)
-    ids[single] = unpack_bits(buffer.take(packed_bytes(len(single), bits)), len(single), bits)
+    packed = buffer.take(packed_bytes(len(single), bits))
+    ids[single] = unpack_bits(packed, len(single), bits)
     for _, size in GROUPS:
         places = np.flatnonzero(group == size)
         if len(places):
             ids[places] = _decode_groups(buffer, len(places) // size, size, vocabulary).ravel()
-    if buffer.left or (len(ids) and int(ids.max()) >= vocabulary):
+    beyond = int(ids.max(initial=0)) >= vocabulary
+    if buffer.left or beyond:
         raise ValueError("its bytes are no row of targets")
     return TargetRow(counts, ids, _decode_curve(counts, codes, tail, token, index), tail)
 
 
 def kl_error(exact: TargetRow, decoded: TargetRow) -> Floats:
-    """KL(exact || decoded) of the distributions over the kept ids, renormalised as the loss does; (K,) in nats."""
-    first, token = (
-        np.cumsum(exact.counts) - exact.counts,
-        np.repeat(np.arange(len(exact.counts)), exact.counts),
-    )
+    """KL(exact || decoded) over the kept ids, renormalised as the loss does; (K,) in nats."""
+    if not len(exact.counts):
+        return np.zeros(0)
+    first = np.cumsum(exact.counts) - exact.counts
+    token = np.repeat(np.arange(len(exact.counts)), exact.counts)
 
     def restricted(row: TargetRow) -> Floats:
         values = row.log_probs.astype(np.float64)
         return values - np.log(np.add.reduceat(np.exp(values), first))[token]
 
-    if not len(first):
-        return np.zeros(0)
     p, q = restricted(exact), restricted(decoded)
     return np.add.reduceat(np.exp(p) * (p - q), first)
 
 
 def _per_id(counts: Ints) -> tuple[Ints, Ints, Ints]:
-    """Token of every id (n,), its place in the tables' flattened (k, rank) axes (n,), and its group's size (n,)."""
+    """Return for every id (n,): its token, its place in the tables, and the size of its group.
+
+    The place is in the tables' flattened (k, rank) axes.
+    """
     token = np.repeat(np.arange(len(counts)), counts)
     first = np.cumsum(counts) - counts
-    index = np.arange(len(token)) + np.repeat(counts * MAX_K - first, counts)
-    return token, index, tables().group.ravel()[index]
+    rank = np.arange(len(token)) - np.repeat(first, counts)
+    place = np.repeat(counts * MAX_K, counts) + rank
+    return token, place, tables().group.ravel()[place]
 
 
 def _encode_curve(row: TargetRow) -> NDArray[np.uint8]:
-    """Code the gaps between knots, each from the decoded value of the knot before it, so that errors do not add up."""
+    """Code the gaps between knots.
+
+    Each gap starts at the decoded value of the knot before it, so that errors do not add up.
+    """
     table = tables()
+    # A gap gets the code of the level that is nearest.
     middles = (table.levels[1:] + table.levels[:-1]) / 2
     first = np.cumsum(row.counts) - row.counts
     curve = row.log_probs.astype(np.float64)
     value = curve[first] if len(first) else np.zeros(0)
     codes = np.zeros((len(first), table.knots.shape[1] - 1), np.uint8)
+    # All tokens at once, knot by knot. Tokens with fewer knots repeat their last one; those codes
+    # are dropped at the end.
     for knot in range(1, table.knots.shape[1]):
         gap = value - curve[first + table.knots[row.counts, knot]]
         codes[:, knot - 1] = np.searchsorted(middles, gap)
         value = value - table.levels[codes[:, knot - 1]]
-    return codes[np.arange(codes.shape[1]) < table.gaps[row.counts][:, None]]
+    own = np.arange(codes.shape[1]) < table.gaps[row.counts][:, None]
+    return codes[own]
 
 
 def _decode_curve(counts: Ints, codes: Ints, tail: Floats, token: Ints, index: Ints) -> Floats:
@@ -190,17 +248,22 @@ def _decode_curve(counts: Ints, codes: Ints, tail: Floats, token: Ints, index: I
     table = tables()
     knots = table.gaps[counts] + 1
     start = np.cumsum(knots) - knots
-    falls = np.zeros(int(knots.sum()) + 1)  # one more: a lone knot has none after it
+    # One more than there are knots: a lone knot has none after it to interpolate with.
+    falls = np.zeros(int(knots.sum()) + 1)
     is_gap = np.ones(len(falls), bool)
     is_gap[start] = is_gap[-1] = False
     falls[is_gap] = table.levels[codes]
+    # A curve falls from 0 at its first knot. One running sum over the row gives all curves, as the
+    # fall since the first knot of each.
     total = np.cumsum(falls)
-    curve = (np.append(np.repeat(total[start], knots), total[-1]) - total).astype(np.float32)
+    at_first = np.append(np.repeat(total[start], knots), total[-1])
+    curve = (at_first - total).astype(np.float32)
     before = start[token] + table.left.ravel()[index]
-    low = curve[before]
-    values = low + (curve[before + 1] - low) * table.weight.ravel()[index]
+    low, high = curve[before], curve[before + 1]
+    values = low + (high - low) * table.weight.ravel()[index]
     mass = np.add.reduceat(np.exp(values), np.cumsum(counts) - counts)
-    shift = np.log1p(-np.minimum(tail, np.float32(1 - 2**-11))) - np.log(mass)
+    # A tail that rounds to 1 would make the logarithm infinite.
+    shift = np.log1p(-np.minimum(tail, LARGEST_TAIL)) - np.log(mass)
     return values + shift[token]
 
 
@@ -211,9 +274,11 @@ def id_bits(vocabulary: int) -> int:
 
 def _low_bits(size: int, vocabulary: int) -> int:
     """Low bits of a group's ids that make it smallest (Elias-Fano)."""
-    return min(
-        range(id_bits(vocabulary)), key=lambda low: size * low + _high_length(size, vocabulary, low)
-    )
+
+    def bits_of_group(low: int) -> int:
+        return size * low + _high_length(size, vocabulary, low)
+
+    return min(range(id_bits(vocabulary)), key=bits_of_group)
 
 
 def _high_length(size: int, vocabulary: int, low: int) -> int:
@@ -222,51 +287,59 @@ def _high_length(size: int, vocabulary: int, low: int) -> int:
 
 
 def _encode_groups(ids: Ints, vocabulary: int) -> list[NDArray[np.uint8]]:
-    """Code sorted groups (S, size): low bits as they are, high parts as gaps in unary (Elias 1974; Fano 1971)."""
+    """Code sorted groups (S, size): low bits as they are, high parts as gaps in unary.
+
+    This is the Elias-Fano code (Elias 1974; Fano 1971).
+    """
     groups, size = ids.shape
     low = _low_bits(size, vocabulary)
     length = _high_length(size, vocabulary, low)
     unary = np.zeros((groups, length), bool)
-    np.put_along_axis(unary, (ids >> low).astype(np.int64) + np.arange(size), True, axis=1)
-    return [pack_bits((ids & ((1 << low) - 1)).ravel(), low), np.packbits(unary, bitorder="little")]
+    # The high part h of the i-th id is the bit h + i: h zeros in all before it, and i ones.
+    ones = (ids >> low).astype(np.int64) + np.arange(size)
+    np.put_along_axis(unary, ones, True, axis=1)
+    lows = ids & ((1 << low) - 1)
+    return [pack_bits(lows.ravel(), low), np.packbits(unary, bitorder="little")]
 
 
 def _decode_groups(buffer: _Buffer, groups: int, size: int, vocabulary: int) -> Ints:
     """Read sorted groups (S, size)."""
     low = _low_bits(size, vocabulary)
     length = _high_length(size, vocabulary, low)
-    lows = unpack_bits(buffer.take(packed_bytes(groups * size, low)), groups * size, low).reshape(
-        groups, size
-    )
-    unary = np.unpackbits(
-        buffer.take(-(-groups * length // 8)), count=groups * length, bitorder="little"
-    )
+    count = groups * size
+    lows = unpack_bits(buffer.take(packed_bytes(count, low)), count, low).reshape(groups, size)
+    bits = groups * length
+    unary = np.unpackbits(buffer.take(-(-bits // 8)), count=bits, bitorder="little")
     ones = np.flatnonzero(unary)
-    if len(ones) != groups * size:
+    if len(ones) != count:
         raise ValueError("a group of ids is damaged")
-    place = ones.reshape(groups, size) - np.arange(groups)[:, None] * length - np.arange(size)
-    return (place.astype(np.uint32) << low) | lows
+    starts = np.arange(groups)[:, None] * length
+    high = ones.reshape(groups, size) - starts - np.arange(size)
+    return (high.astype(np.uint32) << low) | lows
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of `count` packed numbers: they are packed by eights."""
+    """Bytes of `count` packed numbers; they are packed in eights, which fill `bits` bytes."""
     return -(-count // 8) * bits
 
 
 def pack_bits(values: Ints, bits: int) -> NDArray[np.uint8]:
-    """Pack numbers below 2**bits (bits up to 25), lowest bit first; the last eight are filled with zeros."""
+    """Pack numbers below 2**bits (bits up to 25), lowest bit first; zeros fill the last eight."""
+    if not bits:
+        return np.zeros(0, np.uint8)
     padded = np.zeros(-(-len(values) // 8) * 8, "<u4")
     padded[: len(values)] = values
-    planes = np.unpackbits(
-        padded.view(np.uint8).reshape(-1, 4), axis=1, count=bits or None, bitorder="little"
-    )
-    return np.packbits(planes, bitorder="little") if bits else np.zeros(0, np.uint8)
+    as_bytes = padded.view(np.uint8).reshape(-1, 4)
+    planes = np.unpackbits(as_bytes, axis=1, count=bits, bitorder="little")
+    return np.packbits(planes, bitorder="little")
 
 
 def unpack_bits(data: NDArray[np.uint8], count: int, bits: int) -> Ints:
-    """Read back `count` packed numbers as uint32; eight of them fill `bits` bytes, so each column is read at once."""
+    """Read back `count` packed numbers as uint32."""
     if not bits:
         return np.zeros(count, np.uint32)
+    # Eight numbers fill `bits` bytes. So the n-th of each eight starts at the same byte and bit,
+    # and all of these are read at once.
     columns = np.ascontiguousarray(data.reshape(-1, bits).T)
     values = np.empty((8, columns.shape[1]), np.uint32)
     for n in range(8):

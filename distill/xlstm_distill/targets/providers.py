@@ -1,4 +1,4 @@
-"""Where the teacher's targets come from: a store on disk, or the teacher at work. Same interface."""
+"""Where the teacher's targets come from: a store on disk, or the teacher itself."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from xlstm_distill.targets.store import INDEX_FILE, Store, refusal
 
 
 class TargetSource(Protocol):
-    """Gives the teacher's targets at the kept tokens of a batch, in the order of its labels."""
+    """Returns the teacher's targets at the kept tokens of a batch, in the order of its labels.
+
+    Kept are the tokens with a label.
+    """
 
     def __call__(self, batch: Batch) -> SparseTargets: ...
 
 
 def kept_hidden(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
-    """Hidden states (K, d) that the model's head gets at the kept tokens."""
+    """Return the hidden states (K, d) that the model's head gets at the kept tokens."""
     hidden = model.model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
     ).last_hidden_state
@@ -34,18 +37,22 @@ def kept_hidden(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
 
 
 def kept_logits(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
-    """Logits (K, V) at the kept tokens only."""
+    """Return the logits (K, V) at the kept tokens only."""
     return model.lm_head(kept_hidden(model, batch, **inputs))
 
 
 class OnlineTargets:
-    """The teacher itself, run on every batch, in whatever dtype it was loaded; no (K, V) tensor is made."""
+    """Run the teacher on every batch, in the dtype in which it was loaded.
+
+    Its head is fused with the choice of the top k, so no (K, V) tensor of logits is made.
+    """
 
     def __init__(
         self, teacher: CausalLM, top_k: int, mass: float | None = None, min_k: int = 1
     ) -> None:
-        self.teacher, self.top_k = teacher.eval().requires_grad_(False), top_k
-        self.head, self.mass, self.min_k = fuse_head(teacher), mass, min_k
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.head = fuse_head(teacher)
+        self.top_k, self.mass, self.min_k = top_k, mass, min_k
 
     @property
     def device(self) -> torch.device:
@@ -59,28 +66,27 @@ class OnlineTargets:
 
 
 def text_checksums(batch: Batch) -> list[int]:
-    """Checksum of each row's tokens, documents and labels: what its targets depend on besides the teacher."""
-    columns = (
-        torch.stack([batch.input_ids, batch.segment_ids, batch.labels], dim=1)
-        .to(torch.int32)
-        .cpu()
-        .numpy()
-    )
-    return [zlib.crc32(row.astype("<i4").tobytes()) for row in columns]
+    """Return the checksum of each row's tokens, documents and labels.
+
+    A row's targets depend on these and on the teacher, and on nothing else.
+    """
+    parts = [batch.input_ids, batch.segment_ids, batch.labels]
+    rows = torch.stack(parts, dim=1).to(torch.int32).cpu().numpy()
+    # Little-endian, so that a store made on one machine is good on every other.
+    return [zlib.crc32(row.astype("<i4").tobytes()) for row in rows]
 
 
 class StoredTargets:
-    """Reads the targets of any rows from the stores of several domains."""
+    """Read the targets of any rows from the stores of several domains."""
 
     def __init__(self, stores: Mapping[str, Store]) -> None:
         self.stores = dict(stores)
 
     def __call__(self, batch: Batch) -> SparseTargets:
-        rows = [
-            self._row(name, row, checksum)
-            for (name, row), checksum in zip(batch.rows, text_checksums(batch), strict=True)
-        ]
-        return to_targets(rows, batch.labels.device)
+        found = []
+        for (name, row), checksum in zip(batch.rows, text_checksums(batch), strict=True):
+            found.append(self._row(name, row, checksum))
+        return to_targets(found, batch.labels.device)
 
     def _row(self, name: str, row: int, checksum: int) -> TargetRow:
         """Read one row.
@@ -100,7 +106,7 @@ class StoredTargets:
 
 
 def to_targets(rows: list[TargetRow], device: torch.device | str = "cpu") -> SparseTargets:
-    """Join decoded rows into padded tensors."""
+    """Join decoded rows into tensors, padded with id 0 and log-probability -inf."""
     counts = np.concatenate([row.counts for row in rows])
     width = int(counts.max()) if len(counts) else 0
     kept = np.arange(width) < counts[:, None]
@@ -109,4 +115,8 @@ def to_targets(rows: list[TargetRow], device: torch.device | str = "cpu") -> Spa
     log_probs = np.full(kept.shape, -np.inf, np.float32)
     log_probs[kept] = np.concatenate([row.log_probs for row in rows])
     tail = np.concatenate([row.tail for row in rows])
-    return SparseTargets(*(torch.from_numpy(part).to(device) for part in (ids, log_probs, tail)))
+    return SparseTargets(
+        ids=torch.from_numpy(ids).to(device),
+        log_probs=torch.from_numpy(log_probs).to(device),
+        tail=torch.from_numpy(tail).to(device),
+    )

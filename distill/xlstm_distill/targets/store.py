@@ -1,4 +1,4 @@
-"""Files of coded targets: memory-mapped shards that say what they were made from and check what they hold.
+"""Files of coded targets: memory-mapped shards that say what they were made from.
 
 docs/targets.md has the format. Reading needs nothing but these files: no pickle, no code.
 """
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import struct
-import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from xlstm_distill.artifacts.files import remove_partials, write_text, written_whole
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets.codec import TargetRow, arrange, decode, encode, kl_error
@@ -32,7 +32,10 @@ HEADER_BYTES = 4096
 ROW = np.dtype(
     [("offset", "<u8"), ("bytes", "<u4"), ("tokens", "<u4"), ("checksum", "<u4"), ("source", "<u4")]
 )
-"""An entry of the index at a shard's end; `checksum` is of the row's bytes, `source` of the text it belongs to."""
+"""An entry of the index at a shard's end.
+
+`checksum` is that of the row's bytes, `source` that of the text that the row belongs to.
+"""
 INDEX_FILE = "index.json"
 OPEN_SHARDS = 64
 """Shards kept open at most: each holds a file descriptor."""
@@ -40,7 +43,10 @@ OPEN_SHARDS = 64
 
 @dataclass(frozen=True)
 class Identity:
-    """What the targets of a domain were made from: hashes of rows, tokenizer and teacher, and how much was kept."""
+    """What the targets of a domain were made from.
+
+    data, tokenizer and teacher are hashes. top_k, mass and min_k say how many ids are kept.
+    """
 
     domain: str
     data: str
@@ -53,7 +59,7 @@ class Identity:
     min_k: int
 
     def difference(self, other: Identity) -> str | None:
-        """Name the first field in which the other is different."""
+        """Name the first field in which the other is different; None if there is none."""
         for part in dataclasses.fields(self):
             mine, theirs = getattr(self, part.name), getattr(other, part.name)
             if mine != theirs:
@@ -77,7 +83,7 @@ class Figures:
             setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
 
     def means(self) -> dict[str, float]:
-        """The store's figures per token."""
+        """Return the figures per token."""
         tokens = max(self.tokens, 1)
         return {
             "tokens": self.tokens,
@@ -90,7 +96,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Header:
-    """A shard's header: identity, place in the domain, where its index lies, and the figures of its tokens."""
+    """A shard's header: identity, place in the domain, place of its index, and figures."""
 
     identity: Identity
     vocabulary: int
@@ -102,28 +108,36 @@ class Header:
     figures: Figures = field(default_factory=Figures)
 
     def to_bytes(self) -> bytes:
-        """The header's page."""
+        """Return the header's page."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
         page = PREFIX.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text
         if len(page) > HEADER_BYTES:
             raise RunError(
-                f"a shard's header takes {len(page)} bytes of {HEADER_BYTES}; shorten the domain's name."
+                f"a shard's header takes {len(page)} bytes of {HEADER_BYTES}; shorten the "
+                "domain's name."
             )
         return page.ljust(HEADER_BYTES, b"\0")
 
     @property
     def checksum(self) -> int:
-        """Checksum of the header; through the index's, which has the rows', of the whole shard."""
+        """Checksum of the header.
+
+        It covers the whole shard: the header holds the index's checksum, the index those of rows.
+        """
         return zlib.crc32(self.to_bytes())
 
 
 def refusal(path: Path, why: str) -> RunError:
-    """The error for a file that cannot be used; a shard lies in ARTIFACT/store/."""
+    """Make the error for a file that cannot be used; a shard lies in ARTIFACT/store/."""
     return RunError(f"{path}: {why}. Delete {path.parent.parent} and run capture again.")
 
 
+def _other_version(path: Path, version: Any) -> RunError:
+    return refusal(path, f"has format version {version}, this program reads version {VERSION}")
+
+
 def read_header(path: Path) -> Header:
-    """Read and check a shard's header, and that the file is as long as it says.
+    """Read and check a shard's header, and compare the file's length with it.
 
     Raises:
         RunError: the file is missing, cut short, damaged, or of another version.
@@ -140,15 +154,13 @@ def read_header(path: Path) -> Header:
     if magic != MAGIC:
         raise refusal(path, "not a shard of targets")
     if version != VERSION:
-        raise refusal(path, f"has format version {version}, this program reads version {VERSION}")
+        raise _other_version(path, version)
     text = page[PREFIX.size : PREFIX.size + length]
     if zlib.crc32(text) != checksum:
         raise refusal(path, "its header is damaged (wrong checksum)")
     content = json.loads(text)
-    content["identity"], content["figures"] = (
-        Identity(**content["identity"]),
-        Figures(**content["figures"]),
-    )
+    content["identity"] = Identity(**content["identity"])
+    content["figures"] = Figures(**content["figures"])
     header = Header(**content)
     expected = header.index_offset + header.rows * ROW.itemsize
     if size != expected:
@@ -157,12 +169,12 @@ def read_header(path: Path) -> Header:
 
 
 def shard_name(number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"targets-{number:05d}.bin"
 
 
 class TargetShardWriter:
-    """Writes a shard beside its place; `write_shard` moves it there when it is complete."""
+    """Write a shard's rows into an open file; `write_shard` makes one."""
 
     def __init__(
         self, file: BinaryIO, identity: Identity, vocabulary: int, number: int, first_row: int
@@ -172,39 +184,47 @@ class TargetShardWriter:
         self.index: list[tuple[int, int, int, int, int]] = []
         self.offset = HEADER_BYTES
         self.figures = Figures()
+        # The header is known last. Until it is written, the file is no shard of targets.
         file.write(bytes(HEADER_BYTES))
 
     def add(self, counts: Sequence[int], sources: Sequence[int], targets: SparseTargets) -> None:
-        """Append rows: kept tokens and checksum of the text of each, and the top k of all their tokens in order.
+        """Append rows.
 
-        What mass and min_k leave of them is coded, and decoded again to measure the error.
+        For each row, `counts` holds its kept tokens and `sources` the checksum of its text.
+        `targets` holds the top k of all their tokens in order, to be cut to the identity's mass.
+
+        Raises:
+            RunError: the teacher's logits were not finite.
         """
         kept = targets.keep_mass(self.identity.mass, self.identity.min_k)
-        cut = (
-            targets.log_probs.double().exp().sum(-1).log()
-            - kept.log_probs.double().exp().sum(-1).log()
-        )
+        cut = _log_mass(targets) - _log_mass(kept)
         self.figures.cut += float(cut.sum())
-        ids, log_probs, tail = (
-            part.cpu().numpy() for part in (kept.ids, kept.log_probs, kept.tail)
-        )
+        ids = kept.ids.cpu().numpy()
+        log_probs = kept.log_probs.cpu().numpy()
+        tail = kept.tail.cpu().numpy()
         lengths = np.isfinite(log_probs).sum(axis=1)
-        stop = 0
+        start = 0
         for count, source in zip(counts, sources, strict=True):
-            own = slice(stop, stop := stop + count)
+            own = slice(start, start + count)
+            start += count
+            # A token always keeps an id, unless no log-probability of it is finite.
             if count and int(lengths[own].min()) == 0:
-                row = self.first_row + len(self.index)
+                number = self.first_row + len(self.index)
                 raise RunError(
-                    f"capture/{self.identity.domain}: the teacher's logits of row {row} are not finite."
+                    f"capture/{self.identity.domain}: the teacher's logits of row {number} are "
+                    "not finite."
                 )
-            self._add_row(arrange(lengths[own], ids[own], log_probs[own], tail[own]), source)
+            row = arrange(lengths[own], ids[own], log_probs[own], tail[own])
+            self._add_row(row, source)
 
     def _add_row(self, row: TargetRow, source: int) -> None:
         data = encode(row, self.vocabulary)
         tokens = len(row.counts)
+        # Decoded again, to measure what the coding loses.
+        decoded = decode(data, tokens, self.vocabulary)
         self.figures.tokens += tokens
         self.figures.kept += len(row.ids)
-        self.figures.kl_error += float(kl_error(row, decode(data, tokens, self.vocabulary)).sum())
+        self.figures.kl_error += float(kl_error(row, decoded).sum())
         self.index.append((self.offset, len(data), tokens, zlib.crc32(data), source))
         self.file.write(data)
         self.offset += len(data)
@@ -215,57 +235,66 @@ class TargetShardWriter:
         self.file.write(index)
         self.figures.bytes = self.offset + len(index)
         header = Header(
-            self.identity, self.vocabulary, self.number, self.first_row, len(self.index), self.offset,
-            zlib.crc32(index), self.figures,
-        )  # fmt: skip
+            identity=self.identity,
+            vocabulary=self.vocabulary,
+            shard=self.number,
+            first_row=self.first_row,
+            rows=len(self.index),
+            index_offset=self.offset,
+            index_checksum=zlib.crc32(index),
+            figures=self.figures,
+        )
+        # Last, because it holds the index's checksum and the figures.
         self.file.seek(0)
         self.file.write(header.to_bytes())
+
+
+def _log_mass(targets: SparseTargets) -> Any:
+    """Logarithm of each token's kept mass (K,), in double precision."""
+    return targets.log_probs.double().exp().sum(-1).log()
 
 
 @contextlib.contextmanager
 def write_shard(
     directory: Path, identity: Identity, vocabulary: int, number: int, first_row: int
 ) -> Iterator[TargetShardWriter]:
-    """Give a writer in the block; the shard appears under its name, on disk, when the block ends without an error."""
-    path = directory / shard_name(number)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        with partial.open("wb") as file:
-            writer = TargetShardWriter(file, identity, vocabulary, number, first_row)
-            yield writer
-            writer.finish()
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Give a writer; the shard appears under its name when the block ends without an error."""
+    with written_whole(directory / shard_name(number)) as file:
+        writer = TargetShardWriter(file, identity, vocabulary, number, first_row)
+        yield writer
+        writer.finish()
 
 
 def write_index(directory: Path, identity: Identity) -> Figures:
-    """Write the store's index over all its shards and remove what killed writers left; returns the figures."""
-    for partial in directory.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
-    headers = [read_header(path) for path in sorted(directory.glob("targets-*.bin"))]
+    """Write the store's index over all its shards; return their figures.
+
+    No process may be writing shards. What killed writers left is removed.
+    """
+    remove_partials(directory)
     figures = Figures()
-    for header in headers:
+    shards = []
+    for path in sorted(directory.glob("targets-*.bin")):
+        header = read_header(path)
         figures.add(header.figures)
-    shards = [
-        {
-            "file": shard_name(h.shard),
-            "first_row": h.first_row,
-            "rows": h.rows,
-            "checksum": h.checksum,
-        }
-        for h in headers
-    ]
+        shards.append(
+            {
+                "file": shard_name(header.shard),
+                "first_row": header.first_row,
+                "rows": header.rows,
+                "checksum": header.checksum,
+            }
+        )
     index = {
-        "version": VERSION, "identity": dataclasses.asdict(identity), "shards": shards, "figures": figures.means(),
-    }  # fmt: skip
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+        "version": VERSION,
+        "identity": dataclasses.asdict(identity),
+        "shards": shards,
+        "figures": figures.means(),
+    }
+    write_text(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     return figures
 
 
-class Shard:
+class TargetShard:
     """A shard, memory-mapped."""
 
     def __init__(self, path: Path, header: Header) -> None:
@@ -277,7 +306,7 @@ class Shard:
         self.index = np.frombuffer(index, ROW)
 
     def row(self, row: int) -> tuple[TargetRow, int]:
-        """Decode a row of the domain; also returns the checksum of the text it was made from.
+        """Decode a row of the domain; also return the checksum of the text it was made from.
 
         Raises:
             RunError: its bytes are not those that were written.
@@ -287,6 +316,7 @@ class Shard:
         data = self.bytes[start : start + int(entry["bytes"])].data
         if zlib.crc32(data) != int(entry["checksum"]):
             raise refusal(self.path, f"row {row} is damaged (wrong checksum)")
+        # The checksum was right, so this is a shard that somebody put together by hand.
         try:
             return decode(data, int(entry["tokens"]), self.header.vocabulary), int(entry["source"])
         except ValueError as error:
@@ -294,22 +324,22 @@ class Shard:
 
 
 class Store:
-    """The targets of one domain.
+    """The targets of one domain; the `most_open` shards last used stay open.
 
     Raises:
-        RunError: it was made from something else than `expected`, or a shard is missing, damaged, cut short, of another
-            version or of another store.
+        RunError: it was made from something else than `expected`, or a shard is missing, damaged,
+            cut short, of another version or of another store.
     """
 
-    def __init__(self, directory: Path, expected: Identity) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, expected: Identity, most_open: int = OPEN_SHARDS) -> None:
+        self.directory, self.most_open = directory, most_open
         index = self._read_index()
         if difference := Identity(**index["identity"]).difference(expected):
             raise refusal(directory / INDEX_FILE, f"belongs to another run: its {difference}")
         self.headers = [self._check(entry, expected) for entry in index["shards"]]
         self.first_rows = np.array([header.first_row for header in self.headers])
         self.rows = sum(header.rows for header in self.headers)
-        self.open: OrderedDict[int, Shard] = OrderedDict()
+        self.open: OrderedDict[int, TargetShard] = OrderedDict()
 
     def _read_index(self) -> dict[str, Any]:
         path = self.directory / INDEX_FILE
@@ -319,13 +349,12 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise refusal(path, f"cannot be read ({error})") from error
         if version != VERSION:
-            raise refusal(
-                path, f"has format version {version}, this program reads version {VERSION}"
-            )
+            raise _other_version(path, version)
         return index
 
     def _check(self, entry: dict[str, Any], expected: Identity) -> Header:
         path = self.directory / entry["file"]
+        # Also the identity of each shard: another run may have left one of the same name here.
         header = read_header(path)
         if difference := header.identity.difference(expected):
             raise refusal(path, f"belongs to another run: its {difference}")
@@ -334,16 +363,20 @@ class Store:
         return header
 
     def row(self, row: int) -> tuple[TargetRow, int]:
-        """Decode a row; also returns the checksum of the text it was made from."""
+        """Decode a row; also return the checksum of the text it was made from."""
         if not 0 <= row < self.rows:
             raise refusal(
                 self.directory / INDEX_FILE, f"has {self.rows} rows, row {row} was asked for"
             )
         number = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        return self._shard(number).row(row)
+
+    def _shard(self, number: int) -> TargetShard:
+        """Return a shard, opened; close the one that was used longest ago if too many are open."""
         if number not in self.open:
-            if len(self.open) >= OPEN_SHARDS:
+            if len(self.open) >= self.most_open:
                 self.open.popitem(last=False)
             header = self.headers[number]
-            self.open[number] = Shard(self.directory / shard_name(header.shard), header)
+            self.open[number] = TargetShard(self.directory / shard_name(header.shard), header)
         self.open.move_to_end(number)
-        return self.open[number].row(row)
+        return self.open[number]

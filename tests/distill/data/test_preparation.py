@@ -1,4 +1,4 @@
-"""Preparing a domain: killed or not, by any number of workers, the same rows; and figures that tell what was lost."""
+"""Preparing a domain: the same rows, killed or not, by any number of workers; and its figures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
-from xlstm_distill.artifacts import Run
+from xlstm_distill.artifacts import Run, files
 from xlstm_distill.data import preparation, shards
 from xlstm_distill.data.budget import rows_needed
-from xlstm_distill.data.prepare import data_identity, prepare_domain
+from xlstm_distill.data.prepare import data_identity, prepare_domain, tokenizer_hash
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.teacher import load_tokenizer
@@ -32,19 +33,23 @@ SHARD = 64 * 40
 def recipe_of(*sources, rows=300, context=64, **data):
     """A recipe with one domain `x` that reads `rows` rows, 4 of them held out."""
     budget = (rows - 4) * context
+    phase = {"domain": "x", "tokens": context}
     return Recipe.model_validate(
         {
             "name": "test",
             "teacher": {"path": str(TEACHER), "dtype": "float32"},
             "student": {"mixer": {"window": 32}},
-            "data": {"context": context, "validation_rows": 4, "domains": {"x": {"sources": sources}}, **data},
-            "align": {"tokens": budget, "batch": 1, "warmup_steps": 0},
-            "distill": {
-                "lr": 1e-3, "batch": 1, "experts": {"x": {"phases": [{"domain": "x", "tokens": context}]}},
+            "data": {
+                "context": context,
+                "validation_rows": 4,
+                "domains": {"x": {"sources": sources}},
+                **data,
             },
+            "align": {"tokens": budget, "batch": 1, "warmup_steps": 0},
+            "distill": {"lr": 1e-3, "batch": 1, "experts": {"x": {"phases": [phase]}}},
             "evaluate": {"tasks": [{"name": "t"}]},
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +81,8 @@ def sources(tmp_path):
 
 
 def prepared(recipe, tokenizer, directory, console=None):
-    return prepare_domain(
-        recipe, Run.open(directory, recipe), "x", tokenizer, console or QuietConsole()
-    )
+    run, own_hash = Run.open(directory, recipe), tokenizer_hash(tokenizer)
+    return prepare_domain(recipe, run, "x", tokenizer, own_hash, console or QuietConsole())
 
 
 def content(artifact):
@@ -130,6 +134,8 @@ def test_an_interrupted_preparation_ends_with_the_same_rows(
         patched.setattr(shards.RowShardWriter, "end_shard", end_shard)
         with pytest.raises(Killed):
             prepared(recipe, tokenizer, tmp_path / "cut")
+    for work in (tmp_path / "cut").rglob("data-x-*/"):  # a signal would leave a file half written
+        (work / ".rows-00009.arrow.0123456789ab.partial").write_bytes(b"half a shard")
     console = QuietConsole()
     resumed = prepared(recipe, tokenizer, tmp_path / "cut", console)
     done = shard if moment == "after the checkpoint" else shard - 1
@@ -148,7 +154,7 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
         from xlstm_distill.data import preparation, shards
         from xlstm_distill.artifacts import Run
         from xlstm_distill.runtime.console import QuietConsole
-        from xlstm_distill.data.prepare import prepare_domain
+        from xlstm_distill.data.prepare import prepare_domain, tokenizer_hash
         from xlstm_distill.recipe import Recipe
         from xlstm_distill.models.teacher import load_tokenizer
         shards.SHARD_TOKENS = {SHARD}
@@ -159,7 +165,8 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
             time.sleep(0.2)
         preparation.Preparation._save = slow
         recipe = Recipe.model_validate_json(sys.stdin.read())
-        prepare_domain(recipe, Run.open(sys.argv[1], recipe), "x", load_tokenizer(recipe.teacher), QuietConsole())
+        run, tokenizer = Run.open(sys.argv[1], recipe), load_tokenizer(recipe.teacher)
+        prepare_domain(recipe, run, "x", tokenizer, tokenizer_hash(tokenizer), QuietConsole())
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "cut")],
@@ -216,13 +223,15 @@ def test_a_full_disk_is_said_and_what_was_finished_is_kept(
     def save(self):
         original(self)
         if len(self.writer.shards) == 3:
-            (self.folder / "rows-00003.arrow.partial").symlink_to("/dev/full")
+            (self.folder / f".rows-00003.arrow.{0:012}.partial").symlink_to("/dev/full")
 
     with monkeypatch.context() as patched, pytest.raises(OSError) as caught:
+        # A partial file gets a random name: fix it, to have a full device there.
+        patched.setattr(files.uuid, "uuid4", lambda: uuid.UUID(int=0))
         patched.setattr(preparation.Preparation, "_save", save)
         prepared(recipe, tokenizer, tmp_path / "full")
     assert caught.value.errno == errno.ENOSPC
-    next((tmp_path / "full").rglob("*.partial")).unlink()
+    assert not list((tmp_path / "full").rglob("*.partial"))
     console = QuietConsole()
     assert content(prepared(recipe, tokenizer, tmp_path / "full", console)) == content(whole)
     assert any("going on after" in line for line in console.lines)
@@ -239,7 +248,8 @@ def test_fewer_rows_are_the_first_of_more_and_are_not_made_again(sources, tokeni
     for n in range(100):
         assert (rows.row(n).ids == more.row(n).ids).all()
         assert (rows.row(n).supervised == more.row(n).supervised).all()
-    assert data_identity(few, "x", tokenizer) == data_identity(many, "x", tokenizer)
+    own_hash = tokenizer_hash(tokenizer)
+    assert data_identity(few, "x", own_hash) == data_identity(many, "x", own_hash)
     again = prepared(few, tokenizer, tmp_path / "many")
     assert (again.reused, again.fingerprint) == (True, long.fingerprint)
     grown = prepared(many, tokenizer, tmp_path / "few")
@@ -304,9 +314,9 @@ def test_a_source_that_runs_dry_is_said_with_its_real_share(tokenizer, tmp_path)
     assert first["share"] < 0.05
     (line,) = [line for line in console.lines if "ran out" in line]
     share = f"{first['share']:.1%}"
-    assert (
-        line
-        == f"data.domains.x.sources[0]: ran out after 20 documents and gives {share} of the tokens, not 50.0%."
+    assert line == (
+        f"data.domains.x.sources[0]: ran out after 20 documents and gives {share} of the tokens, "
+        "not 50.0%."
     )
 
 
@@ -336,9 +346,8 @@ def test_one_process_prepares_and_the_other_waits(tokenizer, tmp_path):
     (tmp_path / "training").mkdir()
     with (tmp_path / "training" / "data-x.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = threading.Thread(
-            target=prepare_domain, args=(recipe, run, "x", tokenizer, console)
-        )
+        settings = (recipe, run, "x", tokenizer, tokenizer_hash(tokenizer), console)
+        waiting = threading.Thread(target=prepare_domain, args=settings)
         waiting.start()
         while not console.lines:
             time.sleep(0.01)

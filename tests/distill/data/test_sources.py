@@ -1,4 +1,4 @@
-"""Sources: every format, exact positions, file order, and errors that name field, file and record."""
+"""Sources: formats, exact positions, file order, and errors that name field, file and record."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from xlstm_distill import embedded
-from xlstm_distill.data import sources
-from xlstm_distill.data.sources import Position, SourceReader, identity
+from xlstm_distill.data import readers
+from xlstm_distill.data.sources import Position, SourceReader, generators_hash, identity
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Source
 
@@ -119,7 +119,7 @@ def test_a_generator_goes_on_from_any_chunk():
 
 
 class TestHub:
-    """The hub is out of reach of tests: its entries, load_dataset and load_dataset_builder, are replaced."""
+    """Tests cannot reach the hub: load_dataset and load_dataset_builder are replaced."""
 
     @pytest.fixture
     def asked(self, monkeypatch):
@@ -332,72 +332,6 @@ def test_a_local_source_is_identified_by_its_content(tmp_path):
     assert identity(Source(path=path)) != before
 
 
-LONG = "x" * 1000
-
-
-@pytest.mark.parametrize(
-    ("first", "last"),
-    [
-        ({"text": LONG, "source": None}, {"text": "b", "source": "web"}),
-        ({"text": LONG, "metadata": {"a": 1}}, {"text": "b", "metadata": {"a": 1, "b": 2}}),
-        ({"text": LONG, "metadata": {"a": 1}}, {"text": "b", "metadata": {"a": "u"}}),
-        ({"text": None, "pad": LONG}, {"text": "b", "pad": "x"}),
-    ],
-    ids=["null then text", "another key", "another type", "null text"],
-)
-def test_json_records_may_differ_after_any_number_of_bytes(first, last, tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_bytes(
-        lines(first) * 11_000 + lines(last)
-    )  # beyond the 10 MB by which `datasets` fixes a schema
-    found = texts(chunks(Source(path=str(path))))
-    assert (len(found), found[0], found[-1]) == (11_001, first["text"], "b")
-
-
-def test_json_values_are_taken_as_they_are(tmp_path):
-    records = [
-        {"text": "2024-01-31"},
-        {"text": 5},
-        {"other": 1},
-        {"text": "a\u2028b \ud83d\ude00 \ud83d"},
-    ]
-    path = tmp_path / "d.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + lines(*records).replace(b"\n", b"\n\n"))
-    assert texts(chunks(Source(path=str(path)))) == ["2024-01-31", 5, None, "a\u2028b \U0001f600 ?"]
-
-
-def test_a_list_in_json_may_hold_texts_and_lie_on_many_lines(tmp_path):
-    path = tmp_path / "d.json"
-    path.write_text(json.dumps(["a", "b"], indent=1))
-    assert texts(chunks(Source(path=str(path)))) == ["a", "b"]
-    path.write_text("\n" + json.dumps(RECORDS, indent=1))
-    assert texts(chunks(Source(path=str(path)))) == [r["text"] for r in RECORDS]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'\n{"text": "a"}\n\n{"text": oops}\n', r"d.json: line 4 cannot be read: Expecting value"),
-        (
-            b'{\n "text": "a"\n}\n',
-            r"line 1 cannot be read: .*one object per line, or one list of them",
-        ),
-        (
-            b'{"text": "a"}\n5\n',
-            r"line 2 cannot be read: it is int; an object with columns is needed",
-        ),
-        (b'[{"text": "a"}, null]', r"record 2 cannot be read: it is NoneType; an object"),
-        (b'[{"text": "a"}, ', r"its list cannot be read: Expecting value"),
-        (b'{"text": "gr\xf6n"}\n', r"line 1 cannot be read: 'utf-8' codec can't decode"),
-    ],
-)
-def test_bad_json_names_its_line(content, message, tmp_path):
-    (tmp_path / "d.json").write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        chunks(Source(path=str(tmp_path / "d.json")))
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "error", [TypeError("Couldn't cast"), AttributeError("no"), KeyError("k"), Exception("its own")]
 )
@@ -406,7 +340,7 @@ def test_whatever_a_reader_raises_names_the_file_and_the_place(error, tmp_path, 
         yield {"text": ["a"] * 64}, {}
         raise error
 
-    monkeypatch.setattr(sources, "dataset_reader", lambda load: batches)
+    monkeypatch.setattr(readers, "dataset_reader", lambda load: batches)
     with pytest.raises(
         UserError, match=r"d.parquet: record 65 or one soon after it cannot be read: "
     ) as caught:
@@ -422,14 +356,6 @@ def test_columns_are_chosen_alike_when_reading_goes_on(tmp_path):
     found = chunks(source)
     for n, (position, _) in enumerate(found):
         assert texts(chunks(source, position)) == texts(found[n:])
-
-
-def test_csv_values_are_the_texts_that_they_are(tmp_path):
-    path = tmp_path / "d.csv"
-    path.write_text("prompt,response,n\n1+1,2,1\nwhich,NA,\nnull,None,2\n3,,4\nshort\n")
-    expected = [("1+1", "2"), ("which", "NA"), ("null", "None"), ("3", ""), ("short", "")]
-    found = chunks(Source(path=str(path)))[0][1].documents
-    assert [(d["prompt"], d["response"]) for d in found] == expected
 
 
 def test_what_a_document_of_a_text_file_is_can_be_chosen(tmp_path):
@@ -455,13 +381,13 @@ def test_a_generator_is_identified_by_its_code(monkeypatch, tmp_path):
     for name in embedded.GENERATOR_FILES:
         shutil.copy(folder / name, tmp_path / name)
     monkeypatch.setattr(embedded, "__file__", str(tmp_path / "__init__.py"))
-    sources._generators_hash.cache_clear()
+    generators_hash.cache_clear()
     assert identity(source) == before
     with (tmp_path / "pools.py").open("a") as file:
         file.write("X = 1\n")
-    sources._generators_hash.cache_clear()
+    generators_hash.cache_clear()
     assert identity(source) != before
-    sources._generators_hash.cache_clear()
+    generators_hash.cache_clear()
 
 
 def test_all_files_that_generators_import_are_in_their_identity():

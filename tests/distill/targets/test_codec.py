@@ -1,4 +1,4 @@
-"""Coded targets: ids come back exactly, log-probabilities within the codes' steps, damage is an error."""
+"""Coded targets: ids come back exactly, log-probabilities closely, and damage is an error."""
 
 from __future__ import annotations
 
@@ -84,14 +84,13 @@ def test_groups_hold_the_same_ids_as_before():
 
 
 def test_the_first_ranks_are_exact_to_half_a_step():
-    """The codes are a geometric series of steps, so the error of a knot is a share of its own gap, not a sum."""
+    """Codes are a geometric series, so a knot's error is a share of its own gap, not a sum."""
     targets = random_targets([SINGLE_KNOTS] * 200, 128_256, slope=3.0)
     row, back = there_and_back(targets, 128_256)
     step = (1 + GAP_CURVE) ** (1 / 255) - 1
     gaps = -np.diff(row.log_probs.reshape(200, -1), axis=1)
-    bound = step * (
-        gaps.max(axis=1) * 1.1 + LARGEST_GAP / GAP_CURVE
-    )  # half a step for the knot, half for the norm
+    # Half a step for the knot, half for the norm.
+    bound = step * (gaps.max(axis=1) * 1.1 + LARGEST_GAP / GAP_CURVE)
     error = np.abs((back.log_probs - row.log_probs).reshape(200, -1)).max(axis=1)
     assert (error <= bound + 2**-10).all()
     assert bound.max() < 0.15

@@ -1,4 +1,4 @@
-"""Adaptive sparse targets, their padding in the loss, and both sources of targets against each other."""
+"""Adaptive sparse targets, their padding in the loss, and stored targets against online ones."""
 
 from __future__ import annotations
 

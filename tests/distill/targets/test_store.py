@@ -12,12 +12,12 @@ import torch
 
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.targets import store as store_module
 from xlstm_distill.targets.codec import arrange, kl_error
 from xlstm_distill.targets.providers import to_targets
 from xlstm_distill.targets.store import (
     HEADER_BYTES,
     INDEX_FILE,
+    MAGIC,
     PREFIX,
     Identity,
     Store,
@@ -62,9 +62,8 @@ def read_all(store):
     return to_targets([store.row(row)[0] for row in range(store.rows)])
 
 
-def test_rows_come_back_in_any_order(directory, monkeypatch):
-    monkeypatch.setattr(store_module, "OPEN_SHARDS", 1)
-    store = Store(directory, IDENTITY)
+def test_rows_come_back_in_any_order(directory):
+    store = Store(directory, IDENTITY, most_open=1)
     assert store.rows == 6
     expected = [exact_targets(n).keep_mass(0.95, 4) for n in range(3)]
     for row, shard, start, count in (
@@ -97,15 +96,12 @@ def test_figures_are_those_of_the_files(directory):
     assert figures["tokens"] == 25
     assert figures["bytes_per_token"] == sum(p.stat().st_size for p in shards) / 25
     assert figures["mean_k"] == float(torch.isfinite(kept.log_probs).sum()) / 25
-    full = [exact_targets(n) for n in range(3)]
-    cut = (
-        sum(
-            float((1 - t.tail).log().sum() - (1 - t.keep_mass(0.95, 4).tail).log().sum())
-            for t in full
-        )
-        / 25
-    )
-    assert figures["mean_cut"] == pytest.approx(cut, abs=1e-5)
+    cut = 0.0
+    for shard in range(3):
+        full = exact_targets(shard)
+        cut_to_mass = full.keep_mass(0.95, 4)
+        cut += float((1 - full.tail).log().sum() - (1 - cut_to_mass.tail).log().sum())
+    assert figures["mean_cut"] == pytest.approx(cut / 25, abs=1e-5)
     assert 0 < figures["mean_kl_error"] < 1e-3
 
 
@@ -157,9 +153,18 @@ def test_other_files_in_the_place_of_a_shard_are_refused(directory, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("tokenizer", "others"), ("data", "others"), ("teacher", "others"), ("dtype", "float32"), ("revision", None),
-     ("domain", "code"), ("top_k", 63), ("mass", None), ("min_k", 5)],
-)  # fmt: skip
+    [
+        ("tokenizer", "others"),
+        ("data", "others"),
+        ("teacher", "others"),
+        ("dtype", "float32"),
+        ("revision", None),
+        ("domain", "code"),
+        ("top_k", 63),
+        ("mass", None),
+        ("min_k", 5),
+    ],
+)
 def test_a_store_made_from_something_else_is_refused(directory, field, value):
     expected = dataclasses.replace(IDENTITY, **{field: value})
     with pytest.raises(
@@ -190,14 +195,14 @@ def test_an_index_that_is_missing_damaged_or_of_another_version_is_refused(direc
 
 
 def test_a_header_that_lies_with_a_right_checksum_does_not_reach_the_decoder(directory):
-    """Rows are checked by their own checksums, so a shard put together by hand fails at the latest there."""
+    """The store's index holds the header's checksum, so a shard put together by hand is refused."""
     path = directory / "targets-00000.bin"
     data = path.read_bytes()
     length = PREFIX.unpack_from(data)[2]
     header = json.loads(data[PREFIX.size : PREFIX.size + length])
     header["first_row"] = 1
     text = json.dumps(header, sort_keys=True).encode()
-    page = PREFIX.pack(store_module.MAGIC, 1, len(text), zlib.crc32(text)) + text
+    page = PREFIX.pack(MAGIC, 1, len(text), zlib.crc32(text)) + text
     path.write_bytes(page.ljust(HEADER_BYTES, b"\0") + data[HEADER_BYTES:])
     assert read_header(path).first_row == 1
     with pytest.raises(RunError, match=r"is not the shard that index\.json"):
