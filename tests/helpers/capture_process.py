@@ -13,6 +13,7 @@ from xlstm_distill.artifacts import Run
 from xlstm_distill.recipe import load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import capture
+from xlstm_distill.stages.lineage import Lineage
 
 SETTINGS = (
     "data.context=64", "data.validation_rows=8", "student.mixer.window=8",
@@ -38,7 +39,7 @@ def run_capture(
     capture.DomainCapture._write_shard = slowly
     try:
         loaded, console = load_recipe(Path(recipe), SETTINGS), QuietConsole()
-        capture.run(loaded, Run.open(directory, loaded), console, share)
+        capture.capture(Lineage(loaded), Run.open(directory, loaded), console, share)
     finally:
         capture.SHARD_TOKENS, capture.DomainCapture._write_shard = tokens, write
     return console.lines

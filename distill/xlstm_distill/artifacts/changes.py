@@ -1,4 +1,4 @@
-"""What differs between the settings an artifact was made from and those it would be made from now."""
+"""What differs between the settings an artifact was made from and those of today."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         for index, item in enumerate(value):
             yield from _leaves(item, (*path, f"[{index}]"))
-    else:
-        # JSON has no tuples: what was read back from a manifest must equal what was not yet written.
+    elif path:
+        # JSON has no tuples: what a manifest holds must equal what is not written yet.
         yield path, list(value) if isinstance(value, tuple) else value
 
 

@@ -23,25 +23,32 @@ def digest(value: Any) -> str:
 
 
 def hash_path(path: Path) -> str:
-    """Hash a file or a folder: names, sizes, and all content up to 64 GiB in sum.
+    """Hash a file or a folder: names, sizes and content.
 
-    Beyond that, of each file the first and last MiB and its time of change, so that a copy whose times are not kept
-    counts as another. Every stage asks, so the answer is kept for as long as sizes and times of change stay.
+    Up to 64 GiB in sum all content counts. Beyond that, the first and last MiB of each file and its
+    time of change do; a copy that does not keep the times then counts as another folder. The answer
+    is remembered for as long as sizes and times of change stay.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    found = ((file, file.stat()) for file in files)
-    return _hash_files(path, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in found))
+    found: list[tuple[Path, int, int]] = []
+    for file in files:
+        stat = file.stat()
+        found.append((file, stat.st_size, stat.st_mtime_ns))
+    return _hash_files(path, tuple(found))
 
 
 @functools.lru_cache(maxsize=256)
 def _hash_files(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
     whole = sum(size for _, size, _ in files) <= WHOLE_HASH_BYTES
     total = hashlib.sha256()
+    hash_file = _whole_hash if whole else _ends_hash
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        hashes = pool.map(_whole_hash if whole else _ends_hash, (file for file, _, _ in files))
-        for (file, size, changed), content in zip(files, hashes, strict=True):
+        contents = pool.map(hash_file, [file for file, _, _ in files])
+        for (file, size, changed), content in zip(files, contents, strict=True):
             name = file.relative_to(path) if file != path else file.name
-            total.update(f"{name}\0{size}\0{'' if whole else changed}\0".encode() + content)
+            # Where the whole content is hashed, times do not count: a copy is the same.
+            time = "" if whole else changed
+            total.update(f"{name}\0{size}\0{time}\0".encode() + content)
     return total.hexdigest()[:32]
 
 

@@ -1,4 +1,7 @@
-"""Locks on files. The system frees the locks of a process that dies; a file system may have none."""
+"""Locks on files.
+
+The system frees the locks of a process that dies. Some file systems have no locks.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ from xlstm_distill.errors import RunError
 
 
 def training_lock(run: Path, work: Path) -> Path:
-    """The lock of a training in a run directory; not in its work directory, which goes while the lock is held."""
+    """The lock of a training in a run directory.
+
+    It does not lie in the work directory, which is removed while the lock is held.
+    """
     return run / ".locks" / f"training-{work.name}"
 
 
@@ -39,7 +45,8 @@ def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[No
             raise busy(what) from None
         except OSError as error:
             say(
-                f"{path}: cannot be locked ({error.strerror}); start no second run of this training meanwhile"
+                f"{path}: cannot be locked ({error.strerror}); "
+                "start no second run of this training meanwhile"
             )
         yield
 
@@ -71,7 +78,7 @@ def wait_for(path: Path, say_waiting: Callable[[], None] | None = None) -> Itera
 
 @contextlib.contextmanager
 def marked(path: Path) -> Iterator[None]:
-    """Hold a lock file of one's own, which tells others that this process lives; it is removed afterwards."""
+    """Hold a lock file of one's own, which tells others that this process lives; then remove it."""
     with wait_for(path):
         try:
             yield
@@ -93,7 +100,7 @@ def working(locks: Path, label: str) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool | None:
-    """Whether a process holds a lock file; None where the file system has no locks or no such file."""
+    """Whether a process holds a lock file; None if there is no such file, or there are no locks."""
     try:
         with path.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -105,9 +112,9 @@ def is_held(path: Path) -> bool | None:
 
 
 def remove_leftovers(final: Path, marks: Path) -> None:
-    """Remove what killed processes have left beside an artifact: drafts, and earlier artifacts moved aside.
+    """Remove what killed processes left beside an artifact: drafts and artifacts moved aside.
 
-    `marks` is the folder of the lock files that living processes hold, named like their drafts (`marked`).
+    `marks` is the folder of the lock files that living processes hold, named like their drafts.
     """
     pattern = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{12}}\.(partial|old)")
     for path in final.parent.iterdir():
@@ -116,7 +123,7 @@ def remove_leftovers(final: Path, marks: Path) -> None:
 
 
 def _remove_unheld(directory: Path, mark: Path) -> None:
-    """Remove a directory that the holder of `mark` was writing, and the mark, unless that process still lives."""
+    """Remove what the holder of `mark` was writing, and the mark, unless that process lives."""
     with mark.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

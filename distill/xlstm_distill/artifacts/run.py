@@ -90,7 +90,10 @@ class Run:
         return artifact
 
     def has(self, request: Request) -> bool:
-        """Whether the artifact made from exactly this is published. All ranks ask and get one answer."""
+        """Whether the artifact made from exactly this is published.
+
+        All ranks ask, and all get the same answer.
+        """
         return all_agree(self.find(request) is not None)
 
     def load(self, label: str) -> Artifact | None:
@@ -206,7 +209,7 @@ class Run:
                 shutil.rmtree(draft.path, ignore_errors=True)
 
     def working(self, label: str) -> contextlib.AbstractContextManager[None]:
-        """Show other shells that this process is at an artifact; a training shows it by its lock."""
+        """Show other shells that this process is at an artifact; trainings have their lock."""
         return working(self._locks, label)
 
     def _complete(self, request: Request, build: Callable[[Draft], None], gathered: Path) -> None:

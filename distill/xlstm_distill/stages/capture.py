@@ -1,7 +1,8 @@
-"""Capture: run the teacher once over the rows the experts will read, and store its sparse targets.
+"""Capture: run the teacher once over the rows the experts will read; store its sparse targets.
 
-A domain's rows are cut into shards, which any number of processes and of independent runs of the program (Slurm array
-tasks) share. Finished shards gather in one directory; who finds them all there tests and publishes the store.
+A domain's rows are cut into shards. Any number of ranks, and of independent runs of the program
+(Slurm array tasks), share them. Finished shards gather in one directory. Whoever finds them all
+there tests the store and publishes it.
 """
 
 from __future__ import annotations
@@ -55,11 +56,14 @@ STORE = "store"
 """Folder of a capture's shards inside its artifact."""
 SHARDS = 64
 SHARD_TOKENS = (2**16, 2**22)
-"""A domain is cut into about so many shards, but none smaller or larger than this (tokens of text)."""
+"""A domain is cut into about SHARDS shards, none smaller or larger than this (tokens of text)."""
 SELF_TEST_ROWS, SPEED_ROWS = 4, 64
 SELF_TEST_LIMIT = 0.02
-"""Largest mean KL (nats) of the teacher from a row's targets, and difference of their mass. It leaves room for other
-batch sizes and kernels in bf16; targets of another text or teacher miss by whole nats."""
+"""Largest mean KL (nats) of the teacher from a row's targets, and difference of their mass.
+
+It leaves room for other batch sizes and kernels in bf16. Targets of another text or teacher are off
+by whole nats.
+"""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class DomainCapture:
         return plan_shards(len(self.rows), self.rows.context)
 
     def work(self, share: tuple[int, int]) -> Artifact | None:
-        """Write the missing shards of this share and, if no other is missing then, publish the store."""
+        """Write the missing shards of this share; publish the store if no shard is missing then."""
         wait_for_everyone()
         started = time.monotonic()
         done = self.run.find(self.request)
@@ -173,9 +177,10 @@ class DomainCapture:
         wait_for_everyone()
         missing = [shard.number for shard in self.shards if not self._finished(shard)]
         if not all_agree(not missing or self._published()):
+            named = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
             self.console.line(
-                f"{self.request.label}: this share is done; {len(missing)} of {len(self.shards)} shards are still to "
-                f"come from others ({', '.join(map(str, missing[:4]))}{', ...' if len(missing) > 4 else ''})"
+                f"{self.request.label}: this share is done; {len(missing)} of {len(self.shards)} "
+                f"shards are still to come from others ({named})"
             )
             return None
         publish = functools.partial(self._publish, started=started)
@@ -185,7 +190,7 @@ class DomainCapture:
         return artifact
 
     def _clean(self) -> None:
-        """Remove what is left of gathering: a shard written twice, shards for other settings of the recipe."""
+        """Remove what is left over: a shard written twice, shards for other settings of the recipe."""
         pattern = re.compile(rf"\.{re.escape(self.rows.name)}\.[0-9a-f]{{12}}\.shards")
         for path in self.directory.parent.iterdir():
             if pattern.fullmatch(path.name):
@@ -195,7 +200,7 @@ class DomainCapture:
         return self.run.find(self.request) is not None
 
     def _finished(self, shard: ShardRows) -> bool:
-        """Whether the shard lies there whole, made from the same; one that does not is made again."""
+        """Whether the shard is there, whole and made from the same; if not, it is made again."""
         path = self.directory / STORE / shard_name(shard.number)
         if not path.exists():
             return False
@@ -208,7 +213,7 @@ class DomainCapture:
         return place == shard and header.identity == self.identity
 
     def _write(self, shards: Sequence[ShardRows]) -> None:
-        """Write shards, until all are written or another run of the program has published the store."""
+        """Write shards, until all are there or another run of the program has published the store."""
         total = sum(shard.count for shard in shards) * self.rows.context
         with self.console.progress(self.request.label, total) as progress:
             for shard in shards:
@@ -220,14 +225,13 @@ class DomainCapture:
                 (self.directory / STORE).mkdir(parents=True, exist_ok=True)
                 try:
                     self._write_shard(shard, progress)
-                except (
-                    FileNotFoundError
-                ):  # moved away by another run of the program, which had it already
+                except FileNotFoundError:
+                    # Another run of the program had all shards already and moved the folder away.
                     if not self._finished(shard) and not self._published():
                         raise
 
     def _write_shard(self, shard: ShardRows, progress: Progress) -> None:
-        """Write one shard. Batches start with the shard, so that its bytes do not depend on who writes it."""
+        """Write one shard. Batches start with it, so its bytes do not depend on who writes it."""
         teacher, stop = self.teacher(), shard.first + shard.count
         vocabulary = teacher.teacher.config.vocab_size
         with write_shard(
@@ -248,15 +252,15 @@ class DomainCapture:
         figures = write_index(draft.path / STORE, self.identity).means()
         store = Store(draft.path / STORE, self.identity)
         stored = StoredTargets({self.rows.name: store})
-        chosen = np.random.default_rng(zlib.crc32(self.request.fingerprint.encode())).permutation(
-            len(self.rows)
-        )
+        # Drawn from the fingerprint: whoever publishes tests the same rows.
+        seed = zlib.crc32(self.request.fingerprint.encode())
+        chosen = np.random.default_rng(seed).permutation(len(self.rows))
         self._self_test(stored, sorted(chosen[:SELF_TEST_ROWS].tolist()))
         speed = self._read_speed(stored, sorted(chosen[:SPEED_ROWS].tolist()))
         draft.results |= {**figures, "read_tokens_per_second": speed}
         self.console.line(
-            f"{self.request.label}: {short(figures['tokens'])} tokens at {figures['bytes_per_token']:.1f} bytes, "
-            f"mean k {figures['mean_k']:.1f}, KL error {figures['mean_kl_error']:.1e} nats "
+            f"{self.request.label}: {short(figures['tokens'])} tokens "
+            f"at {figures['bytes_per_token']:.1f} bytes, mean k {figures['mean_k']:.1f}, KL error {figures['mean_kl_error']:.1e} nats "
             f"(cut by mass: {figures['mean_cut']:.1e}), read at {short(speed)} tokens/s"
         )
 
@@ -274,19 +278,16 @@ class DomainCapture:
             targets = stored(batch)
             with torch.no_grad():
                 logits = kept_logits(teacher.teacher, batch).float()
-            mass = (
-                logits.log_softmax(-1)
-                .gather(-1, targets.ids)
-                .exp()
-                .masked_fill(targets.log_probs == -torch.inf, 0)
-            )
+            kept = logits.log_softmax(-1).gather(-1, targets.ids).exp()
+            mass = kept.masked_fill(targets.log_probs == -torch.inf, 0)
             error = float(sparse_kl(logits, targets).mean())
             drift = float((1 - mass.sum(-1) - targets.tail).abs().mean())
             if not max(error, drift) <= SELF_TEST_LIMIT:
                 raise RunError(
-                    f"{self.directory}: self-test failed: at row {row} the teacher is {error:.2g} nats from the stored "
-                    f"targets and their mass is off by {drift:.2g} (allowed: {SELF_TEST_LIMIT}); nothing was "
-                    f"published. Delete this folder and run capture again."
+                    f"{self.directory}: self-test failed: at row {row} the teacher is "
+                    f"{error:.2g} nats from the stored targets and their mass is off by "
+                    f"{drift:.2g} (allowed: {SELF_TEST_LIMIT}); nothing was published. "
+                    "Delete this folder and run capture again."
                 )
 
     def _read_speed(self, stored: StoredTargets, rows: Sequence[int]) -> float:

@@ -201,7 +201,10 @@ def _plan(recipe: Recipe, name: str, student: CausalLM, domains: Mapping[str, Do
 def _stretches(
     recipe: Recipe, expert: Expert, domains: Mapping[str, DomainRows]
 ) -> tuple[Stretch, ...]:
-    """The expert's phases in steps; a phase reads rows that earlier ones did not, as long as there are any."""
+    """The expert's phases in steps.
+
+    A phase reads rows that earlier phases did not read, for as long as there are any.
+    """
     batch = recipe.distill.batch
     stretches = []
     drawn: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Evaluate: score the teacher, the experts and the merged student on the same tasks, through lm-eval."""
+"""Evaluate: score teacher, experts and merged student on the same tasks, through lm-eval."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _score(
     draft: Draft,
     console: Console,
 ) -> None:
-    """Run lm-eval and write the results, the samples, and the proof that all models were asked the same."""
+    """Run lm-eval; write results, samples, and hashes that show what the model was asked."""
     with console.progress(f"evaluate/{name}", None, unit="requests") as progress:
         counted = 0
 
@@ -175,7 +175,9 @@ def _score(
 def mean_gates(
     model: CausalLM, domains: dict[str, DomainRows], device: torch.device
 ) -> list[list[float]]:
-    """Mean output gate of every layer and head over held-out rows, layers x heads; empty where there are no gates.
+    """Mean output gate of every layer and head over held-out rows: layers x heads.
+
+    Empty where there are no gates.
 
     Rows go through the model one by one: all of them at once do not fit beside a large one.
     """

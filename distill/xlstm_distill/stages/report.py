@@ -1,4 +1,4 @@
-"""Report: put scores, Win-and-Tie rates, gates, losses, times and provenance of a run into one document."""
+"""Report: scores, Win-and-Tie rates, gates, losses, times and provenance in one document."""
 
 from __future__ import annotations
 

@@ -145,10 +145,12 @@ def test_a_run_that_was_waiting_for_the_lock_looks_again(run, monkeypatch):
 
 def test_needing_what_is_missing_or_stale_names_the_stage(run):
     with pytest.raises(RunError, match="run the stage 'stage' first"):
-        run.need("stage")
+        run.need(request_(1))
     run.make(request_(1), write("a"))
-    with pytest.raises(RunError, match="made from other settings"):
-        run.need("stage", request_(2).fingerprint)
+    with pytest.raises(
+        RunError, match=r"made from other settings .*\(value 1 -> 2\); run 'stage' again"
+    ):
+        run.need(request_(2))
 
 
 def test_a_damaged_manifest_is_one_line(run):

@@ -25,7 +25,9 @@ from xlstm_distill.recipe import load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import capture, distill
 from xlstm_distill.stages.distill import _targets
-from xlstm_distill.stages.workbench import open_domains, prepare_domains
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.prepare import prepare
+from xlstm_distill.stages.workbench import open_domains
 from xlstm_distill.targets.providers import OnlineTargets
 
 SCRIPT = Path(__file__).parents[2] / "helpers" / "capture_process.py"
@@ -80,7 +82,8 @@ def written(monkeypatch):
 def opened(directory):
     loaded = load_recipe(Path(RECIPE), SETTINGS)
     run = Run.open(directory, loaded)
-    return loaded, run, prepare_domains(loaded, run, ["math", "chat"], QuietConsole())
+    lineage = Lineage(loaded)
+    return lineage, run, prepare(lineage, run, ["math", "chat"], QuietConsole())
 
 
 def captured(run):
@@ -88,14 +91,15 @@ def captured(run):
 
 
 def test_the_store_reaches_the_goal_and_gives_the_loss_of_the_teacher_at_work(reference):
-    loaded, run, data = opened(reference)
+    lineage, run, data = opened(reference)
+    loaded = lineage.recipe
     figures = run.load("capture/math").manifest["results"]
     assert figures["bytes_per_token"] <= 160
     assert figures["mean_kl_error"] <= 1e-3
     assert figures["mean_k"] >= 4
     assert len(shards(reference)) > 2
     rows = open_domains(loaded, data, captured_rows(loaded))
-    stored = _targets(loaded, captured(run), torch.device("cpu"))
+    stored = _targets(lineage, captured(run), torch.device("cpu"))
     online = OnlineTargets(
         load_teacher(loaded.teacher), 256, loaded.capture.mass, loaded.capture.min_k
     )
@@ -171,13 +175,14 @@ def test_a_store_that_is_not_the_teachers_is_not_published(fresh, monkeypatch):
 
 
 def test_distillation_refuses_a_store_of_another_tokenizer(reference, monkeypatch):
-    loaded, run, _ = opened(reference)
-    monkeypatch.setattr("xlstm_distill.stages.workbench.tokenizer_hash", lambda tokenizer: "others")
+    lineage, run, _ = opened(reference)
+    other = Lineage(lineage.recipe)
+    other.tokenizer_hash = "others"
     with pytest.raises(
         RunError,
         match=r"index\.json: belongs to another run: its tokenizer is .*, here it is 'others'",
     ):
-        _targets(loaded, captured(run), torch.device("cpu"))
+        _targets(other, captured(run), torch.device("cpu"))
 
 
 def test_an_online_teacher_is_loaded_once(reference, monkeypatch):
@@ -186,7 +191,7 @@ def test_an_online_teacher_is_loaded_once(reference, monkeypatch):
     monkeypatch.setattr(
         distill, "load_teacher", lambda *given: loads.append(given) or load_teacher(*given)
     )
-    assert isinstance(_targets(loaded, {}, torch.device("cpu")), OnlineTargets)
+    assert isinstance(_targets(Lineage(loaded), {}, torch.device("cpu")), OnlineTargets)
     assert len(loads) == 1
 
 
@@ -194,13 +199,13 @@ def test_an_online_teacher_is_loaded_once(reference, monkeypatch):
 def test_a_share_that_is_none_is_one_line(text):
     loaded = load_recipe(Path(RECIPE), SETTINGS)
     with pytest.raises(UserError, match=r"--shard: .* must be I/N with I from 0 to N - 1"):
-        capture.run(loaded, None, QuietConsole(), text)
+        capture.capture(Lineage(loaded), None, QuietConsole(), text)
 
 
 def test_a_share_of_online_targets_is_refused():
     loaded = load_recipe(Path(RECIPE), (*SETTINGS, "capture.targets=online"))
     with pytest.raises(UserError, match=r"--shard: capture\.targets is 'online'"):
-        capture.run(loaded, None, QuietConsole(), "0/2")
+        capture.capture(Lineage(loaded), None, QuietConsole(), "0/2")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig, load_recipe
 from xlstm_distill.stages import evaluate
+from xlstm_distill.stages.lineage import Lineage
 from xlstm_eval.records import EvalError
 
 
@@ -87,7 +88,7 @@ def test_what_could_not_be_evaluated_is_refused_before_anything_is_made(
 ) -> None:
     recipe = load_recipe(root / "recipes" / "quickstart.yaml", [f"evaluate.tasks=[{tasks}]"])
     with pytest.raises(EvalError) as caught:
-        evaluate.check(recipe, Run.open(tmp_path, recipe))
+        evaluate.check(Lineage(recipe), Run.open(tmp_path, recipe))
     assert str(caught.value).startswith(expected)
     assert not list((tmp_path / "artifacts").iterdir())
 
@@ -97,13 +98,14 @@ def test_the_check_passes_the_quickstart_and_is_left_out_once_the_teacher_was_ev
 ) -> None:
     recipe = load_recipe(root / "recipes" / "quickstart.yaml")
     run = Run.open(tmp_path, recipe)
-    evaluate.check(recipe, run)
+    evaluate.check(Lineage(recipe), run)
     calls: list[object] = []
     monkeypatch.setattr(evaluate, "check_suite", lambda *given: calls.append(given))
-    evaluate.check(recipe, run)
+    evaluate.check(Lineage(recipe), run)
     assert len(calls) == 1
-    run.make(evaluate._request(recipe, evaluate.TEACHER, None, {}), lambda draft: None)
-    evaluate.check(recipe, run)
+    run.make(Lineage(recipe).request("evaluate/teacher"), lambda draft: None)
+    evaluate.check(Lineage(recipe), run)
     assert len(calls) == 1
-    evaluate.check(load_recipe(root / "recipes" / "quickstart.yaml", ["evaluate.limit=3"]), run)
+    other = load_recipe(root / "recipes" / "quickstart.yaml", ["evaluate.limit=3"])
+    evaluate.check(Lineage(other), run)
     assert len(calls) == 2

@@ -9,7 +9,7 @@ import pytest
 
 from xlstm_distill.artifacts import Artifact, Request, Run
 from xlstm_distill.recipe import Recipe, load_recipe
-from xlstm_distill.stages.report import _losses, _timings, lineage
+from xlstm_distill.stages.report import _losses, _timings, ancestry
 from xlstm_distill.training.log import LOG_FILE
 
 
@@ -61,7 +61,7 @@ def pipeline(run: Run) -> dict[str, Artifact]:
 
 
 def test_times_are_those_of_what_the_report_rests_on_in_the_stages_order(run: Run) -> None:
-    timings = _timings(lineage(run, pipeline(run)))
+    timings = _timings(ancestry(run, pipeline(run)))
     assert list(timings) == [
         "data/math", "data/chat", "capture/math", "capture/chat", "align",
         "distill/math", "distill/chat", "merge",
@@ -73,7 +73,7 @@ def test_what_was_made_anew_from_other_settings_is_not_counted(run: Run, recipe:
     evaluated = pipeline(run)
     made(run, "capture/math", seed=1)
     made(run, "align", seed=1)
-    sources = lineage(run, evaluated)
+    sources = ancestry(run, evaluated)
     assert not {"capture/math", "align"} & set(sources)
     assert {"capture/chat", "data/math", "merge"} <= set(sources)
     assert list(_losses(recipe, sources)) == ["distill/math", "distill/chat"]

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 from typer.testing import CliRunner
 
-from xlstm_distill.artifacts.locks import exclusive, training_lock
+from xlstm_distill.artifacts import Run
+from xlstm_distill.artifacts.locks import exclusive, training_lock, working
 from xlstm_distill.cli.app import app
 from xlstm_distill.errors import UserError
+from xlstm_distill.recipe import load_recipe
+from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.status import read_status
 
 
@@ -41,7 +47,7 @@ def test_done_and_running(run):
     assert (data.label, data.state, data.seconds) == ("data/math", "done", 61.5)
     assert (expert.label, expert.state, expert.step, expert.steps) == (
         "distill/math",
-        "training",
+        "running",
         4,
         10,
     )
@@ -93,7 +99,7 @@ def test_a_training_that_holds_its_lock_runs_however_long_it_is_silent(run):
     with held(run):
         stage = read_status(run)[1]
         assert (stage.state, stage.seconds_left) == ("silent", pytest.approx(12.0))
-        assert "training, silent for 10:00" in CliRunner().invoke(app, ["status", str(run)]).output
+        assert "running, silent for 10:00" in CliRunner().invoke(app, ["status", str(run)]).output
     write_header(run, host=platform.node(), pid=os.getpid())
     age(run, 0)
     assert read_status(run)[1].state == "stopped"  # at once: nobody holds the lock
@@ -103,7 +109,7 @@ def test_a_free_lock_says_nothing_about_another_machine(run):
     with held(run):
         pass
     write_header(run, host="elsewhere", pid=1)
-    assert read_status(run)[1].state == "training"
+    assert read_status(run)[1].state == "running"
     age(run, 600)
     assert read_status(run)[1].state == "stopped"
 
@@ -114,7 +120,7 @@ def test_where_there_are_no_locks_silence_decides(run, monkeypatch):
 
     with held(run):
         monkeypatch.setattr("fcntl.flock", refuse)
-        assert read_status(run)[1].state == "training"
+        assert read_status(run)[1].state == "running"
         age(run, 600)
         assert read_status(run)[1].state == "stopped"
 
@@ -141,7 +147,7 @@ def test_strange_names_and_damaged_lines_are_passed_over(run):
     with (training / "log.jsonl").open("a") as log:
         log.write("\n[1]\n")
     stage = read_status(run)[1]
-    assert (stage.state, stage.step, stage.checkpoint) == ("training", 4, 3)
+    assert (stage.state, stage.step, stage.checkpoint) == ("running", 4, 3)
 
 
 def test_an_older_recipe_s_training_goes_when_the_artifact_is_published(run):
@@ -155,4 +161,128 @@ def test_an_older_recipe_s_training_goes_when_the_artifact_is_published(run):
         ("distill/math", "done"),
     ]
     with held(run):  # started anew
-        assert [stage.state for stage in read_status(run)] == ["done", "done", "silent"]
+        assert [stage.state for stage in read_status(run)] == ["done", "silent"]
+
+
+# --- against the saved recipe
+
+
+@pytest.fixture
+def finished(tmp_path, root):
+    """A run of the quickstart's recipe in which every artifact is published, without its files."""
+    recipe = load_recipe(root / "recipes" / "quickstart.yaml")
+    run = Run.open(tmp_path / "run", recipe)
+    run.keep_recipe()
+    lineage = Lineage(recipe)
+    for label in lineage.labels():
+        run.make(lineage.request(label), lambda draft: None)
+    return run.directory
+
+
+def with_recipe(run, root, *overrides):
+    """Save another recipe in a run, as a command with these overrides does."""
+    recipe = load_recipe(root / "recipes" / "quickstart.yaml", overrides)
+    Run.open(run, recipe).keep_recipe()
+    return {stage.label: stage for stage in read_status(run)}
+
+
+def test_a_finished_run_is_done_in_the_stages_order(finished, root):
+    stages = with_recipe(finished, root)
+    assert {stage.state for stage in stages.values()} == {"done"}
+    recipe = load_recipe(root / "recipes" / "quickstart.yaml")
+    assert list(stages) == Lineage(recipe).labels()
+
+
+def test_what_other_settings_made_is_outdated_and_so_is_what_rests_on_it(finished, root):
+    stages = with_recipe(finished, root, "align.lr=0.01")
+    assert (stages["align"].state, stages["align"].why) == ("outdated", "align.lr 0.02 -> 0.01")
+    assert (stages["merge"].state, stages["distill/math"].why) == ("outdated", "align is outdated")
+    assert stages["data/math"].state == stages["capture/math"].state == "done"
+    assert stages["evaluate/teacher"].state == "done"
+    text = CliRunner().invoke(app, ["status", str(finished)]).output
+    assert "outdated: align.lr 0.02 -> 0.01" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "label", "why"),
+    [
+        ("data.context=128", "data/math", "data.context 256 -> 128"),
+        (
+            "data.domains.math.sources[0].documents=20_000",
+            "data/math",
+            "data.domains.math.sources[0].documents 30000 -> 20000",
+        ),
+        ("capture.top_k=32", "capture/chat", "capture.top_k 64 -> 32"),
+        ("student.mixer.sinks=2", "align", "student.mixer.sinks 4 -> 2"),
+        ("evaluate.limit=5", "evaluate/teacher", "evaluate.limit null -> 5"),
+        ("report.title=New", "report", "report.title Quickstart -> New"),
+    ],
+)
+def test_each_stage_names_its_own_key(finished, root, override, label, why):
+    stage = with_recipe(finished, root, override)[label]
+    assert stage.state == "outdated"
+    assert stage.why.split("; ")[0] == why
+
+
+def test_more_rows_than_are_needed_are_not_outdated(finished, root):
+    stages = with_recipe(finished, root, "align.tokens=1_000_000")
+    assert stages["data/math"].state == "done"
+    assert stages["align"].why == "align.tokens 2000000 -> 1000000"
+
+
+def test_what_is_not_there_is_waiting_and_what_no_recipe_names_says_so(finished, root):
+    shutil.rmtree(finished / "artifacts" / "merge")
+    override = "distill.experts={math: {phases: [{domain: math, tokens: 200_000}]}}"
+    stages = with_recipe(finished, root, override)
+    assert stages["merge"].state == "waiting"
+    assert stages["distill/math"].state == "done"
+    assert (stages["distill/code"].state, stages["distill/code"].why) == (
+        "done",
+        "not in the recipe",
+    )
+
+
+def test_an_input_that_was_made_again_makes_what_used_it_outdated(finished, root):
+    manifest = finished / "artifacts" / "align" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"identity": "other"}))
+    stages = with_recipe(finished, root)
+    assert stages["distill/stem"].why == "align was made again"
+    assert stages["evaluate/merged"].why == "merge is outdated"
+
+
+@pytest.mark.parametrize("label", ["data/math", "capture/math", "evaluate/merged", "merge"])
+def test_what_a_process_is_at_is_running(finished, root, label):
+    with working(finished / ".locks", label):
+        stage = with_recipe(finished, root)[label]
+        assert (stage.state, stage.host) == ("running", None)
+    assert with_recipe(finished, root)[label].state == "done"
+
+
+def test_a_mark_of_a_dead_process_says_nothing(finished, root):
+    mark = finished / ".locks" / "working-merge-0123456789ab.json"
+    mark.parent.mkdir(exist_ok=True)
+    facts = {"label": "merge", "host": platform.node(), "pid": 1, "started": time.time()}
+    mark.write_text(json.dumps(facts))
+    assert with_recipe(finished, root)["merge"].state == "done"
+    mark.write_text(json.dumps(facts | {"host": "elsewhere"}))
+    stage = with_recipe(finished, root)["merge"]
+    assert (stage.state, stage.host) == ("running", "elsewhere")
+    with working(finished / ".locks", "merge"):  # the next process removes what nobody holds
+        assert not mark.exists()
+
+
+def test_a_recipe_that_cannot_be_read_leaves_the_rest(finished):
+    (finished / "recipe.yaml").write_text("name: [")
+    assert {stage.state for stage in read_status(finished)} == {"done"}
+
+
+def test_status_loads_no_torch(finished):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from xlstm_distill.stages.status import read_status, to_json\n"
+        f"to_json(read_status(Path({str(finished)!r})))\n"
+        "sys.exit(', '.join({'torch', 'transformers', 'pyarrow'} & set(sys.modules)) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

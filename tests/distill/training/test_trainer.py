@@ -26,8 +26,7 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.recipe import Align, Distill, Training, load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.runtime.device import forget_peak, peak_bytes
-from xlstm_distill.stages.distill import expert_request
-from xlstm_distill.stages.workbench import align_request
+from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.targets.providers import OnlineTargets, kept_logits
 from xlstm_distill.training import validation
 from xlstm_distill.training.log import TrainingLog, check_trackers, training_log
@@ -308,7 +307,8 @@ def test_what_to_do_at_a_loss_that_is_not_finite_keeps_the_checkpoints_of_a_trai
         sets = [f"align.non_finite={value}", f"distill.non_finite={value}"]
         recipe = load_recipe(root / "recipes" / "quickstart.yaml", sets)
         expert = next(iter(recipe.distill.experts))
-        requests = align_request(recipe), expert_request(recipe, expert)
+        lineage = Lineage(recipe)
+        requests = lineage.request("align"), lineage.request(f"distill/{expert}")
         paths[value] = [request.fingerprint for request in requests]
     assert paths["stop"] == paths["skip"]
 

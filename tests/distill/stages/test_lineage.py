@@ -1,0 +1,133 @@
+"""One lineage knows what every artifact is made from; what depends on what needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xlstm_distill.models import teacher as teachers
+from xlstm_distill.recipe import Recipe, load_recipe
+from xlstm_distill.stages.lineage import Lineage, stage_of
+
+ONLINE = ["capture.targets=online", "capture.shard_teacher=false"]
+
+
+@pytest.fixture
+def recipe(root: Path) -> Recipe:
+    return load_recipe(root / "recipes" / "quickstart.yaml")
+
+
+def test_every_artifact_comes_after_what_it_needs(root):
+    for path in sorted((root / "recipes").glob("*.yaml")):
+        lineage = Lineage(load_recipe(path))
+        labels = lineage.labels()
+        assert len(labels) == len(set(labels))
+        for place, label in enumerate(labels):
+            assert set(lineage.needs(label)) <= set(labels[:place]), (path.name, label)
+            json.dumps(lineage.settings(label))
+
+
+def test_labels_follow_the_recipe(root, recipe):
+    names = ["math", "code", "stem", "chat"]
+    assert Lineage(recipe).labels() == [
+        *(f"data/{name}" for name in names),
+        *(f"capture/{name}" for name in names),
+        "align",
+        *(f"distill/{name}" for name in names),
+        "merge",
+        *(f"evaluate/{name}" for name in ("teacher", "merged", *names)),
+        "report",
+    ]
+    online = load_recipe(root / "recipes" / "quickstart.yaml", ONLINE)
+    assert not [label for label in Lineage(online).labels() if stage_of(label) == "capture"]
+
+
+def test_inputs_are_what_an_artifact_needs(recipe):
+    """A request names an identity for all that `needs` lists, and nothing else of the run."""
+    lineage = Lineage(recipe)
+    for label in lineage.labels():
+        if stage_of(label) == "data":
+            continue
+        inputs = set(lineage.request(label).inputs) - {"teacher", "tasks"}
+        renamed = {"merge" if name == "merge/merged" else name for name in inputs}
+        assert renamed == set(lineage.needs(label)), label
+
+
+def test_settings_are_the_parts_of_the_request(recipe):
+    lineage = Lineage(recipe)
+    for label in lineage.labels():
+        parts, settings = lineage.request(label).parts, lineage.settings(label)
+        if stage_of(label) in ("data", "capture"):  # these add formats, and hashes of files
+            parts = {key: parts[key] for key in settings if key != "sources"}
+            settings.pop("sources", None)
+        assert parts == settings, label
+
+
+def test_teacher_and_tokenizer_are_read_once(recipe, monkeypatch):
+    loads = []
+    load, whole = teachers.load_tokenizer, teachers.teacher_hash
+    monkeypatch.setattr(teachers, "load_tokenizer", lambda t: loads.append("tokenizer") or load(t))
+    monkeypatch.setattr(teachers, "teacher_hash", lambda t: loads.append("teacher") or whole(t))
+    lineage = Lineage(recipe)
+    for label in lineage.labels():
+        lineage.request(label)
+        lineage.request(label)
+    assert sorted(loads) == ["teacher", "tokenizer"]
+
+
+def test_the_light_part_loads_no_torch(root):
+    code = (
+        "import sys\n"
+        "from xlstm_distill.recipe import load_recipe\n"
+        "from xlstm_distill.stages.lineage import Lineage\n"
+        f"lineage = Lineage(load_recipe({str(root / 'recipes' / 'quickstart.yaml')!r}))\n"
+        "for label in lineage.labels():\n"
+        "    lineage.needs(label), lineage.settings(label), lineage.recipe_keys(label)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_changed_is_named_by_its_recipe_key(root, recipe):
+    """Each changed key makes again what depends on it, and says so."""
+
+    def changes(*overrides: str) -> dict[str, list[str]]:
+        old = Lineage(recipe)
+        new = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", overrides))
+        found = {}
+        for label in new.labels():
+            before, after = old.request(label), new.request(label)
+            manifest = {
+                "fingerprint": before.fingerprint,
+                "format": 2,
+                "recipe": json.loads(json.dumps(before.parts)),
+                "inputs": before.inputs,
+            }
+            artifact = type("Made", (), {"manifest": manifest, "fingerprint": before.fingerprint})
+            if said := after.changes_since(artifact):
+                found[label] = said
+        return found
+
+    found = changes("align.lr=0.01")
+    assert found["align"] == ["align.lr 0.02 -> 0.01"]
+    assert found["distill/math"] == ["align changed"]
+    assert found["merge"] == [
+        f"distill/{name} changed" for name in ("math", "code", "stem", "chat")
+    ]
+    assert not {"data/math", "capture/math", "evaluate/teacher"} & set(found)
+    assert changes("student.mixer.window=16")["align"] == ["student.mixer.window 32 -> 16"]
+    weights = changes("merge.weights={math: 0.4, code: 0.2, stem: 0.2, chat: 0.2}")
+    assert weights["merge"][0] == "merge.weights.math 0.25 -> 0.4"
+    assert set(weights) == {"merge", "evaluate/merged", "report"}
+    longer = changes("distill.experts.math.phases[0].tokens=400_000")
+    assert longer["distill/math"] == [
+        "distill.experts.math.phases[0].tokens 200000 -> 400000",
+    ]
+    assert "distill/code" not in longer
+    assert changes("evaluate.limit=5")["evaluate/teacher"] == ["evaluate.limit null -> 5"]
