@@ -6,6 +6,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,34 @@ if TYPE_CHECKING:
 STAGES = ("capture", "align", "distill", "merge", "evaluate", "report")
 
 Check = Callable[["Recipe", int], None]
-"""Looks at a recipe and the number of processes, and raises UserError if they do not fit."""
+"""Raises UserError if a recipe and a number of processes do not fit."""
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the user asked for, whichever the stage."""
+
+    recipe: Path
+    run_dir: Path | None
+    overrides: Sequence[str] | None
+    launch: Path | None = None
+    launch_args: str = ""
+
+    def directory(self, recipe: Recipe) -> Path:
+        """Return the run directory: the one given, or that of the recipe's name."""
+        return self.run_dir or Path("runs") / recipe.name
+
+    def check(self, stages: Sequence[str], expert: str | None = None) -> Check:
+        """Make the check that runs once the recipe and the number of processes are known."""
+
+        def check(recipe: Recipe, processes: int) -> None:
+            check_batches(recipe, stages, processes, self.directory(recipe), expert=expert)
+
+        return check
+
+    def dispatch(self, check: Check) -> None:
+        """Start several processes and exit as they do, if the user wants several."""
+        dispatch(self.launch, self.launch_args, self.recipe, self.overrides, check)
 
 
 def run(
@@ -40,10 +68,11 @@ def run(
 ) -> None:
     """Run all stages, from teacher to report; finished stages are skipped."""
     with one_line_errors(debug):
-        check = _check(STAGES, run_dir)
-        dispatch(launch, launch_args, recipe, overrides, check)
+        asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+        check = asked.check(STAGES)
+        asked.dispatch(check)
         console = make_console()
-        lineage, opened = _open(recipe, run_dir, overrides, console, check)
+        lineage, opened = _open(asked, console, check)
         _stage_module("evaluate").check(lineage, opened)
         for number, stage in enumerate(STAGES, start=1):
             console.stage = f"stage {number} of {len(STAGES)}"
@@ -69,9 +98,8 @@ def capture(
     debug: Debug = False,
 ) -> None:
     """Store the teacher's sparse next-token targets."""
-    _one_stage(
-        "capture", recipe, run_dir, overrides, debug, launched=(launch, launch_args), shard=shard
-    )
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+    _one_stage("capture", asked, debug, shard=shard)
 
 
 def align(
@@ -83,7 +111,8 @@ def align(
     debug: Debug = False,
 ) -> None:
     """Teach each mixer its teacher layer's attention output (stage I)."""
-    _one_stage("align", recipe, run_dir, overrides, debug, launched=(launch, launch_args))
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+    _one_stage("align", asked, debug)
 
 
 def distill(
@@ -104,16 +133,15 @@ def distill(
     debug: Debug = False,
 ) -> None:
     """Train the experts from the aligned student (stage II)."""
-    _one_stage(
-        "distill", recipe, run_dir, overrides, debug, launched=(launch, launch_args), expert=expert
-    )
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+    _one_stage("distill", asked, debug, expert=expert)
 
 
 def merge(
     recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False
 ) -> None:
     """Merge the experts into one student (stage III)."""
-    _one_stage("merge", recipe, run_dir, overrides, debug)
+    _one_stage("merge", Invocation(recipe, run_dir, overrides), debug)
 
 
 def evaluate(
@@ -125,7 +153,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure teacher and students on the recipe's tasks."""
-    _one_stage("evaluate", recipe, run_dir, overrides, debug, launched=(launch, launch_args))
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+    _one_stage("evaluate", asked, debug)
 
 
 def report(
@@ -134,7 +163,7 @@ def report(
     """Write the report of a run and show its summary."""
     with one_line_errors(debug):
         console = make_console()
-        lineage, opened = _open(recipe, run_dir, overrides, console)
+        lineage, opened = _open(Invocation(recipe, run_dir, overrides), console)
         _run_stage("report", lineage, opened, console)
         _print_summary(opened.directory, console)
 
@@ -144,58 +173,33 @@ def make_console() -> Console:
     return Console() if is_main_process() else QuietConsole()
 
 
-def _one_stage(
-    stage: str,
-    recipe: Path,
-    run_dir: Path | None,
-    overrides: list[str] | None,
-    debug: bool,
-    launched: tuple[Path | None, str] = (None, ""),
-    **options: Any,
-) -> None:
+def _one_stage(stage: str, asked: Invocation, debug: bool, **options: Any) -> None:
+    """Run one stage; `options` are the arguments that it alone takes."""
     with one_line_errors(debug):
-        check = _check((stage,), run_dir, options.get("expert"))
-        dispatch(*launched, recipe, overrides, check)
+        check = asked.check((stage,), options.get("expert"))
+        asked.dispatch(check)
         console = make_console()
-        lineage, opened = _open(recipe, run_dir, overrides, console, check)
+        lineage, opened = _open(asked, console, check)
         _run_stage(stage, lineage, opened, console, **options)
 
 
-def _check(stages: Sequence[str], run_dir: Path | None, expert: str | None = None) -> Check:
-    """Make the check that runs as soon as the recipe and the number of processes are known."""
-
-    def check(recipe: Recipe, processes: int) -> None:
-        check_batches(recipe, stages, processes, _directory(run_dir, recipe), expert=expert)
-
-    return check
-
-
-def _directory(run_dir: Path | None, recipe: Recipe) -> Path:
-    return run_dir or Path("runs") / recipe.name
-
-
-def _open(
-    recipe: Path,
-    run_dir: Path | None,
-    overrides: list[str] | None,
-    console: Console,
-    check: Check = lambda recipe, processes: None,
-) -> tuple[Lineage, Run]:
+def _open(asked: Invocation, console: Console, check: Check | None = None) -> tuple[Lineage, Run]:
     """Load and check the recipe, then open the run directory: a bad recipe must not leave one."""
     from xlstm_distill.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
-    check(loaded, process_count())
-    directory = _directory(run_dir, loaded)
+    recipe = load_recipe(asked.recipe, asked.overrides or ())
+    if check is not None:
+        check(recipe, process_count())
+    directory = asked.directory(recipe)
     # torch and transformers take seconds to load. Until then this line shows that something runs.
-    console.line(f"{loaded.name}: run directory {directory}")
+    console.line(f"{recipe.name}: run directory {directory}")
 
     from xlstm_distill.artifacts import Run
     from xlstm_distill.stages.lineage import Lineage
 
-    opened = Run.open(directory, loaded)
+    opened = Run.open(directory, recipe)
     opened.keep_recipe()
-    return Lineage(loaded), opened
+    return Lineage(recipe), opened
 
 
 def _stage_module(stage: str) -> Any:
