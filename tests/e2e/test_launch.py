@@ -171,7 +171,7 @@ def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number,
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=100)
+        _, errors = process.communicate(timeout=240)
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
