@@ -21,9 +21,9 @@ pytestmark = pytest.mark.multi_process
 ROOT = Path(__file__).parents[2]
 RECIPE, CONFIGS = ROOT / "recipes" / "quickstart.yaml", ROOT / "recipes" / "accelerate"
 SETS = (
-    "align.tokens=16384", "align.warmup_steps=1", "data.validation_rows=4",
-    "capture.targets=online",
-    "distill.experts={math: {phases: [{domain: math, tokens: 16384}]}}", "distill.warmup_steps=1",
+    "align.tokens=8192", "align.batch=4", "align.warmup_steps=1", "data.validation_rows=4",
+    "capture.targets=online", "distill.batch=4", "distill.warmup_steps=1",
+    "distill.experts={math: {phases: [{domain: math, tokens: 8192}]}}",
 )  # fmt: skip
 CPU = str(CONFIGS / "ddp-cpu.yaml")
 
@@ -52,14 +52,16 @@ def aligned(tmp_path_factory) -> Path:
 ACCELERATE = ("accelerate.commands.launch", "--config_file", CPU)
 SCRIPT = str(Path(sys.executable).parent / "xlstm-distill")
 LAUNCHERS = (
-    # --launch does the same within one command, and every test of this file uses that.
+    pytest.param((*ACCELERATE, SCRIPT), id="accelerate-console-script"),
+    # Quick tests cover these otherwise: --launch is the first in one command, and test_pipeline.py
+    # aligns under torchrun.
     pytest.param(
         (*ACCELERATE, "-m", "xlstm_distill"), id="accelerate-module", marks=pytest.mark.slow
     ),
-    pytest.param((*ACCELERATE, SCRIPT), id="accelerate-console-script"),
     pytest.param(
         ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xlstm_distill"),
         id="torchrun",
+        marks=pytest.mark.slow,
     ),
 )
 
@@ -103,6 +105,8 @@ def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     assert not loading["unexpected_keys"]
 
 
+# Slow: test_accelerator.py makes the same comparison without processes.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp2", ZERO[2]])
 def test_sharding_that_would_silently_not_happen_is_refused(name, aligned, tmp_path):
     run = shutil.copytree(aligned, tmp_path / "run")
@@ -151,9 +155,7 @@ def logged_steps(run: Path) -> int:
 def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number, aligned, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(aligned / "artifacts" / "data", run / "artifacts" / "data")
-    command = words(
-        "align", run, "--launch", CPU, sets=("align.tokens=4000000", "align.batch=4", *SETS[1:])
-    )
+    command = words("align", run, "--launch", CPU, sets=("align.tokens=400000", *SETS[1:]))
     process = subprocess.Popen(
         [sys.executable, "-m", "xlstm_distill", *command],
         stdout=subprocess.DEVNULL,
@@ -169,7 +171,7 @@ def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number,
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=100)
+        _, errors = process.communicate(timeout=240)
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

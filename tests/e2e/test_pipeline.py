@@ -20,10 +20,10 @@ RECIPE = ROOT / "recipes" / "quickstart.yaml"
 # One task of each domain: other tests load and check all of the quickstart's tasks.
 TASKS = ("math_add", "code_expression", "stem_fact", "chat_copy")
 SMALL = (
-    "align.tokens=65536", "align.warmup_steps=2",
-    "distill.experts={math: {phases: [{domain: math, tokens: 49152}]},"
-    " chat: {phases: [{domain: chat, tokens: 49152}]}}",
-    "distill.warmup_steps=2", "evaluate.limit=6", "data.validation_rows=4",
+    "align.tokens=32768", "align.batch=4", "align.warmup_steps=2",
+    "distill.experts={math: {phases: [{domain: math, tokens: 24576}]},"
+    " chat: {phases: [{domain: chat, tokens: 24576}]}}",
+    "distill.batch=4", "distill.warmup_steps=2", "evaluate.limit=6", "data.validation_rows=4",
     "evaluate.tasks=["
     + ", ".join(f"{{name: qs_{task}, domain: {task.partition('_')[0]}}}" for task in TASKS)
     + "]",
@@ -127,7 +127,7 @@ def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_bee
     assert not list((tmp_path / "training").iterdir())
     artifact = tmp_path / "artifacts" / "align"
     log = [json.loads(line) for line in (artifact / "log.jsonl").read_text().splitlines()]
-    steps = [65536 / 32 / line["tokens_per_second"] for line in log]
+    steps = [32768 / 32 / line["tokens_per_second"] for line in log]
     assert len(steps) == 32
     assert json.loads((artifact / "manifest.json").read_text())["wall_seconds"] > sum(steps)
 
@@ -196,9 +196,10 @@ def test_new_merge_weights_redo_only_what_depends_on_them(run, tmp_path):
 def test_a_longer_expert_redoes_only_itself(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
     before = manifests(copy)
-    longer = SMALL[2].replace("{domain: math, tokens: 49152}", "{domain: math, tokens: 65536}")
-    assert longer != SMALL[2]
-    done = cli("run", RECIPE, "--run", copy, sets=(*SMALL[:2], longer, *SMALL[3:]))
+    expert = "{domain: math, tokens: 24576}"
+    longer = [value.replace(expert, "{domain: math, tokens: 32768}") for value in SMALL]
+    assert longer != list(SMALL)
+    done = cli("run", RECIPE, "--run", copy, sets=tuple(longer))
     assert done.returncode == 0, done.stderr
     after = manifests(copy)
     assert {label for label in after if after[label] != before[label]} == {
