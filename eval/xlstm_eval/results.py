@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,18 @@ class EvaluationResult:
     warnings: tuple[str, ...] = ()
 
 
-def require_same_requests(teacher: EvaluationResult, student: EvaluationResult, name: str) -> None:
-    """Raise EvalError unless both were asked exactly the same."""
-    if teacher.requests_hash != student.requests_hash:
-        raise EvalError(
-            f"{name}: its requests differ from the teacher's ({student.requests_hash[:12]}, "
-            f"{teacher.requests_hash[:12]}). Evaluate both with one suite and one tokenizer."
-        )
+def require_same_requests(hashes: Mapping[str, str], teacher: str = "teacher") -> None:
+    """Raise EvalError unless all models were asked exactly what the teacher was asked.
+
+    ``hashes`` maps each model's name, also the teacher's, to its ``requests_hash``.
+    """
+    expected = hashes[teacher]
+    for name, found in hashes.items():
+        if found != expected:
+            raise EvalError(
+                f"{name}: its requests differ from the teacher's ({found[:12]}, {expected[:12]}). "
+                "Evaluate both again, with one suite and one tokenizer."
+            )
 
 
 def write_samples(result: EvaluationResult, directory: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """What a run is made from: the recipe, its sections, and how it is read. Loads no torch."""
 
 from xlstm_distill.recipe.data import Data, Domain, Source
-from xlstm_distill.recipe.evaluation import Evaluate, Report, Task
+from xlstm_distill.recipe.evaluation import EvalTask, Evaluate, Report
 from xlstm_distill.recipe.load import load_recipe
 from xlstm_distill.recipe.model import MixerConfig, Student, Teacher
 from xlstm_distill.recipe.recipe import Recipe
@@ -17,6 +17,7 @@ from xlstm_distill.recipe.training import (
 )
 
 __all__ = [
-    "Align", "Capture", "Data", "Distill", "Domain", "Evaluate", "Expert", "Merge", "MixerConfig", "Optimization",
-    "Phase", "Recipe", "Report", "Source", "Student", "Task", "Teacher", "Training", "load_recipe",
+    "Align", "Capture", "Data", "Distill", "Domain", "EvalTask", "Evaluate", "Expert", "Merge",
+    "MixerConfig", "Optimization", "Phase", "Recipe", "Report", "Source", "Student", "Teacher",
+    "Training", "load_recipe",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from xlstm_distill.recipe.fields import (
 )
 
 
-class Task(Section):
+class EvalTask(Section):
     """One task of the evaluation, and what differs from its own file."""
 
     name: Text = Field(
@@ -46,7 +46,7 @@ class Evaluate(Section):
     include: Folder | None = Field(
         default=None, description="Folder of lm-eval YAML tasks, relative to the recipe."
     )
-    tasks: tuple[Task, ...] = Field(min_length=1, description="The tasks.")
+    tasks: tuple[EvalTask, ...] = Field(min_length=1, description="The tasks.")
     batch: Count = Field(default=8, description="Prompts per forward pass.")
     apply_chat_template: Flag = Field(
         default=False, description="Wrap prompts in the teacher's chat template."

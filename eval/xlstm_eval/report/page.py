@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from xlstm_eval.metrics import ALPHAS, compare, pair_results
 from xlstm_eval.records import Comparison, EvalError, Frozen, Name, TaskResult
+from xlstm_eval.report.names import duration, short_names
 from xlstm_eval.score import percent, with_stderr
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -178,7 +179,7 @@ def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
         "comparisons": comparisons,
         "roles": {model.name: model.role for model in data.models},
         "domains": _domain_spans(data.teacher_results),
-        "short": _short_names(data.teacher_results),
+        "short": short_names({result.task: result.domain for result in data.teacher_results}),
         "cells": {result.name: _cells(result) for result in comparisons},
         "total_seconds": sum(data.timings.values()),
         "stages": stages,
@@ -224,19 +225,6 @@ def _stage_times(timings: dict[str, float]) -> dict[str, tuple[float, dict[str, 
         total, parts = stages.get(stage, (0.0, {}))
         stages[stage] = (total + seconds, parts | ({part: seconds} if part else {}))
     return stages
-
-
-def _short_names(results: tuple[TaskResult, ...]) -> dict[str, str]:
-    """Return column heads: names without what all tasks of the domain begin with ("qs_math_add" is "add")."""
-    short = {}
-    for result in results:
-        group = [other.task for other in results if other.domain == result.domain]
-        parts = result.task.split("_")
-        start = len(parts) - 1 if len(group) > 1 else 0
-        while not all(other.startswith("_".join([*parts[:start], ""])) for other in group):
-            start -= 1
-        short[result.task] = "_".join(parts[start:])
-    return short
 
 
 def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
@@ -287,16 +275,6 @@ def _environment() -> Any:
     }
     environment.globals["with_stderr"] = with_stderr
     return environment
-
-
-def duration(seconds: float) -> str:
-    """Write seconds for a reader: 42 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _score(value: float) -> str:
