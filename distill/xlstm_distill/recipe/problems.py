@@ -24,7 +24,7 @@ def problem_lines(error: ValidationError) -> list[str]:
 
 
 def _number_as_text(problem: Problem) -> str | None:
-    """Say how to spell a number that YAML reads as text, such as `1e-4`; None for any other problem."""
+    """Say how to spell a number that YAML reads as text (`1e-4`); None for other problems."""
     value, kind = problem["input"], problem["type"]
     if not isinstance(value, str) or kind not in ("float_type", "int_type"):
         return None

@@ -15,7 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from xlstm_eval.records import EvalError
+from xlstm_eval.metrics import win_or_tie
+from xlstm_eval.records import EvalError, TaskPair
 from xlstm_eval.report.names import short_names
 from xlstm_eval.score import percent
 
@@ -28,6 +29,8 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 WIDTH, MARGIN, GAP = 880, 28, 36
 COLUMNS = 2
+CLOSE = 0.05
+"""The tolerance up to which a student's score counts as close to its teacher's."""
 PANEL_WIDTH = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) / COLUMNS
 LABELS, NUMBERS = 92, 104
 """Widths to the left and to the right of a panel's axis, for task names and scores."""
@@ -38,12 +41,13 @@ LETTER = 6.9
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one task: both scores in [0, 1], and the student's standard error."""
+    """Hold one task: both scores in [0, 1], the student's standard error, and whether it is close."""
 
     name: str
     teacher: float
     student: float
     stderr: float
+    close: bool
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def _rows(report: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, li
     domains: dict[str, list[Row]] = {}
     for name, task in report["tasks"].items():
         stderr = student["stderr"][name] or 0.0
-        row = Row(short[name], teacher[name], student["scores"][name], stderr)
+        pair = TaskPair(task=name, teacher=teacher[name], student=student["scores"][name])
+        row = Row(short[name], pair.teacher, pair.student, stderr, win_or_tie(pair, CLOSE))
         if task["higher_is_better"] and max(row.teacher, row.student) <= 1:
             domains.setdefault(task["domain"] or "tasks", []).append(row)
     return domains
@@ -129,7 +134,7 @@ def _axis_start(lowest: float) -> float:
 def _head(report: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
     """Draw the title, what the figures say in a sentence, and the key."""
     tasks = len(report["tasks"])
-    close = round(student["win_and_tie"]["0.05"] * tasks)
+    close = round(student["win_and_tie"][str(CLOSE)] * tasks)
     sentence = (
         f"The student reaches at least 95 % of its teacher's score on {close} of {tasks} tasks, "
         f"and {percent(student['mean_recovery'])} on average."
@@ -174,7 +179,7 @@ def _panel(name: str, rows: Sequence[Row], left: float, top: float, low: float) 
 def _task(row: Row, left: float, right: float, y: float, scale: Scale) -> list[str]:
     """Draw one task: name, error bar, the line between both scores, both marks, both numbers."""
     teacher, student = scale.place(row.teacher), scale.place(row.student)
-    color = LOSS if row.student < 0.95 * row.teacher else STUDENT
+    color = STUDENT if row.close else LOSS
     low, high = scale.place(row.student - row.stderr), scale.place(row.student + row.stderr)
     return [
         _text(left, y + 4.5, row.name, size=13),

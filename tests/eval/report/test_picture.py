@@ -68,7 +68,7 @@ def test_names_are_escaped(report: dict[str, Any]) -> None:
 
 
 def test_tasks_without_a_scale_from_0_to_1_are_counted_below(report: dict[str, Any]) -> None:
-    first, second, *others = report["tasks"]
+    first, second = list(report["tasks"])[:2]
     tasks = report["tasks"] | {first: report["tasks"][first] | {"higher_is_better": False}}
     teacher = report["teacher"] | {"scores": report["teacher"]["scores"] | {second: 7.5}}
     drawn = words(draw(report | {"tasks": tasks, "teacher": teacher}))
