@@ -39,7 +39,7 @@ class LoadedSuite:
     manager: Any
 
     def leaves(self) -> Iterator[tuple[SuiteTask, Any]]:
-        """Yield each lm-eval task with the suite's entry it comes from (a group's members share one)."""
+        """Yield each lm-eval task with the suite's entry; the members of a group share one."""
         for entry in self.suite.tasks:
             for leaf in _leaves(self.tasks[entry.name]):
                 yield entry, leaf
@@ -163,7 +163,7 @@ def _task_spec(entry: Any) -> str | dict[str, Any]:
 
 
 def _absolute(files: Any, folder: Path) -> Any:
-    """Make paths absolute in what ``data_files`` may hold: a path, a list, or a mapping by split."""
+    """Make ``data_files`` absolute: a path, a list of them, or a mapping by split."""
     if isinstance(files, dict):
         return {split: _absolute(value, folder) for split, value in files.items()}
     if isinstance(files, list):
@@ -344,7 +344,7 @@ class _Collect(logging.Handler):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """Keep lm-eval's log and bars off the terminal; yield the list of its warnings on truncation."""
+    """Keep lm-eval's log and bars off the terminal; yield its warnings on truncation."""
     logger, handler = logging.getLogger("lm_eval"), _Collect()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)

@@ -52,7 +52,7 @@ def problem_lines(
     """Return every problem of a validation of ``model``, one line each, unknown keys first.
 
     A line names the dotted path, the value, what is allowed and the fix. ``whole`` names the data
-    itself ("recipe", "the file"). ``special`` may word a problem, for example that of a file format.
+    itself ("recipe", "the file"). ``special`` may word a problem, such as one of a file format.
     """
     problems = error.errors(include_url=False)
     locations = [problem["loc"] for problem in problems]

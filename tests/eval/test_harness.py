@@ -83,7 +83,7 @@ def tiny_model(seed: int) -> LlamaForCausalLM:
 
 
 def continuation(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-    """Decode greedily one item at a time, without cache, padding or batch: the answer the harness must see."""
+    """Decode one item greedily, without cache, padding or batch: the answer the harness must see."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     new: list[int] = []
     for _ in range(NEW_TOKENS):
@@ -106,7 +106,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, model: Any, tokenizer: Any) -> Path:
-    """Write task files whose answers the model gives itself on the first items, and cannot give on the others."""
+    """Write task files whose first answers are the model's own, and whose others it cannot give."""
     root = tmp_path_factory.mktemp("tasks")
     (root / "data").mkdir()
     generator = torch.Generator().manual_seed(1)

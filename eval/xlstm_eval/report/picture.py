@@ -41,7 +41,7 @@ LETTER = 6.9
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one task: both scores in [0, 1], the student's standard error, and whether it is close."""
+    """Hold one task: both scores in [0, 1], the student's standard error, whether it is close."""
 
     name: str
     teacher: float
@@ -127,7 +127,7 @@ def _rows(report: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, li
 
 
 def _axis_start(lowest: float) -> float:
-    """Return the tenth below the lowest score; at most 0.8, so that small differences look small."""
+    """Return the tenth below the lowest score, and at most 0.8: small differences look small."""
     return min(0.8, max(0.0, math.floor(10 * lowest) / 10))
 
 

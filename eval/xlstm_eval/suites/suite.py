@@ -1,6 +1,6 @@
 """Suites: which tasks are run, and how. Plain data; `harness` runs them.
 
-The fields have the names of the recipe's keys, so that a recipe's section `evaluate` can be passed on.
+The fields have the names of the recipe's keys, so its section `evaluate` is passed on as it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The picture of a report: what is drawn, its size, and that the same report gives the same bytes."""
+"""The picture of a report: what is drawn, its size, and that equal reports give equal bytes."""
 
 from __future__ import annotations
 
