@@ -83,7 +83,7 @@ def tiny_model(seed: int) -> LlamaForCausalLM:
 
 
 def continuation(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-    """Decode one item greedily, without cache, padding or batch: the answer the harness must see."""
+    """Decode one item greedily, without cache, padding or batch: what the harness must see."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     new: list[int] = []
     for _ in range(NEW_TOKENS):

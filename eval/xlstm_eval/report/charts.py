@@ -1,8 +1,8 @@
 """Figures of the report as inline SVG: pure functions, the same bytes for the same data.
 
-Colours are CSS variables of the page (templates/report.html.j2), so one figure serves light and dark
-mode. The palette is Okabe and Ito's, which people with colour blindness can tell apart; line styles
-differ as well.
+Colours are CSS variables of the page (templates/report.html.j2), so one figure serves light and
+dark mode. The palette is Okabe and Ito's, which people with colour blindness can tell apart; line
+styles differ as well.
 """
 
 from __future__ import annotations
