@@ -6,28 +6,25 @@ With local task files nothing is downloaded.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from xlstm_eval.problems import did_you_mean
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
+from xlstm_eval.terminal import Progress, ProgressHook, quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]
-
 FILE_BUILDERS = ("json", "csv", "parquet", "text")
+"""What a task file names as ``dataset_path`` to read its own ``data_files``."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,13 @@ class LoadedSuite:
             for leaf in _leaves(self.tasks[entry.name]):
                 yield entry, leaf
 
+    def count_requests(self) -> int:
+        """Return how many requests lm-eval has built for the suite so far."""
+        total = 0
+        for _, leaf in self.leaves():
+            total += sum(instance.repeats for instance in leaf.instances or ())
+        return total
+
 
 def load_suite(suite: Suite) -> LoadedSuite:
     """Find the suite's tasks, apply its overrides, and read their data.
@@ -51,7 +55,7 @@ def load_suite(suite: Suite) -> LoadedSuite:
     Relative ``data_files`` are taken from the folder of the task file that names them.
     Raises EvalError: no such folder, unknown task, data that cannot be loaded.
     """
-    with _quiet():
+    with quiet():
         manager = _find_tasks(suite)
         tasks = {task.name: _load_task(manager, task.name) for task in suite.tasks}
         loaded = LoadedSuite(suite, tasks, manager)
@@ -78,12 +82,13 @@ def evaluate_model(
     started = time.perf_counter()
     loaded = suite if isinstance(suite, LoadedSuite) else load_suite(suite)
     was_training, stderr = model.training, sys.stderr
-    with _quiet() as warnings:
+    with quiet() as warnings:
         lm = _language_model(model, tokenizer, batch_size)
         _check(loaded, lm)
         if progress is not None:
-            lm.set_cache_hook(_ProgressHook(progress, loaded, stderr))
+            lm.set_cache_hook(ProgressHook(progress, loaded.count_requests, stderr))
         raw = _run_all(lm, loaded, seed)
+    # lm-eval leaves the model in evaluation mode.
     model.train(was_training)
     samples = {leaf.task_name: raw["samples"][leaf.task_name] for _, leaf in loaded.leaves()}
     # Where the task files lie does not change what is asked.
@@ -105,7 +110,7 @@ def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTok
     """
     # Which metrics a task reports shows only when it has been run: a stand-in answers one item.
     loaded = load_suite(suite.model_copy(update={"limit": 1}))
-    with _quiet():
+    with quiet():
         lm = _stand_in(config, tokenizer)
         _check(loaded, lm)
         raw = _run_all(lm, loaded, seed=0)
@@ -241,6 +246,7 @@ def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> A
         def generate_until(self, requests: list[Any]) -> list[str]:
             return [""] * len(requests)
 
+        # Any finite number will do: only the names of the metrics are looked at.
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             return [(-1.0, False)] * len(requests)
 
@@ -272,9 +278,11 @@ def _run(
     import numpy
     import torch
 
+    # lm-eval draws few-shot examples, and shuffles choices, with each of these generators.
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
+    # Tasks that are loaded already are taken as they are, not read again.
     chosen = loaded.manager.load([loaded.tasks[name] for name in names])
     for leaf in chosen["tasks"].values():
         leaf.set_fewshot_seed(seed=seed)
@@ -308,51 +316,3 @@ def _leaves(task: Any) -> list[Any]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class _ProgressHook:
-    """Count finished requests: lm-eval calls its cache hook once for each."""
-
-    def __init__(self, progress: Progress, loaded: LoadedSuite, stderr: TextIO) -> None:
-        self._progress, self._loaded, self._stderr = progress, loaded, stderr
-        self._done = self._total = 0
-
-    def add_partial(self, *_: object) -> None:
-        # True at the first request, and again when the second lm-eval call has built its own.
-        if self._done == self._total:
-            self._total = 0
-            for _, leaf in self._loaded.leaves():
-                self._total += sum(instance.repeats for instance in leaf.instances or ())
-        self._done += 1
-        # _quiet has taken the terminal away; the caller's bar needs it back.
-        with contextlib.redirect_stderr(self._stderr):
-            self._progress(self._done, self._total)
-
-
-class _Collect(logging.Handler):
-    """Keep the messages that a reader of the scores must know."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if "trunc" in message.lower():
-            self.messages.append(message)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Keep lm-eval's log and bars off the terminal; yield its warnings on truncation."""
-    logger, handler = logging.getLogger("lm_eval"), _Collect()
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield handler.messages
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate

@@ -17,6 +17,7 @@ class EvalError(ValueError):
     """Report bad input in one line: the field, its value, what is allowed, the fix."""
 
 
+# Strict, since pydantic would read the text "0.4" as a number, and true as 1.
 Score = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Name = Annotated[str, Field(strict=True, min_length=1)]

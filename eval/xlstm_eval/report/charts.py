@@ -60,6 +60,7 @@ def win_and_tie_figure(comparisons: Sequence[Comparison], merged: str) -> str:
 
 def _tolerance_limit(comparisons: Sequence[Comparison]) -> float:
     """Return where the axis of tolerances ends: behind all critical tolerances, at 1 at most."""
+    # A student that loses nothing anywhere still needs an axis.
     largest = max(result.critical_tolerance_75 for result in comparisons)
     limit = max(0.1, 1.15 * largest)
     return min(1.0, round(limit + 0.05, 1))
@@ -75,6 +76,8 @@ def _win_and_tie_line(
         return sum(step <= tolerance for step in steps) / len(steps)
 
     color = SERIES[index % len(SERIES)]
+    # The rate jumps at each task's required tolerance and holds until the next ("steps-post").
+    # Unclipped, a thick line at 1.0 keeps its full width.
     x = [0.0, *(step for step in steps if step < limit), limit]
     axes.plot(
         x,
@@ -153,7 +156,7 @@ def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
         rasterized=values.size > RASTER_CELLS,
         edgecolors="none",
     )
-    axes.invert_yaxis()
+    axes.invert_yaxis()  # layer 0 at the top
     axes.grid(visible=False)
     axes.set(xlabel="head", ylabel="layer")
     for axis, count in ((axes.xaxis, heads), (axes.yaxis, layers)):
@@ -195,6 +198,7 @@ def loss_figure(stage: str, curves: Mapping[str, Series], key: str) -> str:
             ls=DASHES[index % len(DASHES)] if several else "-",
             label=name,
         )
+    # A loss falls fast and then slowly; an axis of logarithms shows both.
     lowest = [min(values) for _, values, _ in curves.values() if values]
     if lowest and min(lowest) > 0:
         axes.set_yscale("log")

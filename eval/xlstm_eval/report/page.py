@@ -92,6 +92,7 @@ class ReportData(Frozen):
 
     def comparisons(self) -> list[Comparison]:
         """Compare every model with the teacher, at ``alphas`` and at the headline's tolerances."""
+        # The tables of models need these two, whatever the recipe lists.
         alphas = sorted({*self.alphas, 0.0, HEADLINE_ALPHA})
         comparisons = []
         for model in self.models:
@@ -279,6 +280,8 @@ def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
 def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+    # Markdown is not escaped as a whole: the filter `cell` escapes what stands in its tables. A
+    # template that names a missing value fails, and does not print nothing.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
@@ -297,6 +300,7 @@ def _environment() -> Any:
 
 
 def _score(value: float) -> str:
+    # Perplexities and scores in percent need fewer digits than shares do.
     return f"{value:.3f}" if value < 10 else f"{value:.2f}"
 
 
@@ -313,6 +317,7 @@ def _replace(fresh: Path, target: Path) -> None:
     if not target.is_dir():
         raise EvalError(f"report: {target} is a file. Give a folder.")
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    # A rename cannot replace a folder that holds files, so the old one moves away first.
     os.replace(target, old)
     fresh.rename(target)
     shutil.rmtree(old)

@@ -134,6 +134,7 @@ def _axis_start(lowest: float) -> float:
 def _head(report: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
     """Draw the title, what the figures say in a sentence, and the key."""
     tasks = len(report["tasks"])
+    # The rate is a share of all tasks, so the product is whole but for rounding.
     close = round(student["win_and_tie"][str(CLOSE)] * tasks)
     sentence = (
         f"The student reaches at least 95 % of its teacher's score on {close} of {tasks} tasks, "
@@ -167,6 +168,7 @@ def _panel(name: str, rows: Sequence[Row], left: float, top: float, low: float) 
         _text(right - 54, top + 16, "teacher", size=11, color=MUTED, anchor="end"),
         _text(right, top + 16, "student", size=11, color=MUTED, anchor="end"),
     ]
+    # Each panel has its own axis, so that a reader need not look across the picture.
     for tick in scale.ticks():
         x = scale.place(tick)
         parts.append(_line(x, first - 2, x, bottom, PANEL, 1))
@@ -181,6 +183,7 @@ def _task(row: Row, left: float, right: float, y: float, scale: Scale) -> list[s
     teacher, student = scale.place(row.teacher), scale.place(row.student)
     color = STUDENT if row.close else LOSS
     low, high = scale.place(row.student - row.stderr), scale.place(row.student + row.stderr)
+    # In this order: the ring hides the end of the line, and the dot stays above both.
     return [
         _text(left, y + 4.5, row.name, size=13),
         _line(low, y, high, y, color, 6, opacity=0.22),

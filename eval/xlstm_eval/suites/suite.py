@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from xlstm_eval.problems import FieldError
 from xlstm_eval.records import Frozen, Name
 
+# Strict, since Python would take true for the number 1.
 Shots = Annotated[int, Field(strict=True, ge=0)]
 Tokens = Annotated[int, Field(strict=True, ge=1)]
 
