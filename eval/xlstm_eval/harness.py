@@ -278,7 +278,7 @@ def _run(
     import numpy
     import torch
 
-    # lm-eval draws few-shot examples, and shuffles choices, with each of these generators.
+    # Tasks may draw from any of these generators, for example to shuffle the choices of an item.
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)

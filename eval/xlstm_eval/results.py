@@ -167,6 +167,6 @@ def hash_requests(samples: dict[str, list[Row]]) -> str:
 
 def hash_value(value: object) -> str:
     """Hash a value by its JSON."""
-    # Requests may hold objects that JSON does not know (dates, stop functions): their text counts.
+    # Requests may hold objects that JSON does not know; their text counts.
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -59,7 +59,7 @@ def quiet() -> Iterator[list[str]]:
         with contextlib.redirect_stderr(io.StringIO()):
             yield handler.messages
     finally:
-        # Importing lm_eval sets the level of its logger.
+        # lm-eval sets its logger's level itself; put back what was there.
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate

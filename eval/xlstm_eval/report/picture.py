@@ -101,7 +101,9 @@ def draw(report: Mapping[str, Any]) -> str:
         note = f"Not shown: {left_out} tasks whose scores have no scale from 0 to 1."
         parts.append(_text(MARGIN, top + 6, note, size=12, color=MUTED))
         top += FOOTNOTE
-    return _document([*_head(report, student), *parts], height=top + 10)
+    sentence = _summary(report, student)
+    head = _head(report["title"], sentence, student["name"])
+    return _document([*head, *parts], height=top + 10, alt=f"{report['title']}. {sentence}")
 
 
 def _headline(models: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -131,23 +133,26 @@ def _axis_start(lowest: float) -> float:
     return min(0.8, max(0.0, math.floor(10 * lowest) / 10))
 
 
-def _head(report: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
-    """Draw the title, what the figures say in a sentence, and the key."""
+def _summary(report: Mapping[str, Any], student: Mapping[str, Any]) -> str:
     tasks = len(report["tasks"])
     # The rate is a share of all tasks, so the product is whole but for rounding.
     close = round(student["win_and_tie"][str(CLOSE)] * tasks)
-    sentence = (
-        f"The student reaches at least 95 % of its teacher's score on {close} of {tasks} tasks, "
-        f"and {percent(student['mean_recovery'])} on average."
+    return (
+        f"The student reaches at least {100 * (1 - CLOSE):.0f} % of its teacher's score on {close} "
+        f"of {tasks} tasks, and {percent(student['mean_recovery'])} on average."
     )
+
+
+def _head(title: str, sentence: str, student: str) -> list[str]:
+    """Draw the title, what the figures say in a sentence, and the key."""
     key = (
         (_ring, TEACHER, "teacher"),
-        (_dot, STUDENT, f"student ({student['name']})"),
-        (_dot, LOSS, "student, more than 5 % below"),
+        (_dot, STUDENT, f"student ({student})"),
+        (_dot, LOSS, f"student, more than {100 * CLOSE:.0f} % below"),
         (_error_bar, STUDENT, "± standard error"),
     )
     parts = [
-        _text(MARGIN, 40, report["title"], size=21, weight=650),
+        _text(MARGIN, 40, title, size=21, weight=650),
         _text(MARGIN, 64, sentence, size=14, color=MUTED),
     ]
     x, y = MARGIN + 7.0, 90.0
@@ -233,14 +238,15 @@ def _text(
     )
 
 
-def _document(parts: Sequence[str], height: float) -> str:
+def _document(parts: Sequence[str], height: float, alt: str) -> str:
     card = (
         f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1:.0f}" rx="12" '
         f'fill="{CARD}" stroke="{BORDER}"/>'
     )
     opening = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
-        f'width="{WIDTH}" height="{height:.0f}" role="img" font-family="{escape(FONT)}">'
+        f'width="{WIDTH}" height="{height:.0f}" role="img" aria-label="{escape(alt)}" '
+        f'font-family="{escape(FONT)}">'
     )
     return "\n".join([opening, card, *parts, "</svg>"]) + "\n"
 
