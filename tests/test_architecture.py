@@ -1,4 +1,4 @@
-"""The one-way rule: a room imports from the rooms before it, and inside a room nothing is circular."""
+"""The one-way rule: a room imports from rooms before it; inside a room nothing is circular."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ LIGHT = (
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Dotted names of all absolute imports in a file; those that only type checkers read are left out."""
+    """Dotted names of all absolute imports in a file, without those for type checkers only."""
     tree = ast.parse(path.read_text())
     found: set[str] = set()
     stack: list[ast.AST] = [tree]

@@ -109,9 +109,10 @@ def test_each_figure_is_small_and_takes_its_colours_from_the_page(files: dict[st
 
 
 def test_a_large_heat_map_stays_small(data: ReportData) -> None:
-    rows = tuple(
-        tuple(0.5 + 0.4 * math.sin(layer * head) for head in range(64)) for layer in range(80)
-    )
+    def gates(layer: int) -> tuple[float, ...]:
+        return tuple(0.5 + 0.4 * math.sin(layer * head) for head in range(64))
+
+    rows = tuple(gates(layer) for layer in range(80))
     big = data.model_copy(update={"gates": {"merged": rows}})
     assert all(
         len(svg) < 200_000
