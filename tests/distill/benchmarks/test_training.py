@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 
-from xlstm_distill.benchmarks import loss as loss_bench
-from xlstm_distill.benchmarks import training as throughput
+from xlstm_distill.benchmarks import loss, training
 from xlstm_distill.benchmarks.training import VARIANTS, check, measure, parse, useful_flops
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.flops import MixerShape, token_flops
@@ -35,8 +34,8 @@ FLAGS = [
 
 @pytest.fixture
 def options(monkeypatch):
-    monkeypatch.setitem(throughput.MODELS, "small", TINY)
-    monkeypatch.setattr(throughput, "PRODUCT", 64)
+    monkeypatch.setitem(training.MODELS, "small", TINY)
+    monkeypatch.setattr(training, "PRODUCT", 64)
     return parse(FLAGS)
 
 
@@ -47,17 +46,15 @@ def test_fused_and_plain_training_agree(options, checkpointing):
 
 
 def test_the_check_sees_a_wrong_loss(options, monkeypatch):
-    monkeypatch.setattr(
-        throughput.PlainTask, "forward", lambda self, batch: _without_kl(self, batch)
-    )
+    monkeypatch.setattr(training.PlainTask, "forward", lambda self, batch: _without_kl(self, batch))
     assert min(check(options).values()) > 1e-3
 
 
 def _without_kl(task, batch):
     task.kl_weight = 0.0
-    hidden = throughput.kept_logits(task.student, batch, segment_ids=batch.segment_ids)
-    parts = throughput.distill_loss(hidden, batch.labels[batch.labels != -100], task.targets(batch))
-    return throughput.Sums(task.ce_weight * parts.cross_entropy, {})
+    hidden = training.kept_logits(task.student, batch, segment_ids=batch.segment_ids)
+    parts = training.distill_loss(hidden, batch.labels[batch.labels != -100], task.targets(batch))
+    return training.Sums(task.ce_weight * parts.cross_entropy, {})
 
 
 @pytest.mark.parametrize("number", range(len(VARIANTS)))
@@ -75,8 +72,8 @@ def test_a_variant_without_room_says_so(options, monkeypatch):
     def measure(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(throughput, "measure", measure)
-    assert throughput.measured(VARIANTS[1], options) == {
+    monkeypatch.setattr(training, "measure", measure)
+    assert training.measured(VARIANTS[1], options) == {
         "failed": "out of memory",
         "reason": "no room",
     }
@@ -109,7 +106,7 @@ def test_the_table_compares_with_the_first_variant(options):
 
     rounds = [[run(100 * (n + 1) + r) for n in range(len(VARIANTS))] for r in (0, 1, 2)]
     rounds[1][1] = {"failed": "out of memory", "reason": "no room"}
-    lines = throughput.table(rounds, {"loss": 1e-8, "gradient": 2e-7}, options).splitlines()
+    lines = training.table(rounds, {"loss": 1e-8, "gradient": 2e-7}, options).splitlines()
     assert lines[0] == "a device; given: MFU is a share of 1 TFLOP/s."
     assert "loss 1.0e-08, gradient 2.0e-07" in lines[1]
     assert "| student, plain loss, targets stored | out of memory | | | | |" in lines
@@ -126,8 +123,8 @@ def test_nothing_is_timed_when_the_losses_disagree(monkeypatch, capsys):
         started.append(only)
         return {"loss": 0.5, "gradient": 0.0}
 
-    monkeypatch.setattr(throughput, "child", child)
-    assert throughput.main(FLAGS) == 1
+    monkeypatch.setattr(training, "child", child)
+    assert training.main(FLAGS) == 1
     assert started == ["check"]
     assert "disagree, nothing is timed: {'loss': 0.5" in capsys.readouterr().err
 
@@ -154,7 +151,7 @@ def test_the_loss_benchmark_runs_each_loss_in_a_process_of_its_own(capsys, monke
         "--top-k",
         "8",
     ]
-    assert loss_bench.main([*flags, "--repeats", "2", "--chunk", "16", "--json"]) == 0
+    assert loss.main([*flags, "--repeats", "2", "--chunk", "16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert max(found["disagreement"].values()) < 1e-5
     assert len(found["plain"]["seconds"]) == len(found["fused"]["seconds"]) == 2
@@ -169,17 +166,17 @@ def test_the_loss_benchmark_reports_nothing_when_the_losses_disagree(monkeypatch
         figures = {"loss": [1.0 if kind == "plain" else 1.1]}
         return type("Done", (), {"stdout": json.dumps({"figures": figures})})
 
-    monkeypatch.setattr(loss_bench.subprocess, "run", run)
-    assert loss_bench.main(["--device", "cpu"]) == 1
+    monkeypatch.setattr(loss.subprocess, "run", run)
+    assert loss.main(["--device", "cpu"]) == 1
     assert "disagree, nothing is reported: {'loss': 0.1" in capsys.readouterr().err
 
 
 def test_disagreement_is_a_ratio_of_rms():
-    ratios = loss_bench.disagreement({"a": [1.0, 2.2]}, {"a": [1.0, 2.0]})
+    ratios = loss.disagreement({"a": [1.0, 2.2]}, {"a": [1.0, 2.0]})
     assert ratios == pytest.approx({"a": (0.04 / 5) ** 0.5})
 
 
 def test_random_targets_name_each_token_once():
-    targets = loss_bench.random_targets(5, 100, 16, "cpu")
+    targets = loss.random_targets(5, 100, 16, "cpu")
     assert all(len(set(row.tolist())) == 16 for row in targets.ids)
     torch.testing.assert_close(targets.log_probs.exp().sum(1), torch.ones(5))
