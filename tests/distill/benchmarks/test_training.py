@@ -1,13 +1,11 @@
-"""The benchmarks of loss and training: what they run, what they refuse, and what they print."""
+"""The benchmark of training: what it runs, what it refuses, and what it prints."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 
-from xlstm_distill.benchmarks import loss, training
+from xlstm_distill.benchmarks import training
 from xlstm_distill.benchmarks.training import VARIANTS, check, measure, parse, useful_flops
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.flops import MixerShape, token_flops
@@ -16,20 +14,8 @@ TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300, "tie_word_embeddings": True,
 }  # fmt: skip
-FLAGS = [
-    "--device",
-    "cpu",
-    "--context",
-    "24",
-    "--top-k",
-    "16",
-    "--window",
-    "8",
-    "--warmup",
-    "0",
-    "--steps",
-    "2",
-]
+SIZES = {"context": 24, "top-k": 16, "window": 8, "warmup": 0, "steps": 2}
+FLAGS = ["--device=cpu", *(f"--{name}={value}" for name, value in SIZES.items())]
 
 
 @pytest.fixture
@@ -133,50 +119,3 @@ def test_sizes_follow_the_model_unless_given():
     assert (parse(["--model", "1b"]).context, parse(["--model", "1b"]).window) == (4096, 512)
     assert parse(["--model", "1b", "--context", "128"]).context == 128
     assert parse(["--device", "cuda"]).dtype == "bfloat16"
-
-
-def test_the_loss_benchmark_runs_each_loss_in_a_process_of_its_own(capsys, monkeypatch, root):
-    monkeypatch.setenv(
-        "PYTHONPATH", ":".join(str(root / name) for name in ("distill", "kernels", "eval"))
-    )
-    flags = [
-        "--device",
-        "cpu",
-        "--tokens",
-        "768",
-        "--vocabulary",
-        "40000",
-        "--hidden",
-        "16",
-        "--top-k",
-        "8",
-    ]
-    assert loss.main([*flags, "--repeats", "2", "--chunk", "16", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert max(found["disagreement"].values()) < 1e-5
-    assert len(found["plain"]["seconds"]) == len(found["fused"]["seconds"]) == 2
-    logits = 768 * 40000 * 4
-    assert found["plain"]["peak_bytes"] > 2 * logits
-    assert found["fused"]["peak_bytes"] < logits / 2
-
-
-def test_the_loss_benchmark_reports_nothing_when_the_losses_disagree(monkeypatch, capsys):
-    def run(command, **_):
-        kind = command[-1]
-        figures = {"loss": [1.0 if kind == "plain" else 1.1]}
-        return type("Done", (), {"stdout": json.dumps({"figures": figures})})
-
-    monkeypatch.setattr(loss.subprocess, "run", run)
-    assert loss.main(["--device", "cpu"]) == 1
-    assert "disagree, nothing is reported: {'loss': 0.1" in capsys.readouterr().err
-
-
-def test_disagreement_is_a_ratio_of_rms():
-    ratios = loss.disagreement({"a": [1.0, 2.2]}, {"a": [1.0, 2.0]})
-    assert ratios == pytest.approx({"a": (0.04 / 5) ** 0.5})
-
-
-def test_random_targets_name_each_token_once():
-    targets = loss.random_targets(5, 100, 16, "cpu")
-    assert all(len(set(row.tolist())) == 16 for row in targets.ids)
-    torch.testing.assert_close(targets.log_probs.exp().sum(1), torch.ones(5))
