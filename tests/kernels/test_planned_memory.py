@@ -1,4 +1,4 @@
-"""The planner's count of what the Triton operators keep for the backward pass, against a pass of a small student."""
+"""The planner's count of what the Triton operators save, against a pass of a small student."""
 
 from __future__ import annotations
 
@@ -20,6 +20,22 @@ pytest.importorskip(
 ROWS, TOKENS = 2, 64
 
 
+def saved_bytes(student: CausalLM, ids: torch.Tensor, segments: torch.Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept.setdefault(address, tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        student(input_ids=ids, segment_ids=segments, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
 @pytest.mark.parametrize("feature_map", ["softmax", "hedgehog"])
 def test_activations_saved_by_the_triton_operators(
     tiny_teacher: Callable[..., CausalLM],
@@ -35,21 +51,8 @@ def test_activations_saved_by_the_triton_operators(
     for layers in (1, 2):
         teacher = tiny_teacher(num_hidden_layers=layers)
         student = convert(teacher, mixer).train().to(device)
-        weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
-        kept: dict[int, torch.Tensor] = {}
-
-        def pack(
-            tensor: torch.Tensor, weights: set[int] = weights, kept: dict[int, torch.Tensor] = kept
-        ) -> torch.Tensor:
-            if (address := tensor.untyped_storage().data_ptr()) not in weights:
-                kept.setdefault(address, tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            student(input_ids=ids, segment_ids=segments, use_cache=False)
-        measured.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
-    run = Pass(ROWS, TOKENS, "fp32", "triton", "cuda")
-    planned = layer_saved(read_architecture(teacher.config.to_dict(), "test"), mixer, run).bytes(
-        run
-    )
+        measured.append(saved_bytes(student, ids, segments))
+    forward = Pass(ROWS, TOKENS, "fp32", "triton", "cuda")
+    architecture = read_architecture(teacher.config.to_dict(), "test")
+    planned = layer_saved(architecture, mixer, forward).bytes(forward)
     assert planned == pytest.approx(measured[1] - measured[0], rel=0.02)
