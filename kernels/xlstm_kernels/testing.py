@@ -81,8 +81,8 @@ def outputs_and_grads(
 ) -> dict[str, Tensor]:
     """Run operator(**inputs) and back-propagate fixed random cotangents through every output.
 
-    Returns the outputs as h (several: h0, h1, ...) and, for each input that requires gradients, its gradient as
-    d<name>. Equal output shapes get equal cotangents, whatever the dtype.
+    Returns the outputs as h (several: h0, h1, ...) and, for each input that requires gradients, its
+    gradient as d<name>. Equal output shapes get equal cotangents, whatever the dtype.
     """
     result = operator(**inputs)
     outputs = (result,) if isinstance(result, Tensor) else tuple(result)
