@@ -1,4 +1,4 @@
-"""Where the Triton kernels run in tests: on a CUDA device, else in Triton's interpreter on the CPU."""
+"""Where the Triton kernels run in tests: on a GPU, else in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 

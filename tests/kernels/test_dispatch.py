@@ -1,4 +1,7 @@
-"""Choosing a backend: "auto" is torch, Triton is imported only when asked for, and refusals are one clear line."""
+"""Choosing a backend.
+
+"auto" is torch, Triton is imported only when asked for, and a refusal is one clear line.
+"""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ class Inputs(NamedTuple):
         """
 
         def copy(tensor: Tensor) -> Tensor:
-            keeps = dtype is None or not tensor.is_floating_point()
-            copied = tensor.detach().to(tensor.dtype if keeps else dtype, copy=True)
+            converts = dtype is not None and tensor.is_floating_point()
+            copied = tensor.detach().to(dtype if converts else tensor.dtype, copy=True)
             return copied.requires_grad_(tensor.requires_grad)
 
         x = {name: copy(tensor) for name, tensor in self.x.items()}
@@ -318,10 +318,10 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def work(entry: Entry, shape: Shape, bytes_each: int, backward: bool) -> tuple[float, float]:
-    """Count the least operations and bytes of a call: any backend's are counted alike.
+    """Count the least operations and bytes of a call, the same for every backend.
 
-    Operations of the chunkwise mLSTM in chunks of 64, of attention over the keys seen; 2.5 times as
-    many backward. Bytes of every input and output once (backward: also dh and the gradients); of
+    Operations: of the chunkwise mLSTM in chunks of 64; of attention over the keys seen; backward,
+    2.5 times as many. Bytes: every input and output once; backward, also dh and the gradients; in
     decoding, the state read and written, and the ring read.
     """
     B, T, H, G, Dk, Dv, W, N, _ = shape

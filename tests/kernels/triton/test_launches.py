@@ -1,4 +1,7 @@
-"""How the Triton operators start their kernels: grids, only the gradients asked for, autograd, and torch.compile."""
+"""How the Triton operators start their kernels.
+
+Grids, only the gradients asked for, autograd, and torch.compile.
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def on(device: str, inputs: Tensors, dtype: torch.dtype | None = None) -> Tensor
 
 
 def run(inputs: Tensors, segment_ids: Tensor | None, config: MLSTMConfig = SMALL) -> Tensors:
-    """h, the final C and n, and the gradients of everything, through both states if the inputs have one."""
+    """Return h, the final C and n, and all gradients, through both states if there is one."""
 
     def operator(**x: Tensor) -> tuple[Tensor, ...]:
         state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields)) if "C" in x else None
@@ -145,7 +145,8 @@ def test_gates_at_60_match_reference(device: str, names: tuple[str, ...]) -> Non
 
 
 def test_one_closed_gate_costs_no_later_pair_its_accuracy(device: str) -> None:
-    # With float32 cumulative sums, log f = -1e6 at one token leaves no digit in the differences after it.
+    # With float32 cumulative sums, log f = -1e6 at one token leaves no digit in the differences
+    # after it.
     inputs = random_inputs(1, 1, 2 * CHUNK, 16, seed=9)
     f = inputs["f"].detach().clone()
     f[:, :, 3] = -1e6
@@ -175,7 +176,8 @@ def test_the_ratio_has_no_floor(device: str) -> None:
     assert all(ratio < BOUND for ratio in found.values()), found
 
 
-# Measured in the interpreter: at most 3.8e-4, the rounding of h, dh and the gradients to float16 (2^-12 at most).
+# Measured in the interpreter: at most 3.8e-4, the rounding of h, dh and the gradients to float16
+# (2^-12 at most).
 def test_float16_loses_only_its_rounding(device: str) -> None:
     inputs = on(device, random_inputs(1, 2, 20, 32, G=1, seed=0), torch.float16)
     actual = run(inputs, None)

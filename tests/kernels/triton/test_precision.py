@@ -1,7 +1,8 @@
 """The Triton kernels in bfloat16 and float16, rounded as a GPU rounds, against float64.
 
-Bounds: the measured error and a tenth to a third more. Values with a common component (an offset per feature, as
-biases give) are the hard case: gradients cancel it, and its rounding must cancel too.
+Bounds: the measured error and a tenth to a third more. Values with a common component (an offset
+per feature, as biases give) are the hard case: gradients cancel it, and its rounding must cancel
+too.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def ratios(actual: Tensors, expected: Tensors) -> dict[str, float]:
 def mlstm_errors(
     inputs: Tensors, ids: Tensor | None = None, config: MLSTMConfig = TILES_OF_32
 ) -> dict[str, float]:
-    """Errors of outputs and all gradients; the truth is the torch backend in float64, itself tested."""
+    """Return the errors of outputs and gradients to the torch backend in float64, itself tested."""
 
     def run(backend: str, **x: Tensor) -> Tensor | tuple[Tensor, ...]:
         state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields)) if "C" in x else None
@@ -71,7 +72,8 @@ def mlstm_errors(
     return ratios(outputs_and_grads(lambda **x: run("triton", **x), inputs), expected)
 
 
-# Without `common_component`, df in bfloat16 was off by 0.070 at offset 3 and by 0.39 at 10 (T = 1024).
+# Without `common_component`, df in bfloat16 was off by 0.070 at offset 3 and by 0.39 at 10 (T =
+# 1024).
 @pytest.mark.parametrize(
     ("dtype", "bound", "offset"),
     [
