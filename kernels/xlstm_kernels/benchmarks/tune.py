@@ -44,7 +44,8 @@ CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 BLOCKS = (16, 32, 64, 128)
 WINDOW, SINKS, GROUP = 512, 4, 4
 CHECKED_TOKENS, REPEATS = 2 * (WINDOW + SINKS) + 65, 5
-TEMPLATE = '''"""Launch settings by (bytes of a dot operand, head dim); the tuner writes this file."""
+TEMPLATE = '''\
+"""Launch settings by (bytes of a dot operand, head dim); the tuner writes this file."""
 
 # The GPU on which these were the fastest forward + backward; None: chosen from registers, spills
 # and shared memory of the compiled kernels, and not from times.

@@ -56,9 +56,15 @@ def test_a_wrong_operator_is_not_timed(
     assert "not timed: RMS ratio 1.0e-03 to the reference; allowed: 1e-05" in line
 
 
-@pytest.mark.parametrize(("operator", "wrong"), [
-    ("window", {"window": 99}), ("window", {"sinks": 0}), ("causal", {}), ("hybrid step", {"sinks": 0}),
-])  # fmt: skip
+WRONG_SETTINGS = [
+    ("window", {"window": 99}),
+    ("window", {"sinks": 0}),
+    ("causal", {}),
+    ("hybrid step", {"sinks": 0}),
+]
+
+
+@pytest.mark.parametrize(("operator", "wrong"), WRONG_SETTINGS)
 def test_the_check_sees_beyond_window_and_sinks(operator: str, wrong: dict[str, int]) -> None:
     shape = entries.Shape(4, 100_000, 2, 1, 8, 8, 100, 4, 0)
     entry = next(
