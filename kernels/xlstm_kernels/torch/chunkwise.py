@@ -172,11 +172,8 @@ def _log_weights(
         i, f = F.pad(i, (0, fill), value=LOG_ZERO), F.pad(f, (0, fill), value=-LOG_ZERO)
     # Off the CPU a float32 product may be rounded to TF32; log-weights cannot be.
     exact = dtype if i.device.type == "cpu" else torch.float64
-    log_f_chunks, i_chunks = (
-        _chunked(F.logsigmoid(f), groups, L, exact),
-        _chunked(i, groups, L, exact),
-    )
-    gates = torch.cat([log_f_chunks, i_chunks], dim=-1)  # (B, G, C, R, 2L)
+    log_f = _chunked(F.logsigmoid(f), groups, L, exact)  # (B, G, C, R, L)
+    gates = torch.cat([log_f, _chunked(i, groups, L, exact)], dim=-1)
     t, s, r = (torch.arange(n, device=i.device) for n in (L, L + 1, L))
     s = torch.where(s == L, -1, s)  # the incoming state stands before the first token
     after_key = s < r[:, None, None]  # (r, 1, s)

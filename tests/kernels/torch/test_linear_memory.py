@@ -29,9 +29,8 @@ class Storages(TorchDispatchMode):
             if isinstance(x, Tensor)
         }
         for x in tree_leaves(result):
-            if (
-                isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given
-            ):  # neither a view nor in place
+            # Results that are neither views nor made in place.
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
                 size = x.untyped_storage().nbytes()
                 self.largest, self.total = max(self.largest, size), self.total + size
         return result

@@ -221,10 +221,9 @@ def test_hybrid_steps_equal_the_torch_steps(dtype: torch.dtype) -> None:
         state = MLSTMState.zeros(B, H, D, D, device="cuda")
         ring = Ring.empty(B, G, D, D, window=16, sinks=4, dtype=dtype, device="cuda")
         row = (x["q"], k, x["v"], x["q"], x["k"], x["i"], x["f"], gate)
-        steps = [
-            hybrid_step(*(t[:, :, s] for t in row), state, ring, sinks=4, backend=backend)
-            for s in range(40)
-        ]
+        steps = []
+        for token in zip(*(t.unbind(2) for t in row), strict=True):
+            steps.append(hybrid_step(*token, state, ring, sinks=4, backend=backend))
         outputs.append((torch.stack(steps), state, ring))
     assert error_ratio(outputs[1][0], outputs[0][0]) < BOUNDS[dtype]
     assert error_ratio(outputs[1][1].C, outputs[0][1].C) < 1e-5
@@ -239,10 +238,8 @@ def test_mlstm_steps_race_free() -> None:
     finals = []
     for _ in range(5):
         state = MLSTMState.zeros(64, 32, 128, 128, device="cuda")
-        h = [
-            mlstm_step(*(t[:, :, s] for t in x.values()), state, backend="triton") for s in range(4)
-        ]
+        tokens = zip(*(t.unbind(2) for t in x.values()), strict=True)
+        h = [mlstm_step(*token, state, backend="triton") for token in tokens]
         finals.append((torch.stack(h), *state))
-    assert all(
-        torch.equal(a, b) for final in finals[1:] for a, b in zip(final, finals[0], strict=True)
-    )
+    for final in finals[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(final, finals[0], strict=True))
