@@ -304,6 +304,6 @@ def test_incoming_state_is_not_modified() -> None:
 
 
 def test_traces_into_one_graph() -> None:
-    inputs = random_inputs(B=1, H=2, T=70, Dk=8, seed=21)
+    inputs = random_inputs(B=1, H=2, T=40, Dk=8, seed=21)
     compiled = torch.compile(mlstm, backend="aot_eager", fullgraph=True)
     assert_close(outputs_and_grads(compiled, inputs), outputs_and_grads(mlstm, inputs), bound=2e-6)

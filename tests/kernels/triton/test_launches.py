@@ -62,7 +62,7 @@ def backward_names(out: Tensor, log: Log) -> set[str]:
 def test_mlstm_computes_the_gradients_asked_for(
     device: str, log: Log, trained: str, left_out: set[str]
 ) -> None:
-    inputs = {n: x.detach().to(device) for n, x in random_inputs(1, 2, 40, 16, G=1).items()}
+    inputs = {n: x.detach().to(device) for n, x in random_inputs(1, 2, 20, 16, G=1).items()}
     for name in trained:
         inputs[name].requires_grad_()
     names = backward_names(mlstm(**inputs, backend="triton"), log)
