@@ -14,10 +14,8 @@ from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.recipe import MixerConfig
 from xlstm_kernels import dispatch
 
-pytest.importorskip(
-    "xlstm_kernels.triton.mlstm", reason="triton is not installed", exc_type=ImportError
-)
-ROWS, TOKENS = 2, 64
+pytest.importorskip("triton")
+ROWS, TOKENS = 2, 32
 
 
 def saved_bytes(student: CausalLM, ids: torch.Tensor, segments: torch.Tensor) -> int:
@@ -46,7 +44,7 @@ def test_activations_saved_by_the_triton_operators(
     monkeypatch.setattr(dispatch, "AUTO", "triton")
     mixer = MixerConfig(window=16, feature_map=feature_map)
     ids = torch.ones(ROWS, TOKENS, dtype=torch.long, device=device)
-    segments = (torch.arange(TOKENS, device=device) >= 40).long().expand(ROWS, -1)
+    segments = (torch.arange(TOKENS, device=device) >= 20).long().expand(ROWS, -1)
     measured = []
     for layers in (1, 2):
         teacher = tiny_teacher(num_hidden_layers=layers)
