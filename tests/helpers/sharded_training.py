@@ -33,6 +33,7 @@ from xlstm_distill.training.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.training.lora import add_lora, merged_state
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.training.objectives import AlignTask, DistillTask
 from xlstm_distill.training.optim import make_optimizer
 
@@ -75,7 +76,7 @@ def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
         choose_trainable(student, options.get("trainable", "all"))
     if options.get("shard_teacher"):
         shard_teacher(teacher)
-    return DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1), student
+    return DistillTask(student, OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)), student
 
 
 def reduction(wrapped: Any) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""How far the output gates are open, measured while a student runs: 0 is all window, 1 is all mLSTM."""
+"""Measure how far the output gates are open while a student runs: 0 is window, 1 is mLSTM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from xlstm_distill.models.mixer import OutputGate
 
 
 class GateMeter:
-    """Averages the output gate of every layer and head over the real tokens of the batches that run in its block."""
+    """Average the output gate of each layer and head over real tokens, inside a `with` block.
+
+    Call `expect` before each batch; padding is left out.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.gates = [module for module in model.modules() if isinstance(module, OutputGate)]
@@ -34,26 +37,26 @@ class GateMeter:
             handle.remove()
 
     def expect(self, real: Tensor) -> None:
-        """Say which tokens (B, T) of the batch that runs next are no padding."""
+        """Announce the batch that runs next: real (B, T) bool is False at its padding."""
         self.real = real
         self.tokens += int(real.sum())
 
     def _record(self, number: int, output: Tensor) -> None:
-        """Add a gate's output (B, H, T, 1)."""
+        """Add the output (B, H, T, 1) of gate `number`."""
         assert self.real is not None
         opened = (output.detach().float() * self.real[:, None, :, None]).sum(dim=(0, 2, 3))
         self.sums[number] = self.sums[number] + opened if number in self.sums else opened
 
     def means(self) -> list[list[float]]:
-        """Mean gates, layers x heads; empty where the mixers have one branch only, and so no gate."""
-        return [
-            [round(x, 6) for x in (self.sums[n] / self.tokens).tolist()] for n in sorted(self.sums)
-        ]
+        """Return the mean gates, layers x heads; empty where mixers of one branch have no gate."""
+        layers = []
+        for number in sorted(self.sums):
+            means = (self.sums[number] / self.tokens).tolist()
+            layers.append([round(mean, 6) for mean in means])
+        return layers
 
     def total(self) -> Tensor:
-        """Sum over tokens of the mean gate over layers and heads; zero where there is none."""
-        return (
-            torch.stack([s.mean() for s in self.sums.values()]).mean()
-            if self.sums
-            else torch.zeros(())
-        )
+        """Sum over tokens the mean gate of layers and heads; zero where there are no gates."""
+        if not self.sums:
+            return torch.zeros(())
+        return torch.stack([opened.mean() for opened in self.sums.values()]).mean()

@@ -13,6 +13,7 @@ from xlstm_distill.data.budget import expert_rows
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.teacher import load_teacher, load_tokenizer, teacher_hash
 from xlstm_distill.planning.flops import distill_flops
@@ -126,9 +127,8 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         if settings.activation_checkpointing:
             checkpoint_activations(student)
         source = _targets(recipe, targets, accelerator.device)
-        task = DistillTask(
-            student, source, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail
-        )
+        weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
+        task = DistillTask(student, source, weights)
         domains = open_domains(recipe, data, expert_rows(recipe, name))
         stretches = _stretches(recipe, recipe.distill.experts[name], domains)
         flops = distill_flops(

@@ -21,13 +21,15 @@ from xlstm_distill.losses.fused import (
     linear_distill_loss,
     targets_from_hidden,
 )
-from xlstm_distill.losses.plain import distill_loss, sparse_kl
+from xlstm_distill.losses.plain import LossWeights, distill_loss, sparse_kl
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets.providers import OnlineTargets, kept_logits
 from xlstm_distill.training.objectives import DistillTask
 from xlstm_kernels.testing import error_ratio
 
 CE, KL = 0.9, 0.1
+WEIGHTS = LossWeights(CE, KL)
+WITH_TAIL = LossWeights(CE, KL, kl_tail=True)
 LEAVES = ("hidden", "weight", "bias")
 
 
@@ -74,7 +76,7 @@ def formula(hidden, weight, bias, labels, targets):
 
 def fused(hidden, weight, bias, labels, targets, chunk=None):
     total, parts = linear_distill_loss(
-        hidden, weight, bias, labels, targets, ce_weight=CE, kl_weight=KL, chunk=chunk
+        hidden, weight, bias, labels, targets, WEIGHTS, chunk=chunk
     )  # fmt: skip
     return total, parts.cross_entropy, parts.kl
 
@@ -156,9 +158,7 @@ def test_the_tail_as_one_outcome_equals_its_formula(chunk, padded):
             bias,
             labels,
             targets,
-            ce_weight=CE,
-            kl_weight=KL,
-            kl_tail=True,
+            WITH_TAIL,
             chunk=chunk,
         )
         return total, parts.cross_entropy, parts.kl
@@ -188,15 +188,11 @@ def test_few_tokens_and_the_tail_see_what_renormalised_ones_do_not():
 
 def test_a_vocabulary_that_is_kept_whole_has_no_tail():
     leaves, labels, targets = problem(vocabulary=20, top_k=64)
-    _, parts = linear_distill_loss(
-        *leaves, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True
-    )
+    _, parts = linear_distill_loss(*leaves, labels, targets, WITH_TAIL)
     restricted = results(fused, leaves, labels, targets)
     assert float(parts.kl) == pytest.approx(float(restricted["kl"]), rel=1e-5)
     copies = [x.clone().requires_grad_() for x in leaves]
-    linear_distill_loss(*copies, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True)[
-        0
-    ].backward()
+    linear_distill_loss(*copies, labels, targets, WITH_TAIL)[0].backward()
     for name, leaf in zip(LEAVES, copies, strict=True):
         assert error_ratio(leaf.grad, restricted[f"d{name}"].double()) < 1e-5, name
 
@@ -240,7 +236,7 @@ def test_a_student_sure_of_other_tokens_has_a_finite_loss_with_the_tail(mass):
     leaves[1][targets.ids[1]] += 1000 * leaves[0][1] / leaves[0][1].norm()
 
     def tail(*inputs):
-        total, parts = linear_distill_loss(*inputs, ce_weight=CE, kl_weight=KL, kl_tail=True)
+        total, parts = linear_distill_loss(*inputs, WITH_TAIL)
         return total, parts.cross_entropy, parts.kl
 
     expected = results(tail_formula, leaves, labels, targets, dtype=torch.float64)
@@ -384,7 +380,7 @@ def test_the_task_has_the_plain_formulas_loss_and_gradients(
     cross_entropy = -log_q.gather(1, batch.labels[keep][:, None]).sum()
     (CE * cross_entropy + KL * (p.exp() * (p - q)).sum()).backward()
 
-    task = DistillTask(student, OnlineTargets(teacher, 16), CE, KL)
+    task = DistillTask(student, OnlineTargets(teacher, 16), WEIGHTS)
     sums = task(batch)
     sums.loss.backward()
     assert error_ratio(sums.parts["ce"], cross_entropy.detach()) < 1e-6
@@ -397,7 +393,7 @@ def test_the_task_has_the_plain_formulas_loss_and_gradients(
 def test_tokens_without_supervision_change_nothing(tiny_teacher):
     teacher, batch = tiny_teacher(), packed_batch()
     task = DistillTask(
-        convert(teacher, MixerConfig(window=8, sinks=2)), OnlineTargets(teacher, 16), CE, KL
+        convert(teacher, MixerConfig(window=8, sinks=2)), OnlineTargets(teacher, 16), WEIGHTS
     )
     full = task(batch)
     silent = copy.deepcopy(batch)
@@ -443,7 +439,7 @@ def test_hooks_of_the_head_run_for_the_loss():
 
     head.register_forward_pre_hook(gather)
     head.register_forward_hook(shard)
-    total, parts = head.loss(leaves[0], labels, targets, CE, KL)
+    total, parts = head.loss(leaves[0], labels, targets, WEIGHTS)
     expected = formula(*(None if x is None else x.double() for x in leaves), labels, targets)
     assert error_ratio(total.detach(), expected[0]) < 1e-6
     assert error_ratio(parts.kl, expected[2]) < 1e-6

@@ -76,7 +76,7 @@ def test_mixer_is_equation_11(family, tiny_teacher):
     )
     actual = mixer.mix(x, embedding, segment_ids=segments)
 
-    q, k, v = mixer._project(x)
+    q, k, v = mixer.project(x)
     gate = mixer.output_gate(q, k, v).double()
     q, k = mixer.family.apply_rotary(q, k, *embedding)
     window = sliding_window_reference(
@@ -107,5 +107,5 @@ def test_gates_start_as_configured(tiny_teacher):
     mixer = convert(tiny_teacher(), config).mixers()[1]
     x = torch.randn(1, 3, 64)
     assert torch.equal(mixer.forget_gate(x), torch.full((1, 4, 3), 4.0))
-    q, k, v = mixer._project(x)
+    q, k, v = mixer.project(x)
     torch.testing.assert_close(mixer.output_gate(q, k, v), torch.full((1, 4, 3, 1), -1.0).sigmoid())

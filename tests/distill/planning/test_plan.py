@@ -23,6 +23,7 @@ from xlstm_distill.data.budget import captured_rows
 from xlstm_distill.data.rows import Batch
 from xlstm_distill.errors import UserError
 from xlstm_distill.losses import fused as fused_loss
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES, CausalLM
 from xlstm_distill.models.student import STUDENTS, convert
@@ -215,7 +216,9 @@ def test_peak_memory_of_a_training_step(tiny_teacher: Make, case: str) -> None:
     batch = small_batch(rows, tokens)
     targets = SparseTargets.from_logits(torch.randn(rows * tokens, teacher.config.vocab_size), 8)
     task = (
-        AlignTask(student, teacher) if align else DistillTask(student, lambda _: targets, 0.9, 0.1)
+        AlignTask(student, teacher)
+        if align
+        else DistillTask(student, lambda _: targets, LossWeights(0.9, 0.1))
     )
     optimizer = make_optimizer(task.named_parameters(), Align(tokens=1))
 
