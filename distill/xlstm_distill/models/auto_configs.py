@@ -23,7 +23,7 @@ class _StandIn(PreTrainedConfig):
 
     @classmethod
     def _real(cls) -> Any:
-        """Import the students, which replaces this class in the registry, and return the real one."""
+        """Import the students, which replaces this class in the registry; return the real one."""
         students = importlib.import_module("xlstm_distill.models.student").STUDENTS
         return students[cls.model_type.removeprefix("xlstm_")].config_class
 

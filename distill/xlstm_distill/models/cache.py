@@ -1,4 +1,4 @@
-"""The student's decoding cache: per layer an mLSTM state and a ring of the keys and values that attention still needs.
+"""The student's decoding cache: an mLSTM state, and a ring of recent keys and values, per layer.
 
 Its size does not depend on the number of tokens seen. Decoding updates every tensor in place.
 """
@@ -20,8 +20,9 @@ from xlstm_kernels.state import LOG_ZERO
 class MixerCacheLayer(CacheLayerMixin):
     """Decoding state of one mixer: what `xlstm_kernels.hybrid_step` updates.
 
-    state: memory of the mLSTM. ring: keys and values of the window and the sinks. Each is None before the first
-    token, and stays None where the mixer lacks the branch that needs it. seen: tokens per row, padding included.
+    state: memory of the mLSTM. ring: keys and values of the window and the sinks. Each is None
+    before the first token, and stays None where the mixer lacks the branch that needs it.
+    seen: tokens per row, padding included; the mixer counts them.
     """
 
     is_sliding = False
@@ -34,7 +35,7 @@ class MixerCacheLayer(CacheLayerMixin):
         self.ring: Ring | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the ring for keys (B, G, *, D) and values (B, G, *, Dv) of this dtype and device."""
+        """Allocate the ring for keys (B, G, *, D) and values (B, G, *, Dv), in their dtype."""
         batch, groups, _, key_dim = key_states.shape
         self.ring = Ring.empty(
             batch,
@@ -49,14 +50,17 @@ class MixerCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def ring_for(self, keys: Tensor, values: Tensor) -> Ring:
-        """Return the ring; the first call allocates it for keys (B, G, *, D) and values (B, G, *, Dv)."""
+        """Return the ring; allocate it first if needed, for keys and values (B, G, *, D)."""
         if self.ring is None:
             self.lazy_initialization(keys, values)
         assert self.ring is not None
         return self.ring
 
     def state_for(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> MLSTMState:
-        """Return the mLSTM's state; the first call allocates it for keys (B, H, *, Dk) and values (B, G, *, Dv)."""
+        """Return the mLSTM's state; allocate it first if needed.
+
+        keys (B, H, *, Dk) after the feature map, values (B, G, *, Dv).
+        """
         if self.state is None:
             batch, heads, _, key_dim = keys.shape
             self.state = MLSTMState.zeros(
@@ -74,8 +78,8 @@ class MixerCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Fill the ring from a chunk of T tokens, (B, G, T, D), and return all slots of the ring.
 
-        segment_ids (B, T): rows whose first id is 0 continue the document that is held, others begin one. Only the
-        last document of a row is kept: no later token sees an earlier one.
+        segment_ids (B, T): rows whose first id is 0 continue the document that is held, others
+        begin one. Only the last document of a row is kept: no later token sees an earlier one.
         """
         ring = self.ring_for(key_states, value_states)
         tokens = key_states.shape[2]
@@ -93,7 +97,10 @@ class MixerCacheLayer(CacheLayerMixin):
         return ring.keys, ring.values
 
     def _slot_positions(self, lengths: Tensor) -> Tensor:
-        """Find the position that each slot holds after `lengths` tokens: (B,) -> (B, N + W), -1 where empty."""
+        """Find the position that each slot holds after `lengths` (B,) tokens, (B, N + W).
+
+        It is -1 where the slot is empty.
+        """
         sinks = torch.arange(self.sinks, device=lengths.device)
         slots = torch.arange(self.window, device=lengths.device)
         last = lengths[:, None] - 1
@@ -103,15 +110,15 @@ class MixerCacheLayer(CacheLayerMixin):
         return torch.where(wanted < lengths[:, None], wanted, -1).clamp_min(-1)
 
     def restart_ring(self, segment_ids: Tensor) -> None:
-        """Empty the ring in rows that begin a document: segment_ids (B, T), whose first id is then not 0."""
+        """Empty the ring in rows that begin a document: first id not 0, (B, T)."""
         assert self.ring is not None
         begins = segment_ids[:, 0] != 0
-        # Backends find the filled slots in different tensors, so both are cleared. Keys and values may stay.
+        # Some backends find the filled slots by positions, some by lengths. Keys may stay.
         self.ring.positions.masked_fill_(begins[:, None], -1)
         self.ring.lengths.masked_fill_(begins, 0)
 
     def restart_state(self, segment_ids: Tensor) -> None:
-        """Empty the mLSTM's state in rows that begin a document: segment_ids (B, T), whose first id is then not 0."""
+        """Empty the mLSTM's state in rows that begin a document: first id not 0, (B, T)."""
         assert self.state is not None
         begins = segment_ids[:, 0] != 0
         self.state.C.masked_fill_(begins[:, None, None, None], 0)
@@ -119,13 +126,14 @@ class MixerCacheLayer(CacheLayerMixin):
         self.state.m.masked_fill_(begins[:, None], LOG_ZERO)
 
     def prefix(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the held tokens in document order: keys, values (B, G, N + W, D) and their validity (B, N + W).
+        """Return the held tokens in document order.
 
-        Invalid slots come first, so that valid tokens adjoin the chunk that follows.
+        Keys, values (B, G, N + W, D) and their validity (B, N + W) bool. Invalid slots come first,
+        so that valid tokens adjoin the chunk that follows.
         """
         ring = self.ring
         assert ring is not None
-        # A sink that is still in the window has two slots. Only the ring's counts, so that no token comes twice.
+        # A sink that is still in the window has two slots. Only the one in the ring counts.
         oldest = (ring.lengths - self.window)[:, None]
         in_ring = torch.arange(ring.positions.shape[1], device=oldest.device) >= self.sinks
         held = torch.where(in_ring | (ring.positions < oldest), ring.positions, -1)
@@ -189,7 +197,10 @@ class MixerCacheLayer(CacheLayerMixin):
 
 
 def _last_document(ring: Ring, tokens: int, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Find where in a chunk each row's last document begins, and how many of its tokens the ring has counted."""
+    """Find where in a chunk each row's last document begins, (B,).
+
+    Also returns how many of its tokens, (B,), came before the chunk.
+    """
     if segment_ids is None:
         return torch.zeros_like(ring.lengths), ring.lengths.clone()
     in_last = segment_ids == segment_ids[:, -1:]
@@ -206,7 +217,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 class StudentCache(Cache):
-    """One `MixerCacheLayer` per layer, and how the rows end (`RowEnds`, None before the first token)."""
+    """One `MixerCacheLayer` per layer, and how the rows end (None before the first token)."""
 
     def __init__(self, windows: Sequence[int], sinks: int) -> None:
         super().__init__(layers=[MixerCacheLayer(window, sinks) for window in windows])

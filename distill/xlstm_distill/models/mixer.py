@@ -24,11 +24,11 @@ from xlstm_kernels.dispatch import HEAD_DIMS
 from xlstm_kernels.state import LOG_ZERO, state_dtype
 
 NEW_MODULES = ("feature_map_q", "feature_map_k", "input_gate", "forget_gate", "output_gate")
-"""Names of the mixer's children that the teacher does not have; stage I trains these and nothing else."""
+"""Names of the mixer's children that the teacher does not have; stage I trains these alone."""
 
 
 class ScalarGate(nn.Linear):
-    """Preactivations of a scalar gate per head from the layer's input: (B, T, d) -> (B, H, T), fp32."""
+    """Preactivations of a gate per head from the layer's input: (B, T, d) -> (B, H, T), fp32."""
 
     def __init__(self, hidden: int, heads: int, bias: float) -> None:
         # Before super(), which calls reset_parameters.
@@ -47,7 +47,8 @@ class ScalarGate(nn.Linear):
 class OutputGate(nn.Module):
     """Output gate o = sigmoid(W_h [q, k, v] + b_h), one scalar per head (paper, Eq. 11).
 
-    It reads the head's own q, k, v before RoPE. Shapes: q (B, H, T, D); k, v (B, G, T, D); returns (B, H, T, 1) in q's dtype.
+    It reads the head's own q, k, v before RoPE. Shapes: q (B, H, T, D); k, v (B, G, T, D); returns
+    (B, H, T, 1) in q's dtype.
     """
 
     def __init__(self, heads: int, dim: int, bias: float) -> None:
@@ -77,7 +78,7 @@ class OutputGate(nn.Module):
 
 
 class MLSTMInputs(NamedTuple):
-    """What the mLSTM reads besides the values: features (B, H, T, F) and preactivations (B, H, T)."""
+    """What the mLSTM reads besides v: features (B, H, T, F) and preactivations (B, H, T)."""
 
     q: Tensor
     k: Tensor
@@ -88,11 +89,13 @@ class MLSTMInputs(NamedTuple):
 class HybridMixer(nn.Module):
     """Mix sliding-window attention with sinks and an mLSTM over the document, by a gate per head.
 
-    ĥ_t = o_t * mLSTM(φ_q(q), φ_k(k), v) + (1 - o_t) * SWA(q, k, v), then the teacher's output projection. The mixer
-    takes over the projections (and q/k norms) of `attention`; only the modules in `NEW_MODULES` are new.
+    ĥ_t = o_t * mLSTM(φ_q(q), φ_k(k), v) + (1 - o_t) * SWA(q, k, v), then the teacher's output
+    projection. The mixer takes over the projections (and q/k norms) of `attention`; only the
+    modules in `NEW_MODULES` are new.
 
-    A sequence runs through `mlstm` and `sliding_window_attention`, a decoded token through `hybrid_step`. `backend`
-    chooses their implementation; it may be set at any time, and is not saved.
+    A sequence runs through `mlstm` and `sliding_window_attention`, a decoded token through
+    `hybrid_step`. `backend` chooses their implementation; it may be set at any time, and is not
+    saved.
     """
 
     def __init__(self, attention: Any, family: Family, config: MixerConfig) -> None:
@@ -104,7 +107,7 @@ class HybridMixer(nn.Module):
         self.scale: float = attention.scaling
         self.backend: Backend = "auto"
         self.family, self.mixer_config = family, config
-        # Some families limit the reach of single layers. The student must not see further than its teacher did.
+        # Some families limit the reach of single layers. A student sees no further than its teacher.
         reach = getattr(attention, "sliding_window", None)
         self.window: int = config.window if reach is None else min(config.window, reach)
         self.sinks: int = config.sinks
@@ -135,8 +138,8 @@ class HybridMixer(nn.Module):
     ) -> tuple[Tensor, None]:
         """Return the layer's output (B, T, d) and no attention weights.
 
-        `attention_mask` is not read: documents and padding come as `segment_ids` (B, T), which the student makes. With
-        a cache, tokens of id 0 continue the document that it holds.
+        `attention_mask` is not read: documents and padding come as `segment_ids` (B, T), which the
+        student makes. With a cache, tokens of id 0 continue the document that it holds.
         """
         mixed = self.mix(hidden_states, position_embeddings, past_key_values, segment_ids)
         return self.o_proj(mixed), None
@@ -148,7 +151,10 @@ class HybridMixer(nn.Module):
         past_key_values: Cache | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the heads' outputs before the output projection, (B, T, H * D): what stage I aligns."""
+        """Return the heads' outputs before the output projection, (B, T, H * D).
+
+        Stage I aligns these.
+        """
         q, k, v = self.project(hidden_states)
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
         gate = self.output_gate(q, k, v) if self.has_mlstm and self.has_window else None
@@ -166,9 +172,9 @@ class HybridMixer(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Make queries (B, H, T, D), keys and values (B, G, T, D) of x (B, T, d), normalised as in the family.
+        """Make queries (B, H, T, D), keys and values (B, G, T, D) of x (B, T, d), before RoPE.
 
-        RoPE is not applied.
+        Queries and keys are normalised as in the family.
         """
 
         def split(y: Tensor) -> Tensor:
@@ -183,7 +189,7 @@ class HybridMixer(nn.Module):
         return q, k, v
 
     def _mlstm_inputs(self, x: Tensor, q: Tensor, k: Tensor) -> MLSTMInputs:
-        """Apply the feature maps to q (B, H, T, D) and k (B, G, T, D), and the scalar gates to x (B, T, d)."""
+        """Map q (B, H, T, D) and k (B, G, T, D) to features, and x (B, T, d) to scalar gates."""
         features_q, features_k = self.feature_map_q(q), self.feature_map_k(k)
         return MLSTMInputs(features_q, features_k, self.input_gate(x), self.forget_gate(x))
 
@@ -204,7 +210,10 @@ class HybridMixer(nn.Module):
         layer: MixerCacheLayer | None,
         segment_ids: Tensor | None,
     ) -> Tensor:
-        """Mix the branches over T tokens, (B, H, T, D); with a cache, continue from it and update it."""
+        """Mix the branches over T tokens, (B, H, T, D).
+
+        With a cache, the tokens continue what it holds, and it takes them in.
+        """
         recalled = None if memory is None else self._recall(memory, v, layer, segment_ids)
         if not self.has_window:
             assert recalled is not None
@@ -226,7 +235,10 @@ class HybridMixer(nn.Module):
         layer: MixerCacheLayer | None,
         segment_ids: Tensor | None,
     ) -> Tensor:
-        """Run the mLSTM over T tokens, (B, H, T, D); with a cache, from its state, which is updated in place."""
+        """Run the mLSTM over T tokens, (B, H, T, D).
+
+        With a cache, it continues from the cache's state and updates that in place.
+        """
         if layer is None:
             return mlstm(
                 memory.q,
@@ -273,8 +285,9 @@ class HybridMixer(nn.Module):
     ) -> Tensor:
         """Attend from a chunk also to the tokens that the cache holds, (B, H, T, D).
 
-        The held tokens go in front of the chunk as tokens of document 0. They are the document's first N and last W
-        ones, so distances inside the window are right, and the tokens left out between them are seen by nobody.
+        The held tokens go in front of the chunk, as tokens of document 0. They are the first N and
+        the last W of their document. So distances inside the window are right, and no query sees
+        the tokens that are missing between them.
         """
         held_k, held_v, valid = layer.prefix()
         batch, heads, tokens, dim = q.shape
@@ -296,7 +309,7 @@ class HybridMixer(nn.Module):
         layer: MixerCacheLayer,
         segment_ids: Tensor | None,
     ) -> Tensor:
-        """Mix the branches for one token from the cache, (B, H, 1, D), and update the cache in place.
+        """Mix the branches for one token, (B, H, 1, D), and update the cache in place.
 
         segment_ids (B, 1): rows whose id is 0 continue the document that is held, others begin one.
         """
@@ -306,7 +319,8 @@ class HybridMixer(nn.Module):
             state = layer.state_for(memory.k, v, state_dtype(memory.q, v))
         phi_q, phi_k, i, f = (x[:, :, 0] for x in memory)
         if segment_ids is not None:
-            # A closed forget gate empties the state as `restart_state` does, without a pass over its memory.
+            # A closed forget gate empties the state like `restart_state`, without reading it once
+            # more.
             f = f.masked_fill(segment_ids != 0, LOG_ZERO)
         if gate is None:  # the mixer has no window
             h = mlstm_step(phi_q, phi_k, v[:, :, 0], i, f, state, backend=self.backend)
@@ -333,9 +347,10 @@ class HybridMixer(nn.Module):
 
 
 def _no_memory(q: Tensor, v: Tensor) -> tuple[MLSTMInputs, Tensor, MLSTMState]:
-    """Stand in for the mLSTM that a mixer of one branch lacks, for one token q (B, H, 1, D), v (B, G, 1, D).
+    """Stand in for the mLSTM of a mixer that has the window alone.
 
-    All keys are zero and the output gate (B, H, 1, 1) is closed, so `hybrid_step` returns the attention alone.
+    For one token, q (B, H, 1, D) and v (B, G, 1, D): features are zero and the output gate
+    (B, H, 1, 1) is closed, so `hybrid_step` returns the attention.
     """
     batch, heads, tokens, _ = q.shape
     width = min(HEAD_DIMS)  # the least that every backend has a kernel for
