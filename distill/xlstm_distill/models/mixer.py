@@ -107,7 +107,7 @@ class HybridMixer(nn.Module):
         self.scale: float = attention.scaling
         self.backend: Backend = "auto"
         self.family, self.mixer_config = family, config
-        # Some families limit the reach of single layers. A student sees no further than its teacher.
+        # Some families limit the reach of single layers; a student sees no further than they do.
         reach = getattr(attention, "sliding_window", None)
         self.window: int = config.window if reach is None else min(config.window, reach)
         self.sinks: int = config.sinks

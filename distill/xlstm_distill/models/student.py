@@ -99,7 +99,10 @@ def _new_cache(model: Any) -> StudentCache:
 def _prepare_inputs(
     model: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Turn masks and positions into `segment_ids`, and make the student's cache where one is wanted."""
+    """Turn masks and positions into `segment_ids`, and make a cache where one is wanted.
+
+    A hook that runs before the model's body: it returns the arguments that the body gets.
+    """
     ids = args[0] if args else kwargs.get("input_ids")
     given = ids if ids is not None else kwargs["inputs_embeds"]
     shape = (given.shape[0], given.shape[1])
@@ -146,8 +149,8 @@ def _cache_for(
         cache = checked_cache(cache)
         if torch.is_grad_enabled():
             raise ValueError(
-                "past_key_values: a student's cache holds constants, so gradients would stop there; "
-                "use torch.no_grad(), or leave the cache out."
+                "past_key_values: a student's cache holds constants, so gradients would stop"
+                " there; use torch.no_grad(), or leave the cache out."
             )
         return cache
     if use_cache is None:
