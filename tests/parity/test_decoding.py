@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,7 +282,7 @@ def test_a_cache_can_be_reset_before_and_after_use(student):
 
 
 def test_tensors_that_the_caller_changes_in_place_leave_the_cache_as_it_is(student):
-    """Decoding loops keep one tensor of positions and add to it; the cache's own tensors keep their addresses too."""
+    """Decoding loops keep one tensor of positions and add to it."""
     model, row, cache = student(), ids(), student().new_cache()
     with torch.no_grad():
         whole = model(row, use_cache=False).logits
@@ -321,3 +326,15 @@ def test_a_cache_is_refused_where_gradients_are_recorded(student):
         with pytest.raises(ValueError, match="past_key_values: a student's cache holds constants"):
             model(ids(2, tokens), past_key_values=cache)
     assert model(ids(), use_cache=True).past_key_values is None
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize("branches", ["mlstm,window", "window", "mlstm"])
+def test_decoding_with_the_triton_kernels_equals_one_pass(branches):
+    script = Path(__file__).parents[1] / "helpers/decode_with_triton.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, script, branches], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 3e-6
