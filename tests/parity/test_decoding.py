@@ -82,7 +82,7 @@ PACKED = [[1, 3, 2, 5], [4, 1, 6], [11]]  # lengths of the documents of three ro
 
 
 def packed():
-    """Ids of three packed rows of 11 tokens, and how each way of telling documents apart says it."""
+    """Make three packed rows of 11 tokens, and the arguments that tell their documents apart."""
     segments = torch.stack(
         [torch.repeat_interleave(torch.arange(len(n)) * 3, torch.tensor(n)) for n in PACKED]
     )

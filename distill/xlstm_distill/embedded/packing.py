@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -105,10 +104,3 @@ def _batch(packed: list[list[tuple[list[int], list[float]]]], length: int, pad: 
             weights[row, here] = torch.tensor(loss)
             start += len(ids)
     return Batch(input_ids, segment_ids, position_ids, weights)
-
-
-def take(
-    tokenizer: PreTrainedTokenizerFast, count: int, *, rows: int, length: int, seed: int
-) -> Iterator[Batch]:
-    """Yield the first `count` batches."""
-    return islice(batches(tokenizer, rows, length, seed), count)

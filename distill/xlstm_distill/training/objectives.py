@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
-from xlstm_distill.losses.fused import fuse_head
+from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
