@@ -25,7 +25,8 @@ WEIGHT_BLOCK = 16384
 def chunk_rows(tokens: int, vocabulary: int, memory: int | None = None) -> int:
     """Count the tokens of a chunk: as many as `memory` bytes hold fp32 logits of, at least 1.
 
-    The default is `CHUNK_BYTES`. Chunks are of about the same size, so that the last one is not a small, slow product.
+    The default is `CHUNK_BYTES`. Chunks are of about the same size, so that the last one is not a
+    small and slow product.
     """
     if tokens == 0:
         return 1

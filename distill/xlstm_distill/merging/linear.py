@@ -25,6 +25,7 @@ def check_weights(weights: Mapping[str, float]) -> None:
             raise UserError(
                 f"merge.weights.{name}: {weight} is not allowed; a weight is at least 0."
             )
+    # Not `sum`: it rounds after each term, and 0.1 * 10 would not be 1.
     total = math.fsum(weights.values())
     if abs(total - 1) > SUM_TOLERANCE:
         raise UserError(f"merge.weights: they sum to {total:.6g}, not 1; divide each by the sum.")
@@ -38,6 +39,7 @@ def merge_linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     first = tensors[0]
     if all(torch.equal(first, other) for other in tensors[1:]):
         return first.clone()
+    # In float64: a bf16 sum would be rounded once for each expert.
     total = torch.zeros_like(first, dtype=torch.float64)
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor.to(torch.float64), alpha=weight)

@@ -86,6 +86,20 @@ class MLSTMInputs(NamedTuple):
     f: Tensor
 
 
+class MixerInputs(NamedTuple):
+    """What the branches read of T tokens.
+
+    q (B, H, T, D), k (B, G, T, D) after RoPE, v (B, G, T, D); memory: None without the mLSTM; gate
+    (B, H, T, 1) after its sigmoid: None with one branch only.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    memory: MLSTMInputs | None
+    gate: Tensor | None
+
+
 class HybridMixer(nn.Module):
     """Mix sliding-window attention with sinks and an mLSTM over the document, by a gate per head.
 
@@ -162,11 +176,12 @@ class HybridMixer(nn.Module):
         # Under autocast, projections are bf16 and rotary positions fp32.
         q, k = q.to(v.dtype), k.to(v.dtype)
         memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None
+        inputs = MixerInputs(q, k, v, memory, gate)
         layer = self._cache_layer(past_key_values)
         if layer is not None and q.shape[2] == 1:
-            mixed = self._decode(q, k, v, memory, gate, layer, segment_ids)
+            mixed = self._decode(inputs, layer, segment_ids)
         else:
-            mixed = self._mix_sequence(q, k, v, memory, gate, layer, segment_ids)
+            mixed = self._mix_sequence(inputs, layer, segment_ids)
         if layer is not None:
             layer.seen += q.shape[2]
         return mixed.transpose(1, 2).flatten(2)
@@ -201,19 +216,13 @@ class HybridMixer(nn.Module):
         return layer
 
     def _mix_sequence(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        memory: MLSTMInputs | None,
-        gate: Tensor | None,
-        layer: MixerCacheLayer | None,
-        segment_ids: Tensor | None,
+        self, inputs: MixerInputs, layer: MixerCacheLayer | None, segment_ids: Tensor | None
     ) -> Tensor:
         """Mix the branches over T tokens, (B, H, T, D).
 
         With a cache, the tokens continue what it holds, and it takes them in.
         """
+        q, k, v, memory, gate = inputs
         recalled = None if memory is None else self._recall(memory, v, layer, segment_ids)
         if not self.has_window:
             assert recalled is not None
@@ -223,6 +232,7 @@ class HybridMixer(nn.Module):
         else:
             attended = self._attend_after_prefix(q, k, v, layer, segment_ids)
         if layer is not None:
+            # Last, because the chunk's first queries see tokens that its last keys replace.
             layer.update(k, v, segment_ids)
         if recalled is None or gate is None:
             return attended
@@ -300,27 +310,21 @@ class HybridMixer(nn.Module):
         return self._attend(queries, keys, values, segments)[:, :, -tokens:]
 
     def _decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        memory: MLSTMInputs | None,
-        gate: Tensor | None,
-        layer: MixerCacheLayer,
-        segment_ids: Tensor | None,
+        self, inputs: MixerInputs, layer: MixerCacheLayer, segment_ids: Tensor | None
     ) -> Tensor:
         """Mix the branches for one token, (B, H, 1, D), and update the cache in place.
 
         segment_ids (B, 1): rows whose id is 0 continue the document that is held, others begin one.
         """
+        q, k, v, memory, gate = inputs
         if memory is None:
             memory, gate, state = _no_memory(q, v)
         else:
             state = layer.state_for(memory.k, v, state_dtype(memory.q, v))
         phi_q, phi_k, i, f = (x[:, :, 0] for x in memory)
         if segment_ids is not None:
-            # A closed forget gate empties the state like `restart_state`, without reading it once
-            # more.
+            # A closed forget gate empties the state as `restart_state` does, but saves a pass over
+            # its memory.
             f = f.masked_fill(segment_ids != 0, LOG_ZERO)
         if gate is None:  # the mixer has no window
             h = mlstm_step(phi_q, phi_k, v[:, :, 0], i, f, state, backend=self.backend)
