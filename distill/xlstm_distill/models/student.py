@@ -15,7 +15,8 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.models.cache import StudentCache, checked_cache
 from xlstm_distill.models.families import FAMILIES, CausalLM, Family, family_of
 from xlstm_distill.models.feature_maps import FeatureMap
-from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer, OutputGate, ScalarGate
+from xlstm_distill.models.gates import OutputGate, ScalarGate
+from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
 from xlstm_distill.models.segments import chunk_documents, ends_in_padding
 from xlstm_distill.recipe import MixerConfig
 
