@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from xlstm_distill.data.rows import Batch
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert
@@ -51,7 +52,7 @@ def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
     student = convert(family.causal_lm(family.config(**SIZES)), mixer).train()
     checkpoint_activations(student)
     targets = SparseTargets.from_logits(torch.randn(TOKENS, SIZES["vocab_size"]), 8)
-    task = DistillTask(student, lambda _: targets, 0.9, 0.1)
+    task = DistillTask(student, lambda _: targets, LossWeights(0.9, 0.1))
     wrapped = shard(task, dtype) if sharding == "fsdp2" else DistributedDataParallel(task)
     optimizer = make_optimizer(task.named_parameters(), Align(tokens=1))
 

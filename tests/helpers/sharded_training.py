@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.recipe import Align
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.distill import choose_trainable
@@ -75,7 +76,7 @@ def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
         choose_trainable(student, options.get("trainable", "all"))
     if options.get("shard_teacher"):
         shard_teacher(teacher)
-    return DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1), student
+    return DistillTask(student, OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)), student
 
 
 def reduction(wrapped: Any) -> torch.dtype:

@@ -37,6 +37,7 @@ from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.data.shards import write_rows
 from xlstm_distill.data.tokenization import Tokens
 from xlstm_distill.errors import RunError
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.recipe import Align, Training
 from xlstm_distill.runtime import signals as stopping
@@ -80,7 +81,7 @@ def train(out: Path, directory: Path, steps: int, fault: dict[str, int]) -> None
                          num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
     teacher = LlamaForCausalLM(config)
     student = convert(teacher, MixerConfig(window=8, sinks=2))
-    task = DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1)
+    task = DistillTask(student, OnlineTargets(teacher, 16), LossWeights(0.9, 0.1))
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         documents = [

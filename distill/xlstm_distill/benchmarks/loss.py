@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from xlstm_distill.losses.fused import linear_distill_loss
-from xlstm_distill.losses.plain import distill_loss
+from xlstm_distill.losses.plain import LossWeights, distill_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.runtime.device import peak_bytes
 
-CE_WEIGHT, KL_WEIGHT = 0.9, 0.1
+WEIGHTS = LossWeights(cross_entropy=0.9, kl=0.1)
 PROBES = 1024
 """Entries of a gradient that the two losses compare, at random places of the head."""
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -73,12 +73,11 @@ def weighted_loss(kind: str, inputs: Inputs, chunk: int | None) -> Tensor:
             None,
             inputs.labels,
             inputs.targets,
-            ce_weight=CE_WEIGHT,
-            kl_weight=KL_WEIGHT,
+            WEIGHTS,
             chunk=chunk,
         )[0]
     parts = distill_loss(linear(inputs.hidden, inputs.weight), inputs.labels, inputs.targets)
-    return CE_WEIGHT * parts.cross_entropy + KL_WEIGHT * parts.kl
+    return WEIGHTS.cross_entropy * parts.cross_entropy + WEIGHTS.kl * parts.kl
 
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, object]:

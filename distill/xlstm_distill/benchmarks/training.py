@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill.benchmarks.loss import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
-from xlstm_distill.losses.plain import distill_loss
+from xlstm_distill.losses.plain import LossWeights, distill_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
@@ -43,7 +43,7 @@ from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_lo
 from xlstm_distill.training.objectives import DistillTask, Sums
 from xlstm_distill.training.optim import make_optimizer
 
-CE_WEIGHT, KL_WEIGHT = 0.9, 0.1
+WEIGHTS = LossWeights(cross_entropy=0.9, kl=0.1)
 MODELS: dict[str, dict[str, Any]] = {
     "small": {
         "hidden_size": 256,
@@ -103,7 +103,7 @@ class PlainTask(DistillTask):
         parts = distill_loss(
             logits, batch.labels[batch.labels != IGNORE_INDEX], self.targets(batch)
         )
-        loss = self.ce_weight * parts.cross_entropy + self.kl_weight * parts.kl
+        loss = self.weights.cross_entropy * parts.cross_entropy + self.weights.kl * parts.kl
         return Sums(loss, {"ce": parts.cross_entropy.detach(), "kl": parts.kl.detach()})
 
 
@@ -160,7 +160,7 @@ def make_task(variant: Variant, options: argparse.Namespace, batch: Batch) -> Di
     if teacher is not None:
         source = OnlineTargets(teacher, options.top_k)
     kind = DistillTask if variant.loss == "fused" else PlainTask
-    return kind(model, source, CE_WEIGHT, KL_WEIGHT)
+    return kind(model, source, WEIGHTS)
 
 
 def make_accelerator(options: argparse.Namespace) -> Accelerator:

@@ -14,6 +14,7 @@ from xlstm_distill.data.budget import expert_rows
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.planning.flops import distill_flops
@@ -104,9 +105,8 @@ def _train(
     torch.manual_seed(recipe.seed)
     student = _trainable_student(recipe, material.aligned)
     source = _targets(lineage, material.targets, accelerator.device)
-    task = DistillTask(
-        student, source, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail
-    )
+    weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
+    task = DistillTask(student, source, weights)
     domains = open_domains(recipe, material.data, expert_rows(recipe, name))
     plan = _plan(recipe, name, student, domains)
     work = run.work_directory(lineage.request(f"distill/{name}"))
@@ -122,11 +122,11 @@ def _train(
     )
     outcome = trainer.run()
     keep_training(draft, work, plan, outcome)
-    weights = full_state_dict(accelerator, student)
+    trained = full_state_dict(accelerator, student)
     if accelerator.is_main_process:
         if settings.trainable == "lora":
-            weights = merged_state(weights, settings.lora_rank, settings.lora_alpha)
-        save_model(student, lineage.tokenizer, draft.path / "model", weights)
+            trained = merged_state(trained, settings.lora_rank, settings.lora_alpha)
+        save_model(student, lineage.tokenizer, draft.path / "model", trained)
     console.line(
         f"{plan.label}: held-out CE {outcome.before['ce']:.3f} -> {outcome.after['ce']:.3f}, "
         f"KL {outcome.before['kl']:.3f} -> {outcome.after['kl']:.3f} nats"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
-from xlstm_distill.losses.fused import fuse_head
-from xlstm_distill.losses.plain import alignment_error
+from xlstm_distill.losses.head import fuse_head
+from xlstm_distill.losses.plain import LossWeights, alignment_error
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.mixer import HybridMixer
@@ -132,16 +132,13 @@ class DistillTask(Task):
         self,
         student: CausalLM,
         targets: TargetSource,
-        ce_weight: float,
-        kl_weight: float,
-        *,
-        kl_tail: bool = False,
+        weights: LossWeights,
     ) -> None:
         super().__init__()
         fuse_head(student)
         self.student = student
         self.targets = targets
-        self.ce_weight, self.kl_weight, self.kl_tail = ce_weight, kl_weight, kl_tail
+        self.weights = weights
 
     def count(self, batch: Batch) -> int:
         """Tokens the loss is averaged over: the supervised ones."""
@@ -152,7 +149,5 @@ class DistillTask(Task):
         targets: SparseTargets = self.targets(batch)
         hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
         labels = batch.labels[batch.labels != IGNORE_INDEX]
-        loss, parts = self.student.lm_head.loss(
-            hidden, labels, targets, self.ce_weight, self.kl_weight, self.kl_tail
-        )
+        loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})

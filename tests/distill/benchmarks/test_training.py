@@ -37,10 +37,9 @@ def test_the_check_sees_a_wrong_loss(options, monkeypatch):
 
 
 def _without_kl(task, batch):
-    task.kl_weight = 0.0
     hidden = training.kept_logits(task.student, batch, segment_ids=batch.segment_ids)
     parts = training.distill_loss(hidden, batch.labels[batch.labels != -100], task.targets(batch))
-    return training.Sums(task.ce_weight * parts.cross_entropy, {})
+    return training.Sums(task.weights.cross_entropy * parts.cross_entropy, {})
 
 
 @pytest.mark.parametrize("number", range(len(VARIANTS)))

@@ -22,6 +22,7 @@ from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.data.shards import write_rows
 from xlstm_distill.data.tokenization import Tokens
 from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.recipe import Align, Distill, Training, load_recipe
 from xlstm_distill.runtime.console import QuietConsole
@@ -105,7 +106,7 @@ def align_task(tiny_teacher):
 def distill_task(tiny_teacher):
     teacher = tiny_teacher()
     torch.manual_seed(0)
-    return DistillTask(convert(teacher, MIXER), OnlineTargets(teacher, 16), 0.9, 0.1)
+    return DistillTask(convert(teacher, MIXER), OnlineTargets(teacher, 16), LossWeights(0.9, 0.1))
 
 
 def start_far_off(mixers):
@@ -156,7 +157,7 @@ def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(
 def test_distillation_lowers_the_kl(tiny_teacher, domains, tmp_path):
     task = distill_task(tiny_teacher)
     start_far_off(task.student.mixers())
-    task.ce_weight, task.kl_weight = 0.0, 1.0
+    task.weights = LossWeights(0.0, 1.0)
     outcome = trained(
         task, domains, tmp_path, steps=30, optim=Distill(experts=EXPERTS, batch=4, lr=1e-3)
     )
