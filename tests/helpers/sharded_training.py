@@ -33,7 +33,7 @@ from xlstm_distill.training.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.training.lora import add_lora, merged_state
-from xlstm_distill.training.objectives import AlignTask, DistillTask
+from xlstm_distill.training.objectives import AlignObjective, DistillObjective
 from xlstm_distill.training.optim import make_optimizer
 
 ROWS, MICRO_BATCH, TOKENS, STEPS = 8, 2, 32, 4
@@ -57,7 +57,7 @@ def batch(ids: torch.Tensor) -> Batch:
     )
 
 
-def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
+def make_objective(options: dict[str, Any]) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1, initializer_range=0.15,
@@ -68,14 +68,14 @@ def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
     if options.get("checkpoint"):
         checkpoint_activations(student)
     if options.get("stage") == "align":
-        return AlignTask(student, teacher), student
+        return AlignObjective(student, teacher), student
     if options.get("trainable") == "lora":
         add_lora(student, rank=4, alpha=8)
     else:
         choose_trainable(student, options.get("trainable", "all"))
     if options.get("shard_teacher"):
         shard_teacher(teacher)
-    return DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1), student
+    return DistillObjective(student, OnlineTargets(teacher, 16), 0.9, 0.1), student
 
 
 def reduction(wrapped: Any) -> torch.dtype:
@@ -98,7 +98,7 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     """Train once; returns weights and figures, on the main process."""
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype=options.get("dtype", "float32")))
     accelerator = make_accelerator(recipe)
-    task, student = make_task(options)
+    task, student = make_objective(options)
     optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
     optimizer = make_optimizer(task.named_parameters(), optim)
     wrapped, optimizer = prepare(accelerator, task, optimizer, micro_batch=MICRO_BATCH, clip=1.0)

@@ -42,7 +42,7 @@ from xlstm_distill.recipe import Align, Training
 from xlstm_distill.runtime import signals as stopping
 from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.training.accelerator import full_state_dict, make_accelerator
-from xlstm_distill.training.objectives import DistillTask
+from xlstm_distill.training.objectives import DistillObjective
 from xlstm_distill.training.trainer import Plan, Stretch, Trainer
 
 SHIMS = Path(__file__).parents[1] / "shims" / "sitecustomize.py"
@@ -80,7 +80,7 @@ def train(out: Path, directory: Path, steps: int, fault: dict[str, int]) -> None
                          num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
     teacher = LlamaForCausalLM(config)
     student = convert(teacher, MixerConfig(window=8, sinks=2))
-    task = DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1)
+    task = DistillObjective(student, OnlineTargets(teacher, 16), 0.9, 0.1)
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         documents = [

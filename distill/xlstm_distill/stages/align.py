@@ -25,8 +25,9 @@ from xlstm_distill.stages.workbench import (
 )
 from xlstm_distill.training.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.training.log import check_trackers
-from xlstm_distill.training.objectives import AlignTask
-from xlstm_distill.training.trainer import Plan, Stretch, Trainer
+from xlstm_distill.training.objectives import AlignObjective
+from xlstm_distill.training.plan import Stretch, TrainingPlan
+from xlstm_distill.training.trainer import Trainer
 
 
 def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
@@ -53,36 +54,20 @@ def run(recipe: Recipe, run: Run, console: Console) -> Artifact:
             return
         for _, parameter in student.new_parameters():  # small steps would be lost in bf16
             parameter.data = parameter.data.float()
-        task = AlignTask(student, teacher)
+        objective = AlignObjective(student, teacher)
         domains = open_domains(recipe, data, align_rows(recipe))
         steps = math.ceil(recipe.align.tokens / (recipe.align.batch * recipe.data.context))
         schedule = RowSchedule(domains, weights, recipe.seed, steps * recipe.align.batch)
         stretch = Stretch(schedule, steps, recipe.align.lr)
         flops = align_flops(architecture_of(teacher), recipe.student.mixer, recipe.data.context)
-        plan = Plan(
-            "align",
-            (stretch,),
-            recipe.align.batch,
-            recipe.align.micro_batch or recipe.align.batch,
-            flops,
-        )
+        plan = TrainingPlan("align", (stretch,), recipe.align, recipe.training, flops)
         work = run.work_directory(request)
-        trainer = Trainer(
-            task,
-            recipe.align,
-            plan,
-            domains,
-            work,
-            accelerator,
-            training=recipe.training,
-            console=console,
-        )
-        outcome = trainer.run()
-        keep_training(draft, work, plan, outcome)
+        result = Trainer(objective, plan, domains, work, accelerator, console).run()
+        keep_training(draft, work, plan, result)
         trained = full_state_dict(accelerator, student)
         if accelerator.is_main_process:
             save_model(student, load_tokenizer(recipe.teacher), draft.path / "model", trained)
-        errors = [held["mse"] / held["teacher_power"] for held in (outcome.before, outcome.after)]
+        errors = [held["mse"] / held["teacher_power"] for held in (result.before, result.after)]
         console.line(f"align: held-out relative error {errors[0]:.3f} -> {errors[1]:.3f}")
 
     return run.make(request, build, together=True, console=console)

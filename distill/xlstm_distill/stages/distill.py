@@ -45,8 +45,9 @@ from xlstm_distill.training.accelerator import (
 )
 from xlstm_distill.training.log import check_trackers
 from xlstm_distill.training.lora import add_lora, merged_state
-from xlstm_distill.training.objectives import DistillTask
-from xlstm_distill.training.trainer import Plan, Stretch, Trainer
+from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.training.plan import Stretch, TrainingPlan
+from xlstm_distill.training.trainer import Trainer
 
 
 def run(recipe: Recipe, run: Run, console: Console, expert: str | None = None) -> list[Artifact]:
@@ -126,7 +127,7 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         if settings.activation_checkpointing:
             checkpoint_activations(student)
         source = _targets(recipe, targets, accelerator.device)
-        task = DistillTask(
+        objective = DistillObjective(
             student, source, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail
         )
         domains = open_domains(recipe, data, expert_rows(recipe, name))
@@ -135,29 +136,18 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
             architecture_of(student), recipe.student.mixer, recipe.data.context, settings.trainable,
             lora_rank=settings.lora_rank, online=recipe.capture.targets == "online",
         )  # fmt: skip
-        micro_batch = settings.micro_batch or settings.batch
-        plan = Plan(f"distill/{name}", stretches, settings.batch, micro_batch, flops)
+        plan = TrainingPlan(f"distill/{name}", stretches, settings, recipe.training, flops)
         work = run.work_directory(request)
-        trainer = Trainer(
-            task,
-            settings,
-            plan,
-            domains,
-            work,
-            accelerator,
-            training=recipe.training,
-            console=console,
-        )
-        outcome = trainer.run()
-        keep_training(draft, work, plan, outcome)
+        result = Trainer(objective, plan, domains, work, accelerator, console).run()
+        keep_training(draft, work, plan, result)
         weights = full_state_dict(accelerator, student)
         if accelerator.is_main_process:
             if settings.trainable == "lora":
                 weights = merged_state(weights, settings.lora_rank, settings.lora_alpha)
             save_model(student, load_tokenizer(recipe.teacher), draft.path / "model", weights)
         console.line(
-            f"{plan.label}: held-out CE {outcome.before['ce']:.3f} -> {outcome.after['ce']:.3f}, "
-            f"KL {outcome.before['kl']:.3f} -> {outcome.after['kl']:.3f} nats"
+            f"{plan.label}: held-out CE {result.before['ce']:.3f} -> {result.after['ce']:.3f}, "
+            f"KL {result.before['kl']:.3f} -> {result.after['kl']:.3f} nats"
         )
 
     return run.make(request, build, together=True, console=console)

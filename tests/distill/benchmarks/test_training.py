@@ -48,16 +48,16 @@ def test_fused_and_plain_training_agree(options, checkpointing):
 
 def test_the_check_sees_a_wrong_loss(options, monkeypatch):
     monkeypatch.setattr(
-        throughput.PlainTask, "forward", lambda self, batch: _without_kl(self, batch)
+        throughput.PlainObjective, "forward", lambda self, batch: _without_kl(self, batch)
     )
     assert min(check(options).values()) > 1e-3
 
 
-def _without_kl(task, batch):
-    task.kl_weight = 0.0
-    hidden = throughput.kept_logits(task.student, batch, segment_ids=batch.segment_ids)
-    parts = throughput.distill_loss(hidden, batch.labels[batch.labels != -100], task.targets(batch))
-    return throughput.Sums(task.ce_weight * parts.cross_entropy, {})
+def _without_kl(objective, batch):
+    objective.kl_weight = 0.0
+    hidden = throughput.kept_logits(objective.student, batch, segment_ids=batch.segment_ids)
+    parts = throughput.distill_loss(hidden, batch.labels[batch.labels != -100], objective.targets(batch))
+    return throughput.Sums(objective.ce_weight * parts.cross_entropy, {})
 
 
 @pytest.mark.parametrize("number", range(len(VARIANTS)))

@@ -24,7 +24,7 @@ from xlstm_distill.losses.fused import (
 from xlstm_distill.losses.plain import distill_loss, sparse_kl
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets.providers import OnlineTargets, kept_logits
-from xlstm_distill.training.objectives import DistillTask
+from xlstm_distill.training.objectives import DistillObjective
 from xlstm_kernels.testing import error_ratio
 
 CE, KL = 0.9, 0.1
@@ -384,7 +384,7 @@ def test_the_task_has_the_plain_formulas_loss_and_gradients(
     cross_entropy = -log_q.gather(1, batch.labels[keep][:, None]).sum()
     (CE * cross_entropy + KL * (p.exp() * (p - q)).sum()).backward()
 
-    task = DistillTask(student, OnlineTargets(teacher, 16), CE, KL)
+    task = DistillObjective(student, OnlineTargets(teacher, 16), CE, KL)
     sums = task(batch)
     sums.loss.backward()
     assert error_ratio(sums.parts["ce"], cross_entropy.detach()) < 1e-6
@@ -396,7 +396,7 @@ def test_the_task_has_the_plain_formulas_loss_and_gradients(
 
 def test_tokens_without_supervision_change_nothing(tiny_teacher):
     teacher, batch = tiny_teacher(), packed_batch()
-    task = DistillTask(
+    task = DistillObjective(
         convert(teacher, MixerConfig(window=8, sinks=2)), OnlineTargets(teacher, 16), CE, KL
     )
     full = task(batch)

@@ -48,7 +48,7 @@ from xlstm_distill.planning.memory import (
 )
 from xlstm_distill.recipe import Align, MixerConfig, Recipe, load_recipe
 from xlstm_distill.training.accelerator import checkpoint_activations
-from xlstm_distill.training.objectives import AlignTask, DistillTask
+from xlstm_distill.training.objectives import AlignObjective, DistillObjective
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
 
@@ -168,7 +168,7 @@ def test_saved_activations_of_stage_one(tiny_teacher: Make, precision: Any, mixe
         teacher = tiny_teacher(num_hidden_layers=layers)
         teacher = teacher.bfloat16() if precision == "bf16" else teacher
         student = convert(teacher, MIXERS[mixer], share_weights=True).train()
-        task = AlignTask(student, teacher)
+        task = AlignObjective(student, teacher)
         measured.append(saved_bytes(lambda t=task: t(small_batch()), [student, teacher]))  # type: ignore[misc]
     a, run = architecture_of(teacher, "llama"), Pass(ROWS, TOKENS, precision, "torch", "cpu")
     heads = (
@@ -215,7 +215,7 @@ def test_peak_memory_of_a_training_step(tiny_teacher: Make, case: str) -> None:
     batch = small_batch(rows, tokens)
     targets = SparseTargets.from_logits(torch.randn(rows * tokens, teacher.config.vocab_size), 8)
     task = (
-        AlignTask(student, teacher) if align else DistillTask(student, lambda _: targets, 0.9, 0.1)
+        AlignObjective(student, teacher) if align else DistillObjective(student, lambda _: targets, 0.9, 0.1)
     )
     optimizer = make_optimizer(task.named_parameters(), Align(tokens=1))
 
@@ -394,7 +394,7 @@ def test_operations_of_linear_layers_are_those_that_torch_counts(
 def test_operations_of_alignment_leave_out_what_is_constant(tiny_teacher: Make) -> None:
     teacher, mixer = tiny_teacher(num_hidden_layers=3), MIXERS["mlstm"]
     a, n = architecture_of(teacher, "llama"), ROWS * TOKENS
-    task = AlignTask(convert(teacher, mixer, share_weights=True).train(), teacher)
+    task = AlignObjective(convert(teacher, mixer, share_weights=True).train(), teacher)
     s, t = flops.student_flops(a, mixer, TOKENS), flops.teacher_flops(a, TOKENS)
     maps = (
         4 * a.heads * a.head_dim**2 * a.layers

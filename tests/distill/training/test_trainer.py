@@ -31,7 +31,7 @@ from xlstm_distill.stages.workbench import align_request
 from xlstm_distill.targets.providers import OnlineTargets, kept_logits
 from xlstm_distill.training import validation
 from xlstm_distill.training.log import TrainingLog, check_trackers, training_log
-from xlstm_distill.training.objectives import AlignTask, DistillTask, Sums, TeacherObserver
+from xlstm_distill.training.objectives import AlignObjective, DistillObjective, Sums, TeacherObserver
 from xlstm_distill.training.trainer import Plan, Stretch, Trainer
 from xlstm_distill.training.validation import validate
 from xlstm_kernels.testing import error_ratio
@@ -100,13 +100,13 @@ def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domain
 def align_task(tiny_teacher):
     teacher = tiny_teacher()
     torch.manual_seed(0)
-    return AlignTask(convert(teacher, MIXER, share_weights=True), teacher)
+    return AlignObjective(convert(teacher, MIXER, share_weights=True), teacher)
 
 
 def distill_task(tiny_teacher):
     teacher = tiny_teacher()
     torch.manual_seed(0)
-    return DistillTask(convert(teacher, MIXER), OnlineTargets(teacher, 16), 0.9, 0.1)
+    return DistillObjective(convert(teacher, MIXER), OnlineTargets(teacher, 16), 0.9, 0.1)
 
 
 def start_far_off(mixers):
