@@ -1,52 +1,84 @@
-# Each target does all its own set-up in .venv; Python 3.11 or newer and make are all a machine needs.
+# Python 3.11 or newer and make are all that a machine needs: each target sets up .venv itself.
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
 DEEPSPEED ?= deepspeed==0.19.8
+PEERS ?= 'xlstm>=2.0.6,<2.1' 'mlstm_kernels>=2.0.6,<2.1' 'einops>=0.8'
 RUN ?= runs/quickstart
+# Test processes: auto is one for each core, as far as the memory goes (tests/conftest.py).
+WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
+# A file's tests stay in one process, because they share fixtures that take seconds to make.
+PYTEST = HF_HUB_OFFLINE=1 PATH='$(abspath $(BIN)):'"$$PATH" \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check teacher docs clean
+.PHONY: help quickstart test test-slow test-all check teacher docs clean clean-runs
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 quickstart: $(STAMP)  ## run the whole pipeline on the embedded teacher and write a report
 	HF_HUB_OFFLINE=1 $(BIN)/xlstm-distill run recipes/quickstart.yaml --run $(RUN)
 
-test: $(STAMP) $(VENV)/deepspeed  ## run all tests that this machine can run
-	HF_HUB_OFFLINE=1 PATH='$(abspath $(BIN)):'"$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP)  ## run the quick tests: about 6 minutes on 2 cores
+	@echo "Running the quick tests: about 6 minutes on 2 cores. The percentages show how far they are."
+	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
-check: $(STAMP)  ## format, lint and type checks
+test-slow: $(STAMP) $(VENV)/extras  ## run the tests that `make test` leaves out: kills, DeepSpeed, peers
+	@echo "Running the slow tests: about 10 minutes on 2 cores. The percentages show how far they are."
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-all: test test-slow  ## run all tests
+
+check: $(STAMP)  ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-teacher: $(STAMP)  ## train the embedded teacher anew (about 15 minutes, one thread)
+teacher: $(STAMP)  ## train the embedded teacher again (about 15 minutes, one thread)
 	$(BIN)/python -m xlstm_distill.embedded.train --out recipes/quickstart/teacher
 
 docs: $(STAMP)  ## write the generated documents: recipe schema and reference
 	$(BIN)/python -m xlstm_distill.recipe.reference
 
-clean:  ## remove the environment and the runs
-	rm -rf $(VENV) runs
+clean:  ## delete the environment, caches and build files; runs stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./runs -prune -o -type d '(' -name __pycache__ -o -name '*.egg-info' ')' \
+		-prune -exec rm -rf '{}' +
 
-# torch goes first: with a version that the rest accepts already there, nothing replaces it by a larger build.
+clean-runs:  ## delete all runs, after a question (YES=1 answers it)
+	@if [ ! -d runs ]; then echo "There are no runs to delete."; exit 0; fi; \
+	if [ '$(YES)' != 1 ]; then \
+		if [ ! -t 0 ]; then \
+			echo "make clean-runs asks before it deletes, and there is no terminal. Use: make clean-runs YES=1"; \
+			exit 1; \
+		fi; \
+		ls -d runs/*/ 2>/dev/null || true; \
+		printf "Delete these runs and their models for good? [y/N] "; read -r answer; \
+		case "$$answer" in y|Y|yes) ;; *) echo "Nothing was deleted."; exit 0;; esac; \
+	fi; \
+	rm -rf runs && echo "Deleted runs/."
+
+# Install torch first: if it already suits the other packages, none of them replaces it by a larger build.
 $(STAMP): pyproject.toml
 	@test -n '$(PYTHON)' && $(PYTHON) $(NEW_ENOUGH) || \
-		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.12"; exit 2; }
+		{ echo "Python 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3.12"; exit 2; }
+	@echo "Setting up .venv: a few minutes, the first time only."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	@$(BIN)/pip install --quiet --upgrade pip
+	@$(BIN)/pip install --quiet '$(TORCH)'
+	@$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# DeepSpeed builds against the torch that is there; where it does not install, its tests are skipped.
-$(VENV)/deepspeed: $(STAMP)
+# DeepSpeed builds against the torch that is installed. Tests skip what could not be installed.
+$(VENV)/extras: $(STAMP)
 	@$(BIN)/pip install --quiet 'setuptools<82' wheel && \
 		DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation '$(DEEPSPEED)' ninja || \
-		echo "DeepSpeed was not installed: its tests are skipped"
+		echo "DeepSpeed could not be installed: its tests are skipped."
+	@$(BIN)/pip install --quiet $(PEERS) || \
+		echo "xlstm and mlstm_kernels could not be installed: the comparisons with them are skipped."
 	@touch $@

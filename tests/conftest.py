@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests; nothing here touches the network."""
+"""Settings and fixtures shared by all tests; nothing here touches the network."""
 
 from __future__ import annotations
 
@@ -8,22 +8,46 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from processes import SETTINGS
 
+os.environ.update(SETTINGS)  # before torch is imported: it reads the number of threads once
+
+import psutil
 import pytest
 import torch
 
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
+MAX_WORKERS = 8
+WORKER_MEMORY = 3 * 2**30
+"""Memory that a worker of pytest-xdist may need with the processes its tests start (bytes)."""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return what `-n auto` means: a worker for each core, if the memory allows it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory().available // WORKER_MEMORY
+    return max(1, min(cores or 1, memory, MAX_WORKERS))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """DeepSpeed compiles a part of itself at its first start: without it or a compiler, its tests are skipped."""
+    """Mark tests of optional packages slow, skip those that cannot run, and put long files first.
+
+    DeepSpeed compiles a part of itself at its first start, so it needs a compiler.
+    """
     missing = [] if importlib.util.find_spec("deepspeed") else ["DeepSpeed"]
     missing += [] if shutil.which("c++") else ["a C++ compiler"]
     for item in items:
+        if item.get_closest_marker("deepspeed") or item.get_closest_marker("peers"):
+            item.add_marker(pytest.mark.slow)
         if missing and item.get_closest_marker("deepspeed"):
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}"))
+    # Files that start processes take longest. If one came last, the other workers would be idle.
+    long = {item.path for item in items if item.get_closest_marker("multi_process")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +58,7 @@ def root() -> Path:
 
 @pytest.fixture
 def tiny_teacher() -> Callable[..., torch.nn.Module]:
-    """Make a randomly initialised teacher of a family: 2 layers, 4 query heads of 16 over 2 key/value heads."""
+    """Make a randomly initialised teacher: 2 layers, 4 query heads of 16, 2 key/value heads."""
 
     def make(family: str = "llama", seed: int = 0, **overrides: object) -> torch.nn.Module:
         from xlstm_distill.models.families import FAMILIES
@@ -42,8 +66,9 @@ def tiny_teacher() -> Callable[..., torch.nn.Module]:
         torch.manual_seed(seed)
         settings = {
             "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
-            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.15,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "max_position_embeddings": 512, "initializer_range": 0.15,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         }  # fmt: skip
         config = FAMILIES[family].config(**{**settings, **overrides})
         return FAMILIES[family].causal_lm(config).eval()

@@ -1,9 +1,11 @@
-"""Stages in several processes, as a user starts them: --launch, accelerate launch, torchrun and the console script."""
+"""Stages in several processes, as a user starts them.
+
+Through --launch, accelerate launch, torchrun and the console script.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -12,48 +14,29 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import process_environment, run_python
 
 pytestmark = pytest.mark.multi_process
 
 ROOT = Path(__file__).parents[2]
 RECIPE, CONFIGS = ROOT / "recipes" / "quickstart.yaml", ROOT / "recipes" / "accelerate"
 SETS = (
-    "align.tokens=16384", "align.warmup_steps=1", "data.validation_rows=4", "capture.targets=online",
+    "align.tokens=16384", "align.warmup_steps=1", "data.validation_rows=4",
+    "capture.targets=online",
     "distill.experts={math: {phases: [{domain: math, tokens: 16384}]}}", "distill.warmup_steps=1",
 )  # fmt: skip
 CPU = str(CONFIGS / "ddp-cpu.yaml")
 
 
 def words(stage: str, run: Path, *more: str, sets: tuple[str, ...] = SETS) -> list[str]:
-    return [
-        stage,
-        str(RECIPE),
-        "--run-dir",
-        str(run),
-        *more,
-        *(w for value in sets for w in ("--set", value)),
-    ]
+    """The command line of a stage with these overrides."""
+    overrides = [word for value in sets for word in ("--set", value)]
+    return [stage, str(RECIPE), "--run-dir", str(run), *more, *overrides]
 
 
-def environment(shim: bool = False) -> dict[str, str]:
-    path = [str(ROOT / "tests" / "shims")] if shim else []
-    path += [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    return {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path),
-    }
-
-
-def start(command: list[str], shim: bool = False) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment(shim), check=False, cwd=ROOT
-    )
-
-
-def cli(*arguments: str, shim: bool = False) -> subprocess.CompletedProcess[str]:
-    return start([sys.executable, "-m", "xlstm_distill", *arguments], shim)
+def cli(*arguments: str, shims: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return run_python("-m", "xlstm_distill", *arguments, shims=shims)
 
 
 @pytest.fixture(scope="module")
@@ -66,36 +49,35 @@ def aligned(tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["accelerate.commands.launch", "--config_file", CPU, "-m", "xlstm_distill"],
-        [
-            "accelerate.commands.launch",
-            "--config_file",
-            CPU,
-            str(Path(sys.executable).parent / "xlstm-distill"),
-        ],
-        ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xlstm_distill"],
-    ],
-    ids=["accelerate-module", "accelerate-console-script", "torchrun"],
+ACCELERATE = ("accelerate.commands.launch", "--config_file", CPU)
+SCRIPT = str(Path(sys.executable).parent / "xlstm-distill")
+LAUNCHERS = (
+    # --launch does the same within one command, and every test of this file uses that.
+    pytest.param(
+        (*ACCELERATE, "-m", "xlstm_distill"), id="accelerate-module", marks=pytest.mark.slow
+    ),
+    pytest.param((*ACCELERATE, SCRIPT), id="accelerate-console-script"),
+    pytest.param(
+        ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xlstm_distill"),
+        id="torchrun",
+    ),
 )
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_other_launchers_work_as_well(launcher, aligned):
-    done = start([sys.executable, "-m", *launcher, *words("align", aligned)])
+    done = run_python("-m", *launcher, *words("align", aligned))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("align     already done") == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fsdp2",
-        *(
-            pytest.param(f"zero{n}", marks=[pytest.mark.deepspeed, pytest.mark.slow])
-            for n in (1, 2, 3)
-        ),
-    ],
-)
+ZERO = [
+    pytest.param(f"zero{stage}", marks=[pytest.mark.deepspeed, pytest.mark.slow])
+    for stage in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", *ZERO])
 def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -103,17 +85,12 @@ def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     import xlstm_distill  # noqa: F401  (makes students known to the Auto classes)
 
     run = shutil.copytree(aligned, tmp_path / "run")
-    launch = (
-        "--launch",
-        str(CONFIGS / f"{name}.yaml"),
-        "--launch-args",
-        "--num_processes 2 --mixed_precision no",
-    )
-    checkpoints = (
-        () if name == "fsdp2" else ("--set", "training.checkpoint_steps=null")
-    )  # DeepSpeed has none
+    options = "--num_processes 2 --mixed_precision no"
+    launch = ("--launch", str(CONFIGS / f"{name}.yaml"), "--launch-args", options)
+    # DeepSpeed has no checkpoints of its own.
+    checkpoints = () if name == "fsdp2" else ("--set", "training.checkpoint_steps=null")
     sharded = words("distill", run, *launch, "--set", "capture.shard_teacher=true", *checkpoints)
-    done = cli(*sharded, shim=True)
+    done = cli(*sharded, shims=True)
     assert done.returncode == 0, done.stderr
     models = [run / "artifacts" / stage / "model" for stage in ("align", "distill/math")]
     before, after = (load_file(model / "model.safetensors") for model in models)
@@ -126,13 +103,12 @@ def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     assert not loading["unexpected_keys"]
 
 
-@pytest.mark.parametrize("name", ["fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed)])
+@pytest.mark.parametrize("name", ["fsdp2", ZERO[2]])
 def test_sharding_that_would_silently_not_happen_is_refused(name, aligned, tmp_path):
     run = shutil.copytree(aligned, tmp_path / "run")
-    done = cli(
-        *words("distill", run, "--launch", str(CONFIGS / f"{name}.yaml"),
-               "--launch-args", "--num_processes 2 --mixed_precision no")
-    )  # fmt: skip
+    options = "--num_processes 2 --mixed_precision no"
+    launch = ("--launch", str(CONFIGS / f"{name}.yaml"), "--launch-args", options)
+    done = cli(*words("distill", run, *launch))
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     asked = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}[name]
@@ -141,9 +117,7 @@ def test_sharding_that_would_silently_not_happen_is_refused(name, aligned, tmp_p
         for line in lines
     )
     assert "Traceback" not in done.stderr
-    assert not (run / "artifacts" / "distill").exists() or not list(
-        (run / "artifacts" / "distill").iterdir()
-    )
+    assert not list(run.glob("artifacts/distill/*"))
 
 
 def test_several_processes_that_accelerate_would_not_start_are_refused(tmp_path):
@@ -156,13 +130,19 @@ def test_several_processes_that_accelerate_would_not_start_are_refused(tmp_path)
 
 
 def test_a_bad_recipe_is_said_once(tmp_path):
-    done = cli(*words("align", tmp_path / "run", "--launch", CPU, "--set", "align.lr=fast"))
+    launched = words("align", tmp_path / "run", "--launch", CPU, "--set", "align.lr=fast")
+    done = cli(*launched)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "align.lr" in done.stderr
     done = cli(*words("align", tmp_path / "run", "--launch-args", "--num_processes 2"))
     assert done.returncode == 2
     assert "--launch-args: '--num_processes 2' has no effect without --launch" in done.stderr
+
+
+def logged_steps(run: Path) -> int:
+    """Count the steps in the logs of a run's trainings."""
+    return sum(log.read_text().count("\n") for log in run.glob("training/*/log.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -175,14 +155,16 @@ def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number,
         "align", run, "--launch", CPU, sets=("align.tokens=4000000", "align.batch=4", *SETS[1:])
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "xlstm_distill", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, env=environment(), cwd=ROOT,
-    )  # fmt: skip
+        [sys.executable, "-m", "xlstm_distill", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=process_environment(),
+        cwd=ROOT,
+    )
     try:
-        deadline = time.monotonic() + 120
-        while (
-            sum(len(log.read_text().splitlines()) for log in run.glob("training/*/log.jsonl")) < 3
-        ):
+        deadline = time.monotonic() + 240
+        while logged_steps(run) < 3:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.1)

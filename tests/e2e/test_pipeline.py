@@ -1,9 +1,8 @@
-"""The whole pipeline on the embedded teacher, with small budgets: the command line as a user calls it."""
+"""The whole pipeline on the embedded teacher, with small budgets, from the command line."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,32 +12,46 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import call_cli
+from processes import process_environment, run_python
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
+# One task of each domain: other tests load and check all of the quickstart's tasks.
+TASKS = ("math_add", "code_expression", "stem_fact", "chat_copy")
 SMALL = (
     "align.tokens=65536", "align.warmup_steps=2",
     "distill.experts={math: {phases: [{domain: math, tokens: 49152}]},"
     " chat: {phases: [{domain: chat, tokens: 49152}]}}",
     "distill.warmup_steps=2", "evaluate.limit=6", "data.validation_rows=4",
+    "evaluate.tasks=["
+    + ", ".join(f"{{name: qs_{task}, domain: {task.partition('_')[0]}}}" for task in TASKS)
+    + "]",
 )  # fmt: skip
 
 
-def cli(*words: str | Path, sets: tuple[str, ...] = SMALL) -> subprocess.CompletedProcess[str]:
+def arguments(*words: str | Path, sets: tuple[str, ...] = SMALL) -> list[str | Path]:
+    """A command's words, and an option --set for each override."""
     overrides = [word for value in sets for word in ("--set", value)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "xlstm_distill", *map(str, words), *overrides]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, cwd="/"
-    )
+    return [*words, *overrides]
+
+
+def cli(*words: str | Path, sets: tuple[str, ...] = SMALL) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process."""
+    return call_cli(*arguments(*words, sets=sets))
+
+
+def cli_process(
+    *words: str | Path, sets: tuple[str, ...] = SMALL
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own: also libraries' own output is seen."""
+    return run_python("-m", "xlstm_distill", *arguments(*words, sets=sets), cwd="/")
 
 
 def in_two_processes(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    overrides = [word for value in SMALL for word in ("--set", value)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "-m", "xlstm_distill", *map(str, words), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    """Run the command line under torchrun, in two processes."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    return run_python(*launcher, "-m", "xlstm_distill", *arguments(*words))
 
 
 def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
@@ -58,8 +71,9 @@ def manifests(run: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
+    """A small run that all tests share; they only read it. One real process made it."""
     directory = tmp_path_factory.mktemp("pipeline") / "run"
-    done = cli("run", RECIPE, "--run", directory)
+    done = cli_process("run", RECIPE, "--run", directory)
     assert done.returncode == 0, done.stderr
     assert f"Report: {directory / 'report' / 'report.html'}" in done.stdout
     assert "\x1b" not in done.stdout
@@ -83,19 +97,17 @@ def test_every_stage_publishes_an_artifact_with_a_manifest(run):
 
 
 def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_been(run, tmp_path):
-    """SIGKILL, then SIGTERM, then to the end: the weights are those of the run that nobody disturbed."""
+    """After a SIGKILL and a SIGTERM, the weights equal those of an undisturbed run bit by bit."""
     shutil.copytree(run / "artifacts" / "data", tmp_path / "artifacts" / "data")
-    words = ["align", str(RECIPE), "--run", str(tmp_path), "--set", "training.checkpoint_steps=3"]
-    command = [
-        sys.executable,
-        "-m",
-        "xlstm_distill",
-        *words,
-        *(w for value in SMALL for w in ("--set", value)),
-    ]
+    words = ["align", RECIPE, "--run", tmp_path, "--set", "training.checkpoint_steps=3"]
+    command = [sys.executable, "-m", "xlstm_distill", *map(str, arguments(*words))]
     for number, step, code in ((signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 8, 75)):
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=process_environment(),  # with as many threads as the undisturbed run
         )
         while process.poll() is None and not any(
             log.read_text().count("\n") > step
@@ -190,7 +202,8 @@ def test_a_longer_expert_redoes_only_itself(run, tmp_path):
     assert done.returncode == 0, done.stderr
     after = manifests(copy)
     assert {label for label in after if after[label] != before[label]} == {
-        "data/math", "capture/math", "distill/math", "merge", "evaluate/math", "evaluate/merged", "report",
+        "data/math", "capture/math", "distill/math", "merge",
+        "evaluate/math", "evaluate/merged", "report",
     }  # fmt: skip
 
 
@@ -215,24 +228,21 @@ def test_stages_run_one_by_one_and_say_what_is_missing(tmp_path):
 def test_a_loss_that_is_not_finite_ends_in_one_line_and_keeps_what_was_there(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
     before = manifests(copy)
-    line = one_line(
-        cli("run", RECIPE, "--run", copy, sets=(*SMALL, "align.lr=1.0e+38", "align.clip=null")), 1
-    )
+    broken = (*SMALL, "align.lr=1.0e+38", "align.clip=null")
+    line = one_line(cli_process("run", RECIPE, "--run", copy, sets=broken), 1)
     assert "align: step" in line
     assert "is nan" in line or "is inf" in line
     assert manifests(copy) == before
 
 
 def test_a_teacher_that_is_not_there_is_one_line(tmp_path):
-    line = one_line(
-        cli("run", RECIPE, "--run", tmp_path / "run", sets=("teacher.path=quickstart/nowhere",)), 2
-    )
+    run = tmp_path / "run"
+    absent = ("teacher.path=quickstart/nowhere",)
+    line = one_line(cli_process("run", RECIPE, "--run", run, sets=absent), 2)
     assert "teacher.path: 'quickstart/nowhere' is not there" in line
     (tmp_path / "empty").mkdir()
-    line = one_line(
-        cli("run", RECIPE, "--run", tmp_path / "run", sets=(f"teacher.path={tmp_path / 'empty'}",)),
-        2,
-    )
+    empty = (f"teacher.path={tmp_path / 'empty'}",)
+    line = one_line(cli("run", RECIPE, "--run", run, sets=empty), 2)
     assert "teacher.path" in line
 
 
@@ -288,9 +298,12 @@ def test_two_processes_write_once_and_align_the_same_student(run, tmp_path):
 def test_a_student_of_windows_alone_goes_through_all_stages(tmp_path):
     """It has no new parameters: nothing to align, and no output gates to report."""
     windows = (
-        "student.mixer.branches=[window]", "data.domains={math: {sources: [{generator: math, documents: 2000}]}}",
-        "distill.experts={math: {phases: [{domain: math, tokens: 4096}]}}", "distill.warmup_steps=0",
-        "align.tokens=32768", "align.warmup_steps=0", "capture.targets=online", "data.validation_rows=4",
+        "student.mixer.branches=[window]",
+        "data.domains={math: {sources: [{generator: math, documents: 2000}]}}",
+        "data.validation_rows=4", "capture.targets=online",
+        "align.tokens=32768", "align.warmup_steps=0",
+        "distill.experts={math: {phases: [{domain: math, tokens: 4096}]}}",
+        "distill.warmup_steps=0",
         "evaluate.tasks=[{name: qs_math_add}]", "evaluate.limit=4",
     )  # fmt: skip
     done = cli("run", RECIPE, "--run", tmp_path / "run", sets=windows)

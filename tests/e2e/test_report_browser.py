@@ -43,13 +43,16 @@ PROBE = """<script>addEventListener("load", () => {
   const out = document.createElement("output");
   out.id = "probe";
   out.textContent = JSON.stringify({
-    sections: Object.fromEntries([...document.querySelectorAll("section")].map(e => [e.id, box(e)])),
+    sections: Object.fromEntries(
+      [...document.querySelectorAll("section")].map(e => [e.id, box(e)])),
     figures: [...document.querySelectorAll("figure svg")].map(box),
     numbers: [...document.querySelectorAll("#headline dd.value")].map(e => e.textContent),
     rows: [...document.querySelectorAll("#scores tbody tr")].map(e => e.cells.length),
     page: [document.documentElement.scrollWidth, innerWidth],
-    shades: [...document.querySelectorAll("#scores td.below")].map(e => getComputedStyle(e).backgroundColor),
-    requests: performance.getEntriesByType("resource").map(e => e.name).filter(name => !name.startsWith("data:")),
+    shades: [...document.querySelectorAll("#scores td.below")].map(
+      e => getComputedStyle(e).backgroundColor),
+    requests: performance.getEntriesByType("resource")
+      .map(e => e.name).filter(name => !name.startsWith("data:")),
   });
   document.body.append(out);
 });</script></body>"""
@@ -77,7 +80,7 @@ def visit(page: Path, folder: Path, size: str = "1280,900") -> Visit:
     assert BROWSER is not None
     flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}"]
     done = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60
+        [BROWSER, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return Visit(done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line])

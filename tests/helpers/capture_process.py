@@ -1,4 +1,4 @@
-"""Captures a recipe's targets in shards of 1024 tokens, slowly where asked. Started by test_capture.py.
+"""Capture a recipe's targets in shards of 1024 tokens, slowly where asked. For test_capture.py.
 
 Arguments: recipe, run directory, share (I/N or -), seconds to wait before each shard.
 """
@@ -15,10 +15,12 @@ from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import capture
 
 SETTINGS = (
-    "data.context=64", "data.validation_rows=8", "align.tokens=16384", "align.batch=8", "align.warmup_steps=0",
-    "distill.batch=8", "distill.warmup_steps=0", "capture.batch=5", "student.mixer.window=8",
-    "distill.experts={math: {phases: [{domain: math, tokens: 8192}]}, chat: {phases: [{domain: chat, tokens: 4096}]}}",
-    "capture.top_k=256", "capture.min_k=4",
+    "data.context=64", "data.validation_rows=8", "student.mixer.window=8",
+    "align.tokens=16384", "align.batch=8", "align.warmup_steps=0",
+    "distill.batch=8", "distill.warmup_steps=0",
+    "distill.experts={math: {phases: [{domain: math, tokens: 8192}]},"
+    " chat: {phases: [{domain: chat, tokens: 4096}]}}",
+    "capture.batch=5", "capture.top_k=256", "capture.min_k=4",
 )  # fmt: skip
 
 

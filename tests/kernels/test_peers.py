@@ -15,6 +15,7 @@ from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs,
 INSTALLED = importlib.util.find_spec("mlstm_kernels") is not None
 
 
+@pytest.mark.peers
 @pytest.mark.skipif(not INSTALLED, reason="mlstm_kernels is not installed")
 @pytest.mark.parametrize(
     "kernel", ["native_custbw", pytest.param("triton_xl_chunk", marks=pytest.mark.slow)]
@@ -30,6 +31,7 @@ def test_a_column_of_ones_makes_the_kernel_exact(device: str, kernel: str) -> No
         assert error_ratio(actual[name], expected[name]) < 1e-5, name
 
 
+@pytest.mark.peers
 @pytest.mark.skipif(not INSTALLED, reason="mlstm_kernels is not installed")
 @pytest.mark.parametrize("name", ["segment_ids", "state", "return_state"])
 def test_what_the_kernel_does_not_take_is_refused(name: str) -> None:

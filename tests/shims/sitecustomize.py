@@ -1,7 +1,7 @@
-"""Lets FSDP2 and DeepSpeed shard over CPU processes (gloo), which accelerate does for accelerators only.
+"""Let FSDP2 and DeepSpeed shard over CPU processes (gloo); accelerate allows accelerators only.
 
-Python imports this module by itself where this folder is on its path; it acts in the processes of a launcher only.
-Test code: nothing of it is in the package.
+Python imports a module of this name by itself if its folder is on the path. It acts only in the
+processes of a launcher. The package does not contain it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Gives Triton's interpreter the arithmetic of a GPU where it has its own: bfloat16, and products in TF32.
+"""Give Triton's interpreter a GPU's arithmetic in bfloat16 and in TF32 products.
 
-The interpreter keeps bfloat16 as its bits in uint16. It multiplies those integers, cuts float32 to bfloat16 instead of
-rounding to the nearest even, and stores the bits of an integer that becomes a bfloat16; and it ignores
-`input_precision`, where tensor cores read 10 bits behind the point of a float32 and drop the others.
-Test code: nothing of it is in the package.
+The interpreter keeps the bits of a bfloat16 in uint16, and differs from a GPU in three ways:
+it multiplies those integers; it cuts float32 to bfloat16 instead of rounding to the nearest even;
+and it takes the bits of an integer that is converted to bfloat16 as they are.
+It also ignores `input_precision`: tensor cores read 10 bits of a float32's mantissa in TF32 and
+drop the others. The package does not contain this module.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
-    """Multiply in float32 as tensor cores do: cut to TF32, or three such products of high and low parts."""
+    """Multiply float32 as tensor cores do: in TF32, or as three such products of both parts.
+
+    `precision` is tf32, tf32x3 or ieee.
+    """
     if precision == "tf32":
         return np.matmul(cut(a), cut(b), dtype=np.float32)
     if precision == "tf32x3":

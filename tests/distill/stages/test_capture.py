@@ -1,9 +1,8 @@
-"""The capture stage on the embedded teacher: shared, interrupted and resumed, it always makes the same files."""
+"""The capture stage: shared, interrupted or resumed, it always makes the same files."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from capture_process import SETTINGS, run_capture
+from processes import process_environment
 
 from xlstm_distill.artifacts import Run
 from xlstm_distill.data.budget import captured_rows
@@ -28,9 +29,6 @@ from xlstm_distill.stages.workbench import open_domains, prepare_domains
 from xlstm_distill.targets.providers import OnlineTargets
 
 SCRIPT = Path(__file__).parents[2] / "helpers" / "capture_process.py"
-sys.path.insert(0, str(SCRIPT.parent))
-from capture_process import SETTINGS, run_capture  # noqa: E402
-
 RECIPE = str(Path(__file__).parents[3] / "recipes" / "quickstart.yaml")
 
 
@@ -220,14 +218,17 @@ def test_shards_cover_all_rows_once(rows, context):
 
 def start(run, share, wait, *launcher):
     command = [sys.executable, *launcher, str(SCRIPT), RECIPE, str(run), share, str(wait)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-2000:]
     return output
 
@@ -235,7 +236,7 @@ def finish(process):
 @pytest.mark.multi_process
 def test_after_sigkill_two_at_once_finish_the_work(reference, fresh):
     killed = start(fresh, "-", 0.2)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 240
     while not list(fresh.glob("artifacts/capture/.math.*/store/targets-00001.bin")):
         assert time.monotonic() < deadline
         assert killed.poll() is None

@@ -39,7 +39,7 @@ def made(run: Run, label: str, *built_on: Artifact, seed: int = 0) -> Artifact:
 
 
 def pipeline(run: Run) -> dict[str, Artifact]:
-    """A run of two experts, with leftovers: a removed expert and its data, and an earlier report."""
+    """A run of two experts, with leftovers: a removed expert, its data, and an earlier report."""
     math, chat, old = (made(run, f"data/{name}") for name in ("math", "chat", "old"))
     targets = [made(run, "capture/math", math), made(run, "capture/chat", chat)]
     made(run, "capture/old", old)
@@ -63,7 +63,8 @@ def pipeline(run: Run) -> dict[str, Artifact]:
 def test_times_are_those_of_what_the_report_rests_on_in_the_stages_order(run: Run) -> None:
     timings = _timings(lineage(run, pipeline(run)))
     assert list(timings) == [
-        "data/math", "data/chat", "capture/math", "capture/chat", "align", "distill/math", "distill/chat", "merge",
+        "data/math", "data/chat", "capture/math", "capture/chat", "align",
+        "distill/math", "distill/chat", "merge",
         "evaluate/teacher", "evaluate/merged", "evaluate/math", "evaluate/chat",
     ]  # fmt: skip
 
