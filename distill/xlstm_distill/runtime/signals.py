@@ -1,8 +1,8 @@
 """Signals that end a run in order: SIGTERM, SIGUSR1 and Ctrl-C (SIGINT).
 
-Slurm sends SIGTERM or SIGUSR1 before it takes a machine away; Ctrl-C comes from a terminal. A signal
-ends a command at once, with one exception. A training defers it: it ends after the step it is in,
-with a checkpoint. A second Ctrl-C ends a training at once too.
+Slurm sends SIGTERM or SIGUSR1 before it takes a machine away; Ctrl-C comes from a terminal. A
+signal ends a command at once, with one exception: a training ends after the step it is in, with a
+checkpoint. A second Ctrl-C ends a training at once too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ FIRST_CTRL_C = b"\nCtrl-C: the training ends after this step. Press it again to 
 
 
 class Stopped(BaseException):
-    """A signal ended the run; what was finished is kept. Not an Exception: no error handler takes it.
+    """A signal ended the run; what was finished is kept.
 
+    It is no Exception, so that no error handler takes it.
     `agreed` says that all ranks stopped together, so that one of them can speak for all.
     """
 
@@ -110,8 +111,8 @@ def pending() -> signal.Signals | None:
 def stopped(where: str, goal: str, *, interrupted: bool) -> Stopped:
     """Make the error that ends all ranks together, once everything is saved.
 
-    `where` says what was done before; `goal` what the same command does, as in "to go on at step 9".
-    `interrupted` is Ctrl-C. Another rank may be the one that got the signal.
+    `where` says what was done before, `goal` what the same command will do ("to go on at step 9"),
+    `interrupted` whether it was Ctrl-C. Another rank may be the one that got the signal.
     """
     _state.ending = True
     return Stopped(_message(_name(interrupted), where, goal), interrupted=interrupted, agreed=True)

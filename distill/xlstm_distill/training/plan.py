@@ -46,6 +46,13 @@ class TrainingPlan:
         """Optimiser steps of all stretches."""
         return sum(stretch.steps for stretch in self.stretches)
 
+    def validation_rows(self, processes: int) -> int:
+        """Return the most rows of a validation's forward pass on one of so many ranks.
+
+        They are no more than in training, so that validation needs no more memory.
+        """
+        return min(self.micro_batch, self.batch // processes)
+
     def stretch_of(self, step: int) -> tuple[Stretch, int]:
         """Return the stretch a step belongs to, and the step's number in it."""
         for stretch in self.stretches:

@@ -309,11 +309,8 @@ class Trainer:
         return blame(origin, losses, batches)
 
     def validate(self) -> dict[str, float]:
-        """Return the held-out figures of the objective as it is now.
-
-        No more rows run at a time than in training, so that validation needs no more memory.
-        """
-        rows = min(self.plan.micro_batch, self.plan.batch // self.accelerator.num_processes)
+        """Return the held-out figures of the objective as it is now."""
+        rows = self.plan.validation_rows(self.accelerator.num_processes)
         return validate(self.wrapped, self.objective.count, self.domains, rows, self.accelerator)
 
 
