@@ -82,6 +82,7 @@ def check_trackers(names: Sequence[str], find: Callable[[str], object | None] = 
     Raises:
         UserError: names the tracker and what to install.
     """
+    # Each tracker's package has the tracker's name.
     for n, name in enumerate(names):
         if find(name) is None:
             raise UserError(
@@ -103,6 +104,7 @@ def _open_tracker(
         tracker = kind(PROJECT, name=f"{directory.parent.name}-{run_name}", **place)
     if hasattr(tracker, "start"):
         tracker.start()
+    # TensorBoard refuses a None among the settings.
     known = {key: value for key, value in facts.items() if value is not None}
     tracker.store_init_configuration(known)
     return tracker

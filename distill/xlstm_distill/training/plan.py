@@ -27,8 +27,8 @@ class TrainingPlan:
 
     label: str
     stretches: tuple[Stretch, ...]
-    optim: Optimization
-    settings: Training
+    optim: Optimization  # the recipe's align or distill section
+    settings: Training  # its training section: checkpoints, validation, trackers
     flops_per_token: float | None = None
 
     @property

@@ -36,6 +36,7 @@ class TrainingState:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 held[f"{MOMENT}/{name}/{key}"] = value
             for key, value in held.items():
+                # What is not sharded is the same on all ranks: one copy is enough.
                 if _is_sharded(value) or is_main_process():
                     named[key] = _local(value)
         return named | _generators()
@@ -69,6 +70,7 @@ class TrainingState:
                 moments[numbers[id(parameter)]] = found
         whole: dict[str, Any] = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**whole, "state": moments})
+        # Other ranks than those that wrote have other rows, and no generators to go on with.
         if exact:
             _set_generators(pieces.files[process_index()])
         return exact

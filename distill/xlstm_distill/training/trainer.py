@@ -83,7 +83,7 @@ class Trainer:
             self.console.line, tolerant=plan.optim.non_finite == "skip", steps=plan.steps
         )
         self.peak = published_peak(accelerator.device)
-        self.saved_step = 0  # where the same command would go on now
+        self.saved_step = 0  # of the newest checkpoint: the same command goes on there
         self.started, self.earlier_seconds = time.monotonic(), 0.0
 
     def run(self) -> TrainingResult:
@@ -91,6 +91,7 @@ class Trainer:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.checkpoints.clean()
         start, before = self._resume()
+        # Signals still end the command at once here: there is nothing to save yet.
         before = before or self.validate()
         # A loaded model is in eval mode, in which transformers checkpoints no activations.
         self.wrapped.train()
@@ -137,6 +138,7 @@ class Trainer:
         SIGTERM stands for any signal of a scheduler, which outweighs Ctrl-C.
         """
         pending = signals.pending()
+        # Tokens and signals in one reduction: a second one would cost every step a round trip.
         mine = [tokens, int(pending in signals.SIGNALS), int(pending == signal.SIGINT)]
         counted = torch.tensor(mine, device=self.accelerator.device)
         total, terms, interrupts = self.accelerator.reduce(counted, "sum").tolist()
@@ -217,6 +219,7 @@ class Trainer:
         if stop is not None:
             self._stop(step, before, stop)
         lr = learning_rate(self.plan.optim, self.plan.steps, step, stretch.lr)
+        # Set at every step, not by a scheduler, whose state a checkpoint would have to hold.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         figures = self._optimize(step, rows, batches, tokens)
@@ -271,6 +274,7 @@ class Trainer:
         else:
             self.skips.is_finite()
             self.optimizer.step()
+        # Also after a skipped step: its gradient must not add to that of the next.
         self.optimizer.zero_grad()
         return figures
 
