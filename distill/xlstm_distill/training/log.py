@@ -104,7 +104,6 @@ def _open_tracker(
         tracker = kind(PROJECT, name=f"{directory.parent.name}-{run_name}", **place)
     if hasattr(tracker, "start"):
         tracker.start()
-    # TensorBoard refuses a None among the settings.
     known = {key: value for key, value in facts.items() if value is not None}
     tracker.store_init_configuration(known)
     return tracker
