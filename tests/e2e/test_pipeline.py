@@ -97,17 +97,21 @@ def test_every_stage_publishes_an_artifact_with_a_manifest(run):
 
 
 def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_been(run, tmp_path):
-    """After a SIGKILL and a SIGTERM, the weights equal those of an undisturbed run bit by bit."""
+    """After SIGKILL, SIGTERM and Ctrl-C, the weights equal those of an undisturbed run exactly."""
     shutil.copytree(run / "artifacts" / "data", tmp_path / "artifacts" / "data")
     words = ["align", RECIPE, "--run", tmp_path, "--set", "training.checkpoint_steps=3"]
     command = [sys.executable, "-m", "xlstm_distill", *map(str, arguments(*words))]
-    for number, step, code in ((signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 8, 75)):
+    ends = ((signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 8, 75), (signal.SIGINT, 12, 130))
+    told = {}
+    for number, step, code in ends:
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=process_environment(),  # with as many threads as the undisturbed run
+            # A shell may have started the tests in the background, where it ignores SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while process.poll() is None and not any(
             log.read_text().count("\n") > step
@@ -115,13 +119,17 @@ def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_bee
         ):
             time.sleep(0.01)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == code, errors
-    assert "stopped by SIGTERM after step" in errors
+        _, told[number] = process.communicate(timeout=120)
+        assert process.returncode == code, told[number]
+    assert "stopped by SIGTERM after step" in told[signal.SIGTERM]
+    stopped = (
+        r"stopped by Ctrl-C after step \d+ of align, with a checkpoint; .* at step (\d+) of 32"
+    )
+    goes_on_at = re.search(stopped, told[signal.SIGINT])[1]
     status = cli("status", tmp_path, sets=()).stdout
     assert re.search(r"align +stopped \d:\d\d ago at checkpoint \d+ +\d+ of 32", status)
     done = cli(*words)
-    assert "align: goes on at step" in done.stdout, done.stderr
+    assert f"align: goes on at step {goes_on_at} of 32" in done.stdout, done.stderr
     model = Path("artifacts", "align", "model", "model.safetensors")
     assert (tmp_path / model).read_bytes() == (run / model).read_bytes()
     assert not list((tmp_path / "training").iterdir())

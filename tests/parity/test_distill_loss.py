@@ -13,7 +13,7 @@ from xlstm_distill.losses import fused as fused_loss
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets.providers import OnlineTargets, kept_logits
-from xlstm_distill.training.objectives import DistillTask
+from xlstm_distill.training.objectives import DistillObjective
 from xlstm_kernels.testing import error_ratio
 
 WEIGHTS = LossWeights(0.9, 0.1)
@@ -54,7 +54,7 @@ def test_the_task_has_the_plain_formulas_loss_and_gradients(
     cross_entropy = -log_q.gather(1, batch.labels[keep][:, None]).sum()
     (WEIGHTS.cross_entropy * cross_entropy + WEIGHTS.kl * (p.exp() * (p - q)).sum()).backward()
 
-    task = DistillTask(student, OnlineTargets(teacher, 16), WEIGHTS)
+    task = DistillObjective(student, OnlineTargets(teacher, 16), WEIGHTS)
     sums = task(batch)
     sums.loss.backward()
     assert error_ratio(sums.parts["ce"], cross_entropy.detach()) < 1e-6
@@ -66,7 +66,7 @@ def test_the_task_has_the_plain_formulas_loss_and_gradients(
 
 def test_tokens_without_supervision_change_nothing(tiny_teacher):
     teacher, batch = tiny_teacher(), packed_batch()
-    task = DistillTask(
+    task = DistillObjective(
         convert(teacher, MixerConfig(window=8, sinks=2)), OnlineTargets(teacher, 16), WEIGHTS
     )
     full = task(batch)

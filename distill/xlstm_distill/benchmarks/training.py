@@ -40,7 +40,7 @@ from xlstm_distill.planning.flops import MixerShape, token_flops
 from xlstm_distill.recipe import MixerConfig, Optimization
 from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_logits
-from xlstm_distill.training.objectives import DistillTask, Sums
+from xlstm_distill.training.objectives import DistillObjective, Sums
 from xlstm_distill.training.optim import make_optimizer
 
 WEIGHTS = LossWeights(cross_entropy=0.9, kl=0.1)
@@ -94,8 +94,8 @@ VARIANTS = (
 )
 
 
-class PlainTask(DistillTask):
-    """Stage II with the plain formula, which makes the logits of all kept tokens at once."""
+class PlainObjective(DistillObjective):
+    """Stage II with the plain formula: logits of all kept tokens at once."""
 
     def forward(self, batch: Batch) -> Sums:
         """Weighted loss summed over kept tokens."""
@@ -150,8 +150,8 @@ def make_model(variant: Variant, options: argparse.Namespace) -> tuple[CausalLM,
     return model, teacher.to(getattr(torch, options.dtype)) if online else None
 
 
-def make_task(variant: Variant, options: argparse.Namespace, batch: Batch) -> DistillTask:
-    """Make the variant's task."""
+def make_objective(variant: Variant, options: argparse.Namespace, batch: Batch) -> DistillObjective:
+    """The objective that a variant trains."""
     model, teacher = make_model(variant, options)
     kept = int((batch.labels != IGNORE_INDEX).sum())
     source: TargetSource = FixedTargets(
@@ -159,7 +159,7 @@ def make_task(variant: Variant, options: argparse.Namespace, batch: Batch) -> Di
     )
     if teacher is not None:
         source = OnlineTargets(teacher, options.top_k)
-    kind = DistillTask if variant.loss == "fused" else PlainTask
+    kind = DistillObjective if variant.loss == "fused" else PlainObjective
     return kind(model, source, WEIGHTS)
 
 
@@ -180,10 +180,12 @@ def backward(wrapped: nn.Module, batch: Batch, tokens: int, accelerator: Acceler
 def measure(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
     """Train a variant; return the seconds of every step after the warm-up, peak memory and MFU."""
     batch, accelerator = random_batch(options), make_accelerator(options)
-    task = make_task(variant, options, batch)
-    optimizer = make_optimizer(task.named_parameters(), Optimization(batch=options.batch, lr=1e-5))
-    wrapped, optimizer = accelerator.prepare(task, optimizer)
-    tokens, seconds = task.count(batch), []
+    objective = make_objective(variant, options, batch)
+    optimizer = make_optimizer(
+        objective.named_parameters(), Optimization(batch=options.batch, lr=1e-5)
+    )
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    tokens, seconds = objective.count(batch), []
     for step in range(options.warmup + options.steps):
         start = clock(accelerator.device)
         backward(wrapped, batch, tokens, accelerator)
@@ -258,9 +260,9 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     batch, accelerator = random_batch(options), make_accelerator(options)
     found = []
     for variant in VARIANTS[:2]:
-        task = make_task(variant, options, batch)
-        loss = backward(accelerator.prepare(task), batch, task.count(batch), accelerator)
-        found.append((loss, [p.grad for p in task.parameters() if p.grad is not None]))
+        objective = make_objective(variant, options, batch)
+        loss = backward(accelerator.prepare(objective), batch, objective.count(batch), accelerator)
+        found.append((loss, [p.grad for p in objective.parameters() if p.grad is not None]))
     (fused_loss, fused), (plain_loss, plain) = found
     error = scale = 0.0
     for a, b in zip(fused, plain, strict=True):

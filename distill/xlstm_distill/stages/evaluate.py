@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig
@@ -36,7 +35,8 @@ def evaluate(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
     recipe = lineage.recipe
     sources = _sources(lineage, run)
     requests = {name: lineage.request(f"evaluate/{name}") for name in sources}
-    done = all([run.has(request) for request in requests.values()])  # a list: all ranks ask all
+    # The ranks agree on each answer, so that all stop asking at the same one.
+    done = all(run.has(request) for request in requests.values())
     data = {} if done else prepare(lineage, run, recipe.data.domains, console)
 
     @functools.cache  # takes seconds: only when something is to be scored

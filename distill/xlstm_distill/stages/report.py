@@ -148,7 +148,7 @@ def _timings(sources: Mapping[str, Artifact]) -> dict[str, float]:
 
 
 def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, str]:
-    """Where the figures come from: recipe, seed, versions, machine, fingerprints and training results."""
+    """Where the figures come from: recipe, seed, versions, machine, fingerprints."""
     name, revision = teacher_name(recipe.teacher), recipe.teacher.revision
     found = {
         "recipe": recipe.name,

@@ -32,7 +32,9 @@ def test_fused_and_plain_training_agree(options, checkpointing):
 
 
 def test_the_check_sees_a_wrong_loss(options, monkeypatch):
-    monkeypatch.setattr(training.PlainTask, "forward", lambda self, batch: _without_kl(self, batch))
+    monkeypatch.setattr(
+        training.PlainObjective, "forward", lambda self, batch: _without_kl(self, batch)
+    )
     assert min(check(options).values()) > 1e-3
 
 

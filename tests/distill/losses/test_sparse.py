@@ -26,3 +26,8 @@ def test_targets_of_some_tokens_are_rows_of_all():
     assert torch.equal(part.ids, targets.ids[1:3])
     assert torch.equal(part.log_probs, targets.log_probs[1:3])
     assert torch.equal(part.tail, targets.tail[1:3])
+
+
+def test_sparse_targets_survive_a_small_vocabulary():
+    targets = SparseTargets.from_logits(torch.randn(3, 5), top_k=256)
+    assert targets.ids.shape == (3, 5)
