@@ -92,7 +92,7 @@ def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     # DeepSpeed has no checkpoints of its own.
     checkpoints = () if name == "fsdp2" else ("--set", "training.checkpoint_steps=null")
     sharded = words("distill", run, *launch, "--set", "capture.shard_teacher=true", *checkpoints)
-    done = cli(*sharded, shims=True)
+    done = cli(*sharded, shims=True)  # without them, neither shards on CPUs
     assert done.returncode == 0, done.stderr
     models = [run / "artifacts" / stage / "model" for stage in ("align", "distill/math")]
     before, after = (load_file(model / "model.safetensors") for model in models)
@@ -176,5 +176,6 @@ def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number,
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     assert process.returncode == 75, errors
+    # Both processes got the signal, and both say so.
     assert errors.count(f"stopped by {number.name} after step") == 2
     assert list(run.glob("training/*/step-*"))

@@ -95,6 +95,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def probed(page: Path, folder: Path) -> Path:
     """Write a copy with the probe in it; the copy may run scripts, the report itself may not."""
     text = page.read_text(encoding="utf-8")
+    # The probe is a script, and the report's own policy forbids every script.
     allowed = text.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
     assert allowed != text
     copy = folder / "probed.html"
