@@ -22,7 +22,7 @@ def _shard_on_cpu() -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed.comm.torch
 
-        # The operator is a C++ extension. Compiling it takes a minute, and gloo does without it.
+        # A C++ extension, which would be compiled first. DeepSpeed works over gloo without it.
         deepspeed.comm.torch.build_shm_op = lambda: None
 
 

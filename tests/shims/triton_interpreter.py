@@ -69,7 +69,7 @@ def product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
     if precision == "tf32":
         return np.matmul(cut(a), cut(b), dtype=np.float32)
     if precision == "tf32x3":
-        # The product of both low parts is below float32's precision; tensor cores leave it out.
+        # Triton leaves out the product of both low parts, which is too small to matter.
         high_a, high_b = cut(a), cut(b)
         low = np.matmul(cut(a - high_a), high_b) + np.matmul(high_a, cut(b - high_b))
         return low + np.matmul(high_a, high_b, dtype=np.float32)
