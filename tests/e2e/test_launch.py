@@ -170,7 +170,6 @@ def training(run: Path, *sets: str):
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-<<<<<<< HEAD
 
 
 def listen_to_ctrl_c() -> None:
@@ -244,9 +243,3 @@ def test_a_second_ctrl_c_ends_all_processes_at_once(prepared):
     assert [line.startswith(expected) for line in lines[1:]] == [True], errors
     assert logged_steps(prepared) == 0
     assert not list(prepared.glob("training/*/step-*"))
-=======
-    assert process.returncode == 75, errors
-    # Both processes got the signal, and both say so.
-    assert errors.count(f"stopped by {number.name} after step") == 2
-    assert list(run.glob("training/*/step-*"))
->>>>>>> wt-tests

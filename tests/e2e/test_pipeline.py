@@ -101,15 +101,9 @@ def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_bee
     shutil.copytree(run / "artifacts" / "data", tmp_path / "artifacts" / "data")
     words = ["align", RECIPE, "--run", tmp_path, "--set", "training.checkpoint_steps=3"]
     command = [sys.executable, "-m", "xlstm_distill", *map(str, arguments(*words))]
-<<<<<<< HEAD
     ends = ((signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 8, 75), (signal.SIGINT, 12, 130))
     told = {}
     for number, step, code in ends:
-=======
-    # The first process dies at step 4 or later and leaves a checkpoint of step 3. The second one
-    # goes on from there and writes a checkpoint of its own when SIGTERM comes.
-    for number, step, code in ((signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGTERM, 8, 75)):
->>>>>>> wt-tests
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

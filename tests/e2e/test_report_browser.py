@@ -86,19 +86,9 @@ class Visit:
 def visit(tmp_path_factory: pytest.TempPathFactory) -> Visit:
     """Open the report, copies with a probe, and two pages with faults: one start of the browser."""
     data = ReportData.model_validate_json(DATA_FILE.read_text(encoding="utf-8"))
-<<<<<<< HEAD
     folder = tmp_path_factory.mktemp("run") / "report"
     text = write_report(data, folder).read_text(encoding="utf-8")
     # The copies may run scripts; the report itself may not.
-=======
-    return write_report(data, tmp_path_factory.mktemp("run") / "report")
-
-
-def probed(page: Path, folder: Path) -> Path:
-    """Write a copy with the probe in it; the copy may run scripts, the report itself may not."""
-    text = page.read_text(encoding="utf-8")
-    # The probe is a script, and the report's own policy forbids every script.
->>>>>>> wt-tests
     allowed = text.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
     assert allowed != text
     pages = {
