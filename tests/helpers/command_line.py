@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 from xlstm_distill.cli.app import app
 
 
-def call_cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run `xlstm-distill WORDS` from the root directory; returns what a process would leave.
+def call_cli(*words: str | Path, cwd: Path | str = "/") -> subprocess.CompletedProcess[str]:
+    """Run `xlstm-distill WORDS` in a folder; returns what a process would leave.
 
     Nothing but an exit gets out of the command line: any other exception is raised again here.
     """
     arguments = [str(word) for word in words]
     before = {number: signal.getsignal(number) for number in signal.Signals}
     try:
-        with contextlib.chdir("/"):
+        with contextlib.chdir(cwd):
             result = CliRunner().invoke(app, arguments, prog_name="xlstm-distill")
     finally:
         # The command line listens to signals. Pytest's own handlers must work afterwards.
