@@ -25,7 +25,8 @@ def changed_settings(
     """
     old, new = dict(_leaves(before)), dict(_leaves(after))
     found: list[str] = []
-    for path in dict.fromkeys((*old, *new)):
+    # A manifest's keys are sorted; the recipe's order is the one that people know.
+    for path in dict.fromkeys((*new, *old)):
         earlier, later = old.get(path, NOTHING), new.get(path, NOTHING)
         if earlier != later:
             found.append(f"{_recipe_key(path, keys)} {_written(earlier)} -> {_written(later)}")
