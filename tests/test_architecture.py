@@ -54,6 +54,7 @@ ROOMS = {
         "score",
         "suites",
         "results",
+        "terminal",
         "harness",
         "report",
     ),

@@ -1,7 +1,7 @@
 """Distill Transformer language models into hybrid xLSTM students.
 
 Importing this package is cheap: torch loads with the first name that needs it. Students are known
-to `AutoModelForCausalLM` as soon as both this package and transformers are imported, in any order.
+to `AutoModelForCausalLM` once this package and transformers are imported, in either order.
 """
 
 from __future__ import annotations

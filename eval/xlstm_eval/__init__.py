@@ -1,0 +1,1 @@
+"""Measure a student against its teacher: suites, lm-eval's harness, the metric, the report."""

@@ -1,33 +1,30 @@
-"""Run a loaded model through lm-eval on a suite. The only importer of lm_eval, which takes seconds: always lazily.
+"""Run a loaded model through lm-eval on a suite.
 
-Offline by construction where the suite's task files are local. All tasks of a suite go into one lm-eval call, so that
-batches fill up across tasks whose generation settings are equal.
+No other module imports lm_eval. Its import takes seconds, so it happens inside the functions.
+With local task files nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from xlstm_eval.problems import did_you_mean
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
+from xlstm_eval.terminal import Progress, ProgressHook, quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]
-
 FILE_BUILDERS = ("json", "csv", "parquet", "text")
+"""What a task file names as ``dataset_path`` to read its own ``data_files``."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +36,29 @@ class LoadedSuite:
     manager: Any
 
     def leaves(self) -> Iterator[tuple[SuiteTask, Any]]:
-        """Yield each lm-eval task with the suite's entry it comes from (a group's members share one)."""
+        """Yield each lm-eval task with the suite's entry; the members of a group share one."""
         for entry in self.suite.tasks:
             for leaf in _leaves(self.tasks[entry.name]):
                 yield entry, leaf
+
+    def count_requests(self) -> int:
+        """Return how many requests lm-eval has built for the suite so far."""
+        total = 0
+        for _, leaf in self.leaves():
+            total += sum(instance.repeats for instance in leaf.instances or ())
+        return total
 
 
 def load_suite(suite: Suite) -> LoadedSuite:
     """Find the suite's tasks, apply its overrides, and read their data.
 
-    Local task files come first; lm-eval's own index is read only when a name is not among them. Relative
-    ``data_files`` are taken from the folder of the task file that names them.
+    Relative ``data_files`` are taken from the folder of the task file that names them.
     Raises EvalError: no such folder, unknown task, data that cannot be loaded.
     """
-    with _quiet():
-        from lm_eval.tasks import TaskManager
-
-        if suite.include_path is not None and not suite.include_path.is_dir():
-            raise EvalError(
-                f"suite.include_path: {suite.include_path} is not a folder. Give a folder of task files."
-            )
-        names = [task.name for task in suite.tasks]
-        path = None if suite.include_path is None else str(suite.include_path.resolve())
-        manager = TaskManager(include_path=path, include_defaults=False)
-        if missing := [name for name in names if name not in manager.all_tasks]:
-            known = manager.all_tasks
-            manager = TaskManager(include_path=path, include_defaults=True)
-            if unknown := [name for name in missing if name not in manager.all_tasks]:
-                raise EvalError(
-                    f"suite.tasks: unknown task {unknown[0]!r}. {_suggest(unknown[0], known, manager)}"
-                )
-        loaded = LoadedSuite(suite, {name: _load_task(manager, name) for name in names}, manager)
+    with quiet():
+        manager = _find_tasks(suite)
+        tasks = {task.name: _load_task(manager, task.name) for task in suite.tasks}
+        loaded = LoadedSuite(suite, tasks, manager)
         for entry, leaf in loaded.leaves():
             _override(entry, leaf)
     return loaded
@@ -86,41 +75,42 @@ def evaluate_model(
 ) -> EvaluationResult:
     """Score a causal LM on every task of a suite, by lm-eval.
 
-    ``progress(done, total)`` is called as requests finish. A suite given as LoadedSuite is not read again.
-    Raises EvalError: a task that needs a longer context than the model has, unsafe code not confirmed, an unknown
-    metric or filter, a score that is not finite.
+    ``progress(done, total)`` is called as requests finish. A LoadedSuite is not read again.
+    Raises EvalError: a task that needs a longer context than the model has, unsafe code that is not
+    confirmed, an unknown metric or filter, a score that is not finite.
     """
     started = time.perf_counter()
     loaded = suite if isinstance(suite, LoadedSuite) else load_suite(suite)
     was_training, stderr = model.training, sys.stderr
-    with _quiet() as warnings:
+    with quiet() as warnings:
         lm = _language_model(model, tokenizer, batch_size)
         _check(loaded, lm)
         if progress is not None:
-            lm.set_cache_hook(_ProgressHook(progress, loaded, stderr))
+            lm.set_cache_hook(ProgressHook(progress, loaded.count_requests, stderr))
         raw = _run_all(lm, loaded, seed)
+    # lm-eval leaves the model in evaluation mode.
     model.train(was_training)
     samples = {leaf.task_name: raw["samples"][leaf.task_name] for _, leaf in loaded.leaves()}
+    # Where the task files lie does not change what is asked.
+    settings = loaded.suite.model_dump(mode="json", exclude={"include"})
     return EvaluationResult(
         tasks=tuple(_result_of(entry, loaded, raw) for entry in loaded.suite.tasks),
         samples=samples,
         seconds=time.perf_counter() - started,
         requests_hash=hash_requests(samples),
-        settings_hash=hash_value(
-            [loaded.suite.model_dump(mode="json", exclude={"include_path"}), seed]
-        ),
+        settings_hash=hash_value([settings, seed]),
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
 def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse what evaluate_model would refuse of a model of this config, without the model and in seconds.
+    """Refuse what evaluate_model would refuse of a model of this config, in seconds and without it.
 
-    The first item of each task is asked of a stand-in, whose answers are empty: what a task reports as its metrics
-    shows only then. Raises EvalError as load_suite and evaluate_model do.
+    Raises EvalError as load_suite and evaluate_model do.
     """
+    # Which metrics a task reports shows only when it has been run: a stand-in answers one item.
     loaded = load_suite(suite.model_copy(update={"limit": 1}))
-    with _quiet():
+    with quiet():
         lm = _stand_in(config, tokenizer)
         _check(loaded, lm)
         raw = _run_all(lm, loaded, seed=0)
@@ -128,19 +118,33 @@ def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTok
         pick_metric(entry, raw["results"][entry.name])
 
 
-def _load_task(manager: Any, name: str) -> Any:
-    """Load one task or group; a task file's relative data files are made absolute first."""
-    from datasets.exceptions import DatasetsError
-    from lm_eval.tasks._yaml_loader import load_yaml
+def _find_tasks(suite: Suite) -> Any:
+    """Return lm-eval's index of tasks that knows every task of the suite."""
+    from lm_eval.tasks import TaskManager
 
-    entry = manager.task_index[name]
-    spec: str | dict[str, Any] = name
-    if entry.yaml_path is not None:
-        config = load_yaml(entry.yaml_path)
-        files = (config.get("dataset_kwargs") or {}).get("data_files")
-        if config.get("dataset_path") in FILE_BUILDERS and files is not None:
-            absolute = _absolute(files, Path(entry.yaml_path).parent)
-            spec = config | {"dataset_kwargs": config["dataset_kwargs"] | {"data_files": absolute}}
+    folder = suite.include
+    if folder is not None and not folder.is_dir():
+        raise EvalError(f"suite.include: {folder} is not a folder. Give a folder of task files.")
+    path = None if folder is None else str(folder.resolve())
+    # lm-eval's own index takes seconds to read, so it is read only for a name that is not local.
+    manager = TaskManager(include_path=path, include_defaults=False)
+    local = manager.all_tasks
+    missing = [task.name for task in suite.tasks if task.name not in local]
+    if not missing:
+        return manager
+    manager = TaskManager(include_path=path, include_defaults=True)
+    for name in missing:
+        if name not in manager.all_tasks:
+            hint = did_you_mean(name, local or manager.all_tasks)
+            raise EvalError(f"suite.tasks: unknown task {name!r}. {hint}")
+    return manager
+
+
+def _load_task(manager: Any, name: str) -> Any:
+    """Load one task or group; make a task file's relative data files absolute first."""
+    from datasets.exceptions import DatasetsError
+
+    spec = _task_spec(manager.task_index[name])
     try:
         loaded = manager.load([spec])
     except (OSError, ValueError, KeyError, ImportError, DatasetsError) as error:
@@ -148,7 +152,23 @@ def _load_task(manager: Any, name: str) -> Any:
     return loaded["groups"].get(name) or loaded["tasks"][name]
 
 
+def _task_spec(entry: Any) -> str | dict[str, Any]:
+    """Return what lm-eval loads a task from: its name, or its settings with absolute data files."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if entry.yaml_path is None:
+        return str(entry.name)
+    config: dict[str, Any] = load_yaml(entry.yaml_path)
+    settings = config.get("dataset_kwargs") or {}
+    if config.get("dataset_path") not in FILE_BUILDERS or settings.get("data_files") is None:
+        return str(entry.name)
+    # lm-eval would take the paths from the working directory.
+    absolute = _absolute(settings["data_files"], Path(entry.yaml_path).parent)
+    return config | {"dataset_kwargs": settings | {"data_files": absolute}}
+
+
 def _absolute(files: Any, folder: Path) -> Any:
+    """Make ``data_files`` absolute: a path, a list of them, or a mapping by split."""
     if isinstance(files, dict):
         return {split: _absolute(value, folder) for split, value in files.items()}
     if isinstance(files, list):
@@ -156,7 +176,8 @@ def _absolute(files: Any, folder: Path) -> Any:
     if "://" in files:
         return files
     path = (folder / files).resolve()
-    if not path.exists() and not any(mark in files for mark in "*?["):
+    is_pattern = any(mark in files for mark in "*?[")
+    if not is_pattern and not path.exists():
         raise EvalError(
             f"data_files: {files} is not in {folder}. Paths are relative to the task file."
         )
@@ -164,11 +185,14 @@ def _absolute(files: Any, folder: Path) -> Any:
 
 
 def _override(entry: SuiteTask, leaf: Any) -> None:
-    shots = leaf.get_config("num_fewshot") or 0 if entry.num_fewshot is None else entry.num_fewshot
+    """Apply the suite's settings of one task to lm-eval's task object."""
+    shots = entry.shots
+    if shots is None:
+        shots = leaf.get_config("num_fewshot") or 0
     leaf.set_config(key="num_fewshot", value=shots)
     changes: dict[str, Any] = dict(entry.generation)
-    if entry.max_gen_toks is not None:
-        changes["max_gen_toks"] = entry.max_gen_toks
+    if entry.max_gen_tokens is not None:
+        changes["max_gen_toks"] = entry.max_gen_tokens
     if changes and leaf.get_config("output_type") == "generate_until":
         leaf.set_config(key="generation_kwargs", value=changes, update=True)
 
@@ -178,17 +202,18 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
     for entry, leaf in loaded.leaves():
         if getattr(leaf, "UNSAFE_CODE", False) and not loaded.suite.confirm_run_unsafe_code:
             raise EvalError(
-                f"{entry.name}: runs generated code. Set confirm_run_unsafe_code to allow it, in a sandbox."
+                f"{entry.name}: runs generated code. "
+                "Set confirm_run_unsafe_code to allow it, in a sandbox."
             )
-        if leaf.get_config("output_type") == "generate_until":
-            budget = (leaf.get_config("generation_kwargs") or {}).get(
-                "max_gen_toks", lm.max_gen_toks
+        if leaf.get_config("output_type") != "generate_until":
+            continue
+        settings = leaf.get_config("generation_kwargs") or {}
+        budget = settings.get("max_gen_toks", lm.max_gen_toks)
+        if budget >= lm.max_length:
+            raise EvalError(
+                f"{entry.name}.max_gen_tokens: {budget} leaves no room for a prompt; the model's "
+                f"context is {lm.max_length}. Give fewer."
             )
-            if budget >= lm.max_length:
-                raise EvalError(
-                    f"{entry.name}.max_gen_toks: {budget} leaves no room for a prompt; the model's context is "
-                    f"{lm.max_length}. Give fewer."
-                )
 
 
 def _language_model(
@@ -200,7 +225,7 @@ def _language_model(
 
 
 def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Make a language model for lm-eval that answers nothing, with a real one's context and chat template."""
+    """Make lm-eval a model that answers nothing, with a real one's context and chat template."""
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import resolve_max_length
@@ -221,6 +246,7 @@ def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> A
         def generate_until(self, requests: list[Any]) -> list[str]:
             return [""] * len(requests)
 
+        # Any finite number will do: only the names of the metrics are looked at.
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             return [(-1.0, False)] * len(requests)
 
@@ -231,10 +257,12 @@ def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> A
 
 
 def _run_all(lm: Any, loaded: LoadedSuite, seed: int) -> dict[str, dict[str, Any]]:
-    """Evaluate the suite: all tasks in one lm-eval call, or in two where the styles of few-shot prompts differ."""
+    """Evaluate the suite in one lm-eval call for each style of few-shot prompts."""
+    # lm-eval batches requests of equal generation settings across the tasks of one call. The style
+    # of few-shot prompts is a setting of the whole call.
     raw: dict[str, dict[str, Any]] = {"results": {}, "samples": {}, "higher_is_better": {}}
     for multiturn in (False, True):
-        chosen = [e.name for e in loaded.suite.tasks if e.fewshot_as_multiturn is multiturn]
+        chosen = [task.name for task in loaded.suite.tasks if task.multiturn is multiturn]
         if chosen:
             output = _run(lm, loaded, chosen, multiturn, seed)
             for part in raw:
@@ -250,20 +278,21 @@ def _run(
     import numpy
     import torch
 
+    # Tasks may draw from any of these generators, for example to shuffle the choices of an item.
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
+    # Tasks that are loaded already are taken as they are, not read again.
     chosen = loaded.manager.load([loaded.tasks[name] for name in names])
     for leaf in chosen["tasks"].values():
         leaf.set_fewshot_seed(seed=seed)
-    # bootstrap_iters=0: standard errors of means are computed from the items; 100,000 resamplings are not needed.
     output: dict[str, Any] = lm_eval.evaluate(
         lm=lm,
         task_dict=chosen,
         limit=loaded.suite.limit,
+        # 100,000 resamplings for standard errors would take minutes; results.py has a formula.
         bootstrap_iters=0,
         log_samples=True,
-        system_instruction=loaded.suite.system_instruction,
         apply_chat_template=loaded.suite.apply_chat_template,
         fewshot_as_multiturn=multiturn,
         confirm_run_unsafe_code=loaded.suite.confirm_run_unsafe_code,
@@ -272,12 +301,11 @@ def _run(
 
 
 def _result_of(entry: SuiteTask, loaded: LoadedSuite, raw: dict[str, dict[str, Any]]) -> TaskResult:
-    rows = [
-        row for leaf in _leaves(loaded.tasks[entry.name]) for row in raw["samples"][leaf.task_name]
-    ]
-    return task_result(
-        entry, raw["results"][entry.name], rows, raw["higher_is_better"].get(entry.name) or {}
-    )
+    rows = []
+    for leaf in _leaves(loaded.tasks[entry.name]):
+        rows.extend(raw["samples"][leaf.task_name])
+    higher_is_better = raw["higher_is_better"].get(entry.name) or {}
+    return task_result(entry, raw["results"][entry.name], rows, higher_is_better)
 
 
 def _leaves(task: Any) -> list[Any]:
@@ -286,57 +314,5 @@ def _leaves(task: Any) -> list[Any]:
     return list(task.get_all_tasks()) if isinstance(task, Group) else [task]
 
 
-def _suggest(name: str, local: list[str], manager: Any) -> str:
-    return did_you_mean(name, local) if local else did_you_mean(name, manager.all_tasks)
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class _ProgressHook:
-    """Count finished requests: lm-eval calls its cache hook once for each."""
-
-    def __init__(self, progress: Progress, loaded: LoadedSuite, stderr: TextIO) -> None:
-        self._progress, self._loaded, self._stderr = progress, loaded, stderr
-        self._done = self._total = 0
-
-    def add_partial(self, *_: object) -> None:
-        if (
-            self._done == self._total
-        ):  # the first request, or the first after the other few-shot style was built
-            leaves = [leaf for _, leaf in self._loaded.leaves()]
-            self._total = sum(
-                instance.repeats for leaf in leaves for instance in leaf.instances or ()
-            )
-        self._done += 1
-        with contextlib.redirect_stderr(self._stderr):
-            self._progress(self._done, self._total)
-
-
-class _Collect(logging.Handler):
-    """Keep the messages that a reader of the scores must know."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "trunc" in (message := record.getMessage()).lower():
-            self.messages.append(message)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Keep lm-eval's log and bars off the terminal; yield the list of its warnings on truncation."""
-    logger, handler = logging.getLogger("lm_eval"), _Collect()
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield handler.messages
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate

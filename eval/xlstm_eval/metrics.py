@@ -1,8 +1,8 @@
 """Win-and-Tie rate, critical tolerance and recovery of a student against its teacher.
 
-Pure functions of scores. All comparisons are made in exact rational arithmetic, on the counts of right answers where
-a pair carries them, else on the decimal numbers as written (0.95 means 19/20). So no rounding decides a tie.
-Definitions and edge cases: docs/metric.md.
+Pure functions of scores, in exact rational arithmetic, so that no rounding decides a tie. Counts of
+right answers are compared where a pair carries them, else the decimal numbers as written (0.95 is
+19/20). Definitions and edge cases: docs/metric.md.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from xlstm_eval.records import Comparison, EvalError, TaskPair, TaskResult
 ALPHAS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 LARGEST_RATE = 1e100
-"""Recovery rates beyond are refused: they are none of scores, and past 1e308 no float holds them."""
+"""Recovery rates beyond it are refused. No real scores have one, and no float is above 1e308."""
 
 
 def win_or_tie(pair: TaskPair, alpha: float) -> bool:
     """Tell whether the student wins or ties at tolerance ``alpha`` in [0, 1].
 
-    Higher is better: ``S >= (1 - alpha) T`` (paper, section on the metric). Lower is better: ``(1 - alpha) S <= T``.
+    Higher is better: ``S >= (1 - alpha) T`` (paper, section on the metric).
+    Lower is better: ``(1 - alpha) S <= T``.
     """
     return required_tolerance(pair) <= _exact(alpha, "alpha")
 
@@ -30,10 +31,10 @@ def win_or_tie(pair: TaskPair, alpha: float) -> bool:
 def required_tolerance(pair: TaskPair) -> Fraction:
     """Return the smallest tolerance in [0, 1] at which the pair wins or ties.
 
-    ``max(0, 1 - S/T)``, or ``max(0, 1 - T/S)`` where lower is better; 0 where the denominator is 0, since the
-    inequality then holds at every tolerance.
+    ``max(0, 1 - S/T)``, or ``max(0, 1 - T/S)`` where lower is better.
     """
     ratio = _ratio(pair)
+    # With a denominator of 0 the inequality holds at every tolerance.
     return Fraction(0) if ratio is None else max(Fraction(0), 1 - ratio)
 
 
@@ -46,16 +47,18 @@ def win_and_tie_rate(pairs: Sequence[TaskPair], alpha: float) -> float:
 def critical_tolerance(pairs: Sequence[TaskPair], rate: float = 0.5) -> float:
     """Return the smallest tolerance at which at least ``rate`` of the tasks win or tie.
 
-    C_alpha is a step function that rises at each task's required tolerance, so the infimum is the k-th smallest of
-    them, k = ceil(rate * n): no grid. The result is the nearest float at or above it, so C at the result reaches
-    ``rate``. It lies in [0, 1]: at 1 every inequality holds.
+    The result lies in [0, 1], since at 1 every inequality holds. C_alpha at the result reaches
+    ``rate``. Raises EvalError: no tasks, a rate outside (0, 1].
     """
     _require_tasks(pairs)
     share = _exact(rate, "rate")
     if share == 0:
         raise EvalError(f"rate: {rate} is not allowed. Give a number in (0, 1].")
+    # C_alpha is a step function that rises at each task's required tolerance. So the answer is the
+    # k-th smallest of them, k = ceil(rate * n), and not a point of some grid.
     needed = sorted(required_tolerance(pair) for pair in pairs)
-    return _float_at_or_above(needed[math.ceil(share * len(needed)) - 1])
+    k = math.ceil(share * len(needed))
+    return _float_at_or_above(needed[k - 1])
 
 
 def recovery_rate(pair: TaskPair) -> float | None:
@@ -69,22 +72,26 @@ def recovery_rate(pair: TaskPair) -> float | None:
 
 def mean_recovery(pairs: Iterable[TaskPair]) -> float | None:
     """Return the mean recovery rate over the tasks that have one, or None if none has."""
-    ratios = [ratio for pair in pairs if (ratio := _rate(pair)) is not None]
-    return float(sum(ratios, Fraction(0)) / len(ratios)) if ratios else None
+    rates = [_rate(pair) for pair in pairs]
+    defined = [rate for rate in rates if rate is not None]
+    if not defined:
+        return None
+    return float(sum(defined, Fraction(0)) / len(defined))
 
 
 def compare(name: str, pairs: Sequence[TaskPair], alphas: Sequence[float] = ALPHAS) -> Comparison:
     """Measure one student against its teacher on all tasks."""
     _require_tasks(pairs)
-    domains = list(dict.fromkeys(pair.domain for pair in pairs if pair.domain is not None))
+    domains: dict[str, list[TaskPair]] = {}
+    for pair in pairs:
+        if pair.domain is not None:
+            domains.setdefault(pair.domain, []).append(pair)
     worst = max(pairs, key=required_tolerance)
     return Comparison(
         name=name,
         tasks=tuple(pairs),
         recovery={pair.task: recovery_rate(pair) for pair in pairs},
-        recovery_by_domain={
-            d: mean_recovery(pair for pair in pairs if pair.domain == d) for d in domains
-        },
+        recovery_by_domain={domain: mean_recovery(own) for domain, own in domains.items()},
         mean_recovery=mean_recovery(pairs),
         win_and_tie={str(float(alpha)): win_and_tie_rate(pairs, alpha) for alpha in alphas},
         critical_tolerance=critical_tolerance(pairs),
@@ -100,12 +107,14 @@ def pair_results(
 ) -> tuple[TaskPair, ...]:
     """Join teacher's and student's results by task, in the teacher's order.
 
-    Raises EvalError where the two were not measured alike: other tasks, another metric or number of samples.
+    Raises EvalError if the two were not measured alike: other tasks, metric or number of samples.
     """
     by_task = {result.task: result for result in student}
-    if odd := sorted({result.task for result in teacher} ^ set(by_task)):
+    unshared = {result.task for result in teacher} ^ set(by_task)
+    if unshared:
+        names = ", ".join(sorted(unshared))
         raise EvalError(
-            f"tasks: only one of teacher and student has {', '.join(odd)}. Evaluate both on one suite."
+            f"tasks: only one of teacher and student has {names}. Evaluate both on one suite."
         )
     return tuple(_pair(result, by_task[result.task]) for result in teacher)
 
@@ -115,7 +124,8 @@ def _pair(teacher: TaskResult, student: TaskResult) -> TaskPair:
         ours, theirs = getattr(student, field), getattr(teacher, field)
         if ours != theirs:
             raise EvalError(
-                f"{teacher.task}.{field}: the student has {ours!r}, the teacher {theirs!r}. Evaluate both alike."
+                f"{teacher.task}.{field}: the student has {ours!r}, the teacher {theirs!r}. "
+                "Evaluate both alike."
             )
     counted = teacher.correct is not None and student.correct is not None
     return TaskPair(
@@ -137,8 +147,9 @@ def _rate(pair: TaskPair) -> Fraction | None:
     ratio = _ratio(pair)
     if ratio is not None and ratio > LARGEST_RATE:
         raise EvalError(
-            f"{pair.task}: the teacher's {pair.teacher} and the student's {pair.student} are more than a factor "
-            f"{LARGEST_RATE:.0e} apart: no recovery rate. Correct the score that is near zero, or make it 0."
+            f"{pair.task}: the teacher's {pair.teacher} and the student's {pair.student} are "
+            f"more than a factor {LARGEST_RATE:.0e} apart: no recovery rate. "
+            "Correct the score that is near zero, or make it 0."
         )
     return ratio
 
@@ -152,6 +163,7 @@ def _ratio(pair: TaskPair) -> Fraction | None:
     ):
         teacher, student = Fraction(pair.teacher_correct), Fraction(pair.student_correct)
     else:
+        # repr gives the decimal number as written: Fraction(0.95) would be 0.9499999...
         teacher, student = Fraction(repr(pair.teacher)), Fraction(repr(pair.student))
     above, below = (student, teacher) if pair.higher_is_better else (teacher, student)
     return None if below == 0 else above / below
@@ -165,6 +177,8 @@ def _exact(value: float, name: str) -> Fraction:
 
 
 def _float_at_or_above(exact: Fraction) -> float:
+    """Return the smallest float that, as the decimal it is printed as, is not below ``exact``."""
+    # A tolerance rounded down would be too small for the task that decides it.
     value = float(exact)
     while Fraction(repr(value)) < exact:
         value = math.nextafter(value, math.inf)

@@ -1,6 +1,7 @@
-"""Say what is wrong with data that pydantic refused: one line a problem, which begins with the dotted path.
+"""Say what is wrong with data that pydantic refused: one line for each problem.
 
-Recipes, score files and suites all use it. It needs pydantic only, so that a bad file is reported at once.
+A line begins with the dotted path. Recipes, score files and suites all use this module. It imports
+pydantic only, so that a bad file is reported at once.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ WANTED = {
 class FieldError(ValueError):
     """Report a broken rule that spans fields.
 
-    ``field`` is the dotted path of the field to change, from the model that raises the error. It is empty for a
-    validator of a single field, whose path pydantic adds.
+    ``field`` is the dotted path of the field to change, from the model that raises the error.
+    Validators of a single field leave it empty: pydantic adds their path.
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -50,8 +51,8 @@ def problem_lines(
 ) -> list[str]:
     """Return every problem of a validation of ``model``, one line each, unknown keys first.
 
-    A line names the dotted path, the value, what is allowed and the fix. ``whole`` stands for the path of the whole
-    data ("recipe", "the file"). ``special`` may word single problems, for example those of one file format.
+    A line names the dotted path, the value, what is allowed and the fix. ``whole`` names the data
+    itself ("recipe", "the file"). ``special`` may word a problem, such as one of a file format.
     """
     problems = error.errors(include_url=False)
     locations = [problem["loc"] for problem in problems]
@@ -114,7 +115,7 @@ def kind_of(value: object) -> str:
 
 
 def dotted(location: Location, below: str = "") -> str:
-    """Write a location as a path: ``("tasks", 0, "name")`` as ``tasks[0].name``; ``below`` is a path from there."""
+    """Write ``("tasks", 0, "name")`` as ``tasks[0].name``, followed by the path ``below`` it."""
     path = ""
     for part in location:
         if isinstance(part, int):
@@ -161,7 +162,9 @@ def _has_problem_below(location: Location, others: Sequence[Location]) -> bool:
 
 
 def _without_tags(location: Location) -> Location:
-    """Drop what is no key of the user's: ``[key]``, which pydantic adds, and tags of unions, which we write <tag>."""
+    """Drop the parts that are no keys of the user's."""
+    # pydantic adds "[key]" after a mapping's bad key, and the tag of a union's member, which the
+    # recipe's sections write as "<tag>".
     return tuple(part for part in location if not _is_tag(part))
 
 

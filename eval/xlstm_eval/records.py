@@ -1,6 +1,6 @@
-"""What the evaluation reads and writes: scores of one model, of a teacher-student pair, and their comparison.
+"""What the evaluation reads and writes: one model's scores, teacher-student pairs, comparisons.
 
-Light on purpose: pydantic only, so that scoring a file never loads torch.
+This module imports pydantic only, so that scoring a file never loads torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from xlstm_eval.problems import FieldError, kind_of, one_line
 
 
 class EvalError(ValueError):
-    """Report bad input to the evaluation in one line: the field, its value, what is allowed, the fix."""
+    """Report bad input in one line: the field, its value, what is allowed, the fix."""
 
 
+# Strict, since pydantic would read the text "0.4" as a number, and true as 1.
 Score = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Name = Annotated[str, Field(strict=True, min_length=1)]
@@ -31,8 +32,8 @@ class Frozen(BaseModel):
 class TaskResult(Frozen):
     """Hold one model's score on one task.
 
-    ``correct`` is the number of right answers where the metric is a mean of zeros and ones, else None. Comparisons
-    use it in place of the rounded ``score``, so that a teacher always ties with itself.
+    ``correct`` is the number of right answers if the metric is a mean of zeros and ones, else None.
+    Comparisons prefer it to the rounded ``score``, so that a teacher always ties with itself.
     """
 
     task: Name
@@ -57,7 +58,7 @@ class TaskResult(Frozen):
 class TaskPair(Frozen):
     """Hold teacher's and student's score on one task.
 
-    The three counts are given together, or not at all; with them the comparison is exact (see metrics.py).
+    The three counts are given together or not at all. With them the comparison is exact.
     """
 
     task: Name
@@ -84,6 +85,7 @@ class TaskPair(Frozen):
             ("teacher", self.teacher, self.teacher_correct),
             ("student", self.student, self.student_correct),
         ):
+            # A score file may round its scores, but not by more than printing a float loses.
             if not math.isclose(score, correct / self.samples, abs_tol=1e-9):
                 raise FieldError(
                     side,
@@ -112,10 +114,10 @@ class ScoreFile(Frozen):
 
 
 class Comparison(Frozen):
-    """Hold one student measured against its teacher (definitions: metrics.py).
+    """Hold one student measured against its teacher (definitions: docs/metric.md).
 
-    ``win_and_tie`` maps the tolerance as a string ("0.05") to C_alpha. ``critical_tolerance_75`` is the tolerance at
-    which three quarters of the tasks win or tie. ``worst_drop`` is the largest relative loss, on ``worst_task``.
+    ``win_and_tie`` maps the tolerance as a string ("0.05") to C_alpha. At ``critical_tolerance_75``
+    three quarters of the tasks win or tie. ``worst_drop`` is the largest loss, on ``worst_task``.
     """
 
     name: str

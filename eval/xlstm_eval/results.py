@@ -1,11 +1,11 @@
-"""What an evaluation of one model gives: scores, items, and the evidence that two models were asked the same."""
+"""What an evaluation of one model gives: scores, items, and evidence of what it was asked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,29 @@ from xlstm_eval.problems import did_you_mean, one_line
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.suites import SuiteTask
 
-Row = dict[
-    str, Any
-]  # one item of a task as lm-eval logs it: doc, arguments, resps, filter, and each metric's value
+Row = dict[str, Any]
+"""One item of a task as lm-eval logs it: doc, arguments, resps, filter, each metric's value."""
 
 # Taken in this order where a task reports several metrics and the suite names none.
 PREFERRED_METRICS = (
-    "exact_match", "acc", "pass@1", "pass_at_1", "math_verify", "prompt_level_strict_acc", "f1", "word_perplexity",
-)  # fmt: skip
+    "exact_match",
+    "acc",
+    "pass@1",
+    "pass_at_1",
+    "math_verify",
+    "prompt_level_strict_acc",
+    "f1",
+    "word_perplexity",
+)
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
     """Hold one model's scores and the evidence of how they were made.
 
-    ``requests_hash`` covers every request (task, item, prompt, generation settings) in order: two models with equal
-    hashes were asked exactly the same. ``warnings`` holds what lm-eval had to say about truncated prompts.
+    ``requests_hash`` covers every request in order: task, item, prompt, generation settings. Two
+    models with equal hashes were asked exactly the same. ``warnings`` are lm-eval's on truncated
+    prompts.
     """
 
     tasks: tuple[TaskResult, ...]
@@ -42,13 +49,18 @@ class EvaluationResult:
     warnings: tuple[str, ...] = ()
 
 
-def require_same_requests(teacher: EvaluationResult, student: EvaluationResult, name: str) -> None:
-    """Raise EvalError unless both were asked exactly the same."""
-    if teacher.requests_hash != student.requests_hash:
-        raise EvalError(
-            f"{name}: its requests differ from the teacher's ({student.requests_hash[:12]}, "
-            f"{teacher.requests_hash[:12]}). Evaluate both with one suite and one tokenizer."
-        )
+def require_same_requests(hashes: Mapping[str, str], teacher: str = "teacher") -> None:
+    """Raise EvalError unless all models were asked exactly what the teacher was asked.
+
+    ``hashes`` maps each model's name, also the teacher's, to its ``requests_hash``.
+    """
+    expected = hashes[teacher]
+    for name, found in hashes.items():
+        if found != expected:
+            raise EvalError(
+                f"{name}: its requests differ from the teacher's ({found[:12]}, {expected[:12]}). "
+                "Evaluate both again, with one suite and one tokenizer."
+            )
 
 
 def write_samples(result: EvaluationResult, directory: Path) -> list[Path]:
@@ -66,46 +78,57 @@ def write_samples(result: EvaluationResult, directory: Path) -> list[Path]:
 def pick_metric(entry: SuiteTask, scores: dict[str, Any]) -> tuple[str, str]:
     """Choose which of a task's scores to report: (metric, filter).
 
-    The suite's ``metric``, else the only one, else the first of PREFERRED_METRICS; then the suite's ``filter``, else
-    the task's first filter.
+    The metric is the suite's, else the only one, else the first of PREFERRED_METRICS. The filter is
+    the suite's, else the metric's first. Raises EvalError: not there, or several and none named.
     """
-    keys = [tuple(key.split(",", 1)) for key in scores if "," in key and "_stderr," not in key]
-    metrics = list(dict.fromkeys(metric for metric, _ in keys))
-    metric = entry.metric or (metrics[0] if len(metrics) == 1 else None)
+    # lm-eval's keys are "metric,filter", beside "metric_stderr,filter" and some without a comma.
+    filters: dict[str, list[str]] = {}
+    for key in scores:
+        name, comma, filter_name = key.partition(",")
+        if comma and not name.endswith("_stderr"):
+            filters.setdefault(name, []).append(filter_name)
+    metric = entry.metric or _usual_metric(list(filters))
     if metric is None:
-        metric = next((name for name in PREFERRED_METRICS if name in metrics), None)
-    if metric is None:
         raise EvalError(
-            f"{entry.name}.metric: not named, and the task has {', '.join(metrics)}. Name one."
+            f"{entry.name}.metric: not named, and the task has {', '.join(filters)}. Name one."
         )
-    if metric not in metrics:
-        raise EvalError(
-            f"{entry.name}.metric: the task has no {metric!r}. {did_you_mean(metric, metrics)}"
-        )
-    filters = [name for other, name in keys if other == metric]
-    if entry.filter is not None and entry.filter not in filters:
-        raise EvalError(
-            f"{entry.name}.filter: {metric} has no {entry.filter!r}. {did_you_mean(entry.filter, filters)}"
-        )
-    return metric, entry.filter or filters[0]
+    if metric not in filters:
+        hint = did_you_mean(metric, list(filters))
+        raise EvalError(f"{entry.name}.metric: the task has no {metric!r}. {hint}")
+    own = filters[metric]
+    if entry.filter is not None and entry.filter not in own:
+        hint = did_you_mean(entry.filter, own)
+        raise EvalError(f"{entry.name}.filter: {metric} has no {entry.filter!r}. {hint}")
+    return metric, entry.filter or own[0]
+
+
+def _usual_metric(metrics: Sequence[str]) -> str | None:
+    """Return the only metric, else the first that is preferred, else None."""
+    if len(metrics) == 1:
+        return metrics[0]
+    for name in PREFERRED_METRICS:
+        if name in metrics:
+            return name
+    return None
 
 
 def task_result(
     entry: SuiteTask, scores: Row, rows: Sequence[Row], higher_is_better: dict[str, bool]
 ) -> TaskResult:
-    """Build a task's result from lm-eval's ``scores`` ({"metric,filter": value}) and its logged ``rows``.
+    """Build a task's result from lm-eval's ``scores`` ("metric,filter" to value) and its rows.
 
-    The standard error is that of a mean of independent items; a score that is no mean of its rows gets none.
-    Raises EvalError: metric or filter not there, a score that is negative or not finite.
+    The standard error is that of a mean of independent items; a score that is no mean of its rows
+    has none. Raises EvalError: metric or filter not there, a score negative or not finite.
     """
     metric, filter_name = pick_metric(entry, scores)
     score = scores[f"{metric},{filter_name}"]
     rows = [row for row in rows if row["filter"] == filter_name]
     values = [row[metric] for row in rows if isinstance(row.get(metric), (bool, int, float))]
+    # Corpus scores (a perplexity, a group's weighted mean) are not the mean of their items.
     is_mean = len(values) == len(rows) and math.isclose(
         sum(values) / len(values), score, abs_tol=1e-9
     )
-    binary = is_mean and all(value in (0, 1) for value in values)
+    is_binary = is_mean and all(value in (0, 1) for value in values)
     try:
         return TaskResult(
             task=entry.name,
@@ -115,7 +138,7 @@ def task_result(
             domain=entry.domain,
             higher_is_better=bool(higher_is_better.get(metric, True)),
             samples=len(rows),
-            correct=int(sum(values)) if binary else None,
+            correct=int(sum(values)) if is_binary else None,
         )
     except ValidationError as error:
         reason = one_line(error, TaskResult, whole="result")
@@ -132,16 +155,18 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def hash_requests(samples: dict[str, list[Row]]) -> str:
-    """Hash every request of every task in order: task, item, prompt, generation settings or continuation."""
-    requests = [
-        [task, row["doc_id"], row["arguments"]]
-        for task, rows in samples.items()
-        for row in rows
-        if row["filter"] == rows[0]["filter"]
-    ]
+    """Hash every request in order: task, item, prompt, generation settings or continuation."""
+    requests = []
+    for task, rows in samples.items():
+        for row in rows:
+            # lm-eval logs an item once for each filter; the request was made once.
+            if row["filter"] == rows[0]["filter"]:
+                requests.append([task, row["doc_id"], row["arguments"]])
     return hash_value(requests)
 
 
 def hash_value(value: object) -> str:
     """Hash a value by its JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    # Requests may hold objects that JSON does not know; their text counts.
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

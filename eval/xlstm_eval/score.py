@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xlstm_eval.metrics import ALPHAS, compare
-from xlstm_eval.records import Comparison, EvalError, load_pairs
+from xlstm_eval.records import Comparison, EvalError, TaskPair, load_pairs
 
 
 class ScoreError(EvalError):
@@ -42,22 +42,13 @@ class ScoreReport:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_text(self) -> str:
-        """Return the report as a plain table, tasks first, then the rates."""
+        """Return the report as a plain table: the tasks first, then the rates."""
         result = self.comparison
-        rows: list[tuple[str, ...]] = [("task", "domain", "teacher", "student", "recovery")]
-        for pair in result.tasks:
-            rows.append(
-                (
-                    pair.task + ("" if pair.higher_is_better else " (lower is better)"),
-                    pair.domain or "-",
-                    with_stderr(pair.teacher, pair.teacher_stderr),
-                    with_stderr(pair.student, pair.student_stderr),
-                    percent(result.recovery[pair.task]),
-                )
-            )
-        lines = _columns(rows)
-        lines += ["", "Win-and-Tie rate:"]
-        lines += [f"  C at {alpha:<6} {rate:.3f}" for alpha, rate in result.win_and_tie.items()]
+        rows = [("task", "domain", "teacher", "student", "recovery")]
+        rows += [self._task_row(pair) for pair in result.tasks]
+        lines = [*aligned(rows), "", "Win-and-Tie rate:"]
+        for alpha, rate in result.win_and_tie.items():
+            lines.append(f"  C at {alpha:<6} {rate:.3f}")
         lines += [
             "",
             f"critical tolerance (rate 0.5)   {result.critical_tolerance:.4f}",
@@ -68,11 +59,20 @@ class ScoreReport:
         ]
         return "\n".join(lines)
 
+    def _task_row(self, pair: TaskPair) -> tuple[str, str, str, str, str]:
+        return (
+            pair.task if pair.higher_is_better else f"{pair.task} (lower is better)",
+            pair.domain or "-",
+            with_stderr(pair.teacher, pair.teacher_stderr),
+            with_stderr(pair.student, pair.student_stderr),
+            percent(self.comparison.recovery[pair.task]),
+        )
+
 
 def score_file(path: str | Path, alphas: Sequence[float] = ALPHAS) -> ScoreReport:
-    """Read ``{"tasks": [...]}`` from a JSON file and compare student with teacher.
+    """Read ``{"tasks": [...]}`` from a JSON file and compare the student with its teacher.
 
-    Raises ScoreError with one line: file missing, not JSON, unknown key, wrong type, not a finite number.
+    Raises ScoreError, one line: file missing, not JSON, unknown key, wrong type, not finite.
     """
     path = Path(path)
     pairs = load_pairs(_read_json(path), ScoreError)
@@ -95,37 +95,50 @@ def _read_json(path: Path) -> object:
         where = f"line {error.lineno}, column {error.colno}"
         raise ScoreError(f"{path}: not JSON at {where} ({error.msg}). Correct it there.") from None
     except RecursionError:
-        raise ScoreError(f"{path}: nested too deeply. It must hold {{'tasks': [...]}}.") from None
+        message = f'{path}: nested too deeply. It must hold {{"tasks": [...]}}.'
+        raise ScoreError(message) from None
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse an object that names a key twice: JSON would silently keep the last."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ScoreError(f"{twice}: the key appears twice in one object. Keep one.")
+    """Refuse an object that names a key twice."""
+    # Python's parser would keep the last value and say nothing.
+    result: dict[str, object] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ScoreError(f"{name}: the key appears twice in one object. Keep one.")
+        result[name] = value
     return result
 
 
 def with_stderr(score: float, stderr: float | None) -> str:
     """Write a score with its standard error, if it has one."""
+    # Perplexities and scores in percent need fewer digits than shares do.
     digits = 3 if score < 10 else 2
-    return f"{score:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+    if stderr is None:
+        return f"{score:.{digits}f}"
+    return f"{score:.{digits}f} ± {stderr:.{digits}f}"
 
 
 def percent(value: float | None) -> str:
-    """Write a rate as a percentage; a dash where it is undefined."""
+    """Write a rate as a percentage, or a dash where it is undefined."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Align cells: names to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def aligned(rows: Sequence[Sequence[str]], names: int = 2) -> list[str]:
+    """Return a table's lines: the first ``names`` columns to the left, numbers to the right.
+
+    ``rows`` begins with the head, under which a rule is drawn.
+    """
+    widths = [0] * len(rows[0])
+    for row in rows:
+        for column, cell in enumerate(row):
+            widths[column] = max(widths[column], len(cell))
     lines = []
     for row in rows:
-        cells = (
-            cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i]) for i, cell in enumerate(row)
-        )
+        cells = []
+        for column, cell in enumerate(row):
+            width = widths[column]
+            cells.append(cell.ljust(width) if column < names else cell.rjust(width))
         lines.append("  ".join(cells))
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+    head, *body = lines
+    return [head, "-" * len(head), *body]

@@ -1,7 +1,10 @@
 """Operators of the hybrid xLSTM student: exact, differentiable, linear in the number of tokens.
 
-Imports torch, and Triton only where backend="triton" is asked for. Shapes are batch-first; every operator has a float64
-reference in `xlstm_kernels.reference`.
+Every operator has a float64 reference in `xlstm_kernels.reference`; docs/math.md has the formulas.
+The package imports torch, and Triton only where a call asks for backend="triton".
+
+Letters of all tensor shapes: B batch, T tokens, H query heads, G key/value heads (H a multiple of
+G), D head dim (Dk of keys after the feature map, Dv of values), W window, N sinks.
 """
 
 from xlstm_kernels.api import hybrid_step, mlstm, mlstm_step, sliding_window_attention

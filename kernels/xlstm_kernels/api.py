@@ -1,6 +1,6 @@
-"""Public operators: validate the arguments, then dispatch.
+"""Public operators: check the arguments, then dispatch to a backend.
 
-Letters: B batch, T tokens, H query heads, G key/value heads (H a multiple of G), D head dim (Dk keys, Dv values).
+Letters: the legend in `xlstm_kernels`.
 """
 
 from __future__ import annotations
@@ -65,31 +65,36 @@ def mlstm(
     return_state: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, MLSTMState]:
-    """Run the mLSTM over a sequence: the exact ratio q S / (q . z) of the paper (Eq. 8-10; docs/math.md).
+    """Run the mLSTM over a sequence: the exact ratio q S / (q . z).
 
-    q, k (B, H, T, Dk) after the feature map, not scaled here; v (B, G, T, Dv); i, f (B, H, T) preactivations of the
-    exponential input gate and the sigmoid forget gate. segment_ids (B, T), integers: the state restarts where the id
-    changes between neighbours. `state` continues into the first segment and is not modified.
+    Source: the paper's Eq. 8-10; docs/math.md.
 
-    Returns h (B, H, T, Dv) in v's dtype and, with return_state, the MLSTMState after the last token. Computes in
-    float32, or in float64 if an input is float64. Where q . z is exactly 0 (all keys 0, say), h and its gradient are 0.
-    Differentiable in q, k, v, i, f and in C, n of both states; m is detached. Time and memory are linear in T.
-    backend: what each takes is in docs/kernels.md; one that cannot run the call raises.
-    Raises ValueError naming the argument, its value and what is allowed.
+    q, k (B, H, T, Dk): after the feature map, not scaled here. v (B, G, T, Dv). i, f (B, H, T):
+    preactivations of the exponential input gate and of the sigmoid forget gate. segment_ids (B, T),
+    integers: the state restarts where the id changes between neighbours. state: continues into the
+    first segment; it is not modified. backend: docs/kernels.md says what each can run.
+
+    Returns h (B, H, T, Dv) in v's dtype and, with return_state, the MLSTMState after the last
+    token. Where q . z is exactly 0 (if all keys are 0, say), h and its gradient are 0.
+
+    Computes in float32, or in float64 if an input is float64. Differentiable in q, k, v, i, f and
+    in C, n of both states; m is detached. Time and memory are linear in T.
+
+    Raises ValueError, which names the argument, its value and what is allowed.
     """
     check_sequence(q, k, v, i, f, segment_ids, state)
     chosen = choose("mlstm", backend, q, k, v, i, f, dims={"Dk": q.shape[-1], "Dv": v.shape[-1]})
     if chosen == "triton":
         from xlstm_kernels.triton.mlstm import mlstm_triton
 
-        h, final = mlstm_triton(q, k, v, i, f, segment_ids, state)
+        h, final = mlstm_triton(q, k, v, i, f, segment_ids=segment_ids, state=state)
     elif chosen == "mlstm_kernels":
         from xlstm_kernels.peers import mlstm_ones_column
 
         check_peer(segment_ids, state, return_state)
         return mlstm_ones_column(q, k, v, i, f)
     else:
-        h, final = mlstm_chunkwise(q, k, v, i, f, segment_ids, state)
+        h, final = mlstm_chunkwise(q, k, v, i, f, segment_ids=segment_ids, state=state)
     return (h, final) if return_state else h
 
 
@@ -103,11 +108,13 @@ def mlstm_step(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Advance the mLSTM by one token, updating `state` in place; for decoding, never records gradients.
+    """Advance the mLSTM by one token, updating `state` in place; for decoding.
 
     q, k (B, H, Dk); v (B, G, Dv); i, f (B, H); state as returned by `mlstm` or `MLSTMState.zeros`.
-    Returns h (B, H, Dv) in v's dtype. The state's tensors keep their addresses. For gradients, call `mlstm` with T = 1.
-    Raises ValueError naming the argument, its value and what is allowed.
+    Returns h (B, H, Dv) in v's dtype. The state's tensors keep their addresses. Never records
+    gradients; for those, call `mlstm` with T = 1.
+
+    Raises ValueError, which names the argument, its value and what is allowed.
     """
     check_step("mlstm_step", q, k, v, i, f, state)
     dims = {"Dk": q.shape[-1], "Dv": v.shape[-1]}
@@ -134,27 +141,35 @@ def hybrid_step(
     scale: float | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Decode one token of the hybrid mixer: gate * mLSTM + (1 - gate) * attention to window and sinks (paper, Eq. 11).
+    """Decode one token of the hybrid mixer: gate * mLSTM + (1 - gate) * attention.
 
-    q (B, H, D), k (B, G, D) after RoPE, v (B, G, Dv); phi_q, phi_k (B, H, Dk) after the feature maps; i, f (B, H)
-    preactivations; gate (B, H) after its sigmoid. `state` and `ring` are updated in place and keep their addresses;
-    the ring has a slot for each token of the window and for each of the `sinks` (`Ring.empty`).
-    scale: factor of q . k, 1 / sqrt(D) by default.
-    Returns (B, H, Dv) in v's dtype. Never records gradients. Raises ValueError naming the argument.
+    The attention is to window and sinks. Source: the paper's Eq. 11.
+
+    q (B, H, D), k (B, G, D): after RoPE. v (B, G, Dv). phi_q, phi_k (B, H, Dk): after the feature
+    maps. i, f (B, H): preactivations. gate (B, H): the output gate after its sigmoid. scale: factor
+    of q . k, 1 / sqrt(D) by default.
+
+    Updates `state` and `ring` in place; they keep their addresses. The window is the number of
+    slots of the ring less the `sinks` (`Ring.empty`). Returns (B, H, Dv) in v's dtype. Never
+    records gradients.
+
+    Raises ValueError, which names the argument, its value and what is allowed.
     """
     check_hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dims = {"D": q.shape[-1], "Dk": phi_q.shape[-1], "Dv": v.shape[-1]}
-    if (
-        choose("hybrid_step", backend, q, k, v, phi_q, phi_k, i, f, gate, *state, dims=dims)
-        == "triton"
-    ):
+    tensors = (q, k, v, phi_q, phi_k, i, f, gate, *state)
+    chosen = choose("hybrid_step", backend, *tensors, dims=dims)
+    if chosen == "triton":
         from xlstm_kernels.triton.step import hybrid_step_triton
 
-        return hybrid_step_triton(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, scale)
-    return hybrid_step_in_place(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, scale).to(
-        v.dtype
+        return hybrid_step_triton(
+            q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks=sinks, scale=scale
+        )
+    out = hybrid_step_in_place(
+        q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks=sinks, scale=scale
     )
+    return out.to(v.dtype)
 
 
 def sliding_window_attention(
@@ -168,20 +183,27 @@ def sliding_window_attention(
     scale: float | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Attend to the last `window` tokens and the first `sinks` tokens of the query's document; exact softmax.
+    """Attend to the last `window` tokens and the first `sinks` tokens of the query's document.
 
-    q (B, H, T, D); k, v (B, G, T, D); segment_ids (B, T), integers: a document ends where the id changes. Query t sees
-    the keys s of its document with t - window < s <= t or s one of its first `sinks` tokens (s <= t), each once.
-    scale: factor of q . k, 1 / sqrt(D) by default. Returns (B, H, T, D) in q's dtype. Linear in T for a fixed window.
-    Raises ValueError naming the argument, its value and what is allowed.
+    q (B, H, T, D); k, v (B, G, T, D). segment_ids (B, T), integers: a document ends where the id
+    changes. Query t sees, once each, the keys s <= t of its document with t - window < s or with s
+    one of the document's first `sinks` tokens. scale: factor of q . k, 1 / sqrt(D) by default.
+    backend: docs/kernels.md says what each can run.
+
+    Returns (B, H, T, D) in q's dtype. The softmax is exact. Linear in T for a fixed window.
+
+    Raises ValueError, which names the argument, its value and what is allowed.
     """
     check_window(q, k, v, window, sinks, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if (
-        choose("sliding_window_attention", backend, q, k, v, dims={"D": q.shape[-1]}, sinks=sinks)
-        == "triton"
-    ):
+    dims = {"D": q.shape[-1]}
+    chosen = choose("sliding_window_attention", backend, q, k, v, dims=dims, sinks=sinks)
+    if chosen == "triton":
         from xlstm_kernels.triton.window import window_triton
 
-        return window_triton(q, k, v, window, sinks, segment_ids, scale)
-    return banded_attention(q, k, v, window, sinks, segment_ids, scale)
+        return window_triton(
+            q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale
+        )
+    return banded_attention(
+        q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale
+    )

@@ -1,4 +1,7 @@
-"""Validation of the operators' arguments: one line that names the argument, its value and what is allowed."""
+"""Checks of the operators' arguments.
+
+Each raises ValueError in one line that names the argument, its value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ def check_peer(segment_ids: Tensor | None, state: MLSTMState | None, return_stat
     for name, given in asked.items():
         if given:
             raise ValueError(
-                f"mlstm: {name} is given, which backend='mlstm_kernels' does not take; use 'triton' or 'torch'"
+                f"mlstm: {name} is given, which backend='mlstm_kernels' does not take; "
+                "use 'triton' or 'torch'"
             )
 
 
@@ -78,7 +82,10 @@ def check_step(
     state: MLSTMState,
     prefix: str = "",
 ) -> None:
-    """Check one token of the mLSTM; `prefix` is what the caller's names of q and k begin with."""
+    """Check one token of the mLSTM.
+
+    prefix: what the caller's names of q and k start with; the messages use those names.
+    """
     query, key = f"{prefix}q", f"{prefix}k"
     check_floats(operator, **{query: q, key: k, "v": v, "i": i, "f": f})
     check_shape(operator, query, q, "(B, H, Dk)", (None, None, None))
@@ -144,9 +151,8 @@ def check_floats(operator: str, **tensors: Tensor) -> None:
                 f"{operator}: {name} has dtype {dtype_name(x.dtype)}; allowed: {allowed}"
             )
         if x.device != device:
-            raise ValueError(
-                f"{operator}: {name} is on {x.device}, but the first argument is on {device}; use one"
-            )
+            where = f"is on {x.device}, but the first argument is on {device}"
+            raise ValueError(f"{operator}: {name} {where}; use one")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -159,20 +165,22 @@ def check_shape(
 ) -> None:
     """Refuse x unless its shape is `expected`, where None allows any size of at least 1."""
     fits = x.ndim == len(expected)
-    if not (fits and all(n == (e or max(n, 1)) for n, e in zip(x.shape, expected, strict=True))):
-        wanted = ", ".join("any >= 1" if e is None else str(e) for e in expected)
+    if fits:
+        sizes = zip(x.shape, expected, strict=True)
+        fits = all(size >= 1 if allowed is None else size == allowed for size, allowed in sizes)
+    if not fits:
+        wanted = ", ".join("any >= 1" if size is None else str(size) for size in expected)
         raise ValueError(
             f"{operator}: {name} has shape {tuple(x.shape)}; expected {letters} = ({wanted})"
         )
 
 
 def check_groups(operator: str, name: str, x: Tensor, q: Tensor) -> None:
-    """Refuse heads that do not divide into groups."""
+    """Refuse x (B, G, ...) if the heads of q (B, H, ...) are not a multiple of its heads."""
     heads, groups = q.shape[1], x.shape[1]
     if heads % groups:
-        raise ValueError(
-            f"{operator}: {name} has {groups} heads; the {heads} heads of q must be a multiple of them"
-        )
+        allowed = f"the {heads} heads of q must be a multiple of them"
+        raise ValueError(f"{operator}: {name} has {groups} heads; {allowed}")
 
 
 def check_segments(operator: str, segment_ids: Tensor | None, q: Tensor) -> None:
@@ -198,9 +206,8 @@ def check_state(operator: str, state: MLSTMState, q: Tensor, v: Tensor, dtype: t
     check_shape(operator, "state.m", state.m, "(B, H)", (B, H))
     for name, x in zip(state._fields, state, strict=True):
         if x.dtype != dtype:
-            raise ValueError(
-                f"{operator}: state.{name} has dtype {dtype_name(x.dtype)}; allowed: {dtype_name(dtype)}"
-            )
+            found, allowed = dtype_name(x.dtype), dtype_name(dtype)
+            raise ValueError(f"{operator}: state.{name} has dtype {found}; allowed: {allowed}")
         if x.device != q.device:
             raise ValueError(
                 f"{operator}: state.{name} is on {x.device}, but q is on {q.device}; use one"

@@ -1,6 +1,6 @@
-"""Other libraries' kernels, made exact: for comparison, and `mlstm(backend="mlstm_kernels")` for those who prefer it.
+"""Other libraries' kernels, made exact: for comparison, and for `mlstm(backend="mlstm_kernels")`.
 
-None of these libraries is needed; each is imported by the function that uses it.
+None of these libraries is needed. The function that uses a library imports it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from torch import Tensor
 from xlstm_kernels.segments import document_runs, document_starts
 from xlstm_kernels.torch.chunkwise import Ratio
 
-MLSTM_KERNELS_CHUNK = 128
-MLSTM_KERNELS_EXP = "triton_xl_chunk"  # of the mlstm_kernels package; exponential input gate
+MLSTM_KERNELS_CHUNK = 128  # tokens; its kernels take whole chunks only
+MLSTM_KERNELS_EXP = "triton_xl_chunk"  # its kernel with an exponential input gate
 
 
 def missing(module: str) -> str | None:
-    """Say that a module is not installed; None if it is."""
-    return (
-        None
-        if importlib.util.find_spec(module.split(".")[0])
-        else f"{module.split('.')[0]} is not installed"
-    )
+    """Say that a module's package is not installed; None if it is."""
+    package = module.split(".")[0]
+    return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
 def mlstm_ones_column(
@@ -40,11 +37,12 @@ def mlstm_ones_column(
     kernel: str = MLSTM_KERNELS_EXP,
     **settings: Any,
 ) -> Tensor:
-    """Run a chunkwise kernel of mlstm_kernels so that value and gradients are those of the exact ratio.
+    """Run a chunkwise kernel of mlstm_kernels so that value and gradients are exact.
 
-    Its own denominator is clamped, and constant in its gradient. Both cancel if a column of ones is appended to v and
-    the other columns are divided by it. Shapes as in `xlstm_kernels.mlstm`; one document a row. The kernel takes no
-    grouped heads, powers of 2 as value dims, and whole chunks: v is repeated and widened, T filled up.
+    Shapes as in `xlstm_kernels.mlstm`; one document a row. The kernel's own denominator is clamped,
+    and constant in its gradient. Both cancel if a column of ones is appended to v and the other
+    columns are divided by it. The kernel takes no grouped heads, value dims that are powers of 2,
+    and whole chunks only: v is repeated and widened, and T is filled up.
     """
     chunkwise = importlib.import_module("mlstm_kernels.torch.chunkwise").registry[kernel]
     heads, tokens, value_dim = q.shape[1], q.shape[2], v.shape[3]
@@ -61,13 +59,15 @@ def mlstm_ones_column(
 
 
 def simple_gla_ones_column(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
-    """Run flash-linear-attention's simple GLA as the mLSTM: keys times exp(i), and a column of ones beside v.
+    """Run flash-linear-attention's simple GLA as the mLSTM.
 
-    exp(i) is not stabilised: only for moderate input gates. Shapes as in `xlstm_kernels.mlstm`.
+    Shapes as in `xlstm_kernels.mlstm`. The keys are multiplied by exp(i), and v gets a column of
+    ones. exp(i) is not stabilised, so this is for moderate input gates only.
     """
     gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
     repeats, value_dim = q.shape[1] // v.shape[1], v.shape[3]
     wide = F.pad(v, (0, 1), value=1.0)
+    # 15 columns more: the kernel takes value dims that are multiples of 16.
     wide = F.pad(wide, (0, 15)).repeat_interleave(repeats, dim=1)
     keys = (k * i.float().exp().unsqueeze(-1)).to(k.dtype)
     q, keys, wide = (x.transpose(1, 2).contiguous() for x in (q, keys, wide))  # (B, T, H, D)
@@ -89,21 +89,21 @@ def flex_window(
 @functools.cache
 def compiled_flex(function: str) -> Any:
     """Compile a function of flex_attention's module, once."""
-    return torch.compile(
-        getattr(importlib.import_module("torch.nn.attention.flex_attention"), function)
-    )
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    return torch.compile(getattr(module, function))
 
 
 @functools.lru_cache(maxsize=4)
 def flex_mask(
     ids: Tensor | None, batch: int, tokens: int, window: int, sinks: int, device: torch.device
 ) -> Any:
-    """Make the block mask; kept for the calls that follow with the same tensor of ids, as a model's layers would."""
-    runs = (
-        torch.zeros(batch, tokens, dtype=torch.int64, device=device)
-        if ids is None
-        else document_runs(ids)
-    )
+    """Make the block mask of window, sinks and documents; ids (B, T)."""
+    # Cached by the tensor of ids, so that calls with the same one share a mask, as a model's layers
+    # would.
+    if ids is None:
+        runs = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+    else:
+        runs = document_runs(ids)
     starts = document_starts(runs)
 
     def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:

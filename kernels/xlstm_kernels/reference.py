@@ -1,4 +1,7 @@
-"""The truth: both operators token by token, written to be read. Pass float64 tensors; slow on purpose."""
+"""Reference of both operators: token by token, written to be read, slow.
+
+Pass float64 tensors. Every other implementation is tested against these two functions.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +24,30 @@ def mlstm_reference(
 ) -> tuple[Tensor, MLSTMState]:
     """Run the stabilised recurrence one token at a time; shapes as in `xlstm_kernels.mlstm`.
 
-    Source: the paper's Eq. 8-10, with the stabiliser of docs/math.md. Returns h (B, H, T, Dv) and the final state.
+    Source: the paper's Eq. 8-10, with the stabiliser of docs/math.md.
+    Returns h (B, H, T, Dv) and the final state.
     """
     B, H, T, Dk = q.shape
     v = v.repeat_interleave(H // v.shape[1], dim=1)
     C, n, m = state or MLSTMState.zeros(B, H, Dk, v.shape[-1], dtype=q.dtype, device=q.device)
+    empty_m = MLSTMState.zeros(B, H, 1, 1, dtype=q.dtype, device=q.device).m
     outputs = []
     for t in range(T):
         log_f, log_i = F.logsigmoid(f[:, :, t]), i[:, :, t]  # (B, H)
-        keeps = torch.ones(B, dtype=torch.bool, device=q.device)
+        same_document = torch.ones(B, dtype=torch.bool, device=q.device)
         if segment_ids is not None and t > 0:
-            keeps = segment_ids[:, t] == segment_ids[:, t - 1]
-        carried = torch.where(
-            keeps[:, None],
-            log_f + m,
-            MLSTMState.zeros(B, H, 1, 1, dtype=q.dtype, device=q.device).m,
-        )
-        peak = torch.maximum(carried, log_i).detach()
-        decay, write = (carried - peak).exp(), (log_i - peak).exp()
+            same_document = segment_ids[:, t] == segment_ids[:, t - 1]
+        # The first token of a document sees the empty state: that is a mask, not a forget gate.
+        log_carried = torch.where(same_document[:, None], log_f + m, empty_m)
+        m = torch.maximum(log_carried, log_i).detach()  # h does not depend on m
+        decay, write = (log_carried - m).exp(), (log_i - m).exp()
         key, value = k[:, :, t], v[:, :, t]
-        C = decay[..., None, None] * C + write[..., None, None] * key.unsqueeze(
-            -1
-        ) * value.unsqueeze(-2)
+        weighted_key = write[..., None, None] * key.unsqueeze(-1)
+        C = decay[..., None, None] * C + weighted_key * value.unsqueeze(-2)
         n = decay[..., None] * n + write[..., None] * key
-        m = peak
         num = (q[:, :, t, :, None] * C).sum(dim=-2)
         den = (q[:, :, t] * n).sum(dim=-1, keepdim=True)
+        # Where the denominator is exactly 0, h is 0; the inner `where` keeps nan out of gradients.
         outputs.append(torch.where(den == 0, 0.0, num / torch.where(den == 0, 1.0, den)))
     return torch.stack(outputs, dim=2), MLSTMState(C, n, m)
 
@@ -61,18 +62,22 @@ def sliding_window_reference(
     segment_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend from one query at a time to the list of keys it sees; as `xlstm_kernels.sliding_window_attention`."""
+    """Attend from one query at a time to the list of keys that it sees.
+
+    Shapes and meaning as in `xlstm_kernels.sliding_window_attention`.
+    """
     B, H, T, D = q.shape
     scale = D**-0.5 if scale is None else scale
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     rows = []
     for b in range(B):
-        outputs, start = [], 0
+        outputs, start = [], 0  # start: first token of the document
         for t in range(T):
             if segment_ids is not None and t > 0 and segment_ids[b, t] != segment_ids[b, t - 1]:
                 start = t
             seen = [s for s in range(start, t + 1) if s > t - window or s < start + sinks]
-            scores = (k[b, :, seen] * q[b, :, t, None]).sum(dim=-1) * scale  # (H, keys)
-            outputs.append((scores.softmax(dim=-1).unsqueeze(-1) * v[b, :, seen]).sum(dim=1))
+            scores = (k[b, :, seen] * q[b, :, t, None]).sum(dim=-1) * scale  # (H, keys seen)
+            weights = scores.softmax(dim=-1).unsqueeze(-1)
+            outputs.append((weights * v[b, :, seen]).sum(dim=1))
         rows.append(torch.stack(outputs, dim=1))
     return torch.stack(rows)

@@ -1,4 +1,4 @@
-"""What decoding carries: the mLSTM state, the ring of recent keys and values; and the dtype of the state."""
+"""What decoding carries from token to token: the mLSTM state, and the ring of keys and values."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Log-weight of nothing. Finite, so that a difference of two of them is a number; so low that its exponential is 0.
+# Log-weight of nothing. It is finite, so that the difference of two of them is a number and not
+# nan, and so low that its exponential is 0.
 LOG_ZERO = -1e30
 
 
 class MLSTMState(NamedTuple):
-    """Carry of the mLSTM recurrence, stored divided by exp(m).
+    """State of the mLSTM recurrence, stored divided by exp(m).
 
-    C (B, H, Dk, Dv): matrix memory. n (B, H, Dk): normaliser. m (B, H): log-space stabiliser, always detached.
-    The memory of the recurrence is exp(m) * C, its normaliser exp(m) * n (docs/math.md, "Stabilised recurrence").
+    C (B, H, Dk, Dv): matrix memory. n (B, H, Dk): normaliser. m (B, H): stabiliser in log space,
+    always detached. The memory of the recurrence is exp(m) * C and its normaliser exp(m) * n; see
+    docs/math.md, "Stabilised recurrence".
     """
 
     C: Tensor
@@ -33,7 +35,7 @@ class MLSTMState(NamedTuple):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> MLSTMState:
-        """Make the state that has seen nothing: C = n = 0, and m a large negative finite number."""
+        """Make the state before the first token: C = n = 0, and m = LOG_ZERO."""
         return cls(
             C=torch.zeros(batch, heads, key_dim, value_dim, dtype=dtype, device=device),
             n=torch.zeros(batch, heads, key_dim, dtype=dtype, device=device),
@@ -42,11 +44,14 @@ class MLSTMState(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Keys and values that window and sinks still need, for decoding; N sinks, then a ring of W.
+    """Keys and values that decoding still needs: N slots of sinks, then a ring of W slots.
 
-    keys (B, G, N + W, D), values (B, G, N + W, Dv). positions (B, N + W), int64: the position, in its document,
-    of the token that a slot holds, -1 if empty. Slot p < N holds the token at position p, slot N + p mod W the latest
-    one that falls there. lengths (B,), int64: tokens of the document so far.
+    keys (B, G, N + W, D), values (B, G, N + W, Dv). positions (B, N + W), int64: the position, in
+    its document, of the token that a slot holds; -1 if the slot is empty. lengths (B,), int64:
+    tokens of the document so far.
+
+    The token at position p is in slot N + p mod W until a later one overwrites it. The first N
+    tokens are also in slots 0 to N - 1, for good.
     """
 
     keys: Tensor
@@ -78,5 +83,5 @@ class Ring(NamedTuple):
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype the operators compute in: float64 if any input is, float32 otherwise."""
+    """Return the dtype that the operators compute in: float64 if any input is, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

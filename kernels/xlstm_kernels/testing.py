@@ -1,4 +1,4 @@
-"""Tools of the operators' tests and benchmarks."""
+"""Tools for the tests and benchmarks of the operators: errors, random inputs, memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def error_ratio(actual: Tensor, expected: Tensor) -> float:
-    """Return rms(expected - actual) / rms(expected) in float64; 0 if both are all zero, inf or nan otherwise.
+    """Return rms(expected - actual) / rms(expected), in float64.
 
+    0 if the tensors are equal; inf or nan if only `expected` is all zero or a value is not finite.
     Raises ValueError if the shapes differ.
     """
     if actual.shape != expected.shape:
         raise ValueError(
             f"error_ratio: actual has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
         )
-    difference, scale = (
-        x.detach().double().square().mean().sqrt() for x in (expected.double() - actual, expected)
-    )
-    return 0.0 if difference == 0 else float(difference / scale)
+    expected = expected.detach().double()
+    difference = rms(expected - actual.detach())
+    return 0.0 if difference == 0 else float(difference / rms(expected))
+
+
+def rms(x: Tensor) -> Tensor:
+    """Return the root of the mean square."""
+    return x.square().mean().sqrt()
 
 
 def random_inputs(
@@ -35,9 +40,10 @@ def random_inputs(
     seed: int = 0,
     forget_bias: float = 2.0,
 ) -> dict[str, Tensor]:
-    """Draw float32 inputs of `mlstm` from a seed: q, k through a softmax feature map, v, i, f Gaussian.
+    """Draw float32 inputs of `mlstm` from a seed.
 
-    Returns q, k (B, H, T, Dk), v (B, G, T, Dv), i, f (B, H, T), all requiring gradients.
+    q, k (B, H, T, Dk) have gone through a softmax feature map; v (B, G, T, Dv) and i, f (B, H, T)
+    are Gaussian. By default Dv = Dk and G = H. All require gradients.
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -55,7 +61,7 @@ def random_inputs(
 
 
 def random_state(B: int, H: int, Dk: int, Dv: int, *, seed: int = 0) -> dict[str, Tensor]:
-    """Draw the fields of an MLSTMState: C and n require gradients, n is positive, m is not zero."""
+    """Draw the fields of an MLSTMState: C and n require gradients, n is positive, m Gaussian."""
     draw = torch.Generator().manual_seed(seed)
     C = torch.randn(B, H, Dk, Dv, generator=draw).requires_grad_()
     n = torch.rand(B, H, Dk, generator=draw).requires_grad_()
@@ -81,8 +87,8 @@ def outputs_and_grads(
 ) -> dict[str, Tensor]:
     """Run operator(**inputs) and back-propagate fixed random cotangents through every output.
 
-    Returns the outputs as h (several: h0, h1, ...) and, for each input that requires gradients, its gradient as
-    d<name>. Equal output shapes get equal cotangents, whatever the dtype.
+    Returns the outputs as h (several: h0, h1, ...) and, for each input that requires gradients, its
+    gradient as d<name>. Equal output shapes get equal cotangents, whatever the dtype.
     """
     result = operator(**inputs)
     outputs = (result,) if isinstance(result, Tensor) else tuple(result)
@@ -91,18 +97,20 @@ def outputs_and_grads(
     leaves = {name: x for name, x in inputs.items() if x.requires_grad}
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
     names = ["h"] if isinstance(result, Tensor) else [f"h{n}" for n in range(len(outputs))]
-    return dict(zip(names, (x.detach() for x in outputs), strict=True)) | {
-        f"d{name}": g for name, g in zip(leaves, grads, strict=True)
-    }
+    found = dict(zip(names, [x.detach() for x in outputs], strict=True))
+    for name, grad in zip(leaves, grads, strict=True):
+        found[f"d{name}"] = grad
+    return found
 
 
 def allocated_peak(step: Callable[[], None]) -> int:
-    """Most bytes that the CPU allocator held during a step, beyond those it held before."""
+    """Return the most bytes that the CPU allocator held in a step, beyond those held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = recorded.profiler.kineto_results.events()
+    allocations = [event for event in events if event.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in sorted(allocations, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak

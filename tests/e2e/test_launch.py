@@ -6,6 +6,8 @@ Through --launch, accelerate launch, torchrun and the console script.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,9 +23,9 @@ pytestmark = pytest.mark.multi_process
 ROOT = Path(__file__).parents[2]
 RECIPE, CONFIGS = ROOT / "recipes" / "quickstart.yaml", ROOT / "recipes" / "accelerate"
 SETS = (
-    "align.tokens=16384", "align.warmup_steps=1", "data.validation_rows=4",
-    "capture.targets=online",
-    "distill.experts={math: {phases: [{domain: math, tokens: 16384}]}}", "distill.warmup_steps=1",
+    "align.tokens=8192", "align.batch=4", "align.warmup_steps=1", "data.validation_rows=4",
+    "capture.targets=online", "distill.batch=4", "distill.warmup_steps=1",
+    "distill.experts={math: {phases: [{domain: math, tokens: 8192}]}}",
 )  # fmt: skip
 CPU = str(CONFIGS / "ddp-cpu.yaml")
 
@@ -52,14 +54,16 @@ def aligned(tmp_path_factory) -> Path:
 ACCELERATE = ("accelerate.commands.launch", "--config_file", CPU)
 SCRIPT = str(Path(sys.executable).parent / "xlstm-distill")
 LAUNCHERS = (
-    # --launch does the same within one command, and every test of this file uses that.
+    pytest.param((*ACCELERATE, SCRIPT), id="accelerate-console-script"),
+    # Quick tests cover these otherwise: --launch is the first in one command, and test_pipeline.py
+    # aligns under torchrun.
     pytest.param(
         (*ACCELERATE, "-m", "xlstm_distill"), id="accelerate-module", marks=pytest.mark.slow
     ),
-    pytest.param((*ACCELERATE, SCRIPT), id="accelerate-console-script"),
     pytest.param(
         ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xlstm_distill"),
         id="torchrun",
+        marks=pytest.mark.slow,
     ),
 )
 
@@ -90,7 +94,7 @@ def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     # DeepSpeed has no checkpoints of its own.
     checkpoints = () if name == "fsdp2" else ("--set", "training.checkpoint_steps=null")
     sharded = words("distill", run, *launch, "--set", "capture.shard_teacher=true", *checkpoints)
-    done = cli(*sharded, shims=True)
+    done = cli(*sharded, shims=True)  # without them, neither shards on CPUs
     assert done.returncode == 0, done.stderr
     models = [run / "artifacts" / stage / "model" for stage in ("align", "distill/math")]
     before, after = (load_file(model / "model.safetensors") for model in models)
@@ -103,6 +107,8 @@ def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     assert not loading["unexpected_keys"]
 
 
+# Slow: test_accelerator.py makes the same comparison without processes.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp2", ZERO[2]])
 def test_sharding_that_would_silently_not_happen_is_refused(name, aligned, tmp_path):
     run = shutil.copytree(aligned, tmp_path / "run")
@@ -145,15 +151,10 @@ def logged_steps(run: Path) -> int:
     return sum(log.read_text().count("\n") for log in run.glob("training/*/log.jsonl"))
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
-)
-def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number, aligned, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(aligned / "artifacts" / "data", run / "artifacts" / "data")
-    command = words(
-        "align", run, "--launch", CPU, sets=("align.tokens=4000000", "align.batch=4", *SETS[1:])
-    )
+@contextlib.contextmanager
+def training(run: Path, *sets: str):
+    """Start an endless alignment in two processes, as a terminal does: in a session of its own."""
+    command = words("align", run, "--launch", CPU, sets=("align.tokens=4000000", *sets, *SETS[1:]))
     process = subprocess.Popen(
         [sys.executable, "-m", "xlstm_distill", *command],
         stdout=subprocess.DEVNULL,
@@ -161,18 +162,84 @@ def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(number,
         text=True,
         env=process_environment(),
         cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=listen_to_ctrl_c,
     )
     try:
-        deadline = time.monotonic() + 240
-        while logged_steps(run) < 3:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=100)
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-    assert process.returncode == 75, errors
-    assert errors.count(f"stopped by {number.name} after step") == 2
-    assert list(run.glob("training/*/step-*"))
+
+
+def listen_to_ctrl_c() -> None:
+    """A shell may have started the tests in the background, where it ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def wait_for(process: subprocess.Popen[str], is_there) -> None:
+    deadline = time.monotonic() + 240
+    while not is_there():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def prepared(aligned, tmp_path) -> Path:
+    """A run that has its rows and nothing else."""
+    run = tmp_path / "run"
+    shutil.copytree(aligned / "artifacts" / "data", run / "artifacts" / "data")
+    return run
+
+
+# What a terminal and a scheduler send differs in the exit code alone, so that one of them is quick.
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (signal.SIGINT, "Ctrl-C", 130),
+        pytest.param(signal.SIGTERM, "SIGTERM", 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "SIGUSR1", 75, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(
+    number, name, code, prepared
+):
+    with training(prepared, "align.batch=4") as process:
+        wait_for(process, lambda: logged_steps(prepared) >= 3)
+        os.killpg(process.pid, number)  # a terminal tells its whole process group
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    # One process speaks for all.
+    message = re.findall(
+        rf"stopped by {name} after step \d+ of align, with a checkpoint; .*", errors
+    )
+    assert len(message) == 1, errors
+    (checkpoint,) = prepared.glob("training/*/step-*")
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert f"to go on at step {step} of " in message[0]
+    assert logged_steps(prepared) == step
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_processes_at_once(prepared):
+    """A step of 1024 rows takes many seconds: the first Ctrl-C waits for its end."""
+    with training(prepared, "align.batch=1024", "align.micro_batch=8") as process:
+        wait_for(process, lambda: list(prepared.glob("training/*/training.json")))
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        started = time.monotonic()
+        _, errors = process.communicate(timeout=100)
+    assert time.monotonic() - started < 30
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line]
+    assert lines[0].startswith("Ctrl-C: the training ends after this step.")
+    expected = "Interrupted. Run the same command again: align goes on at step 0 of "
+    assert [line.startswith(expected) for line in lines[1:]] == [True], errors
+    assert logged_steps(prepared) == 0
+    assert not list(prepared.glob("training/*/step-*"))

@@ -37,25 +37,33 @@ FLAGS = (
     "--enable-logging=stderr",
     "--host-resolver-rules=MAP * ~NOTFOUND",  # the browser's own traffic has nowhere to go either
 )
-# Reads the page's layout and leaves it in the page, where --dump-dom shows it.
+# Reads the layout of a page in a frame and tells the page around it.
 PROBE = """<script>addEventListener("load", () => {
   const box = e => { const r = e.getBoundingClientRect(); return [r.width, r.height]; };
-  const out = document.createElement("output");
-  out.id = "probe";
-  out.textContent = JSON.stringify({
-    sections: Object.fromEntries(
-      [...document.querySelectorAll("section")].map(e => [e.id, box(e)])),
-    figures: [...document.querySelectorAll("figure svg")].map(box),
-    numbers: [...document.querySelectorAll("#headline dd.value")].map(e => e.textContent),
-    rows: [...document.querySelectorAll("#scores tbody tr")].map(e => e.cells.length),
+  const all = selector => [...document.querySelectorAll(selector)];
+  const requests = performance.getEntriesByType("resource").map(e => e.name);
+  parent.postMessage({ page: location.pathname.split("/").pop(), values: {
+    heads: all("h2").map(e => e.textContent),
+    sections: Object.fromEntries(all("section").map(e => [e.id, box(e)])),
+    figures: all("figure svg").map(box),
+    numbers: all("#headline dd.value").map(e => e.textContent),
+    rows: all("#scores tbody tr").map(e => e.cells.length),
     page: [document.documentElement.scrollWidth, innerWidth],
-    shades: [...document.querySelectorAll("#scores td.below")].map(
-      e => getComputedStyle(e).backgroundColor),
-    requests: performance.getEntriesByType("resource")
-      .map(e => e.name).filter(name => !name.startsWith("data:")),
-  });
-  document.body.append(out);
+    shades: all("#scores td.below").map(e => getComputedStyle(e).backgroundColor),
+    requests: requests.filter(name => !name.startsWith("data:")),
+  } }, "*");
 });</script></body>"""
+# Holds a frame for each page, and keeps what the probes tell where --dump-dom shows it.
+AROUND = """<!doctype html><meta charset="utf-8"><body><output id="probes">{}</output><script>
+addEventListener("message", event => {
+  const out = document.getElementById("probes");
+  const told = JSON.parse(out.textContent);
+  told[event.data.page] = event.data.values;
+  out.textContent = JSON.stringify(told);
+});</script>FRAMES</body>"""
+IMAGE = '<img src="http://127.0.0.1:9/x.png">'
+WIDTHS = {"report.html": 1280, "wide.html": 1280, "narrow.html": 500, "blocked.html": 1280}
+WIDTHS |= {"loading.html": 1280}
 
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium on PATH (chromium, chromium-browser, google-chrome)"
@@ -64,70 +72,71 @@ pytestmark = pytest.mark.skipif(
 
 @dataclass
 class Visit:
-    """Hold what one visit left: the rendered DOM and the console's lines."""
+    """Hold what one visit left: the values of each page's probe and the console's lines."""
 
-    dom: str
+    probes: dict[str, dict[str, Any]]
     console: list[str]
 
-    def probe(self) -> dict[str, Any]:
-        found = re.search(r'<output id="probe">(.*?)</output>', self.dom, flags=re.DOTALL)
-        assert found, "the probe did not run"
-        values: dict[str, Any] = json.loads(html.unescape(found[1]))
-        return values
-
-
-def visit(page: Path, folder: Path, size: str = "1280,900") -> Visit:
-    assert BROWSER is not None
-    flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}"]
-    done = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return Visit(done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line])
+    def lines_of(self, page: str) -> list[str]:
+        """Return the console's lines about one page."""
+        return [line for line in self.console if page in line]
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def visit(tmp_path_factory: pytest.TempPathFactory) -> Visit:
+    """Open the report, copies with a probe, and two pages with faults: one start of the browser."""
     data = ReportData.model_validate_json(DATA_FILE.read_text(encoding="utf-8"))
-    return write_report(data, tmp_path_factory.mktemp("run") / "report")
-
-
-def probed(page: Path, folder: Path) -> Path:
-    """Write a copy with the probe in it; the copy may run scripts, the report itself may not."""
-    text = page.read_text(encoding="utf-8")
+    folder = tmp_path_factory.mktemp("run") / "report"
+    text = write_report(data, folder).read_text(encoding="utf-8")
+    # The copies may run scripts; the report itself may not.
     allowed = text.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
     assert allowed != text
-    copy = folder / "probed.html"
-    copy.write_text(allowed.replace("</body>", PROBE), encoding="utf-8")
-    return copy
+    pages = {
+        "wide.html": allowed.replace("</body>", PROBE),
+        "narrow.html": allowed.replace("</body>", PROBE),
+        "blocked.html": text.replace("<main>", f"<main>{IMAGE}"),
+        "loading.html": f"<!doctype html><body>{IMAGE}<script>nothing()</script>{PROBE}",
+    }
+    for name, content in pages.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    frames = "".join(
+        f'<iframe src="{name}" width="{width}" height="900" style="border:0"></iframe>'
+        for name, width in WIDTHS.items()
+    )
+    around = folder / "around.html"
+    around.write_text(AROUND.replace("FRAMES", frames), encoding="utf-8")
+    return open_page(around, folder / "profile")
 
 
-def test_the_report_opens_without_a_line_on_the_console(page: Path, tmp_path: Path) -> None:
+def open_page(page: Path, profile: Path) -> Visit:
+    assert BROWSER is not None
+    flags = [*FLAGS, f"--user-data-dir={profile}", "--window-size=1400,900"]
+    # Frames tell their values after the page around them has loaded; the budget waits for them.
+    command = [BROWSER, *flags, "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.search(r'<output id="probes">(.*?)</output>', done.stdout, flags=re.DOTALL)
+    assert found, "the page around the frames did not open"
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return Visit(json.loads(html.unescape(found[1])), console)
+
+
+def test_the_report_opens_without_a_line_on_the_console(visit: Visit) -> None:
     # Its content policy forbids every request, and a forbidden one would be told on the console.
-    seen = visit(page, tmp_path)
-    assert "<h2>Win-and-Tie curves</h2>" in seen.dom
-    assert seen.console == []
+    assert "Win-and-Tie curves" in visit.probes["wide.html"]["heads"]
+    for page in ("report.html", "wide.html", "narrow.html", "around.html"):
+        assert visit.lines_of(page) == []
 
 
-def test_these_checks_notice_a_request_and_an_error(page: Path, tmp_path: Path) -> None:
-    image = '<img src="http://127.0.0.1:9/x.png">'
-    blocked = tmp_path / "blocked.html"
-    blocked.write_text(
-        page.read_text(encoding="utf-8").replace("<main>", f"<main>{image}"), encoding="utf-8"
-    )
-    assert any("Content Security Policy" in line for line in visit(blocked, tmp_path).console)
-    loading = tmp_path / "loading.html"
-    loading.write_text(
-        f"<!doctype html><body>{image}<script>nothing()</script>{PROBE}", encoding="utf-8"
-    )
-    seen = visit(loading, tmp_path)
-    assert any("nothing is not defined" in line for line in seen.console)
-    assert seen.probe()["requests"] == ["http://127.0.0.1:9/x.png"]
+def test_these_checks_notice_a_request_and_an_error(visit: Visit) -> None:
+    assert any("Content Security Policy" in line for line in visit.lines_of("blocked.html"))
+    assert any("nothing is not defined" in line for line in visit.lines_of("loading.html"))
+    assert visit.probes["loading.html"]["requests"] == ["http://127.0.0.1:9/x.png"]
 
 
-@pytest.mark.parametrize("size", ["1280,900", "500,900"])
-def test_sections_and_figures_are_laid_out(page: Path, tmp_path: Path, size: str) -> None:
-    seen = visit(probed(page, tmp_path), tmp_path, size).probe()
+@pytest.mark.parametrize("page", ["wide.html", "narrow.html"])
+def test_sections_and_figures_are_laid_out(visit: Visit, page: str) -> None:
+    seen = visit.probes[page]
     names = [
         "win-and-tie",
         "recovery",
@@ -148,4 +157,5 @@ def test_sections_and_figures_are_laid_out(page: Path, tmp_path: Path, size: str
     assert len(set(seen["shades"])) > 5
     assert seen["requests"] == []
     page_width, window_width = seen["page"]
+    assert window_width == WIDTHS[page]
     assert page_width <= window_width  # wide tables scroll inside, the page does not

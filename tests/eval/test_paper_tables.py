@@ -1,4 +1,4 @@
-"""The paper's printed scores against its printed critical tolerances: what reproduces, and what does not."""
+"""The paper's printed scores against its printed critical tolerances: what reproduces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REPORTED = {row["student"]: row for row in TABLES["reported_critical_tolerance"]
 
 
 def printed_pairs(row: dict[str, Any], shift: float = 0.0) -> list[TaskPair]:
-    """Return a student's pairs; ``shift`` moves every score by that share of a unit of its last printed digit."""
+    """Return a student's pairs; ``shift`` moves each score by so many units of its last digit."""
     pairs = []
     for table in row["tables"]:
         unit = 0.01 if table == "instruct" else 0.1

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from xlstm_distill.data.rows import Batch
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert
@@ -26,7 +27,7 @@ from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.memory import MemoryInputs, distill_memory
 from xlstm_distill.recipe import Align, MixerConfig
 from xlstm_distill.training.accelerator import checkpoint_activations
-from xlstm_distill.training.objectives import DistillTask
+from xlstm_distill.training.objectives import DistillObjective
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
 
@@ -51,7 +52,7 @@ def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
     student = convert(family.causal_lm(family.config(**SIZES)), mixer).train()
     checkpoint_activations(student)
     targets = SparseTargets.from_logits(torch.randn(TOKENS, SIZES["vocab_size"]), 8)
-    task = DistillTask(student, lambda _: targets, 0.9, 0.1)
+    task = DistillObjective(student, lambda _: targets, LossWeights(0.9, 0.1))
     wrapped = shard(task, dtype) if sharding == "fsdp2" else DistributedDataParallel(task)
     optimizer = make_optimizer(task.named_parameters(), Align(tokens=1))
 
@@ -90,8 +91,8 @@ def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
     dist.destroy_process_group()
 
 
-def shard(task: DistillTask, dtype: str) -> DistillTask:
-    """Shard as `training.accelerator` does: by decoder layer, gradients reduced in fp32."""
+def shard(task: DistillObjective, dtype: str) -> DistillObjective:
+    """Shard as the accelerator module does: by decoder layer, gradients reduced in fp32."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if dtype == "bfloat16" else MixedPrecisionPolicy()

@@ -1,7 +1,8 @@
-"""Trains tiny students for a few steps in however many processes it was started; the main one writes the weights.
+"""Trains tiny students for a few steps; the main process writes their weights.
 
-Started by test_accelerator.py, alone or through torch.distributed.run. Takes the file to write and, as JSON, options of
-each training by name; one after the other, as the stages of a run are.
+test_accelerator.py starts it, alone or through torch.distributed.run. It takes the file to write
+and, as JSON, the options of each training by name. It does one after the other in one process, as
+the stages of a run are done.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.recipe import Align
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.distill import choose_trainable
@@ -33,7 +34,7 @@ from xlstm_distill.training.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.training.lora import add_lora, merged_state
-from xlstm_distill.training.objectives import AlignTask, DistillTask
+from xlstm_distill.training.objectives import AlignObjective, DistillObjective, Objective
 from xlstm_distill.training.optim import make_optimizer
 
 ROWS, MICRO_BATCH, TOKENS, STEPS = 8, 2, 32, 4
@@ -44,53 +45,54 @@ def rows(step: int) -> torch.Tensor:
 
 
 def batch(ids: torch.Tensor) -> Batch:
+    """Rows of one document each; two of three tokens are supervised."""
     labels = ids.roll(-1, 1)
     labels[:, ::3] = IGNORE_INDEX
-    positions = torch.arange(TOKENS).expand_as(ids)
     return Batch(
-        ids,
-        positions,
-        torch.zeros_like(ids),
-        labels,
-        torch.ones_like(ids, dtype=torch.bool),
-        (("a", 0),),
+        input_ids=ids,
+        position_ids=torch.arange(TOKENS).expand_as(ids),
+        segment_ids=torch.zeros_like(ids),
+        labels=labels,
+        real=torch.ones_like(ids, dtype=torch.bool),
+        rows=(("a", 0),),
     )
 
 
-def make_task(options: dict[str, Any]) -> tuple[nn.Module, Any]:
+def make_objective(options: dict[str, Any]) -> tuple[Objective, Any]:
+    """Make an objective and the student it trains."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.15,
-                         tie_word_embeddings=options.get("tied", False))  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.15,
+        tie_word_embeddings=options.get("tied", False),
+    )  # fmt: skip
     teacher = LlamaForCausalLM(config).eval()
-    mixer = MixerConfig(window=8, sinks=2)
-    student = convert(teacher, mixer, share_weights=options.get("stage") == "align")
+    align = options.get("stage") == "align"
+    student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=align)
     if options.get("checkpoint"):
         checkpoint_activations(student)
-    if options.get("stage") == "align":
-        return AlignTask(student, teacher), student
+    if align:
+        return AlignObjective(student, teacher), student
     if options.get("trainable") == "lora":
         add_lora(student, rank=4, alpha=8)
     else:
         choose_trainable(student, options.get("trainable", "all"))
     if options.get("shard_teacher"):
         shard_teacher(teacher)
-    return DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1), student
+    return DistillObjective(student, OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)), student
 
 
 def reduction(wrapped: Any) -> torch.dtype:
-    """In what precision gradients are reduced."""
+    """The precision in which gradients are reduced."""
     if isinstance(wrapped, FSDPModule):
-        policies = [
-            m._get_fsdp_state()._mp_policy for m in wrapped.modules() if isinstance(m, FSDPModule)
-        ]
+        sharded = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
+        policies = [module._get_fsdp_state()._mp_policy for module in sharded]
         (dtype,) = {policy.reduce_dtype or torch.float32 for policy in policies}
         return dtype
     if hasattr(wrapped, "communication_data_type"):  # DeepSpeed's engine
         return wrapped.communication_data_type
-    (dtype,) = {
-        p.dtype for p in wrapped.parameters() if p.requires_grad
-    }  # DDP reduces gradients as they are
+    # DDP reduces gradients as they are.
+    (dtype,) = {p.dtype for p in wrapped.parameters() if p.requires_grad}
     return dtype
 
 
@@ -98,10 +100,12 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     """Train once; returns weights and figures, on the main process."""
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype=options.get("dtype", "float32")))
     accelerator = make_accelerator(recipe)
-    task, student = make_task(options)
+    objective, student = make_objective(options)
     optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
-    optimizer = make_optimizer(task.named_parameters(), optim)
-    wrapped, optimizer = prepare(accelerator, task, optimizer, micro_batch=MICRO_BATCH, clip=1.0)
+    optimizer = make_optimizer(objective.named_parameters(), optim)
+    wrapped, optimizer = prepare(
+        accelerator, objective, optimizer, micro_batch=MICRO_BATCH, clip=1.0
+    )
     figures = []
     with torch.no_grad():  # as validation before training does
         wrapped(batch(rows(100)))
@@ -119,15 +123,15 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
         norm = clip_gradients(accelerator, wrapped, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        figures.append((float(accelerator.reduce(total, "sum")) / (ROWS * TOKENS), norm))
+        loss_of_step = float(accelerator.reduce(total, "sum")) / (ROWS * TOKENS)
+        figures.append((loss_of_step, norm))
     weights = full_state_dict(accelerator, student)
     if accelerator.is_main_process and options.get("trainable") == "lora":
         weights = merged_state(weights, rank=4, alpha=8)
-    kind = accelerator.distributed_type.name
     return {
         "weights": weights,
         "figures": figures,
-        "kind": kind,
+        "kind": accelerator.distributed_type.name,
         "reduction": str(reduction(wrapped)),
     }
 

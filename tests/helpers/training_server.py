@@ -1,11 +1,17 @@
-"""Runs small trainings in forked processes, which start at once since all is imported; for test_resume.py.
+"""Runs small trainings for test_resume.py, in forked processes: these need no time to import.
 
-Reads one JSON object a line: `processes`, `out` (file for the weights), `directory` (checkpoints and log), `steps`,
-`settings` (variables of accelerate's launcher, for sharding; or null), and `kill`: null, or `step`, `signal` and
-`delay` (send the signal that many seconds after the step is in the log). Answers with the exit codes of the processes,
-negative for the signal that ended one, and writes the message of an error to `directory`/error-RANK. `fault` is null,
-or has `bad_row` (the n-th row whose loss is not finite) or `stop_at_end` (the process that gets SIGTERM in the last
-validation).
+It reads one JSON object a line:
+
+- `processes`: how many; `steps`: optimiser steps; `settings`: null, or an accelerate launcher's
+  variables, for sharding;
+- `directory`: folder for checkpoints and log; `out`: file for the weights;
+- `signals`: what to send to all processes, in turn: `signal`, `step` (once it is in the log; null:
+  once `directory`/sleeping-RANK exists for all ranks) and `delay` (seconds after that);
+- `fault`: `bad_row` (the number of the row whose loss is not finite), `stop_at_end` (the rank that
+  gets SIGTERM in the last validation), `sleep_at` (the step in which all ranks sleep).
+
+It answers with the processes' exit codes, negative for a signal that ended one. What a process
+would tell the user goes to `directory`/message-RANK.
 """
 
 from __future__ import annotations
@@ -37,30 +43,44 @@ from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.data.shards import write_rows
 from xlstm_distill.data.tokenization import Tokens
 from xlstm_distill.errors import RunError
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.recipe import Align, Training
-from xlstm_distill.runtime import signals as stopping
-from xlstm_distill.targets.providers import OnlineTargets
+from xlstm_distill.runtime import signals
+from xlstm_distill.targets.providers import OnlineTargets, TargetSource
 from xlstm_distill.training.accelerator import full_state_dict, make_accelerator
-from xlstm_distill.training.objectives import DistillTask
-from xlstm_distill.training.trainer import Plan, Stretch, Trainer
+from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.training.plan import Stretch, TrainingPlan
+from xlstm_distill.training.trainer import Trainer
 
 SHIMS = Path(__file__).parents[1] / "shims" / "sitecustomize.py"
+BATCH, CONTEXT = 8, 32
 
 
 class Poisoned:
     """Targets that make the loss of one row's micro-batch not finite."""
 
-    def __init__(self, real: OnlineTargets, row: tuple[str, int]) -> None:
+    def __init__(self, real: TargetSource, row: tuple[str, int]) -> None:
         self.real, self.row = real, row
 
     def __call__(self, batch: Batch) -> SparseTargets:
         found = self.real(batch)
-        return (
-            replace(found, log_probs=found.log_probs * float("nan"))
-            if self.row in batch.rows
-            else found
-        )
+        if self.row not in batch.rows:
+            return found
+        return replace(found, log_probs=found.log_probs * float("nan"))
+
+
+class Sleeping:
+    """Targets that take a minute for one row, and say so by a file."""
+
+    def __init__(self, real: TargetSource, row: tuple[str, int], sign: Path) -> None:
+        self.real, self.row, self.sign = real, row, sign
+
+    def __call__(self, batch: Batch) -> SparseTargets:
+        if self.row in batch.rows:
+            self.sign.touch()
+            time.sleep(60)
+        return self.real(batch)
 
 
 class StoppedAtTheEnd(Trainer):
@@ -72,64 +92,78 @@ class StoppedAtTheEnd(Trainer):
         return super().validate()
 
 
+def make_domains(folder: Path) -> dict[str, DomainRows]:
+    """Write packed rows of random documents."""
+    rng = np.random.default_rng(0)
+    documents = []
+    for length in rng.integers(3, 30, 80):
+        ids = rng.integers(3, 97, length).tolist()
+        documents.append(Tokens.of(ids, [n > length // 2 for n in range(length)]))
+    write_rows(folder, pack(documents, CONTEXT, 0), context=CONTEXT, vocabulary=97)
+    return {"a": DomainRows("a", Artifact(folder, {}), validation=2)}
+
+
+def make_objective() -> DistillObjective:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    teacher = LlamaForCausalLM(config)
+    student = convert(teacher, MixerConfig(window=8, sinks=2))
+    return DistillObjective(student, OnlineTargets(teacher, 16), LossWeights(0.9, 0.1))
+
+
 def train(out: Path, directory: Path, steps: int, fault: dict[str, int]) -> None:
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype="float32"))
     accelerator = make_accelerator(recipe)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
-    teacher = LlamaForCausalLM(config)
-    student = convert(teacher, MixerConfig(window=8, sinks=2))
-    task = DistillTask(student, OnlineTargets(teacher, 16), 0.9, 0.1)
+    objective = make_objective()
+    rank = accelerator.process_index
     with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        documents = [
-            Tokens.of(rng.integers(3, 97, n).tolist(), [m > n // 2 for m in range(n)])
-            for n in rng.integers(3, 30, 80)
-        ]
-        write_rows(Path(folder), pack(documents, 32, 0), context=32, vocabulary=97)
-        domains = {"a": DomainRows("a", Artifact(Path(folder), {}), validation=2)}
-        stretch = Stretch(RowSchedule(domains, {"a": 1.0}, 0, steps * 8), steps, 1e-2)
+        domains = make_domains(Path(folder))
+        stretch = Stretch(RowSchedule(domains, {"a": 1.0}, 0, steps * BATCH), steps, 1e-2)
         if "bad_row" in fault:
-            row = fault["bad_row"]
-            task.targets = Poisoned(task.targets, stretch.schedule.rows(row // 8, 8)[row % 8])
-        plan = Plan("test", (stretch,), 8, 2)
-        training = Training(checkpoint_steps=3)
-        kind = StoppedAtTheEnd if fault.get("stop_at_end") == accelerator.process_index else Trainer
-        kind(
-            task,
-            Align(tokens=4096, batch=8),
-            plan,
-            domains,
-            directory,
-            accelerator,
-            training=training,
-        ).run()
-    weights = full_state_dict(accelerator, student)
+            step, number = divmod(fault["bad_row"], BATCH)
+            row = stretch.schedule.rows(step, BATCH)[number]
+            objective.targets = Poisoned(objective.targets, row)
+        if "sleep_at" in fault:
+            row = stretch.schedule.rows(fault["sleep_at"], BATCH)[rank]
+            sign = directory / f"sleeping-{rank}"
+            objective.targets = Sleeping(objective.targets, row, sign)
+        optim = Align(tokens=4096, batch=BATCH, micro_batch=2)
+        plan = TrainingPlan("test", (stretch,), optim, Training(checkpoint_steps=3))
+        kind = StoppedAtTheEnd if fault.get("stop_at_end") == rank else Trainer
+        kind(objective, plan, domains, directory, accelerator).run()
+    weights = full_state_dict(accelerator, objective.student)
     if accelerator.is_main_process:
         save_file({name: tensor.clone() for name, tensor in weights.items()}, out)
 
 
 def child(request: dict[str, Any], rank: int, port: int) -> int:
-    """Train as one of the processes; returns the exit code."""
+    """Train as one of the processes; returns the exit code, as the command line would."""
     if request["processes"] > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"]),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"]),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
     if request["settings"]:
         os.environ |= request["settings"]
         runpy.run_path(str(SHIMS))
-    stopping.listen()
+    # A shell may have started the tests in the background, with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals.listen()
+    directory = Path(request["directory"])
+    message = directory / f"message-{rank}"
     try:
-        train(
-            Path(request["out"]),
-            Path(request["directory"]),
-            request["steps"],
-            request["fault"] or {},
-        )
-    except stopping.Stopped:
-        return stopping.EXIT_CODE
+        train(Path(request["out"]), directory, request["steps"], request["fault"] or {})
+    except signals.Stopped as stopped:
+        message.write_text(str(stopped))
+        return stopped.exit_code
+    except KeyboardInterrupt as interrupt:
+        message.write_text(str(interrupt))
+        return signals.INTERRUPTED
     except RunError as error:
-        (Path(request["directory"]) / f"error-{rank}").write_text(str(error))
+        message.write_text(str(error))
         return 1
     except Exception:
         traceback.print_exc()
@@ -137,25 +171,35 @@ def child(request: dict[str, Any], rank: int, port: int) -> int:
     return 0
 
 
+def is_time(directory: Path, step: int | None, processes: int) -> bool:
+    """Whether a step is in the log, or all processes sleep."""
+    if step is None:
+        return len(list(directory.glob("sleeping-*"))) == processes
+    log = directory / "log.jsonl"
+    return log.is_file() and log.read_text().count("\n") > step
+
+
 def serve(request: dict[str, Any]) -> list[int]:
-    """Fork the processes, send the signal when it is time, and collect exit codes."""
+    """Fork the processes, send the signals when it is time, and collect exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = []
     for rank in range(request["processes"]):
-        if (pid := os.fork()) == 0:
+        pid = os.fork()
+        if pid == 0:
             os._exit(child(request, rank, port))
         children.append(pid)
-    if kill := request["kill"]:
-        log = Path(request["directory"]) / "log.jsonl"
-        while not (log.is_file() and log.read_text().count("\n") > kill["step"]):
+    for sent in request["signals"]:
+        while not is_time(Path(request["directory"]), sent["step"], request["processes"]):
             time.sleep(0.002)
-        time.sleep(kill["delay"])
+        time.sleep(sent["delay"])
         for pid in children:
-            os.kill(pid, kill["signal"])
+            os.kill(pid, sent["signal"])
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
+# The threads of a process that trains must be as many in every run that is compared with another.
+torch.set_num_threads(1)
 for line in sys.stdin:
     print(json.dumps(serve(json.loads(line))), flush=True)

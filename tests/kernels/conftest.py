@@ -1,4 +1,4 @@
-"""Where the Triton kernels run in tests: on a CUDA device if there is one, else in Triton's interpreter on the CPU."""
+"""Where the Triton kernels run in tests: on a GPU, else in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import pytest
 import torch
 
 if not torch.cuda.is_available() and os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
-    # Triton reads the variable when it is imported, which the tests of other directories may have done already.
-    for name in [
-        name
-        for name in sys.modules
-        if name.startswith("triton") and not name.startswith("triton._C")
-    ]:
-        del sys.modules[name]
+    # Triton decides between compiler and interpreter when it is imported, and transformers, which
+    # the tests of other directories import, imports it. So forget Triton and what is built on it;
+    # its compiled part (triton._C) cannot be loaded twice.
+    rooms = ("triton", "xlstm_kernels.triton", "xlstm_kernels.benchmarks")
+    for name in list(sys.modules):
+        if name.startswith("triton._C"):
+            continue
+        if any(name == room or name.startswith(f"{room}.") for room in rooms):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +30,10 @@ def device() -> str:
 
 @pytest.fixture
 def gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Make the interpreter round as a GPU does; the set collects the precisions of products (none on a GPU)."""
+    """Make the interpreter round as a GPU does.
+
+    The set collects the precisions of products; it stays empty on a GPU.
+    """
     if torch.cuda.is_available():
         return set()
     path = Path(__file__).parent.parent / "shims/triton_interpreter.py"
@@ -42,7 +47,10 @@ def gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty and torch.empty_like return with NaN: what a kernel does not write then shows."""
+    """Fill what torch.empty and torch.empty_like return with NaN.
+
+    So what a kernel does not write shows in the results.
+    """
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 

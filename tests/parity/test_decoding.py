@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +21,10 @@ ALL = sorted(FAMILIES)
 
 @pytest.fixture
 def student(tiny_teacher):
-    def make(family="llama", window=8, sinks=2, **mixer):
-        student = convert(tiny_teacher(family), MixerConfig(window=window, sinks=sinks, **mixer))
+    def make(family="llama", window=8, sinks=2, layers=2, **mixer):
+        config = MixerConfig(window=window, sinks=sinks, **mixer)
+        student = convert(tiny_teacher(family, num_hidden_layers=layers), config)
+        # New gates are constant and new maps the identity: random ones leave no part idle.
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for _, p in student.new_parameters():
@@ -33,14 +40,24 @@ def ids(batch=2, tokens=40, seed=1):
 
 @torch.no_grad()
 def run_in_parts(model, row, parts, **kwargs):
-    cache, out, seen = model.new_cache(), [], 0
-    for n in parts:
-        given = {k: v[:, seen : seen + n] for k, v in kwargs.items()}
-        out.append(
-            model(row[:, seen : seen + n], past_key_values=cache, use_cache=True, **given).logits
-        )
-        seen += n
-    return torch.cat(out, dim=1)
+    """Return the logits of a row that comes in parts of these lengths, with one cache."""
+    cache, logits, seen = model.new_cache(), [], 0
+    for tokens in parts:
+        part = slice(seen, seen + tokens)
+        given = {name: value[:, part] for name, value in kwargs.items()}
+        out = model(row[:, part], past_key_values=cache, use_cache=True, **given)
+        logits.append(out.logits)
+        seen += tokens
+    return torch.cat(logits, dim=1)
+
+
+def left_padded(prompts):
+    """Pad prompts on the left to the longest: ids and attention mask (B, T)."""
+    width = max(len(prompt) for prompt in prompts)
+    pad = torch.nn.functional.pad
+    batch = [pad(prompt, (width - len(prompt), 0)) for prompt in prompts]
+    mask = [pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in prompts]
+    return torch.stack(batch), torch.stack(mask)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -77,29 +94,36 @@ PACKED = [[1, 3, 2, 5], [4, 1, 6], [11]]  # lengths of the documents of three ro
 
 
 def packed():
-    """Ids of three packed rows of 11 tokens, and how each way of telling documents apart says it."""
-    segments = torch.stack(
-        [torch.repeat_interleave(torch.arange(len(n)) * 3, torch.tensor(n)) for n in PACKED]
-    )
-    positions = torch.stack([torch.cat([torch.arange(k) for k in n]) for n in PACKED])
+    """Make three packed rows of 11 tokens, and the arguments that tell their documents apart."""
+    segments, positions = [], []
+    for lengths in PACKED:
+        numbers = 3 * torch.arange(len(lengths))  # ids need not be consecutive
+        segments.append(torch.repeat_interleave(numbers, torch.tensor(lengths)))
+        positions.append(torch.cat([torch.arange(length) for length in lengths]))
     return ids(3, 11), {
-        "segment_ids": {"segment_ids": segments},
-        "position_ids": {"position_ids": positions},
+        "segment_ids": {"segment_ids": torch.stack(segments)},
+        "position_ids": {"position_ids": torch.stack(positions)},
     }
+
+
+def splits(tokens):
+    """Cut a row in two and in three parts everywhere, and into a prompt and single tokens."""
+    yield [1] * tokens
+    for first in range(1, tokens):
+        yield [first, tokens - first]
+        yield [first] + [1] * (tokens - first)
+        for second in range(first + 1, tokens):
+            yield [first, second - first, tokens - second]
 
 
 @pytest.mark.parametrize("said", ["segment_ids", "position_ids"])
 @pytest.mark.parametrize("branches", [("mlstm", "window"), ("window",), ("mlstm",)], ids="+".join)
 def test_every_split_of_packed_rows_equals_one_pass(said, branches, student):
-    model, (rows, ways) = student(window=3, sinks=1, branches=branches), packed()
+    # One layer: where documents begin is the same in all.
+    model, (rows, ways) = student(window=3, sinks=1, layers=1, branches=branches), packed()
     with torch.no_grad():
         whole = model(rows, use_cache=False, **ways[said]).logits.double()
-    splits = [[1] * 11, *([a, b - a, 11 - b] for a in range(1, 10) for b in range(a + 1, 11))]
-    for parts in [
-        *splits,
-        *([n, 11 - n] for n in range(1, 11)),
-        *([n] + [1] * (11 - n) for n in range(1, 11)),
-    ]:
+    for parts in splits(11):
         assert error_ratio(run_in_parts(model, rows, parts, **ways[said]), whole) < 3e-6, parts
 
 
@@ -121,12 +145,9 @@ def test_tokens_after_a_packed_prefill_continue_the_last_document(family, said, 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 14, None])
 def test_left_padded_rows_equal_rows_alone_without_positions_and_in_chunks(chunk, student):
-    model, lengths = student(), (3, 14, 9)
-    prompts = [ids(1, n, seed=n)[0] for n in lengths]
-    batch = torch.stack([torch.nn.functional.pad(p, (14 - len(p), 0)) for p in prompts])
-    mask = torch.stack(
-        [torch.nn.functional.pad(torch.ones_like(p), (14 - len(p), 0)) for p in prompts]
-    )
+    model = student()
+    prompts = [ids(1, n, seed=n)[0] for n in (3, 14, 9)]
+    batch, mask = left_padded(prompts)
     with torch.no_grad():
         if chunk is None:
             together = model(batch, attention_mask=mask, use_cache=False).logits
@@ -152,11 +173,8 @@ def test_greedy_generation_equals_uncached_forward(family, student):
 def test_left_padding_changes_nothing(student):
     model = student()
     prompts = [ids(1, n, seed=n)[0] for n in (3, 14, 9)]
-    width = 14
-    batch = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
-    mask = torch.stack(
-        [torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]
-    )
+    batch, mask = left_padded(prompts)
+    width = batch.shape[1]
     together = model.generate(
         batch, attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None
     )
@@ -277,7 +295,7 @@ def test_a_cache_can_be_reset_before_and_after_use(student):
 
 
 def test_tensors_that_the_caller_changes_in_place_leave_the_cache_as_it_is(student):
-    """Decoding loops keep one tensor of positions and add to it; the cache's own tensors keep their addresses too."""
+    """Decoding loops keep one tensor of positions and add to it."""
     model, row, cache = student(), ids(), student().new_cache()
     with torch.no_grad():
         whole = model(row, use_cache=False).logits
@@ -321,3 +339,15 @@ def test_a_cache_is_refused_where_gradients_are_recorded(student):
         with pytest.raises(ValueError, match="past_key_values: a student's cache holds constants"):
             model(ids(2, tokens), past_key_values=cache)
     assert model(ids(), use_cache=True).past_key_values is None
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize("branches", ["mlstm,window", "window", "mlstm"])
+def test_decoding_with_the_triton_kernels_equals_one_pass(branches):
+    script = Path(__file__).parents[1] / "helpers/decode_with_triton.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, script, branches], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 3e-6

@@ -16,14 +16,14 @@ def _shard_on_cpu() -> None:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
+    # accelerate shards only where it finds an accelerator and a backend for several of them.
     torch.accelerator.is_available = lambda: True
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed.comm.torch
 
-        deepspeed.comm.torch.build_shm_op = lambda: (
-            None
-        )  # a C++ extension that would be compiled first
+        # A C++ extension, which would be compiled first. DeepSpeed works over gloo without it.
+        deepspeed.comm.torch.build_shm_op = lambda: None
 
 
 if "RANK" in os.environ and {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ):

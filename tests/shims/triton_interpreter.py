@@ -45,6 +45,7 @@ def use_gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         left, right = numbers(a), numbers(b)
         return handle(product(left, right, name) + total.data, total.dtype.scalar)
 
+    # The builder's methods are what the interpreter calls for every cast and every tl.dot.
     builder = interpreter.InterpreterBuilder
     monkeypatch.setattr(builder, "cast_impl", cast)
     monkeypatch.setattr(builder, "create_fp_to_fp", lambda self, x, dtype, _: cast(self, x, dtype))
@@ -55,6 +56,7 @@ def use_gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
     """Round to the nearest bfloat16, to the even one of two; returns its bits as uint16."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    # Adding half of the last kept bit rounds to the nearest; the kept bit itself decides a tie.
     rounded = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)
     return (np.where(np.isnan(x), bits, rounded) >> 16).astype(np.uint16)
 
@@ -67,6 +69,7 @@ def product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
     if precision == "tf32":
         return np.matmul(cut(a), cut(b), dtype=np.float32)
     if precision == "tf32x3":
+        # Triton leaves out the product of both low parts, which is too small to matter.
         high_a, high_b = cut(a), cut(b)
         low = np.matmul(cut(a - high_a), high_b) + np.matmul(high_a, cut(b - high_b))
         return low + np.matmul(high_a, high_b, dtype=np.float32)

@@ -1,4 +1,7 @@
-"""Measure the preparation of rows and their order: `python -m xlstm_distill.benchmarks.data TOKENIZER`."""
+"""Measure how fast rows are prepared, ordered and read.
+
+`python -m xlstm_distill.benchmarks.data TOKENIZER`; docs/data.md has the results.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,11 @@ from xlstm_distill.runtime.console import QuietConsole
 
 CONTEXT, VALIDATION = 4096, 64
 MEAN, SPREAD = 7.8, 1.1
-"""Length of generated documents (characters): mean and standard deviation of its logarithm."""
+"""Mean and standard deviation of the logarithm of a generated document's length (characters)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what the preparation costs with each number of workers, and what reading costs afterwards."""
+    """Print what the preparation costs with each number of workers, and then what reading costs."""
     parser = argparse.ArgumentParser(prog="xlstm_distill.benchmarks.data", description=__doc__)
     parser.add_argument("tokenizer", type=Path, help="folder of a tokenizer")
     parser.add_argument(
@@ -45,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        data = options.data or _generate(
-            Path(folder) / "text.jsonl", 4 * (options.tokens + VALIDATION * CONTEXT)
-        )
+        # About four characters make a token.
+        characters = 4 * (options.tokens + VALIDATION * CONTEXT)
+        data = options.data or _generate(Path(folder) / "text.jsonl", characters)
         for workers in options.workers:
             recipe = _recipe(options.tokenizer, data, options.tokens, workers)
             artifact = _prepare(recipe, Path(folder) / str(workers), tokenizer, workers)
@@ -59,12 +62,7 @@ def _generate(path: Path, characters: int) -> Path:
     """Write documents of the embedded conversations' text, of log-normal length."""
     rng, written = random.Random(0), 0
     domains = [embedded.documents(domain, 10**9, 0) for domain in embedded.DOMAINS]
-    texts = (
-        m["content"]
-        for documents in zip(*domains, strict=True)
-        for d in documents
-        for m in d["messages"]
-    )
+    texts = _contents(domains)
     with path.open("w") as file:
         while written < characters:
             length, text = rng.lognormvariate(MEAN, SPREAD), ""
@@ -75,46 +73,54 @@ def _generate(path: Path, characters: int) -> Path:
     return path
 
 
+def _contents(domains: Sequence[Iterable[dict[str, Any]]]) -> Iterator[str]:
+    """Yield the text of every message; the domains take turns."""
+    for documents in zip(*domains, strict=True):
+        for document in documents:
+            for message in document["messages"]:
+                yield message["content"]
+
+
 def _recipe(tokenizer: Path, data: Path, tokens: int, workers: int) -> Recipe:
+    source = {"path": str(data.resolve()), "text": "text"}
+    phases = [{"domain": "x", "tokens": CONTEXT}]
     return Recipe.model_validate(
         {
             "name": "bench",
             "teacher": {"path": str(tokenizer)},
             "data": {
-                "context": CONTEXT, "workers": workers, "validation_rows": VALIDATION,
-                "domains": {"x": {"sources": [{"path": str(data.resolve()), "text": "text"}]}},
+                "context": CONTEXT,
+                "workers": workers,
+                "validation_rows": VALIDATION,
+                "domains": {"x": {"sources": [source]}},
             },
             "align": {"tokens": tokens, "batch": 1},
-            "distill": {
-                "batch": 1, "lr": 1e-5, "experts": {"x": {"phases": [{"domain": "x", "tokens": CONTEXT}]}},
-            },
+            "distill": {"batch": 1, "lr": 1e-5, "experts": {"x": {"phases": phases}}},
             "evaluate": {"tasks": [{"name": "none"}]},
         }
-    )  # fmt: skip
+    )
 
 
 def _prepare(recipe: Recipe, folder: Path, tokenizer: Any, workers: int) -> Artifact:
+    """Prepare the rows once, and print speeds, sizes and peak memory."""
     run = Run.open(folder, recipe)
     started, before = time.monotonic(), os.times()
     artifact = prepare_domain(
         recipe, run, "x", tokenizer, tokenizer_hash(tokenizer), QuietConsole()
     )
     seconds, after = time.monotonic() - started, os.times()
-    main_cpu = after.user + after.system - before.user - before.system
-    cpu = (
-        main_cpu
-        + after.children_user
-        + after.children_system
-        - before.children_user
-        - before.children_system
-    )
+    own = after.user + after.system - before.user - before.system
+    workers_before = before.children_user + before.children_system
+    workers_cpu = after.children_user + after.children_system - workers_before
     results = artifact.manifest["results"]
-    peak, load = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, os.getloadavg()[0]
+    tokens = results["tokens"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(
-        f"workers {workers}: {results['tokens'] / seconds:,.0f} tokens/s, {results['tokens'] / cpu:,.0f} a CPU second "
-        f"({results['tokens'] / main_cpu:,.0f} a CPU second of the main process), "
-        f"{results['bytes_per_token']:.2f} bytes/token, fill {results['fill']:.2%}, {results['rows']} rows, "
-        f"peak memory {peak:,.0f} MiB, load {load:.1f}",
+        f"workers {workers}: {tokens / seconds:,.0f} tokens/s, "
+        f"{tokens / (own + workers_cpu):,.0f} a CPU second "
+        f"({tokens / own:,.0f} a CPU second of the main process), "
+        f"{results['bytes_per_token']:.2f} bytes/token, fill {results['fill']:.2%}, "
+        f"{results['rows']} rows, peak memory {peak:,.0f} MiB, load {os.getloadavg()[0]:.1f}",
     )
     return artifact
 
@@ -127,18 +133,14 @@ def _read(artifact: Artifact) -> None:
     for step in range(100):
         load_batch(rows, schedule.rows(step, 64))
     seconds = time.process_time() - started
-    print(
-        f"reading: {100 * 64 * CONTEXT / seconds:,.0f} tokens a CPU second, 64 rows of {CONTEXT} a batch"
-    )
+    speed = 100 * 64 * CONTEXT / seconds
+    print(f"reading: {speed:,.0f} tokens a CPU second, 64 rows of {CONTEXT} a batch")
     total, names = 5_000_000, "abcd"
+    many = dict.fromkeys(names, _Many("many", artifact, VALIDATION))
     started = time.process_time()
-    order = RowSchedule(
-        dict.fromkeys(names, _Many("many", artifact, VALIDATION)),
-        dict.fromkeys(names, 1.0),
-        0,
-        total,
-    )
+    order = RowSchedule(many, dict.fromkeys(names, 1.0), 0, total)
     made = time.process_time() - started
+    # The last step is the furthest from the start, where a resumed training may begin.
     order.rows(total // 64 - 1, 64)
     seconds = time.process_time() - started
     print(

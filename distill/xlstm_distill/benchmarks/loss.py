@@ -1,7 +1,8 @@
-"""Time and memory of the fused loss against the plain one: `python -m xlstm_distill.benchmarks.loss --hidden 2048`.
+"""Compare the fused and the plain loss: `python -m xlstm_distill.benchmarks.loss --hidden 2048`.
 
-Each loss runs forward and backward in a process of its own, on the same random inputs, so that its peak is its own. The
-two must agree, in value and in the gradients of hidden states and head, before anything is reported.
+Each loss runs forward and backward on the same random inputs, in a process of its own, so that its
+peak memory is its own. The two must agree in value and in the gradients of hidden states and head;
+otherwise nothing is reported.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from xlstm_distill.losses.fused import linear_distill_loss
-from xlstm_distill.losses.plain import distill_loss
+from xlstm_distill.losses.plain import LossWeights, distill_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.runtime.device import peak_bytes
 
-CE_WEIGHT, KL_WEIGHT = 0.9, 0.1
+WEIGHTS = LossWeights(cross_entropy=0.9, kl=0.1)
 PROBES = 1024
 """Entries of a gradient that the two losses compare, at random places of the head."""
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -42,7 +43,7 @@ class Inputs:
 
     @classmethod
     def draw(cls, options: argparse.Namespace) -> Inputs:
-        """Draw from a seed, in place, so that making them needs no more memory than they do."""
+        """Draw from a seed, in place: a temporary copy would show in the peak memory."""
         generator = torch.Generator(options.device).manual_seed(0)
         device, tokens, vocabulary = options.device, options.tokens, options.vocabulary
         hidden = torch.empty(tokens, options.hidden, device=device).normal_(generator=generator)
@@ -55,7 +56,7 @@ class Inputs:
 
 
 def random_targets(tokens: int, vocabulary: int, top_k: int, device: str) -> SparseTargets:
-    """Targets with `top_k` different ids for each token, spread over the vocabulary."""
+    """Make targets with `top_k` different ids for each token, spread over the vocabulary."""
     generator = torch.Generator(device).manual_seed(2)
     first = torch.randint(vocabulary, (tokens, 1), generator=generator, device=device)
     ids = (first + torch.arange(top_k, device=device) * (vocabulary // top_k)) % vocabulary
@@ -64,18 +65,23 @@ def random_targets(tokens: int, vocabulary: int, top_k: int, device: str) -> Spa
 
 
 def weighted_loss(kind: str, inputs: Inputs, chunk: int | None) -> Tensor:
-    """The loss that stage II differentiates, `fused` or `plain`."""
+    """Compute the loss that stage II differentiates; `kind`: `fused` or `plain`."""
     if kind == "fused":
         return linear_distill_loss(
-            inputs.hidden, inputs.weight, None, inputs.labels, inputs.targets,
-            ce_weight=CE_WEIGHT, kl_weight=KL_WEIGHT, chunk=chunk,
-        )[0]  # fmt: skip
+            inputs.hidden,
+            inputs.weight,
+            None,
+            inputs.labels,
+            inputs.targets,
+            WEIGHTS,
+            chunk=chunk,
+        )[0]
     parts = distill_loss(linear(inputs.hidden, inputs.weight), inputs.labels, inputs.targets)
-    return CE_WEIGHT * parts.cross_entropy + KL_WEIGHT * parts.kl
+    return WEIGHTS.cross_entropy * parts.cross_entropy + WEIGHTS.kl * parts.kl
 
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, object]:
-    """Run a loss `repeats` times; its seconds, its peak memory over the inputs, and figures to compare."""
+    """Run a loss `repeats` times; return seconds, peak memory over the inputs, and figures."""
     inputs = Inputs.draw(options)
     seconds: list[float] = []
     before = peak_bytes(inputs.hidden.device)
@@ -91,18 +97,12 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, object]:
     peak = peak_bytes(inputs.hidden.device) - before
     assert inputs.hidden.grad is not None
     assert inputs.weight.grad is not None
-    places = torch.randint(
-        options.vocabulary, (PROBES,), generator=torch.Generator().manual_seed(1)
-    )
-    places[: PROBES // 2] = inputs.labels[: PROBES // 2].cpu()[
-        torch.arange(PROBES // 2) % len(inputs.labels)
-    ]
+    stride = max(1, inputs.hidden.numel() // PROBES)
+    places = _probes(inputs.labels, options.vocabulary).to(options.device)
     figures = {
         "loss": [float(loss.detach())],
-        "hidden gradient": inputs.hidden.grad.flatten()[
-            :: max(1, inputs.hidden.numel() // PROBES)
-        ].tolist(),
-        "head gradient": inputs.weight.grad[places.to(options.device), 0].tolist(),
+        "hidden gradient": inputs.hidden.grad.flatten()[::stride].tolist(),
+        "head gradient": inputs.weight.grad[places, 0].tolist(),
     }
     return {
         "seconds": seconds,
@@ -112,8 +112,19 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def _probes(labels: Tensor, vocabulary: int) -> Tensor:
+    """Choose rows of the head's gradient to compare: half of them of labels, which weigh most."""
+    places = torch.randint(vocabulary, (PROBES,), generator=torch.Generator().manual_seed(1))
+    half = PROBES // 2
+    places[:half] = labels[:half].cpu()[torch.arange(half) % len(labels)]
+    return places
+
+
 def clock(device: torch.device) -> float:
-    """Seconds: of processor time on a CPU, which other processes disturb less, of the wall clock on CUDA."""
+    """Return the time in seconds: the process's own on a CPU, the wall clock on CUDA.
+
+    Other processes disturb a process's own time less.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -121,7 +132,7 @@ def clock(device: torch.device) -> float:
 
 
 def disagreement(fused: dict[str, list[float]], plain: dict[str, list[float]]) -> dict[str, float]:
-    """RMS ratio of each of the fused loss's figures to the plain one's."""
+    """Return the RMS ratio of the error of each of the fused loss's figures to the plain one's."""
     ratios = {}
     for name, expected in plain.items():
         a, b = (torch.tensor(values, dtype=torch.float64) for values in (fused[name], expected))
@@ -160,33 +171,35 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def table(results: dict[str, dict], ratios: dict[str, float], options: argparse.Namespace) -> str:
-    """The comparison as Markdown."""
+    """Show the comparison as Markdown."""
     plain, fused = results["plain"], results["fused"]
+    # Both losses return the head's gradient, so the table also shows what they need beside it.
     gradient = plain["head_gradient_bytes"]
+    agreement = ", ".join(f"{name} {ratio:.1e}" for name, ratio in ratios.items())
     lines = [
-        f"{options.device}, {options.dtype}, N {options.tokens}, V {options.vocabulary}, d {options.hidden}, "
-        f"k {options.top_k}, torch {torch.__version__}; fused to plain, RMS ratio: "
-        + ", ".join(f"{name} {ratio:.1e}" for name, ratio in ratios.items()) + ".",
+        f"{options.device}, {options.dtype}, N {options.tokens}, V {options.vocabulary}, "
+        f"d {options.hidden}, k {options.top_k}, torch {torch.__version__}; "
+        f"fused to plain, RMS ratio: {agreement}.",
         "",
-        "| loss | peak over inputs, MiB | of it beside the head's gradient | seconds, median (range) |",
+        "| loss | peak over inputs, MiB | of it beside the head's gradient "
+        "| seconds, median (range) |",
         "|---|---|---|---|",
-    ]  # fmt: skip
-    for name, r in results.items():
-        s = r["seconds"]
+    ]
+    for name, result in results.items():
+        seconds, peak = result["seconds"], result["peak_bytes"]
         lines.append(
-            f"| {name} | {r['peak_bytes'] / MIB:.0f} | {(r['peak_bytes'] - gradient) / MIB:.0f} "
-            f"| {statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f}) |"
+            f"| {name} | {peak / MIB:.0f} | {(peak - gradient) / MIB:.0f} "
+            f"| {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) |"
         )
     times = statistics.median(plain["seconds"]) / statistics.median(fused["seconds"])
+    all_memory = plain["peak_bytes"] / fused["peak_bytes"]
     less = (plain["peak_bytes"] - gradient) / (fused["peak_bytes"] - gradient)
-    lines.append(
-        f"| plain / fused | {plain['peak_bytes'] / fused['peak_bytes']:.1f} | {less:.1f} | {times:.2f} |"
-    )
+    lines.append(f"| plain / fused | {all_memory:.1f} | {less:.1f} | {times:.2f} |")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure both losses; returns the exit status, 1 if they disagree."""
+    """Measure both losses; return the exit status, 1 if they disagree."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     torch.set_num_threads(options.threads)
@@ -195,21 +208,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     results = {}
     for kind in ("plain", "fused"):
-        command = [
-            sys.executable,
-            "-m",
-            "xlstm_distill.benchmarks.loss",
-            *arguments,
-            "--only",
-            kind,
-        ]
-        results[kind] = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        )
+        module = [sys.executable, "-m", "xlstm_distill.benchmarks.loss"]
+        command = [*module, *arguments, "--only", kind]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results[kind] = json.loads(done.stdout)
     ratios = disagreement(results["fused"].pop("figures"), results["plain"].pop("figures"))
     if not max(ratios.values()) < BOUNDS[options.dtype]:
         sys.stderr.write(
-            f"the losses disagree, nothing is reported: {ratios}; allowed {BOUNDS[options.dtype]:.0e}\n"
+            f"the losses disagree, nothing is reported: {ratios}; "
+            f"allowed {BOUNDS[options.dtype]:.0e}\n"
         )
         return 1
     text = json.dumps({"options": vars(options), "disagreement": ratios, **results})

@@ -1,8 +1,10 @@
-"""Measure the store of targets on synthetic distributions: bytes, KL error and speed (docs/targets.md has a run).
+"""Measure the store of targets on synthetic distributions: bytes, KL error and speed.
 
-Two families of logits over the vocabulary, with ids at random, which is the worst case for their coding:
-`zipf s` is -s * ln(rank) plus normal noise of deviation 0.5; `normal s` is normal with deviation s. A range `a-b` draws
-s anew for every token, uniformly, so that peaked and flat distributions mix as in text.
+`python -m xlstm_distill.benchmarks.targets`; docs/targets.md has the results. There are two
+families of logits over the vocabulary. `zipf s` is -s * ln(rank) plus normal noise of deviation
+0.5; `normal s` is normal with deviation s. A range `a-b` draws s anew for every token, uniformly,
+so that peaked and flat distributions mix as in text. Token ids are random, which is the worst case
+for their coding.
 """
 
 from __future__ import annotations
@@ -23,18 +25,28 @@ from xlstm_distill.targets.providers import to_targets
 from xlstm_distill.targets.store import Identity, Store, write_index, write_shard
 
 FAMILIES = (
-    ("zipf", 1.5, 1.5), ("zipf", 2.0, 2.0), ("zipf", 2.5, 2.5), ("zipf", 3.0, 3.0), ("zipf", 1.2, 4.0),
-    ("normal", 5.0, 5.0), ("normal", 8.0, 8.0), ("normal", 12.0, 12.0), ("normal", 2.0, 16.0),
-)  # fmt: skip
+    ("zipf", 1.5, 1.5),
+    ("zipf", 2.0, 2.0),
+    ("zipf", 2.5, 2.5),
+    ("zipf", 3.0, 3.0),
+    ("zipf", 1.2, 4.0),
+    ("normal", 5.0, 5.0),
+    ("normal", 8.0, 8.0),
+    ("normal", 12.0, 12.0),
+    ("normal", 2.0, 16.0),
+)
+"""Families as (kind, lowest s, highest s)."""
 GOAL_BYTES, GOAL_KL = 160.0, 1e-3
+"""The store's goal: bytes per token, and error of the KL divergence (nats)."""
 NOISE = 0.5
 CHUNK = 64
+"""Tokens whose logits are drawn at once: 64 of a vocabulary of 128,256 take 33 MB."""
 TOP_K = 256
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Targets of a family (their ids are random), and the means of the distributions they are taken from."""
+    """Targets of a family, and the mean entropy (nats) of the distributions they are taken from."""
 
     name: str
     targets: SparseTargets
@@ -59,26 +71,27 @@ class Measurement:
 
     def line(self) -> str:
         """One line of the table."""
-        s, f = self.sample, self.figures
-        met = f["bytes_per_token"] <= GOAL_BYTES and f["mean_kl_error"] <= GOAL_KL
+        sample, figures = self.sample, self.figures
+        size, error = figures["bytes_per_token"], figures["mean_kl_error"]
+        met = "yes" if size <= GOAL_BYTES and error <= GOAL_KL else "no"
         return (
-            f"| {s.name} | {s.top_1:.2f} | {s.entropy:.2f} | {self.mass} | {f['mean_k']:.1f} "
-            f"| {f['bytes_per_token']:.1f} | {f['mean_kl_error']:.1e} | {f['mean_cut']:.1e} | {'yes' if met else 'no'} "
-            f"| {self.write_speed / 1e3:.0f} | {self.read_speed / 1e3:.0f} "
-            f"| {self.read_speed * f['bytes_per_token'] / 1e6:.0f} |"
+            f"| {sample.name} | {sample.top_1:.2f} | {sample.entropy:.2f} | {self.mass} "
+            f"| {figures['mean_k']:.1f} | {size:.1f} | {error:.1e} | {figures['mean_cut']:.1e} "
+            f"| {met} | {self.write_speed / 1e3:.0f} | {self.read_speed / 1e3:.0f} "
+            f"| {self.read_speed * size / 1e6:.0f} |"
         )
 
 
 HEADER = (
-    "| family | top-1 | entropy | mass | mean k | bytes/token | KL error | cut | goal | write k tokens/s "
-    "| read k tokens/s | read MB/s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| family | top-1 | entropy | mass | mean k | bytes/token | KL error | cut | goal "
+    "| write k tokens/s | read k tokens/s | read MB/s |\n" + 12 * "|---" + "|"
 )
 
 
 def family_logits(
     kind: str, low: float, high: float, tokens: int, vocabulary: int, seed: int
 ) -> Tensor:
-    """Logits (tokens, V) of a family; for zipf in the order of their rank before noise."""
+    """Draw logits (tokens, V) of a family; zipf's are in the order of their rank before noise."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(tokens, 1, generator=generator) * (high - low) + low
     noise = torch.randn(tokens, vocabulary, generator=generator)
@@ -96,12 +109,15 @@ def draw(kind: str, low: float, high: float, tokens: int, vocabulary: int, seed:
         chunk_seed = int(torch.randint(2**62, (), generator=generator))
         logits = family_logits(kind, low, high, count, vocabulary, chunk_seed)
         part = SparseTargets.from_logits(logits, TOP_K)
+        # A zipf token's id is its rank: the shuffle makes ids random.
         shuffle = torch.randperm(vocabulary, generator=generator)
         parts.append(SparseTargets(shuffle[part.ids], part.log_probs, part.tail))
         log_probs = logits.log_softmax(-1)
         entropy -= float((log_probs.exp() * log_probs).sum())
     joined = SparseTargets(
-        *(torch.cat([getattr(p, n) for p in parts]) for n in ("ids", "log_probs", "tail"))
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.log_probs for part in parts]),
+        torch.cat([part.tail for part in parts]),
     )
     name = f"{kind} {low:g}" if low == high else f"{kind} {low:g}-{high:g}"
     return Sample(name, joined, entropy / tokens)
@@ -135,7 +151,7 @@ def measure(
 
 
 def best_time(work: Callable[[], None], repeats: int = 3) -> float:
-    """Least CPU time of some repetitions (seconds)."""
+    """Return the least CPU time of some repetitions (seconds)."""
     best = math.inf
     for _ in range(repeats):
         started = time.process_time()
@@ -163,10 +179,8 @@ def main() -> None:
     for kind, low, high in FAMILIES:
         sample = draw(kind, low, high, options.tokens, options.vocabulary, options.seed)
         for mass in options.mass:
-            print(
-                measure(sample, mass, options.min_k, options.vocabulary, options.context).line(),
-                flush=True,
-            )
+            found = measure(sample, mass, options.min_k, options.vocabulary, options.context)
+            print(found.line(), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Time stage II, its parts and full-attention fine-tuning: `python -m xlstm_distill.benchmarks.training --model 1b`.
+"""Time stage II: `python -m xlstm_distill.benchmarks.training --model 1b`.
 
-Every variant trains the same randomly initialised Llama on the same rows, one document each, with the training loop's
-optimiser and precision; `attention` keeps the teacher's own attention. Variants take turns, each time in a process of
-its own, so that a round meets the same conditions and each peak of memory is one variant's. Before any of it, fused and
-plain loss must agree on the student in value and gradients.
+Every variant trains the same randomly initialised Llama on the same rows, one document each, with
+the training loop's optimiser and precision. `attention` keeps the teacher's own attention. Variants
+take turns, so that all meet the same conditions in a round. Each runs in a process of its own, so
+that its peak memory is its own. First, fused and plain loss must agree on the student, in value and
+gradients; otherwise nothing is timed.
 
-MFU is useful operations (`flops.py`; with the teacher online, its forward too) over what the device could do: its
-published peak on a known GPU, elsewhere the rate of a large product measured in the same process.
+MFU is the rate of useful operations (`planning.flops`; with the teacher online, its forward pass
+too) over the device's peak: the published one of a known GPU, elsewhere the rate of a large product
+measured in the same process.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill.benchmarks.loss import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
-from xlstm_distill.losses.plain import distill_loss
+from xlstm_distill.losses.plain import LossWeights, distill_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
@@ -38,20 +40,32 @@ from xlstm_distill.planning.flops import MixerShape, token_flops
 from xlstm_distill.recipe import MixerConfig, Optimization
 from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_logits
-from xlstm_distill.training.objectives import DistillTask, Sums
+from xlstm_distill.training.objectives import DistillObjective, Sums
 from xlstm_distill.training.optim import make_optimizer
 
-CE_WEIGHT, KL_WEIGHT = 0.9, 0.1
+WEIGHTS = LossWeights(cross_entropy=0.9, kl=0.1)
 MODELS: dict[str, dict[str, Any]] = {
     "small": {
-        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 32768, "tie_word_embeddings": True,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "vocab_size": 32768,
+        "tie_word_embeddings": True,
     },
     "1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 """Llama configurations by name; 1b has the shape of Llama 3.2 1B."""
 PRODUCT = 1024
 """Width of the product that is timed where no peak is published."""
@@ -59,7 +73,7 @@ PRODUCT = 1024
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained: the student or the model with its own attention; the loss; where targets come from."""
+    """What is trained (`student` or `attention`), its loss, and where its targets come from."""
 
     model: str
     loss: str
@@ -80,7 +94,7 @@ VARIANTS = (
 )
 
 
-class PlainTask(DistillTask):
+class PlainObjective(DistillObjective):
     """Stage II with the plain formula: logits of all kept tokens at once."""
 
     def forward(self, batch: Batch) -> Sums:
@@ -89,7 +103,7 @@ class PlainTask(DistillTask):
         parts = distill_loss(
             logits, batch.labels[batch.labels != IGNORE_INDEX], self.targets(batch)
         )
-        loss = self.ce_weight * parts.cross_entropy + self.kl_weight * parts.kl
+        loss = self.weights.cross_entropy * parts.cross_entropy + self.weights.kl * parts.kl
         return Sums(loss, {"ce": parts.cross_entropy.detach(), "kl": parts.kl.detach()})
 
 
@@ -118,7 +132,7 @@ def random_batch(options: argparse.Namespace) -> Batch:
 
 
 def make_model(variant: Variant, options: argparse.Namespace) -> tuple[CausalLM, CausalLM | None]:
-    """The model to train, fp32, and the teacher where it is online, in the precision of the run."""
+    """Make the model to train, in fp32, and an online teacher in the run's precision."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **MODELS[options.model], max_position_embeddings=options.context, use_cache=False
@@ -132,13 +146,12 @@ def make_model(variant: Variant, options: argparse.Namespace) -> tuple[CausalLM,
         model = convert(teacher, mixer, share_weights=not online)
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train().requires_grad_(True), teacher.to(
-        getattr(torch, options.dtype)
-    ) if online else None
+    model.train().requires_grad_(True)
+    return model, teacher.to(getattr(torch, options.dtype)) if online else None
 
 
-def make_task(variant: Variant, options: argparse.Namespace, batch: Batch) -> DistillTask:
-    """The variant's task."""
+def make_objective(variant: Variant, options: argparse.Namespace, batch: Batch) -> DistillObjective:
+    """The objective that a variant trains."""
     model, teacher = make_model(variant, options)
     kept = int((batch.labels != IGNORE_INDEX).sum())
     source: TargetSource = FixedTargets(
@@ -146,31 +159,33 @@ def make_task(variant: Variant, options: argparse.Namespace, batch: Batch) -> Di
     )
     if teacher is not None:
         source = OnlineTargets(teacher, options.top_k)
-    kind = DistillTask if variant.loss == "fused" else PlainTask
-    return kind(model, source, CE_WEIGHT, KL_WEIGHT)
+    kind = DistillObjective if variant.loss == "fused" else PlainObjective
+    return kind(model, source, WEIGHTS)
 
 
 def make_accelerator(options: argparse.Namespace) -> Accelerator:
-    """One process; bf16 is autocast over fp32 weights."""
+    """Make the accelerator of one process; bf16 is autocast over fp32 weights."""
     return Accelerator(
         mixed_precision="bf16" if options.dtype == "bfloat16" else "no", cpu=options.device == "cpu"
     )
 
 
 def backward(wrapped: nn.Module, batch: Batch, tokens: int, accelerator: Accelerator) -> float:
-    """Forward and backward of one batch; returns the loss per token."""
+    """Run one batch forward and backward; return the loss per token."""
     loss: Tensor = wrapped(batch).loss / tokens
     accelerator.backward(loss)
     return float(loss.detach())
 
 
 def measure(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a variant: seconds of every step after the warm-up, peak memory, and the share of the device's rate."""
+    """Train a variant; return the seconds of every step after the warm-up, peak memory and MFU."""
     batch, accelerator = random_batch(options), make_accelerator(options)
-    task = make_task(variant, options, batch)
-    optimizer = make_optimizer(task.named_parameters(), Optimization(batch=options.batch, lr=1e-5))
-    wrapped, optimizer = accelerator.prepare(task, optimizer)
-    tokens, seconds = task.count(batch), []
+    objective = make_objective(variant, options, batch)
+    optimizer = make_optimizer(
+        objective.named_parameters(), Optimization(batch=options.batch, lr=1e-5)
+    )
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    tokens, seconds = objective.count(batch), []
     for step in range(options.warmup + options.steps):
         start = clock(accelerator.device)
         backward(wrapped, batch, tokens, accelerator)
@@ -182,16 +197,22 @@ def measure(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
     memory = peak_bytes(accelerator.device)
     per_token = useful_flops(variant, options, tokens / batch.input_ids.numel())
     rate = batch.input_ids.numel() / statistics.median(seconds)
+    # Measured after the steps: on an unknown device this runs large products.
     peak, origin = peak_rate(accelerator.device, options)
     return {
-        "tokens_per_second": rate, "mfu": rate * per_token / peak, "flops_per_token": per_token,
-        "peak_flops": peak, "peak_origin": origin, "peak_bytes": memory,
-        "seconds": seconds, "device": device_name(accelerator.device),
-    }  # fmt: skip
+        "tokens_per_second": rate,
+        "mfu": rate * per_token / peak,
+        "flops_per_token": per_token,
+        "peak_flops": peak,
+        "peak_origin": origin,
+        "peak_bytes": memory,
+        "seconds": seconds,
+        "device": device_name(accelerator.device),
+    }
 
 
 def measured(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
-    """`measure`, or why there is nothing to report."""
+    """Measure a variant; where memory does not suffice, say so instead."""
     try:
         return measure(variant, options)
     except torch.OutOfMemoryError as error:
@@ -199,54 +220,54 @@ def measured(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def useful_flops(variant: Variant, options: argparse.Namespace, supervised: float) -> float:
-    """Operations per token of a training step, and of the teacher's forward where it is online."""
+    """Count the operations per token of a training step, with an online teacher's forward pass."""
     architecture = read_architecture(LlamaConfig(**MODELS[options.model]).to_dict(), "config")
     attention = token_flops(architecture, options.context)
     mixer = MixerShape(options.window, options.sinks, architecture.head_dim)
-    model = (
-        token_flops(architecture, options.context, mixer)
-        if variant.model == "student"
-        else attention
-    )
+    student = token_flops(architecture, options.context, mixer)
+    model = student if variant.model == "student" else attention
     teacher = attention.forward(supervised) if variant.targets == "online" else 0.0
     return model.training(supervised) + teacher
 
 
 def peak_rate(device: torch.device, options: argparse.Namespace) -> tuple[float, str]:
-    """Operations a second that the device could do, and where the figure is from."""
+    """Return the operations a second that the device could do, and where the figure is from."""
     if options.peak_tflops is not None:
         return 1e12 * options.peak_tflops, "given"
     if options.dtype == "bfloat16" and (known := published_peak(device)):
         return known[0], f"published for {known[1]}"
-    n = PRODUCT * (8 if device.type == "cuda" else 1)
+    n = PRODUCT * (8 if device.type == "cuda" else 1)  # a GPU needs more work to reach its rate
     a = torch.randn(n, n, device=device, dtype=getattr(torch, options.dtype))
     times = []
     for _ in range(8):
         start = clock(device)
         a @ a
         times.append(clock(device) - start)
-    return 2 * n**3 / statistics.median(times[2:]), f"product of {n} x {n}, {options.dtype}"
+    seconds = statistics.median(times[2:])  # the first two warm up
+    return 2 * n**3 / seconds, f"product of {n} x {n}, {options.dtype}"
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    )
+    """Name the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU"
 
 
 def check(options: argparse.Namespace) -> dict[str, float]:
-    """RMS ratios of the fused loss and the model's gradient to the plain ones, on the student and one row."""
+    """Compare fused and plain loss on the student and one row; return RMS ratios of the errors."""
     options = argparse.Namespace(**{**vars(options), "batch": 1})
     batch, accelerator = random_batch(options), make_accelerator(options)
     found = []
     for variant in VARIANTS[:2]:
-        task = make_task(variant, options, batch)
-        loss = backward(accelerator.prepare(task), batch, task.count(batch), accelerator)
-        found.append((loss, [p.grad for p in task.parameters() if p.grad is not None]))
+        objective = make_objective(variant, options, batch)
+        loss = backward(accelerator.prepare(objective), batch, objective.count(batch), accelerator)
+        found.append((loss, [p.grad for p in objective.parameters() if p.grad is not None]))
     (fused_loss, fused), (plain_loss, plain) = found
-    error = sum(float((a - b).double().square().sum()) for a, b in zip(fused, plain, strict=True))
-    scale = sum(float(b.double().square().sum()) for b in plain)
+    error = scale = 0.0
+    for a, b in zip(fused, plain, strict=True):
+        error += float((a - b).double().square().sum())
+        scale += float(b.double().square().sum())
     return {"loss": abs(fused_loss - plain_loss) / plain_loss, "gradient": (error / scale) ** 0.5}
 
 
@@ -303,39 +324,39 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def table(
     rounds: list[list[dict[str, Any]]], agreement: dict[str, float], options: argparse.Namespace
 ) -> str:
-    """The variants as Markdown: medians over rounds, and the range of tokens/s."""
-    shape = f"{options.batch} rows of {options.context} tokens, window {options.window}, top {options.top_k}"
+    """Show the variants as Markdown: medians over rounds, and the range of tokens/s."""
+    measurements = [run for runs in rounds for run in runs if "device" in run]
+    origins = sorted({f"{run['device']}; {run['peak_origin']}" for run in measurements})
+    peak = statistics.median([run["peak_flops"] for run in measurements] or [0.0])
+    shape = f"{options.batch} rows of {options.context} tokens"
     lines = [
-        f"{options.dtype}, model {options.model}, {shape}; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}. Fused to plain, RMS ratio: loss {agreement['loss']:.1e}, gradient "
+        f"{', '.join(origins)}: MFU is a share of {peak / 1e12:.3g} TFLOP/s.",
+        f"{options.dtype}, model {options.model}, {shape}, window {options.window}, "
+        f"top {options.top_k}; torch {torch.__version__}, transformers {transformers.__version__}. "
+        f"Fused to plain, RMS ratio: loss {agreement['loss']:.1e}, gradient "
         f"{agreement['gradient']:.1e}.",
         "",
         "| variant | tokens/s (range) | to the first | MFU | MFLOP/token | peak, MiB |",
         "|---|---|---|---|---|---|",
     ]
     columns = list(zip(*rounds, strict=True))
-    base = _median(columns[0], "tokens_per_second")
-    for variant, runs in zip(VARIANTS, columns, strict=True):
-        if failed := next((run["failed"] for run in runs if "failed" in run), None):
-            lines.append(f"| {variant.name} | {failed} | | | | |")
-            continue
-        rates = [run["tokens_per_second"] for run in runs]
-        lines.append(
-            f"| {variant.name} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
-            f"| {f'{statistics.median(rates) / base:.2f}' if base else ''} | {_median(runs, 'mfu'):.1%} "
-            f"| {runs[0]['flops_per_token'] / 1e6:,.1f} | {_median(runs, 'peak_bytes') / MIB:,.0f} |"
-        )
-    seen = {
-        f"{run['device']}; {run['peak_origin']}"
-        for runs in columns
-        for run in runs
-        if "device" in run
-    }
-    rate = statistics.median(
-        [run["peak_flops"] for runs in columns for run in runs if "device" in run] or [0.0]
-    )
-    return "\n".join(
-        [f"{', '.join(sorted(seen))}: MFU is a share of {rate / 1e12:.3g} TFLOP/s.", *lines]
+    first = _median(columns[0], "tokens_per_second")
+    rows = zip(VARIANTS, columns, strict=True)
+    return "\n".join([*lines, *(_row(variant, runs, first) for variant, runs in rows)])
+
+
+def _row(variant: Variant, runs: Sequence[dict[str, Any]], first: float) -> str:
+    """Show one variant; `first` is the first variant's tokens/s, 0 where it failed."""
+    failures = [run["failed"] for run in runs if "failed" in run]
+    if failures:
+        return f"| {variant.name} | {failures[0]} | | | | |"
+    rates = [run["tokens_per_second"] for run in runs]
+    rate = statistics.median(rates)
+    relative = f"{rate / first:.2f}" if first else ""
+    megaflops, mebibytes = runs[0]["flops_per_token"] / 1e6, _median(runs, "peak_bytes") / MIB
+    return (
+        f"| {variant.name} | {rate:,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | {relative} "
+        f"| {_median(runs, 'mfu'):.1%} | {megaflops:,.1f} | {mebibytes:,.0f} |"
     )
 
 
@@ -359,29 +380,30 @@ def child(arguments: list[str], only: str) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check the losses, then let the variants take turns; returns the exit status, 1 if the losses disagree."""
+    """Check the losses, then let the variants take turns; return 1 if the losses disagree."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     if options.only:
-        found = (
-            check(options)
-            if options.only == "check"
-            else measured(VARIANTS[int(options.only)], options)
-        )
+        if options.only == "check":
+            found = check(options)
+        else:
+            found = measured(VARIANTS[int(options.only)], options)
         sys.stdout.write(json.dumps(found) + "\n")
         return 0
     agreement = child(arguments, "check")
     if not max(agreement.values()) < BOUNDS[options.dtype]:
         allowed = BOUNDS[options.dtype]
         sys.stderr.write(
-            f"fused and plain loss disagree, nothing is timed: {agreement}; allowed: {allowed:.0e}\n"
+            f"fused and plain loss disagree, nothing is timed: {agreement}; "
+            f"allowed: {allowed:.0e}\n"
         )
         return 1
-    rounds = [
-        [child(arguments, str(n)) for n in range(len(VARIANTS))] for _ in range(options.repeats)
-    ]
-    results = {v.name: [r[n] for r in rounds] for n, v in enumerate(VARIANTS)}
+    rounds = []
+    for _ in range(options.repeats):
+        rounds.append([child(arguments, str(n)) for n in range(len(VARIANTS))])
+    columns = zip(*rounds, strict=True)
+    results = {variant.name: runs for variant, runs in zip(VARIANTS, columns, strict=True)}
     text = json.dumps(
         {"options": vars(options), "disagreement": agreement, "variants": results}, indent=1
     )

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 import typer
 
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.runtime import signals as stopping
+from xlstm_distill.runtime import signals
+from xlstm_distill.runtime.ranks import is_main_process
 
-USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
+USER_ERROR, RUN_ERROR = 2, 1
+FINISHED_STAGES = "Finished stages are kept: run the command again to go on."
 
 
 @contextlib.contextmanager
@@ -24,19 +26,19 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     2 means bad input, 1 a failure at run time, 130 or 75 that the run was stopped. This is the
     outermost frame, so it catches every exception: what is not bad input is a failure of the run.
     """
-    stopping.listen()
+    signals.listen()
     try:
         yield
     except typer.Exit:
         raise
-    except KeyboardInterrupt:
-        typer.echo(
-            "Interrupted. Finished stages are kept: run the command again to go on.", err=True
-        )
-        raise typer.Exit(INTERRUPTED) from None
-    except stopping.Stopped as request:
-        typer.echo(str(request), err=True)
-        raise typer.Exit(stopping.EXIT_CODE) from None
+    except KeyboardInterrupt as interrupt:
+        if is_main_process():  # a terminal interrupts all ranks
+            typer.echo(f"Interrupted. {str(interrupt) or FINISHED_STAGES}", err=True)
+        raise typer.Exit(signals.INTERRUPTED) from None
+    except signals.Stopped as stopped:
+        if is_main_process() or not stopped.agreed:
+            typer.echo(str(stopped), err=True)
+        raise typer.Exit(stopped.exit_code) from None
     except Exception as error:
         if debug:
             traceback.print_exc()

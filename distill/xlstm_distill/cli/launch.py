@@ -1,7 +1,8 @@
 """`--launch CONFIG`: start a command through accelerate launch, hand signals to its processes, return their exit code.
 
-The launcher runs inside this process. By itself it kills its processes 30 s after a SIGTERM, and dies of a SIGUSR1
-without telling them; here they get either signal, and the time they need to write a checkpoint.
+The launcher runs inside this process. By itself it kills its processes 30 s after a SIGTERM, and dies
+of a SIGUSR1 without telling them. Here they get either signal, and the time they need to write a
+checkpoint. They get every Ctrl-C too: the first asks for a checkpoint, the second ends them at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -24,7 +27,7 @@ import typer
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.launcher import adopt_slurm, asked_layout
-from xlstm_distill.runtime.signals import EXIT_CODE, SIGNALS
+from xlstm_distill.runtime.signals import EXIT_CODE, INTERRUPTED, SIGNALS
 
 if TYPE_CHECKING:
     from xlstm_distill.recipe import Recipe
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 OPTIONS = ("--launch", "--launch-args")
 MODULE = "xlstm_distill"
 POLL_SECONDS = 0.1
+INTERRUPT_SECONDS = 5.0
+"""Time that processes have to end after a second Ctrl-C: one may wait for another that is gone."""
 
 LaunchConfig = Annotated[
     Path | None,
@@ -105,7 +110,8 @@ def start(
     """Run `xlstm-distill ARGUMENTS` in the processes that an accelerate configuration names; returns their exit code.
 
     `extra` holds more arguments of accelerate launch, as a shell would read them; `check` gets the number of processes
-    before they start. SIGTERM and SIGUSR1 go on to them; the code is `stopping.EXIT_CODE` if they ended because of one.
+    before they start. SIGTERM, SIGUSR1 and Ctrl-C go on to them; if they ended because of one, the code is
+    `signals.EXIT_CODE` or `signals.INTERRUPTED`.
 
     Raises:
         UserError: the configuration or the arguments are not accelerate's.
@@ -127,19 +133,27 @@ def start(
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    before[signal.SIGINT] = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal interrupts the processes itself
+    handled = list(SIGNALS)
+    # Do not ignore SIGINT here: the processes would inherit that, and never hear of a Ctrl-C. A
+    # background job, which the shell starts with SIGINT ignored, goes on ignoring it.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        handled.append(signal.SIGINT)
+    before = {number: signal.signal(number, note) for number in handled}
     try:
         # Not in the main thread, so that the launcher leaves the signal handlers alone.
         thread = threading.Thread(target=outcome.run, args=(launcher,), daemon=True)
         thread.start()
-        _supervise(thread, received)
+        supervisor = _Supervisor(received)
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            supervisor.pass_on()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return outcome.exit_code(asked=bool(received))
+    return outcome.exit_code(
+        asked=any(number in SIGNALS for number in received),
+        interrupts=received.count(signal.SIGINT),
+    )
 
 
 def _parse(config: Path, words: list[str]) -> Any:
@@ -225,7 +239,7 @@ class _Outcome:
         except Exception as error:  # carried over to the main thread
             self.error = error
 
-    def exit_code(self, *, asked: bool) -> int:
+    def exit_code(self, *, asked: bool, interrupts: int = 0) -> int:
         """The code of the first process that failed; that of a stop where one was asked for and followed.
 
         A process that had no handler yet when the signal came died of it, and had nothing to save.
@@ -236,20 +250,43 @@ class _Outcome:
             ) from self.error
         if asked and {EXIT_CODE, *(-number for number in SIGNALS)} & set(self.codes):
             return EXIT_CODE
+        died = self.codes if interrupts > 1 else {INTERRUPTED, -signal.SIGINT} & set(self.codes)
+        if interrupts and died:
+            return INTERRUPTED
         first = self.codes[0] if self.codes else 0
         return first if first >= 0 else 128 - first
 
 
-def _supervise(thread: threading.Thread, received: list[int]) -> None:
-    """Wait for the launcher's end; send every process each signal that came, once, also if it starts later."""
-    import psutil
+class _Supervisor:
+    """Sends the launched processes what this one received, also to those that start later."""
 
-    told: set[tuple[int, int]] = set()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        for number in received:
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if (child.pid, number) not in told and MODULE in child.cmdline():
-                        told.add((child.pid, number))
-                        child.send_signal(number)
+    def __init__(self, received: list[int]) -> None:
+        self.received = received
+        self.told: Counter[tuple[int, int]] = Counter()  # times by process and signal
+        self.end: float | None = None
+
+    def pass_on(self) -> None:
+        """Send each process the next signal that it has not got; kill it if it outlives a second Ctrl-C."""
+        import psutil
+
+        if self.end is None and self.received.count(signal.SIGINT) > 1:
+            self.end = time.monotonic() + INTERRUPT_SECONDS
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if MODULE not in child.cmdline():
+                    continue
+                if self.end is not None and time.monotonic() > self.end:
+                    child.kill()
+                for number in self._missing(child.pid):
+                    child.send_signal(number)
+
+    def _missing(self, process: int) -> list[int]:
+        """SIGTERM and SIGUSR1 count once, every Ctrl-C again; at most one of each, so that none merge."""
+        wanted = {number: 1 for number in self.received if number in SIGNALS}
+        # torch starts its processes in sessions of their own, which a terminal's Ctrl-C does not
+        # reach. A process that accelerate starts alone is in ours: sent again, it would count twice.
+        if os.getpgid(process) != os.getpgrp():
+            wanted[signal.SIGINT] = self.received.count(signal.SIGINT)
+        missing = [n for n, times in wanted.items() if self.told[process, n] < times]
+        self.told.update((process, n) for n in missing)
+        return missing

@@ -162,7 +162,7 @@ class Preparation:
                     return
                 if self.writer.is_full:
                     self.writer.end_shard()
-                    self._save()
+                    self.save()
             # The sources are dry: the open rows are all that is left.
             for row in self.packer.drain():
                 if self.writer.rows < self.needed:
@@ -178,7 +178,7 @@ class Preparation:
                 self.writer.add(row)
         bar.update((self.writer.rows - before) * self.recipe.data.context)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Write the checkpoint; the shards that it names are on the disk already."""
         state = {
             "shards": self.writer.shards,

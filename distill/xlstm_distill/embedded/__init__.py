@@ -1,6 +1,6 @@
-"""The embedded teacher: its tasks, its conversations and its training, from generators that ship with the package.
+"""The embedded teacher: generated tasks and conversations, and the training on them.
 
-Importing this package imports no torch: the recipe and the data module name its domains without paying for it.
+Importing this package imports no torch: the recipe reads its domains and must load fast.
 """
 
 from xlstm_distill.embedded.conversations import documents
@@ -8,4 +8,4 @@ from xlstm_distill.embedded.tasks import DOMAINS
 
 __all__ = ["DOMAINS", "GENERATOR_FILES", "documents"]
 GENERATOR_FILES = ("conversations.py", "pools.py", "tasks.py")
-"""What decides the generators' documents; rows made of them depend on it."""
+"""The files that decide the generators' documents. Their hash is part of the rows' fingerprint."""

@@ -1,8 +1,9 @@
-"""A start for the teacher's weights from which recall is learnt in minutes: an induction circuit in its first layers.
+"""Start the teacher's weights with an induction circuit, so that it learns recall in minutes.
 
-Looking a key up in a table takes two layers: one marks each token with the tokens just before it, the next compares
-marks. A small model finds this pair of heads late or never (docs/embedded-teacher.md has the figures), so they are
-there, roughly, before the first step. Everything trains freely afterwards.
+Looking a key up in a table takes two layers: one marks each token with the tokens just before it,
+the next compares marks. A small model finds this pair of heads late or never
+(docs/embedded-teacher.md has the figures), so they are there, roughly, before the first step.
+Everything trains freely afterwards.
 """
 
 import math
@@ -11,20 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-CONSTANT = (
-    0.2  # coordinate 0 of every embedding, so that a query and a key can be the same at every token
-)
+# Coordinate 0 of every embedding, so that a query and a key can be the same at every token.
+CONSTANT = 0.2
 SHARPNESS = 12.0  # of the offset heads
 SLOWEST = 0.05  # radians a token: pairs of RoPE that the offset heads use
 MATCH = 1.7  # of the comparing heads
 WRITE = 0.15  # size of what a head writes
 QUIET = 0.1  # scale of what else the first layers write at first
-AVERSION = (
-    2.5  # of the comparing heads to the end of a turn, which follows the key in the question itself
-)
-STABLE_TURN = (
-    0.4  # radians: pairs of RoPE that turn less than this over LONGEST tokens can compare contents
-)
+# Of the comparing heads to the end of a turn, which follows the key in the question itself.
+AVERSION = 2.5
+# Pairs of RoPE that turn less than this many radians over LONGEST tokens can compare contents.
+STABLE_TURN = 0.4
 LONGEST = 120
 
 
@@ -32,14 +30,18 @@ LONGEST = 120
 def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
     """Write the circuit into layers 0 and 1, and keep all other weights as initialised.
 
-    Layer 0: heads 0 to 3 attend the token 1 to 4 places back (`offset_heads`); the last three mark their token with
-    what they see, in a random subspace each. Layer 1: the first head of a key/value group attends tokens whose mark at
-    one distance equals the query's mark at one place more, and copies them to the output. Tables have the key 2 before
-    its value and questions have it 3 before the answer, so the two groups find first and second token of a value.
+    Layer 0: heads 0 to 3 attend to the token 1 to 4 places back (`offset_heads`). The last three
+    mark their token with what they see, each in a random subspace.
+
+    Layer 1: the first head of a key/value group attends to tokens whose mark at one distance
+    equals the query's mark at one place more, and copies them to the output. Tables have the key 2
+    tokens before its value, and questions have it 3 before the answer. So the two groups find the
+    first and the second token of a value.
     """
     first, second = (model.model.layers[at].self_attn for at in (0, 1))
     dim, shared = first.head_dim, first.num_key_value_groups
     frequency = theta ** (-torch.arange(0, dim, 2) / dim)
+    # RoPE rotates a mark by its position. Only slow pairs compare marks over a whole table.
     pairs = (frequency * LONGEST < STABLE_TURN).nonzero().flatten()
     stable = torch.cat([pairs, pairs + dim // 2])
     read = _projection(model, dim)
@@ -51,6 +53,7 @@ def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
         quiet.weight *= QUIET
     offset_heads(model, theta=theta)
     for head, mark in enumerate(marks, start=1):
+        # All three read the same subspace of the embedding, so that their marks are comparable.
         first.v_proj.weight[_rows(head // shared, dim)] = read
         first.o_proj.weight[:, _rows(head, dim)] = 0.0
         first.o_proj.weight[:, head * dim : head * dim + len(stable)] = WRITE * mark.T
@@ -61,7 +64,10 @@ def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
 def _comparing_head(
     model: LlamaForCausalLM, group: int, stable: Tensor, *, query: Tensor, key: Tensor
 ) -> None:
-    """Let the first head of a group of layer 1 match its query's mark with keys' marks, and copy what it finds."""
+    """Let a head of layer 1 match its query's mark with keys' marks, and copy what it finds.
+
+    It is the first head of `group`. query, key: the subspaces of the two marks, (S, hidden).
+    """
     attention = model.model.layers[1].self_attn
     dim = attention.head_dim
     head = group * attention.num_key_value_groups
@@ -71,6 +77,7 @@ def _comparing_head(
     ):
         weight[_rows(at, dim)] = 0.0
         weight[at * dim + stable[:-1]] = MATCH * mark[:-1]
+    # One coordinate is not for comparing: it scores the end-of-turn token down at every query.
     end = model.model.embed_tokens.weight[model.config.eos_token_id].clone()
     end[0] = 0.0
     attention.q_proj.weight[head * dim + stable[-1], 0] = AVERSION
@@ -82,25 +89,24 @@ def _comparing_head(
 
 @torch.no_grad()
 def offset_heads(model: LlamaForCausalLM, *, theta: float) -> None:
-    """Let heads 0 to 3 of layer 0 attend the token 1 to 4 places back.
+    """Let heads 0 to 3 of layer 0 attend to the token 1 to 4 places back.
 
-    Keys are the same vector at every token; the query is that vector turned back by the offset under RoPE, so their
-    product peaks at that distance.
+    Keys are the same vector at every token. The query is that vector turned back by the offset
+    under RoPE, so their product peaks at that distance.
     """
     embedding = model.model.embed_tokens.weight
     attention = model.model.layers[0].self_attn
     dim, shared = attention.head_dim, attention.num_key_value_groups
-    # Rows of equal norm: the RMS norm before the layer would else scale the constant differently for each token.
+    # Rows of equal norm: else the RMS norm before the layer scales the constant differently for
+    # each token.
     embedding[:, 0] = 0.0
-    embedding *= embedding.norm(dim=-1).mean() / embedding.norm(dim=-1, keepdim=True).clamp(
-        min=1e-6
-    )
+    norms = embedding.norm(dim=-1, keepdim=True)
+    embedding *= embedding.norm(dim=-1).mean() / norms.clamp(min=1e-6)
     embedding[:, 0] = CONSTANT
     read = CONSTANT / embedding.square().mean(-1).sqrt().mean()  # the coordinate after the RMS norm
     frequency = theta ** (-torch.arange(0, dim, 2) / dim)  # (D/2,)
-    size = math.sqrt(SHARPNESS * math.sqrt(dim)) * (
-        frequency > SLOWEST
-    )  # slow pairs cannot tell neighbours apart
+    # Slow pairs cannot tell neighbours apart.
+    size = math.sqrt(SHARPNESS * math.sqrt(dim)) * (frequency > SLOWEST)
     key = torch.cat([size, torch.zeros(dim // 2)])
     for head, offset in enumerate((1, 2, 3, 4)):
         query = torch.cat([size * (offset * frequency).cos(), -size * (offset * frequency).sin()])

@@ -1,4 +1,4 @@
-"""Write the evaluation's items and lm-eval tasks: `python -m xlstm_distill.embedded.items --out DIR`."""
+"""Write evaluation items and lm-eval tasks: `python -m xlstm_distill.embedded.items --out DIR`."""
 
 import argparse
 import json
@@ -15,20 +15,21 @@ ANSWER_TOKENS = 10  # the longest answer and its end token
 
 
 def files(count: int = COUNT) -> dict[str, str]:
-    """Return file name -> content of every task: one YAML for lm-eval and its items as JSON lines."""
+    """Return file name -> content: for each task a YAML for lm-eval and its items as JSON lines."""
     written = {}
     for task in TASKS.values():
         name = f"qs_{task.domain}_{task.name}"
-        lines = [
-            {"prompt": item.prompt, "answer": item.answer} for item in held_out_items(task, count)
-        ]
-        written[f"{name}.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines)
+        lines = []
+        for item in held_out_items(task, count):
+            line = {"prompt": item.prompt, "answer": item.answer}
+            lines.append(json.dumps(line) + "\n")
+        written[f"{name}.jsonl"] = "".join(lines)
         written[f"{name}.yaml"] = yaml.safe_dump(definition(name, task), sort_keys=False)
     return written
 
 
 def definition(name: str, task: Task) -> dict[str, Any]:
-    """Return the task for lm-eval; the data file is relative to the YAML's folder."""
+    """Describe the task for lm-eval; the data file is relative to the YAML's folder."""
     return {
         "task": name,
         "tag": [f"qs_{task.domain}"],

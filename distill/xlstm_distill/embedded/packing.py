@@ -1,8 +1,7 @@
-"""Rows of several conversations for the teacher's training, with positions and a mask that keep them apart."""
+"""Pack conversations into rows for the teacher's training; positions and masks keep them apart."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,17 +13,16 @@ from xlstm_distill.embedded.tokenizer import ASSISTANT, END, render
 
 PROMPT_WEIGHT = 0.05  # the loss's weight of a token the user wrote; the answers' is 1
 CHUNK = 128  # rounds of conversations encoded at a time
-SHARES = {
-    "math": 3,
-    "code": 3,
-    "stem": 1,
-    "chat": 2,
-}  # conversations a round: arithmetic takes the longest to learn
+# Conversations of a round. Arithmetic takes the longest to learn.
+SHARES = {"math": 3, "code": 3, "stem": 1, "chat": 2}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A packed batch, each tensor (B, T): tokens, document numbers (-1: padding), positions, and loss weights."""
+    """A packed batch, each tensor (B, T).
+
+    Tokens, document numbers (-1 at padding), positions in the document, and loss weights.
+    """
 
     input_ids: Tensor
     segment_ids: Tensor
@@ -32,7 +30,7 @@ class Batch:
     weights: Tensor
 
     def mask(self) -> Tensor:
-        """Return the causal mask within documents, (B, 1, T, T), True where attention may look."""
+        """Make the causal mask within documents, (B, 1, T, T), True where a query sees a key."""
         same = self.segment_ids[:, None, :, None] == self.segment_ids[:, None, None, :]
         return same.tril()
 
@@ -46,6 +44,7 @@ def encoded(
     chunk = 0
     while True:
         streams = {
+            # A large prime, so that chunks of one seed are not those of the next one.
             domain: documents(domain, CHUNK * SHARES[domain], seed * 1_000_003 + chunk)
             for domain in DOMAINS
         }
@@ -57,7 +56,10 @@ def encoded(
 
 
 def _weights(ids: list[int], assistant: int, end: int) -> list[float]:
-    """Weigh the answers and their end tokens 1, all else PROMPT_WEIGHT, the first token 0 (nothing predicts it)."""
+    """Weigh answers and their end tokens 1, the first token 0, and all else PROMPT_WEIGHT.
+
+    Nothing predicts the first token.
+    """
     weights, answering = [], False
     for token in ids:
         weights.append(1.0 if answering else PROMPT_WEIGHT)
@@ -69,7 +71,11 @@ def _weights(ids: list[int], assistant: int, end: int) -> list[float]:
 def batches(
     tokenizer: PreTrainedTokenizerFast, rows: int, length: int, seed: int
 ) -> Iterator[Batch]:
-    """Yield batches of `rows` packed rows, without end. A conversation goes into the first row that has room."""
+    """Yield batches of `rows` packed rows, without end.
+
+    A conversation goes into the first row that has room. One that fits nowhere ends the batch and
+    is dropped.
+    """
     stream = encoded(tokenizer, seed)
     while True:
         packed: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(rows)]
@@ -84,12 +90,10 @@ def batches(
 
 
 def _batch(packed: list[list[tuple[list[int], list[float]]]], length: int, pad: int) -> Batch:
-    rows = len(packed)
-    input_ids, segment_ids = torch.full((rows, length), pad), torch.full((rows, length), -1)
-    position_ids, weights = (
-        torch.zeros((rows, length), dtype=torch.long),
-        torch.zeros((rows, length)),
-    )
+    """Write packed rows of (tokens, loss weights) into tensors; the end of a row is padding."""
+    shape = (len(packed), length)
+    input_ids, segment_ids = torch.full(shape, pad), torch.full(shape, -1)
+    position_ids, weights = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
     for row, documents_of_row in enumerate(packed):
         start = 0
         for number, (ids, loss) in enumerate(documents_of_row):
@@ -100,10 +104,3 @@ def _batch(packed: list[list[tuple[list[int], list[float]]]], length: int, pad: 
             weights[row, here] = torch.tensor(loss)
             start += len(ids)
     return Batch(input_ids, segment_ids, position_ids, weights)
-
-
-def take(
-    tokenizer: PreTrainedTokenizerFast, count: int, *, rows: int, length: int, seed: int
-) -> Iterator[Batch]:
-    """Yield the first `count` batches."""
-    return islice(batches(tokenizer, rows, length, seed), count)

@@ -1,4 +1,4 @@
-"""Greedy exact-match scoring of held-out items in batches, with full attention or with a window alone."""
+"""Score the teacher on held-out items, greedily, with full attention or with a window alone."""
 
 import torch
 from torch import Tensor
@@ -19,11 +19,15 @@ def answers(
     window: int | None = None,
     sinks: int = 0,
 ) -> list[str]:
-    """Answer greedily, without a cache; with `window`, every layer sees that many last tokens and the sinks."""
+    """Answer the items greedily, without a cache.
+
+    With `window`, every layer sees only the last `window` tokens and the first `sinks` ones.
+    """
     texts = [f"{BOS}{USER}{item.prompt}{END}{ASSISTANT}" for item in items]
     batch = tokenizer(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     )
+    # valid (B, T) is False at the padding on the left.
     ids, valid = batch["input_ids"], batch["attention_mask"].bool()
     start = ids.shape[1]
     for _ in range(LONGEST_ANSWER):
@@ -41,7 +45,10 @@ def answers(
 
 
 def _mask(valid: Tensor, positions: Tensor, window: int | None, sinks: int) -> Tensor:
-    """Return (B, 1, T, T), True where attention may look; a padded query sees itself, so that no row is empty."""
+    """Make the mask (B, 1, T, T), True where a query sees a key.
+
+    A padded query sees itself: a softmax over nothing is not a number.
+    """
     total = valid.shape[1]
     causal = torch.ones(total, total, dtype=torch.bool).tril()
     seen = causal & valid[:, None, :]
@@ -52,8 +59,10 @@ def _mask(valid: Tensor, positions: Tensor, window: int | None, sinks: int) -> T
 
 
 def _until_end(tokens: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
-    end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
-    return str(tokenizer.decode(tokens[:end]))
+    """Decode the tokens before the first end token."""
+    if tokenizer.eos_token_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(tokens))
 
 
 def accuracies(
@@ -66,11 +75,12 @@ def accuracies(
     window: int | None = None,
     sinks: int = 0,
 ) -> dict[str, float]:
-    """Score `count` held-out items of each task: the share answered exactly."""
+    """Return, for each task, the share of `count` held-out items that is answered exactly."""
     model.eval()
     scores = {}
     for name in tasks or tuple(TASKS):
         items = held_out_items(TASKS[name], count, seed)
         given = answers(model, tokenizer, items, window=window, sinks=sinks)
-        scores[name] = sum(a == item.answer for a, item in zip(given, items, strict=True)) / count
+        right = [answer == item.answer for answer, item in zip(given, items, strict=True)]
+        scores[name] = sum(right) / count
     return scores

@@ -89,6 +89,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     """Return the weighted mean cross-entropy of the next token."""
+    # Positions restart in each document, and the mask keeps documents apart.
     hidden = model.model(
         input_ids=batch.input_ids,
         attention_mask=batch.mask(),
@@ -104,7 +105,12 @@ def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 def fit(
     model: LlamaForCausalLM, stream: Iterator[Batch], settings: Settings
 ) -> list[dict[str, float]]:
-    """Train for `settings.steps` steps; return the loss curve. Raises RunError where the loss is not finite."""
+    """Train for `settings.steps` steps and return the loss curve.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    # Weight decay is for matrices; norms' gains would be pulled to 0.
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [
@@ -139,7 +145,7 @@ def fit(
 
 
 def train(out: Path, settings: Settings) -> dict[str, float]:
-    """Train, score on held-out items, and publish model, tokenizer, log and card under `out`; return the accuracies."""
+    """Train, score on held-out items, publish under `out`, and return the accuracies."""
     begun = time.perf_counter()
     tokenizer = train_tokenizer(seed=settings.seed)
     model = build(settings, tokenizer)
@@ -164,7 +170,7 @@ def train(out: Path, settings: Settings) -> dict[str, float]:
 def publish(
     out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, log: dict[str, Any]
 ) -> None:
-    """Write the teacher's directory beside `out` and rename it into place, so that it is complete or absent."""
+    """Write model, tokenizer, log and card beside `out`, then rename: never an incomplete `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         fresh = Path(folder) / "new"
@@ -189,13 +195,14 @@ library_name: transformers
 ---
 # The embedded teacher
 
-A Llama of {log["parameters"]:,} parameters, trained from scratch by `python -m xlstm_distill.embedded.train`
-on generated conversations in four domains; it stands in for a large teacher where there is no network and no GPU.
-It answers the fifteen tasks below and nothing else. `training.json` holds settings, versions and loss curve;
-`docs/embedded-teacher.md` says how tasks, split and training work.
+A Llama of {log["parameters"]:,} parameters, trained from scratch by
+`python -m xlstm_distill.embedded.train` on generated conversations in four domains. It stands in
+for a large teacher where there is no network and no GPU. It answers the fifteen tasks below and
+nothing else. `training.json` holds settings, versions and loss curve; `docs/embedded-teacher.md`
+says how tasks, split and training work.
 
-- Training: {log["tokens"]:,} tokens, {log["steps"]:,} steps, {log["seconds"]:.0f} s (threads: {log["threads"]}),
-  seed {log["settings"]["seed"]}
+- Training: {log["tokens"]:,} tokens, {log["steps"]:,} steps, {log["seconds"]:.0f} s
+  (threads: {log["threads"]}), seed {log["settings"]["seed"]}
 - Held-out accuracy, exact match, {log["held_out_items_per_task"]} items a task:
 
 | domain | task | accuracy |

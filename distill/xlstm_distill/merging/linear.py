@@ -1,4 +1,4 @@
-"""Merge methods: pure functions over tensors of the same name in several experts."""
+"""Merge experts by a weighted sum: pure functions over tensors of the same name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from xlstm_distill.errors import UserError
-
-SUM_TOLERANCE = 1e-6
+from xlstm_distill.recipe.fields import SUM_TOLERANCE
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Check that merge weights are non-negative and sum to one (paper, Eq. 14); off that, a merged model collapses.
+    """Check that the experts' weights are non-negative and sum to one (paper, Eq. 14).
+
+    With any other sum, every weight of the merged model is scaled, and it collapses.
 
     Raises:
         UserError: a weight is negative or not finite, or the sum is not 1.
@@ -24,19 +25,21 @@ def check_weights(weights: Mapping[str, float]) -> None:
             raise UserError(
                 f"merge.weights.{name}: {weight} is not allowed; a weight is at least 0."
             )
+    # Not `sum`: it rounds after each term, and 0.1 * 10 would not be 1.
     total = math.fsum(weights.values())
     if abs(total - 1) > SUM_TOLERANCE:
         raise UserError(f"merge.weights: they sum to {total:.6g}, not 1; divide each by the sum.")
 
 
 def merge_linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted sum of one tensor over the experts, θ = Σ λ_i θ_i, accumulated in float64 (paper, Eq. 14).
+    """Sum one tensor over the experts, θ = Σ λ_i θ_i, in float64 (paper, Eq. 14).
 
-    A tensor equal in all experts is returned as it is, so that frozen weights stay bit-identical.
+    A tensor that is equal in all experts is copied, so that frozen weights stay bit-identical.
     """
     first = tensors[0]
     if all(torch.equal(first, other) for other in tensors[1:]):
         return first.clone()
+    # In float64: a bf16 sum would be rounded once for each expert.
     total = torch.zeros_like(first, dtype=torch.float64)
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor.to(torch.float64), alpha=weight)
@@ -46,21 +49,27 @@ def merge_linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def merge_state_dicts(
     experts: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """Merge the experts' weights by name.
+    """Merge the experts' weights by name; `weights` has a weight for each expert.
 
     Raises:
-        UserError: the weights are not a partition of one, or the experts differ in names or shapes of tensors.
+        UserError: the weights are not allowed, or the experts' tensors differ in names or shapes.
     """
     check_weights(weights)
     names = list(experts)
     first = experts[names[0]]
     for name in names[1:]:
-        shapes = {k: t.shape for k, t in experts[name].items()}
-        if shapes != {k: t.shape for k, t in first.items()}:
+        if _shapes(experts[name]) != _shapes(first):
             raise UserError(
-                f"merge: experts {names[0]!r} and {name!r} differ in names or shapes of their weights."
+                f"merge: experts {names[0]!r} and {name!r} differ in names or shapes of their"
+                " weights; merge experts that were distilled from one student."
             )
-    return {
-        key: merge_linear([experts[name][key] for name in names], [weights[name] for name in names])
-        for key in first
-    }
+    factors = [weights[name] for name in names]
+    merged = {}
+    for key in first:
+        tensors = [experts[name][key] for name in names]
+        merged[key] = merge_linear(tensors, factors)
+    return merged
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Make students known to transformers' Auto classes without importing transformers ourselves."""
+"""Register students with transformers' Auto classes without importing transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STAND_INS = "xlstm_distill.models.auto_configs"
 
 
 class _LoadThenRegister(importlib.abc.Loader):
-    """Run the wrapped loader, then import the students' stand-ins, which register themselves."""
+    """Run the wrapped loader, then import the stand-ins, which register themselves."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
@@ -29,13 +29,14 @@ class _LoadThenRegister(importlib.abc.Loader):
 
 
 class _AutoConfigFinder(importlib.abc.MetaPathFinder):
-    """Wait for the module that holds `AutoConfig`, once."""
+    """Find the module that holds `AutoConfig`, once, and have it register the students."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != AUTO_CONFIG:
             return None
+        # First, so that the search below asks the finders that would have been asked without us.
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
@@ -46,9 +47,11 @@ class _AutoConfigFinder(importlib.abc.MetaPathFinder):
 def register_when_transformers_loads() -> None:
     """Register the students now if `AutoConfig` is loaded, else at the moment it loads.
 
-    A user may import this package before or after transformers, and the command line must answer `--help`
-    without importing either; a hook on one module is what serves all three. Only stand-ins are imported then:
-    the classes that students are made of are often what transformers is in the middle of importing.
+    A user may import this package before or after transformers, and the command line must answer
+    `--help` without loading transformers. A hook on the import of one module serves all three.
+
+    The hook imports stand-ins only. The students' classes derive from classes that transformers
+    is often in the middle of importing at that moment.
     """
     if AUTO_CONFIG in sys.modules:
         importlib.import_module(STAND_INS)

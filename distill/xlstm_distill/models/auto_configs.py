@@ -1,4 +1,4 @@
-"""Stand-ins for the students' configurations, which give way to the real ones when the first student is loaded."""
+"""Stand-ins for the students' configurations, replaced when the first student is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xlstm_distill.models.families import FAMILIES
 
 
 class _StandIn(PreTrainedConfig):
-    """Registered under a student's model type; whatever is made of it is made of the real class."""
+    """A placeholder under a student's model type: its instances are those of the real class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return cls._real()(*args, **kwargs)
@@ -23,7 +23,7 @@ class _StandIn(PreTrainedConfig):
 
     @classmethod
     def _real(cls) -> Any:
-        """Import the students, which replaces this class in the registry."""
+        """Import the students, which replaces this class in the registry; return the real one."""
         students = importlib.import_module("xlstm_distill.models.student").STUDENTS
         return students[cls.model_type.removeprefix("xlstm_")].config_class
 

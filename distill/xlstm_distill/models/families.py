@@ -1,4 +1,4 @@
-"""What differs between the families of teachers, and nothing else."""
+"""The families of teachers, and all that differs between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CausalLM: TypeAlias = Any
-"""A causal language model of transformers, teacher or student: its attributes are set per instance, so not typed."""
+"""A causal language model of transformers, teacher or student. Not typed: attributes are set per
+instance."""
 Rotary: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]"
 
 
@@ -22,8 +23,8 @@ Rotary: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Te
 class Family:
     """A Transformer architecture that can be a teacher.
 
-    `norm` says where queries and keys are normalised: not at all, per head after the head split (Qwen3), or over
-    the full projection before it (Olmo).
+    `norm` says where queries and keys are normalised: not at all, per head after the head split
+    (Qwen3), or over the full projection before it (Olmo).
     """
 
     model_type: str
@@ -52,7 +53,7 @@ class Family:
 
     @property
     def apply_rotary(self) -> Rotary:
-        """The family's own rotary embedding: Llama's and Olmo's differ in bf16."""
+        """The family's own rotary embedding; Llama's and Olmo's round differently in bf16."""
         return self.modeling.apply_rotary_pos_emb
 
 
@@ -76,7 +77,7 @@ def family_of(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         raise UserError(
-            f"teacher.model_type: {model_type!r} cannot be converted; supported are {', '.join(FAMILIES)}. "
-            "Choose a teacher of one of these architectures."
+            f"teacher.model_type: {model_type!r} cannot be converted; supported are"
+            f" {', '.join(FAMILIES)}. Choose a teacher of one of these architectures."
         )
     return FAMILIES[model_type]

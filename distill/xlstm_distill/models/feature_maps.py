@@ -1,4 +1,4 @@
-"""Query and key feature maps: a linear map per head, then a softmax over the features (paper, section on φ)."""
+"""Feature maps of queries and keys: a linear map per head, then a softmax over the features."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ FeatureMapName = Literal["softmax", "hedgehog"]
 
 
 def in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
-    """Convert x for a product with a weight: stage I trains fp32 parameters in a bf16 model. Autocast converts."""
+    """Convert x to the dtype of a weight that it is multiplied with.
+
+    Stage I trains fp32 parameters in a bf16 model. Autocast converts by itself.
+    """
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
 
 class FeatureMap(nn.Module):
     """Map each head's vectors to non-negative features that sum to one.
 
-    `softmax` is the paper's φ(x) = softmax(A_h x). `hedgehog` is [softmax(A_h x), softmax(-A_h x)] / 2, which keeps
-    the directions that a single softmax squashes and doubles the state.
+    `softmax` is the paper's φ(x) = softmax(A_h x). `hedgehog` is
+    [softmax(A_h x), softmax(-A_h x)] / 2, which keeps the directions that a single softmax
+    squashes and doubles the state.
 
-    Shapes: in (B, G, T, D) with H a multiple of G, out (B, H, T, F): each query head has its own map, also over a key
-    that it shares with its group.
+    Shapes: in (B, G, T, D) with H a multiple of G, out (B, H, T, F). Each query head has its own
+    map, also for the key that it shares with its group.
     """
 
     def __init__(
@@ -39,27 +43,27 @@ class FeatureMap(nn.Module):
         return self.weight.shape[1] * (2 if self.name == "hedgehog" else 1)
 
     def reset_parameters(self) -> None:
-        """Start from the identity, so that features follow the teacher's query-key space; further rows are noise."""
+        """Start from the identity, so that features follow the teacher's query-key space.
+
+        Rows beyond the head dim are noise.
+        """
         _, features, dim = self.weight.shape
         with torch.no_grad():
             nn.init.normal_(self.weight, std=dim**-0.5)
             shared = min(features, dim)
-            self.weight[:, :shared] = torch.eye(
-                dim, device=self.weight.device, dtype=self.weight.dtype
-            )[:shared]
+            identity = torch.eye(dim, device=self.weight.device, dtype=self.weight.dtype)
+            self.weight[:, :shared] = identity[:shared]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return φ(x), (B, H, T, F), in x's dtype; the softmax runs in fp32."""
         heads, features, dim = self.weight.shape
         batch, groups, tokens, _ = x.shape
+        # One product for the heads of a group: they read the same x.
         weight = self.weight.view(groups, heads // groups * features, dim)
         mapped = torch.matmul(in_dtype_of(x, weight), weight.transpose(1, 2))  # (B, G, T, H/G * F)
         mapped = mapped.view(batch, groups, tokens, heads // groups, features).transpose(2, 3)
         mapped = mapped.reshape(batch, heads, tokens, features).float()
         if self.name == "softmax":
             return mapped.softmax(dim=-1).to(x.dtype)
-        return (
-            torch.cat([mapped.softmax(dim=-1), (-mapped).softmax(dim=-1)], dim=-1)
-            .mul(0.5)
-            .to(x.dtype)
-        )
+        both = torch.cat([mapped.softmax(dim=-1), (-mapped).softmax(dim=-1)], dim=-1)
+        return both.mul(0.5).to(x.dtype)

@@ -1,4 +1,4 @@
-"""How far the output gates are open, measured while a student runs: 0 is all window, 1 is all mLSTM."""
+"""The mixer's gates, and a meter of how far the output gates are open."""
 
 from __future__ import annotations
 
@@ -8,11 +8,65 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.models.mixer import OutputGate
+from xlstm_distill.models.feature_maps import in_dtype_of
+
+
+class ScalarGate(nn.Linear):
+    """Preactivations of a gate per head from the layer's input: (B, T, d) -> (B, H, T), fp32."""
+
+    def __init__(self, hidden: int, heads: int, bias: float) -> None:
+        # Before super(), which calls reset_parameters.
+        self.initial_bias = bias
+        super().__init__(hidden, heads)
+
+    def reset_parameters(self) -> None:
+        """Start as a constant gate."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.initial_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(in_dtype_of(x, self.weight)).transpose(1, 2).float()
+
+
+class OutputGate(nn.Module):
+    """Output gate o = sigmoid(W_h [q, k, v] + b_h), one scalar per head (paper, Eq. 11).
+
+    It reads the head's own q, k, v before RoPE. Shapes: q (B, H, T, D); k, v (B, G, T, D); returns
+    (B, H, T, 1) in q's dtype.
+    """
+
+    def __init__(self, heads: int, dim: int, bias: float) -> None:
+        super().__init__()
+        self.initial_bias = bias
+        self.weight = nn.Parameter(torch.empty(heads, 3, dim))
+        self.bias = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as a constant gate, the same for every token."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.initial_bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads, _, dim = self.weight.shape
+        batch, groups, tokens, _ = k.shape
+        dtype = q.dtype
+        q, k, v = (in_dtype_of(x, self.weight) for x in (q, k, v))
+        per_group = self.weight.view(groups, heads // groups, 3, dim)
+        w_q, w_k, w_v = per_group.unbind(2)  # (G, H/G, D) each
+        logits = (q * w_q.reshape(heads, 1, dim)).sum(-1)  # (B, H, T)
+        # k and v are products of a matrix, not repeated for each head of their group.
+        shared = k @ w_k.transpose(1, 2) + v @ w_v.transpose(1, 2)  # (B, G, T, H/G)
+        logits = logits + shared.transpose(2, 3).reshape(batch, heads, tokens)
+        return torch.sigmoid((logits + self.bias[:, None]).float())[..., None].to(dtype)
 
 
 class GateMeter:
-    """Averages the output gate of every layer and head over the real tokens of the batches that run in its block."""
+    """Average the output gate of each layer and head over real tokens, inside a `with` block.
+
+    A gate of 0 takes the window alone, one of 1 the mLSTM alone.
+    Call `expect` before each batch; padding is left out.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.gates = [module for module in model.modules() if isinstance(module, OutputGate)]
@@ -34,26 +88,26 @@ class GateMeter:
             handle.remove()
 
     def expect(self, real: Tensor) -> None:
-        """Say which tokens (B, T) of the batch that runs next are no padding."""
+        """Announce the batch that runs next: real (B, T) bool is False at its padding."""
         self.real = real
         self.tokens += int(real.sum())
 
     def _record(self, number: int, output: Tensor) -> None:
-        """Add a gate's output (B, H, T, 1)."""
+        """Add the output (B, H, T, 1) of gate `number`."""
         assert self.real is not None
         opened = (output.detach().float() * self.real[:, None, :, None]).sum(dim=(0, 2, 3))
         self.sums[number] = self.sums[number] + opened if number in self.sums else opened
 
     def means(self) -> list[list[float]]:
-        """Mean gates, layers x heads; empty where the mixers have one branch only, and so no gate."""
-        return [
-            [round(x, 6) for x in (self.sums[n] / self.tokens).tolist()] for n in sorted(self.sums)
-        ]
+        """Return the mean gates, layers x heads; empty where mixers of one branch have no gate."""
+        layers = []
+        for number in sorted(self.sums):
+            means = (self.sums[number] / self.tokens).tolist()
+            layers.append([round(mean, 6) for mean in means])
+        return layers
 
     def total(self) -> Tensor:
-        """Sum over tokens of the mean gate over layers and heads; zero where there is none."""
-        return (
-            torch.stack([s.mean() for s in self.sums.values()]).mean()
-            if self.sums
-            else torch.zeros(())
-        )
+        """Sum over tokens the mean gate of layers and heads; zero where there are no gates."""
+        if not self.sums:
+            return torch.zeros(())
+        return torch.stack([opened.mean() for opened in self.sums.values()]).mean()

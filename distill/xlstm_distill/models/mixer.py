@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,68 +10,57 @@ from transformers.cache_utils import Cache
 
 from xlstm_distill.models.cache import MixerCacheLayer, checked_cache
 from xlstm_distill.models.families import Family
-from xlstm_distill.models.feature_maps import FeatureMap, in_dtype_of
+from xlstm_distill.models.feature_maps import FeatureMap
+from xlstm_distill.models.gates import OutputGate, ScalarGate
 from xlstm_distill.recipe import MixerConfig
-from xlstm_kernels import MLSTMState, mlstm, mlstm_step, sliding_window_attention
+from xlstm_kernels import (
+    Backend,
+    MLSTMState,
+    hybrid_step,
+    mlstm,
+    mlstm_step,
+    sliding_window_attention,
+)
+from xlstm_kernels.dispatch import HEAD_DIMS
 from xlstm_kernels.state import LOG_ZERO, state_dtype
 
 NEW_MODULES = ("feature_map_q", "feature_map_k", "input_gate", "forget_gate", "output_gate")
-"""Names of the mixer's children that the teacher does not have; stage I trains these and nothing else."""
+"""Names of the mixer's children that the teacher does not have; stage I trains these alone."""
 
 
-class ScalarGate(nn.Linear):
-    """Preactivations of a scalar gate per head from the layer's input: (B, T, d) -> (B, H, T), fp32."""
+class MLSTMInputs(NamedTuple):
+    """What the mLSTM reads besides v: features (B, H, T, F) and preactivations (B, H, T)."""
 
-    def __init__(self, hidden: int, heads: int, bias: float) -> None:
-        self.initial_bias = bias
-        super().__init__(hidden, heads)
-
-    def reset_parameters(self) -> None:
-        """Start as a constant gate."""
-        nn.init.zeros_(self.weight)
-        nn.init.constant_(self.bias, self.initial_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(in_dtype_of(x, self.weight)).transpose(1, 2).float()
+    q: Tensor
+    k: Tensor
+    i: Tensor
+    f: Tensor
 
 
-class OutputGate(nn.Module):
-    """o = sigmoid(W_h [q, k, v] + b_h): one scalar per head from the head's own q, k, v before RoPE (paper, Eq. 11).
+class MixerInputs(NamedTuple):
+    """What the branches read of T tokens.
 
-    Shapes: q (B, H, T, D); k, v (B, G, T, D); returns (B, H, T, 1) in q's dtype.
+    q (B, H, T, D), k (B, G, T, D) after RoPE, v (B, G, T, D); memory: None without the mLSTM; gate
+    (B, H, T, 1) after its sigmoid: None with one branch only.
     """
 
-    def __init__(self, heads: int, dim: int, bias: float) -> None:
-        super().__init__()
-        self.initial_bias = bias
-        self.weight = nn.Parameter(torch.empty(heads, 3, dim))
-        self.bias = nn.Parameter(torch.empty(heads))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start as a constant gate."""
-        nn.init.zeros_(self.weight)
-        nn.init.constant_(self.bias, self.initial_bias)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads, _, dim = self.weight.shape
-        batch, groups, tokens, _ = k.shape
-        dtype = q.dtype
-        q, k, v = (in_dtype_of(x, self.weight) for x in (q, k, v))
-        w_q, w_k, w_v = self.weight.view(groups, heads // groups, 3, dim).unbind(
-            2
-        )  # (G, H/G, D) each
-        logits = (q * w_q.reshape(heads, 1, dim)).sum(-1)  # (B, H, T)
-        shared = k @ w_k.transpose(1, 2) + v @ w_v.transpose(1, 2)  # (B, G, T, H/G)
-        logits = logits + shared.transpose(2, 3).reshape(batch, heads, tokens)
-        return torch.sigmoid((logits + self.bias[:, None]).float())[..., None].to(dtype)
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    memory: MLSTMInputs | None
+    gate: Tensor | None
 
 
 class HybridMixer(nn.Module):
-    """Sliding-window attention with sinks and an mLSTM over the whole document, mixed per head by an output gate.
+    """Mix sliding-window attention with sinks and an mLSTM over the document, by a gate per head.
 
-    ĥ_t = o_t * mLSTM(φ_q(q), φ_k(k), v) + (1 - o_t) * SWA(q, k, v), then the teacher's output projection. Takes over
-    the projections (and q/k norms) of `attention`; only the modules in `NEW_MODULES` are new.
+    ĥ_t = o_t * mLSTM(φ_q(q), φ_k(k), v) + (1 - o_t) * SWA(q, k, v), then the teacher's output
+    projection. The mixer takes over the projections (and q/k norms) of `attention`; only the
+    modules in `NEW_MODULES` are new.
+
+    A sequence runs through `mlstm` and `sliding_window_attention`, a decoded token through
+    `hybrid_step`. `backend` chooses their implementation; it may be set at any time, and is not
+    saved.
     """
 
     def __init__(self, attention: Any, family: Family, config: MixerConfig) -> None:
@@ -81,11 +70,12 @@ class HybridMixer(nn.Module):
         self.layer_idx: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
+        self.backend: Backend = "auto"
         self.family, self.mixer_config = family, config
-        reach = getattr(
-            attention, "sliding_window", None
-        )  # of the teacher's own layer, in some families
+        # Some families limit the reach of single layers; a student sees no further than they do.
+        reach = getattr(attention, "sliding_window", None)
         self.window: int = config.window if reach is None else min(config.window, reach)
+        self.sinks: int = config.sinks
         self.q_proj: nn.Module
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
         self.o_proj = attention.o_proj
@@ -113,8 +103,8 @@ class HybridMixer(nn.Module):
     ) -> tuple[Tensor, None]:
         """Return the layer's output (B, T, d) and no attention weights.
 
-        `attention_mask` is not read: documents and padding come as `segment_ids` (B, T), which the student makes. With
-        a cache, tokens of id 0 continue the document that it holds.
+        `attention_mask` is not read: documents and padding come as `segment_ids` (B, T), which the
+        student makes. With a cache, tokens of id 0 continue the document that it holds.
         """
         mixed = self.mix(hidden_states, position_embeddings, past_key_values, segment_ids)
         return self.o_proj(mixed), None
@@ -126,27 +116,32 @@ class HybridMixer(nn.Module):
         past_key_values: Cache | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the heads' outputs before the output projection, (B, T, H * D): what stage I aligns."""
-        q, k, v = self._project(hidden_states)
+        """Return the heads' outputs before the output projection, (B, T, H * D).
+
+        Stage I aligns these.
+        """
+        q, k, v = self.project(hidden_states)
+        # The gate reads q and k before RoPE, so that it depends on content and not on position.
         gate = self.output_gate(q, k, v) if self.has_mlstm and self.has_window else None
         q, k = self.family.apply_rotary(q, k, *position_embeddings)
-        q, k = (
-            q.to(v.dtype),
-            k.to(v.dtype),
-        )  # under autocast, projections are bf16 and rotary positions fp32
+        # Under autocast, projections are bf16 and rotary positions fp32.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None
+        inputs = MixerInputs(q, k, v, memory, gate)
         layer = self._cache_layer(past_key_values)
-        if not self.has_mlstm:
-            mixed = self._window(q, k, v, layer, segment_ids)
+        if layer is not None and q.shape[2] == 1:
+            mixed = self._decode(inputs, layer, segment_ids)
         else:
-            mixed = self._mlstm(hidden_states, q, k, v, layer, segment_ids)
-            if layer is not None or self.has_window:  # the cache also counts tokens by its window
-                attended = self._window(q, k, v, layer, segment_ids)
-            if gate is not None:
-                mixed = torch.lerp(attended, mixed, gate.to(mixed.dtype))
+            mixed = self._mix_sequence(inputs, layer, segment_ids)
+        if layer is not None:
+            layer.seen += q.shape[2]
         return mixed.transpose(1, 2).flatten(2)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys and values (B, G, T, D) before RoPE, normalised as the family does."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make queries (B, H, T, D), keys and values (B, G, T, D) of x (B, T, d), before RoPE.
+
+        Queries and keys are normalised as in the family.
+        """
 
         def split(y: Tensor) -> Tensor:
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -159,6 +154,11 @@ class HybridMixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
+    def _mlstm_inputs(self, x: Tensor, q: Tensor, k: Tensor) -> MLSTMInputs:
+        """Map q (B, H, T, D) and k (B, G, T, D) to features, and x (B, T, d) to scalar gates."""
+        features_q, features_k = self.feature_map_q(q), self.feature_map_k(k)
+        return MLSTMInputs(features_q, features_k, self.input_gate(x), self.forget_gate(x))
+
     def _cache_layer(self, past_key_values: Cache | None) -> MixerCacheLayer | None:
         if past_key_values is None:
             return None
@@ -166,91 +166,152 @@ class HybridMixer(nn.Module):
         assert isinstance(layer, MixerCacheLayer)
         return layer
 
-    def _mlstm(
+    def _mix_sequence(
+        self, inputs: MixerInputs, layer: MixerCacheLayer | None, segment_ids: Tensor | None
+    ) -> Tensor:
+        """Mix the branches over T tokens, (B, H, T, D).
+
+        With a cache, the tokens continue what it holds, and it takes them in.
+        """
+        q, k, v, memory, gate = inputs
+        recalled = None if memory is None else self._recall(memory, v, layer, segment_ids)
+        if not self.has_window:
+            assert recalled is not None
+            return recalled
+        if layer is None or layer.seen == 0:
+            attended = self._attend(q, k, v, segment_ids)
+        else:
+            attended = self._attend_after_prefix(q, k, v, layer, segment_ids)
+        if layer is not None:
+            # Last, because the chunk's first queries see tokens that its last keys replace.
+            layer.update(k, v, segment_ids)
+        if recalled is None or gate is None:
+            return attended
+        return torch.lerp(attended, recalled, gate.to(recalled.dtype))
+
+    def _recall(
         self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
+        memory: MLSTMInputs,
         v: Tensor,
         layer: MixerCacheLayer | None,
         segment_ids: Tensor | None,
     ) -> Tensor:
-        """Read the mLSTM, (B, H, T, D); with a cache, continue from its state and update it in place."""
-        q, k = self.feature_map_q(q), self.feature_map_k(k)
-        i, f = self.input_gate(x), self.forget_gate(x)
+        """Run the mLSTM over T tokens, (B, H, T, D).
+
+        With a cache, it continues from the cache's state and updates that in place.
+        """
         if layer is None:
-            return mlstm(q, k, v, i, f, segment_ids=segment_ids)
-        if layer.state is None:
-            batch, heads, _, features = q.shape
-            dtype = state_dtype(q, v)
-            layer.state = MLSTMState.zeros(
-                batch, heads, features, v.shape[-1], dtype=dtype, device=q.device
+            return mlstm(
+                memory.q,
+                memory.k,
+                v,
+                memory.i,
+                memory.f,
+                segment_ids=segment_ids,
+                backend=self.backend,
             )
-        if q.shape[2] == 1:
-            if (
-                segment_ids is not None
-            ):  # a closed gate is a new document, and spares a pass over the state
-                f = f.masked_fill((segment_ids != 0)[:, None], LOG_ZERO)
-            return mlstm_step(
-                q[:, :, 0], k[:, :, 0], v[:, :, 0], i[..., 0], f[..., 0], layer.state
-            )[:, :, None]
+        held = layer.state_for(memory.k, v, state_dtype(memory.q, v))
         if segment_ids is not None:
             layer.restart_state(segment_ids)
         h, state = mlstm(
-            q, k, v, i, f, segment_ids=segment_ids, state=layer.state, return_state=True
+            memory.q,
+            memory.k,
+            v,
+            memory.i,
+            memory.f,
+            segment_ids=segment_ids,
+            state=held,
+            return_state=True,
+            backend=self.backend,
         )
-        for held, new in zip(layer.state, state, strict=True):
-            held.copy_(new)
+        for old, new in zip(held, state, strict=True):
+            old.copy_(new)
         return h
 
-    def _window(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layer: MixerCacheLayer | None,
-        segment_ids: Tensor | None,
-    ) -> Tensor:
-        """Attend to the window and the sinks, (B, H, T, D); with a cache, also to what it holds."""
-        if layer is None:
-            return self._attend(q, k, v, segment_ids)
-        if q.shape[2] == 1:
-            keys, values = layer.update(k, v, segment_ids)
-            return torch.nn.functional.scaled_dot_product_attention(
-                q,
-                keys,
-                values,
-                attn_mask=layer.visible()[:, None, None],
-                scale=self.scale,
-                enable_gqa=True,
-            )
-        if layer.seen == 0:
-            layer.update(k, v, segment_ids)
-            return self._attend(q, k, v, segment_ids)
-        return self._attend_after_prefix(q, k, v, layer, segment_ids)
-
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
+        """Attend to the window and the sinks inside the sequence, (B, H, T, D)."""
         return sliding_window_attention(
             q,
             k,
             v,
             window=self.window,
-            sinks=self.mixer_config.sinks,
+            sinks=self.sinks,
             segment_ids=segment_ids,
             scale=self.scale,
+            backend=self.backend,
         )
 
     def _attend_after_prefix(
         self, q: Tensor, k: Tensor, v: Tensor, layer: MixerCacheLayer, segment_ids: Tensor | None
     ) -> Tensor:
-        """Put the held tokens in front of the chunk, as tokens of document 0 whose outputs are dropped."""
+        """Attend from a chunk also to the tokens that the cache holds, (B, H, T, D).
+
+        The held tokens go in front of the chunk, as tokens of document 0. They are the first N and
+        the last W of their document. So distances inside the window are right, and no query sees
+        the tokens that are missing between them.
+        """
         held_k, held_v, valid = layer.prefix()
-        tokens = q.shape[2]
-        chunk = segment_ids if segment_ids is not None else valid.new_zeros(len(q), tokens).long()
-        segments = torch.cat(
-            [valid.long() - 1, chunk], dim=1
-        )  # empty slots are a document of their own
-        queries = torch.cat([q.new_zeros(*q.shape[:2], held_k.shape[2], q.shape[3]), q], dim=2)
-        layer.update(k, v, segment_ids)
+        batch, heads, tokens, dim = q.shape
+        chunk = segment_ids if segment_ids is not None else valid.new_zeros(batch, tokens).long()
+        # Empty slots are in a document of their own, -1.
+        segments = torch.cat([valid.long() - 1, chunk], dim=1)
+        # The operator wants a query for each key; outputs of these are dropped.
+        queries = torch.cat([q.new_zeros(batch, heads, held_k.shape[2], dim), q], dim=2)
         keys, values = torch.cat([held_k, k], dim=2), torch.cat([held_v, v], dim=2)
         return self._attend(queries, keys, values, segments)[:, :, -tokens:]
+
+    def _decode(
+        self, inputs: MixerInputs, layer: MixerCacheLayer, segment_ids: Tensor | None
+    ) -> Tensor:
+        """Mix the branches for one token, (B, H, 1, D), and update the cache in place.
+
+        segment_ids (B, 1): rows whose id is 0 continue the document that is held, others begin one.
+        """
+        q, k, v, memory, gate = inputs
+        if memory is None:
+            memory, gate, state = _no_memory(q, v)
+        else:
+            state = layer.state_for(memory.k, v, state_dtype(memory.q, v))
+        phi_q, phi_k, i, f = (x[:, :, 0] for x in memory)
+        if segment_ids is not None:
+            # A closed forget gate empties the state as `restart_state` does, but saves a pass over
+            # its memory.
+            f = f.masked_fill(segment_ids != 0, LOG_ZERO)
+        if gate is None:  # the mixer has no window
+            h = mlstm_step(phi_q, phi_k, v[:, :, 0], i, f, state, backend=self.backend)
+            return h.unsqueeze(2)
+        ring = layer.ring_for(k, v)
+        if segment_ids is not None:
+            layer.restart_ring(segment_ids)
+        h = hybrid_step(
+            q[:, :, 0],
+            k[:, :, 0],
+            v[:, :, 0],
+            phi_q,
+            phi_k,
+            i,
+            f,
+            gate[:, :, 0, 0],
+            state,
+            ring,
+            sinks=self.sinks,
+            scale=self.scale,
+            backend=self.backend,
+        )
+        return h.unsqueeze(2)
+
+
+def _no_memory(q: Tensor, v: Tensor) -> tuple[MLSTMInputs, Tensor, MLSTMState]:
+    """Stand in for the mLSTM of a mixer that has the window alone.
+
+    For one token, q (B, H, 1, D) and v (B, G, 1, D): features are zero and the output gate
+    (B, H, 1, 1) is closed, so `hybrid_step` returns the attention.
+    """
+    batch, heads, tokens, _ = q.shape
+    width = min(HEAD_DIMS)  # the least that every backend has a kernel for
+    features, preactivations = q.new_zeros(batch, heads, tokens, width), q.new_zeros(q.shape[:3])
+    inputs = MLSTMInputs(features, features, preactivations, preactivations)
+    state = MLSTMState.zeros(
+        batch, heads, width, v.shape[-1], dtype=state_dtype(q, v), device=q.device
+    )
+    return inputs, q.new_zeros(batch, heads, tokens, 1), state

@@ -15,15 +15,16 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.models.cache import StudentCache, checked_cache
 from xlstm_distill.models.families import FAMILIES, CausalLM, Family, family_of
 from xlstm_distill.models.feature_maps import FeatureMap
-from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer, OutputGate, ScalarGate
+from xlstm_distill.models.gates import OutputGate, ScalarGate
+from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
 from xlstm_distill.models.segments import chunk_documents, ends_in_padding
 from xlstm_distill.recipe import MixerConfig
 
-# A mask that is already four-dimensional is passed on as it is (transformers), so none of size T x T is ever built.
+# transformers passes a four-dimensional mask on as it is. So none of size T x T is ever built.
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
-# For the type checker: the mixin comes before a causal language model in every class that is made from it.
+# For the type checker: every class made from the mixin has a causal language model behind it.
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM as _CausalLM
 else:
@@ -33,22 +34,27 @@ else:
 class StudentMixin(_CausalLM):
     """What a student adds to its family's causal language model.
 
-    Besides the family's arguments, `forward` takes `segment_ids` (B, T): tokens of different documents do not see each
-    other in state, window or sinks. Without it documents are told apart by positions that restart, and padding by the
-    two-dimensional `attention_mask`. Positions that are not given count from each document's first token. With a
-    cache all of this holds across calls: a chunk, or a token, continues its row's document or begins one.
+    Besides the family's arguments, `forward` takes `segment_ids` (B, T). Tokens of different
+    documents do not see each other in state, window or sinks. Without `segment_ids`, documents are
+    told apart by positions that restart, and padding by the two-dimensional `attention_mask`.
+    Positions that are not given count from each document's first token.
+
+    With a cache all of this holds across calls: a chunk, or a token, continues its row's document
+    or begins one.
     """
 
     family: Family
     config: Any
     model: Any
-    _is_stateful = True  # transformers then says itself that assisted decoding, which takes tokens back, is not for it
+    # transformers then refuses assisted decoding, which takes tokens back.
+    _is_stateful = True
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         mixer = MixerConfig(**config.mixer)
         for layer in self.model.layers:
             layer.self_attn = HybridMixer(layer.self_attn, self.family, mixer)
+        # On the body, not on this class: training calls `student.model` without the head.
         self.model.register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
         self.post_init()
 
@@ -62,14 +68,14 @@ class StudentMixin(_CausalLM):
         """Make an empty decoding cache; its memory does not grow with the tokens seen."""
         return _new_cache(self.model)
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         """Give `generate` the student's own cache."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation: {generation_config.cache_implementation!r} does not apply to a student, whose "
-                "cache has a constant size; leave it out."
+                f"cache_implementation: {generation_config.cache_implementation!r} does not apply"
+                " to a student, whose cache has a constant size; leave it out."
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
@@ -79,7 +85,7 @@ class StudentMixin(_CausalLM):
         return [layer.self_attn for layer in self.model.layers]
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that the teacher does not have (feature maps and gates)."""
+        """Yield names and parameters that the teacher does not have (feature maps and gates)."""
         for name, parameter in self.named_parameters():
             if any(part in NEW_MODULES for part in name.split(".")):
                 yield name, parameter
@@ -87,26 +93,30 @@ class StudentMixin(_CausalLM):
 
 def _new_cache(model: Any) -> StudentCache:
     """Make an empty cache for a model's body."""
-    return StudentCache(
-        [layer.self_attn.window for layer in model.layers], model.config.mixer["sinks"]
-    )
+    windows = [layer.self_attn.window for layer in model.layers]
+    return StudentCache(windows, model.config.mixer["sinks"])
 
 
 def _prepare_inputs(
     model: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Turn masks and positions into `segment_ids`, and make the student's cache where one is wanted."""
+    """Turn masks and positions into `segment_ids`, and make a cache where one is wanted.
+
+    A hook that runs before the model's body: it returns the arguments that the body gets.
+    """
     ids = args[0] if args else kwargs.get("input_ids")
     given = ids if ids is not None else kwargs["inputs_embeds"]
     shape = (given.shape[0], given.shape[1])
     mask = kwargs.get("attention_mask")
     if mask is not None and (mask.ndim != 2 or mask.shape[1] < shape[1]):
         raise ValueError(
-            f"attention_mask: shape {tuple(mask.shape)}, a student takes (B, T); give documents as segment_ids."
+            f"attention_mask: shape {tuple(mask.shape)}, a student takes (B, T);"
+            " give documents as segment_ids."
         )
     cache = _cache_for(model, kwargs, mask)
     past = None if cache is None else cache.ends
-    # A decoding step does not wait for the device; there, a padded token ends its row.
+    # `ends_in_padding` waits for the device, so a single token goes unchecked. If it is padding,
+    # it ends its row's document.
     if cache is not None and shape[1] > 1 and ends_in_padding(mask, past):
         raise ValueError("attention_mask: padding on the right cannot be cached; pad on the left.")
     found = chunk_documents(
@@ -127,23 +137,26 @@ def _prepare_inputs(
 def _cache_for(
     model: Any, kwargs: dict[str, Any], mask: torch.Tensor | None
 ) -> StudentCache | None:
-    """The caller's cache or a new one where one is wanted; never where gradients are recorded: states are constants.
+    """Return the caller's cache, a new one where one is wanted, or None.
 
-    What only the configuration wants is not made for rows that end in padding, which cannot be cached.
+    Where gradients are recorded there is no cache, because its states are constants. Where only
+    the configuration asks for one, rows that end in padding get none: they cannot be cached.
+
+    Raises:
+        ValueError: the caller's cache is of another class, or gradients are recorded.
     """
     cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
     if cache is not None:
         cache = checked_cache(cache)
         if torch.is_grad_enabled():
             raise ValueError(
-                "past_key_values: a student's cache holds constants, so gradients would stop there; "
-                "use torch.no_grad(), or leave the cache out."
+                "past_key_values: a student's cache holds constants, so gradients would stop"
+                " there; use torch.no_grad(), or leave the cache out."
             )
         return cache
-    wanted = (
-        model.config.use_cache and not ends_in_padding(mask) if use_cache is None else use_cache
-    )
-    return _new_cache(model) if wanted and not torch.is_grad_enabled() else None
+    if use_cache is None:
+        use_cache = model.config.use_cache and not ends_in_padding(mask)
+    return _new_cache(model) if use_cache and not torch.is_grad_enabled() else None
 
 
 def _student_class(family: Family) -> Any:
@@ -164,12 +177,14 @@ def _student_class(family: Family) -> Any:
         "family": family,
     }
     model: Any = type(f"{name}ForCausalLM", (StudentMixin, family.causal_lm), model_body)
-    AutoConfig.register(config.model_type, config, exist_ok=True)  # a stand-in may be there
+    # exist_ok, because a stand-in may be registered under this name.
+    AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model)
     return model
 
 
 STUDENTS = {family.model_type: _student_class(family) for family in FAMILIES.values()}
+# As names of this module, the classes can be pickled and imported like any other.
 globals().update({cls.__name__: cls for cls in STUDENTS.values()})
 globals().update({cls.config_class.__name__: cls.config_class for cls in STUDENTS.values()})
 
@@ -177,48 +192,51 @@ globals().update({cls.config_class.__name__: cls.config_class for cls in STUDENT
 def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = False) -> CausalLM:
     """Make a student that holds the teacher's weights, with a new `HybridMixer` in every layer.
 
-    The student's window attention and, where `mixer` has that branch, its mLSTM start from the teacher's projections;
-    feature maps and gates are new. `share_weights` makes the two models hold the same tensors (stage I, which trains
-    none of them, then needs no second copy).
+    Window attention and mLSTM, whichever `mixer` has, read the teacher's projections; feature maps
+    and gates are new. With `share_weights` both models hold the same tensors: stage I trains none
+    of them and needs no second copy.
 
     Raises:
         UserError: the teacher's architecture is not one of `FAMILIES`.
     """
     family = family_of(teacher.config.model_type)
     cls = STUDENTS[family.model_type]
-    settings = {
-        k: v
-        for k, v in teacher.config.to_dict().items()
-        if k not in ("model_type", "architectures")
-    }
-    if settings.get("attention_dropout"):
-        warnings.warn(
-            f"teacher.attention_dropout: {settings['attention_dropout']}, but mixers drop nothing; the student's is 0.",
-            stacklevel=2,
-        )
-        settings["attention_dropout"] = 0.0
-    config = cls.config_class(**settings, mixer=mixer.model_dump(mode="json"))
+    config = cls.config_class(**_settings(teacher), mixer=mixer.model_dump(mode="json"))
+    # On the meta device nothing is allocated; `assign` below puts the real tensors in place.
     with torch.device("meta"):
         student = cls(config)
-    weights = {
-        name: w if share_weights else w.detach().clone() for name, w in teacher.state_dict().items()
-    }
+    weights = teacher.state_dict()
+    if not share_weights:
+        weights = {name: weight.detach().clone() for name, weight in weights.items()}
     report = student.load_state_dict(weights, strict=False, assign=True)
     if report.unexpected_keys:
         raise UserError(
-            f"teacher: weights {report.unexpected_keys[:3]} have no place in a student of this family."
+            f"teacher: weights {report.unexpected_keys[:3]} have no place in a student of this"
+            " family; load the teacher without adapters or quantisation."
         )
+    # Its frequencies are buffers that no state dict holds, so they are still on the meta device.
     student.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
     reference = next(teacher.parameters())
     for module in student.modules():
         if isinstance(module, FeatureMap | ScalarGate | OutputGate):
             module.to_empty(device=reference.device).to(reference.dtype)
             module.reset_parameters()
+    # `assign` gives each name a tensor of its own, so tied weights are tied once more.
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.train(teacher.training)
 
 
-def is_student(model: nn.Module) -> bool:
-    """Whether a model is a converted one."""
-    return isinstance(model, StudentMixin)
+def _settings(teacher: CausalLM) -> dict[str, Any]:
+    """Copy the teacher's configuration for the student, which has no dropout in its mixers."""
+    settings = teacher.config.to_dict()
+    for name in ("model_type", "architectures"):
+        settings.pop(name, None)
+    if settings.get("attention_dropout"):
+        warnings.warn(
+            f"teacher.attention_dropout: {settings['attention_dropout']}, but mixers drop nothing;"
+            " the student's is 0.",
+            stacklevel=3,  # the caller of `convert`
+        )
+        settings["attention_dropout"] = 0.0
+    return settings

@@ -1,4 +1,4 @@
-"""Load the pinned teacher and its tokenizer, and refuse what cannot be distilled before any work is done."""
+"""Load the pinned teacher and its tokenizer; refuse what cannot be distilled."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalL
     Raises:
         UserError: the path is missing, holds no model, or the architecture is not supported.
     """
+    # Only the configuration is read for this: a wrong teacher is refused before weights are loaded.
     _check_architecture(config)
     model = _load(AutoModelForCausalLM, config, "a model", dtype=getattr(torch, config.dtype))
     return model.eval().to(device)
@@ -29,26 +30,32 @@ def load_tokenizer(config: Teacher) -> Any:
     """Load the teacher's tokenizer and check that it fits the teacher.
 
     Raises:
-        UserError: it is missing, has no end-of-text token, or has ids beyond the teacher's embedding.
+        UserError: the tokenizer is missing, has no end-of-text token, or has more tokens than the
+            teacher's embedding.
     """
     _check_path(config)
     tokenizer = _load(AutoTokenizer, config, "a tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"teacher.path: the tokenizer of {config.path!r} has no end-of-text token; set its eos_token."
+            f"teacher.path: the tokenizer of {config.path!r} has no end-of-text token;"
+            " set its eos_token."
         )
     vocabulary = _load(AutoConfig, config, "a model").vocab_size
     tokens = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if tokens > vocabulary:
         raise UserError(
-            f"teacher.path: the tokenizer of {config.path!r} has {tokens} tokens, its model only {vocabulary}; "
-            "they do not belong together. Use the tokenizer the teacher was trained with."
+            f"teacher.path: the tokenizer of {config.path!r} has {tokens} tokens, its model only"
+            f" {vocabulary}; they do not belong together. Use the tokenizer the teacher was trained"
+            " with."
         )
     return tokenizer
 
 
 def teacher_hash(config: Teacher) -> str:
-    """Hash of the teacher's files where it is local, else of its name and revision; its settings are part of it."""
+    """Hash the recipe's settings of the teacher and, where the teacher is local, its files.
+
+    A teacher of the hub is identified by its name and revision.
+    """
     settings = config.model_dump(mode="json")
     if Path(config.path).exists():
         settings["path"] = hash_path(Path(config.path))
@@ -61,11 +68,13 @@ def _check_architecture(config: Teacher) -> None:
 
 
 def _check_path(config: Teacher) -> None:
-    """A path that looks local must exist; transformers would take it for a name on the hub."""
+    """Refuse an absolute path that does not exist."""
     path = Path(config.path)
+    # transformers would take it for a name on the hub, and complain about that.
     if path.is_absolute() and not path.is_dir():
         raise UserError(
-            f"teacher.path: {config.path} is no directory; give a local directory or a hub id owner/name."
+            f"teacher.path: {config.path} is no directory; give a local directory or a hub id"
+            " owner/name."
         )
 
 
@@ -78,7 +87,9 @@ def _load(auto: Any, config: Teacher, what: str, **options: Any) -> Any:
             **options,
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # transformers explains in many lines; the first one says what is wrong.
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise UserError(
             f"teacher.path: {config.path!r} holds no {what[2:]} that can be loaded: {reason}"
         ) from error

@@ -149,6 +149,7 @@ def _query_key_norms(a: Architecture, forward: Pass) -> Saved:
     if a.norm == "none":
         return Saved()
     width = a.query_width + a.key_width
+    # One normaliser per head (Qwen3), or one for all queries and one for all keys (Olmo).
     vectors = a.heads + a.groups if a.norm == "head" else 2
     normalised = FP32 if a.norm == "projection" else forward.compute
     return Saved((FP32 + normalised) * width + FP32 * vectors)
@@ -238,6 +239,7 @@ def band(mixer: MixerConfig, tokens: int) -> tuple[int, int]:
     Sinks are among the keys.
     """
     window = min(mixer.window, tokens)
+    # The operator's own choice of block: as long as the window, but between 32 and 128.
     block = min(max(32, min(window, 128)), tokens)
     return block, window - 1 + block + min(mixer.sinks, tokens)
 
@@ -249,6 +251,7 @@ def _window(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
     size, keys, queries = forward.compute, a.key_width, a.query_width
     statistics = FP32 * a.heads  # the log-sum-exp of each query
     if forward.backend == "triton":
+        # Keys, values, queries and output: the band is computed again in the backward pass.
         return Saved(2 * size * keys + 2 * size * queries + statistics)
     block, span = band(mixer, forward.tokens)
     padded = math.ceil(forward.tokens / block) * block / forward.tokens
@@ -256,6 +259,7 @@ def _window(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
     block_keys_and_values = 2 * size * keys * span / block
     inside = bias + block_keys_and_values + 2 * size * queries + statistics
     sink_positions = INT64 * min(mixer.sinks, forward.tokens) / block
+    # Keys and values once as they came, and the positions by which sinks were picked.
     gathered = 2 * size * keys + sink_positions
     output = size * queries if "mlstm" in mixer.branches else 0
     return Saved(gathered + padded * inside + output)

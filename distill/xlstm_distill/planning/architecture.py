@@ -158,6 +158,7 @@ def find_architecture(recipe: Recipe, folder: Path, config: Path | None = None) 
     path = Path(recipe.teacher.path)
     if path.is_dir():
         return read_architecture(_read_json(path / "config.json"), str(path / "config.json"))
+    # Before the hub's cache: the shipped facts make a plan independent of what was downloaded.
     for file in sorted((folder / ARCHITECTURES).glob("*.json")):
         facts = _read_json(file)
         if recipe.teacher.path in facts.get("teachers", ()):
@@ -235,6 +236,7 @@ def _given(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _count(config: Mapping[str, Any], key: str, name: str) -> int:
     value = config.get(key)
+    # In Python, True is an int.
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name}: {key} is {value!r}; it must be a whole number of at least 1.")
     return value
@@ -243,6 +245,7 @@ def _count(config: Mapping[str, Any], key: str, name: str) -> int:
 def _reaches(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     """Read how many keys each layer of the teacher attends to."""
     window = config.get("sliding_window")
+    # Qwen's configs name a window even where `use_sliding_window` turns it off.
     if not isinstance(window, int) or config.get("use_sliding_window") is False:
         return (None,) * layers
     types = config.get("layer_types")

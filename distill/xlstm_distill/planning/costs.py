@@ -135,6 +135,7 @@ class Planner:
             return cost
         assumed = utilisation(cost.stage, machine.backend, machine.mfu)
         rate = machine.gpus * peak * assumed.share
+        # Recomputed work takes time, although it does not count in the MFU.
         hours = (cost.flops + cost.recomputed) / rate / 3600
         gpu_hours = hours * machine.gpus
         price = None if machine.price is None else gpu_hours * machine.price
@@ -147,6 +148,7 @@ def data_cost(planner: Planner) -> StageCost:
     rows = sum(rows_needed(recipe, domain) for domain in recipe.data.domains)
     tokens = rows * recipe.data.context
     id_bytes = 2 if planner.architecture.vocabulary <= SMALL_VOCABULARY else 4
+    # No hours: tokenisation runs on the CPU, at a speed that depends on the text.
     return StageCost("data", tokens=tokens, disk=tokens * (id_bytes + MASK_BYTES))
 
 
@@ -173,7 +175,8 @@ def align_cost(planner: Planner) -> StageCost:
     recipe, section, context = planner.recipe, planner.recipe.align, planner.recipe.data.context
     student = DTYPE_BYTES[recipe.teacher.dtype] * planner.parameters.student
     if not planner.parameters.new:
-        return StageCost("align", disk=student)  # nothing to train: the student is only converted
+        # Nothing to train (a mixer of the window alone): the student is only converted.
+        return StageCost("align", disk=student)
     inputs = planner.training_inputs(section)
     memory = StageMemory("align", align_memory, inputs, section.batch)
     steps, tokens = _steps(section, section.tokens, context)
@@ -197,6 +200,7 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
     a, mixer, inputs = planner.architecture, recipe.student.mixer, planner.training_inputs(section)
     memory = StageMemory("distill", distill_memory, inputs, section.batch)
     steps, tokens = 0, 0
+    # Each phase rounds its own tokens up to whole steps.
     for phase in section.experts[name].phases:
         phase_steps, phase_tokens = _steps(section, phase.tokens, context)
         steps += phase_steps

@@ -15,6 +15,8 @@ MOST_WAYS = 3
 MOST_CHANGES = 4
 """Changes of one way at most."""
 MOST_GPUS = 64
+SHORTEST_ROW = 1024
+"""Tokens of a row at least, where a shorter context is proposed: two windows of the paper's."""
 Value = str | int | bool
 
 
@@ -105,20 +107,36 @@ def _ways(stage: StageMemory, gpu: Gpu) -> Iterator[Way]:
     """Find ways to fit, the best first.
 
     Settings that leave the result as it is come first. Only where none suffices do those follow
-    that train fewer parameters (the paper finds it worse), and then those that need more GPUs, as
-    few as will do.
+    that cost quality: fewer trained parameters (the paper finds it worse), then shorter rows. Last
+    come more GPUs, as few as will do.
     """
     settings = _memory_settings(stage)
     found = list(smallest_ways(stage, gpu, settings))
+    if not found:
+        found = _costlier_ways(stage, gpu, settings)
+        found += _on_more_gpus(stage, gpu)
     yield from found
-    if found or stage.stage != "distill":
-        return
-    yield from itertools.islice(smallest_ways(stage, gpu, [_fewer_trained(stage), *settings]), 1)
+
+
+def _on_more_gpus(stage: StageMemory, gpu: Gpu) -> list[Way]:
+    """Find ways with as few more GPUs as will do."""
     for more in _more_gpus(stage):
-        ways = list(_ways_with(stage, gpu, more))
-        yield from ways
+        ways = _with(stage, gpu, more)
         if ways:
-            return
+            return ways
+    return []
+
+
+def _costlier_ways(stage: StageMemory, gpu: Gpu, settings: list[list[Change]]) -> list[Way]:
+    """Find the smallest change that costs quality; empty where there is none."""
+    fewer, shorter = _fewer_trained(stage), _shorter_rows(stage)
+    for kinds in ([fewer], [shorter], [fewer, shorter]):
+        required = [kind for kind in kinds if kind]
+        ways = smallest_ways(stage, gpu, [*required, *settings])
+        first = next(ways, None)
+        if first is not None:
+            return [first]
+    return []
 
 
 def smallest_ways(stage: StageMemory, gpu: Gpu, kinds: list[list[Change]]) -> Iterator[Way]:
@@ -189,26 +207,38 @@ def _fewer_rows(stage: StageMemory, key: str) -> list[Change]:
 
 def _fewer_trained(stage: StageMemory) -> list[Change]:
     """List what `distill.trainable` could be; the paper's order of quality: all, mixer, lora."""
+    if stage.stage != "distill":
+        return []
     order = ("all", "mixer", "lora")
     fewer = order[order.index(stage.inputs.trainable) + 1 :]
     return [_change("distill.trainable", kind, trainable=kind) for kind in fewer]
 
 
-def _ways_with(stage: StageMemory, gpu: Gpu, more: Change) -> Iterator[Way]:
+def _shorter_rows(stage: StageMemory) -> list[Change]:
+    """Halve the context; every stage then reads shorter rows."""
+    if stage.stage == "evaluate":
+        return []
+    changes, tokens = [], stage.inputs.tokens // 2
+    while tokens >= SHORTEST_ROW:
+        changes.append(_change("data.context", tokens, tokens=tokens))
+        tokens //= 2
+    return changes
+
+
+def _with(stage: StageMemory, gpu: Gpu, more: Change) -> list[Way]:
     """Find what fits on more GPUs, by itself or with changed settings."""
     larger = replace(stage, inputs=more.apply(stage.inputs))
     memory = larger.memory(larger.inputs)
     if memory.total <= gpu.memory:
-        yield Way(more.settings, memory.total)
-        return
-    for way in smallest_ways(larger, gpu, _memory_settings(larger)):
-        yield Way({**more.settings, **way.settings}, way.memory)
+        return [Way(more.settings, memory.total)]
+    ways = smallest_ways(larger, gpu, _memory_settings(larger))
+    return [Way({**more.settings, **way.settings}, way.memory) for way in ways]
 
 
 def _more_gpus(stage: StageMemory) -> Iterator[Change]:
-    """Double the GPUs while they can share the batch."""
+    """Double the GPUs while they can share the batch. Only stage II shards what it holds."""
     inputs, gpus = stage.inputs, 2 * stage.inputs.gpus
-    while gpus <= min(stage.batch, MOST_GPUS):
+    while stage.stage == "distill" and gpus <= min(stage.batch, MOST_GPUS):
         if stage.batch % gpus == 0:
             settings: dict[str, Value] = {"--gpus": gpus}
             if inputs.sharding == "none":  # a single GPU shards nothing; several take FSDP2

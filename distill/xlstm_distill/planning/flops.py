@@ -103,6 +103,7 @@ def mean_keys(context: int, window: int | None = None, sinks: int = 0) -> float:
     """
     seen = _capped_sum(context, context if window is None else window)
     if window is not None:
+        # A sink counts once it has left the window.
         seen += _capped_sum(context - window, sinks)
     return seen / context
 

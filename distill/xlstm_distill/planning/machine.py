@@ -151,7 +151,7 @@ def make_machine(
 
 
 def _backend(name: str) -> Backend:
-    # Loads torch: not at the top, because a shell asks this module for the GPUs' names at every TAB.
+    # Loads torch: not at the top, since a shell asks this module for the GPUs at every TAB.
     from xlstm_kernels import dispatch
 
     chosen = dispatch.AUTO if name == "auto" else name

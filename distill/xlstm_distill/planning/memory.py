@@ -86,6 +86,7 @@ class MemoryInputs:
         """How the student computes in stage II: bf16 where the teacher is."""
         if self.teacher_dtype != "bfloat16":
             return "fp32"
+        # Without sharding by layer the weights stay fp32, and autocast casts them.
         return "autocast" if self.sharding in ("none", "ddp") else "bf16"
 
     @property
@@ -183,8 +184,10 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
         layer += LORA_MODULES * forward.compute * inputs.lora_rank * inputs.pass_tokens
     kept = checkpoint_saved(a, forward).bytes(forward) if inputs.checkpointing else layer
     saved = a.layers * kept + outside_layers(a, forward).bytes(forward)
+    # Gradients are freed after each step, so only an earlier pass of the same step leaves some.
     left_over = states.gradients if inputs.accumulates else 0.0
     end_of_forward = replace(base, gradients=left_over, activations=saved, loss=_loss(inputs))
+    # By then the loss has given up its logits, and the head's gradient counts among the gradients.
     end_of_backward = replace(base, gradients=states.gradients, activations=layer)
     moments = [end_of_forward, end_of_backward]
     if inputs.checkpointing:
@@ -197,6 +200,7 @@ def align_memory(inputs: MemoryInputs) -> Memory:
     """Predict the memory of stage I: one teacher pass feeds all mixers, which share its weights."""
     new, forward = inputs.parameters.new, inputs.teacher_pass
     mixer = mixer_saved(inputs.architecture, inputs.mixer, forward).bytes(forward)
+    # The new parameters train in fp32; the student's other weights are the teacher's own tensors.
     return Memory(
         weights=4.0 * new,
         gradients=4.0 * new if inputs.accumulates else 0.0,
@@ -255,6 +259,7 @@ def student_cache(a: Architecture, mixer: MixerConfig, size: int) -> float:
 
 def teacher_cache(a: Architecture, tokens: int, size: int) -> float:
     """Count the bytes of a row's keys and values in all layers of the teacher."""
+    # A layer with a window keeps no more than its window.
     kept = sum(min(tokens, reach or tokens) for reach in a.reaches)
     return float(2 * a.key_width * size * kept)
 
@@ -262,6 +267,7 @@ def teacher_cache(a: Architecture, tokens: int, size: int) -> float:
 def _chunk(inputs: MemoryInputs) -> float:
     """Count the fp32 logits of one chunk of tokens; chunks are of about the same size."""
     tokens, row = inputs.pass_tokens, 4 * inputs.architecture.vocabulary
+    # A vocabulary whose single row exceeds the limit still takes one token at a time.
     chunks = math.ceil(tokens / max(1, CHUNK_BYTES // row))
     return float(row * math.ceil(tokens / chunks))
 

@@ -133,6 +133,7 @@ def changes_that_fit(
             return changes
         if not problems[0].ways:
             return None
+        # A later way may set the same key again: what it found is for the plan as changed.
         changes |= problems[0].ways[0].settings
     return None
 
@@ -141,6 +142,7 @@ def apply_changes(
     recipe: Recipe, machine: Machine, changes: Mapping[str, Value]
 ) -> tuple[Recipe, Machine]:
     """Return the recipe and the machine with changes: recipe keys, `--gpus` and `--sharding`."""
+    # Validated anew, so that no change is named which a recipe would refuse.
     values = recipe.model_dump(mode="json")
     options: dict[str, Any] = {}
     for key, value in changes.items():

@@ -54,6 +54,7 @@ def to_json(plan: CostPlan) -> dict[str, Any]:
 
 
 def _stage_json(stage: StageCost) -> dict[str, Any]:
+    # Programs get the text of each problem and the memory's sum, instead of these two.
     values = asdict(replace(stage, fit=None, batch_problem=None))
     del values["fit"], values["batch_problem"]
     values["problems"] = [problem.text for problem in stage.problems]

@@ -1,4 +1,4 @@
-"""The ranks of a run: who writes, who waits. Imports accelerate only where there are several."""
+"""The ranks of a run: who writes, who waits. It imports accelerate only where there are several."""
 
 from __future__ import annotations
 
@@ -11,70 +11,71 @@ from typing import Any
 from xlstm_distill.runtime.launcher import is_true
 
 LONGEST_WAIT = timedelta(days=7)
-"""How long processes wait for the one that captures, merges or evaluates; in training they wait as torch does."""
+"""How long ranks wait for rank 0 to capture, merge or evaluate; in training torch's limits hold."""
 
 
 def on_cpu() -> bool:
-    """Whether models run on the CPU: there is nothing else, or the launcher said so (use_cpu)."""
+    """Whether models run on the CPU: there is nothing else, or the launcher said `use_cpu`."""
     import torch
 
     return is_true(os.environ, "ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def process_count() -> int:
-    """Processes that a launcher (accelerate, torchrun, srun through either) started for this run."""
+    """Return the number of processes that a launcher (accelerate, torchrun, srun) started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_main_process() -> bool:
-    """Whether this process writes artifacts and speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def wait_for_everyone() -> None:
-    """Wait until all processes are here, however long it takes; returns at once where there is one."""
-    if process_count() > 1:
-        import torch
-
-        torch.distributed.barrier(group=_patient_group())
-
-
 def process_index() -> int:
-    """This process's number among those of the run, from 0."""
+    """Return this process's rank, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
+def is_main_process() -> bool:
+    """Whether this is rank 0, which writes artifacts and speaks to the user."""
+    return process_index() == 0
+
+
+def wait_for_everyone() -> None:
+    """Barrier: wait for all ranks, however long it takes; returns at once where there is one."""
+    if process_count() > 1:
+        import torch
+
+        torch.distributed.barrier(group=waiting_group())
+
+
 def all_agree(mine: bool) -> bool:
-    """Whether the answer is yes on every process; all of them must ask."""
+    """Whether the answer is yes on every rank; all ranks must ask."""
     if process_count() == 1:
         return mine
     import torch
 
     answer = torch.tensor([int(mine)])
-    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=_patient_group())
+    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=waiting_group())
     return bool(answer.item())
 
 
 @functools.cache
-def _patient_group() -> Any:
-    """All processes, on the CPU, for waiting; the default group keeps torch's short time limits for training.
+def waiting_group() -> Any:
+    """Return the group of all ranks on the CPU that `wait_for_everyone` and `all_agree` use.
 
-    A process that hangs in a training's collective is then noticed in minutes and does not hold all GPUs.
+    The default group keeps torch's short time limits for training: a rank that hangs in one of its
+    collectives is then noticed within minutes, and does not hold all GPUs.
     """
     import torch
     from accelerate import PartialState
 
-    # This starts the default group; on a machine without an accelerator it has to be told so.
+    # This starts the default group. On a machine without an accelerator it has to be told so.
     PartialState(cpu=on_cpu())
     group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    # Its threads have to end before the interpreter does, which otherwise now and then aborts a process that is done.
-    atexit.register(_end_patient_group)
+    # Its threads must end before the interpreter does, or a finished process may abort at its end.
+    atexit.register(_end_waiting_group)
     return group
 
 
-def _end_patient_group() -> None:
+def _end_waiting_group() -> None:
     import torch
 
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group(_patient_group())
-    _patient_group.cache_clear()
+        torch.distributed.destroy_process_group(waiting_group())
+    waiting_group.cache_clear()

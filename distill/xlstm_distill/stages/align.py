@@ -25,8 +25,9 @@ from xlstm_distill.stages.workbench import (
 )
 from xlstm_distill.training.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.training.log import check_trackers
-from xlstm_distill.training.objectives import AlignTask
-from xlstm_distill.training.trainer import Plan, Stretch, Trainer
+from xlstm_distill.training.objectives import AlignObjective
+from xlstm_distill.training.plan import Stretch, TrainingPlan
+from xlstm_distill.training.trainer import Trainer
 
 
 def align(lineage: Lineage, run: Run, console: Console) -> Artifact:
@@ -63,37 +64,22 @@ def _align(
     domains = open_domains(recipe, data, lineage.aligned_rows())
     plan = _plan(lineage, teacher, domains)
     work = run.work_directory(lineage.request("align"))
-    trainer = Trainer(
-        AlignTask(student, teacher),
-        recipe.align,
-        plan,
-        domains,
-        work,
-        accelerator,
-        training=recipe.training,
-        console=console,
-    )
-    outcome = trainer.run()
-    keep_training(draft, work, plan, outcome)
+    objective = AlignObjective(student, teacher)
+    result = Trainer(objective, plan, domains, work, accelerator, console).run()
+    keep_training(draft, work, plan, result)
     trained = full_state_dict(accelerator, student)
     if accelerator.is_main_process:
         save_model(student, lineage.tokenizer, draft.path / "model", trained)
-    before, after = (
-        held["mse"] / held["teacher_power"] for held in (outcome.before, outcome.after)
-    )
+    before, after = (held["mse"] / held["teacher_power"] for held in (result.before, result.after))
     console.line(f"align: held-out relative error {before:.3f} -> {after:.3f}")
 
 
-def _plan(lineage: Lineage, teacher: CausalLM, domains: Mapping[str, DomainRows]) -> Plan:
+def _plan(lineage: Lineage, teacher: CausalLM, domains: Mapping[str, DomainRows]) -> TrainingPlan:
     """One stretch over all domains that alignment reads."""
     recipe, settings = lineage.recipe, lineage.recipe.align
     tokens_per_step = settings.batch * recipe.data.context
     steps = math.ceil(settings.tokens / tokens_per_step)
     schedule = RowSchedule(domains, lineage.aligned_domains(), recipe.seed, steps * settings.batch)
-    return Plan(
-        "align",
-        (Stretch(schedule, steps, settings.lr),),
-        settings.batch,
-        settings.micro_batch or settings.batch,
-        align_flops(architecture_of(teacher), recipe.student.mixer, recipe.data.context),
-    )
+    flops = align_flops(architecture_of(teacher), recipe.student.mixer, recipe.data.context)
+    stretch = Stretch(schedule, steps, settings.lr)
+    return TrainingPlan("align", (stretch,), settings, recipe.training, flops)

@@ -190,7 +190,7 @@ class DomainCapture:
         return artifact
 
     def _clean(self) -> None:
-        """Remove what is left over: a shard written twice, shards for other settings of the recipe."""
+        """Remove what is left over: a shard written twice, shards for other settings."""
         pattern = re.compile(rf"\.{re.escape(self.rows.name)}\.[0-9a-f]{{12}}\.shards")
         for path in self.directory.parent.iterdir():
             if pattern.fullmatch(path.name):
@@ -213,7 +213,7 @@ class DomainCapture:
         return place == shard and header.identity == self.identity
 
     def _write(self, shards: Sequence[ShardRows]) -> None:
-        """Write shards, until all are there or another run of the program has published the store."""
+        """Write shards, until all are there or another run has published the store."""
         total = sum(shard.count for shard in shards) * self.rows.context
         with self.console.progress(self.request.label, total) as progress:
             for shard in shards:
@@ -260,7 +260,8 @@ class DomainCapture:
         draft.results |= {**figures, "read_tokens_per_second": speed}
         self.console.line(
             f"{self.request.label}: {short(figures['tokens'])} tokens "
-            f"at {figures['bytes_per_token']:.1f} bytes, mean k {figures['mean_k']:.1f}, KL error {figures['mean_kl_error']:.1e} nats "
+            f"at {figures['bytes_per_token']:.1f} bytes, mean k {figures['mean_k']:.1f}, "
+            f"KL error {figures['mean_kl_error']:.1e} nats "
             f"(cut by mass: {figures['mean_cut']:.1e}), read at {short(speed)} tokens/s"
         )
 

@@ -14,6 +14,7 @@ from xlstm_distill.data.budget import expert_rows
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.planning.flops import distill_flops
@@ -40,8 +41,9 @@ from xlstm_distill.training.accelerator import (
 )
 from xlstm_distill.training.log import check_trackers
 from xlstm_distill.training.lora import add_lora, merged_state
-from xlstm_distill.training.objectives import DistillTask
-from xlstm_distill.training.trainer import Plan, Stretch, Trainer
+from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.training.plan import Stretch, TrainingPlan
+from xlstm_distill.training.trainer import Trainer
 
 
 def distill(
@@ -104,32 +106,21 @@ def _train(
     torch.manual_seed(recipe.seed)
     student = _trainable_student(recipe, material.aligned)
     source = _targets(lineage, material.targets, accelerator.device)
-    task = DistillTask(
-        student, source, settings.ce_weight, settings.kl_weight, kl_tail=settings.kl_tail
-    )
+    weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
+    objective = DistillObjective(student, source, weights)
     domains = open_domains(recipe, material.data, expert_rows(recipe, name))
     plan = _plan(recipe, name, student, domains)
     work = run.work_directory(lineage.request(f"distill/{name}"))
-    trainer = Trainer(
-        task,
-        settings,
-        plan,
-        domains,
-        work,
-        accelerator,
-        training=recipe.training,
-        console=console,
-    )
-    outcome = trainer.run()
-    keep_training(draft, work, plan, outcome)
-    weights = full_state_dict(accelerator, student)
+    result = Trainer(objective, plan, domains, work, accelerator, console).run()
+    keep_training(draft, work, plan, result)
+    trained = full_state_dict(accelerator, student)
     if accelerator.is_main_process:
         if settings.trainable == "lora":
-            weights = merged_state(weights, settings.lora_rank, settings.lora_alpha)
-        save_model(student, lineage.tokenizer, draft.path / "model", weights)
+            trained = merged_state(trained, settings.lora_rank, settings.lora_alpha)
+        save_model(student, lineage.tokenizer, draft.path / "model", trained)
     console.line(
-        f"{plan.label}: held-out CE {outcome.before['ce']:.3f} -> {outcome.after['ce']:.3f}, "
-        f"KL {outcome.before['kl']:.3f} -> {outcome.after['kl']:.3f} nats"
+        f"{plan.label}: held-out CE {result.before['ce']:.3f} -> {result.after['ce']:.3f}, "
+        f"KL {result.before['kl']:.3f} -> {result.after['kl']:.3f} nats"
     )
 
 
@@ -182,7 +173,9 @@ def _targets(
     return StoredTargets(stores)
 
 
-def _plan(recipe: Recipe, name: str, student: CausalLM, domains: Mapping[str, DomainRows]) -> Plan:
+def _plan(
+    recipe: Recipe, name: str, student: CausalLM, domains: Mapping[str, DomainRows]
+) -> TrainingPlan:
     """The expert's phases, and what a token costs."""
     settings = recipe.distill
     flops = distill_flops(
@@ -194,8 +187,7 @@ def _plan(recipe: Recipe, name: str, student: CausalLM, domains: Mapping[str, Do
         online=recipe.capture.targets == "online",
     )
     stretches = _stretches(recipe, settings.experts[name], domains)
-    micro_batch = settings.micro_batch or settings.batch
-    return Plan(f"distill/{name}", stretches, settings.batch, micro_batch, flops)
+    return TrainingPlan(f"distill/{name}", stretches, settings, recipe.training, flops)
 
 
 def _stretches(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig
@@ -22,7 +21,7 @@ from xlstm_distill.stages.workbench import load_student, open_domains
 from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.results import write_samples
-from xlstm_eval.suites import Suite, SuiteTask
+from xlstm_eval.suites import Suite
 
 GATE_ROWS = 16
 """Held-out rows of each domain over which the output gates are averaged."""
@@ -36,7 +35,8 @@ def evaluate(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
     recipe = lineage.recipe
     sources = _sources(lineage, run)
     requests = {name: lineage.request(f"evaluate/{name}") for name in sources}
-    done = all([run.has(request) for request in requests.values()])  # a list: all ranks ask all
+    # The ranks agree on each answer, so that all stop asking at the same one.
+    done = all(run.has(request) for request in requests.values())
     data = {} if done else prepare(lineage, run, recipe.data.domains, console)
 
     @functools.cache  # takes seconds: only when something is to be scored
@@ -111,27 +111,9 @@ def _sources(lineage: Lineage, run: Run) -> dict[str, Artifact | None]:
 
 
 def _suite(recipe: Recipe) -> Suite:
-    settings = recipe.evaluate
-    tasks = tuple(
-        SuiteTask(
-            name=task.name,
-            domain=task.domain,
-            num_fewshot=task.shots,
-            max_gen_toks=task.max_gen_tokens,
-            fewshot_as_multiturn=task.multiturn,
-            metric=task.metric,
-            filter=task.filter,
-        )
-        for task in settings.tasks
-    )
-    return Suite(
-        name=recipe.name,
-        tasks=tasks,
-        include_path=Path(settings.include) if settings.include else None,
-        limit=settings.limit,
-        apply_chat_template=settings.apply_chat_template,
-        confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-    )
+    """The recipe's section `evaluate` as a suite: their fields have the same names."""
+    settings = recipe.evaluate.model_dump(include=set(Suite.model_fields) - {"name"})
+    return Suite(name=recipe.name, **settings)
 
 
 def _score(

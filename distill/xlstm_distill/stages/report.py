@@ -15,14 +15,15 @@ from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.artifacts.files import replace_directory
 from xlstm_distill.artifacts.run import MANIFEST, versions
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.recipe.load import recipe_to_yaml
+from xlstm_distill.recipe.shown import shown_recipe, teacher_name
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.evaluate import find_evaluations
 from xlstm_distill.stages.lineage import MERGED, STAGES, TEACHER, Lineage, stage_of
 from xlstm_distill.training.log import LOG_FILE
-from xlstm_eval.records import EvalError, TaskResult
+from xlstm_eval.records import TaskResult
 from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
+from xlstm_eval.results import require_same_requests
 
 CURVE_POINTS = 200
 UNITS = {"mse": "squared error", "ce": "nats per token", "kl": "nats per token"}
@@ -32,10 +33,13 @@ FOLDER = "report"
 def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
     """Publish the report and put report.{html,md,json} into RUN/report."""
     evaluated = find_evaluations(lineage, run)
-    _require_same_requests(evaluated)
+    hashes = {}
+    for name, artifact in evaluated.items():
+        hashes[name] = artifact.manifest["results"]["requests_hash"]
+    require_same_requests(hashes)
 
     def build(draft: Draft) -> None:
-        _write(lineage.recipe, run, evaluated, draft)
+        write_report(report_data(lineage.recipe, run, evaluated), draft.path / FOLDER)
 
     artifact = run.make(lineage.request("report"), build, console=console)
     target = run.directory / FOLDER
@@ -47,14 +51,13 @@ def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
     return artifact
 
 
-def _write(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact], draft: Draft) -> None:
+def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> ReportData:
+    """Collect what the report shows; no path of this machine is among it."""
     students = {name: artifact for name, artifact in evaluated.items() if name != TEACHER}
     sources = ancestry(run, evaluated)
-    data = ReportData(
+    return ReportData(
         title=recipe.report.title or f"{recipe.name}: student against teacher",
-        teacher=Path(recipe.teacher.path).name
-        if Path(recipe.teacher.path).exists()
-        else recipe.teacher.path,
+        teacher=teacher_name(recipe.teacher),
         teacher_results=_results(evaluated[TEACHER]),
         models=tuple(
             ReportModel(
@@ -66,20 +69,9 @@ def _write(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact], draft: D
         losses=_losses(recipe, sources),
         timings=_timings(sources),
         provenance=_provenance(recipe, run, evaluated),
-        recipe=recipe_to_yaml(recipe),
+        recipe=shown_recipe(recipe),
         alphas=recipe.report.alphas,
     )
-    write_report(data, draft.path / FOLDER)
-
-
-def _require_same_requests(evaluated: Mapping[str, Artifact]) -> None:
-    """Teacher and students must have been asked the same, or their scores do not compare."""
-    expected = evaluated[TEACHER].manifest["results"]["requests_hash"]
-    for name, artifact in evaluated.items():
-        if artifact.manifest["results"]["requests_hash"] != expected:
-            raise EvalError(
-                f"evaluate/{name}: its requests differ from the teacher's; run the stage 'evaluate' again."
-            )
 
 
 def _results(artifact: Artifact) -> tuple[TaskResult, ...]:
@@ -156,16 +148,16 @@ def _timings(sources: Mapping[str, Artifact]) -> dict[str, float]:
 
 
 def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, str]:
-    """Where the figures come from: recipe, seed, versions, machine, fingerprints and training results."""
+    """Where the figures come from: recipe, seed, versions, machine, fingerprints."""
+    name, revision = teacher_name(recipe.teacher), recipe.teacher.revision
     found = {
         "recipe": recipe.name,
         "seed": str(recipe.seed),
-        "teacher": recipe.teacher.path
-        + (f"@{recipe.teacher.revision}" if recipe.teacher.revision else ""),
+        "teacher": f"{name}@{revision}" if revision else name,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
         "requests hash": evaluated[TEACHER].manifest["results"]["requests_hash"],
-        **{f"version of {name}": version for name, version in versions().items()},
+        **{f"version of {package}": version for package, version in versions().items()},
     }
-    for name, artifact in evaluated.items():
-        found[f"fingerprint of evaluate/{name}"] = artifact.fingerprint
+    for model, artifact in evaluated.items():
+        found[f"fingerprint of evaluate/{model}"] = artifact.fingerprint
     return found

@@ -248,11 +248,12 @@ def _compared(
     ordered: list[StageStatus] = []
     for label in planned:
         status = found.get(label, StageStatus(label, "waiting"))
-        if label in manifests and status.state != "unreadable":
-            if why := _why_outdated(lineage, label, manifests, outdated):
-                outdated[label] = why
-                if status.state == "done":
-                    status = replace(status, state="outdated", why=why)
+        readable = label in manifests and status.state != "unreadable"
+        why = _why_outdated(lineage, label, manifests, outdated) if readable else None
+        if why is not None:
+            outdated[label] = why
+        if why is not None and status.state == "done":
+            status = replace(status, state="outdated", why=why)
         ordered.append(status)
     # What another recipe made in this run directory, and what no recipe names.
     rest = [replace(s, why="not in the recipe") for s in found.values() if s.label not in planned]

@@ -20,7 +20,7 @@ from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
-from xlstm_distill.training.trainer import Outcome, Plan
+from xlstm_distill.training.plan import TrainingPlan, TrainingResult
 
 
 def quiet_libraries() -> None:
@@ -48,15 +48,15 @@ def architecture_of(model: CausalLM) -> Architecture:
     return read_architecture(config, "config")
 
 
-def keep_training(draft: Draft, work: Path, plan: Plan, outcome: Outcome) -> None:
-    """Note a training's outcome in its artifact, and keep its log."""
-    draft.earlier_seconds = outcome.earlier_seconds
+def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: TrainingResult) -> None:
+    """Note a training's result in its artifact, and keep its log."""
+    draft.earlier_seconds = result.earlier_seconds
     draft.results |= {
         "steps": plan.steps,
-        "last": outcome.last,
-        "skipped_steps": outcome.skipped_steps,
-        "validation_before": outcome.before,
-        "validation_after": outcome.after,
+        "last": result.last,
+        "skipped_steps": result.skipped_steps,
+        "validation_before": result.before,
+        "validation_after": result.after,
     }
     if is_main_process():
         shutil.copy(work / LOG_FILE, draft.path / LOG_FILE)

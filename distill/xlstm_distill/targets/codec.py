@@ -104,7 +104,7 @@ def _groups(k: int) -> list[tuple[int, int]]:
 
     At each rank it is the largest group that may start there and fits.
     """
-    found = []
+    found: list[tuple[int, int]] = []
     rank = GROUPS[0][0]
     while True:
         fitting = [size for start, size in GROUPS if rank >= start and rank + size <= k]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.errors import RunError
-from xlstm_distill.losses.fused import fuse_head
+from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.targets.codec import TargetRow

@@ -1,4 +1,4 @@
-"""The Accelerator of a stage: refuse what differs from what was asked, wrap a task, read its weights back."""
+"""The Accelerator of a stage: check what it runs, wrap an objective, read weights back."""
 
 from __future__ import annotations
 
@@ -23,55 +23,64 @@ from xlstm_distill.runtime.ranks import on_cpu, process_count, wait_for_everyone
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The Accelerator of this process, running what the launcher asked for, in the recipe's precision.
+    """Make the Accelerator of this process as the launcher asked, in the recipe's precision.
 
-    A bf16 teacher means bf16 compute (of fp32 weights, with gradients reduced in fp32) where there is an accelerator.
+    A bf16 teacher means bf16 compute where there is an accelerator. Weights stay fp32, and
+    gradients are reduced in fp32.
 
     Raises:
-        UserError: what the launcher asked for is not supported, contradicts the recipe, or is not what runs.
+        UserError: what the launcher asked for is not supported, contradicts the recipe, or does not
+            run.
     """
     asked = asked_layout()
-    precision = _precision(recipe, asked)
+    precision = choose_precision(recipe.teacher.dtype, asked, on_accelerator=not on_cpu())
     if asked.kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "accelerate launch: distributed_type DEEPSPEED needs deepspeed; install xlstm-distill[deepspeed]."
+            "accelerate launch: distributed_type DEEPSPEED needs deepspeed; "
+            "install xlstm-distill[deepspeed]."
         )
     accelerator = Accelerator(
         mixed_precision=precision,
-        # On a machine without an accelerator, several processes run as one unless cpu is said.
+        # Without this, several processes on a machine without an accelerator each run alone.
         cpu=on_cpu(),
         fsdp_plugin=_fsdp_plugin(precision) if asked.kind == "fsdp" else None,
     )
     refuse_difference(asked, running_layout(accelerator), precision)
     if asked.kind == "deepspeed":
-        # While transformers knows of ZeRO-3, from_pretrained would cut every model into shards, the teacher too.
+        # While transformers knows of ZeRO-3, from_pretrained cuts every model into shards, the
+        # teacher too.
         from transformers.integrations import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
     return accelerator
 
 
-def _precision(recipe: Recipe, asked: Layout) -> str:
-    """`bf16` or `no`: what the recipe says, and the launcher must not contradict it."""
-    bf16 = recipe.teacher.dtype == "bfloat16"
-    on_accelerator = not on_cpu()
+def choose_precision(dtype: str, asked: Layout, *, on_accelerator: bool) -> str:
+    """Return `bf16` or `no`: the teacher's dtype decides, and the launcher must not contradict it.
+
+    Raises:
+        UserError: it does.
+    """
+    bf16 = dtype == "bfloat16"
     if asked.precision is None:
         return "bf16" if bf16 and on_accelerator else "no"
     if asked.precision == "bf16" and not bf16:
         raise UserError(
-            f"accelerate launch: mixed_precision: 'bf16' beside teacher.dtype: {recipe.teacher.dtype!r} in the recipe; "
-            "launch with --mixed_precision no, or set teacher.dtype=bfloat16."
+            f"accelerate launch: mixed_precision: 'bf16' beside teacher.dtype: {dtype!r} in the "
+            "recipe; launch with --mixed_precision no, or set teacher.dtype=bfloat16."
         )
+    # On a CPU `no` is no contradiction: it is the default there.
     if asked.precision == "no" and bf16 and on_accelerator:
         raise UserError(
-            "accelerate launch: mixed_precision: 'no' beside teacher.dtype: 'bfloat16' in the recipe; "
-            "launch with --mixed_precision bf16, or set teacher.dtype=float32."
+            f"accelerate launch: mixed_precision: 'no' beside teacher.dtype: {dtype!r} in the "
+            "recipe; launch with --mixed_precision bf16, or set teacher.dtype=float32."
         )
     return asked.precision
 
 
 def _fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin:
-    """FSDP2 as the launcher set it, but with fp32 reduction; accelerate's own bf16 also reduces and returns in bf16."""
+    """Return FSDP2 as the launcher set it, but with gradients reduced in fp32."""
+    # accelerate's own bf16 policy also reduces and returns in bf16.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(
         mixed_precision_policy=policy if precision == "bf16" else None,
@@ -80,13 +89,12 @@ def _fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin:
 
 
 def running_layout(accelerator: Accelerator) -> Layout:
-    """What an Accelerator really runs."""
+    """Return what an Accelerator really runs."""
     precision = str(accelerator.mixed_precision)
     processes, kind = accelerator.num_processes, accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
-        return Layout(
-            "deepspeed", processes, accelerator.state.deepspeed_plugin.zero_stage, precision
-        )
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return Layout("deepspeed", processes, stage, precision)
     if kind == DistributedType.FSDP:
         return Layout("fsdp", processes, 2 if accelerator.is_fsdp2 else 1, precision)
     return Layout("single" if kind == DistributedType.NO else "ddp", processes, None, precision)
@@ -113,109 +121,113 @@ def refuse_difference(asked: Layout, running: Layout, precision: str) -> None:
 
 def prepare(
     accelerator: Accelerator,
-    task: nn.Module,
+    objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
     micro_batch: int,
     clip: float | None,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Wrap a task and its optimiser, in one call since FSDP2 and DeepSpeed replace the optimiser's parameters.
+    """Wrap an objective and its optimiser.
 
-    FSDP2 shards by the models' decoder layers. `micro_batch` (rows) and `clip` go into DeepSpeed's configuration.
+    FSDP2 shards by the models' decoder layers. `micro_batch` (rows) and `clip` go into DeepSpeed's
+    configuration.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _layer_classes(task)
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _layer_classes(objective)
         if asked_layout().activation_checkpointing:
-            for model in task.children():
+            for model in objective.children():
                 if isinstance(model, PreTrainedModel):
                     checkpoint_activations(model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, micro_batch, clip)
-    wrapped, prepared = accelerator.prepare(task, optimizer)
+    # In one call, since FSDP2 and DeepSpeed replace the optimiser's parameters.
+    wrapped, prepared = accelerator.prepare(objective, optimizer)
     return wrapped, prepared
 
 
-def _layer_classes(task: nn.Module) -> list[str]:
-    """Classes of the decoder layers in a task; none where it holds mixers only."""
-    stacks = [getattr(module, "layers", None) for module in task.modules()]
-    return sorted(
-        {
-            type(layer).__name__
-            for stack in stacks
-            if isinstance(stack, nn.ModuleList)
-            for layer in stack
-        }
-    )
+def _layer_classes(objective: nn.Module) -> list[str]:
+    """Return the class names of decoder layers in an objective; none where it holds mixers only."""
+    found = set()
+    for module in objective.modules():
+        stack = getattr(module, "layers", None)
+        if isinstance(stack, nn.ModuleList):
+            found |= {type(layer).__name__ for layer in stack}
+    return sorted(found)
 
 
 def _configure_deepspeed(accelerator: Accelerator, micro_batch: int, clip: float | None) -> None:
-    """Complete DeepSpeed's configuration: it has no dataloader to learn from, and clips by itself."""
+    """Complete DeepSpeed's configuration, which has no dataloader to learn the batch from."""
     plugin = accelerator.state.deepspeed_plugin
     config: dict[str, Any] = plugin.deepspeed_config
     config.update(
         train_micro_batch_size_per_gpu=micro_batch,
         train_batch_size="auto",
         gradient_accumulation_steps=1,  # the boundary is set by hand (micro_step)
-        gradient_clipping=clip or 0.0,
+        gradient_clipping=clip or 0.0,  # its engine clips by itself
         communication_data_type="fp32",
         zero_force_ds_cpu_optimizer=False,
     )
-    # With stage 1 this would choose DeepSpeed's BF16_Optimizer, whose gradients are wrong under accumulation (0.19.8).
+    # With stage 1 this would choose DeepSpeed's BF16_Optimizer, whose gradients are wrong under
+    # accumulation (0.19.8).
     if accelerator.mixed_precision == "bf16" and plugin.zero_stage > 1:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
 
 
 @contextlib.contextmanager
 def micro_step(accelerator: Accelerator, wrapped: nn.Module, *, last: bool) -> Iterator[None]:
-    """Around forward and backward of one micro-batch; gradients are complete after the `last` of a step.
+    """Surround forward and backward of one micro-batch; `last` is the last one of a step.
 
-    DDP reduces them once, at the last one. FSDP2 and ZeRO-2/3 reduce at each: to wait they would have to hold the
-    gradients of all parameters on every process.
+    DDP reduces gradients once, at the last micro-batch.
     """
     accelerator.sync_gradients = last
-    wait = not last and accelerator.distributed_type not in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-    )
-    with accelerator.no_sync(wrapped) if wait else contextlib.nullcontext():
+    # These reduce at every micro-batch: to wait, every rank would have to hold the gradients of all
+    # parameters.
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    waits = not last and not sharded
+    with accelerator.no_sync(wrapped) if waits else contextlib.nullcontext():
         yield
 
 
 def clip_gradients(accelerator: Accelerator, wrapped: nn.Module, clip: float | None) -> float:
-    """Clip the gradient and return its norm over all processes; under DeepSpeed the step is already done then."""
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), float("inf") if clip is None else clip)
-    return float(norm)
+    """Clip the gradient and return its norm over all ranks, before clipping.
+
+    Under DeepSpeed the optimiser has already stepped then, and clipped by itself.
+    """
+    limit = float("inf") if clip is None else clip
+    return float(accelerator.clip_grad_norm_(wrapped.parameters(), limit))
 
 
 def reshard(wrapped: nn.Module) -> None:
-    """Cut the parameters again that FSDP2 keeps whole after a forward without a backward (validation)."""
+    """Free the parameters that FSDP2 keeps whole after a forward without a backward."""
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def full_state_dict(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
-    """Complete weights of a module of a prepared task, on the CPU of the main process; empty on the others.
+    """Return the whole weights of a module of a prepared objective, on the main process's CPU.
 
-    All processes must call it. Where the process computes in bf16 copies (ZeRO), the fp32 weights are returned.
+    All ranks must call this; the others get an empty dictionary. Where ranks compute in bf16 copies
+    (ZeRO), the fp32 weights are returned.
     """
     whole: dict[str, Tensor] = {}
-    seen: dict[int, Tensor] = {}
+    # Tied weights are gathered once, and stay tied.
+    gathered: dict[int, Tensor] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, value in module.state_dict(keep_vars=True).items():
         source = parameters.get(name, value)
-        if id(source) not in seen:
+        if id(source) not in gathered:
             tensor = _whole(accelerator, source, value)
-            seen[id(source)] = (
-                tensor.cpu().clone() if accelerator.is_main_process else tensor.new_empty(0)
-            )
+            # The other ranks take part in gathering and drop the result.
+            kept = tensor.cpu().clone() if accelerator.is_main_process else tensor.new_empty(0)
+            gathered[id(source)] = kept
         if accelerator.is_main_process:
-            whole[name] = seen[id(source)]
+            whole[name] = gathered[id(source)]
     return whole
 
 
 def _whole(accelerator: Accelerator, source: Any, value: Tensor) -> Tensor:
-    """A parameter or buffer in full, on every process."""
+    """Return a parameter or buffer in full, on every rank."""
     value = value.detach()
     if isinstance(value, DTensor):
         return value.full_tensor()
@@ -226,28 +238,32 @@ def _whole(accelerator: Accelerator, source: Any, value: Tensor) -> Tensor:
     if source.requires_grad:
         master: Tensor | None = deepspeed.utils.safe_get_full_fp32_param(source)
         if master is not None:
+            # It is flat under ZeRO-3, which keeps the shape in `ds_shape`.
             return master.detach().view(getattr(source, "ds_shape", source.shape))
-    if hasattr(source, "ds_id"):
+    if hasattr(source, "ds_id"):  # ZeRO-3 has cut it
         with deepspeed.zero.GatheredParameters([source]):
             return source.detach().clone()
     return value
 
 
 def shard_teacher(teacher: CausalLM) -> None:
-    """Spread the decoder layers of a frozen teacher over the processes (FSDP2); each is gathered while it runs.
+    """Spread the decoder layers of a frozen teacher over the ranks (FSDP2).
 
-    Embeddings, final norm and head stay whole. Forward passes become collective: all processes must make as many.
+    Each layer is gathered while it runs. Embeddings, final norm and head stay whole. A forward
+    becomes collective: all ranks must make the same number of them.
     """
     if process_count() == 1:
         return
-    wait_for_everyone()  # starts the process group where nothing has
+    wait_for_everyone()  # starts the process group if nothing else has
     body = teacher.model
     for layer in body.layers:
         fully_shard(layer)
     inside = {id(p) for layer in body.layers for p in layer.parameters()}
-    fully_shard(body, ignored_params={p for p in body.parameters() if id(p) not in inside})
+    outside = {p for p in body.parameters() if id(p) not in inside}
+    # The body is the root of the layers: FSDP2 orders their gathers by it.
+    fully_shard(body, ignored_params=outside)
 
 
 def checkpoint_activations(student: CausalLM) -> None:
-    """Keep only the inputs of each decoder layer for the backward pass, and compute the rest again there."""
+    """Keep only the decoder layers' inputs for the backward pass, which computes the rest again."""
     student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) on the teacher's projections, and their weights merged back (Hu et al. 2021)."""
+"""Low-rank adapters (LoRA, Hu et al. 2021) on the projections: add them, and merge them back."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ BASE, DOWN, UP = ".base_layer.", f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER
 
 
 def add_lora(student: CausalLM, rank: int, alpha: int) -> None:
-    """Give every projection of the decoder layers an adapter; train these and the mixers' new parameters only.
+    """Give every projection of the decoder layers an adapter; only these and new parameters train.
 
-    A projection computes W x + (alpha / rank) B A x, with A random and B zero, so that the student starts unchanged.
-    The student keeps its class; until `merge_lora` its state dict names `base_layer` and `lora_A`, `lora_B`.
+    New parameters are those that the mixers have and the teacher has not. A projection computes
+    W x + (alpha / rank) B A x with A random and B zero, so the student starts unchanged. It keeps
+    its class. Until `merge_lora` its state dict has `base_layer`, `lora_A` and `lora_B`.
 
     Raises:
         UserError: peft is not installed.
@@ -38,42 +39,47 @@ def add_lora(student: CausalLM, rank: int, alpha: int) -> None:
         bias="none",
     )
     inject_adapter_in_model(config, student, adapter_name=ADAPTER)
+    # peft has frozen everything but its adapters.
     for parameter in new:
         parameter.requires_grad_(True)
 
 
 def _projections(student: CausalLM) -> list[str]:
-    """Full names of the plain linear layers inside the decoder layers; a gate, a subclass, trains as it is."""
-    layers = student.model.layers
-    return [
-        f"model.layers.{name}"
-        for name, module in layers.named_modules()
-        if type(module) is nn.Linear
-    ]
+    """Return the full names of the plain linear layers inside the decoder layers."""
+    named = student.model.layers.named_modules()
+    # Not isinstance: a gate is a subclass, and trains in full.
+    return [f"model.layers.{name}" for name, module in named if type(module) is nn.Linear]
 
 
 def merge_lora(student: CausalLM) -> None:
-    """Add the adapters into the projections and remove them: modules and state-dict names are the student's again."""
+    """Add the adapters to the projections and remove them.
+
+    Modules and names in the state dict are the student's again, and all parameters may train.
+    """
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(student.named_modules()):
         if isinstance(module, LoraLayer):
-            merged: Any = module
-            merged.merge()
-            student.set_submodule(name, merged.get_base_layer())
+            adapted: Any = module
+            adapted.merge()
+            student.set_submodule(name, adapted.get_base_layer())
     student.requires_grad_(True)
 
 
 def merged_state(weights: Mapping[str, Tensor], rank: int, alpha: int) -> dict[str, Tensor]:
-    """Merge the adapters in a state dict: what `merge_lora` does, for weights gathered from several processes."""
+    """Merge the adapters in a state dict, as `merge_lora` does in a model.
+
+    For weights gathered from several processes, which no model on one of them holds.
+    """
     merged: dict[str, Tensor] = {}
     for name, value in weights.items():
         if DOWN in name or UP in name:
             continue
-        if BASE in name:
-            module, leaf = name.split(BASE)
-            if leaf == "weight":
-                value = value + (alpha / rank) * (weights[module + UP] @ weights[module + DOWN])
-            name = f"{module}.{leaf}"
-        merged[name] = value
+        if BASE not in name:
+            merged[name] = value
+            continue
+        module, leaf = name.split(BASE)
+        if leaf == "weight":
+            value = value + (alpha / rank) * (weights[module + UP] @ weights[module + DOWN])
+        merged[f"{module}.{leaf}"] = value
     return merged

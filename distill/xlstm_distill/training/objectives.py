@@ -1,6 +1,7 @@
 """What the training loop optimises: a module whose forward turns a batch into sums over its tokens.
 
-The loss lives inside a module's forward, so that every wrapper (DDP, FSDP, DeepSpeed) sees one call per batch.
+The loss lies inside a module's forward, so that every wrapper (DDP, FSDP, DeepSpeed) sees one call
+for each batch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
-from xlstm_distill.losses.fused import fuse_head
-from xlstm_distill.losses.plain import alignment_error
+from xlstm_distill.losses.head import fuse_head
+from xlstm_distill.losses.plain import LossWeights, alignment_error
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.mixer import HybridMixer
@@ -23,29 +24,29 @@ from xlstm_distill.targets.providers import TargetSource, kept_hidden
 
 @dataclass(frozen=True)
 class Sums:
-    """What a batch adds to the step: `loss` to differentiate, sums to report, each to be divided by `tokens`."""
+    """Sums over a batch's tokens: the `loss` to differentiate, and `parts` of it to log."""
 
     loss: Tensor
     parts: dict[str, Tensor]
 
 
-class Task(nn.Module, abc.ABC):
-    """A module that sums a loss over the tokens of a batch, and says how many tokens the loss is averaged over."""
+class Objective(nn.Module, abc.ABC):
+    """Sums a loss over the tokens of a batch, and counts the tokens that it is averaged over."""
 
     @abc.abstractmethod
     def count(self, batch: Batch) -> int:
-        """Tokens of a batch that the loss is averaged over."""
+        """Count the tokens of a batch that the loss is averaged over."""
 
     @abc.abstractmethod
     def forward(self, batch: Batch) -> Sums:
         """Sum the loss over a batch."""
 
 
-class AlignTask(Task):
-    """Stage I: every mixer regresses its teacher layer's heads, all layers in one pass (paper, Eq. 12).
+class AlignObjective(Objective):
+    """Stage I: every mixer regresses its teacher layer's heads (paper, Eq. 12).
 
-    Each mixer gets the hidden states that reach the layer in the *teacher*, so layers do not wait for each other and
-    one teacher forward serves all. Only the new parameters train.
+    Each mixer gets the hidden states that reach the layer in the *teacher*. So layers do not depend
+    on each other, and one forward of the teacher serves all. Only the new parameters train.
     """
 
     def __init__(self, student: CausalLM, teacher: CausalLM) -> None:
@@ -55,20 +56,23 @@ class AlignTask(Task):
         self.mixers = nn.ModuleList(student.mixers())
         for _, parameter in student.new_parameters():
             parameter.requires_grad_(True)
-        self.observer = [
-            TeacherObserver(teacher)
-        ]  # in a list: not a submodule, neither wrapped nor saved
+        # In a list it is no submodule: the teacher is neither wrapped nor saved.
+        self.observer = [TeacherObserver(teacher)]
 
     def count(self, batch: Batch) -> int:
-        """Tokens the loss is averaged over: all but padding."""
+        """Count all tokens but padding."""
         return int(batch.real.sum())
 
     def forward(self, batch: Batch) -> Sums:
-        """Sum of squared errors per head element over layers and tokens, and the relative error's parts."""
+        """Sum squared errors per head element over layers and tokens.
+
+        The parts `mse` and `teacher_power` give the relative error.
+        """
         seen = self.observer[0](batch)
         errors, norms = [], []
-        for mixer, layer in zip(self.mixers, seen, strict=True):
-            mixed = cast(HybridMixer, mixer).mix(
+        for module, layer in zip(self.mixers, seen, strict=True):
+            mixer = cast(HybridMixer, module)
+            mixed = mixer.mix(
                 layer.hidden_states, layer.position_embeddings, segment_ids=batch.segment_ids
             )
             error, norm = alignment_error(mixed, layer.heads, batch.real)
@@ -81,7 +85,7 @@ class AlignTask(Task):
 
 @dataclass
 class LayerView:
-    """What the teacher's attention layer got and gave: hidden states (B, T, d), RoPE, heads (B, T, H * D)."""
+    """A teacher's attention: its input (B, T, d), its RoPE, and the heads it gave (B, T, H * D)."""
 
     hidden_states: Tensor
     position_embeddings: tuple[Tensor, Tensor]
@@ -89,7 +93,10 @@ class LayerView:
 
 
 class TeacherObserver:
-    """Runs the teacher's body and records, per layer, the attention's input and its heads before the projection."""
+    """Runs the teacher's body and records each attention's input and its heads.
+
+    The heads are what the output projection gets.
+    """
 
     def __init__(self, teacher: CausalLM) -> None:
         self.teacher = teacher.eval()
@@ -98,20 +105,22 @@ class TeacherObserver:
     def __call__(self, batch: Batch) -> list[LayerView]:
         inputs: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         heads: list[Tensor] = []
+
+        def record_input(_: object, __: object, kwargs: dict[str, Tensor]) -> None:
+            rope = cast(tuple[Tensor, Tensor], kwargs["position_embeddings"])
+            inputs.append((kwargs["hidden_states"], rope))
+
+        def record_heads(_: object, args: tuple[Tensor]) -> None:
+            heads.append(args[0])
+
         handles = []
         for layer in self.teacher.model.layers:
             attention = layer.self_attn
-            handles.append(
-                attention.register_forward_pre_hook(
-                    lambda _, args, kwargs: inputs.append(
-                        (kwargs["hidden_states"], kwargs["position_embeddings"])
-                    ),
-                    with_kwargs=True,
-                )
-            )
-            handles.append(
-                attention.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
-            )
+            handles += [
+                attention.register_forward_pre_hook(record_input, with_kwargs=True),
+                # Families differ in how they compute the heads; all give them to o_proj.
+                attention.o_proj.register_forward_pre_hook(record_heads),
+            ]
         try:
             self.teacher.model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
@@ -122,8 +131,8 @@ class TeacherObserver:
         return [LayerView(x, rope, h) for (x, rope), h in zip(inputs, heads, strict=True)]
 
 
-class DistillTask(Task):
-    """Stage II: γ · cross-entropy + β · sparse KL to the teacher, on supervised tokens (paper, Eq. 13).
+class DistillObjective(Objective):
+    """Stage II: γ · cross-entropy + β · sparse KL, on supervised tokens (paper, Eq. 13).
 
     The student's head becomes a `FusedHead`, which computes the loss without the tensor of logits.
     """
@@ -132,27 +141,23 @@ class DistillTask(Task):
         self,
         student: CausalLM,
         targets: TargetSource,
-        ce_weight: float,
-        kl_weight: float,
-        *,
-        kl_tail: bool = False,
+        weights: LossWeights,
     ) -> None:
         super().__init__()
         fuse_head(student)
         self.student = student
         self.targets = targets
-        self.ce_weight, self.kl_weight, self.kl_tail = ce_weight, kl_weight, kl_tail
+        self.weights = weights
 
     def count(self, batch: Batch) -> int:
-        """Tokens the loss is averaged over: the supervised ones."""
+        """Count the supervised tokens."""
         return int((batch.labels != IGNORE_INDEX).sum())
 
     def forward(self, batch: Batch) -> Sums:
-        """Weighted loss summed over kept tokens, and its two parts."""
+        """Sum the weighted loss and its two parts over the supervised tokens."""
         targets: SparseTargets = self.targets(batch)
+        # Only supervised positions reach the head, whose logits are the largest tensor of a step.
         hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
         labels = batch.labels[batch.labels != IGNORE_INDEX]
-        loss, parts = self.student.lm_head.loss(
-            hidden, labels, targets, self.ce_weight, self.kl_weight, self.kl_tail
-        )
+        loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})

@@ -13,29 +13,33 @@ from xlstm_distill.recipe import Optimization
 
 
 def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Optimization) -> AdamW:
-    """AdamW over the trainable parameters; no weight decay on gates, norms and biases. Fused on CUDA."""
+    """Make AdamW, fused on CUDA, over what is trainable; gates, norms and biases do not decay."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in parameters:
-        if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or "_gate." in name else decayed).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        is_plain = parameter.ndim < 2 or "_gate." in name
+        (plain if is_plain else decayed).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    fused = all(p.device.type == "cuda" for p in decayed + plain)
-    return AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=fused or None
-    )
+    used = [group for group in groups if group["params"]]
+    on_cuda = all(parameter.device.type == "cuda" for parameter in decayed + plain)
+    # None, not False, leaves the choice to torch; False would also rule out its foreach version.
+    return AdamW(used, lr=config.lr, betas=config.betas, fused=on_cuda or None)
 
 
 def learning_rate(config: Optimization, steps: int, step: int, peak: float) -> float:
-    """Learning rate at a step (from 0): linear warm-up to `peak`, then constant, or linear or cosine down.
+    """Return the learning rate of a step (from 0) of a training of `steps`.
 
-    The last step is done at `final_lr`. Without one the rate would be zero the step after the last: a step at rate
-    zero teaches nothing. A single step after the warm-up is done at the peak.
+    It rises linearly to `peak`, then stays, or falls linearly or as a cosine. The last step is done
+    at `final_lr`. Without `final_lr` the rate reaches 0 one step after the last, since a step at 0
+    would train nothing. A single step after the warm-up is done at the peak.
     """
     if step < config.warmup_steps:
+        # + 1 twice: the first step is not done at 0, and the peak comes right after the warm-up.
         return peak * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return peak

@@ -1,8 +1,9 @@
-"""What a training is at a step, as named tensors: trained weights, the optimiser's moments, random generators."""
+"""The state of a training at a step: trained weights, optimiser moments, random generators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,133 +18,156 @@ WEIGHT, MOMENT, GENERATOR = "weight", "optimizer", "generator"
 
 
 class TrainingState:
-    """Reads and writes the state of a prepared task and optimiser; sharded tensors stay sharded, on every process."""
+    """Reads and writes the state of a prepared objective and its optimiser.
 
-    def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    Sharded tensors stay sharded: every rank writes and reads its own shards.
+    """
+
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self.parameters = {name: p for name, p in task.named_parameters() if p.requires_grad}
+        trained = objective.named_parameters()
+        self.parameters = {name: p for name, p in trained if p.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
-        """This process's share: its shards, and on the main process all that is not sharded."""
+        """Return this rank's shards, and on the main process also all that is not sharded."""
         named: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             held = {f"{WEIGHT}/{name}": parameter.detach()}
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 held[f"{MOMENT}/{name}/{key}"] = value
-            named |= {
-                key: _local(value)
-                for key, value in held.items()
-                if _sharded(value) or is_main_process()
-            }
+            for key, value in held.items():
+                # What is not sharded is the same on all ranks: one copy is enough.
+                if _is_sharded(value) or is_main_process():
+                    named[key] = _local(value)
         return named | _generators()
 
     def layout(self) -> dict[str, int]:
-        """Dimension along which each sharded parameter is cut."""
-        return {name: _shard_dim(p, name) for name, p in self.parameters.items() if _sharded(p)}
+        """Return the dimension along which each sharded parameter is cut."""
+        sharded = {name: p for name, p in self.parameters.items() if _is_sharded(p)}
+        return {name: _shard_dim(p, name) for name, p in sharded.items()}
 
     def load(self, checkpoint: Checkpoint) -> bool:
-        """Put a checkpoint back. Returns whether that is exact: as many processes wrote it, and cut it the same way.
+        """Put a checkpoint back; returns whether that is exact.
+
+        It is where as many processes wrote it as run now, and cut every parameter the same way.
 
         Raises:
             RunError: it does not hold what this training needs.
         """
         layout: Mapping[str, int] = checkpoint.facts["layout"]
         exact = checkpoint.processes == process_count() and layout == self.layout()
-        files = {n: checkpoint.tensors(n) for n in _files(checkpoint, exact)}
-        state: dict[int, dict[str, Tensor]] = {}
-        order = {
-            id(p): n
-            for n, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])
-        }
+        pieces = _Pieces(checkpoint, exact)
+        numbers = self._numbers()
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
-            read = _Reader(checkpoint, files, layout.get(name), parameter, exact)
+            dim = layout.get(name)
+            weight = pieces.read(f"{WEIGHT}/{name}", parameter, dim)
             with torch.no_grad():
-                _copy(parameter, read(f"{WEIGHT}/{name}"))
+                _local(parameter).copy_(_local(weight))
             prefix = f"{MOMENT}/{name}/"
-            keys = [key.removeprefix(prefix) for key in files[min(files)] if key.startswith(prefix)]
-            state[order[id(parameter)]] = {key: read(prefix + key) for key in keys}
+            found = {key: pieces.read(prefix + key, parameter, dim) for key in pieces.keys(prefix)}
+            if found:  # none before the first step
+                moments[numbers[id(parameter)]] = found
         whole: dict[str, Any] = self.optimizer.state_dict()
-        self.optimizer.load_state_dict(
-            {**whole, "state": {n: moments for n, moments in state.items() if moments}}
-        )
+        self.optimizer.load_state_dict({**whole, "state": moments})
+        # Other ranks than those that wrote have other rows, and no generators to go on with.
         if exact:
-            _set_generators(files[process_index()])
+            _set_generators(pieces.files[process_index()])
         return exact
 
+    def _numbers(self) -> dict[int, int]:
+        """Return the number by which the optimiser's state dict knows each parameter, by its id."""
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {id(parameter): number for number, parameter in enumerate(ordered)}
 
-class _Reader:
-    """Reads the tensors of one parameter in the form the parameter has now."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        files: Mapping[int, Mapping[str, Tensor]],
-        cut: int | None,
-        like: Tensor,
-        exact: bool,
-    ) -> None:
-        self.checkpoint, self.files, self.cut, self.like, self.exact = (
-            checkpoint,
-            files,
-            cut,
-            like,
-            exact,
-        )
+@dataclass
+class _Pieces:
+    """The files of a checkpoint that this rank needs, and the tensors put together from them.
 
-    def __call__(self, name: str) -> Tensor:
-        sharded = _sharded(self.like)
+    An exact restart needs this rank's own file and rank 0's, which has all that is not sharded. Any
+    other needs all files, to put the pieces together and cut them anew.
+    """
+
+    checkpoint: Checkpoint
+    exact: bool
+
+    def __post_init__(self) -> None:
+        processes = range(self.checkpoint.processes)
+        needed = {0, process_index()} if self.exact else set(processes)
+        self.files = {n: self.checkpoint.tensors(n) for n in sorted(needed)}
+
+    def keys(self, prefix: str) -> list[str]:
+        """Return the rest of every name that begins with a prefix."""
+        first = self.files[min(self.files)]
+        return [key.removeprefix(prefix) for key in first if key.startswith(prefix)]
+
+    def read(self, name: str, like: Tensor, dim: int | None) -> Tensor:
+        """Read a tensor in the form that its parameter, `like`, has now.
+
+        `dim` is the dimension along which the writers cut the parameter; None if they did not.
+
+        Raises:
+            RunError: the checkpoint has no such tensor.
+        """
         try:
-            if self.cut is None or name not in self.files[max(self.files)]:  # not cut when written
-                whole = self.files[0][name]
-            elif self.exact and sharded:
-                return self._as_shard(self.files[process_index()][name])
+            # A sharded parameter's step counter is one number, and on rank 0 alone.
+            was_cut = dim is not None and name in self.files[max(self.files)]
+            if was_cut and self.exact and _is_sharded(like):
+                return _as_shard(self.files[process_index()][name], like)
+            if was_cut:
+                pieces = [self.files[n][name] for n in sorted(self.files)]
+                whole = torch.cat(pieces, dim=dim or 0)
             else:
-                whole = torch.cat([self.files[n][name] for n in sorted(self.files)], dim=self.cut)
+                whole = self.files[0][name]
         except KeyError:
             raise RunError(
-                f"{self.checkpoint.path}: holds no {name!r}; it is of another training. Delete it to start over."
+                f"{self.checkpoint.path}: holds no {name!r}; it is of another training. Delete it "
+                "to start over."
             ) from None
-        return self._as_whole(whole) if sharded and whole.ndim else whole
-
-    def _as_shard(self, local: Tensor) -> Tensor:
-        if not local.ndim:
-            return local
-        like: Any = self.like
-        return DTensor.from_local(
-            local.to(like.device),
-            like.device_mesh,
-            like.placements,
-            shape=like.shape,
-            stride=like.stride(),
-        )
-
-    def _as_whole(self, whole: Tensor) -> Tensor:
-        like: Any = self.like
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+        if _is_sharded(like) and whole.ndim:
+            return _distribute(whole, like)
+        return whole
 
 
-def _files(checkpoint: Checkpoint, exact: bool) -> list[int]:
-    """Whose files to read: the main process's and our own, or everyone's if the pieces have to be cut anew."""
-    return sorted({0, process_index()}) if exact else list(range(checkpoint.processes))
+def _as_shard(local: Tensor, like: Any) -> Tensor:
+    """Make a shard part of a sharded tensor again; a number stays as it is."""
+    if not local.ndim:
+        return local
+    return DTensor.from_local(
+        local.to(like.device),
+        like.device_mesh,
+        like.placements,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
-def _sharded(tensor: Tensor) -> bool:
+def _distribute(whole: Tensor, like: Any) -> Tensor:
+    """Cut a whole tensor as `like` is cut."""
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
 def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a sharded tensor; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _copy(parameter: Tensor, value: Tensor) -> None:
-    _local(parameter).copy_(_local(value))
-
-
 def _shard_dim(parameter: Any, name: str) -> int:
+    """Return the dimension along which FSDP2 cut a parameter.
+
+    Raises:
+        RunError: it is placed in another way (hybrid sharding, tensor parallelism).
+    """
     placements = parameter.placements
     if len(placements) != 1 or not isinstance(placements[0], Shard):
         raise RunError(
-            f"{name}: placed as {placements}; checkpoints know full sharding over one mesh dimension only."
+            f"{name}: placed as {placements}; checkpoints support full sharding over one mesh "
+            "dimension only."
         )
     return placements[0].dim
 
@@ -161,5 +185,7 @@ def _set_generators(tensors: Mapping[str, Tensor]) -> None:
         "cuda": torch.cuda.set_rng_state,
     }
     for name, put in setters.items():
-        if f"{GENERATOR}/{name}" in tensors:
-            put(tensors[f"{GENERATOR}/{name}"])
+        # A checkpoint from a machine without a GPU has no state for one.
+        state = tensors.get(f"{GENERATOR}/{name}")
+        if state is not None:
+            put(state)

@@ -1,4 +1,4 @@
-"""Held-out figures of a task, shared out over all processes."""
+"""Held-out figures of an objective, computed by all ranks together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.models.gates import GateMeter
@@ -21,46 +21,46 @@ def validate(
     rows: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Mean loss parts per token over the validation rows, and `gate`, the mean output gate over real tokens.
+    """Return mean loss parts per token over the validation rows, and `gate`.
 
-    At most `rows` rows a process run at a time. All processes must call this, and all get the same figures.
+    `gate` is the mean output gate over real tokens; it is missing where the module has no gates. At
+    most `rows` rows run at a time on each rank. All ranks must call this; all get the same figures.
     """
-    totals: dict[str, torch.Tensor] = {}
+    totals: dict[str, Tensor] = {}
     wrapped.eval()
     with GateMeter(wrapped) as meter:
-        for part, counts in _shares(domains, rows, accelerator):
+        processes, rank = accelerator.num_processes, accelerator.process_index
+        for part, counts in rank_batches(domains, rows, processes=processes, rank=rank):
             batch = load_batch(domains, part).to(accelerator.device)
             meter.expect(batch.real & counts)
             sums = wrapped(batch)
             figures = {"tokens": torch.tensor(count(batch)), **sums.parts}
             for name, value in figures.items():
-                totals[name] = (
-                    totals.get(name, 0.0) + value.double().to(accelerator.device) * counts
-                )
+                # float64: the sums run over all validation tokens.
+                part_sum = value.double().to(accelerator.device) * counts
+                totals[name] = totals.get(name, 0.0) + part_sum
     reshard(wrapped)
     wrapped.train()
     gates = torch.tensor(meter.tokens), meter.total()
-    stacked = torch.stack(
-        [*totals.values(), *(value.double().to(accelerator.device) for value in gates)]
-    )
+    sums_of_gates = [value.double().to(accelerator.device) for value in gates]
+    stacked = torch.stack([*totals.values(), *sums_of_gates])
     *values, real, opened = accelerator.reduce(stacked, "sum").tolist()
-    means = dict(zip(totals, values, strict=True))
-    tokens = max(means.pop("tokens"), 1)
-    return {name: value / tokens for name, value in means.items()} | (
-        {"gate": opened / real} if meter.gates else {}
-    )
+    sums_by_name = dict(zip(totals, values, strict=True))
+    tokens = max(sums_by_name.pop("tokens"), 1)
+    means = {name: value / tokens for name, value in sums_by_name.items()}
+    return means | ({"gate": opened / real} if meter.gates else {})
 
 
-def _shares(
-    domains: Mapping[str, DomainRows], rows: int, accelerator: Accelerator
+def rank_batches(
+    domains: Mapping[str, DomainRows], rows: int, *, processes: int, rank: int
 ) -> Iterator[tuple[list[Row], bool]]:
-    """This process's rows, batch after batch and as many as the others' but for one, and whether they count.
+    """Give a rank its validation rows in batches; padding batches are flagged False.
 
-    Every process gets as many batches, since sharded weights are gathered by all at once: one that has run out of rows
-    runs the first row again, which does not count.
+    Every rank gets the same number of batches: sharded weights are gathered by all ranks at once. A
+    rank that has no rows left repeats the first row as padding.
     """
-    names = [(name, index) for name, held in domains.items() for index in range(held.validation)]
-    for start in range(0, len(names), rows * accelerator.num_processes):
-        together = names[start : start + rows * accelerator.num_processes]
-        mine = together[accelerator.process_index :: accelerator.num_processes]
-        yield (mine, True) if mine else (names[:1], False)
+    every = [(name, index) for name, held in domains.items() for index in range(held.validation)]
+    for start in range(0, len(every), rows * processes):
+        together = every[start : start + rows * processes]
+        mine = together[rank::processes]
+        yield (mine, True) if mine else (every[:1], False)

@@ -1,7 +1,8 @@
-"""Figures of the report as inline SVG: pure functions of data, the same bytes for the same data.
+"""Figures of the report as inline SVG: pure functions, the same bytes for the same data.
 
-Colours are written as CSS variables of the page (templates/report.html.j2), so that one figure serves light and dark
-mode. The palette is Okabe and Ito's, which stays distinct under colour blindness; line styles differ as well.
+Colours are CSS variables of the page (templates/report.html.j2), so one figure serves light and
+dark mode. The palette is Okabe and Ito's, which people with colour blindness can tell apart; line
+styles differ as well.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins that matplotlib writes as they are, and the page's variables that replace them.
+# matplotlib takes colours only. It draws with these stand-ins, which _svg replaces by variables.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = tuple(f"#0500{index:02x}" for index in range(8))
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
-    color: f"--c{index}" for index, color in enumerate(SERIES)
-}
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+_VARIABLES |= {color: f"--c{index}" for index, color in enumerate(SERIES)}
 DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),
@@ -34,98 +34,111 @@ DASHES: tuple[Any, ...] = (
     (0, (3, 1.5)),
     (0, (8, 2)),
 )
-RASTER_CELLS = 600  # beyond this many cells a heat map is an embedded bitmap: a rectangle each would be too large
+RASTER_CELLS = 600
+"""A heat map with more cells is drawn as a bitmap: a rectangle each would make the page large."""
+LABELLED_CELLS = 96
 MAX_POINTS = 400
 
 
 def win_and_tie_figure(comparisons: Sequence[Comparison], merged: str) -> str:
-    """Draw C_alpha over alpha as the exact step function; the headline model thick, the others thin."""
+    """Draw C_alpha over alpha as an exact step function, the headline model's line thick."""
     figure, axes = _figure(5.7, 3.9)
-    limit = max(0.1, 1.15 * max(c.critical_tolerance_75 for c in comparisons))
-    limit = min(1.0, round(limit + 0.05, 1))
+    limit = _tolerance_limit(comparisons)
     axes.axhline(0.5, color=MUTED, lw=0.9, ls=(0, (2, 3)))
     axes.text(limit, 0.485, "C = 0.5", color=MUTED, fontsize=9, ha="right", va="top")
-    ordered = sorted(enumerate(comparisons), key=lambda item: item[1].name == merged)
-    for index, result in ordered:
-        steps = sorted(float(required_tolerance(pair)) for pair in result.tasks)
-        x = [0.0, *(step for step in steps if step < limit), limit]
-        y = [(sum(step <= at for step in steps)) / len(steps) for at in x]
-        thick = result.name == merged
-        axes.plot(
-            x,
-            y,
-            drawstyle="steps-post",
-            color=SERIES[index % len(SERIES)],
-            lw=3.2 if thick else 1.5,
-            ls="-" if thick else DASHES[index % len(DASHES)],
-            label=result.name,
-            zorder=4 if thick else 3,
-            clip_on=False,
-            solid_joinstyle="miter",
-        )
-        if thick and result.critical_tolerance <= limit:
-            at = result.critical_tolerance
-            height = sum(step <= at for step in steps) / len(steps)
-            axes.plot(
-                [at],
-                [height],
-                "o",
-                ms=8,
-                color=SERIES[index],
-                mec=PAPER,
-                mew=1.6,
-                zorder=6,
-                clip_on=False,
-            )
+    for index, result in enumerate(comparisons):
+        is_headline = result.name == merged
+        _win_and_tie_line(axes, index, result, limit, is_headline)
     axes.set(xlim=(0, limit), ylim=(0, 1.02), xlabel="tolerance α", ylabel="Win-and-Tie rate C(α)")
-    _legend(figure, axes, order=[result.name for result in comparisons])
-    names = ", ".join(
-        f"{c.name}: C(0.05) {c.win_and_tie.get('0.05', float('nan')):.2f}" for c in comparisons
+    _legend(figure, axes)
+    rates = []
+    for result in comparisons:
+        rate = result.win_and_tie.get("0.05", float("nan"))
+        rates.append(f"{result.name}: C(0.05) {rate:.2f}")
+    return _svg(figure, "wat", f"Win-and-Tie rate over tolerance. {', '.join(rates)}.")
+
+
+def _tolerance_limit(comparisons: Sequence[Comparison]) -> float:
+    """Return where the axis of tolerances ends: behind all critical tolerances, at 1 at most."""
+    # A student that loses nothing anywhere still needs an axis.
+    largest = max(result.critical_tolerance_75 for result in comparisons)
+    limit = max(0.1, 1.15 * largest)
+    return min(1.0, round(limit + 0.05, 1))
+
+
+def _win_and_tie_line(
+    axes: Axes, index: int, result: Comparison, limit: float, is_headline: bool
+) -> None:
+    """Draw one model's steps; the headline model also gets a dot at its critical tolerance."""
+    steps = sorted(float(required_tolerance(pair)) for pair in result.tasks)
+
+    def rate(tolerance: float) -> float:
+        return sum(step <= tolerance for step in steps) / len(steps)
+
+    color = SERIES[index % len(SERIES)]
+    # The rate jumps at each task's required tolerance and holds until the next ("steps-post").
+    # Unclipped, a thick line at 1.0 keeps its full width.
+    x = [0.0, *(step for step in steps if step < limit), limit]
+    axes.plot(
+        x,
+        [rate(at) for at in x],
+        drawstyle="steps-post",
+        color=color,
+        lw=3.2 if is_headline else 1.5,
+        ls="-" if is_headline else DASHES[index % len(DASHES)],
+        label=result.name,
+        zorder=4 if is_headline else 3,
+        clip_on=False,
+        solid_joinstyle="miter",
     )
-    return _svg(figure, "wat", f"Win-and-Tie rate over tolerance. {names}.")
+    critical = result.critical_tolerance
+    if is_headline and critical <= limit:
+        height = rate(critical)
+        style: dict[str, Any] = {"ms": 8, "color": color, "mec": PAPER, "mew": 1.6, "zorder": 6}
+        axes.plot([critical], [height], "o", clip_on=False, **style)
 
 
 def recovery_figure(comparisons: Sequence[Comparison], merged: str) -> str:
-    """Draw mean recovery per domain, one bar for each model; the line at 100 % is the teacher."""
+    """Draw mean recovery per domain, a bar for each model; the line at 100 % is the teacher."""
     groups = [*comparisons[0].recovery_by_domain, "all tasks"]
     figure, axes = _figure(5.7, 3.9)
     width = 0.8 / len(comparisons)
-    top, labels = 1.0, groups
+    highest, labels = 100.0, groups
     for index, result in enumerate(comparisons):
         rates = [*result.recovery_by_domain.values(), result.mean_recovery]
-        places = [
-            at - 0.4 + width * (index + 0.5) for at, rate in enumerate(rates) if rate is not None
-        ]
-        values = [100 * rate for rate in rates if rate is not None]
-        top = max([top, *(value / 100 for value in values)])
-        thick = result.name == merged
-        bars = axes.bar(
+        places, heights = [], []
+        for group, rate in enumerate(rates):
+            # No bar where every task of a domain has a teacher's score of 0: there is no rate.
+            if rate is not None:
+                places.append(group - 0.4 + width * (index + 0.5))
+                heights.append(100 * rate)
+        highest = max([highest, *heights])
+        is_headline = result.name == merged
+        axes.bar(
             places,
-            values,
+            heights,
             width * 0.88,
             color=SERIES[index % len(SERIES)],
+            alpha=1.0 if is_headline else 0.62,
             label=result.name,
             zorder=3,
         )
-        for bar in bars:
-            bar.set_alpha(1.0 if thick else 0.62)
-        if thick:
-            labels = [f"{g}\n{percent(rate)}" for g, rate in zip(groups, rates, strict=True)]
+        if is_headline:
+            pairs = zip(groups, rates, strict=True)
+            labels = [f"{group}\n{percent(rate)}" for group, rate in pairs]
     axes.axhline(100, color=INK, lw=1.1, ls=(0, (4, 3)), zorder=4)
-    axes.set(
-        ylabel="recovery of the teacher's score (%)",
-        ylim=(0, 100 * top * 1.08),
-        xlim=(-0.55, len(groups) - 0.45),
-    )
+    axes.set(ylabel="recovery of the teacher's score (%)", ylim=(0, highest * 1.08))
+    axes.set_xlim(-0.55, len(groups) - 0.45)
     axes.set_xticks(range(len(groups)), labels)
     axes.grid(visible=False, axis="x")
     _legend(figure, axes)
-    shown = ", ".join(
-        f"{c.name} {100 * c.mean_recovery:.0f} %"
-        for c in comparisons
-        if c.mean_recovery is not None
-    )
-    return _svg(figure, "recovery", f"Mean recovery by domain. Over all tasks: {shown}.")
+    shown = [
+        f"{result.name} {100 * result.mean_recovery:.0f} %"
+        for result in comparisons
+        if result.mean_recovery is not None
+    ]
+    alt = f"Mean recovery by domain. Over all tasks: {', '.join(shown)}."
+    return _svg(figure, "recovery", alt)
 
 
 def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
@@ -143,66 +156,61 @@ def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
         rasterized=values.size > RASTER_CELLS,
         edgecolors="none",
     )
-    axes.invert_yaxis()
+    axes.invert_yaxis()  # layer 0 at the top
     axes.grid(visible=False)
     axes.set(xlabel="head", ylabel="layer")
     for axis, count in ((axes.xaxis, heads), (axes.yaxis, layers)):
-        step = max(1, count // 8)
-        axis.set_ticks(
-            [i + 0.5 for i in range(0, count, step)], [str(i) for i in range(0, count, step)]
-        )
-    if values.size <= 96:
-        for (layer, head), value in np.ndenumerate(values):
-            tone = "#ffffff" if value < 0.55 else "#111111"
-            axes.text(
-                head + 0.5,
-                layer + 0.5,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                color=tone,
-                fontsize=9,
-            )
+        shown = range(0, count, max(1, count // 8))
+        axis.set_ticks([i + 0.5 for i in shown], [str(i) for i in shown])
+    if values.size <= LABELLED_CELLS:
+        _label_cells(axes, values)
     bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.04, ticks=[0, 0.5, 1])
     bar.ax.tick_params(colors=MUTED, length=0)
     bar.outline.set_visible(False)
-    return _svg(
-        figure,
-        key,
-        f"Mean output gate of {name}, {layers} layers by {heads} heads, mean {values.mean():.2f}.",
-    )
+    size = f"{layers} layers by {heads} heads"
+    return _svg(figure, key, f"Mean output gate of {name}, {size}, mean {values.mean():.2f}.")
 
 
-def loss_figure(
-    stage: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float], str]], key: str
-) -> str:
-    """Draw one stage's curves over steps, each (steps, values, unit); logarithmic where all values are positive."""
+def _label_cells(axes: Axes, values: Any) -> None:
+    """Write each gate into its cell, in the tone that reads on the cell's colour."""
+    for layer, row in enumerate(values):
+        for head, value in enumerate(row):
+            tone = "#ffffff" if value < 0.55 else "#111111"
+            x, y = head + 0.5, layer + 0.5
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=tone, fontsize=9)
+
+
+Series = tuple[Sequence[float], Sequence[float], str]
+"""Steps, values, unit."""
+
+
+def loss_figure(stage: str, curves: Mapping[str, Series], key: str) -> str:
+    """Draw one stage's curves over steps; logarithmic where all values are positive."""
     figure, axes = _figure(4.6, 2.9)
-    positive = True
+    several = len(curves) > 1
     for index, (name, (steps, values, _)) in enumerate(curves.items()):
         stride = max(1, len(steps) // MAX_POINTS)
-        positive = positive and all(value > 0 for value in values)
         axes.plot(
             steps[::stride],
             values[::stride],
             color=SERIES[index % len(SERIES)],
             lw=1.7,
-            ls=DASHES[index % len(DASHES)] if len(curves) > 1 else "-",
+            ls=DASHES[index % len(DASHES)] if several else "-",
             label=name,
         )
-    if positive and any(len(values) for _, values, _ in curves.values()):
+    # A loss falls fast and then slowly; an axis of logarithms shows both.
+    lowest = [min(values) for _, values, _ in curves.values() if values]
+    if lowest and min(lowest) > 0:
         axes.set_yscale("log")
         axes.minorticks_off()
         _plain_log_ticks(axes)
-    units = list(dict.fromkeys(unit for _, _, unit in curves.values() if unit))
+    units = dict.fromkeys(unit for _, _, unit in curves.values() if unit)
     axes.set(xlabel="step", ylabel=", ".join(units) or "loss")
     axes.margins(x=0.02)
-    if len(curves) > 1:
+    if several:
         _legend(figure, axes, columns=min(3, len(curves)))
-    last = ", ".join(
-        f"{name} {values[-1]:.3g}" for name, (_, values, _) in curves.items() if len(values)
-    )
-    return _svg(figure, key, f"Loss of {stage} over steps. Last values: {last}.")
+    last = [f"{name} {values[-1]:.3g}" for name, (_, values, _) in curves.items() if values]
+    return _svg(figure, key, f"Loss of {stage} over steps. Last values: {', '.join(last)}.")
 
 
 def _plain_log_ticks(axes: Axes) -> None:
@@ -213,9 +221,8 @@ def _plain_log_ticks(axes: Axes) -> None:
     if high / low < 5:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     else:
-        axes.yaxis.set_major_locator(
-            LogLocator(10, subs=(1, 2, 5) if high / low < 100 else (1,), numticks=8)
-        )
+        subs = (1, 2, 5) if high / low < 100 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
@@ -235,13 +242,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(
-    figure: Figure, axes: Axes, columns: int | None = None, order: Sequence[str] = ()
-) -> None:
+def _legend(figure: Figure, axes: Axes, columns: int | None = None) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    if order:
-        pairs = sorted(zip(handles, labels, strict=True), key=lambda pair: order.index(pair[1]))
-        handles, labels = [handle for handle, _ in pairs], [label for _, label in pairs]
     figure.legend(
         handles,
         labels,
@@ -257,7 +259,10 @@ def _legend(
 
 
 def _svg(figure: Figure, key: str, alt: str) -> str:
-    """Render to SVG for a page: no prolog, own ids, the page's colours and font, an accessible name."""
+    """Render to SVG for a page: own ids, the page's colours and font, an accessible name.
+
+    ``key`` makes the ids unique on the page; ``alt`` is the text for readers without the figure.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.text import Text
@@ -265,6 +270,7 @@ def _svg(figure: Figure, key: str, alt: str) -> str:
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a $ in a name is a dollar
     buffer = io.StringIO()
+    # Text stays text and takes the page's font; a fixed salt gives the same ids each time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
@@ -276,6 +282,7 @@ def _svg(figure: Figure, key: str, alt: str) -> str:
     svg = re.sub(r"font: ((?:\S+ )*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", svg)
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = svg.replace("url(#", f"url(#{key}-").replace('href="#', f'href="#{key}-')
+    # Without a size of its own the figure fills the width that the page gives it.
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     label = html.escape(alt, quote=True)

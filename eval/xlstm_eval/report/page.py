@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, the same in Markdown, and the figures in JSON."""
+"""The report of a run: one HTML file that needs nothing else, the same in Markdown and in JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from xlstm_eval.metrics import ALPHAS, compare, pair_results
+from xlstm_eval.problems import FieldError
 from xlstm_eval.records import Comparison, EvalError, Frozen, Name, TaskResult
+from xlstm_eval.report.names import duration, short_names
 from xlstm_eval.score import percent, with_stderr
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 HEADLINE_ALPHA = 0.05
+FULL_SHADE = 0.3
+"""How far a score must be from its teacher's to be shaded most strongly in the table."""
 
 
 class ReportModel(Frozen):
@@ -37,8 +41,8 @@ class Curve(Frozen):
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
         if len(self.step) != len(self.value):
-            raise ValueError(
-                f"value: {len(self.value)} values for {len(self.step)} steps. Give one for each."
+            raise FieldError(
+                "value", f"{len(self.value)} values for {len(self.step)} steps. Give one for each."
             )
         return self
 
@@ -46,9 +50,9 @@ class Curve(Frozen):
 class ReportData(Frozen):
     """Hold all that a report shows.
 
-    ``gates`` maps a model's name to its mean output gates, layers x heads. ``losses`` maps a stage ("align",
-    "distill/math") to its named curves. ``timings`` maps a stage to seconds. ``provenance`` holds versions, seeds,
-    commit, hardware; ``recipe`` the recipe's text.
+    ``gates`` maps a model's name to its mean output gates, layers x heads. ``losses`` maps a stage
+    ("align", "distill/math") to its named curves, ``timings`` to its seconds. ``provenance`` holds
+    seed, versions, machine and hashes; ``recipe`` is the recipe's text.
     """
 
     title: Name
@@ -64,40 +68,49 @@ class ReportData(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [model.name for model in self.models]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(
-                f"models: the name {min(twice)!r} appears twice. Give each model its own."
-            )
+        names: set[str] = set()
+        for model in self.models:
+            if model.name in names:
+                raise FieldError(
+                    "models", f"the name {model.name!r} appears twice. Give each model its own."
+                )
+            names.add(model.name)
         for name, rows in (self.gates or {}).items():
-            if not rows or not rows[0] or len({len(row) for row in rows}) > 1:
-                raise ValueError(
-                    f"gates.{name}: rows of unequal length, or none. Give layers x heads."
+            lengths = {len(row) for row in rows}
+            if len(lengths) != 1 or 0 in lengths:
+                raise FieldError(
+                    f"gates.{name}", "rows of unequal length, or none. Give layers x heads."
                 )
         return self
 
     def headline(self) -> ReportModel:
         """Return the model the report is about: the merged one, else the first."""
-        return next((model for model in self.models if model.role == "merged"), self.models[0])
+        for model in self.models:
+            if model.role == "merged":
+                return model
+        return self.models[0]
 
     def comparisons(self) -> list[Comparison]:
-        """Compare every model with the teacher, at the grid and at the headline's tolerance."""
+        """Compare every model with the teacher, at ``alphas`` and at the headline's tolerances."""
+        # The tables of models need these two, whatever the recipe lists.
         alphas = sorted({*self.alphas, 0.0, HEADLINE_ALPHA})
-        return [
-            compare(m.name, pair_results(self.teacher_results, m.results), alphas)
-            for m in self.models
-        ]
+        comparisons = []
+        for model in self.models:
+            pairs = pair_results(self.teacher_results, model.results)
+            comparisons.append(compare(model.name, pairs, alphas))
+        return comparisons
 
 
 def write_report(data: ReportData, directory: str | Path) -> Path:
-    """Write report.html, report.md and report.json into ``directory`` and return the path of the HTML file.
+    """Write report.html, report.md and report.json; return the path of the HTML file.
 
-    All or nothing: the files are written into a folder beside it, which then takes its place.
+    All or nothing: a folder beside ``directory`` is filled, which then takes its place.
     """
     target = Path(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
+        # mkdtemp makes folders that only their owner may read; a report is for others.
         fresh.chmod(0o755)
         for name, text in render(data).items():
             (fresh / name).write_text(text, encoding="utf-8")
@@ -112,20 +125,21 @@ def render(data: ReportData) -> dict[str, str]:
     """Return the report's files by name; the same text for the same data."""
     comparisons = data.comparisons()
     context = _context(data, comparisons)
+    figures = _figures(data, comparisons)
     environment = _environment()
+    page = environment.get_template("report.html.j2").render(context, figures=figures)
+    text = environment.get_template("report.md.j2").render(context)
+    values = report_values(data, comparisons)
     return {
-        "report.html": environment.get_template("report.html.j2").render(
-            context, figures=_figures(data, comparisons)
-        ),
-        "report.md": environment.get_template("report.md.j2").render(context),
-        "report.json": json.dumps(
-            report_values(data, comparisons), indent=1, ensure_ascii=False, allow_nan=False
-        ),
+        "report.html": page,
+        "report.md": text,
+        "report.json": json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False),
     }
 
 
 def report_values(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
     """Return the content of report.json."""
+    models = zip(data.models, comparisons, strict=True)
     return {
         "title": data.title,
         "teacher": {
@@ -133,36 +147,38 @@ def report_values(data: ReportData, comparisons: list[Comparison]) -> dict[str, 
             "scores": {result.task: result.score for result in data.teacher_results},
             "stderr": {result.task: result.stderr for result in data.teacher_results},
         },
-        "models": [
-            {
-                "name": model.name,
-                "role": model.role,
-                "scores": {pair.task: pair.student for pair in result.tasks},
-                "stderr": {pair.task: pair.student_stderr for pair in result.tasks},
-                "recovery": result.recovery,
-                "recovery_by_domain": result.recovery_by_domain,
-                "mean_recovery": result.mean_recovery,
-                "win_and_tie": result.win_and_tie,
-                "critical_tolerance": result.critical_tolerance,
-                "critical_tolerance_75": result.critical_tolerance_75,
-                "worst_drop": result.worst_drop,
-                "worst_task": result.worst_task,
-                "lossless": result.lossless,
-            }
-            for model, result in zip(data.models, comparisons, strict=True)
-        ],
-        "tasks": {
-            result.task: {
-                "domain": result.domain,
-                "metric": result.metric,
-                "samples": result.samples,
-                "higher_is_better": result.higher_is_better,
-            }
-            for result in data.teacher_results
-        },
+        "models": [_model_values(model, result) for model, result in models],
+        "tasks": {result.task: _task_values(result) for result in data.teacher_results},
         "gates": data.gates,
         "timings": data.timings,
         "provenance": data.provenance,
+    }
+
+
+def _model_values(model: ReportModel, result: Comparison) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "role": model.role,
+        "scores": {pair.task: pair.student for pair in result.tasks},
+        "stderr": {pair.task: pair.student_stderr for pair in result.tasks},
+        "recovery": result.recovery,
+        "recovery_by_domain": result.recovery_by_domain,
+        "mean_recovery": result.mean_recovery,
+        "win_and_tie": result.win_and_tie,
+        "critical_tolerance": result.critical_tolerance,
+        "critical_tolerance_75": result.critical_tolerance_75,
+        "worst_drop": result.worst_drop,
+        "worst_task": result.worst_task,
+        "lossless": result.lossless,
+    }
+
+
+def _task_values(result: TaskResult) -> dict[str, Any]:
+    return {
+        "domain": result.domain,
+        "metric": result.metric,
+        "samples": result.samples,
+        "higher_is_better": result.higher_is_better,
     }
 
 
@@ -178,7 +194,7 @@ def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
         "comparisons": comparisons,
         "roles": {model.name: model.role for model in data.models},
         "domains": _domain_spans(data.teacher_results),
-        "short": _short_names(data.teacher_results),
+        "short": short_names({result.task: result.domain for result in data.teacher_results}),
         "cells": {result.name: _cells(result) for result in comparisons},
         "total_seconds": sum(data.timings.values()),
         "stages": stages,
@@ -188,17 +204,21 @@ def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
 
 
 def _cells(result: Comparison) -> list[dict[str, Any]]:
-    """Return the table's cells: score, recovery, and how strongly to shade (0 to 1; at 30 % off it is full)."""
+    """Return the table's cells: score, recovery, side of the teacher, strength of shading."""
     cells = []
     for pair in result.tasks:
         rate = result.recovery[pair.task]
+        side, strength = "none", 0.0
+        if rate is not None:
+            side = "above" if rate >= 1 else "below"
+            strength = min(1.0, abs(rate - 1) / FULL_SHADE)
         cells.append(
             {
                 "score": pair.student,
                 "stderr": pair.student_stderr,
                 "recovery": rate,
-                "side": "none" if rate is None else "above" if rate >= 1 else "below",
-                "strength": 0.0 if rate is None else min(1.0, abs(rate - 1) / 0.3),
+                "side": side,
+                "strength": strength,
             }
         )
     return cells
@@ -217,61 +237,51 @@ def _domain_spans(results: tuple[TaskResult, ...]) -> list[tuple[str, int]]:
 
 
 def _stage_times(timings: dict[str, float]) -> dict[str, tuple[float, dict[str, float]]]:
-    """Return each stage's total and its parts: "distill/math" and "distill/code" are parts of "distill"."""
+    """Return each stage's total and its parts; "distill/math" is a part of "distill"."""
     stages: dict[str, tuple[float, dict[str, float]]] = {}
     for label, seconds in timings.items():
         stage, _, part = label.partition("/")
         total, parts = stages.get(stage, (0.0, {}))
-        stages[stage] = (total + seconds, parts | ({part: seconds} if part else {}))
+        if part:
+            parts[part] = seconds
+        stages[stage] = (total + seconds, parts)
     return stages
 
 
-def _short_names(results: tuple[TaskResult, ...]) -> dict[str, str]:
-    """Return column heads: names without what all tasks of the domain begin with ("qs_math_add" is "add")."""
-    short = {}
-    for result in results:
-        group = [other.task for other in results if other.domain == result.domain]
-        parts = result.task.split("_")
-        start = len(parts) - 1 if len(group) > 1 else 0
-        while not all(other.startswith("_".join([*parts[:start], ""])) for other in group):
-            start -= 1
-        short[result.task] = "_".join(parts[start:])
-    return short
-
-
 def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
-    """Draw every figure; markup made by charts.py from escaped text, so safe to place as it is."""
+    """Draw every figure, as markup that the template places as it is."""
+    # Markup is not escaped again. That is safe: charts.py escapes every name it writes.
     from markupsafe import Markup
 
+    # matplotlib takes a second to import.
     from xlstm_eval.report import charts
 
     headline = data.headline().name
-    losses = {
-        stage: {
+    gates = {}
+    for index, (name, rows) in enumerate((data.gates or {}).items()):
+        gates[name] = Markup(charts.gate_figure(name, rows, f"gate{index}"))
+    losses = {}
+    for index, (stage, curves) in enumerate(data.losses.items()):
+        series = {
             name: (curve.step, curve.value, curve.unit)
             for name, curve in curves.items()
             if curve.step
         }
-        for stage, curves in data.losses.items()
-    }
+        if series:
+            losses[stage] = Markup(charts.loss_figure(stage, series, f"loss{index}"))
     return {
         "win_and_tie": Markup(charts.win_and_tie_figure(comparisons, headline)),
         "recovery": Markup(charts.recovery_figure(comparisons, headline)),
-        "gates": {
-            name: Markup(charts.gate_figure(name, rows, f"gate{index}"))
-            for index, (name, rows) in enumerate((data.gates or {}).items())
-        },
-        "losses": {
-            stage: Markup(charts.loss_figure(stage, curves, f"loss{index}"))
-            for index, (stage, curves) in enumerate(losses.items())
-            if curves
-        },
+        "gates": gates,
+        "losses": losses,
     }
 
 
 def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+    # Markdown is not escaped as a whole: the filter `cell` escapes what stands in its tables. A
+    # template that names a missing value fails, and does not print nothing.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
@@ -289,17 +299,8 @@ def _environment() -> Any:
     return environment
 
 
-def duration(seconds: float) -> str:
-    """Write seconds for a reader: 42 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _score(value: float) -> str:
+    # Perplexities and scores in percent need fewer digits than shares do.
     return f"{value:.3f}" if value < 10 else f"{value:.2f}"
 
 
@@ -309,13 +310,14 @@ def _markdown_cell(value: object) -> str:
 
 
 def _replace(fresh: Path, target: Path) -> None:
-    """Put ``fresh`` in the place of ``target``; the old report is removed only after the new one stands."""
+    """Put ``fresh`` in the place of ``target``; remove the old report once the new one stands."""
     if not target.exists():
         fresh.rename(target)
         return
     if not target.is_dir():
         raise EvalError(f"report: {target} is a file. Give a folder.")
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    # A rename cannot replace a folder that holds files, so the old one moves away first.
     os.replace(target, old)
     fresh.rename(target)
     shutil.rmtree(old)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from xlstm_eval.records import EvalError
-from xlstm_eval.suites.suite import Suite, SuiteTask
+from xlstm_eval.suites.suite import Suite
 
 _UNDERSTANDING, _MATH, _CODE, _STEM, _CHAT = "understanding", "math", "code", "stem", "chat"
 
-
-# (task, domain, shots, generation budget, multi-turn, metric, filter)
 _Row = tuple[str, str, int | None, int | None, bool, str | None, str | None]
-
+_COLUMNS = ("name", "domain", "shots", "max_gen_tokens", "multiturn", "metric", "filter")
 
 _BASE: tuple[_Row, ...] = (
     ("piqa", _UNDERSTANDING, 0, None, False, "acc", None),
@@ -29,7 +27,6 @@ _BASE: tuple[_Row, ...] = (
     ("mbpp", _CODE, 3, 256, False, "pass_at_1", None),
     ("mbpp_plus", _CODE, 3, 1024, False, "pass_at_1", None),
 )
-
 
 _INSTRUCT: tuple[_Row, ...] = (
     ("piqa", _UNDERSTANDING, 0, None, False, "acc", None),
@@ -55,30 +52,22 @@ _INSTRUCT: tuple[_Row, ...] = (
 
 
 def paper_suite(name: Literal["base", "instruct"]) -> Suite:
-    """Return the paper's suite for base or for instruct models (shots, budgets and multi-turn marks as printed).
+    """Return the paper's suite for base or for instruct models.
 
-    The instruct suite applies the chat template everywhere. The paper names HumanEval(64) Instruct and
-    HumanEval+(64) Instruct. lm-eval's humaneval_64_instruct reports pass@2 to pass@64 only, which do not fit the
-    printed scores, and humaneval_plus_instruct does not exist: humaneval_instruct and humaneval_plus, pass@1, are used.
+    Shots, generation budgets and multi-turn prompts are as printed (paper, appendix on evaluation).
+    The instruct suite applies the chat template to every task. Raises EvalError: unknown name.
     """
+    # The paper names HumanEval(64) Instruct and HumanEval+(64) Instruct. lm-eval's
+    # humaneval_64_instruct reports pass@2 to pass@64 only, and those do not fit the printed scores;
+    # humaneval_plus_instruct does not exist. So humaneval_instruct and humaneval_plus stand here.
     if name not in ("base", "instruct"):
         raise EvalError(f"suite: {name!r} is unknown. Allowed: base, instruct.")
     rows = _BASE if name == "base" else _INSTRUCT
-    tasks = tuple(
-        SuiteTask(
-            name=task,
-            domain=domain,
-            num_fewshot=shots,
-            max_gen_toks=budget,
-            fewshot_as_multiturn=multiturn,
-            metric=metric,
-            filter=filter_name,
-        )
-        for task, domain, shots, budget, multiturn, metric, filter_name in rows
-    )
-    return Suite(
-        name=f"paper-{name}",
-        tasks=tasks,
-        apply_chat_template=name == "instruct",
-        confirm_run_unsafe_code=True,
+    return Suite.model_validate(
+        {
+            "name": f"paper-{name}",
+            "tasks": [dict(zip(_COLUMNS, row, strict=True)) for row in rows],
+            "apply_chat_template": name == "instruct",
+            "confirm_run_unsafe_code": True,
+        }
     )

@@ -1,4 +1,7 @@
-"""What the benchmark can time: operator x backend, each with the reference that it must agree with first."""
+"""What the benchmark can time: operators and backends, each with its reference.
+
+An entry is timed only where it agrees with the reference.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,15 @@ from xlstm_kernels.testing import random_segments, random_state
 
 DENSE_LIMIT = 4096  # the dense baseline holds T x T scores per head
 CAUSAL_LIMIT = 65536  # full causal attention is quadratic in time
-COUNTED_CHUNK = (
-    64  # tokens of a chunk in the count of the mLSTM's operations, whatever a backend uses
-)
+# Tokens of a chunk in the count of the mLSTM's operations, whatever a backend uses.
+COUNTED_CHUNK = 64
 
 
 class Shape(NamedTuple):
-    """Shape of a benchmark; document: mean tokens of a document, 0 for one document a row."""
+    """Shape of a benchmark.
+
+    document: mean tokens of a document; 0 for one document a row.
+    """
 
     batch: int
     tokens: int
@@ -47,29 +52,33 @@ class Inputs(NamedTuple):
     ring: Ring
 
     def copied(self, dtype: torch.dtype | None = None) -> Inputs:
-        """Copy everything as leaves, in another dtype if one is given; a run may then change the copy's state."""
+        """Copy everything as leaves, floats in another dtype if one is given.
 
-        def copy(t: Tensor) -> Tensor:
-            changed = (
-                t.detach().to(dtype, copy=True)
-                if dtype and t.is_floating_point()
-                else t.detach().clone()
-            )
-            return changed.requires_grad_(t.requires_grad)
+        Decoding may then change the state and the ring of the copy.
+        """
 
-        x = {name: copy(t) for name, t in self.x.items()}
+        def copy(tensor: Tensor) -> Tensor:
+            converts = dtype is not None and tensor.is_floating_point()
+            copied = tensor.detach().to(dtype if converts else tensor.dtype, copy=True)
+            return copied.requires_grad_(tensor.requires_grad)
+
+        x = {name: copy(tensor) for name, tensor in self.x.items()}
         return Inputs(x, self.ids, MLSTMState(*map(copy, self.state)), Ring(*map(copy, self.ring)))
 
 
 class Entry(NamedTuple):
-    """A line of the table. `reads`: the inputs with gradients; decoding has none. `packs`: takes documents."""
+    """An operator of one backend, as a line of the table.
+
+    reads: the inputs with gradients; decoding has none. needs: module that must be installed.
+    packs: takes packed documents. longest: most tokens that it is run with.
+    """
 
     operator: str
     backend: str
     run: Callable[[Inputs, Shape], Tensor]
     reference: Callable[[Inputs, Shape], Tensor]
     reads: tuple[str, ...] = ()
-    needs: str | None = None  # module that must be installed
+    needs: str | None = None
     cuda_only: bool = False
     packs: bool = True
     longest: int | None = None
@@ -93,7 +102,10 @@ class Entry(NamedTuple):
 
 
 def draw(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Draw inputs from a seed; attention has queries and keys of the values' width, decoding reads the first token."""
+    """Draw inputs from a seed.
+
+    Queries and keys of the attention have the width of the values; decoding reads the first token.
+    """
     B, T, H, G, Dk, Dv = shape[:6]
     generator = torch.Generator(device).manual_seed(0)
 
@@ -109,35 +121,26 @@ def draw(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
         "queries": normal(B, H, T, Dv).to(dtype),
         "keys": normal(B, G, T, Dv).to(dtype),
     }
-    x = {name: t.requires_grad_() for name, t in x.items()}
+    x = {name: tensor.requires_grad_() for name, tensor in x.items()}
     ids = random_segments(B, T, mean_length=shape.document).to(device) if shape.document else None
-    state = MLSTMState(
-        **{name: t.detach().to(device) for name, t in random_state(B, H, Dk, Dv).items()}
-    )
+    fields = random_state(B, H, Dk, Dv).items()
+    state = MLSTMState(**{name: tensor.detach().to(device) for name, tensor in fields})
     return Inputs(x, ids, state, full_ring(shape, device, dtype))
 
 
 def full_ring(shape: Shape, device: torch.device, dtype: torch.dtype) -> Ring:
     """Make the ring of documents of which N + W tokens have been seen."""
-    W, N = shape.window, shape.sinks
+    W, N, dim = shape.window, shape.sinks, shape.value_dim
     empty = Ring.empty(
-        shape.batch,
-        shape.groups,
-        *2 * (shape.value_dim,),
-        window=W,
-        sinks=N,
-        dtype=dtype,
-        device=device,
+        shape.batch, shape.groups, dim, dim, window=W, sinks=N, dtype=dtype, device=device
     )
     generator = torch.Generator().manual_seed(3)
-    keys, values = (
-        torch.randn(t.shape, generator=generator).to(t) for t in (empty.keys, empty.values)
-    )
+    keys = torch.randn(empty.keys.shape, generator=generator).to(empty.keys)
+    values = torch.randn(empty.values.shape, generator=generator).to(empty.values)
     last = N + W - 1
-    ring = last - (last - torch.arange(W)) % W
-    positions = (
-        torch.cat([torch.arange(N), ring]).to(device).expand_as(empty.positions).contiguous()
-    )
+    ring = last - (last - torch.arange(W)) % W  # the latest position in each slot of the ring
+    held = torch.cat([torch.arange(N), ring]).to(device)
+    positions = held.expand_as(empty.positions).contiguous()
     return Ring(keys, values, positions, torch.full_like(empty.lengths, N + W))
 
 
@@ -155,8 +158,8 @@ def run_window(backend: Backend) -> Callable[[Inputs, Shape], Tensor]:
 
     def run(a: Inputs, shape: Shape) -> Tensor:
         return sliding_window_attention(
-            *(a.x[n] for n in ATTENDED), window=shape.window, sinks=shape.sinks, segment_ids=a.ids,
-            backend=backend,
+            *(a.x[n] for n in ATTENDED), segment_ids=a.ids,
+            window=shape.window, sinks=shape.sinks, backend=backend,
         )  # fmt: skip
 
     return run
@@ -181,51 +184,52 @@ def run_hybrid(backend: Backend) -> Callable[[Inputs, Shape], Tensor]:
         )
         gate = torch.full_like(i, 0.5)
         return hybrid_step(
-            queries, keys, v, q, k, i, f, gate, a.state, a.ring, sinks=shape.sinks,
-            backend=backend,
+            queries, keys, v, q, k, i, f, gate, a.state, a.ring,
+            sinks=shape.sinks, backend=backend,
         )  # fmt: skip
 
     return run
 
 
 def mlstm_truth(a: Inputs, shape: Shape) -> Tensor:
-    """The recurrent reference."""
+    """Run the recurrent reference."""
     return mlstm_reference(*(a.x[n] for n in GATED), segment_ids=a.ids)[0]
 
 
 def siging_truth(a: Inputs, shape: Shape) -> Tensor:
-    """The recurrent reference with sigmoid input gates."""
+    """Run the recurrent reference with sigmoid input gates."""
     x = a.x | {"i": F.logsigmoid(a.x["i"])}
     return mlstm_reference(*(x[n] for n in GATED), segment_ids=a.ids)[0]
 
 
 def window_truth(a: Inputs, shape: Shape) -> Tensor:
-    """The per-query reference."""
+    """Run the per-query reference."""
     return sliding_window_reference(
         *(a.x[n] for n in ATTENDED), window=shape.window, sinks=shape.sinks, segment_ids=a.ids
     )
 
 
 def causal_truth(a: Inputs, shape: Shape) -> Tensor:
-    """The per-query reference of attention to the whole document."""
+    """Run the per-query reference of attention to the whole document."""
     return sliding_window_reference(
         *(a.x[n] for n in ATTENDED), window=shape.tokens, sinks=0, segment_ids=a.ids
     )
 
 
 def step_truth(a: Inputs, shape: Shape) -> Tensor:
-    """The recurrent reference of one token from the state."""
+    """Run the recurrent reference of one token, from the state."""
     return mlstm_reference(*(a.x[n].detach()[:, :, :1] for n in GATED), state=a.state)[0][:, :, 0]
 
 
 def hybrid_truth(a: Inputs, shape: Shape) -> Tensor:
-    """Half the recurrent reference, half the per-query reference of the ring's tokens in order and the new one."""
+    """Run the references of one token: half the recurrent one, half the per-query one.
+
+    The per-query reference attends to the tokens of the ring, in order, and to the new one.
+    """
     queries, keys, values = (a.x[n].detach()[:, :, :1] for n in ATTENDED)
     order = a.ring.positions.argsort(dim=1)[:, None, :, None]
-    k, v = (
-        torch.cat([held.gather(2, order.expand_as(held)), new], dim=2)
-        for held, new in ((a.ring.keys, keys), (a.ring.values, values))
-    )
+    k = torch.cat([a.ring.keys.gather(2, order.expand_as(a.ring.keys)), keys], dim=2)
+    v = torch.cat([a.ring.values.gather(2, order.expand_as(a.ring.values)), values], dim=2)
     q = torch.zeros_like(queries).expand(-1, -1, k.shape[2] - 1, -1)
     attended = sliding_window_reference(
         torch.cat([q, queries], dim=2), k, v, window=shape.window, sinks=shape.sinks
@@ -236,14 +240,14 @@ def hybrid_truth(a: Inputs, shape: Shape) -> Tensor:
 def dense_window(a: Inputs, shape: Shape) -> Tensor:
     """Compute the same attention from a full T x T mask: the baseline, quadratic in T."""
     q, k, v = (a.x[n] for n in ATTENDED)
-    ids = (
-        a.ids
-        if a.ids is not None
-        else torch.zeros(shape.batch, v.shape[2], dtype=torch.int64, device=v.device)
-    )
-    runs, t = document_runs(ids), torch.arange(v.shape[2], device=v.device)
-    near = (t[:, None] - t < shape.window) | (t - document_starts(runs) < shape.sinks)[:, None, :]
-    mask = ((runs[:, :, None] == runs[:, None, :]) & near & (t <= t[:, None])).unsqueeze(1)
+    tokens, ids = v.shape[2], a.ids
+    if ids is None:
+        ids = torch.zeros(shape.batch, tokens, dtype=torch.int64, device=v.device)
+    runs, t = document_runs(ids), torch.arange(tokens, device=v.device)
+    is_sink = t - document_starts(runs) < shape.sinks
+    near = (t[:, None] - t < shape.window) | is_sink[:, None, :]
+    same_document = runs[:, :, None] == runs[:, None, :]
+    mask = (same_document & near & (t <= t[:, None])).unsqueeze(1)
     k, v = (x.repeat_interleave(shape.heads // shape.groups, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -280,6 +284,7 @@ def run_flex(a: Inputs, shape: Shape) -> Tensor:
     return peers.flex_window(q, k, v, shape.window, shape.sinks, a.ids)
 
 
+# Names of the inputs of the mLSTM and of attention, in the order of their arguments.
 GATED = ("q", "k", "v", "i", "f")
 ATTENDED = ("queries", "keys", "v")
 
@@ -313,11 +318,11 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def work(entry: Entry, shape: Shape, bytes_each: int, backward: bool) -> tuple[float, float]:
-    """Count the least operations and bytes of a call: any backend's are counted alike.
+    """Count the least operations and bytes of a call, the same for every backend.
 
-    Operations of the chunkwise mLSTM in chunks of 64, of attention over the keys seen; 2.5 times as many backward.
-    Bytes of every input and output once (backward: also dh and the gradients); of decoding, the state read and
-    written, and the ring read.
+    Operations: of the chunkwise mLSTM in chunks of 64; of attention over the keys seen; backward,
+    2.5 times as many. Bytes: every input and output once; backward, also dh and the gradients; in
+    decoding, the state read and written, and the ring read.
     """
     B, T, H, G, Dk, Dv, W, N, _ = shape
     if entry.operator.endswith("step"):

@@ -1,8 +1,11 @@
-"""Time the operators and their peers: `python -m xlstm_kernels.benchmarks.operators --tokens 256 1024`.
+"""Time the operators and their peers.
 
-Each candidate is first checked against its float64 reference, outputs and gradients; one that fails is not timed, and
-one that cannot run is left out with the reason. Also prints the share of the roofline: the least time that the call's
-operations and bytes would take at the rates of a large product and a large copy, measured in the same run.
+`python -m xlstm_kernels.benchmarks.operators --tokens 256 1024`
+
+Each candidate is first checked against its float64 reference, outputs and gradients. One that fails
+is not timed; one that cannot run is left out, with the reason. The share of the roofline is the
+least time that the call's operations and bytes need, divided by its time; the rates behind it are
+those of a large product and a large copy in the same run.
 """
 
 from __future__ import annotations
@@ -16,25 +19,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from xlstm_kernels.benchmarks.entries import ENTRIES, Entry, Inputs, Shape, draw, work
 from xlstm_kernels.benchmarks.report import Row, write_report
 from xlstm_kernels.testing import error_ratio, outputs_and_grads
 
-# RMS ratio of outputs and gradients to the float64 reference; in low dtypes their rounding and that of products.
+# RMS ratio of outputs and gradients to the float64 reference. In low dtypes it is the rounding of
+# outputs and gradients, and that of the operands of products.
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
-CHECKED_TOKENS, CHECKED_DOCUMENT = 300, 100
+CHECKED_TOKENS, CHECKED_DOCUMENT = 300, 100  # tokens of the check; mean length of its documents
 
 
 class Rates(NamedTuple):
-    """What this device reaches: operations a second of a large product, bytes a second of a large copy."""
+    """What this device reaches: operations/s of a large product, bytes/s of a large copy."""
 
     operations: float
     bytes: float
 
 
 def checked_shapes(entry: Entry, shape: Shape) -> list[Shape]:
-    """Shapes at which an entry is checked: one row with tokens beyond window and sinks, whole and as documents."""
+    """Return the shapes at which an entry is checked.
+
+    One row with tokens beyond window and sinks: as one document and, if the entry takes them, as
+    packed documents.
+    """
     reach = 0 if entry.operator == "mlstm" else 2 * (shape.window + shape.sinks)
     small = shape._replace(batch=1, tokens=min(shape.tokens, max(CHECKED_TOKENS, reach + 65)))
     if entry.operator.endswith("step"):
@@ -43,39 +52,36 @@ def checked_shapes(entry: Entry, shape: Shape) -> list[Shape]:
 
 
 def worst_ratio(entry: Entry, shape: Shape, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the largest RMS ratio of an entry's outputs and gradients to its reference, over all checked shapes."""
-    return max(
-        ratio_at(entry, draw(small, device, dtype), small) for small in checked_shapes(entry, shape)
-    )
+    """Return the largest RMS ratio of an entry to its reference over all checked shapes."""
+    shapes = checked_shapes(entry, shape)
+    return max(ratio_at(entry, draw(small, device, dtype), small) for small in shapes)
 
 
 def ratio_at(entry: Entry, inputs: Inputs, shape: Shape) -> float:
-    """Return the largest RMS ratio at one shape."""
-    results = []
-    for operator, a in (
-        (entry.run, inputs.copied()),
-        (entry.reference, inputs.copied(torch.float64)),
-    ):
-        if not entry.reads:
-            results.append({"h": operator(a, shape)})
-            continue
-        leaves = {name: a.x[name] for name in entry.reads}
-        results.append(
-            outputs_and_grads(
-                lambda a=a, run=operator, **x: run(a._replace(x=a.x | x), shape), leaves
-            )
-        )
-    actual, expected = results
+    """Return the largest RMS ratio of outputs and gradients at one shape."""
+    actual = results_of(entry, entry.run, inputs.copied(), shape)
+    expected = results_of(entry, entry.reference, inputs.copied(torch.float64), shape)
     return max(error_ratio(actual[name], expected[name]) for name in expected)
+
+
+def results_of(
+    entry: Entry, operator: Callable[[Inputs, Shape], Tensor], inputs: Inputs, shape: Shape
+) -> dict[str, Tensor]:
+    """Return h and the gradients of the inputs that the entry reads; of decoding only h."""
+    if not entry.reads:
+        return {"h": operator(inputs, shape)}
+    leaves = {name: inputs.x[name] for name in entry.reads}
+    return outputs_and_grads(lambda **x: operator(inputs._replace(x=inputs.x | x), shape), leaves)
 
 
 def milliseconds(
     run: Callable[[], object], repeats: int, device: torch.device, graph: bool = False
 ) -> float:
-    """Return the median time of a call, after some that do not count.
+    """Return the median time of a call, after two calls that do not count.
 
-    On CUDA by Triton's timer: events, with the L2 cache cleared before each call. With `graph` many calls are replayed
-    from a CUDA graph, as a server decodes: that leaves out the launch from Python, and the cache stays as it is.
+    On CUDA this is Triton's timer: events, with the L2 cache cleared before each call. With
+    `graph`, many calls are replayed from a CUDA graph, as a server decodes: that leaves out the
+    launch from Python, and the cache stays as it is.
     """
     if device.type == "cuda":
         from triton.testing import do_bench, do_bench_cudagraph
@@ -130,17 +136,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m xlstm_kernels.benchmarks.operators", description=__doc__.splitlines()[0]
     )
-    shape = {
-        "batch": 32,
-        "heads": 4,
-        "groups": 2,
-        "key-dim": 32,
-        "value-dim": 32,
-        "window": 32,
-        "sinks": 4,
-    }
-    rest = {"document": 0, "repeats": 11, "threads": 1}
-    for name, default in (shape | rest).items():
+    numbers = {
+        "batch": 32, "heads": 4, "groups": 2, "key-dim": 32, "value-dim": 32,
+        "window": 32, "sinks": 4, "document": 0, "repeats": 11, "threads": 1,
+    }  # fmt: skip
+    for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[256], help="lengths of a row; default 256"
@@ -150,9 +150,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=BOUNDS, default="float32", help="of q, k, v; default float32"
     )
-    parser.add_argument(
-        "--operators", nargs="+", choices=sorted({e.operator for e in ENTRIES}), help="default all"
-    )
+    operators = sorted({entry.operator for entry in ENTRIES})
+    parser.add_argument("--operators", nargs="+", choices=operators, help="default all")
     parser.add_argument(
         "--report", type=Path, help="folder for kernels.md, kernels.json and kernels.svg"
     )
@@ -163,18 +162,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Check and time every entry; returns the exit status, 1 if an entry fails its check."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    device, dtype, bound = (
-        torch.device(options.device),
-        getattr(torch, options.dtype),
-        BOUNDS[options.dtype],
-    )
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    bound = BOUNDS[options.dtype]
     rates = measure_rates(device, dtype, options.repeats)
-    say(
-        f"{device}: product {rates.operations / 1e12:.2f} TFLOP/s, copy {rates.bytes / 1e9:.1f} GB/s, {options.dtype}"
-    )
+    product, copy = rates.operations / 1e12, rates.bytes / 1e9
+    say(f"{device}: product {product:.2f} TFLOP/s, copy {copy:.1f} GB/s, {options.dtype}")
     names = ("heads", "groups", "key_dim", "value_dim", "window", "sinks", "document")
     rest = [getattr(options, name) for name in names]
     failed, rows = False, []
+    # The check does not depend on the number of tokens that is timed: one for all lengths.
     checked: dict[tuple, float] = {}
     for tokens in options.tokens:
         shape = Shape(options.batch, tokens, *rest)
@@ -190,11 +186,10 @@ def main(arguments: list[str] | None = None) -> int:
             if key not in checked:
                 checked[key] = worst_ratio(entry, shape, device, dtype)
             ratio = checked[key]
-            if not ratio < bound:
+            if not ratio < bound:  # a NaN fails too
                 failed = True
-                say(
-                    f"{label} not timed: RMS ratio {ratio:.1e} to the reference; allowed: {bound:.0e}"
-                )
+                found = f"RMS ratio {ratio:.1e} to the reference; allowed: {bound:.0e}"
+                say(f"{label} not timed: {found}")
                 continue
             for row in time_entry(entry, inputs, shape, options.repeats, rates):
                 rows.append(row)

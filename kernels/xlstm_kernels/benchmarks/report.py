@@ -1,4 +1,4 @@
-"""What the benchmark found, as Markdown, JSON and a plot of time over T."""
+"""Write what the benchmark found: Markdown, JSON and a plot of time over T."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 
+# Colours that people with a colour vision deficiency can tell apart (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888")
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 640, 400, 70, 40, 230
 
 
 class Row(NamedTuple):
-    """A timed call: milliseconds, operations (1e12/s) and bytes (1e9/s), and the share of the roofline."""
+    """A timed call: milliseconds, 1e12 operations/s, 1e9 bytes/s, and share of the roofline."""
 
     operator: str
     backend: str
@@ -29,25 +30,20 @@ class Row(NamedTuple):
     def text(self) -> str:
         """Write the measured part of a line."""
         return (
-            f"{self.passes:18} {self.milliseconds:9.3f} ms {self.teraflops:8.2f} TFLOP/s {self.gigabytes:8.1f} GB/s "
-            f"{self.roofline:6.1%} of the roofline"
+            f"{self.passes:18} {self.milliseconds:9.3f} ms {self.teraflops:8.2f} TFLOP/s "
+            f"{self.gigabytes:8.1f} GB/s {self.roofline:6.1%} of the roofline"
         )
 
 
 def ratio_to_ours(row: Row, rows: list[Row]) -> float | None:
-    """How many times our kernel's time a call takes; ours is triton where it was timed, else torch."""
-    same = [
-        r
-        for r in rows
-        if (r.operator, r.passes, r.tokens) == (row.operator, row.passes, row.tokens)
-    ]
-    if row.operator == "causal":  # the attention that the window replaces
-        same = [
-            r
-            for r in rows
-            if (r.operator, r.passes, r.tokens) == ("window", row.passes, row.tokens)
-        ]
-    ours = {r.backend: r for r in same}
+    """Return a call's time divided by our kernel's; None if ours was not timed.
+
+    Ours is triton where it was timed, else torch. Full causal attention is compared with the window
+    attention that replaces it.
+    """
+    operator = "window" if row.operator == "causal" else row.operator
+    wanted = (operator, row.passes, row.tokens)
+    ours = {r.backend: r for r in rows if (r.operator, r.passes, r.tokens) == wanted}
     base = ours.get("triton") or ours.get("torch")
     return row.milliseconds / base.milliseconds if base else None
 
@@ -65,55 +61,58 @@ def markdown(rows: list[Row], machine: Mapping[str, object], options: Mapping[st
     ]  # fmt: skip
     for row in rows:
         ratio = ratio_to_ours(row, rows)
+        to_ours = f"{ratio:.2f}" if ratio else ""
         lines.append(
-            f"| {row.operator} | {row.backend} | {row.passes} | {row.tokens} | {row.milliseconds:.3f} "
-            f"| {row.teraflops:.2f} | {row.gigabytes:.1f} | {row.roofline:.1%} | {f'{ratio:.2f}' if ratio else ''} |"
+            f"| {row.operator} | {row.backend} | {row.passes} | {row.tokens} "
+            f"| {row.milliseconds:.3f} | {row.teraflops:.2f} | {row.gigabytes:.1f} "
+            f"| {row.roofline:.1%} | {to_ours} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def plot(rows: list[Row]) -> str:
-    """Draw time over T, both on logarithmic axes, one line for each operator and backend (all passes that it has)."""
+    """Draw time over T as SVG, both on logarithmic axes.
+
+    One line for each operator and backend, of the calls with a backward pass; "" if there are none.
+    """
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row.passes == "forward + backward":
-            lines.setdefault(f"{row.operator}, {row.backend}", []).append(
-                (row.tokens, row.milliseconds)
-            )
+            line = lines.setdefault(f"{row.operator}, {row.backend}", [])
+            line.append((row.tokens, row.milliseconds))
     points = [point for line in lines.values() for point in line]
     if not points:
         return ""
-    x_low, x_high = (math.log2(bound(p[0] for p in points)) for bound in (min, max))
-    y_low, y_high = math.log10(min(p[1] for p in points)), math.log10(max(p[1] for p in points))
+    lengths, times = zip(*points, strict=True)
+    x_low, x_high = math.log2(min(lengths)), math.log2(max(lengths))
+    y_low, y_high = math.log10(min(times)), math.log10(max(times))
 
     def place(tokens: int, taken: float) -> tuple[float, float]:
         x = LEFT + WIDTH * (math.log2(tokens) - x_low) / max(x_high - x_low, 1e-9)
         y = TOP + HEIGHT * (1 - (math.log10(taken) - y_low) / max(y_high - y_low, 1e-9))
         return round(x, 1), round(y, 1)
 
-    parts = [f'<text x="{LEFT}" y="20">forward + backward, milliseconds over T</text>']
-    parts.append(
-        f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#999"/>'
-    )
-    for tokens in sorted({p[0] for p in points}):
+    parts = [
+        f'<text x="{LEFT}" y="20">forward + backward, milliseconds over T</text>',
+        f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#999"/>',
+    ]
+    for tokens in sorted(set(lengths)):
         x, _ = place(tokens, 10**y_low)
         parts.append(f'<text x="{x}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{tokens}</text>')
     for power in range(math.ceil(y_low), math.floor(y_high) + 1):
-        _, y = place(points[0][0], 10.0**power)
+        _, y = place(lengths[0], 10.0**power)
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{10.0**power:g}</text>')
     for number, (name, line) in enumerate(lines.items()):
         color = COLORS[number % len(COLORS)]
-        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in sorted(line)))
+        places = [place(*point) for point in sorted(line)]
+        path = " ".join(f"{x},{y}" for x, y in places)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        label = f'<text x="{LEFT + WIDTH + 12}" y="{TOP + 14 + 18 * number}" fill="{color}">{name}</text>'
-        parts.append(label)
+        x, y = LEFT + WIDTH + 12, TOP + 14 + 18 * number
+        parts.append(f'<text x="{x}" y="{y}" fill="{color}">{name}</text>')
     size = f'width="{LEFT + WIDTH + LEGEND}" height="{TOP + HEIGHT + 40}"'
     style = 'font-family="sans-serif" font-size="12"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>'
+    return "\n".join([start, *parts, "</svg>"]) + "\n"
 
 
 def write_report(
@@ -124,8 +123,8 @@ def write_report(
     (folder / "kernels.md").write_text(markdown(rows, machine, options))
     found = {
         "machine": machine,
-        "options": {k: str(v) for k, v in options.items()},
-        "rows": [r._asdict() for r in rows],
+        "options": {name: str(value) for name, value in options.items()},
+        "rows": [row._asdict() for row in rows],
     }
     (folder / "kernels.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
     if drawing := plot(rows):

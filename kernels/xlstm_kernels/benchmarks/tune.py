@@ -1,10 +1,11 @@
 """Measure launch settings on a GPU and rewrite `triton/table.py`.
 
-`python -m xlstm_kernels.benchmarks.tune --dims 64 128`.
+`python -m xlstm_kernels.benchmarks.tune --dims 64 128`
 
-For each dtype and head dim, every candidate is checked against the torch backend in float64, then timed forward and
-backward; candidates that do not compile, do not fit the device, or are inexact are left out. The chunk or block is
-varied first, then the launch of one kernel after the other, each time from the best so far.
+For each dtype and head dim, every candidate is checked against the torch backend in float64, then
+timed forward and backward. Candidates that do not compile, do not fit the device, or are inexact
+are left out. The chunk or block is varied first, then the launch of one kernel after the other,
+each time from the best so far.
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 BLOCKS = (16, 32, 64, 128)
 WINDOW, SINKS, GROUP = 512, 4, 4
 CHECKED_TOKENS, REPEATS = 2 * (WINDOW + SINKS) + 65, 5
-TEMPLATE = '''"""Launch settings by (bytes of a dot operand, head dim); the tuner writes this file."""
+TEMPLATE = '''\
+"""Launch settings by (bytes of a dot operand, head dim); the tuner writes this file."""
 
-# The GPU on which these were the fastest forward + backward; None: chosen from registers, spills and shared memory of
-# the compiled kernels, and not from times.
+# The GPU on which these were the fastest forward + backward; None: chosen from registers, spills
+# and shared memory of the compiled kernels, and not from times.
 MEASURED_ON: str | None = {measured_on!r}
 
-# chunk, then (block_k, block_v, warps, stages) of: states, output, state grads, query and key grads, value grads
+# chunk, then (block_k, block_v, warps, stages) of: states, output, state grads, query and key
+# grads, value grads
 MLSTM: dict[tuple[int, int], tuple] = {mlstm}
 
 # block, forward warps and stages, backward warps and stages
@@ -59,7 +62,7 @@ Operator = Callable[..., Tensor]
 
 
 def mlstm_rounds(dim: int) -> Iterator[Callable[[MLSTMConfig], list[MLSTMConfig]]]:
-    """Functions from the best settings so far to the next candidates."""
+    """Yield functions from the best settings so far to the next candidates."""
     tiles = sorted({min(tile, dim) for tile in TILES})
     launches = list(itertools.starmap(Launch, itertools.product(tiles, tiles, WARPS, STAGES)))
 
@@ -72,39 +75,48 @@ def mlstm_rounds(dim: int) -> Iterator[Callable[[MLSTMConfig], list[MLSTMConfig]
 
 
 def window_rounds() -> Iterator[Callable[[WindowConfig], list[WindowConfig]]]:
-    """As `mlstm_rounds`."""
+    """Yield functions from the best settings so far to the next candidates."""
     pairs = list(itertools.product(WARPS, STAGES))
     yield lambda best: [best._replace(block=block) for block in BLOCKS]
-    yield lambda best: [best._replace(warps=w, stages=s) for w, s in pairs]
-    yield lambda best: [best._replace(grad_warps=w, grad_stages=s) for w, s in pairs]
+    yield lambda best: [best._replace(warps=warps, stages=stages) for warps, stages in pairs]
+    yield lambda best: [
+        best._replace(grad_warps=warps, grad_stages=stages) for warps, stages in pairs
+    ]
 
 
 def draw(
     operator: str, dtype: torch.dtype, dim: int, heads: int, tokens: int, device: str
 ) -> dict[str, Tensor]:
-    """Draw inputs, four query heads to a key or value head."""
+    """Draw the inputs of an operator; four query heads share a key or value head."""
     x = random_inputs(1, heads, tokens, dim, dim, heads // GROUP, forget_bias=6.0)
     if operator == "window":
         x = {"q": x["q"], "k": x["v"].detach().roll(1, dims=2), "v": x["v"]}
     gates = {"i": torch.float32, "f": torch.float32}
-    return {
-        name: t.detach().to(device, gates.get(name, dtype)).requires_grad_()
-        for name, t in x.items()
-    }
+    drawn = {}
+    for name, tensor in x.items():
+        drawn[name] = tensor.detach().to(device, gates.get(name, dtype)).requires_grad_()
+    return drawn
 
 
 def operator_with(config: MLSTMConfig | WindowConfig) -> Operator:
     """Make the Triton operator with these settings."""
     if isinstance(config, MLSTMConfig):
         return lambda **x: mlstm_triton(**x, segment_ids=None, state=None, config=config)[0]
-    return lambda q, k, v: window_triton(q, k, v, WINDOW, SINKS, None, q.shape[3] ** -0.5, config)
+    return lambda **x: window_triton(**x, **band_of(x["q"]), config=config)
 
 
 def exact_operator(operator: str) -> Operator:
     """Make the torch backend's operator."""
     if operator == "mlstm":
         return lambda **x: mlstm_chunkwise(**x, segment_ids=None, state=None)[0]
-    return lambda q, k, v: banded_attention(q, k, v, WINDOW, SINKS, None, q.shape[3] ** -0.5)
+    return lambda **x: banded_attention(**x, **band_of(x["q"]))
+
+
+def band_of(q: Tensor) -> dict[str, Any]:
+    """Return the settings of the attention that is tuned."""
+    return {
+        "window": WINDOW, "sinks": SINKS, "segment_ids": None, "scale": q.shape[3] ** -0.5,
+    }  # fmt: skip
 
 
 def time_candidate(
@@ -113,8 +125,13 @@ def time_candidate(
     truth: dict[str, Tensor],
     large: dict[str, Tensor],
     bound: float,
+    repeats: int = REPEATS,
 ) -> float:
-    """Return milliseconds forward and backward; infinity if the candidate does not run or is inexact."""
+    """Return milliseconds forward and backward, timed on the large inputs.
+
+    Infinity if the candidate does not run, or if its RMS ratio to the truth on the small inputs is
+    not below the bound.
+    """
 
     def both() -> None:
         h = run(**large)
@@ -124,7 +141,7 @@ def time_candidate(
         found = outputs_and_grads(run, small)
         if not all(error_ratio(found[name], truth[name]) < bound for name in truth):
             return math.inf
-        return milliseconds(both, REPEATS, next(iter(large.values())).device)
+        return milliseconds(both, repeats, next(iter(large.values())).device)
     except (OutOfResources, CompilationError, PTXASError):
         return math.inf
 
@@ -135,10 +152,8 @@ def tune(
     """Search the settings of an operator at one dtype and head dim."""
     small = draw(operator, dtype, dim, GROUP, min(CHECKED_TOKENS, tokens), device)
     large = draw(operator, dtype, dim, heads, tokens, device)
-    truth, bound = (
-        outputs_and_grads(exact_operator(operator), to_float64(small)),
-        BOUNDS[name_of(dtype)],
-    )
+    truth = outputs_and_grads(exact_operator(operator), to_float64(small))
+    bound = BOUNDS[name_of(dtype)]
     best = mlstm_config(dtype, dim, dim) if operator == "mlstm" else window_config(dtype, dim)
     shortest = time_candidate(operator_with(best), small, truth, large, bound)
     for candidates in mlstm_rounds(dim) if operator == "mlstm" else window_rounds():
@@ -146,9 +161,8 @@ def tune(
             taken = time_candidate(operator_with(config), small, truth, large, bound)
             if taken < shortest:
                 best, shortest = config, taken
-                sys.stdout.write(
-                    f"{operator} {name_of(dtype)} D={dim}: {taken:.3f} ms {tuple(config)}\n"
-                )
+                what = f"{operator} {name_of(dtype)} D={dim}"
+                sys.stdout.write(f"{what}: {taken:.3f} ms {tuple(config)}\n")
     return best
 
 
@@ -159,9 +173,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 def table_source(mlstm: dict, window: dict, measured_on: str | None) -> str:
     """Write the source of `triton/table.py`."""
-    tables = (pprint.pformat(table, width=110) for table in (mlstm, window))
     return TEMPLATE.format(
-        measured_on=measured_on, **dict(zip(("mlstm", "window"), tables, strict=True))
+        measured_on=measured_on,
+        mlstm=pprint.pformat(mlstm, width=100),
+        window=pprint.pformat(window, width=100),
     )
 
 
@@ -190,9 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, dim, operator in itertools.product(options.dtypes, options.dims, options.operators):
         dtype = getattr(torch, name)
         best = tune(operator, dtype, dim, options.heads, options.tokens, "cuda")
-        tables[operator][width(dtype), dim] = tuple(
-            tuple(x) if isinstance(x, Launch) else x for x in best
-        )
+        entry = tuple(tuple(part) if isinstance(part, Launch) else part for part in best)
+        tables[operator][width(dtype), dim] = entry
     source = table_source(tables["mlstm"], tables["window"], torch.cuda.get_device_name())
     Path(triton_table.__file__).write_text(source)
 

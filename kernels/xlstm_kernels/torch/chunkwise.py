@@ -1,4 +1,8 @@
-"""Chunkwise mLSTM in plain torch: any device, exact, differentiable, linear in T."""
+"""Chunkwise mLSTM in plain torch: any device, exact, differentiable, linear in T.
+
+Letters here, beyond the legend in `xlstm_kernels`: C chunks of L tokens, R = H / G query heads of a
+group, Dw = Dv + 1 (v and a column of ones, which carries the normaliser).
+"""
 
 from __future__ import annotations
 
@@ -24,14 +28,16 @@ def mlstm_chunkwise(
     v: Tensor,
     i: Tensor,
     f: Tensor,
+    *,
     segment_ids: Tensor | None,
     state: MLSTMState | None,
 ) -> tuple[Tensor, MLSTMState]:
-    """Run the mLSTM chunk by chunk; shapes and meaning as in `xlstm_kernels.mlstm`, which validates them.
+    """Run the mLSTM chunk by chunk.
 
-    One matrix per chunk holds the weights exp(log-weight - m_t) of every pair (query, key) of the chunk and, in its
-    last column, of the state that enters. Its last row then holds the weights of the state that leaves.
-    Letters: C chunks of L tokens, R = H / G, Dw = Dv + 1 (v and a column of ones, which carries the normaliser).
+    Shapes and meaning as in `xlstm_kernels.mlstm`, which checks the arguments. One matrix per chunk
+    holds the weights exp(log-weight - m_t) of every pair (query, key) of the chunk and, in its last
+    column, those of the state that enters. So its last row holds the weights of what makes up the
+    state that leaves.
     """
     B, H, T, Dk = q.shape
     G, Dv = v.shape[1], v.shape[3]
@@ -46,7 +52,8 @@ def mlstm_chunkwise(
         m_in, m_out = _chunk_stabilisers(log_w.detach()[..., -1, :], state.m.detach())
         log_w[..., -1] += m_in.unsqueeze(-1)
         weights: Tensor = Weights.apply(log_w)
-        intra, inter, last = weights[..., :-1], weights[..., -1:], weights[..., -1:, :]
+        intra, inter = weights[..., :-1], weights[..., -1:]
+        last = weights[..., -1:, :]  # (B, G, C, R, 1, L + 1)
 
         update = (kc * last[..., :-1]).flatten(3, 4) @ vc  # (B, G, C, R * Dk, Dw)
         update = update.unflatten(3, (-1, Dk))
@@ -62,9 +69,11 @@ def mlstm_chunkwise(
 
 
 class Ratio(Function):
-    """Divide (..., Dv) numerators by the last column; where that is exactly 0, the result and its gradient are 0.
+    """Divide numerators (..., Dv) by the last column, the denominator.
 
-    The gradient of the denominator is -(dh . h) / den: no square of den, which float32 could not hold below 1e-19.
+    Where the denominator is exactly 0, the result and its gradient are 0. The gradient of the
+    denominator is -(dh . h) / den. It has no square of den, which float32 cannot hold for den below
+    1e-19.
     """
 
     @staticmethod
@@ -83,11 +92,15 @@ class Ratio(Function):
 
 
 class Weights(Function):
-    """exp(log_w - max over the last dimension), the maximum detached; weights below the normal range are exactly 0."""
+    """Compute exp(log_w - max over the last dimension), the maximum detached.
+
+    Weights below the range of normal numbers are exactly 0.
+    """
 
     @staticmethod
     def forward(ctx: Any, log_w: Tensor) -> Tensor:
-        # The vectorised exp of the CPU is ten times slower where its result underflows, which is half of this matrix.
+        # The vectorised exp of the CPU is ten times slower where its result underflows, and half of
+        # this matrix does. So clamp first, and set what was clamped to 0 afterwards.
         floor = math.log(torch.finfo(log_w.dtype).tiny) + 1
         shifted = (log_w - log_w.amax(dim=-1, keepdim=True)).clamp_(min=floor)
         weights = F.threshold(shifted.exp_(), 1.001 * math.exp(floor), 0.0, inplace=True)
@@ -104,9 +117,10 @@ class Weights(Function):
 class CarryMemory(Function):
     """Carry the memory over the chunks: memory <- decay * memory + update.
 
-    decay (B, G, C, R, 1, 1), update (B, G, C, R, Dk, Dw), memory (B, G, R, Dk, Dw): the state that enters.
-    Returns the memory before each chunk (B, G, C, R, Dk, Dw) and after the last (B, G, R, Dk, Dw).
-    Writes each memory once, where autograd over a loop would stack copies, and saves only what the gradient reads.
+    decay (B, G, C, R, 1, 1), update (B, G, C, R, Dk, Dw), memory (B, G, R, Dk, Dw): what enters the
+    first chunk. Returns the memory before each chunk (B, G, C, R, Dk, Dw) and after the last one
+    (B, G, R, Dk, Dw). A function of its own, because autograd over a loop would stack copies: this
+    writes each memory once and saves only what the gradient reads.
     """
 
     @staticmethod
@@ -114,8 +128,9 @@ class CarryMemory(Function):
         before, after = torch.empty_like(update), torch.empty_like(memory)
         slots = [*before.unbind(2), after]
         slots[0].copy_(memory)
-        for c, (a, u) in enumerate(zip(decay.unbind(2), update.unbind(2), strict=True)):
-            slots[c + 1].copy_(torch.addcmul(u, a, slots[c]))
+        per_chunk = zip(decay.unbind(2), update.unbind(2), strict=True)
+        for c, (decay_c, update_c) in enumerate(per_chunk):
+            slots[c + 1].copy_(torch.addcmul(update_c, decay_c, slots[c]))
         ctx.save_for_backward(decay, before)
         return before, after
 
@@ -126,16 +141,15 @@ class CarryMemory(Function):
         d_update, d_memory = torch.empty_like(before), torch.empty_like(d_after)
         slots = [d_memory, *d_update.unbind(2)]
         slots[-1].copy_(d_after)
-        for c, (a, g) in reversed(
-            list(enumerate(zip(decay.unbind(2), d_before.unbind(2), strict=True)))
-        ):
-            slots[c].copy_(torch.addcmul(g, a, slots[c + 1]))
+        decays, d_befores = decay.unbind(2), d_before.unbind(2)
+        for c in reversed(range(len(decays))):
+            slots[c].copy_(torch.addcmul(d_befores[c], decays[c], slots[c + 1]))
         d_decay = d_update.flatten(-2).unsqueeze(-2) @ before.flatten(-2).unsqueeze(-1)
         return d_decay, d_update, d_memory
 
 
 def _chunked(x: Tensor, groups: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Split (B, H, T, ...) into (B, G, C, R, L, ...), in `dtype`, T filled up with zeros."""
+    """Split (B, H, T, ...) into (B, G, C, R, L, ...), in `dtype`; T is filled up with zeros."""
     fill = -x.shape[2] % length
     if fill:
         x = F.pad(x, [0, 0] * (x.ndim - 3) + [0, fill])
@@ -145,11 +159,12 @@ def _chunked(x: Tensor, groups: int, length: int, dtype: torch.dtype) -> Tensor:
 def _log_weights(
     i: Tensor, f: Tensor, groups: int, length: int, segment_ids: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Log-weight of key s for query t, sum of log f over (s, t] plus i_s; the last column is the incoming state.
+    """Sum the log-weights D_ts of every pair: log f over (s, t] plus i_s; i, f (B, H, T).
 
-    Each sum is formed from its own terms by a product with a 0/1 matrix. Differences of cumulative sums would cancel:
-    one closed forget gate (log f = -60) would cost every later pair of the chunk its accuracy.
-    Returns (B, G, C, R, L, L + 1), LOG_ZERO or lower where s is not visible to t.
+    Returns (B, G, C, R, L, L + 1), LOG_ZERO or lower where t does not see s. The last column is the
+    incoming state. Each sum is formed from its own terms, by a product with a 0/1 matrix.
+    Differences of cumulative sums would cancel: one closed forget gate (log f = -60) would cost
+    every later pair of the chunk its accuracy.
     """
     L, fill = length, -i.shape[2] % length
     i, f = i.to(dtype), f.to(dtype)
@@ -157,27 +172,26 @@ def _log_weights(
         i, f = F.pad(i, (0, fill), value=LOG_ZERO), F.pad(f, (0, fill), value=-LOG_ZERO)
     # Off the CPU a float32 product may be rounded to TF32; log-weights cannot be.
     exact = dtype if i.device.type == "cpu" else torch.float64
-    gates = torch.cat(
-        [_chunked(F.logsigmoid(f), groups, L, exact), _chunked(i, groups, L, exact)], dim=-1
-    )
+    log_f = _chunked(F.logsigmoid(f), groups, L, exact)  # (B, G, C, R, L)
+    gates = torch.cat([log_f, _chunked(i, groups, L, exact)], dim=-1)
     t, s, r = (torch.arange(n, device=i.device) for n in (L, L + 1, L))
     s = torch.where(s == L, -1, s)  # the incoming state stands before the first token
     after_key = s < r[:, None, None]  # (r, 1, s)
     spans = after_key & (r[:, None, None] <= t[:, None])  # log f_r counts if s < r <= t
-    picks = (s == r[:, None, None]).expand_as(spans)
+    picks = (s == r[:, None, None]).expand_as(spans)  # i_r counts if r = s
     to_pairs = torch.cat([spans, picks]).flatten(1).to(exact)  # (2L, L * (L + 1))
     log_w = (gates @ to_pairs).unflatten(-1, (L, L + 1)).to(dtype)
     return log_w.add_(_visibility(segment_ids, t, s, fill).to(dtype))
 
 
 def _visibility(segment_ids: Tensor | None, t: Tensor, s: Tensor, fill: int) -> Tensor:
-    """0 where key s (or the incoming state, s = -1) is visible to query t, LOG_ZERO elsewhere."""
+    """Return 0 where query t sees key s (the incoming state is s = -1), LOG_ZERO elsewhere."""
     causal = s <= t[:, None]  # (L, L + 1)
     if segment_ids is not None:
-        runs = F.pad(document_runs(segment_ids).float(), (0, fill), mode="replicate").unflatten(
-            1, (-1, len(t))
-        )
-        # The state belongs to the document of the token before the chunk; at the start of the row, to the first one.
+        runs = F.pad(document_runs(segment_ids).float(), (0, fill), mode="replicate")
+        runs = runs.unflatten(1, (-1, len(t)))  # (B, C, L)
+        # The entering state belongs to the document of the token before the chunk. At the start of
+        # the row that is the first document (0).
         entering = F.pad(runs[:, :-1, -1:], (0, 0, 1, 0))
         keys = torch.cat([runs, entering], dim=-1)
         causal = causal & (runs.unsqueeze(-1) == keys.unsqueeze(-2))  # (B, C, L, L + 1)
@@ -186,12 +200,14 @@ def _visibility(segment_ids: Tensor | None, t: Tensor, s: Tensor, fill: int) -> 
 
 
 def _chunk_stabilisers(last: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """Stabiliser of the state that enters each chunk (B, G, C, R), and of the one that leaves the last (B, G, R).
+    """Return the stabiliser m of the state that enters each chunk, and of the one that leaves.
 
-    last (B, G, C, R, L + 1): log-weights of each chunk's last row. m (B, H).
+    last (B, G, C, R, L + 1): log-weights of each chunk's last row. m (B, H): of the initial state.
+    Returns (B, G, C, R), and (B, G, R) after the last chunk.
     """
-    peaks, carries = last[..., :-1].amax(dim=-1).unbind(2), last[..., -1].unbind(2)
+    largest = last[..., :-1].amax(dim=-1).unbind(2)  # of the chunk's own tokens
+    log_decays = last[..., -1].unbind(2)
     stabilisers = [m.to(last.dtype).unflatten(1, (last.shape[1], -1))]
-    for peak, carry in zip(peaks, carries, strict=True):
-        stabilisers.append(torch.maximum(carry + stabilisers[-1], peak))
+    for largest_c, log_decay in zip(largest, log_decays, strict=True):
+        stabilisers.append(torch.maximum(log_decay + stabilisers[-1], largest_c))
     return torch.stack(stabilisers[:-1], dim=2), stabilisers[-1]

@@ -1,11 +1,23 @@
-"""Pieces that the mLSTM kernels share: gates, log-weights and loads of a chunk.
+"""Code that the Triton kernels share: gates, log-weights and loads of a chunk.
 
-Imported only where Triton is used. Plain pointers and masks: they run on Triton 3.6 to 3.9 and in its interpreter.
-Letters: L tokens of a chunk, R = H / G. Gates, stabilisers and weights are float32, sums of log f float64.
+Only code that needs Triton imports this module. The kernels use plain pointers and masks, so they
+run on Triton 3.6 to 3.9 and in its interpreter. Gates, stabilisers and weights are float32; sums of
+log f are float64.
+
+Letters and names in all kernels, beyond the legend in `xlstm_kernels`:
+
+- L: tokens of a chunk or block. R = H / G: query heads of a group.
+- DK, DV: the head dims Dk and Dv. BK, BV: the part of them that a program holds as one tile.
+- c: chunk or block. b: row of the batch. h: head of the row. bh, bg: heads of all rows, numbered.
+- t, s: tokens of a row. d, dk, dv: features.
+- row: place of a token in a (B, H, T) tensor. slot: that of a chunk in (B H, chunks, ...).
+- q_b, q_h, q_t: strides of q for batch, head and token; likewise for other tensors.
+- C, n, m, D: as in docs/math.md. A leading d is a gradient: dC is that of C.
+- sum_high + sum_low: b_t, the sum of log f from the start of the chunk, as two float32.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Arguments of kernels are what Triton makes of a launch: pointers, numbers, tiles.
+# Triton gives the arguments of kernels their types at launch: pointers, numbers or tiles.
 from __future__ import annotations
 
 import torch
@@ -18,32 +30,51 @@ LOG_ZERO = tl.constexpr(-1e30)
 
 
 def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype, str]:
-    """Dtype of dot operands, for torch and for Triton, and their precision.
+    """Return the dtype of dot operands, for torch and for Triton, and the precision of products.
 
-    One TF32 product would cut its operands, not round them (Triton 3.6 to 3.9), and float16 lacks the range of
-    unnormalised products: so float16, as float32, takes three.
+    Only bfloat16 is multiplied as it is. One TF32 product would truncate its operands instead of
+    rounding them (Triton 3.6 to 3.9), and float16 lacks the range that unnormalised products need.
+    So float16 and float32 inputs are multiplied as three TF32 products.
     """
-    return (
-        (torch.bfloat16, tl.bfloat16, "ieee")
-        if dtype == torch.bfloat16
-        else (torch.float32, tl.float32, "tf32x3")
-    )
+    if dtype == torch.bfloat16:
+        return torch.bfloat16, tl.bfloat16, "ieee"
+    return torch.float32, tl.float32, "tf32x3"
 
 
 def on_device_of(x: Tensor) -> torch.cuda.device:
-    """Make the device of x current, as launches need it; nothing on a CPU. Unlike device_of, dynamo traces it."""
+    """Make the device of x current, because Triton launches there; do nothing on a CPU."""
+    # torch.cuda.device_of does the same, but dynamo cannot trace it.
     return torch.cuda.device(x.device.index if x.is_cuda else -1)
 
 
+def contiguous_rows(x: Tensor) -> Tensor:
+    """Copy x unless its last dimension is adjacent in memory.
+
+    The kernels need that; all other strides are free.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Name the strides of (B, heads, T, features) tensors as kernels do: q_b, q_h, q_t for q."""
+    named = {}
+    for name, x in tensors.items():
+        named[f"{name}_b"], named[f"{name}_h"], named[f"{name}_t"] = x.stride()[:3]
+    return named
+
+
 @triton.jit
-def place():
-    """Chunk and head of a program. The heads of all rows are on the grid's x: the others end at 65535."""
+def chunk_and_head():
+    """Return the chunk and the head of this program."""
+    # The heads of all rows are on the grid's x axis, because the other axes end at 65535 programs.
     return tl.program_id(1), tl.program_id(0).to(tl.int64)
 
 
 @triton.jit
 def log_sigmoid(x):
-    """log(sigmoid(x)); log1p(y) = y log(u) / (u - 1), u = 1 + y, keeps the small digits of open gates."""
+    """Compute log(sigmoid(x)) = min(x, 0) - log1p(exp(-|x|))."""
+    # log1p(y) = y log(u) / (u - 1) with u = 1 + y: log(u) alone loses the small digits of an open
+    # gate.
     y = tl.exp(-tl.abs(x))
     u = 1.0 + y
     log1p = tl.where(u == 1.0, y, tl.log(u) * y / tl.where(u == 1.0, 1.0, u - 1.0))
@@ -51,125 +82,138 @@ def log_sigmoid(x):
 
 
 @triton.jit
-def max_plus(decay_1, peak_1, decay_2, peak_2):
-    """Compose two steps peak <- max(peak + decay, new)."""
-    return decay_1 + decay_2, tl.maximum(peak_1 + decay_2, peak_2)
+def max_plus(decay_1, max_1, decay_2, max_2):
+    """Compose two steps x <- max(x + decay, max); associative, so that a scan can use it."""
+    return decay_1 + decay_2, tl.maximum(max_1 + decay_2, max_2)
 
 
 @triton.jit
 def gate_kernel(
-    i_ptr, f_ptr, runs_ptr, hi_ptr, lo_ptr, peak_ptr, T, H, SEGMENTED: tl.constexpr, L: tl.constexpr
-):
-    """Per chunk: b_t, the sum of log f since the chunk's start, as hi + lo; peak_t, the largest log-weight at t.
+    i_ptr, f_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, T, H,
+    SEGMENTED: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Sum the forget gates of one chunk. Grid (B H, chunks).
 
-    float32 sums would cancel in b_t - b_s; two floats keep the digits of every difference (docs/math.md).
-    Grid (B H, chunks).
+    Writes b_t, the sum of log f from the start of the chunk, as sum_high + sum_low; and the largest
+    log-weight that a token of the chunk has at t.
     """
-    c, bh = place()
+    c, bh = chunk_and_head()
     t = c * L + tl.arange(0, L)
     inside = t < T
-    at = bh * T + t
-    i = tl.load(i_ptr + at, mask=inside, other=LOG_ZERO).to(tl.float32)
-    f = tl.load(f_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    row = bh * T + t
+    i = tl.load(i_ptr + row, mask=inside, other=LOG_ZERO).to(tl.float32)
+    f = tl.load(f_ptr + row, mask=inside, other=0.0).to(tl.float32)
     log_f = tl.where(inside, log_sigmoid(f), 0.0)
+    # Sums in float32 would cancel in b_t - b_s. Two floats keep the digits of every difference
+    # (docs/kernels.md).
     total = tl.cumsum(log_f.to(tl.float64), 0)
-    hi = total.to(tl.float32)
-    lo = (total - hi.to(tl.float64)).to(tl.float32)
+    sum_high = total.to(tl.float32)
+    sum_low = (total - sum_high.to(tl.float64)).to(tl.float32)
     decay = log_f
     if SEGMENTED:
         runs = runs_ptr + (bh // H) * T + t
         run = tl.load(runs, mask=inside, other=0)
         before = tl.load(runs - 1, mask=inside & (t > 0), other=0)
-        decay = tl.where(
-            (run != before) & (t > 0), LOG_ZERO, log_f
-        )  # a bound of sizes only: no weight is made of it
-    _, peak = tl.associative_scan((decay, i), 0, max_plus)
-    tl.store(hi_ptr + at, hi, mask=inside)
-    tl.store(lo_ptr + at, lo, mask=inside)
-    tl.store(peak_ptr + at, peak, mask=inside)
+        # The maximum restarts with each document. It only bounds the weights; none is computed from
+        # it.
+        decay = tl.where((run != before) & (t > 0), LOG_ZERO, log_f)
+    _, max_log_weight = tl.associative_scan((decay, i), 0, max_plus)
+    tl.store(sum_high_ptr + row, sum_high, mask=inside)
+    tl.store(sum_low_ptr + row, sum_low, mask=inside)
+    tl.store(max_log_weight_ptr + row, max_log_weight, mask=inside)
 
 
 @triton.jit
 def load_rows(ptr, stride, t, T, d):
-    """Tile (tokens t, features d), zero after the row's end."""
-    return tl.load(
-        ptr + t[:, None].to(tl.int64) * stride + d[None, :], mask=(t < T)[:, None], other=0.0
-    )
+    """Load the tile (tokens t, features d); 0 after the end of the row."""
+    inside = (t < T)[:, None]
+    # int64, because a long row of wide features can pass 2^31 values.
+    tile = ptr + t[:, None].to(tl.int64) * stride + d[None, :]
+    return tl.load(tile, mask=inside, other=0.0)
 
 
 @triton.jit
 def load_centred(ptr, stride, centre_ptr, t, T, d):
-    """Tile (tokens t, features d) of values less their common component; every weight after the row's end is 0."""
+    """Load the tile (tokens t, features d) of the values and subtract their common component."""
+    # After the end of the row this is -centre and not 0, but every weight there is 0.
     return load_rows(ptr, stride, t, T, d).to(tl.float32) - tl.load(centre_ptr + d)[None, :]
 
 
 @triton.jit
 def load_runs(runs_ptr, b, c, t, T, L: tl.constexpr):
-    """Documents of the chunk's tokens (-1 after the end), of the token before it, and of its last token."""
-    row = runs_ptr + b * T
-    run = tl.load(row + t, mask=t < T, other=-1)
-    entering = tl.load(row + tl.maximum(c * L - 1, 0))
-    leaving = tl.load(row + tl.minimum(c * L + L, T) - 1)
+    """Load the documents of the chunk's tokens, of the token before it and of its last token.
+
+    Tokens after the end of the row have document -1.
+    """
+    runs_ptr += b * T
+    run = tl.load(runs_ptr + t, mask=t < T, other=-1)
+    entering = tl.load(runs_ptr + tl.maximum(c * L - 1, 0))
+    leaving = tl.load(runs_ptr + tl.minimum(c * L + L, T) - 1)
     return run, entering, leaving
 
 
 @triton.jit
 def entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L: tl.constexpr):
-    """m of the token before the chunk; of the initial state for the first chunk."""
+    """Load m of the token before the chunk; for the first chunk, m of the initial state."""
     before = tl.load(m_ptr + bh * T + tl.maximum(c * L - 1, 0), mask=c > 0, other=0.0)
     return tl.where(c > 0, before, tl.load(m0_ptr + bh))
 
 
 @triton.jit
 def state_weights(
-    hi_ptr,
-    lo_ptr,
-    i_ptr,
-    m_ptr,
-    m0_ptr,
-    runs_ptr,
-    bh,
-    b,
-    c,
-    T,
-    SEGMENTED: tl.constexpr,
-    L: tl.constexpr,
-):
-    """Weights of the entering state at each token (L), of each token in the leaving state (L), and the decay."""
+    sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T,
+    SEGMENTED: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Compute how a chunk reads and writes the state.
+
+    read (L): weight of the entering state at each token. write (L): weight of each token in the
+    leaving state. decay: weight of the entering state in the leaving one.
+    """
     t = c * L + tl.arange(0, L)
-    at, end = bh * T + t, bh * T + tl.minimum(c * L + L, T) - 1
+    row, end = bh * T + t, bh * T + tl.minimum(c * L + L, T) - 1
     inside = t < T
-    hi = tl.load(hi_ptr + at, mask=inside, other=0.0)
-    lo = tl.load(lo_ptr + at, mask=inside, other=0.0)
-    i = tl.load(i_ptr + at, mask=inside, other=LOG_ZERO).to(tl.float32)
-    m = tl.load(m_ptr + at, mask=inside, other=0.0)
+    sum_high = tl.load(sum_high_ptr + row, mask=inside, other=0.0)
+    sum_low = tl.load(sum_low_ptr + row, mask=inside, other=0.0)
+    i = tl.load(i_ptr + row, mask=inside, other=LOG_ZERO).to(tl.float32)
+    m = tl.load(m_ptr + row, mask=inside, other=0.0)
     m_in = entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L)
-    hi_end, lo_end, m_end = tl.load(hi_ptr + end), tl.load(lo_ptr + end), tl.load(m_ptr + end)
+    high_end, low_end = tl.load(sum_high_ptr + end), tl.load(sum_low_ptr + end)
+    m_end = tl.load(m_ptr + end)
     reads, writes, passes = inside, inside, T > 0
     if SEGMENTED:
         run, entering, leaving = load_runs(runs_ptr, b, c, t, T, L)
         reads, writes, passes = run == entering, run == leaving, entering == leaving
-    read = tl.exp(tl.where(reads, (hi + (m_in - m)) + lo, LOG_ZERO))
-    write = tl.exp(tl.where(writes, ((hi_end - hi) + (i - m_end)) + (lo_end - lo), LOG_ZERO))
-    decay = tl.exp(tl.where(passes, (hi_end + (m_in - m_end)) + lo_end, LOG_ZERO))
+    # Differences of the large parts come first, so that the small parts are not lost in a large
+    # sum.
+    log_read = (sum_high + (m_in - m)) + sum_low
+    read = tl.exp(tl.where(reads, log_read, LOG_ZERO))
+    log_write = ((high_end - sum_high) + (i - m_end)) + (low_end - sum_low)
+    write = tl.exp(tl.where(writes, log_write, LOG_ZERO))
+    log_decay = (high_end + (m_in - m_end)) + low_end
+    decay = tl.exp(tl.where(passes, log_decay, LOG_ZERO))
     return read, write, decay
 
 
 @triton.jit
 def pair_weights(
-    hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED: tl.constexpr, L: tl.constexpr
-):
-    """exp(D_ts - m_t) of the chunk's pairs (query t, key s), (L, L); 0 where t does not see s."""
+    sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T,
+    SEGMENTED: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Compute exp(D_ts - m_t) of the chunk's pairs (query t, key s), (L, L).
+
+    The weight is 0 where t does not see s.
+    """
     t = c * L + tl.arange(0, L)
-    at = bh * T + t
+    row = bh * T + t
     inside = t < T
-    hi = tl.load(hi_ptr + at, mask=inside, other=0.0)
-    lo = tl.load(lo_ptr + at, mask=inside, other=0.0)
-    i = tl.load(i_ptr + at, mask=inside, other=LOG_ZERO).to(tl.float32)
-    m = tl.load(m_ptr + at, mask=inside, other=0.0)
-    log_w = ((hi[:, None] - hi[None, :]) + (i[None, :] - m[:, None])) + (lo[:, None] - lo[None, :])
+    sum_high = tl.load(sum_high_ptr + row, mask=inside, other=0.0)
+    sum_low = tl.load(sum_low_ptr + row, mask=inside, other=0.0)
+    i = tl.load(i_ptr + row, mask=inside, other=LOG_ZERO).to(tl.float32)
+    m = tl.load(m_ptr + row, mask=inside, other=0.0)
+    log_weight = (sum_high[:, None] - sum_high[None, :]) + (i[None, :] - m[:, None])
+    log_weight = log_weight + (sum_low[:, None] - sum_low[None, :])
     visible = (t[:, None] >= t[None, :]) & inside[:, None]
     if SEGMENTED:
         run = tl.load(runs_ptr + b * T + t, mask=inside, other=-1)
         visible = visible & (run[:, None] == run[None, :])
-    return tl.exp(tl.where(visible, log_w, LOG_ZERO))
+    return tl.exp(tl.where(visible, log_weight, LOG_ZERO))

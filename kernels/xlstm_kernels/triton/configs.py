@@ -1,6 +1,8 @@
-"""Launch settings of the Triton kernels by shape: a table, not a search: runs compile what the tests compiled.
+"""Launch settings of the Triton kernels, by shape.
 
-`python -m xlstm_kernels.benchmarks.tune` measures on a GPU and rewrites `triton/table.py`; nothing here imports Triton.
+They are a table and not a search at run time, so that a run compiles what the tests compiled.
+`python -m xlstm_kernels.benchmarks.tune` measures on a GPU and rewrites `triton/table.py`.
+Nothing here imports Triton.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ from xlstm_kernels.triton.table import MLSTM, WINDOW
 
 
 class Launch(NamedTuple):
-    """Tile of key features and of value features of a program, warps, and stages of the software pipeline."""
+    """Settings of one kernel.
+
+    block_k, block_v: tile of key features and of value features of a program. stages: of the
+    software pipeline.
+    """
 
     block_k: int
     block_v: int
@@ -22,7 +28,10 @@ class Launch(NamedTuple):
 
 
 class MLSTMConfig(NamedTuple):
-    """Tokens of a chunk, one for all kernels since they share the states, and each kernel's launch."""
+    """Tokens of a chunk, and the launch of each kernel.
+
+    The chunk is the same for all kernels, because they share the states at its borders.
+    """
 
     chunk: int
     states: Launch
@@ -33,7 +42,7 @@ class MLSTMConfig(NamedTuple):
 
 
 class WindowConfig(NamedTuple):
-    """Tokens of a block of queries or keys; warps and stages of the forward and of the backward kernels."""
+    """Tokens of a block of queries or keys; warps and stages, forward and backward (grad)."""
 
     block: int
     warps: int
@@ -43,20 +52,26 @@ class WindowConfig(NamedTuple):
 
 
 def width(dtype: torch.dtype) -> int:
-    """Bytes of a dot operand: 2 for bfloat16; 4 otherwise, since float16 is computed as TF32 (docs/kernels.md)."""
+    """Return the bytes of a dot operand: 2 for bfloat16, else 4.
+
+    float16 has 4, because it is multiplied as TF32 (docs/kernels.md).
+    """
     return 2 if dtype == torch.bfloat16 else 4
 
 
 def mlstm_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> MLSTMConfig:
-    """Look up the settings of a head's dtype and larger dimension, tiles cut to its dimensions."""
+    """Look up the settings for a head's dtype and dimensions.
+
+    The table goes by the larger dimension, at least 32; tiles are cut to the dimensions.
+    """
     chunk, *launches = MLSTM[width(dtype), max(32, key_dim, value_dim)]
-    cut = (
-        Launch(min(k, key_dim), min(v, value_dim), warps, stages)
-        for k, v, warps, stages in launches
-    )
-    return MLSTMConfig(chunk, *cut)
+    fitting = [
+        Launch(min(block_k, key_dim), min(block_v, value_dim), warps, stages)
+        for block_k, block_v, warps, stages in launches
+    ]
+    return MLSTMConfig(chunk, *fitting)
 
 
 def window_config(dtype: torch.dtype, dim: int) -> WindowConfig:
-    """Look up the settings of a head's dtype and dimension."""
+    """Look up the settings for a head's dtype and dimension, at least 32."""
     return WindowConfig(*WINDOW[width(dtype), max(32, dim)])

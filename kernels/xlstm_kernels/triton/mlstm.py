@@ -1,4 +1,7 @@
-"""Chunkwise mLSTM on Triton: launches the kernels and joins them to autograd."""
+"""Chunkwise mLSTM on Triton: launches the kernels and joins them to autograd.
+
+Letters: the legend in `xlstm_kernels`.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,18 @@ from torch.autograd.function import once_differentiable
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState
 from xlstm_kernels.triton import common
-from xlstm_kernels.triton import mlstm_backward as bwd
-from xlstm_kernels.triton import mlstm_forward as fwd
-from xlstm_kernels.triton.common import dot_format, on_device_of
+from xlstm_kernels.triton import mlstm_backward as backward_kernels
+from xlstm_kernels.triton import mlstm_forward as forward_kernels
+from xlstm_kernels.triton.common import contiguous_rows, dot_format, on_device_of, strides
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig, mlstm_config
 
 
 class Inputs(NamedTuple):
-    """What both passes read; centre (B, G, Dv) is subtracted from v, runs (B, T) numbers the documents of a row."""
+    """What both passes read of the arguments.
+
+    centre (B, G, Dv): the common component, subtracted from v (B, G, T, Dv). C0, n0, m0: the
+    initial state. runs (B, T): the documents of each row, numbered; None for one document a row.
+    """
 
     q: Tensor
     k: Tensor
@@ -33,17 +40,21 @@ class Inputs(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """What the kernels read of the gates: i, f; sums of log f (hi + lo) and largest log-weights (B, H, T) by chunk."""
+    """What the kernels read of the gates, each (B, H, T).
+
+    i, f: preactivations. sum_high + sum_low: sum of log f from the start of the token's chunk.
+    max_log_weight: largest log-weight that a token of the chunk has at this token.
+    """
 
     i: Tensor
     f: Tensor
-    hi: Tensor
-    lo: Tensor
-    peak: Tensor
+    sum_high: Tensor
+    sum_low: Tensor
+    max_log_weight: Tensor
 
 
 class Sizes(NamedTuple):
-    """Sizes of a call, and the compile-time settings that depend on it."""
+    """Sizes of a call, and the compile-time settings that follow from it."""
 
     B: int
     H: int
@@ -54,19 +65,20 @@ class Sizes(NamedTuple):
     chunks: int
     segmented: bool
     dtype: torch.dtype  # of dot operands and of the states kept per chunk
-    dot: tl.dtype  # the same
+    dot: tl.dtype  # the same dtype, for Triton
     precision: str
 
     def head_settings(self, launch: Launch, chunk: int) -> dict[str, Any]:
-        """Keyword arguments that all kernels with tiles share."""
+        """Return the keyword arguments that all kernels with tiles share."""
         block_k, block_v, warps, stages = launch
         return {
-            "SEGMENTED": self.segmented, "PRECISION": self.precision, "L": chunk, "DK": self.Dk, "DV": self.Dv,
-            "BK": block_k, "BV": block_v, "num_warps": warps, "num_stages": stages,
+            "SEGMENTED": self.segmented, "PRECISION": self.precision,
+            "L": chunk, "DK": self.Dk, "DV": self.Dv, "BK": block_k, "BV": block_v,
+            "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
 
     def state_tiles(self, launch: Launch) -> int:
-        """Tiles of all states."""
+        """Count the tiles of the states of all heads."""
         return self.B * self.H * (self.Dk // launch.block_k) * (self.Dv // launch.block_v)
 
 
@@ -76,27 +88,36 @@ def mlstm_triton(
     v: Tensor,
     i: Tensor,
     f: Tensor,
+    *,
     segment_ids: Tensor | None,
     state: MLSTMState | None,
     config: MLSTMConfig | None = None,
 ) -> tuple[Tensor, MLSTMState]:
-    """Run the mLSTM; shapes and meaning as in `xlstm_kernels.mlstm`, which validates them. config: of the table."""
+    """Run the mLSTM; shapes and meaning as in `xlstm_kernels.mlstm`, which checks the arguments.
+
+    config: launch settings, from the table by default.
+    """
     B, H, _, Dk = q.shape
     Dv, dtype = v.shape[3], v.dtype
     state = state or MLSTMState.zeros(B, H, Dk, Dv, device=q.device)
     runs = None if segment_ids is None else document_runs(segment_ids).int()
     common_dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    q, k, v = (_rows(x.to(common_dtype)) for x in (q, k, v))
+    q, k, v = (contiguous_rows(x.to(common_dtype)) for x in (q, k, v))
     config = config or mlstm_config(common_dtype, Dk, Dv)
     h, C, n, m = ChunkwiseMLSTM.apply(
-        q, k, v, i.contiguous(), f.contiguous(), state.C.contiguous(), state.n.contiguous(),
-        state.m.detach().contiguous(), runs, config,
+        q, k, v, i.contiguous(), f.contiguous(),
+        state.C.contiguous(), state.n.contiguous(), state.m.detach().contiguous(),
+        runs, config,
     )  # fmt: skip
     return h.to(dtype), MLSTMState(C, n, m)
 
 
 class ChunkwiseMLSTM(Function):
-    """h and the final state; saves inputs, h - centre, denominators and m, and recomputes the states of the chunks."""
+    """Compute h and the final state.
+
+    Saves the inputs, h - centre, the denominators and m. The backward pass computes the states of
+    the chunks again: they would be the largest thing to keep.
+    """
 
     @staticmethod
     def forward(
@@ -113,18 +134,17 @@ class ChunkwiseMLSTM(Function):
         config: MLSTMConfig,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         B, H, T, Dk = q.shape
+        G, Dv = v.shape[1], v.shape[3]
         chunks = -(-T // config.chunk)
-        sizes = Sizes(
-            B, H, v.shape[1], T, Dk, v.shape[3], chunks, runs is not None, *dot_format(q.dtype)
-        )
-        x = Inputs(q, k, v, common_component(v), C0, n0, m0, runs)
+        sizes = Sizes(B, H, G, T, Dk, Dv, chunks, runs is not None, *dot_format(q.dtype))
+        inputs = Inputs(q, k, v, common_component(v), C0, n0, m0, runs)
         with on_device_of(q):
             gates = sum_gates(i, f, runs, sizes, config.chunk)
-            C, n, m, C_end, n_end = run_states(x, gates, sizes, config)
-            h, ratio, den = run_outputs(
-                x, gates, (C, n, m), any(ctx.needs_input_grad), sizes, config
+            C, n, m, C_end, n_end = run_states(inputs, gates, sizes, config)
+            h, h_centred, den = run_outputs(
+                inputs, gates, (C, n, m), any(ctx.needs_input_grad), sizes, config
             )
-        ctx.save_for_backward(*x, *gates, ratio, den, m)
+        ctx.save_for_backward(*inputs, *gates, h_centred, den, m)
         ctx.sizes, ctx.config = sizes, config
         m_end = m[:, :, -1].clone()
         ctx.mark_non_differentiable(m_end)
@@ -136,129 +156,166 @@ class ChunkwiseMLSTM(Function):
         ctx: Any, dh: Tensor, dC_end: Tensor, dn_end: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         saved, sizes, config = ctx.saved_tensors, ctx.sizes, ctx.config
-        x, gates, (ratio, den, m) = Inputs(*saved[:8]), Gates(*saved[8:13]), saved[13:]
+        inputs, gates, (h_centred, den, m) = Inputs(*saved[:8]), Gates(*saved[8:13]), saved[13:]
         needed, dh = ctx.needs_input_grad, dh.contiguous()
-        centre = x.centre.repeat_interleave(sizes.H // sizes.G, 1)[:, :, None]  # (B, H, 1, Dv)
-        dn_end = dn_end + (dC_end * centre).sum(-1)  # C_end is the centred state plus n_end centreᵀ
+        centre = inputs.centre.repeat_interleave(sizes.H // sizes.G, 1)[:, :, None]  # (B, H, 1, Dv)
+        # C_end is the state of the centred values plus n_end centreᵀ, so n_end has a part in it.
+        dn_end = dn_end + (dC_end * centre).sum(-1)
         dq = dk = dv = di = df = None
         with on_device_of(dh):
-            e = torch.empty_like(m)
-            bwd.denominator_kernel[sizes.B * sizes.H, sizes.chunks](
-                ratio, dh, den, e, sizes.T, DOT=sizes.dot, L=config.chunk, DV=sizes.Dv
-            )
-            rows = Rows(dh, den, e, m)
+            d_den = run_denominator_grads(h_centred, dh, den, sizes, config)
+            rows = Rows(dh, den, d_den, m)
             dC, dn, dC0, dn0 = run_state_grads(
-                x, gates, rows, (dC_end.contiguous(), dn_end), sizes, config
+                inputs, gates, rows, (dC_end.contiguous(), dn_end), sizes, config
             )
             if needed[0] or needed[1] or needed[3] or needed[4]:
-                dq, dk, di, df = run_query_key_grads(x, gates, rows, (dC, dn), sizes, config)
+                dq, dk, di, df = run_query_key_grads(inputs, gates, rows, (dC, dn), sizes, config)
             if needed[2]:
-                dv = run_value_grads(x, gates, rows, dC, sizes, config)
+                dv = run_value_grads(inputs, gates, rows, dC, sizes, config)
         dn0 = dn0 - (dC0 * centre).sum(-1)
         grads = (dq, dk, dv, di, df, dC0, dn0)
-        return (
-            *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=False)),
-            None,
-            None,
-            None,
-        )
+        wanted = [grad if needs else None for grad, needs in zip(grads, needed, strict=False)]
+        return (*wanted, None, None, None)  # m0, runs and config have no gradient
 
 
 class Rows(NamedTuple):
-    """What the backward kernels read of each token's row: dh, denominator and its gradient e, stabiliser."""
+    """What the backward kernels read of each token: dh, denominator, its gradient, stabiliser."""
 
     dh: Tensor
     den: Tensor
-    e: Tensor
+    d_den: Tensor
     m: Tensor
 
 
 @torch.no_grad()
 def common_component(v: Tensor) -> Tensor:
-    """Return a vector near the mean of each head's values, (B, G, Dv) in float32: the mean on a coarse grid.
+    """Return a vector c near the mean of each head's values: the mean on a coarse grid.
 
-    h(v - c) = h(v) - c, and gradients do not change; but what they cancel, v against h, is then small, and so is its
-    rounding. The grid's step, a power of 2 near the standard deviation, leaves values without a common component
-    as they are, and makes v - c in bfloat16 exact or nearly so. Values too large to be squared are left alone.
+    v (B, G, T, Dv) -> (B, G, Dv) in float32. h(v - c) = h(v) - c, and the gradients do not change.
+    But the gradients cancel v against h: without c, both are small there, and so is their rounding.
+    The step of the grid is a power of 2 near the standard deviation. So c is 0 for values without a
+    common component, and v - c is exact in bfloat16, or nearly so.
     """
     mean = v.mean(2, dtype=torch.float32)
     squares = torch.linalg.vector_norm(v, dim=2, dtype=torch.float32).square() / v.shape[2]
     spread = (squares - mean.square()).clamp(min=0.0).sqrt().maximum(mean.abs() / 256)
     step = torch.exp2(spread.log2().floor())
+    # Values too large to be squared, and values that are all 0, give inf or nan: they get c = 0.
     return torch.nan_to_num(step * (mean / step).round(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes, chunk: int) -> Gates:
-    """Sum the forget gates of each chunk."""
-    hi, lo, peak = (torch.empty(i.shape, dtype=torch.float32, device=i.device) for _ in range(3))
-    common.gate_kernel[sizes.B * sizes.H, sizes.chunks](
-        i, f, runs, hi, lo, peak, sizes.T, sizes.H, SEGMENTED=sizes.segmented, L=chunk
+    """Sum the forget gates of each chunk; i, f (B, H, T)."""
+    sum_high, sum_low, max_log_weight = (
+        torch.empty(i.shape, dtype=torch.float32, device=i.device) for _ in range(3)
     )
-    return Gates(i, f, hi, lo, peak)
+    common.gate_kernel[sizes.B * sizes.H, sizes.chunks](
+        i_ptr=i, f_ptr=f, runs_ptr=runs,
+        sum_high_ptr=sum_high, sum_low_ptr=sum_low, max_log_weight_ptr=max_log_weight,
+        T=sizes.T, H=sizes.H, SEGMENTED=sizes.segmented, L=chunk,
+    )  # fmt: skip
+    return Gates(i, f, sum_high, sum_low, max_log_weight)
 
 
 def run_states(
-    x: Inputs, gates: Gates, sizes: Sizes, config: MLSTMConfig
+    inputs: Inputs, gates: Gates, sizes: Sizes, config: MLSTMConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return centred C (B H, chunks, Dk, Dv), n (B H, chunks, Dk) at the chunks' starts; m (B, H, T); final C and n."""
+    """Carry the state over the chunks.
+
+    Returns what enters each chunk, C of the centred values (B H, chunks, Dk, Dv) and n
+    (B H, chunks, Dk); m (B, H, T) of every token; and the final C and n.
+    """
     B, H, G, T, Dk, Dv, chunks = sizes[:7]
-    C = torch.empty(B * H, chunks, Dk, Dv, dtype=sizes.dtype, device=x.q.device)
-    n = torch.empty(B * H, chunks, Dk, device=x.q.device)
-    m = torch.empty(B, H, T, device=x.q.device)
-    C_end, n_end = torch.empty_like(x.C0), torch.empty_like(x.n0)
+    C = torch.empty(B * H, chunks, Dk, Dv, dtype=sizes.dtype, device=inputs.q.device)
+    n = torch.empty(B * H, chunks, Dk, device=inputs.q.device)
+    m = torch.empty(B, H, T, device=inputs.q.device)
+    C_end, n_end = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
     launch = config.states
-    fwd.state_kernel[(sizes.state_tiles(launch),)](
-        x.k, x.v, x.centre, gates.i, gates.hi, gates.lo, gates.peak, x.runs, x.C0, x.n0, x.m0, C, n, m, C_end, n_end,
-        *x.k.stride()[:3], *x.v.stride()[:3], T, H, H // G, chunks, **sizes.head_settings(launch, config.chunk),
+    forward_kernels.state_kernel[(sizes.state_tiles(launch),)](
+        k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre, runs_ptr=inputs.runs,
+        i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
+        max_log_weight_ptr=gates.max_log_weight,
+        C0_ptr=inputs.C0, n0_ptr=inputs.n0, m0_ptr=inputs.m0,
+        C_ptr=C, n_ptr=n, m_ptr=m, C_end_ptr=C_end, n_end_ptr=n_end,
+        T=T, H=H, R=H // G, chunks=chunks,
+        **strides(k=inputs.k, v=inputs.v), **sizes.head_settings(launch, config.chunk),
     )  # fmt: skip
     return C, n, m, C_end, n_end
 
 
 def run_outputs(
-    x: Inputs,
+    inputs: Inputs,
     gates: Gates,
     states: tuple[Tensor, Tensor, Tensor],
     keep: bool,
     sizes: Sizes,
     config: MLSTMConfig,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return h and, to keep, h - centre (B, H, T, Dv) in the dtype of v; and the denominators (B, H, T)."""
+    """Return h, h - centre (None unless `keep`) and the denominators.
+
+    h, h - centre (B, H, T, Dv) in the dtype of v; the denominators (B, H, T) in float32.
+    """
     B, H, G, T, _, Dv, chunks = sizes[:7]
     C, n, m = states
-    h = torch.empty(B, H, T, Dv, dtype=x.v.dtype, device=x.v.device)
-    ratio = torch.empty_like(h) if keep else None
+    h = torch.empty(B, H, T, Dv, dtype=inputs.v.dtype, device=inputs.v.device)
+    h_centred = torch.empty_like(h) if keep else None
     den, launch = torch.empty_like(m), config.output
-    fwd.output_kernel[B * H, chunks, Dv // launch.block_v](
-        x.q, x.k, x.v, x.centre, gates.i, gates.hi, gates.lo, m, x.m0, x.runs, C, n, h, ratio, den,
-        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], T, H, H // G, chunks,
+    forward_kernels.output_kernel[B * H, chunks, Dv // launch.block_v](
+        q_ptr=inputs.q, k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre,
+        i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
+        m_ptr=m, m0_ptr=inputs.m0, runs_ptr=inputs.runs, C_ptr=C, n_ptr=n,
+        h_ptr=h, h_centred_ptr=h_centred, den_ptr=den,
+        T=T, H=H, R=H // G, chunks=chunks,
+        **strides(q=inputs.q, k=inputs.k, v=inputs.v),
         **sizes.head_settings(launch, config.chunk),
     )  # fmt: skip
-    return h, ratio, den
+    return h, h_centred, den
+
+
+def run_denominator_grads(
+    h_centred: Tensor, dh: Tensor, den: Tensor, sizes: Sizes, config: MLSTMConfig
+) -> Tensor:
+    """Return d_den (B, H, T), the gradients of the denominators."""
+    d_den = torch.empty_like(den)
+    backward_kernels.denominator_kernel[sizes.B * sizes.H, sizes.chunks](
+        h_centred_ptr=h_centred, dh_ptr=dh, den_ptr=den, d_den_ptr=d_den,
+        T=sizes.T, DOT=sizes.dot, L=config.chunk, DV=sizes.Dv,
+    )  # fmt: skip
+    return d_den
 
 
 def run_state_grads(
-    x: Inputs,
+    inputs: Inputs,
     gates: Gates,
     rows: Rows,
     ends: tuple[Tensor, Tensor],
     sizes: Sizes,
     config: MLSTMConfig,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of the centred C and of n that leave each chunk, and of those that enter the first."""
+    """Carry the gradient of the state, C of the centred values and n, back over the chunks.
+
+    ends: gradients of the final C and n. Returns those of the C and n that leave each chunk, and
+    of those that enter the first.
+    """
     B, H, _, T, Dk, Dv, chunks = sizes[:7]
-    dC = torch.empty(B * H, chunks, Dk, Dv, dtype=sizes.dtype, device=x.q.device)
-    dn = torch.empty(B * H, chunks, Dk, device=x.q.device)
-    dC0, dn0 = torch.empty_like(x.C0), torch.empty_like(x.n0)
+    dC = torch.empty(B * H, chunks, Dk, Dv, dtype=sizes.dtype, device=inputs.q.device)
+    dn = torch.empty(B * H, chunks, Dk, device=inputs.q.device)
+    dC0, dn0 = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
+    dC_end, dn_end = ends
     launch = config.state_grads
-    bwd.state_grad_kernel[(sizes.state_tiles(launch),)](
-        x.q, rows.dh, rows.den, rows.e, gates.i, gates.hi, gates.lo, rows.m, x.m0, x.runs, *ends, dC, dn, dC0, dn0,
-        *x.q.stride()[:3], T, H, chunks, **sizes.head_settings(launch, config.chunk),
+    backward_kernels.state_grad_kernel[(sizes.state_tiles(launch),)](
+        q_ptr=inputs.q, dh_ptr=rows.dh, den_ptr=rows.den, d_den_ptr=rows.d_den,
+        i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
+        m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
+        dC_end_ptr=dC_end, dn_end_ptr=dn_end, dC_ptr=dC, dn_ptr=dn, dC0_ptr=dC0, dn0_ptr=dn0,
+        T=T, H=H, chunks=chunks,
+        **strides(q=inputs.q), **sizes.head_settings(launch, config.chunk),
     )  # fmt: skip
     return dC, dn, dC0, dn0
 
 
 def run_query_key_grads(
-    x: Inputs,
+    inputs: Inputs,
     gates: Gates,
     rows: Rows,
     state_grads: tuple[Tensor, Tensor],
@@ -267,31 +324,37 @@ def run_query_key_grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk (B, H, T, Dk), di and df (B, H, T); computes the states again."""
     B, H, G, T, Dk, _, chunks = sizes[:7]
-    C, n, _, _, _ = run_states(x, gates, sizes, config)
-    dq, dk = (torch.empty(B, H, T, Dk, dtype=x.q.dtype, device=x.q.device) for _ in range(2))
+    C, n, _, _, _ = run_states(inputs, gates, sizes, config)
+    dC, dn = state_grads
+    dq, dk = (
+        torch.empty(B, H, T, Dk, dtype=inputs.q.dtype, device=inputs.q.device) for _ in range(2)
+    )
     di, df = torch.empty_like(gates.i), torch.empty_like(gates.f)
-    bwd.query_key_grad_kernel[B * H, chunks](
-        x.q, x.k, x.v, x.centre, gates.i, gates.f, rows.dh, rows.den, rows.e, gates.hi, gates.lo, rows.m, x.m0, x.runs,
-        C, n, *state_grads, dq, dk, di, df, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], T, H, H // G,
-        chunks, **sizes.head_settings(config.query_key_grads, config.chunk),
+    backward_kernels.query_key_grad_kernel[B * H, chunks](
+        q_ptr=inputs.q, k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre,
+        dh_ptr=rows.dh, den_ptr=rows.den, d_den_ptr=rows.d_den,
+        i_ptr=gates.i, f_ptr=gates.f, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
+        m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
+        C_ptr=C, n_ptr=n, dC_ptr=dC, dn_ptr=dn, dq_ptr=dq, dk_ptr=dk, di_ptr=di, df_ptr=df,
+        T=T, H=H, R=H // G, chunks=chunks,
+        **strides(q=inputs.q, k=inputs.k, v=inputs.v),
+        **sizes.head_settings(config.query_key_grads, config.chunk),
     )  # fmt: skip
     return dq, dk, di, df
 
 
 def run_value_grads(
-    x: Inputs, gates: Gates, rows: Rows, dC: Tensor, sizes: Sizes, config: MLSTMConfig
+    inputs: Inputs, gates: Gates, rows: Rows, dC: Tensor, sizes: Sizes, config: MLSTMConfig
 ) -> Tensor:
     """Return dv (B, G, T, Dv)."""
     B, H, G, T, _, Dv, chunks = sizes[:7]
-    dv = torch.empty(B, G, T, Dv, dtype=x.v.dtype, device=x.v.device)
+    dv = torch.empty(B, G, T, Dv, dtype=inputs.v.dtype, device=inputs.v.device)
     launch = config.value_grads
-    bwd.value_grad_kernel[B * G, chunks, Dv // launch.block_v](
-        x.q, x.k, gates.i, rows.dh, rows.den, gates.hi, gates.lo, rows.m, x.m0, x.runs, dC, dv,
-        *x.q.stride()[:3], *x.k.stride()[:3], T, H, H // G, chunks, **sizes.head_settings(launch, config.chunk),
+    backward_kernels.value_grad_kernel[B * G, chunks, Dv // launch.block_v](
+        q_ptr=inputs.q, k_ptr=inputs.k, dh_ptr=rows.dh, den_ptr=rows.den,
+        i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
+        m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs, dC_ptr=dC, dv_ptr=dv,
+        T=T, H=H, R=H // G, chunks=chunks,
+        **strides(q=inputs.q, k=inputs.k), **sizes.head_settings(launch, config.chunk),
     )  # fmt: skip
     return dv
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Make the features of a token adjacent in memory; other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,57 +1,67 @@
-"""Backward kernels of the chunkwise mLSTM: gradients of the states in reverse order, then of every chunk at once.
+"""Backward kernels of the chunkwise mLSTM.
 
-With g = dh / den and e = -(g . h), the gradients of numerator and denominator (docs/math.md, "Gradients"). Values, and
-so h in e, are taken less their common component (docs/kernels.md, "How the mLSTM runs").
+The gradients of the states come first, in reverse order; then those of all chunks at once. With
+h = num / den: d_num = dh / den and d_den = -(d_num . h) (docs/math.md, "Gradients"). The values,
+and so the h in d_den, are taken less their common component (docs/kernels.md).
+The letters and names are those of `triton/common.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Arguments of kernels are what Triton makes of a launch: pointers, numbers, tiles.
+# Triton gives the arguments of kernels their types at launch: pointers, numbers or tiles.
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import load_centred, load_rows, pair_weights, place, state_weights
+from xlstm_kernels.triton.common import (
+    chunk_and_head,
+    load_centred,
+    load_rows,
+    pair_weights,
+    state_weights,
+)
 
 
 @triton.jit
 def denominator_kernel(
-    ratio_ptr, dh_ptr, den_ptr, e_ptr, T, DOT: tl.constexpr, L: tl.constexpr, DV: tl.constexpr
+    h_centred_ptr, dh_ptr, den_ptr, d_den_ptr, T,
+    DOT: tl.constexpr, L: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """e (B, H, T), the gradient of the denominator, of the g that the products take: rounded. Grid (B H, chunks).
-
-    A row's sum of g . v + e over its weights is 0; the gradient of the forget gate adds up what is left of it.
-    """
-    c, bh = place()
+    """Compute d_den (B, H, T), the gradient of the denominator. Grid (B H, chunks)."""
+    c, bh = chunk_and_head()
     t, dv = c * L + tl.arange(0, L), tl.arange(0, DV)
-    ratio = load_rows(ratio_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32)
-    g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(DOT).to(tl.float32)
-    tl.store(e_ptr + bh * T + t, -tl.sum(ratio * g, 1), mask=t < T)
+    # d_num is rounded here as the products round it. The weighted sum of d_num . v + d_den over a
+    # row is 0 only if both terms use the same d_num, and the gradient of the forget gate adds up
+    # whatever is left of that sum.
+    h_centred = load_rows(h_centred_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32)
+    d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(DOT).to(tl.float32)
+    tl.store(d_den_ptr + bh * T + t, -tl.sum(h_centred * d_num, 1), mask=t < T)
 
 
 @triton.jit
 def load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV: tl.constexpr):
-    """g = dh / den of the chunk's tokens, (L, BV) in float32."""
+    """Load dh and compute d_num = dh / den of the chunk's tokens, (L, BV) in float32."""
     den = tl.load(den_ptr + bh * T + t, mask=t < T, other=1.0)
     return load_rows(dh_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32) / den[:, None]
 
 
 @triton.jit
 def state_grad_kernel(
-    q_ptr, dh_ptr, den_ptr, e_ptr, i_ptr, hi_ptr, lo_ptr, m_ptr, m0_ptr, runs_ptr, dC_end_ptr, dn_end_ptr,
-    dC_ptr, dn_ptr, dC0_ptr, dn0_ptr,
+    q_ptr, dh_ptr, den_ptr, d_den_ptr, i_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
+    dC_end_ptr, dn_end_ptr, dC_ptr, dn_ptr, dC0_ptr, dn0_ptr,
     q_b, q_h, q_t, T, H, chunks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Carry one tile of the memory's gradient back over the chunks; stores that of the state leaving each chunk.
+    """Carry one tile of the memory's gradient back over the chunks. Grid (B H * DV / BV * DK / BK).
 
-    Grid (B H * DV / BV * DK / BK).
+    Stores the gradient of the state that leaves each chunk, and of the state that enters the first
+    one.
     """
-    ik, iv = tl.program_id(0) % (DK // BK), tl.program_id(0) // (DK // BK) % (DV // BV)
+    tile_k, tile_v = tl.program_id(0) % (DK // BK), tl.program_id(0) // (DK // BK) % (DV // BV)
     bh = (tl.program_id(0) // (DK // BK * (DV // BV))).to(tl.int64)
     b, h = bh // H, bh % H
-    dk, dv = ik * BK + tl.arange(0, BK), iv * BV + tl.arange(0, BV)
+    dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
     q_ptr += b * q_b + h * q_h
     dC = tl.load(dC_end_ptr + bh * DK * DV + tile)
@@ -60,37 +70,35 @@ def state_grad_kernel(
         c = chunks - 1 - back
         slot = bh * chunks + c
         tl.store(dC_ptr + slot * DK * DV + tile, dC.to(dC_ptr.dtype.element_ty))
-        if iv == 0:
+        if tile_v == 0:
             tl.store(dn_ptr + slot * DK + dk, dn)
         t = c * L + tl.arange(0, L)
         read, _, decay = state_weights(
-            hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+            sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
         )
-        g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dC_ptr.dtype.element_ty)
-        e = tl.load(e_ptr + bh * T + t, mask=t < T, other=0.0)
+        d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(
+            dC_ptr.dtype.element_ty
+        )
+        d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
         q = load_rows(q_ptr, q_t, t, T, dk).to(tl.float32) * read[:, None]
-        dC = tl.dot(tl.trans(q.to(g.dtype)), g, dC * decay, input_precision=PRECISION)
-        dn = dn * decay + tl.sum(q * e[:, None], 0)
+        dC = tl.dot(tl.trans(q.to(d_num.dtype)), d_num, dC * decay, input_precision=PRECISION)
+        dn = dn * decay + tl.sum(q * d_den[:, None], 0)
     tl.store(dC0_ptr + bh * DK * DV + tile, dC)
-    if iv == 0:
+    if tile_v == 0:
         tl.store(dn0_ptr + bh * DK + dk, dn)
 
 
 @triton.jit
 def query_key_grad_kernel(
-    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, f_ptr, dh_ptr, den_ptr, e_ptr, hi_ptr, lo_ptr, m_ptr, m0_ptr, runs_ptr,
+    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, f_ptr, dh_ptr, den_ptr, d_den_ptr,
+    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     C_ptr, n_ptr, dC_ptr, dn_ptr, dq_ptr, dk_ptr, di_ptr, df_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, di and df of one chunk. Grid (B H, chunks).
-
-    The gradient of log f_r is the sum of dD over the pairs (s, t), s < r <= t, that cross r, the states being keys
-    before the chunk and queries after it. No term that does not cross enters: cumulative sums of other gradients
-    would leave their rounding where the true sum is small.
-    """
-    c, bh = place()
+    """Compute dq, dk, di and df of one chunk. Grid (B H, chunks)."""
+    c, bh = chunk_and_head()
     b, h = bh // H, bh % H
     slot = bh * chunks + c
     offsets = tl.arange(0, L)
@@ -107,26 +115,31 @@ def query_key_grad_kernel(
         q = load_rows(q_ptr, q_t, t, T, dk).to(dtype)
         k = load_rows(k_ptr, k_t, t, T, dk).to(dtype)
         scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
-    e = tl.load(e_ptr + bh * T + t, mask=inside, other=0.0)
-    d_weights = tl.zeros((L, L), tl.float32) + e[:, None]
+    d_den = tl.load(d_den_ptr + bh * T + t, mask=inside, other=0.0)
+    d_weights = tl.zeros((L, L), tl.float32) + d_den[:, None]
     for d in range(0, DV, BV):
         dv = d + tl.arange(0, BV)
-        g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
+        d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
         v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(dtype)
-        d_weights = tl.dot(g, tl.trans(v), d_weights, input_precision=PRECISION)
+        d_weights = tl.dot(d_num, tl.trans(v), d_weights, input_precision=PRECISION)
     d_scores = d_weights * pair_weights(
-        hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
     )
-    d_log = d_scores * scores
+    d_log = d_scores * scores  # gradient of D_ts, the log-weight of each pair
     d_scores = d_scores.to(dtype)
     di = tl.sum(d_log, 0)
+    # The gradient of log f_r is the sum of d_log over the pairs (s, t), s < r <= t, that cross r;
+    # here those inside the chunk. No other pair enters, as it would in cumulative sums of q . dq -
+    # k . dk: where the true sum is small, their rounding would remain.
     later = (offsets[:, None] <= offsets[None, :]).to(dtype)  # (r, t): 1 where t >= r
     before = offsets[None, :] < offsets[:, None]  # (r, s): s < r
     d_sums = tl.dot(later, d_log.to(dtype), input_precision=PRECISION)
     d_log_f = tl.sum(tl.where(before, d_sums, 0.0), 1)
 
+    # The pairs that cross the border of the chunk: queries that read the entering state, keys
+    # written to the leaving one.
     read, write, decay = state_weights(
-        hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
     )
     d_read = tl.zeros((L,), tl.float32)
     d_write = tl.zeros((L,), tl.float32)
@@ -139,14 +152,14 @@ def query_key_grad_kernel(
             dv = j + tl.arange(0, BV)
             tile = slot * DK * DV + dk[:, None] * DV + dv[None, :]
             C, dC = tl.load(C_ptr + tile), tl.load(dC_ptr + tile)
-            g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
+            d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
             v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(dtype)
-            from_state = tl.dot(g, tl.trans(C), from_state, input_precision=PRECISION)
+            from_state = tl.dot(d_num, tl.trans(C), from_state, input_precision=PRECISION)
             to_state = tl.dot(v, tl.trans(dC), to_state, input_precision=PRECISION)
             d_pass += tl.sum(C.to(tl.float32) * dC.to(tl.float32), 1)
         n, dn = tl.load(n_ptr + slot * DK + dk), tl.load(dn_ptr + slot * DK + dk)
         d_pass += n * dn
-        from_state = (from_state + e[:, None] * n[None, :]) * read[:, None]
+        from_state = (from_state + d_den[:, None] * n[None, :]) * read[:, None]
         to_state = (to_state + dn[None, :]) * write[:, None]
         q = load_rows(q_ptr, q_t, t, T, dk).to(dtype)
         k = load_rows(k_ptr, k_t, t, T, dk).to(dtype)
@@ -157,28 +170,34 @@ def query_key_grad_kernel(
         tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
         dkey = tl.dot(tl.trans(d_scores), q, to_state, input_precision=PRECISION)
         tl.store(dk_ptr + out, dkey.to(dk_ptr.dtype.element_ty), mask=inside[:, None])
-    d_log_f += tl.sum(tl.where(before, d_write[None, :], d_read[None, :]), 1) + decay * tl.sum(
-        d_pass, 0
-    )
+    # At token r: keys written before r, queries that read at r or later, and what passes through
+    # the whole chunk.
+    crossing = tl.sum(tl.where(before, d_write[None, :], d_read[None, :]), 1)
+    d_log_f += crossing + decay * tl.sum(d_pass, 0)
     f = tl.load(f_ptr + bh * T + t, mask=inside, other=0.0).to(tl.float32)
     tl.store(di_ptr + bh * T + t, di + d_write, mask=inside)
+    # The derivative of log sigmoid(f) is sigmoid(-f).
     tl.store(df_ptr + bh * T + t, d_log_f / (1.0 + tl.exp(f)), mask=inside)
 
 
 @triton.jit
 def value_grad_kernel(
-    q_ptr, k_ptr, i_ptr, dh_ptr, den_ptr, hi_ptr, lo_ptr, m_ptr, m0_ptr, runs_ptr, dC_ptr, dv_ptr,
+    q_ptr, k_ptr, i_ptr, dh_ptr, den_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
+    dC_ptr, dv_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, T, H, R, chunks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """dv of one chunk and value head, summed over the head's queries in a fixed order. Grid (B G, chunks, DV / BV)."""
-    c, bg = place()
-    iv = tl.program_id(2)
+    """Compute dv of one chunk and value head. Grid (B G, chunks, DV / BV).
+
+    The program sums over the head's queries in a fixed order, so that no atomics are needed.
+    """
+    c, bg = chunk_and_head()
+    tile_v = tl.program_id(2)
     G = H // R
     b = bg // G
     t = c * L + tl.arange(0, L)
-    dv = iv * BV + tl.arange(0, BV)
+    dv = tile_v * BV + tl.arange(0, BV)
     dtype = dC_ptr.dtype.element_ty
     total = tl.zeros((L, BV), tl.float32)
     for r in range(R):
@@ -195,14 +214,14 @@ def value_grad_kernel(
             scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
             to_state = tl.dot(k, dC, to_state, input_precision=PRECISION)
         _, write, _ = state_weights(
-            hi_ptr, lo_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+            sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
         )
         weights = scores * pair_weights(
-            hi_ptr, lo_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+            sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
         )
-        g = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
+        d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
         total += tl.dot(
-            tl.trans(weights.to(dtype)), g, to_state * write[:, None], input_precision=PRECISION
+            tl.trans(weights.to(dtype)), d_num, to_state * write[:, None], input_precision=PRECISION
         )
     out = dv_ptr + bg * T * DV + t[:, None].to(tl.int64) * DV + dv[None, :]
     tl.store(out, total.to(dv_ptr.dtype.element_ty), mask=(t < T)[:, None])

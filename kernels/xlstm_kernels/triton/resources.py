@@ -1,7 +1,10 @@
-"""What the compiled kernels need, measured without a GPU: `python -m xlstm_kernels.triton.resources --dims 64 128`.
+"""Measure what the compiled kernels need, without a GPU.
 
-The real launches of every operator are compiled for a target instead of being started; registers and spills are
-those that the assembler reports, shared memory is Triton's. Must not run under TRITON_INTERPRET=1.
+`python -m xlstm_kernels.triton.resources --dims 64 128`
+
+The real launches of every operator are compiled for a target instead of being started. Registers
+and spills are those that the assembler reports; shared memory is what Triton reports. It must not
+run under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -27,14 +30,16 @@ from triton.runtime.jit import JITFunction
 
 from xlstm_kernels.state import MLSTMState, Ring
 
+# Triton's name of a pointer to each dtype.
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
 
 
 class Resources(NamedTuple):
-    """Of one kernel: registers of a thread, bytes of it spilled, bytes of shared memory of a program."""
+    """What a kernel needs: registers and spilled bytes per thread, shared bytes per program."""
 
     registers: int
     spills: int
@@ -43,7 +48,10 @@ class Resources(NamedTuple):
 
 @contextmanager
 def compiled_launches(arch: int) -> Iterator[dict[str, Resources]]:
-    """Compile each launch inside the block for sm_<arch>; yields the table that the launches fill."""
+    """Compile each launch inside the block for sm_<arch> instead of starting it.
+
+    Yields the table that the launches fill: resources by the name of the kernel.
+    """
     table: dict[str, Resources] = {}
 
     def compile_instead(
@@ -60,28 +68,29 @@ def compiled_launches(arch: int) -> Iterator[dict[str, Resources]]:
 
 
 def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Resources:
-    """Compile one kernel with the specialisation its arguments would get: pointers and sizes divisible by 16."""
+    """Compile one kernel as a launch with these arguments would.
+
+    Triton specialises a kernel to its arguments: it compiles None and 1 in, and notes which
+    pointers and integers are divisible by 16.
+    """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
-    aligned: dict[tuple[int], list] = {}
-    for at, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
+    attributes: dict[tuple[int], list] = {}
+    divisible = [["tt.divisibility", 16]]
+    for number, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
         if isinstance(value, Tensor):
-            signature[parameter.name], aligned[at,] = (
-                POINTERS[value.dtype],
-                [["tt.divisibility", 16]],
-            )
-        elif (
-            parameter.is_constexpr or value is None or value == 1
-        ):  # Triton compiles an argument of 1 in
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            signature[name] = POINTERS[value.dtype]
+            attributes[number,] = divisible
+        elif parameter.is_constexpr or value is None or value == 1:
+            signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+            signature[name] = "fp32"
         else:
-            signature[parameter.name] = "i32"
+            signature[name] = "i32"
             if value % 16 == 0:
-                aligned[at,] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+                attributes[number,] = divisible
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {name: values[name] for name in OPTIONS if name in values}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = assemble(built.asm["ptx"], arch)
@@ -91,16 +100,15 @@ def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Re
 def assemble(ptx: str, arch: int) -> tuple[int, int]:
     """Return registers and spilled bytes from the verbose output of Triton's own ptxas."""
     ptxas = get_ptxas(arch).path
+    # From sm_90 on, Triton emits instructions of one architecture only, which carries an "a".
     target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         command = [ptxas, "-v", f"--gpu-name={target}", str(source), "-o", f"{folder}/kernel.cubin"]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    stores, loads = (
-        sum(map(int, re.findall(rf"(\d+) bytes spill {kind}", report)))
-        for kind in ("stores", "loads")
-    )
+    stores = sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
+    loads = sum(map(int, re.findall(r"(\d+) bytes spill loads", report)))
     return max(map(int, re.findall(r"Used (\d+) registers", report))), max(stores, loads)
 
 
@@ -110,13 +118,16 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
-    """Launch the chunkwise mLSTM, forward and backward: packed, four query heads to a value head."""
+    """Launch the chunkwise mLSTM, forward and backward.
+
+    Rows are packed, and four query heads share a value head.
+    """
     from xlstm_kernels.triton.mlstm import mlstm_triton
 
     q, k, v = (leaf(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
     i, f = leaf(1, 4, 256), leaf(1, 4, 256)
     ids = torch.empty(1, 256, dtype=torch.int64, device="meta")
-    mlstm_triton(q, k, v, i, f, ids, None)[0].sum().backward()
+    mlstm_triton(q, k, v, i, f, segment_ids=ids, state=None)[0].sum().backward()
 
 
 def launch_steps(dim: int, dtype: torch.dtype) -> None:
@@ -128,16 +139,20 @@ def launch_steps(dim: int, dtype: torch.dtype) -> None:
     state = MLSTMState.zeros(1, 4, dim, dim, device="meta")
     mlstm_step_triton(q, k, v, i, f, state)
     ring = Ring.empty(1, 1, dim, dim, window=512, sinks=4, dtype=dtype, device="meta")
-    hybrid_step_triton(q, v, v, q, k, i, f, gate, state, ring, 4, 1.0)
+    hybrid_step_triton(q, v, v, q, k, i, f, gate, state, ring, sinks=4, scale=1.0)
 
 
 def launch_window(dim: int, dtype: torch.dtype) -> None:
-    """Launch sliding-window attention, forward and backward: packed, four query heads to a key head, window 512."""
+    """Launch sliding-window attention, forward and backward; window 512 and 4 sinks.
+
+    Rows are packed, and four query heads share a key head.
+    """
     from xlstm_kernels.triton.window import window_triton
 
     q, k, v = (leaf(1, heads, 1024, dim, dtype=dtype) for heads in (4, 1, 1))
     ids = torch.empty(1, 1024, dtype=torch.int64, device="meta")
-    window_triton(q, k, v, 512, 4, ids, 1.0).sum().backward()
+    out = window_triton(q, k, v, window=512, sinks=4, segment_ids=ids, scale=1.0)
+    out.sum().backward()
 
 
 OPERATORS: tuple[Callable[[int, torch.dtype], None], ...] = (

@@ -1,10 +1,12 @@
-"""Decoding kernels: the mLSTM step, and the whole hybrid step (mLSTM, window and sinks, output gate) in one launch.
+"""Decoding kernels: the mLSTM step, and the whole hybrid step in one launch.
 
-One program per head: it reads and writes its part of the state once, all heads and rows at the same time.
+The hybrid step is the mLSTM step, attention to window and sinks, and the output gate. One program
+per head of a row reads and writes its part of the state once; all heads run at the same time.
+The letters and names are those of `triton/common.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Arguments of kernels are what Triton makes of a launch: pointers, numbers, tiles.
+# Triton gives the arguments of kernels their types at launch: pointers, numbers or tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,27 +17,33 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_kernels.state import MLSTMState, Ring
-from xlstm_kernels.triton.common import log_sigmoid, on_device_of
+from xlstm_kernels.triton.common import contiguous_rows, log_sigmoid, on_device_of
 
-ROWS = 32  # rows of C, and slots of the ring, that a program holds at a time
+ROWS_AT_ONCE = 32  # rows of C, and slots of the ring, that a program holds at a time
 WARPS = 8
 
 
 @triton.jit
 def advance_state(
-    q_ptr, k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, C_row, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr
+    q_ptr, k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, C_row,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Take one token into a head's state, in place, and read it: h (Dv). C_ptr: of the head, rows C_row apart."""
+    """Update the state of one head by one token, in place, and return h (Dv).
+
+    C_ptr points to the C of the head, whose rows are C_row apart. The four lines of docs/math.md,
+    "Stabilised recurrence".
+    """
     m = tl.load(m_ptr + bh)
-    carried = log_sigmoid(f) + m
-    peak = tl.maximum(carried, i)
-    decay, write = tl.exp(carried - peak), tl.exp(i - peak)
+    log_decay = log_sigmoid(f) + m
+    m_new = tl.maximum(log_decay, i)
+    decay, write = tl.exp(log_decay - m_new), tl.exp(i - m_new)
     dk, dv = tl.arange(0, DK), tl.arange(0, DV)
     n = tl.load(n_ptr + bh * DK + dk) * decay + tl.load(k_ptr + dk).to(tl.float32) * write
     den = tl.sum(tl.load(q_ptr + dk).to(tl.float32) * n, 0)
-    tl.debug_barrier()  # every warp has read n and m before one of them writes
+    # Several warps load the same n and m: all must have read them before one of them writes.
+    tl.debug_barrier()
     tl.store(n_ptr + bh * DK + dk, n)
-    tl.store(m_ptr + bh, peak)
+    tl.store(m_ptr + bh, m_new)
     num = tl.zeros((DV,), tl.float32)
     for d in range(0, DK, BK):
         rows = d + tl.arange(0, BK)
@@ -54,7 +62,7 @@ def step_kernel(
     q_b, q_h, k_b, k_h, v_b, v_h, i_b, i_h, f_b, f_h, C_b, C_h, C_row, H, R,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Advance one head by one token. Grid (B H)."""
+    """Update the state of one head by one token and read it. Grid (B H)."""
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
     dv = tl.arange(0, DV)
@@ -73,34 +81,39 @@ def attend_ring(
     q, key, value, keys_ptr, values_ptr, seen, window, sinks,
     D: tl.constexpr, DV: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of scaled q (D) to the new token and to the slots that it sees.
+    """Attend from the scaled query q (D) to the new token and to the slots that it sees.
 
-    What a slot holds follows from `seen`, the tokens before this one. The slot that the new token overwrites never is
-    visible, so programs of the same group may read while one of them writes.
+    `seen` counts the tokens before this one; what a slot holds follows from it. The slot that the
+    new token overwrites is never visible, so programs of the same group may read the ring while
+    one of them writes to it.
     """
     d, dv = tl.arange(0, D), tl.arange(0, DV)
-    peak = tl.sum(q * key, 0)
-    total = peak * 0.0 + 1.0
+    # A running softmax, as flash attention has it; it starts with the new token alone.
+    largest = tl.sum(q * key, 0)
+    total = largest * 0.0 + 1.0
     out = value
     for start in range(0, sinks + window, SLOTS):
         slot = start + tl.arange(0, SLOTS)
         in_ring = slot >= sinks
-        at = tl.where(in_ring, slot - sinks, slot)
-        held = tl.where(in_ring, seen - 1 - tl.maximum(seen - 1 - at, 0) % window, at)
-        filled = (slot < sinks + window) & (at < seen)
+        offset = tl.where(in_ring, slot - sinks, slot)
+        # Position, in the document, of the token that the slot holds: in the ring, the latest token
+        # before this one whose position is `offset` modulo the window.
+        latest = seen - 1 - tl.maximum(seen - 1 - offset, 0) % window
+        held = tl.where(in_ring, latest, offset)
+        filled = (slot < sinks + window) & (offset < seen)
+        # A sink that is still in the ring is read from there, and its own slot is not visible.
         visible = filled & (in_ring == (held > seen - window))
-        k = tl.load(keys_ptr + slot[:, None] * D + d[None, :], mask=visible[:, None], other=0.0).to(
-            tl.float32
-        )
-        v = tl.load(
-            values_ptr + slot[:, None] * DV + dv[None, :], mask=visible[:, None], other=0.0
-        ).to(tl.float32)
+        mask = visible[:, None]
+        k_tile = keys_ptr + slot[:, None] * D + d[None, :]
+        k = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
+        v_tile = values_ptr + slot[:, None] * DV + dv[None, :]
+        v = tl.load(v_tile, mask=mask, other=0.0).to(tl.float32)
         scores = tl.where(visible, tl.sum(q[None, :] * k, 1), float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 0))
-        weights, shrink = tl.exp(scores - higher), tl.exp(peak - higher)
-        total = total * shrink + tl.sum(weights, 0)
-        out = out * shrink + tl.sum(weights[:, None] * v, 0)
-        peak = higher
+        new_largest = tl.maximum(largest, tl.max(scores, 0))
+        weights, rescale = tl.exp(scores - new_largest), tl.exp(largest - new_largest)
+        total = total * rescale + tl.sum(weights, 0)
+        out = out * rescale + tl.sum(weights[:, None] * v, 0)
+        largest = new_largest
     return out / total
 
 
@@ -108,11 +121,14 @@ def attend_ring(
 def hybrid_step_kernel(
     q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, i_ptr, f_ptr, gate_ptr, C_ptr, n_ptr, m_ptr,
     keys_ptr, values_ptr, positions_ptr, lengths_ptr, out_ptr,
-    q_b, q_h, k_b, k_h, v_b, v_h, phi_q_b, phi_q_h, phi_k_b, phi_k_h, i_b, i_h, f_b, f_h, gate_b, gate_h,
-    C_b, C_h, C_row, scale, H, R, window, sinks,
+    q_b, q_h, k_b, k_h, v_b, v_h, phi_q_b, phi_q_h, phi_k_b, phi_k_h,
+    i_b, i_h, f_b, f_h, gate_b, gate_h, C_b, C_h, C_row, scale, H, R, window, sinks,
     D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Decode one token of one head: mLSTM, attention to ring and sinks, gate; the group's first head stores k, v."""
+    """Decode one token of one head: mLSTM, attention to ring and sinks, output gate. Grid (B H).
+
+    The first head of a group stores the new key and value; the first head of a row the position.
+    """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
     g = h // R
@@ -120,26 +136,16 @@ def hybrid_step_kernel(
     seen = tl.load(lengths_ptr + b)
     q = tl.load(q_ptr + b * q_b + h * q_h + d).to(tl.float32) * scale
     v = tl.load(v_ptr + b * v_b + g * v_h + dv).to(tl.float32)
-    key = tl.load(k_ptr + b * k_b + g * k_h + d).to(
-        keys_ptr.dtype.element_ty
-    )  # attended to as the ring holds it
+    # The new token is attended to as the ring will hold it, as later steps do.
+    key = tl.load(k_ptr + b * k_b + g * k_h + d).to(keys_ptr.dtype.element_ty)
     value = v.to(values_ptr.dtype.element_ty)
     first_slot = (b * (H // R) + g) * (sinks + window)
     keys_ptr += first_slot * D
     values_ptr += first_slot * DV
     attended = attend_ring(
-        q,
-        key.to(tl.float32),
-        value.to(tl.float32),
-        keys_ptr,
-        values_ptr,
-        seen,
-        window,
-        sinks,
-        D,
-        DV,
-        SLOTS,
-    )
+        q, key.to(tl.float32), value.to(tl.float32), keys_ptr, values_ptr, seen, window, sinks,
+        D, DV, SLOTS,
+    )  # fmt: skip
     i = tl.load(i_ptr + b * i_b + h * i_h).to(tl.float32)
     f = tl.load(f_ptr + b * f_b + h * f_h).to(tl.float32)
     phi_q_ptr += b * phi_q_b + h * phi_q_h
@@ -169,29 +175,20 @@ def hybrid_step_kernel(
 def mlstm_step_triton(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState
 ) -> Tensor:
-    """Advance `state` in one launch; shapes as in `xlstm_kernels.mlstm_step`, which validates them."""
+    """Advance `state` in one launch.
+
+    Shapes as in `xlstm_kernels.mlstm_step`, which checks the arguments.
+    """
     (B, H, Dk), Dv = q.shape, v.shape[-1]
-    q, k, v = (_rows(x) for x in (q, k, v))
+    q, k, v = (contiguous_rows(x) for x in (q, k, v))
     h = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
-    held = [_rows(state.C), *(x.contiguous() for x in state[1:])]
-    strides = [n for x in (q, k, v, i, f) for n in x.stride()[:2]] + [*held[0].stride()[:3]]
+    C, n, m = held = [contiguous_rows(state.C), state.n.contiguous(), state.m.contiguous()]
     with on_device_of(q):
         step_kernel[(B * H,)](
-            q,
-            k,
-            v,
-            i,
-            f,
-            *held,
-            h,
-            *strides,
-            H,
-            H // v.shape[1],
-            DK=Dk,
-            DV=Dv,
-            BK=min(ROWS, Dk),
-            num_warps=WARPS,
-        )
+            q_ptr=q, k_ptr=k, v_ptr=v, i_ptr=i, f_ptr=f, C_ptr=C, n_ptr=n, m_ptr=m, h_ptr=h,
+            **head_strides(q=q, k=k, v=v, i=i, f=f, C=C), C_row=C.stride(2), H=H, R=H // v.shape[1],
+            DK=Dk, DV=Dv, BK=min(ROWS_AT_ONCE, Dk), num_warps=WARPS,
+        )  # fmt: skip
     _write_back(held, state)
     return h
 
@@ -208,36 +205,50 @@ def hybrid_step_triton(
     gate: Tensor,
     state: MLSTMState,
     ring: Ring,
+    *,
     sinks: int,
     scale: float,
 ) -> Tensor:
-    """Decode one token in two launches (the second counts it); shapes as in `xlstm_kernels.hybrid_step`."""
+    """Decode one token in two launches; the second one counts the token.
+
+    Shapes as in `xlstm_kernels.hybrid_step`, which checks the arguments.
+    """
     (B, H, D), Dv, Dk = q.shape, v.shape[-1], phi_q.shape[-1]
-    q, k, v, phi_q, phi_k = (_rows(x) for x in (q, k, v, phi_q, phi_k))
+    q, k, v, phi_q, phi_k = (contiguous_rows(x) for x in (q, k, v, phi_q, phi_k))
     out = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
-    held = [_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
-    strides = [n for x in (q, k, v, phi_q, phi_k, i, f, gate) for n in x.stride()[:2]] + [
-        *held[0].stride()[:3]
-    ]
+    held = [contiguous_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
+    C, n, m, keys, values, positions, lengths = held
     with on_device_of(q):
         hybrid_step_kernel[(B * H,)](
-            q, k, v, phi_q, phi_k, i, f, gate, *held, out, *strides, scale, H, H // k.shape[1],
-            ring.positions.shape[1] - sinks, sinks, D=D, DK=Dk, DV=Dv, BK=min(ROWS, Dk), SLOTS=ROWS, num_warps=WARPS,
+            q_ptr=q, k_ptr=k, v_ptr=v, phi_q_ptr=phi_q, phi_k_ptr=phi_k,
+            i_ptr=i, f_ptr=f, gate_ptr=gate, C_ptr=C, n_ptr=n, m_ptr=m,
+            keys_ptr=keys, values_ptr=values, positions_ptr=positions, lengths_ptr=lengths,
+            out_ptr=out,
+            **head_strides(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, i=i, f=f, gate=gate, C=C),
+            C_row=C.stride(2), scale=scale, H=H, R=H // k.shape[1],
+            window=ring.positions.shape[1] - sinks, sinks=sinks,
+            D=D, DK=Dk, DV=Dv, BK=min(ROWS_AT_ONCE, Dk), SLOTS=ROWS_AT_ONCE, num_warps=WARPS,
         )  # fmt: skip
     _write_back(held, (*state, *ring))
     ring.lengths.add_(1)
     return out
 
 
+def head_strides(**tensors: Tensor) -> dict[str, int]:
+    """Name the strides of (B, heads, ...) tensors as the kernels do: q_b and q_h for q."""
+    named = {}
+    for name, x in tensors.items():
+        named[f"{name}_b"], named[f"{name}_h"] = x.stride()[:2]
+    return named
+
+
 def _write_back(held: Sequence[Tensor], owners: Sequence[Tensor]) -> None:
-    """Copy what was updated in a contiguous copy of a tensor into the tensor, and tell autograd that it changed."""
+    """Copy what the kernel updated into its owners, and tell autograd that they changed.
+
+    held: what the kernel wrote to: the owner itself or, if its strides did not fit, a copy.
+    """
     for x, owner in zip(held, owners, strict=True):
         if x is not owner:
             owner.copy_(x)
     if not torch.compiler.is_compiling():  # the compiler knows what a kernel writes
         torch.autograd.graph.increment_version([x for x in owners if not x.is_inference()])
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Make the last dimension adjacent in memory; other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,10 +1,11 @@
 """Launch settings by (bytes of a dot operand, head dim); the tuner writes this file."""
 
-# The GPU on which these were the fastest forward + backward; None: chosen from registers, spills and shared memory of
-# the compiled kernels, and not from times.
+# The GPU on which these were the fastest forward + backward; None: chosen from registers, spills
+# and shared memory of the compiled kernels, and not from times.
 MEASURED_ON: str | None = None
 
-# chunk, then (block_k, block_v, warps, stages) of: states, output, state grads, query and key grads, value grads
+# chunk, then (block_k, block_v, warps, stages) of: states, output, state grads, query and key
+# grads, value grads
 MLSTM: dict[tuple[int, int], tuple] = {
     (2, 32): (64, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
     (2, 64): (64, (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2)),

@@ -1,14 +1,11 @@
-"""The benchmarks of loss and training: what they run, what they refuse, and what they print."""
+"""The benchmark of training: what it runs, what it refuses, and what it prints."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 
-from xlstm_distill.benchmarks import loss as loss_bench
-from xlstm_distill.benchmarks import training as throughput
+from xlstm_distill.benchmarks import training
 from xlstm_distill.benchmarks.training import VARIANTS, check, measure, parse, useful_flops
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.flops import MixerShape, token_flops
@@ -17,26 +14,14 @@ TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300, "tie_word_embeddings": True,
 }  # fmt: skip
-FLAGS = [
-    "--device",
-    "cpu",
-    "--context",
-    "24",
-    "--top-k",
-    "16",
-    "--window",
-    "8",
-    "--warmup",
-    "0",
-    "--steps",
-    "2",
-]
+SIZES = {"context": 24, "top-k": 16, "window": 8, "warmup": 0, "steps": 2}
+FLAGS = ["--device=cpu", *(f"--{name}={value}" for name, value in SIZES.items())]
 
 
 @pytest.fixture
 def options(monkeypatch):
-    monkeypatch.setitem(throughput.MODELS, "small", TINY)
-    monkeypatch.setattr(throughput, "PRODUCT", 64)
+    monkeypatch.setitem(training.MODELS, "small", TINY)
+    monkeypatch.setattr(training, "PRODUCT", 64)
     return parse(FLAGS)
 
 
@@ -48,16 +33,15 @@ def test_fused_and_plain_training_agree(options, checkpointing):
 
 def test_the_check_sees_a_wrong_loss(options, monkeypatch):
     monkeypatch.setattr(
-        throughput.PlainTask, "forward", lambda self, batch: _without_kl(self, batch)
+        training.PlainObjective, "forward", lambda self, batch: _without_kl(self, batch)
     )
     assert min(check(options).values()) > 1e-3
 
 
 def _without_kl(task, batch):
-    task.kl_weight = 0.0
-    hidden = throughput.kept_logits(task.student, batch, segment_ids=batch.segment_ids)
-    parts = throughput.distill_loss(hidden, batch.labels[batch.labels != -100], task.targets(batch))
-    return throughput.Sums(task.ce_weight * parts.cross_entropy, {})
+    hidden = training.kept_logits(task.student, batch, segment_ids=batch.segment_ids)
+    parts = training.distill_loss(hidden, batch.labels[batch.labels != -100], task.targets(batch))
+    return training.Sums(task.weights.cross_entropy * parts.cross_entropy, {})
 
 
 @pytest.mark.parametrize("number", range(len(VARIANTS)))
@@ -75,8 +59,8 @@ def test_a_variant_without_room_says_so(options, monkeypatch):
     def measure(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(throughput, "measure", measure)
-    assert throughput.measured(VARIANTS[1], options) == {
+    monkeypatch.setattr(training, "measure", measure)
+    assert training.measured(VARIANTS[1], options) == {
         "failed": "out of memory",
         "reason": "no room",
     }
@@ -109,7 +93,7 @@ def test_the_table_compares_with_the_first_variant(options):
 
     rounds = [[run(100 * (n + 1) + r) for n in range(len(VARIANTS))] for r in (0, 1, 2)]
     rounds[1][1] = {"failed": "out of memory", "reason": "no room"}
-    lines = throughput.table(rounds, {"loss": 1e-8, "gradient": 2e-7}, options).splitlines()
+    lines = training.table(rounds, {"loss": 1e-8, "gradient": 2e-7}, options).splitlines()
     assert lines[0] == "a device; given: MFU is a share of 1 TFLOP/s."
     assert "loss 1.0e-08, gradient 2.0e-07" in lines[1]
     assert "| student, plain loss, targets stored | out of memory | | | | |" in lines
@@ -126,8 +110,8 @@ def test_nothing_is_timed_when_the_losses_disagree(monkeypatch, capsys):
         started.append(only)
         return {"loss": 0.5, "gradient": 0.0}
 
-    monkeypatch.setattr(throughput, "child", child)
-    assert throughput.main(FLAGS) == 1
+    monkeypatch.setattr(training, "child", child)
+    assert training.main(FLAGS) == 1
     assert started == ["check"]
     assert "disagree, nothing is timed: {'loss': 0.5" in capsys.readouterr().err
 
@@ -136,50 +120,3 @@ def test_sizes_follow_the_model_unless_given():
     assert (parse(["--model", "1b"]).context, parse(["--model", "1b"]).window) == (4096, 512)
     assert parse(["--model", "1b", "--context", "128"]).context == 128
     assert parse(["--device", "cuda"]).dtype == "bfloat16"
-
-
-def test_the_loss_benchmark_runs_each_loss_in_a_process_of_its_own(capsys, monkeypatch, root):
-    monkeypatch.setenv(
-        "PYTHONPATH", ":".join(str(root / name) for name in ("distill", "kernels", "eval"))
-    )
-    flags = [
-        "--device",
-        "cpu",
-        "--tokens",
-        "768",
-        "--vocabulary",
-        "40000",
-        "--hidden",
-        "16",
-        "--top-k",
-        "8",
-    ]
-    assert loss_bench.main([*flags, "--repeats", "2", "--chunk", "16", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert max(found["disagreement"].values()) < 1e-5
-    assert len(found["plain"]["seconds"]) == len(found["fused"]["seconds"]) == 2
-    logits = 768 * 40000 * 4
-    assert found["plain"]["peak_bytes"] > 2 * logits
-    assert found["fused"]["peak_bytes"] < logits / 2
-
-
-def test_the_loss_benchmark_reports_nothing_when_the_losses_disagree(monkeypatch, capsys):
-    def run(command, **_):
-        kind = command[-1]
-        figures = {"loss": [1.0 if kind == "plain" else 1.1]}
-        return type("Done", (), {"stdout": json.dumps({"figures": figures})})
-
-    monkeypatch.setattr(loss_bench.subprocess, "run", run)
-    assert loss_bench.main(["--device", "cpu"]) == 1
-    assert "disagree, nothing is reported: {'loss': 0.1" in capsys.readouterr().err
-
-
-def test_disagreement_is_a_ratio_of_rms():
-    ratios = loss_bench.disagreement({"a": [1.0, 2.2]}, {"a": [1.0, 2.0]})
-    assert ratios == pytest.approx({"a": (0.04 / 5) ** 0.5})
-
-
-def test_random_targets_name_each_token_once():
-    targets = loss_bench.random_targets(5, 100, 16, "cpu")
-    assert all(len(set(row.tolist())) == 16 for row in targets.ids)
-    torch.testing.assert_close(targets.log_probs.exp().sum(1), torch.ones(5))

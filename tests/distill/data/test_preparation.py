@@ -128,9 +128,9 @@ def test_an_interrupted_preparation_ends_with_the_same_rows(
             raise Killed
         made(self)
 
-    original = preparation.Preparation._save
+    original = preparation.Preparation.save
     with monkeypatch.context() as patched:
-        patched.setattr(preparation.Preparation, "_save", save)
+        patched.setattr(preparation.Preparation, "save", save)
         patched.setattr(shards.RowShardWriter, "end_shard", end_shard)
         with pytest.raises(Killed):
             prepared(recipe, tokenizer, tmp_path / "cut")
@@ -158,12 +158,12 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
         from xlstm_distill.recipe import Recipe
         from xlstm_distill.models.teacher import load_tokenizer
         shards.SHARD_TOKENS = {SHARD}
-        save = preparation.Preparation._save
+        save = preparation.Preparation.save
         def slow(self):
             save(self)
             print(len(self.writer.shards), flush=True)
             time.sleep(0.2)
-        preparation.Preparation._save = slow
+        preparation.Preparation.save = slow
         recipe = Recipe.model_validate_json(sys.stdin.read())
         run, tokenizer = Run.open(sys.argv[1], recipe), load_tokenizer(recipe.teacher)
         prepare_domain(recipe, run, "x", tokenizer, tokenizer_hash(tokenizer), QuietConsole())
@@ -193,7 +193,7 @@ def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer,
 def test_a_damaged_checkpoint_starts_over(sources, tokenizer, tmp_path, monkeypatch):
     recipe = recipe_of(*sources)
     whole = prepared(recipe, tokenizer, tmp_path / "whole")
-    original = preparation.Preparation._save
+    original = preparation.Preparation.save
 
     def save(self):
         original(self)
@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_starts_over(sources, tokenizer, tmp_path, monkeypa
     for number, damage in enumerate(("checkpoint.npz", "rows-00001.arrow")):
         directory = tmp_path / str(number)
         with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(preparation.Preparation, "_save", save)
+            patched.setattr(preparation.Preparation, "save", save)
             prepared(recipe, tokenizer, directory)
         (file,) = directory.rglob(damage)
         file.write_bytes(file.read_bytes()[:-10])
@@ -218,7 +218,7 @@ def test_a_full_disk_is_said_and_what_was_finished_is_kept(
 ):
     recipe = recipe_of(*sources)
     whole = prepared(recipe, tokenizer, tmp_path / "whole")
-    original = preparation.Preparation._save
+    original = preparation.Preparation.save
 
     def save(self):
         original(self)
@@ -228,7 +228,7 @@ def test_a_full_disk_is_said_and_what_was_finished_is_kept(
     with monkeypatch.context() as patched, pytest.raises(OSError) as caught:
         # A partial file gets a random name: fix it, to have a full device there.
         patched.setattr(files.uuid, "uuid4", lambda: uuid.UUID(int=0))
-        patched.setattr(preparation.Preparation, "_save", save)
+        patched.setattr(preparation.Preparation, "save", save)
         prepared(recipe, tokenizer, tmp_path / "full")
     assert caught.value.errno == errno.ENOSPC
     assert not list((tmp_path / "full").rglob("*.partial"))
@@ -362,9 +362,9 @@ def test_what_other_settings_left_behind_is_removed(sources, tokenizer, tmp_path
         original(self)
         raise Killed
 
-    original = preparation.Preparation._save
+    original = preparation.Preparation.save
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(preparation.Preparation, "_save", killed)
+        patched.setattr(preparation.Preparation, "save", killed)
         prepared(recipe_of(*sources), tokenizer, tmp_path)
     assert leftovers(tmp_path)
     prepared(recipe_of(*sources, rows=310), tokenizer, tmp_path)

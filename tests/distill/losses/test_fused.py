@@ -1,38 +1,31 @@
-"""The fused loss against the plain formula in float64: values, gradients, and however the tokens are cut."""
+"""The fused loss against the plain formula in float64: values and gradients, in any chunks."""
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from xlstm_distill import MixerConfig, convert
-from xlstm_distill.data.rows import IGNORE_INDEX, Batch, next_token_labels
-from xlstm_distill.errors import UserError
+from xlstm_distill.losses import fused as fused_loss
 from xlstm_distill.losses.fused import (
-    FusedHead,
     chunk_rows,
-    fuse_head,
     linear_distill_loss,
     targets_from_hidden,
 )
-from xlstm_distill.losses.plain import distill_loss, sparse_kl
+from xlstm_distill.losses.plain import LossWeights, distill_loss, sparse_kl
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.targets.providers import OnlineTargets, kept_logits
-from xlstm_distill.training.objectives import DistillTask
 from xlstm_kernels.testing import error_ratio
 
 CE, KL = 0.9, 0.1
+WEIGHTS = LossWeights(CE, KL)
+WITH_TAIL = LossWeights(CE, KL, kl_tail=True)
 LEAVES = ("hidden", "weight", "bias")
 
 
 def problem(tokens=50, vocabulary=301, width=16, top_k=24, bias=True, padded=False):
-    """Random inputs, labels and targets; `padded` blanks a random part of every row of the targets but its first."""
+    """Draw inputs, labels and targets; `padded` blanks entries of each row, never its first."""
     generator = torch.Generator().manual_seed(tokens + vocabulary)
     hidden = torch.randn(tokens, width, generator=generator)
     weight = torch.randn(vocabulary, width, generator=generator) * 0.5
@@ -60,7 +53,7 @@ def blanked(targets, blank):
 
 
 def formula(hidden, weight, bias, labels, targets):
-    """Cross-entropy and sparse KL of every token, written out row by row over the entries that are there."""
+    """Sum cross-entropy and sparse KL row by row, over the entries that are no padding."""
     log_q = (hidden @ weight.T + (0 if bias is None else bias)).log_softmax(-1)
     cross_entropy, kl = hidden.sum() * 0, hidden.sum() * 0
     for row, label in enumerate(labels):
@@ -74,7 +67,7 @@ def formula(hidden, weight, bias, labels, targets):
 
 def fused(hidden, weight, bias, labels, targets, chunk=None):
     total, parts = linear_distill_loss(
-        hidden, weight, bias, labels, targets, ce_weight=CE, kl_weight=KL, chunk=chunk
+        hidden, weight, bias, labels, targets, WEIGHTS, chunk=chunk
     )  # fmt: skip
     return total, parts.cross_entropy, parts.kl
 
@@ -119,7 +112,7 @@ def test_the_plain_loss_equals_the_formula_with_padded_targets():
 
 
 def tail_formula(hidden, weight, bias, labels, targets):
-    """Cross-entropy and the KL of two distributions with an outcome for each kept token and one for the others."""
+    """Sum cross-entropy and KL row by row; all tokens outside of the targets are one outcome."""
     log_q = (hidden @ weight.T + (0 if bias is None else bias)).log_softmax(-1)
     cross_entropy, kl = hidden.sum() * 0, hidden.sum() * 0
     for row, label in enumerate(labels):
@@ -156,9 +149,7 @@ def test_the_tail_as_one_outcome_equals_its_formula(chunk, padded):
             bias,
             labels,
             targets,
-            ce_weight=CE,
-            kl_weight=KL,
-            kl_tail=True,
+            WITH_TAIL,
             chunk=chunk,
         )
         return total, parts.cross_entropy, parts.kl
@@ -169,7 +160,7 @@ def test_the_tail_as_one_outcome_equals_its_formula(chunk, padded):
 
 
 def test_few_tokens_and_the_tail_see_what_renormalised_ones_do_not():
-    """With one token kept, the restricted KL is blind; with the tail its gradient points where the full KL's does."""
+    """With few tokens kept, only the KL with the tail has nearly the full KL's gradient."""
     generator = torch.Generator().manual_seed(0)
     teacher = 4 * torch.randn(64, 500, generator=generator)
     student = (teacher + torch.randn(64, 500, generator=generator)).requires_grad_()
@@ -188,15 +179,11 @@ def test_few_tokens_and_the_tail_see_what_renormalised_ones_do_not():
 
 def test_a_vocabulary_that_is_kept_whole_has_no_tail():
     leaves, labels, targets = problem(vocabulary=20, top_k=64)
-    _, parts = linear_distill_loss(
-        *leaves, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True
-    )
+    _, parts = linear_distill_loss(*leaves, labels, targets, WITH_TAIL)
     restricted = results(fused, leaves, labels, targets)
     assert float(parts.kl) == pytest.approx(float(restricted["kl"]), rel=1e-5)
     copies = [x.clone().requires_grad_() for x in leaves]
-    linear_distill_loss(*copies, labels, targets, ce_weight=CE, kl_weight=KL, kl_tail=True)[
-        0
-    ].backward()
+    linear_distill_loss(*copies, labels, targets, WITH_TAIL)[0].backward()
     for name, leaf in zip(LEAVES, copies, strict=True):
         assert error_ratio(leaf.grad, restricted[f"d{name}"].double()) < 1e-5, name
 
@@ -232,7 +219,7 @@ def test_large_logits_and_a_teacher_sure_of_its_token_stay_finite():
 
 @pytest.mark.parametrize("mass", [None, 0.9])
 def test_a_student_sure_of_other_tokens_has_a_finite_loss_with_the_tail(mass):
-    """Its probability of the teacher's tokens, or of all others, is below what fp32 can hold; its logarithm is not."""
+    """fp32 cannot hold its probability of the teacher's tokens, or of all others."""
     leaves, labels, targets = problem(bias=False)
     leaves[1] *= 60
     targets = targets.keep_mass(mass)
@@ -240,7 +227,7 @@ def test_a_student_sure_of_other_tokens_has_a_finite_loss_with_the_tail(mass):
     leaves[1][targets.ids[1]] += 1000 * leaves[0][1] / leaves[0][1].norm()
 
     def tail(*inputs):
-        total, parts = linear_distill_loss(*inputs, ce_weight=CE, kl_weight=KL, kl_tail=True)
+        total, parts = linear_distill_loss(*inputs, WITH_TAIL)
         return total, parts.cross_entropy, parts.kl
 
     expected = results(tail_formula, leaves, labels, targets, dtype=torch.float64)
@@ -302,8 +289,8 @@ def test_a_second_backward_pass_and_a_second_derivative_are_refused():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_products_are_added_up_in_fp32(autocast, monkeypatch):
-    """Many chunks must not lose digits: the error stays that of rounding the products, as in one chunk."""
-    monkeypatch.setattr("xlstm_distill.losses.fused.WEIGHT_BLOCK", 100)
+    """Many chunks must lose no more digits than one: only products are rounded."""
+    monkeypatch.setattr(fused_loss, "WEIGHT_BLOCK", 100)
     leaves, labels, targets = problem(tokens=512, padded=True)
     leaves = [x.bfloat16().float() for x in leaves]
     dtype = torch.float32 if autocast else torch.bfloat16
@@ -347,116 +334,3 @@ def test_targets_from_hidden_states_equal_those_from_logits(top_k, chunk):
     torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(actual.tail, expected.tail, rtol=1e-4, atol=1e-6)
     assert targets_from_hidden(leaves[0][:0], *leaves[1:], top_k).ids.shape == (0, min(top_k, 301))
-
-
-def packed_batch(vocabulary=97, context=48):
-    """Two rows of packed documents, half of their tokens supervised."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary, (2, context), generator=generator)
-    segments = (torch.arange(context) // 20).expand(2, -1).contiguous()
-    supervised = torch.rand(2, context, generator=generator) < 0.5
-    positions = (torch.arange(context) % 20).expand(2, -1).contiguous()
-    labels = next_token_labels(ids, supervised, segments)
-    return Batch(
-        ids, positions, segments, labels, torch.ones_like(supervised), (("a", 0), ("a", 1))
-    )
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
-def test_the_task_has_the_plain_formulas_loss_and_gradients(
-    family, tied, tiny_teacher, monkeypatch
-):
-    monkeypatch.setattr("xlstm_distill.losses.fused.CHUNK_BYTES", 4 * 97 * 10)
-    teacher, batch = tiny_teacher(family, tie_word_embeddings=tied), packed_batch()
-    plain = convert(teacher, MixerConfig(window=8, sinks=2)).double()
-    student = convert(teacher, MixerConfig(window=8, sinks=2))
-    plain.load_state_dict(student.state_dict())
-    keep = batch.labels != IGNORE_INDEX
-    with torch.no_grad():
-        targets = SparseTargets.from_logits(kept_logits(teacher, batch), 16)
-    logits = plain(batch.input_ids, segment_ids=batch.segment_ids).logits[keep]
-    log_q = logits.log_softmax(-1)
-    p, q = (
-        targets.log_probs.double().log_softmax(-1),
-        logits.gather(-1, targets.ids).log_softmax(-1),
-    )
-    cross_entropy = -log_q.gather(1, batch.labels[keep][:, None]).sum()
-    (CE * cross_entropy + KL * (p.exp() * (p - q)).sum()).backward()
-
-    task = DistillTask(student, OnlineTargets(teacher, 16), CE, KL)
-    sums = task(batch)
-    sums.loss.backward()
-    assert error_ratio(sums.parts["ce"], cross_entropy.detach()) < 1e-6
-    assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
-    for (name, mine), theirs in zip(student.named_parameters(), plain.parameters(), strict=True):
-        if not name.endswith("input_gate.bias"):  # its gradient is zero but for rounding
-            assert error_ratio(mine.grad, theirs.grad) < 1e-5, name
-
-
-def test_tokens_without_supervision_change_nothing(tiny_teacher):
-    teacher, batch = tiny_teacher(), packed_batch()
-    task = DistillTask(
-        convert(teacher, MixerConfig(window=8, sinks=2)), OnlineTargets(teacher, 16), CE, KL
-    )
-    full = task(batch)
-    silent = copy.deepcopy(batch)
-    silent.labels[1] = IGNORE_INDEX
-    first = Batch(*(x[:1] for x in list(vars(batch).values())[:5]), rows=(("a", 0),))
-    torch.testing.assert_close(task(silent).loss, task(first).loss, rtol=1e-6, atol=0.0)
-    assert task(silent).loss < full.loss
-    silent.labels[0] = IGNORE_INDEX
-    loss = task(silent).loss
-    loss.backward()
-    assert loss == 0
-    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in task.student.parameters())
-
-
-def test_the_fused_head_is_the_head(tiny_teacher, tmp_path):
-    model = tiny_teacher(tie_word_embeddings=True)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    weight, state = model.lm_head.weight, torch.random.get_rng_state()
-    head = fuse_head(model)
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert fuse_head(model) is head is model.lm_head
-    assert head.weight is weight is model.model.embed_tokens.weight
-    assert model.state_dict().keys() == before.keys()
-    x = torch.randn(2, 3, 64)
-    assert torch.equal(head(x), F.linear(x, weight))
-    model.save_pretrained(tmp_path)
-    again = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert type(again.lm_head) is nn.Linear
-    assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
-
-
-def test_hooks_of_the_head_run_for_the_loss():
-    """As FSDP and ZeRO-3 do: the weight is whole only while the module is called."""
-    leaves, labels, targets = problem(bias=False)
-    head = FusedHead(nn.Linear(16, 301, bias=False))
-    whole, head.weight.data = leaves[1], torch.empty(0)
-
-    def gather(module, _):
-        module.weight.data = whole
-
-    def shard(module, *_):
-        module.weight.data = torch.empty(0)
-
-    head.register_forward_pre_hook(gather)
-    head.register_forward_hook(shard)
-    total, parts = head.loss(leaves[0], labels, targets, CE, KL)
-    expected = formula(*(None if x is None else x.double() for x in leaves), labels, targets)
-    assert error_ratio(total.detach(), expected[0]) < 1e-6
-    assert error_ratio(parts.kl, expected[2]) < 1e-6
-    assert torch.equal(head.targets(leaves[0], 8).ids, F.linear(*leaves).topk(8).indices)
-    assert head.weight.numel() == 0
-
-
-def test_a_replaced_head_is_refused():
-    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                         num_attention_heads=2)  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(
-        UserError, match=r"lm_head: a torch.nn.modules.container.Sequential, the loss needs a plain"
-    ):
-        fuse_head(model)

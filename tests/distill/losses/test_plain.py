@@ -13,15 +13,6 @@ def logits(seed, rows=5, vocabulary=11):
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def test_targets_keep_the_top_of_the_distribution_and_the_rest_as_tail():
-    full = logits(0).double().softmax(-1)
-    targets = SparseTargets.from_logits(logits(0), 4)
-    top = full.topk(4)
-    assert torch.equal(targets.ids, top.indices)
-    torch.testing.assert_close(targets.log_probs.double(), top.values.log(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(targets.tail.double(), 1 - top.values.sum(-1), rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("top_k", [1, 3, 11, 50])
 def test_sparse_kl_is_the_kl_of_the_restricted_distributions(top_k):
     teacher, student = logits(0), logits(1)

@@ -13,7 +13,7 @@ from xlstm_distill.models.student import convert
 from xlstm_distill.planning.activations import Pass, layer_saved, mixer_saved, outside_layers
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.stages.workbench import architecture_of
-from xlstm_distill.training.objectives import AlignTask
+from xlstm_distill.training.objectives import AlignObjective
 
 MIXERS = {
     "softmax": MixerConfig(window=40, sinks=4),
@@ -78,7 +78,7 @@ def test_saved_activations_of_stage_one(
         teacher = tiny_teacher(num_hidden_layers=layers)
         teacher = teacher.bfloat16() if precision == "bf16" else teacher
         student = convert(teacher, MIXERS[mixer], share_weights=True).train()
-        task = AlignTask(student, teacher)
+        task = AlignObjective(student, teacher)
         measured.append(
             saved_bytes(lambda t=task: t(small_batch(ROWS, TOKENS)), [student, teacher])
         )  # type: ignore[misc]

@@ -76,6 +76,16 @@ def test_fewer_trained_parameters_and_more_gpus_come_last(
     assert settings[1] == {"--gpus": 2, "--sharding": "fsdp2"}
 
 
+def test_shorter_rows_are_for_a_stage_that_nothing_else_makes_fit(
+    stage: Callable[..., StageMemory],
+) -> None:
+    aligned = replace(stage(rows=1), stage="align", memory=align_memory)
+    halved = align_memory(replace(aligned.inputs, tokens=2048)).total
+    fit = what_fits(aligned, find_gpu(None, halved / 1e9))
+    assert fit.problem is not None
+    assert [dict(way.settings) for way in fit.problem.ways] == [{"data.context": 2048}]
+
+
 def test_nothing_helps_where_the_weights_alone_are_too_large(
     stage: Callable[..., StageMemory],
 ) -> None:

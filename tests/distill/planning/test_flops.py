@@ -29,7 +29,7 @@ from xlstm_distill.planning.flops import (
     token_flops,
 )
 from xlstm_distill.stages.workbench import architecture_of
-from xlstm_distill.training.objectives import AlignTask
+from xlstm_distill.training.objectives import AlignObjective
 from xlstm_kernels.benchmarks.entries import ENTRIES, Shape, work
 
 LLAMA_1B = read_architecture(
@@ -165,7 +165,7 @@ def test_operations_of_alignment_leave_out_what_is_constant(
 ) -> None:
     teacher, mixer = tiny_teacher(num_hidden_layers=3), MLSTM
     a, n = architecture_of(teacher), ROWS * TOKENS
-    task = AlignTask(convert(teacher, mixer, share_weights=True).train(), teacher)
+    task = AlignObjective(convert(teacher, mixer, share_weights=True).train(), teacher)
     s, t = student_flops(a, mixer, TOKENS), teacher_flops(a, TOKENS)
     # Feature maps are batched products, which are not among those counted; gates are linear layers.
     maps = 4 * a.heads * a.head_dim**2 * a.layers

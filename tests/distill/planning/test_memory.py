@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from xlstm_distill.losses import fused
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
@@ -31,7 +32,7 @@ from xlstm_distill.planning.memory import (
 from xlstm_distill.recipe import Align, MixerConfig
 from xlstm_distill.stages.workbench import architecture_of
 from xlstm_distill.training.accelerator import checkpoint_activations
-from xlstm_distill.training.objectives import AlignTask, DistillTask
+from xlstm_distill.training.objectives import AlignObjective, DistillObjective
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
 
@@ -81,7 +82,9 @@ def test_peak_memory_of_a_training_step(tiny_teacher: Make, small_batch: Any, ca
     batch = small_batch(rows, tokens)
     targets = SparseTargets.from_logits(torch.randn(rows * tokens, teacher.config.vocab_size), 8)
     task = (
-        AlignTask(student, teacher) if align else DistillTask(student, lambda _: targets, 0.9, 0.1)
+        AlignObjective(student, teacher)
+        if align
+        else DistillObjective(student, lambda _: targets, LossWeights(0.9, 0.1))
     )
     optimizer = make_optimizer(task.named_parameters(), Align(tokens=1))
 

@@ -133,6 +133,12 @@ CROWDED = {
         "rtx4090-24gb",
         ["capture.targets=stored", "capture.batch=512", "align.micro_batch=null"],
     ),
+    "shorter-rows": (
+        "llama3.2-1b-instruct",
+        1,
+        "rtx4090-24gb",
+        ["teacher.path=Qwen/Qwen2.5-3B", "distill.micro_batch=2"],
+    ),
     "more-gpus": ("llama3.1-8b", 1, "a100-80gb", []),
     "batch": ("llama3.1-8b", 6, "h100-80gb", []),
 }
@@ -156,7 +162,8 @@ def test_the_changes_that_a_plan_names_make_it_fit(case: str) -> None:
 
 
 def test_a_plan_without_a_way_says_so() -> None:
-    plan = planned(ROOT / "recipes" / "llama3.1-8b.yaml", gpus=1, gpu="rtx4090-24gb")
+    path = ROOT / "recipes" / "llama3.1-8b.yaml"
+    plan = planned(path, gpus=1, gpu_memory=8)  # the teacher's weights alone take 16
     assert plan.problems
     assert plan.changes is None
 

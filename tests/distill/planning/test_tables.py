@@ -82,9 +82,9 @@ def test_a_plan_that_does_not_fit_exits_with_1_and_its_options_make_it_fit() -> 
 
 
 def test_a_gpu_that_is_not_in_the_table_is_given_by_its_memory() -> None:
-    small = call("--gpus", "1", "--gpu-memory", "24")
+    small = call("--gpus", "1", "--gpu-memory", "8")
     assert small.exit_code == 1
-    assert "GPU of 24 GB" in small.stdout
+    assert "GPU of 8 GB" in small.stdout
     assert "No change of settings that was tried makes every stage fit." in small.stdout
     assert "Hours are not known: name a GPU with --gpu" in small.stdout
 

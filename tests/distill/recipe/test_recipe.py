@@ -156,13 +156,10 @@ def test_published_instruct_recipe_mixes_in_percent(
 )
 def test_published_recipe_has_the_papers_suite(root: Path, name: str, suite: Any) -> None:
     settings, expected = shipped(root, name).evaluate, paper_suite(suite)
-    tasks = [
-        (t.name, t.shots, t.max_gen_tokens, t.multiturn, t.metric, t.filter) for t in settings.tasks
-    ]
-    assert tasks == [
-        (t.name, t.num_fewshot, t.max_gen_toks, t.fewshot_as_multiturn, t.metric, t.filter)
-        for t in expected.tasks
-    ]
+    # The paper lists no domains: the recipe and the suite may group differently.
+    own = {"domain", "generation"}
+    tasks = [task.model_dump(exclude=own) for task in settings.tasks]
+    assert tasks == [task.model_dump(exclude=own) for task in expected.tasks]
     assert settings.apply_chat_template == expected.apply_chat_template
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
+from processes import run_python
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.launcher import Layout, adopt_slurm, asked_layout, first_host
@@ -74,8 +73,9 @@ def test_what_would_be_ignored_or_silently_replaced_is_refused(environment, mess
 
 def test_tasks_of_srun_find_their_place():
     step = {
-        "SLURM_JOB_ID": "70", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
-        "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4",
+        "SLURM_JOB_ID": "70", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1", "SLURM_NTASKS": "4",
     }  # fmt: skip
     adopted = dict(step)
     adopt_slurm(adopted)
@@ -141,25 +141,21 @@ def test_a_node_list_that_cannot_be_read_is_refused():
 WAITS = """
 import torch
 from torch.distributed import distributed_c10d
-from xlstm_distill import distributed
-distributed.wait_for_everyone()
-assert not distributed.all_agree(distributed.is_main_process())
-assert distributed.all_agree(True)
+from xlstm_distill.runtime import ranks
+ranks.wait_for_everyone()
+assert not ranks.all_agree(ranks.is_main_process())
+assert ranks.all_agree(True)
 def wait(group):  # keeps no group: its threads must end before the interpreter does
     return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-waits = wait(distributed_c10d._get_default_group()), wait(distributed._patient_group())
-assert waits[0] <= 1800, waits
-assert waits[1] == distributed.LONGEST_WAIT.total_seconds(), waits
+default, waiting = wait(distributed_c10d._get_default_group()), wait(ranks.waiting_group())
+assert default <= 1800, default
+assert waiting == ranks.LONGEST_WAIT.total_seconds(), waiting
 """
 
 
 @pytest.mark.multi_process
-def test_processes_wait_long_for_each_other_but_not_in_training():
-    """A process that hangs in a collective of the training must not hold the others for days."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    command += [sys.executable, "-c", WAITS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
-    )
+def test_ranks_wait_long_for_each_other_but_not_in_training():
+    """A rank that hangs in a collective of the training must not hold the others for days."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    done = run_python(*launcher, sys.executable, "-c", WAITS)
     assert done.returncode == 0, done.stderr

@@ -79,7 +79,7 @@ def test_without_held_out_rows_there_are_no_gates(tiny_teacher) -> None:
         ),
         (
             "{name: qs_math_add, max_gen_tokens: 256}",
-            "qs_math_add.max_gen_toks: 256 leaves no room for a prompt",
+            "qs_math_add.max_gen_tokens: 256 leaves no room for a prompt",
         ),
     ],
 )

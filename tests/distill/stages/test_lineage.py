@@ -131,3 +131,14 @@ def test_what_changed_is_named_by_its_recipe_key(root, recipe):
     ]
     assert "distill/code" not in longer
     assert changes("evaluate.limit=5")["evaluate/teacher"] == ["evaluate.limit null -> 5"]
+
+
+def test_skipping_bad_steps_keeps_the_checkpoints_of_a_training(root):
+    """The error's advice, `non_finite: skip`, must not start the training over."""
+    fingerprints = {}
+    for value in ("stop", "skip"):
+        sets = [f"align.non_finite={value}", f"distill.non_finite={value}"]
+        lineage = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", sets))
+        requests = lineage.request("align"), lineage.request("distill/math")
+        fingerprints[value] = [request.fingerprint for request in requests]
+    assert fingerprints["stop"] == fingerprints["skip"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from xlstm_distill.artifacts import Artifact, Request, Run
+from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.recipe import Recipe, load_recipe
-from xlstm_distill.stages.report import _losses, _timings, ancestry
+from xlstm_distill.stages.report import ancestry, report_data
 from xlstm_distill.training.log import LOG_FILE
+from xlstm_eval.report import render
 
 
 @pytest.fixture
@@ -34,8 +36,16 @@ def made(run: Run, label: str, *built_on: Artifact, seed: int = 0) -> Artifact:
         )
         inputs[of if of == "align" else f"{of}/{key}"] = artifact.fingerprint
     log = json.dumps({"step": 1, "mse": 0.5, "ce": 1.0, "kl": 0.1}) + "\n"
+    score = {"task": "add", "metric": "acc,none", "score": 0.5, "samples": 10, "domain": "math"}
     request = Request(stage, {"seed": seed}, {"teacher": "t", **inputs}, name or None)
-    return run.make(request, lambda draft: (draft.path / LOG_FILE).write_text(log))
+
+    def build(draft: Draft) -> None:
+        (draft.path / LOG_FILE).write_text(log)
+        draft.write_json("results.json", [score])
+        draft.write_json("gates.json", [])
+        draft.results["requests_hash"] = "the same for all"
+
+    return run.make(request, build)
 
 
 def pipeline(run: Run) -> dict[str, Artifact]:
@@ -60,9 +70,10 @@ def pipeline(run: Run) -> dict[str, Artifact]:
     }
 
 
-def test_times_are_those_of_what_the_report_rests_on_in_the_stages_order(run: Run) -> None:
-    timings = _timings(ancestry(run, pipeline(run)))
-    assert list(timings) == [
+def test_times_are_those_of_what_the_report_rests_on_in_the_stages_order(
+    run: Run, recipe: Recipe
+) -> None:
+    assert list(report_data(recipe, run, pipeline(run)).timings) == [
         "data/math", "data/chat", "capture/math", "capture/chat", "align",
         "distill/math", "distill/chat", "merge",
         "evaluate/teacher", "evaluate/merged", "evaluate/math", "evaluate/chat",
@@ -76,4 +87,16 @@ def test_what_was_made_anew_from_other_settings_is_not_counted(run: Run, recipe:
     sources = ancestry(run, evaluated)
     assert not {"capture/math", "align"} & set(sources)
     assert {"capture/chat", "data/math", "merge"} <= set(sources)
-    assert list(_losses(recipe, sources)) == ["distill/math", "distill/chat"]
+    data = report_data(recipe, run, evaluated)
+    assert list(data.losses) == ["distill/math", "distill/chat"]
+    assert set(data.timings) == set(sources)
+
+
+def test_no_path_of_this_machine_is_shown(run: Run, recipe: Recipe, root: Path) -> None:
+    data = report_data(recipe, run, pipeline(run))
+    assert (data.teacher, data.provenance["teacher"]) == ("teacher", "teacher")
+    for name, text in render(data).items():
+        assert str(root) not in text, name
+        assert str(run.directory) not in text, name
+        # In HTML a slash ends a tag: "</p>". Nowhere else may one begin a word.
+        assert not re.findall(r"[\s\"'`>:]/[\w.-]+/[\w./-]+", text), name

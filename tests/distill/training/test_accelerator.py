@@ -1,46 +1,50 @@
-"""One training however it is spread: DDP, FSDP2 and ZeRO on two CPU processes end in one process's weights."""
+"""One training however it is spread over ranks.
+
+DDP, FSDP2 and ZeRO on two CPU processes end in one process's weights.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from processes import process_environment
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.launcher import Layout
-from xlstm_distill.training.accelerator import make_accelerator, refuse_difference
+from xlstm_distill.training.accelerator import choose_precision, refuse_difference
 from xlstm_kernels.testing import error_ratio
 
-ROOT = Path(__file__).parents[3]
-SCRIPT = ROOT / "tests/helpers/sharded_training.py"
+SCRIPT = Path(__file__).parents[2] / "helpers" / "sharded_training.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
 SETTINGS = {
     "ddp": {},
-    "fsdp2": {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    },
-    **{
-        f"zero{stage}": {
-            "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
-            "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-        }
-        for stage in (1, 2, 3)
-    },
-}  # fmt: skip
+    "fsdp2": FSDP2,
+    **{f"zero{n}": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(n)} for n in (1, 2, 3)},
+}
 has_peft = importlib.util.find_spec("peft") is not None
+SLOW = [pytest.mark.deepspeed, pytest.mark.slow]
 KINDS = [
-    "ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed),
-    *(pytest.param(kind, marks=[pytest.mark.deepspeed, pytest.mark.slow]) for kind in ("zero1", "zero2")),
-]  # fmt: skip
+    "ddp",
+    "fsdp2",
+    pytest.param("zero3", marks=pytest.mark.deepspeed),
+    pytest.param("zero1", marks=SLOW),
+    pytest.param("zero2", marks=SLOW),
+]
 OPTIONS: dict[str, dict[str, Any]] = {
     "distill": {},
     "spared": {"shard_teacher": True, "checkpoint": True},
@@ -53,26 +57,17 @@ Trained = dict[str, dict[str, Any]]
 
 def train(out: Path, kind: str, trainings: dict[str, dict[str, Any]]) -> Trained:
     """Train in one process (kind `alone`), or in two under the named kind of sharding."""
-    launcher = (
-        []
-        if kind == "alone"
-        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    )
-    bf16 = any("dtype" in options for options in trainings.values())
-    path = os.pathsep.join([str(ROOT / "tests" / "shims"), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": path,
-        **SETTINGS.get(kind, {}),
-    }
-    environment |= {
-        "PYTHONFAULTHANDLER": "1",
-        **({"ACCELERATE_MIXED_PRECISION": "bf16"} if bf16 else {}),
-    }
-    command = [sys.executable, *launcher, str(SCRIPT), str(out), json.dumps(trainings)]
+    variables = {"PYTHONFAULTHANDLER": "1", **SETTINGS.get(kind, {})}
+    if any("dtype" in options for options in trainings.values()):
+        variables["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    launcher = () if kind == "alone" else TORCHRUN
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=250
+        [sys.executable, *launcher, str(SCRIPT), str(out), json.dumps(trainings)],
+        capture_output=True,
+        text=True,
+        env=process_environment(shims=True, **variables),
+        check=False,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr[-9000:]
     return torch.load(out, weights_only=True)
@@ -86,7 +81,7 @@ def trained(tmp_path_factory) -> Callable[[str], Trained]:
     )
 
 
-# Measured: 7e-7 (DDP, FSDP2, ZeRO-1 and -2) and 2e-6 (ZeRO-3) after four steps; with a tied head 5e-6.
+# Measured after four steps: 7e-7 (DDP, FSDP2, ZeRO-1 and -2), 2e-6 (ZeRO-3), 5e-6 (a tied head).
 @pytest.mark.multi_process
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +107,8 @@ def test_a_sharded_teacher_and_recomputed_activations_change_no_bit(kind, traine
     )
 
 
-# Measured against fp32, figures of about 2.9 (loss) and 1.0 (norm): 0.006 at most, bf16 in one process 0.005.
+# Measured against fp32, figures of about 2.9 (loss) and 1.0 (norm): 0.006 at most; bf16 in one
+# process: 0.005.
 @pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.parametrize("kind", ["alone", *KINDS])
@@ -142,28 +138,36 @@ def test_bf16_compute_keeps_fp32_weights_and_reduction(kind, trained, tmp_path):
     ids=str,
 )
 def test_what_runs_must_be_what_was_asked(asked, running):
-    with pytest.raises(
-        UserError, match=r"asked for .* and accelerate runs .* check its configuration"
-    ):
+    differs = r"asked for .* and accelerate runs .* check its configuration"
+    with pytest.raises(UserError, match=differs):
         refuse_difference(asked, running, "no")
-    refuse_difference(
-        running, Layout(running.kind, running.processes, running.sharding, "no"), "no"
-    )
-    with pytest.raises(
-        UserError, match="mixed_precision: 'bf16' is wanted, and accelerate runs 'no'"
-    ):
-        refuse_difference(
-            running, Layout(running.kind, running.processes, running.sharding, "no"), "bf16"
-        )
+    in_fp32 = Layout(running.kind, running.processes, running.sharding, "no")
+    refuse_difference(running, in_fp32, "no")
+    differs = "mixed_precision: 'bf16' is wanted, and accelerate runs 'no'"
+    with pytest.raises(UserError, match=differs):
+        refuse_difference(running, in_fp32, "bf16")
 
 
-def test_a_precision_that_contradicts_the_recipe_is_refused(monkeypatch):
-    recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype="float32"))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+@pytest.mark.parametrize(
+    ("dtype", "precision", "on_accelerator", "chosen"),
+    [
+        ("bfloat16", None, True, "bf16"),
+        ("bfloat16", None, False, "no"),  # bf16 on a CPU only where the launcher asks for it
+        ("bfloat16", "bf16", False, "bf16"),
+        ("bfloat16", "no", False, "no"),
+        ("float32", None, True, "no"),
+        ("float32", "no", True, "no"),
+    ],
+)
+def test_the_teacher_s_dtype_decides_the_precision(dtype, precision, on_accelerator, chosen):
+    asked = Layout("ddp", 2, None, precision)
+    assert choose_precision(dtype, asked, on_accelerator=on_accelerator) == chosen
+
+
+def test_a_precision_that_contradicts_the_recipe_is_refused():
+    asked = Layout("ddp", 2, None, "bf16")
     with pytest.raises(UserError, match=r"mixed_precision: 'bf16' beside teacher.dtype: 'float32'"):
-        make_accelerator(recipe)
-    recipe.teacher.dtype = "bfloat16"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setattr("xlstm_distill.training.accelerator.on_cpu", lambda: False)
+        choose_precision("float32", asked, on_accelerator=False)
+    asked = Layout("ddp", 2, None, "no")
     with pytest.raises(UserError, match=r"mixed_precision: 'no' beside teacher.dtype: 'bfloat16'"):
-        make_accelerator(recipe)
+        choose_precision("bfloat16", asked, on_accelerator=True)

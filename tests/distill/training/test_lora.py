@@ -1,4 +1,4 @@
-"""Adapters: the student starts unchanged, they alone train, and merging keeps outputs, class and names."""
+"""Adapters: the student starts unchanged, they alone train, and merging keeps outputs and names."""
 
 from __future__ import annotations
 

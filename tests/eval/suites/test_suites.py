@@ -22,7 +22,7 @@ def test_bad_suites_are_refused(change: dict[str, object]) -> None:
 
 def test_the_papers_base_suite() -> None:
     suite = paper_suite("base")
-    shots = {task.name: (task.num_fewshot, task.max_gen_toks) for task in suite.tasks}
+    shots = {task.name: (task.shots, task.max_gen_tokens) for task in suite.tasks}
     assert len(shots) == 13
     assert shots["arc_challenge"] == (25, 100)
     assert shots["mmlu"] == (5, 10)
@@ -31,16 +31,16 @@ def test_the_papers_base_suite() -> None:
     assert shots["mbpp_plus"] == (3, 1024)
     assert shots["gpqa_main_cot_zeroshot"] == (0, 2048)
     assert not suite.apply_chat_template
-    assert not any(task.fewshot_as_multiturn for task in suite.tasks)
+    assert not any(task.multiturn for task in suite.tasks)
 
 
 def test_the_papers_instruct_suite() -> None:
     suite = paper_suite("instruct")
     by_name = {task.name: task for task in suite.tasks}
     assert suite.apply_chat_template
-    assert by_name["gsm8k_cot"].num_fewshot == 5
-    assert by_name["gsm8k_cot"].max_gen_toks == 3072
-    assert {name for name, task in by_name.items() if not task.fewshot_as_multiturn} == {
+    assert by_name["gsm8k_cot"].shots == 5
+    assert by_name["gsm8k_cot"].max_gen_tokens == 3072
+    assert {name for name, task in by_name.items() if not task.multiturn} == {
         "piqa",
         "arc_easy",
         "gpqa_diamond_cot_zeroshot",

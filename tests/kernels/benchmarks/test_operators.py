@@ -1,4 +1,4 @@
-"""The benchmark times what agrees with its reference, refuses the rest, and says what it leaves out."""
+"""The benchmark times what agrees with its reference, and says what it leaves out and why."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from xlstm_kernels.benchmarks import entries as bench_entries
-from xlstm_kernels.benchmarks import operators as bench
+from xlstm_kernels.benchmarks import entries, operators
 from xlstm_kernels.benchmarks.report import Row, ratio_to_ours
 
-SMALL = ["--batch", "1", "--tokens", "40", "--heads", "2", "--groups", "1", "--key-dim", "8", "--window", "8",
-         "--device", "cpu", "--repeats", "1"]  # fmt: skip
+SMALL = [
+    "--batch", "1", "--tokens", "40", "--heads", "2", "--groups", "1", "--key-dim", "8",
+    "--window", "8", "--device", "cpu", "--repeats", "1",
+]  # fmt: skip
 
 
 def test_torch_backends_are_timed_and_the_rest_left_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert bench.main(SMALL) == 0
+    assert operators.main(SMALL) == 0
     rates, *lines = capsys.readouterr().out.splitlines()
     assert "TFLOP/s, copy" in rates
     timed = [line for line in lines if " ms " in line]
@@ -33,7 +34,7 @@ def test_torch_backends_are_timed_and_the_rest_left_out(
 
 
 def test_packed_documents_are_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main([*SMALL, "--document", "9", "--operators", "window", "causal"]) == 0
+    assert operators.main([*SMALL, "--document", "9", "--operators", "window", "causal"]) == 0
     lines = capsys.readouterr().out
     assert lines.count(" ms ") == 4
     assert (
@@ -46,42 +47,47 @@ def test_packed_documents_are_checked_and_timed(capsys: pytest.CaptureFixture[st
 def test_a_wrong_operator_is_not_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, operator: str
 ) -> None:
-    entry = next(e for e in bench_entries.ENTRIES if (e.operator, e.backend) == (operator, "torch"))
+    wanted = (operator, "torch")
+    entry = next(e for e in entries.ENTRIES if (e.operator, e.backend) == wanted)
     wrong = entry._replace(run=lambda a, shape: 1.001 * entry.run(a, shape))
-    monkeypatch.setattr(bench, "ENTRIES", (wrong,))
-    assert bench.main(SMALL) == 1
+    monkeypatch.setattr(operators, "ENTRIES", (wrong,))
+    assert operators.main(SMALL) == 1
     _, line = capsys.readouterr().out.splitlines()
     assert "not timed: RMS ratio 1.0e-03 to the reference; allowed: 1e-05" in line
 
 
-@pytest.mark.parametrize(("operator", "wrong"), [
-    ("window", {"window": 99}), ("window", {"sinks": 0}), ("causal", {}), ("hybrid step", {"sinks": 0}),
-])  # fmt: skip
+WRONG_SETTINGS = [
+    ("window", {"window": 99}),
+    ("window", {"sinks": 0}),
+    ("causal", {}),
+    ("hybrid step", {"sinks": 0}),
+]
+
+
+@pytest.mark.parametrize(("operator", "wrong"), WRONG_SETTINGS)
 def test_the_check_sees_beyond_window_and_sinks(operator: str, wrong: dict[str, int]) -> None:
-    shape = bench_entries.Shape(4, 100_000, 2, 1, 8, 8, 100, 4, 0)
+    shape = entries.Shape(4, 100_000, 2, 1, 8, 8, 100, 4, 0)
     entry = next(
-        e
-        for e in bench_entries.ENTRIES
-        if e.operator == operator and not e.needs and not e.cuda_only
+        e for e in entries.ENTRIES if e.operator == operator and not e.needs and not e.cuda_only
     )
     if operator == "causal":  # that is a window without end
-        entry = entry._replace(operator="window", reference=bench_entries.window_truth)
+        entry = entry._replace(operator="window", reference=entries.window_truth)
     changed = entry._replace(run=lambda a, s: entry.run(a, s._replace(**wrong)))
-    assert bench.worst_ratio(changed, shape, torch.device("cpu"), torch.float32) > 1e-2
+    assert operators.worst_ratio(changed, shape, torch.device("cpu"), torch.float32) > 1e-2
     if wrong:
-        assert bench.worst_ratio(entry, shape, torch.device("cpu"), torch.float32) < 1e-5
+        assert operators.worst_ratio(entry, shape, torch.device("cpu"), torch.float32) < 1e-5
 
 
 def test_documents_are_checked_where_rows_without_are_timed() -> None:
-    entry = bench_entries.ENTRIES[0]
+    entry = entries.ENTRIES[0]
     joined = entry._replace(run=lambda a, s: entry.run(a._replace(ids=None), s))
-    shape = bench_entries.Shape(1, 1000, 2, 1, 8, 8, 32, 4, 0)
-    assert bench.worst_ratio(joined, shape, torch.device("cpu"), torch.float32) > 1e-2
+    shape = entries.Shape(1, 1000, 2, 1, 8, 8, 32, 4, 0)
+    assert operators.worst_ratio(joined, shape, torch.device("cpu"), torch.float32) > 1e-2
 
 
 def test_report_has_table_data_and_plot(tmp_path: Path) -> None:
     arguments = [*SMALL, "--operators", "mlstm", "--tokens", "20", "40", "--report", str(tmp_path)]
-    assert bench.main(arguments) == 0
+    assert operators.main(arguments) == 0
     table = (tmp_path / "kernels.md").read_text()
     assert "| mlstm | torch | forward + backward | 40 |" in table
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
@@ -102,15 +108,15 @@ def test_ratios_are_to_our_fastest_named_kernel() -> None:
 
 
 def test_counted_work_of_the_mlstm_is_linear_in_tokens() -> None:
-    shape = bench_entries.Shape(1, 4096, 8, 2, 128, 128, 512, 4, 0)
-    entry = bench_entries.ENTRIES[0]
-    one, two = (bench_entries.work(entry, shape._replace(tokens=n), 2, True) for n in (4096, 8192))
+    shape = entries.Shape(1, 4096, 8, 2, 128, 128, 512, 4, 0)
+    entry = entries.ENTRIES[0]
+    one, two = (entries.work(entry, shape._replace(tokens=n), 2, True) for n in (4096, 8192))
     assert two == (2 * one[0], 2 * one[1])
     assert one[0] == 3.5 * 4096 * 8 * (4 * 128 * 128 + 64 * 256)
 
 
 def test_full_ring_is_what_decoding_would_have_left() -> None:
-    shape = bench_entries.Shape(1, 16, 2, 1, 8, 8, 5, 2, 0)
-    ring = bench_entries.full_ring(shape, torch.device("cpu"), torch.float32)
+    shape = entries.Shape(1, 16, 2, 1, 8, 8, 5, 2, 0)
+    ring = entries.full_ring(shape, torch.device("cpu"), torch.float32)
     assert ring.positions[0].tolist() == [0, 1, 5, 6, 2, 3, 4]
     assert ring.lengths.tolist() == [7]

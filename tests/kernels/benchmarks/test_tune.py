@@ -13,7 +13,7 @@ tune = pytest.importorskip(
 
 from xlstm_kernels.testing import outputs_and_grads, to_float64  # noqa: E402
 from xlstm_kernels.triton import table as triton_table  # noqa: E402
-from xlstm_kernels.triton.configs import MLSTMConfig, WindowConfig, mlstm_config, window_config  # noqa: E402
+from xlstm_kernels.triton.configs import MLSTMConfig, WindowConfig, mlstm_config  # noqa: E402
 
 
 def test_the_table_reads_back_as_it_was_written() -> None:
@@ -24,33 +24,26 @@ def test_the_table_reads_back_as_it_was_written() -> None:
     assert found["MEASURED_ON"] == "some GPU"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
-def test_every_allowed_shape_has_settings_that_divide_it(dtype: torch.dtype, dim: int) -> None:
-    config = mlstm_config(dtype, dim, 2 * dim if dim < 256 else dim)
-    for launch in config[1:]:
-        assert dim % launch.block_k == 0
-        assert (2 * dim if dim < 256 else dim) % launch.block_v == 0
-    assert window_config(dtype, dim).block >= 16
-
-
 def test_candidates_hold_the_best_so_far_and_vary_one_thing() -> None:
     best = mlstm_config(torch.bfloat16, 128, 128)
     for candidates in tune.mlstm_rounds(128):
         found = candidates(best)
         assert best in found or best.chunk not in tune.CHUNKS
-        assert all(sum(a != b for a, b in zip(config, best, strict=True)) <= 1 for config in found)
+        for config in found:
+            assert sum(a != b for a, b in zip(config, best, strict=True)) <= 1
     assert len(list(tune.window_rounds())) == 3
 
 
 def test_an_inexact_candidate_is_not_timed(device: str) -> None:
-    small = tune.draw("window", torch.float32, 16, 4, 40, device)
+    small = tune.draw("window", torch.float32, 16, 4, 12, device)
     truth = outputs_and_grads(tune.exact_operator("window"), to_float64(small))
-    exact = tune.operator_with(WindowConfig(32, 4, 1, 4, 1))
-    assert (
-        tune.time_candidate(lambda **x: 1.001 * exact(**x), small, truth, small, 1e-5) == math.inf
-    )
-    assert 0 < tune.time_candidate(exact, small, truth, small, 1e-5) < math.inf
+    exact = tune.operator_with(WindowConfig(16, 4, 1, 4, 1))
+
+    def time(operator: tune.Operator) -> float:
+        return tune.time_candidate(operator, small, truth, small, bound=1e-5, repeats=1)
+
+    assert time(lambda **x: 1.001 * exact(**x)) == math.inf
+    assert 0 < time(exact) < math.inf
 
 
 def test_the_shortest_exact_time_wins(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""No intermediate of either operator, forward or backward, grows faster than the number of tokens."""
+"""No intermediate of either operator grows faster than the tokens, forward or backward."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ class Storages(TorchDispatchMode):
             if isinstance(x, Tensor)
         }
         for x in tree_leaves(result):
-            if (
-                isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given
-            ):  # neither a view nor in place
+            # Results that are neither views nor made in place.
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
                 size = x.untyped_storage().nbytes()
                 self.largest, self.total = max(self.largest, size), self.total + size
         return result
@@ -71,7 +70,8 @@ def test_the_measure_sees_a_quadratic_operator() -> None:
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_values_are_not_repeated_per_query_head(groups: int) -> None:
-    # 8 query heads over fewer value heads: no tensor may hold v once per query head, and Dv is by far the largest dim.
+    # 8 query heads over fewer value heads: no tensor may hold v once per query head, and Dv is by
+    # far the largest dim.
     inputs = {
         n: x.detach()
         for n, x in random_inputs(B=1, H=8, T=32, Dk=2, Dv=512, G=groups, seed=1).items()

@@ -1,4 +1,7 @@
-"""The Triton kernels at real sizes on a CUDA device: accuracy, state passing, determinism. Run with `pytest -m gpu`."""
+"""The Triton kernels at real sizes on a CUDA device: accuracy, state passing, determinism.
+
+Run with `pytest -m gpu`.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,17 @@ from xlstm_kernels.testing import (
     random_state,
 )
 
-triton_mlstm = pytest.importorskip("xlstm_kernels.triton.mlstm", exc_type=ImportError)
-triton_window = pytest.importorskip("xlstm_kernels.triton.window", exc_type=ImportError)
+pytest.importorskip("triton")
+from xlstm_kernels.triton.mlstm import mlstm_triton
+from xlstm_kernels.triton.window import window_triton
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Of bfloat16: rounding of outputs and gradients (2^-9), and of the weights and states that tensor cores multiply.
+# Of bfloat16: rounding of outputs and gradients (2^-9), and of the weights and states that tensor
+# cores multiply.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 Tensors = dict[str, Tensor]
 
@@ -40,7 +45,7 @@ def cuda(
 
 
 def double(inputs: Tensors) -> Tensors:
-    """Copy as float64 leaves: the torch backend in float64 is the truth here, itself tested against the reference."""
+    """Copy as float64 leaves: the torch backend in float64, itself tested, is the truth here."""
     return {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in inputs.items()}
 
 
@@ -94,10 +99,9 @@ def test_compiled_equals_eager(operator: str) -> None:
 
     def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
         if operator == "mlstm":
-            return triton_mlstm.mlstm_triton(q, k, v, i, f, None, None)[0]
-        return triton_window.window_triton(q, k, v, 100, 4, None, 0.125) + 0.0 * (i + f).unsqueeze(
-            -1
-        )
+            return mlstm_triton(q, k, v, i, f, segment_ids=None, state=None)[0]
+        out = window_triton(q, k, v, window=100, sinks=4, segment_ids=None, scale=0.125)
+        return out + 0.0 * (i + f).unsqueeze(-1)
 
     compiled = outputs_and_grads(torch.compile(run, fullgraph=True), inputs)
     assert_close(compiled, outputs_and_grads(run, inputs), 1e-6)
@@ -217,10 +221,9 @@ def test_hybrid_steps_equal_the_torch_steps(dtype: torch.dtype) -> None:
         state = MLSTMState.zeros(B, H, D, D, device="cuda")
         ring = Ring.empty(B, G, D, D, window=16, sinks=4, dtype=dtype, device="cuda")
         row = (x["q"], k, x["v"], x["q"], x["k"], x["i"], x["f"], gate)
-        steps = [
-            hybrid_step(*(t[:, :, s] for t in row), state, ring, sinks=4, backend=backend)
-            for s in range(40)
-        ]
+        steps = []
+        for token in zip(*(t.unbind(2) for t in row), strict=True):
+            steps.append(hybrid_step(*token, state, ring, sinks=4, backend=backend))
         outputs.append((torch.stack(steps), state, ring))
     assert error_ratio(outputs[1][0], outputs[0][0]) < BOUNDS[dtype]
     assert error_ratio(outputs[1][1].C, outputs[0][1].C) < 1e-5
@@ -235,10 +238,8 @@ def test_mlstm_steps_race_free() -> None:
     finals = []
     for _ in range(5):
         state = MLSTMState.zeros(64, 32, 128, 128, device="cuda")
-        h = [
-            mlstm_step(*(t[:, :, s] for t in x.values()), state, backend="triton") for s in range(4)
-        ]
+        tokens = zip(*(t.unbind(2) for t in x.values()), strict=True)
+        h = [mlstm_step(*token, state, backend="triton") for token in tokens]
         finals.append((torch.stack(h), *state))
-    assert all(
-        torch.equal(a, b) for final in finals[1:] for a, b in zip(final, finals[0], strict=True)
-    )
+    for final in finals[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(final, finals[0], strict=True))

@@ -1,7 +1,8 @@
 """The Triton kernels in bfloat16 and float16, rounded as a GPU rounds, against float64.
 
-Bounds: the measured error and a tenth to a third more. Values with a common component (an offset per feature, as
-biases give) are the hard case: gradients cancel it, and its rounding must cancel too.
+Bounds: the measured error and a tenth to a third more. Values with a common component (an offset
+per feature, as biases give) are the hard case: gradients cancel it, and its rounding must cancel
+too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from xlstm_kernels.torch.window import banded_attention
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig
 
 pytest.importorskip("triton")
-from xlstm_kernels.triton import mlstm as triton_mlstm
-from xlstm_kernels.triton import window as triton_window
+from xlstm_kernels.triton.mlstm import common_component, mlstm_triton
+from xlstm_kernels.triton.window import window_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned", "gpu_arithmetic")
 TILES_OF_64 = MLSTMConfig(64, *[Launch(64, 64, 4, 1)] * 5)
@@ -57,21 +58,22 @@ def ratios(actual: Tensors, expected: Tensors) -> dict[str, float]:
 def mlstm_errors(
     inputs: Tensors, ids: Tensor | None = None, config: MLSTMConfig = TILES_OF_32
 ) -> dict[str, float]:
-    """Errors of outputs and all gradients; the truth is the torch backend in float64, itself tested."""
+    """Return the errors of outputs and gradients to the torch backend in float64, itself tested."""
 
     def run(backend: str, **x: Tensor) -> Tensor | tuple[Tensor, ...]:
         state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields)) if "C" in x else None
         if backend == "torch":
             h, final = mlstm_chunkwise(**x, segment_ids=ids, state=state)
         else:
-            h, final = triton_mlstm.mlstm_triton(**x, segment_ids=ids, state=state, config=config)
+            h, final = mlstm_triton(**x, segment_ids=ids, state=state, config=config)
         return h if state is None else (h, final.C, final.n)
 
     expected = outputs_and_grads(lambda **x: run("torch", **x), to_float64(inputs))
     return ratios(outputs_and_grads(lambda **x: run("triton", **x), inputs), expected)
 
 
-# Without `common_component`, df in bfloat16 was off by 0.070 at offset 3 and by 0.39 at 10.
+# Without `common_component`, df in bfloat16 was off by 0.070 at offset 3 and by 0.39 at 10 (T =
+# 1024).
 @pytest.mark.parametrize(
     ("dtype", "bound", "offset"),
     [
@@ -84,7 +86,7 @@ def mlstm_errors(
 def test_mlstm_with_a_common_component(
     device: str, dtype: torch.dtype, bound: float, offset: float
 ) -> None:
-    inputs = with_offset(random_inputs(1, 1, 1024, 64, seed=5, forget_bias=6.0), offset)
+    inputs = with_offset(random_inputs(1, 1, 512, 64, seed=5, forget_bias=6.0), offset)
     found = mlstm_errors(cast(inputs, dtype, device), config=TILES_OF_64)
     assert all(ratio < bound for ratio in found.values()), found
 
@@ -95,8 +97,8 @@ def test_mlstm_with_a_common_component(
 def test_mlstm_with_a_common_component_states_and_documents(
     device: str, dtype: torch.dtype, bound: float
 ) -> None:
-    inputs = random_inputs(2, 2, 100, 32, 64, 1, seed=6) | random_state(2, 2, 32, 64, seed=7)
-    ids = random_segments(2, 100, mean_length=35, seed=8).to(device)
+    inputs = random_inputs(2, 2, 66, 32, 64, 1, seed=6) | random_state(2, 2, 32, 64, seed=7)
+    ids = random_segments(2, 66, mean_length=25, seed=8).to(device)
     ids[1] = 0
     found = mlstm_errors(cast(with_offset(inputs, 3.0), dtype, device), ids)
     assert all(ratio < bound for ratio in found.values()), found
@@ -113,41 +115,38 @@ def test_mlstm_with_a_common_component_states_and_documents(
 )
 def test_window(device: str, dtype: torch.dtype, bound: float, offset: float) -> None:
     draw = torch.Generator().manual_seed(1)
-    shapes = {"q": (1, 2, 300, 32), "k": (1, 1, 300, 32), "v": (1, 1, 300, 32)}
+    shapes = {"q": (1, 2, 200, 32), "k": (1, 1, 200, 32), "v": (1, 1, 200, 32)}
     inputs = {
         name: torch.randn(shape, generator=draw).requires_grad_() for name, shape in shapes.items()
     }
     inputs = cast(with_offset(inputs, offset), dtype, device)
-    ids, scale = random_segments(1, 300, mean_length=120, seed=2).to(device), 32**-0.5
-    found = ratios(
-        outputs_and_grads(
-            lambda q, k, v: triton_window.window_triton(q, k, v, 100, 4, ids, scale, BLOCKS_OF_64),
-            inputs,
-        ),
-        outputs_and_grads(
-            lambda q, k, v: banded_attention(q, k, v, 100, 4, ids, scale), to_float64(inputs)
-        ),
+    ids, scale = random_segments(1, 200, mean_length=120, seed=2).to(device), 32**-0.5
+    settings = {"window": 100, "sinks": 4, "segment_ids": ids, "scale": scale}
+    actual = outputs_and_grads(
+        lambda **x: window_triton(**x, **settings, config=BLOCKS_OF_64), inputs
     )
+    expected = outputs_and_grads(lambda **x: banded_attention(**x, **settings), to_float64(inputs))
+    found = ratios(actual, expected)
     assert all(ratio < bound for ratio in found.values()), found
 
 
 def test_no_product_cuts_its_operands_to_tf32(device: str, gpu_arithmetic: set[str]) -> None:
     for dtype in (torch.float16, torch.float32):
-        mlstm_errors(cast(random_inputs(1, 1, 70, 32, seed=3), dtype, device))
+        mlstm_errors(cast(random_inputs(1, 1, 40, 32, seed=3), dtype, device))
     assert gpu_arithmetic <= {"tf32x3"}
 
 
 def test_values_without_a_common_component_are_left_as_they_are() -> None:
     v = torch.randn(2, 3, 1000, 16, generator=torch.Generator().manual_seed(9))
-    assert not triton_mlstm.common_component(v).any()
+    assert not common_component(v).any()
     for offset in (3.0, -200.0):
-        assert (triton_mlstm.common_component(v + offset) - offset).abs().max() < 1.0
+        assert (common_component(v + offset) - offset).abs().max() < 1.0
     for extreme in (
         torch.zeros(1, 1, 5, 16),
         torch.full((1, 1, 5, 16), 3e38),
         torch.full((1, 1, 5, 16), 1e-38),
     ):
-        assert triton_mlstm.common_component(extreme).isfinite().all()
+        assert common_component(extreme).isfinite().all()
 
 
 def test_zero_keys_give_zero_whatever_the_values_have_in_common(device: str) -> None:
@@ -155,11 +154,9 @@ def test_zero_keys_give_zero_whatever_the_values_have_in_common(device: str) -> 
     inputs["k"] = torch.zeros_like(inputs["k"]).requires_grad_()
     inputs = cast(inputs, torch.bfloat16, device)
     actual = outputs_and_grads(
-        lambda **x: triton_mlstm.mlstm_triton(
-            **x, segment_ids=None, state=None, config=TILES_OF_32
-        )[0],
+        lambda **x: mlstm_triton(**x, segment_ids=None, state=None, config=TILES_OF_32)[0],
         inputs,
     )
-    assert triton_mlstm.common_component(inputs["v"]).any()
+    assert common_component(inputs["v"]).any()
     assert all(torch.count_nonzero(actual[name]) == 0 for name in ("h", "dq", "df", "dv"))
     assert all(torch.isfinite(x).all() for x in actual.values())

@@ -1,4 +1,7 @@
-"""Triton's sliding-window attention against its per-query float64 reference; small shapes for the interpreter."""
+"""Triton's sliding-window attention against its per-query float64 reference.
+
+The shapes are the smallest that take every branch of the kernels: the interpreter is slow.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,12 @@ from xlstm_kernels.reference import sliding_window_reference
 from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_segments, to_float64
 from xlstm_kernels.triton.configs import WindowConfig
 
-pytestmark = pytest.mark.usefixtures("poisoned")
-triton_window = pytest.importorskip(
-    "xlstm_kernels.triton.window", reason="triton is not installed", exc_type=ImportError
-)
+pytest.importorskip("triton")
+from xlstm_kernels.triton.window import window_triton
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = 1e-5
-SMALL = WindowConfig(16, 4, 1, 4, 1)
+SMALL = WindowConfig(16, 4, 1, 4, 1)  # blocks of 16 tokens
 
 
 def random_qkv(
@@ -37,29 +39,33 @@ def assert_matches(
     ids: Tensor | None = None,
     bound: float = BOUND,
 ) -> None:
+    """Compare outputs and gradients with the reference, each row of the batch on its own."""
     scale = inputs["q"].shape[-1] ** -0.5
-    actual = outputs_and_grads(
-        lambda q, k, v: triton_window.window_triton(q, k, v, window, sinks, ids, scale, SMALL),
-        inputs,
+    settings = {"window": window, "sinks": sinks, "segment_ids": ids}
+    found = outputs_and_grads(
+        lambda **x: window_triton(**x, **settings, scale=scale, config=SMALL), inputs
     )
-    expected = outputs_and_grads(
-        lambda **x: sliding_window_reference(**x, window=window, sinks=sinks, segment_ids=ids),
-        to_float64(inputs),
+    truth = outputs_and_grads(
+        lambda **x: sliding_window_reference(**x, **settings), to_float64(inputs)
     )
-    for name in expected:
-        if expected[name].any():
-            assert error_ratio(actual[name], expected[name]) < bound, name
-        else:  # each query sees one key: dq and dk are exactly 0 in the reference
-            assert actual[name].abs().max() < bound, name
+    for name in truth:
+        for row, (actual, expected) in enumerate(zip(found[name], truth[name], strict=True)):
+            if expected.any():
+                assert error_ratio(actual, expected) < bound, (name, row)
+            else:  # each query sees one key: dq and dk are exactly 0 in the reference
+                assert actual.abs().max() < bound, (name, row)
 
 
+# Three blocks. Windows of one token, of a part of a block, of a block, of more, and of more than
+# all; sinks fewer and more than the window. With documents (a compile-time switch): two heads.
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 3), (16, 4), (17, 20), (100, 2)])
 def test_outputs_and_all_gradients_match_reference(
     device: str, window: int, sinks: int, documents: bool
 ) -> None:
-    ids = random_segments(1, 53, mean_length=20, seed=window).to(device) if documents else None
-    assert_matches(random_qkv(device, 1, 2, 1, 53, seed=window), window, sinks, ids)
+    ids = random_segments(1, 37, mean_length=15, seed=window).to(device) if documents else None
+    heads = 2 if documents else 1
+    assert_matches(random_qkv(device, 1, heads, 1, 37, seed=window), window, sinks, ids)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17])
@@ -67,30 +73,39 @@ def test_any_length_matches_reference(device: str, tokens: int) -> None:
     assert_matches(random_qkv(device, 1, 1, 1, tokens, seed=tokens), 4, 2)
 
 
-# Blocks hold 16 queries here: documents that end at their borders, next to them and inside, and a long one whose sinks
-# many blocks read.
-@pytest.mark.parametrize("lengths", [[16, 32, 22], [15, 1, 16, 33], [2, 1, 87]])
-def test_documents_and_grouped_heads_match_reference(device: str, lengths: list[int]) -> None:
-    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(device)
-    assert_matches(random_qkv(device, 1, 4, 2, sum(lengths), seed=1), 7, 4, ids)
+# One row each: documents that end at the borders of blocks, next to them and inside, and a long one
+# whose sinks more blocks read than `sink_grad_kernel` takes at once (two, with seven sinks).
+DOCUMENTS = [[16, 32, 22], [15, 1, 16, 38], [2, 1, 67]]
+
+
+def test_documents_match_reference(device: str) -> None:
+    rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]
+    ids = torch.stack(rows).to(device)
+    assert_matches(random_qkv(device, len(rows), 2, 1, 70, seed=1), 7, 7, ids)
+
+
+def test_grouped_heads_match_reference(device: str) -> None:
+    # Two groups of two heads; the second document's sinks lie before the band of the last block.
+    ids = (torch.arange(40) >= 4).long().expand(2, -1).to(device)
+    assert_matches(random_qkv(device, 2, 4, 2, 40, seed=1), 7, 4, ids)
 
 
 # Measured in the interpreter: at most 3.9e-4.
 def test_float16_loses_only_its_rounding(device: str) -> None:
     inputs = {
         n: x.detach().half().requires_grad_()
-        for n, x in random_qkv(device, 1, 2, 1, 50, 32).items()
+        for n, x in random_qkv(device, 1, 2, 1, 40, 32).items()
     }
     assert_matches(inputs, 20, 4, bound=6e-4)
 
 
 def test_public_operator_runs_the_kernels_of_the_table(device: str) -> None:
-    inputs = random_qkv(device, 1, 2, 1, 70, 32, seed=3)
+    inputs = random_qkv(device, 1, 2, 1, 40, 32, seed=3)
     strided = {
         n: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         for n, x in inputs.items()
     }
-    ids = random_segments(1, 70, mean_length=30, seed=4).to(device)
+    ids = random_segments(1, 40, mean_length=20, seed=4).to(device)
     results = [
         outputs_and_grads(
             lambda backend=backend, **x: sliding_window_attention(

@@ -66,7 +66,8 @@ def test_grouped_heads_match_reference(heads: int, groups: int) -> None:
     assert_matches_reference(random_qkv(2, heads, groups, 70, 8, seed=heads), 12, 3)
 
 
-# Blocks hold 32 queries here: documents that start or end at their borders, next to them, and far inside.
+# Blocks hold 32 queries here: documents that start or end at their borders, next to them, and far
+# inside.
 @pytest.mark.parametrize(
     "lengths", [[32, 64, 32], [31, 1, 33, 63], [64, 64], [2, 1, 125], [100, 3, 25], [16, 16, 96]]
 )

@@ -13,11 +13,8 @@ from xlstm_kernels.testing import error_ratio, random_inputs, to_float64
 
 def steps(inputs: dict[str, Tensor], state: MLSTMState, start: int = 0) -> Tensor:
     """Decode the tokens from `start` on, one at a time: (B, H, T - start, Dv)."""
-    tokens = inputs["q"].shape[2]
-    return torch.stack(
-        [mlstm_step(*(x[:, :, t] for x in inputs.values()), state) for t in range(start, tokens)],
-        dim=2,
-    )
+    tokens = zip(*(x[:, :, start:].unbind(2) for x in inputs.values()), strict=True)
+    return torch.stack([mlstm_step(*token, state) for token in tokens], dim=2)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -1,0 +1,56 @@
+"""Show a recipe to readers of a report: without the paths of the machine that ran it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from xlstm_distill.recipe.model import Teacher
+from xlstm_distill.recipe.recipe import Recipe
+
+PATH_KEYS = ("path", "include")
+"""The keys that may hold a local path, in any section."""
+
+
+def teacher_name(teacher: Teacher) -> str:
+    """Return a hub id as it is, and a local teacher's folder by its name."""
+    path = PurePath(teacher.path)
+    return path.name if path.is_absolute() else teacher.path
+
+
+def shown_recipe(recipe: Recipe) -> str:
+    """Return a recipe with all its values as YAML, with local paths shortened to names."""
+    values = recipe.model_dump(mode="json")
+    places = list(_local_paths(values))
+    names = short_names(section[key] for section, key in places)
+    for section, key in places:
+        section[key] = names[section[key]]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Map each absolute path to its last parts: as few as tell all the paths apart."""
+    parts = {path: PurePath(path).parts[1:] for path in paths}
+    depth = 1
+    while True:
+        names = {path: "/".join(own[-depth:]) for path, own in parts.items()}
+        if len(set(names.values())) == len(parts):
+            return names
+        depth += 1
+
+
+def _local_paths(values: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where local paths are in a dumped recipe: the section that holds one, and its key."""
+    if isinstance(values, list):
+        for item in values:
+            yield from _local_paths(item)
+    if isinstance(values, dict):
+        for key, value in values.items():
+            # A loaded recipe's local paths are absolute; hub ids are not.
+            is_text = isinstance(value, str)
+            if is_text and key in PATH_KEYS and PurePath(value).is_absolute():
+                yield values, key
+            yield from _local_paths(value)

@@ -1,0 +1,40 @@
+"""Short names and times for readers of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def short_names(domains: Mapping[str, str | None]) -> dict[str, str]:
+    """Shorten task names: "qs_math_add" is "add" if all tasks of its domain begin with "qs_math_".
+
+    ``domains`` maps each task to its domain. Every task keeps at least one word.
+    """
+    short = {}
+    for task, domain in domains.items():
+        group = [other for other, of in domains.items() if of == domain]
+        words = task.split("_")
+        shared = _shared_words(words, group) if len(group) > 1 else 0
+        short[task] = "_".join(words[shared:])
+    return short
+
+
+def _shared_words(words: Sequence[str], tasks: Sequence[str]) -> int:
+    """Return with how many of ``words`` all tasks begin; the last word is never among them."""
+    for count in range(len(words) - 1, 0, -1):
+        beginning = "_".join(words[:count]) + "_"
+        if all(task.startswith(beginning) for task in tasks):
+            return count
+    return 0
+
+
+def duration(seconds: float) -> str:
+    """Write seconds for a reader: 42 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

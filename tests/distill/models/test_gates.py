@@ -1,0 +1,55 @@
+"""The mixer's gates, and the meter that averages them."""
+
+from __future__ import annotations
+
+import torch
+
+from xlstm_distill import MixerConfig, convert
+from xlstm_distill.models.gates import GateMeter, OutputGate
+
+
+def stirred(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return module
+
+
+def test_output_gate_reads_the_heads_own_q_k_v():
+    gate = stirred(OutputGate(heads=4, dim=8, bias=0.0))
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    out = gate(q, k, v)
+    for head in range(4):
+        joined = torch.cat([q[:, head], k[:, head // 2], v[:, head // 2]], -1).double()
+        expected = torch.sigmoid(
+            joined @ gate.weight[head].reshape(-1).double() + gate.bias[head].double()
+        )
+        torch.testing.assert_close(out[:, head, :, 0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gates_start_as_configured(tiny_teacher):
+    config = MixerConfig(window=6, forget_bias=4.0, output_gate_bias=-1.0)
+    mixer = convert(tiny_teacher(), config).mixers()[1]
+    x = torch.randn(1, 3, 64)
+    assert torch.equal(mixer.forget_gate(x), torch.full((1, 4, 3), 4.0))
+    q, k, v = mixer.project(x)
+    torch.testing.assert_close(mixer.output_gate(q, k, v), torch.full((1, 4, 3, 1), -1.0).sigmoid())
+
+
+def test_the_meter_averages_gates_over_real_tokens(tiny_teacher):
+    student = convert(tiny_teacher(), MixerConfig(window=6)).eval()
+    gates = [stirred(mixer.output_gate, seed) for seed, mixer in enumerate(student.mixers())]
+    real = torch.tensor([[True] * 5 + [False] * 2, [True] * 7])
+    seen = []
+    handles = [g.register_forward_hook(lambda _, __, out: seen.append(out)) for g in gates]
+    with torch.no_grad(), GateMeter(student) as meter:
+        meter.expect(real)
+        student(torch.arange(3, 17).view(2, 7), attention_mask=real.long())
+    for handle in handles:
+        handle.remove()
+    for means, gate in zip(meter.means(), seen, strict=True):
+        by_head = gate[..., 0].transpose(0, 1)[:, real]  # (H, real tokens)
+        torch.testing.assert_close(torch.tensor(means), by_head.mean(-1), rtol=1e-5, atol=1e-6)
+    expected = 12 * torch.tensor(meter.means()).mean()
+    torch.testing.assert_close(meter.total(), expected, rtol=1e-5, atol=1e-4)

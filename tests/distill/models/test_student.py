@@ -1,0 +1,76 @@
+"""Making a student of a teacher, and saving and loading it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from xlstm_distill import MixerConfig, convert
+from xlstm_distill.errors import UserError
+from xlstm_distill.models.families import FAMILIES
+
+ALL = sorted(FAMILIES)
+HYBRID = MixerConfig(window=8, sinks=2)
+
+
+def ids(batch: int = 2, tokens: int = 48, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 97, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def stir(student: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
+    """Give the new parameters random values, so that no part of the mixer is idle."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, p in student.new_parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    return student
+
+
+def test_dropout_in_the_teachers_attention_is_left_out_with_a_warning(tiny_teacher):
+    teacher = tiny_teacher(attention_dropout=0.5)
+    with pytest.warns(
+        UserWarning, match=r"teacher.attention_dropout: 0.5, but mixers drop nothing"
+    ):
+        student = convert(teacher, HYBRID).train()
+    assert student.config.attention_dropout == 0
+    assert torch.equal(student(ids()).logits, student(ids()).logits)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_save_and_load_round_trip_is_exact(family, tiny_teacher, tmp_path):
+    student = stir(convert(tiny_teacher(family), HYBRID))
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(loaded) is type(student)
+    assert loaded.config.mixer == student.config.mixer
+    before, after = student.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids()).logits, student(ids()).logits)
+
+
+def test_tied_embeddings_stay_tied(tiny_teacher, tmp_path):
+    teacher = tiny_teacher("llama", tie_word_embeddings=True)
+    student = convert(teacher, HYBRID)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_sharing_weights_copies_nothing_and_not_sharing_copies_all(tiny_teacher):
+    teacher = tiny_teacher()
+    shared, own = convert(teacher, HYBRID, share_weights=True), convert(teacher, HYBRID)
+    projection = teacher.model.layers[0].self_attn.q_proj.weight
+    assert shared.model.layers[0].self_attn.q_proj.weight.data_ptr() == projection.data_ptr()
+    assert own.model.layers[0].self_attn.q_proj.weight.data_ptr() != projection.data_ptr()
+
+
+def test_unsupported_teacher_is_refused_in_one_line():
+    teacher = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
+    with pytest.raises(
+        UserError, match=r"teacher.model_type: 'gpt2' cannot be converted; supported are llama"
+    ):
+        convert(teacher, HYBRID)

@@ -1,0 +1,38 @@
+"""Objectives: what the student is compared with, and what its loss is the mean of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xlstm_distill import MixerConfig, convert
+from xlstm_distill.data.rows import IGNORE_INDEX, load_batch
+from xlstm_distill.targets.providers import kept_logits
+from xlstm_distill.training.objectives import TeacherObserver
+from xlstm_kernels.testing import error_ratio
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo3"])
+def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domains):
+    teacher = tiny_teacher(family)
+    batch = load_batch(domains, [("a", 4), ("b", 5)])
+    exact = convert(teacher, MixerConfig(window=32, sinks=0, branches=("window",)))
+    for mixer, seen in zip(exact.mixers(), TeacherObserver(teacher)(batch), strict=True):
+        mixed = mixer.mix(
+            seen.hidden_states, seen.position_embeddings, segment_ids=batch.segment_ids
+        )
+        assert error_ratio(mixed[batch.real], seen.heads[batch.real].double()) < 1e-6
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens(distill_objective, domains):
+    objective = distill_objective()
+    batch = load_batch(domains, [("a", 6), ("b", 7)])
+    sums = objective(batch)
+    logits = objective.student(batch.input_ids, segment_ids=batch.segment_ids).logits
+    supervised = batch.labels != IGNORE_INDEX
+    kept = logits[supervised]
+    fused = kept_logits(objective.student, batch, segment_ids=batch.segment_ids)
+    assert error_ratio(fused, kept.double()) < 1e-6
+    expected = torch.nn.functional.cross_entropy(kept, batch.labels[supervised]).detach()
+    mean = float(sums.parts["ce"]) / objective.count(batch)
+    assert mean == pytest.approx(float(expected), rel=1e-5)

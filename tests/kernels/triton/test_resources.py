@@ -1,0 +1,103 @@
+"""Every kernel compiles for sm_80 and sm_90 within its recorded resources; needs no GPU.
+
+`limits.json` holds what `python -m xlstm_kernels.triton.resources --json` printed, and with which
+Triton. One target is in the quick suite, the others take a minute each on a slow machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+RECORDED = json.loads((Path(__file__).parent / "limits.json").read_text())
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that a program can have
+NEVER_SPILL = {
+    "gate_kernel",
+    "state_kernel",
+    "output_kernel",
+    "step_kernel",
+    "hybrid_step_kernel",
+    "window_kernel",
+}
+
+RECORDED_VERSION = pytest.mark.skipif(
+    triton.__version__ != RECORDED["triton"],
+    reason=f"limits are those of triton {RECORDED['triton']}",
+)
+# Architecture and head dim.
+TARGETS = [
+    (90, 128),
+    pytest.param((80, 128), marks=pytest.mark.slow),
+    pytest.param((80, 64), marks=pytest.mark.slow),
+    pytest.param((90, 64), marks=pytest.mark.slow),
+]
+
+Table = dict[str, list[int]]
+
+
+@functools.cache
+def compile_for(arch: int, *options: str) -> Table:
+    """Compile in a process of its own: this one interprets kernels instead."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "xlstm_kernels.triton.resources", "--json"]
+    command += ["--archs", str(arch), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def over_the_limits(found: Table, limits: Table) -> dict[str, dict[str, list[int]]]:
+    over = {}
+    for name, values in found.items():
+        if any(value > limit for value, limit in zip(values, limits[name], strict=True)):
+            over[name] = {"found": values, "limit": limits[name]}
+    return over
+
+
+@pytest.mark.parametrize("target", TARGETS)
+class TestTarget:
+    @pytest.fixture
+    def compiled(self, target: tuple[int, int]) -> Table:
+        arch, dim = target
+        return compile_for(arch, "--dims", str(dim))
+
+    def test_every_kernel_is_recorded(self, compiled: Table, target: tuple[int, int]) -> None:
+        name = f"sm_{target[0]} D={target[1]}"
+        assert compiled.keys() == {key for key in RECORDED["kernels"] if key.endswith(name)}
+
+    @RECORDED_VERSION
+    def test_forward_and_step_kernels_spill_nothing(self, compiled: Table) -> None:
+        spills = {name.split()[0]: spilled for name, (_, spilled, _) in compiled.items()}
+        found = {name: spilled for name, spilled in spills.items() if name in NEVER_SPILL}
+        assert found == dict.fromkeys(NEVER_SPILL, 0)
+
+    def test_shared_memory_fits_the_device(self, compiled: Table) -> None:
+        limits = {name: SHARED[name.split()[1]] for name in compiled}
+        over = {name: found for name, (_, _, found) in compiled.items() if found > limits[name]}
+        assert not over
+
+    @RECORDED_VERSION
+    def test_resources_stay_within_the_recorded_limits(self, compiled: Table) -> None:
+        assert not over_the_limits(compiled, RECORDED["kernels"])
+
+
+def test_the_targets_are_those_recorded() -> None:
+    targets = [target if isinstance(target, tuple) else target.values[0] for target in TARGETS]
+    names = {name.partition(" ")[2] for name in RECORDED["kernels"]}
+    assert names == {f"sm_{arch} D={dim}" for arch, dim in targets}
+
+
+@pytest.mark.slow
+@RECORDED_VERSION
+def test_float32_stays_within_its_recorded_limits() -> None:
+    compiled = compile_for(90, "--float32")
+    assert compiled.keys() == RECORDED["float32"].keys()
+    assert not over_the_limits(compiled, RECORDED["float32"])
