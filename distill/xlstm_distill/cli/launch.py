@@ -1,8 +1,8 @@
 """`--launch CONFIG`: start a command in several processes, through accelerate launch.
 
-The launcher runs inside this process. By itself it kills its processes 30 s after a SIGTERM, and dies
-of a SIGUSR1 without telling them. Here they get either signal, and the time they need to write a
-checkpoint. They get every Ctrl-C too: the first asks for a checkpoint, the second ends them at once.
+The launcher runs inside this process. By itself it kills its processes 30 s after a SIGTERM, and
+dies of a SIGUSR1 without telling them. Here they get either signal, and the time they need to write
+a checkpoint. They get every Ctrl-C too: the first asks for a checkpoint, the second ends them now.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ class _Supervisor:
         """
         wanted = {number: 1 for number in self.received if number in SIGNALS}
         # torch starts its processes in sessions of their own, which a terminal's Ctrl-C does not
-        # reach. A process that accelerate starts alone is in ours: sent again, it would count twice.
+        # reach. A process that accelerate starts alone is in ours: sent again, it counts twice.
         if os.getpgid(process) != os.getpgrp():
             wanted[signal.SIGINT] = self.received.count(signal.SIGINT)
         missing = [n for n, times in wanted.items() if self.told[process, n] < times]
