@@ -87,6 +87,8 @@ def dispatch(
     # Here, so that a bad recipe is reported once and not by every process.
     loaded = load_recipe(recipe, overrides or ())
     arguments = own_arguments(sys.argv[1:])
+    # accelerate takes seconds to load. Until then this line shows that something runs.
+    typer.echo(f"{loaded.name}: starting processes through accelerate launch ({config})")
     raise typer.Exit(start(config, extra, arguments, lambda count: check(loaded, count)))
 
 
