@@ -1,8 +1,8 @@
-"""`--launch CONFIG`: start a command through accelerate launch, hand signals to its processes, return their exit code.
+"""`--launch CONFIG`: start a command in several processes, through accelerate launch.
 
-The launcher runs inside this process. By itself it kills its processes 30 s after a SIGTERM, and dies
-of a SIGUSR1 without telling them. Here they get either signal, and the time they need to write a
-checkpoint. They get every Ctrl-C too: the first asks for a checkpoint, the second ends them at once.
+The launcher runs inside this process. By itself it kills its processes 30 s after a SIGTERM, and
+dies of a SIGUSR1 without telling them. Here they get either signal, and the time they need to write
+a checkpoint. They get every Ctrl-C too: the first asks for a checkpoint, the second ends them now.
 """
 
 from __future__ import annotations
@@ -33,17 +33,20 @@ if TYPE_CHECKING:
     from xlstm_distill.recipe import Recipe
 
 OPTIONS = ("--launch", "--launch-args")
+"""Options that the launched processes must not get: they would launch others."""
 MODULE = "xlstm_distill"
 POLL_SECONDS = 0.1
+"""Time between two looks at the processes and at the signals received (seconds)."""
 INTERRUPT_SECONDS = 5.0
-"""Time that processes have to end after a second Ctrl-C: one may wait for another that is gone."""
+"""Time for the processes to end after a second Ctrl-C; one may wait for another that is gone."""
 
 LaunchConfig = Annotated[
     Path | None,
     typer.Option(
         "--launch",
         metavar="CONFIG",
-        help="Start in several processes, through accelerate launch with this configuration (recipes/accelerate/).",
+        help="Start in several processes, through accelerate launch with this configuration "
+        "(recipes/accelerate/).",
         show_default="in this process",
     ),
 ]
@@ -65,13 +68,13 @@ def dispatch(
     overrides: Sequence[str] | None,
     check: Callable[[Recipe, int], None],
 ) -> None:
-    """Where a configuration is given, run this command line in the processes it names, and exit as they do.
+    """Run this command line in the processes that a configuration names, and exit as they do.
 
-    Else take the place in the run that srun or a launcher has given this process. Before any process is started,
-    `check` looks at the recipe and the number of processes.
+    Without a configuration, this process takes the rank that srun or a launcher has given it.
+    `check` gets the recipe and the number of processes before any process starts.
 
     Raises:
-        UserError: the recipe, the configuration or what the launcher asks for cannot be used.
+        UserError: the recipe, the configuration or the launcher's request cannot be used.
     """
     if config is None:
         if extra:
@@ -81,22 +84,23 @@ def dispatch(
         return
     from xlstm_distill.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())  # a bad one is said once, not by every process
-    raise typer.Exit(
-        start(
-            config, extra, own_arguments(sys.argv[1:]), lambda processes: check(loaded, processes)
-        )
-    )
+    # Here, so that a bad recipe is reported once and not by every process.
+    loaded = load_recipe(recipe, overrides or ())
+    arguments = own_arguments(sys.argv[1:])
+    # accelerate takes seconds to load. Until then this line shows that something runs.
+    typer.echo(f"{loaded.name}: starting processes through accelerate launch ({config})")
+    raise typer.Exit(start(config, extra, arguments, lambda count: check(loaded, count)))
 
 
 def own_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line's arguments without the options that are for the launcher."""
+    """Return a command line's arguments without the launcher's options."""
+    with_value = tuple(f"{option}=" for option in OPTIONS)
     kept: list[str] = []
     rest = iter(arguments)
     for word in rest:
         if word in OPTIONS:
-            next(rest, None)
-        elif not word.startswith(tuple(f"{option}=" for option in OPTIONS)):
+            next(rest, None)  # its value
+        elif not word.startswith(with_value):
             kept.append(word)
     return kept
 
@@ -107,11 +111,11 @@ def start(
     arguments: Sequence[str],
     check: Callable[[int], None] = lambda processes: None,
 ) -> int:
-    """Run `xlstm-distill ARGUMENTS` in the processes that an accelerate configuration names; returns their exit code.
+    """Run `xlstm-distill ARGUMENTS` in the processes that an accelerate configuration names.
 
-    `extra` holds more arguments of accelerate launch, as a shell would read them; `check` gets the number of processes
-    before they start. SIGTERM, SIGUSR1 and Ctrl-C go on to them; if they ended because of one, the code is
-    `signals.EXIT_CODE` or `signals.INTERRUPTED`.
+    `extra` holds more arguments of accelerate launch, as a shell would read them. `check` gets the
+    number of processes before they start. SIGTERM, SIGUSR1 and Ctrl-C are passed on to them.
+    Returns their exit code: `signals.EXIT_CODE` or `signals.INTERRUPTED` if a signal ended them.
 
     Raises:
         UserError: the configuration or the arguments are not accelerate's.
@@ -120,14 +124,13 @@ def start(
         words = shlex.split(extra)
     except ValueError as error:
         raise UserError(
-            f"--launch-args: {extra!r} cannot be read as words of a shell: {error}; mend it."
+            f"--launch-args: {extra!r} cannot be read as words of a shell: {error}; correct it."
         ) from None
-    launcher = _parse(config, [*words, "-m", MODULE, *arguments])
+    launcher = parse_launcher(config, [*words, "-m", MODULE, *arguments])
     check(launcher.num_processes)
-    logging.disable(
-        logging.ERROR
-    )  # the launcher's reports on processes that have told their error themselves
-    outcome = _Outcome()
+    # The launcher logs every process that failed. Each has printed its own error already.
+    logging.disable(logging.ERROR)
+    ended = LauncherResult()
     received: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
@@ -141,7 +144,7 @@ def start(
     before = {number: signal.signal(number, note) for number in handled}
     try:
         # Not in the main thread, so that the launcher leaves the signal handlers alone.
-        thread = threading.Thread(target=outcome.run, args=(launcher,), daemon=True)
+        thread = threading.Thread(target=ended.run, args=(launcher,), daemon=True)
         thread.start()
         supervisor = _Supervisor(received)
         while thread.is_alive():
@@ -150,37 +153,40 @@ def start(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return outcome.exit_code(
+    return ended.exit_code(
         asked=any(number in SIGNALS for number in received),
         interrupts=received.count(signal.SIGINT),
     )
 
 
-def _parse(config: Path, words: list[str]) -> Any:
-    """Parse accelerate launch's own arguments, and complete them."""
+def parse_launcher(config: Path, words: list[str]) -> Any:
+    """Parse the arguments of accelerate launch and complete them from its configuration.
+
+    Raises:
+        UserError: a word is not accelerate's, or the number of processes is not usable.
+    """
     settings = _read_config(config)
     parsed = _parse_words(["--config_file", str(config), *words])
     if not parsed.module or parsed.training_script != MODULE:
         raise UserError(
-            f"--launch-args: {parsed.training_script!r} is no option of accelerate launch, and no value of one; "
-            "'accelerate launch --help' lists them."
+            f"--launch-args: {parsed.training_script!r} is no option of accelerate launch, and no "
+            "value of one; 'accelerate launch --help' lists them."
         )
+    field = "--launch-args: --num_processes"
     if parsed.num_processes is None:
-        named, parsed.num_processes = (
-            f"--launch: {str(config)!r}: num_processes",
-            settings.num_processes,
-        )
-    else:
-        named = "--launch-args: --num_processes"
+        parsed.num_processes = settings.num_processes
+        field = f"--launch: {str(config)!r}: num_processes"
     if not isinstance(parsed.num_processes, int) or parsed.num_processes < 1:
         raise UserError(
-            f"{named}: {parsed.num_processes!r} must be a whole number from 1 on; give another."
+            f"{field}: {parsed.num_processes!r} must be a whole number from 1 on; give another."
         )
     if settings.use_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # which accelerate itself forgets with MULTI_GPU
+        # accelerate itself does not pass use_cpu on with MULTI_GPU.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     alone = (parsed.num_machines or settings.num_machines or 1) == 1
     if alone and parsed.main_process_port is None and settings.main_process_port is None:
-        parsed.main_process_port = 0  # any free port, so that two runs can share a machine
+        # 0 means any free port. accelerate's fixed one would keep two runs from sharing a machine.
+        parsed.main_process_port = 0
     return parsed
 
 
@@ -191,7 +197,8 @@ def _read_config(config: Path) -> Any:
 
     if not config.is_file():
         raise UserError(
-            f"--launch: {str(config)!r} is not there; recipes/accelerate/ has configurations."
+            f"--launch: {str(config)!r} does not exist; recipes/accelerate/ holds configurations, "
+            "and 'xlstm-distill recipes copy' writes them beside a recipe."
         )
     wrong = f"--launch: {str(config)!r} is not a configuration of accelerate launch"
     try:
@@ -204,7 +211,10 @@ def _read_config(config: Path) -> Any:
 
 
 def _parse_words(words: list[str]) -> Any:
-    """Parse a command line of accelerate launch, which prints and exits where it cannot."""
+    """Parse a command line of accelerate launch.
+
+    Its parser prints and exits when it cannot; here both become a UserError.
+    """
     from accelerate.commands.launch import launch_command_parser
 
     complaint = io.StringIO()
@@ -212,20 +222,21 @@ def _parse_words(words: list[str]) -> Any:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(io.StringIO()):
             return launch_command_parser().parse_args(words)
     except SystemExit:
-        said = complaint.getvalue().strip().splitlines() or [
-            "it asks for help; 'accelerate launch --help' gives it."
-        ]
-        raise UserError(f"--launch-args: {said[-1].split('error: ')[-1]}") from None
+        lines = complaint.getvalue().strip().splitlines()
+        # --help prints to stdout and exits as well.
+        reason = lines[-1] if lines else "it asks for help; 'accelerate launch --help' gives it."
+        raise UserError(f"--launch-args: {reason.split('error: ')[-1]}") from None
 
 
-class _Outcome:
-    """How the launcher ended; filled by the thread it runs in."""
+class LauncherResult:
+    """How the launcher ended; the thread that it runs in fills it."""
 
     def __init__(self) -> None:
         self.codes: list[int] = []
         self.error: Exception | None = None
 
     def run(self, launcher: Any) -> None:
+        """Run the launcher to its end; keep exit codes in the order in which processes failed."""
         from accelerate.commands.launch import launch_command
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -236,29 +247,35 @@ class _Outcome:
             self.codes = [failure.exitcode for failure in ordered]
         except subprocess.CalledProcessError as failed:
             self.codes = [failed.returncode]
-        except Exception as error:  # carried over to the main thread
+        except Exception as error:
+            # An exception would end this thread alone. `exit_code` raises it in the main thread.
             self.error = error
 
     def exit_code(self, *, asked: bool, interrupts: int = 0) -> int:
-        """The code of the first process that failed; that of a stop where one was asked for and followed.
+        """Return the code of the first process that failed, or that of a stop.
 
-        A process that had no handler yet when the signal came died of it, and had nothing to save.
+        `asked` says that SIGTERM or SIGUSR1 came, `interrupts` how often Ctrl-C. A process that had
+        no handler yet when the signal came died of it (a negative code) and had nothing to save.
+
+        Raises:
+            UserError: the launcher itself failed.
         """
         if self.error is not None:
-            raise UserError(
-                f"--launch: accelerate launch failed: {str(self.error) or type(self.error).__name__}"
-            ) from self.error
-        if asked and {EXIT_CODE, *(-number for number in SIGNALS)} & set(self.codes):
+            reason = str(self.error) or type(self.error).__name__
+            raise UserError(f"--launch: accelerate launch failed: {reason}") from self.error
+        stopped = {EXIT_CODE, *(-number for number in SIGNALS)}
+        if asked and stopped & set(self.codes):
             return EXIT_CODE
         died = self.codes if interrupts > 1 else {INTERRUPTED, -signal.SIGINT} & set(self.codes)
         if interrupts and died:
             return INTERRUPTED
         first = self.codes[0] if self.codes else 0
+        # Python gives -9 for a process killed by signal 9; shells give 137.
         return first if first >= 0 else 128 - first
 
 
 class _Supervisor:
-    """Sends the launched processes what this one received, also to those that start later."""
+    """Sends the launched processes the signals received here, also to those that start later."""
 
     def __init__(self, received: list[int]) -> None:
         self.received = received
@@ -266,7 +283,7 @@ class _Supervisor:
         self.end: float | None = None
 
     def pass_on(self) -> None:
-        """Send each process the next signal that it has not got; kill it if it outlives a second Ctrl-C."""
+        """Send each process the signals that it lacks; kill it if it outlives a second Ctrl-C."""
         import psutil
 
         if self.end is None and self.received.count(signal.SIGINT) > 1:
@@ -281,10 +298,14 @@ class _Supervisor:
                     child.send_signal(number)
 
     def _missing(self, process: int) -> list[int]:
-        """SIGTERM and SIGUSR1 count once, every Ctrl-C again; at most one of each, so that none merge."""
+        """Return the signals to send to a process now.
+
+        SIGTERM and SIGUSR1 are sent once, Ctrl-C as often as it came. At most one of each is sent
+        at a time: the system merges equal signals that are pending.
+        """
         wanted = {number: 1 for number in self.received if number in SIGNALS}
         # torch starts its processes in sessions of their own, which a terminal's Ctrl-C does not
-        # reach. A process that accelerate starts alone is in ours: sent again, it would count twice.
+        # reach. A process that accelerate starts alone is in ours: sent again, it counts twice.
         if os.getpgid(process) != os.getpgrp():
             wanted[signal.SIGINT] = self.received.count(signal.SIGINT)
         missing = [n for n, times in wanted.items() if self.told[process, n] < times]

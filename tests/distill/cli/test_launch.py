@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xlstm_distill.cli.launch import _Outcome, _parse, own_arguments, start
+from xlstm_distill.cli.launch import LauncherResult, own_arguments, parse_launcher, start
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.launcher import Layout, asked_layout
 from xlstm_distill.runtime.signals import EXIT_CODE
@@ -37,7 +37,7 @@ def environment_of(name: str, *words: str) -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    parsed = _parse(
+    parsed = parse_launcher(
         CONFIGS / f"{name}.yaml",
         [*words, "-m", "xlstm_distill", "align", "recipe.yaml", "--run", "out"],
     )
@@ -61,11 +61,11 @@ def test_a_shipped_configuration_asks_for_what_it_is_named_after(name):
 
 def test_several_machines_come_from_the_command_line():
     machine = ["--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
-    parsed = _parse(
+    parsed = parse_launcher(
         CONFIGS / "fsdp2.yaml", [*machine, "--main_process_port", "2950", "-m", "xlstm_distill"]
     )
     assert (parsed.num_machines, int(parsed.machine_rank), parsed.main_process_port) == (2, 1, 2950)
-    alone = _parse(CONFIGS / "fsdp2.yaml", ["-m", "xlstm_distill"])
+    alone = parse_launcher(CONFIGS / "fsdp2.yaml", ["-m", "xlstm_distill"])
     assert alone.main_process_port == 0  # any that is free
 
 
@@ -105,13 +105,13 @@ def test_the_processes_get_the_command_without_the_launcher_s_options(words, kep
     ],
 )
 def test_exit_codes(codes, asked, code):
-    outcome = _Outcome()
-    outcome.codes = codes
-    assert outcome.exit_code(asked=asked) == code
+    ended = LauncherResult()
+    ended.codes = codes
+    assert ended.exit_code(asked=asked) == code
 
 
 def test_what_is_no_configuration_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"--launch: '.*nowhere.yaml' is not there"):
+    with pytest.raises(UserError, match=r"--launch: '.*nowhere.yaml' does not exist"):
         start(tmp_path / "nowhere.yaml", "", ["align"])
     (tmp_path / "odd.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_typ: FSDP\n"
@@ -177,10 +177,10 @@ def test_files_that_are_no_configuration_are_one_line(content, said, tmp_path):
 
 
 def test_an_error_of_the_launcher_without_words_is_named():
-    outcome = _Outcome()
-    outcome.error = AssertionError()
+    ended = LauncherResult()
+    ended.error = AssertionError()
     with pytest.raises(UserError, match="accelerate launch failed: AssertionError"):
-        outcome.exit_code(asked=False)
+        ended.exit_code(asked=False)
 
 
 @pytest.mark.parametrize(("words", "processes"), [("", 8), ("--num_processes 3", 3)])
