@@ -94,7 +94,7 @@ def _win_and_tie_line(
     critical = result.critical_tolerance
     if is_headline and critical <= limit:
         height = rate(critical)
-        style = {"ms": 8, "color": color, "mec": PAPER, "mew": 1.6, "zorder": 6}
+        style: dict[str, Any] = {"ms": 8, "color": color, "mec": PAPER, "mew": 1.6, "zorder": 6}
         axes.plot([critical], [height], "o", clip_on=False, **style)
 
 
