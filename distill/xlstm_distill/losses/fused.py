@@ -239,7 +239,7 @@ class _Split(NamedTuple):
     def of(cls, logits: Tensor, targets: SparseTargets) -> _Split:
         """Split logits (n, V) in place."""
         padding = targets.log_probs == -math.inf
-        # Padding has id 0, which must count as outside. A row's first entry is never padding.
+        # Padding has id 0, which is a token like any other. A row's first entry is never padding.
         ids = torch.where(padding, targets.ids[:, :1], targets.ids)
         kept = logits.gather(1, ids).masked_fill_(padding, -math.inf)
         top = kept.amax(dim=1, keepdim=True)

@@ -58,7 +58,7 @@ def tail_kl(logits: Tensor, targets: SparseTargets) -> Tensor:
     """
     log_probs = logits.float().log_softmax(dim=-1)
     padding = targets.log_probs == -math.inf
-    # Padding has id 0, which must count as outside. A row's first entry is never padding.
+    # Padding has id 0, which is a token like any other. A row's first entry is never padding.
     ids = torch.where(padding, targets.ids[:, :1], targets.ids)
     rest = log_probs.scatter(-1, ids, -math.inf).logsumexp(dim=-1, keepdim=True)
     log_tail = targets.tail[:, None].float().log()
