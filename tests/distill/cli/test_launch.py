@@ -190,3 +190,21 @@ def test_the_number_of_processes_is_looked_at_before_they_start(words, processes
 
     with pytest.raises(UserError, match=f"^{processes} processes$"):
         start(CONFIGS / "ddp.yaml", words, ["align"], refuse)
+
+
+@pytest.mark.parametrize(
+    ("codes", "interrupts", "code"),
+    [
+        ([130, 130], 1, 130),
+        ([130, EXIT_CODE], 1, 130),  # the launcher sent SIGTERM to the one that ended later
+        ([-2, -15], 1, 130),  # Ctrl-C came before there was a handler
+        ([-9, -9], 2, 130),  # they did not end after the second Ctrl-C
+        ([1, -15], 1, 1),  # one had failed by itself
+        ([], 1, 0),
+        ([], 2, 0),
+    ],
+)
+def test_exit_codes_after_ctrl_c(codes, interrupts, code):
+    outcome = _Outcome()
+    outcome.codes = codes
+    assert outcome.exit_code(asked=False, interrupts=interrupts) == code
