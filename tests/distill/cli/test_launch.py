@@ -205,6 +205,6 @@ def test_the_number_of_processes_is_looked_at_before_they_start(words, processes
     ],
 )
 def test_exit_codes_after_ctrl_c(codes, interrupts, code):
-    outcome = _Outcome()
-    outcome.codes = codes
-    assert outcome.exit_code(asked=False, interrupts=interrupts) == code
+    result = LauncherResult()
+    result.codes = codes
+    assert result.exit_code(asked=False, interrupts=interrupts) == code

@@ -19,6 +19,7 @@ SHIPPED = (
     "llama3.1-8b-instruct",
     "llama3.2-1b-instruct",
     "olmo3-7b",
+    "own-data",
     "quickstart",
     "quickstart-paper",
     "qwen2.5-7b-instruct",
