@@ -72,8 +72,8 @@ def mlstm_errors(
     return ratios(outputs_and_grads(lambda **x: run("triton", **x), inputs), expected)
 
 
-# Without `common_component`, df in bfloat16 was off by 0.070 at offset 3 and by 0.39 at 10 (T =
-# 1024).
+# Without `common_component`, df in bfloat16 was off by 0.070 at offset 3 and by 0.39 at 10. The
+# bounds are those of this number of tokens: in shorter rows the same rounding weighs more.
 @pytest.mark.parametrize(
     ("dtype", "bound", "offset"),
     [
@@ -86,7 +86,7 @@ def mlstm_errors(
 def test_mlstm_with_a_common_component(
     device: str, dtype: torch.dtype, bound: float, offset: float
 ) -> None:
-    inputs = with_offset(random_inputs(1, 1, 512, 64, seed=5, forget_bias=6.0), offset)
+    inputs = with_offset(random_inputs(1, 1, 1024, 64, seed=5, forget_bias=6.0), offset)
     found = mlstm_errors(cast(inputs, dtype, device), config=TILES_OF_64)
     assert all(ratio < bound for ratio in found.values()), found
 
