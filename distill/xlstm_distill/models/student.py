@@ -68,9 +68,9 @@ class StudentMixin(_CausalLM):
         """Make an empty decoding cache; its memory does not grow with the tokens seen."""
         return _new_cache(self.model)
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         """Give `generate` the student's own cache."""
         if generation_config.cache_implementation is not None:
             raise ValueError(

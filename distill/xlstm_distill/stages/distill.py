@@ -127,8 +127,8 @@ def _run_expert(recipe: Recipe, run: Run, name: str, console: Console) -> Artifa
         if settings.activation_checkpointing:
             checkpoint_activations(student)
         source = _targets(recipe, targets, accelerator.device)
-        weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
-        task = DistillTask(student, source, weights)
+        loss_weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
+        task = DistillTask(student, source, loss_weights)
         domains = open_domains(recipe, data, expert_rows(recipe, name))
         stretches = _stretches(recipe, recipe.distill.experts[name], domains)
         flops = distill_flops(
