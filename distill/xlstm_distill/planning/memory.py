@@ -247,14 +247,16 @@ def student_cache(a: Architecture, mixer: MixerConfig, size: int) -> float:
 
     They do not grow with the tokens it has seen. `size`: bytes of a number of keys and values.
     """
-    slots = mixer.window + mixer.sinks
-    keys_and_values = 2 * a.key_width * slots * size
-    positions = 8 * (slots + 1)  # int64, and the length
-    state = 0
+    ring = state = 0
+    if "window" in mixer.branches:
+        slots = mixer.window + mixer.sinks
+        keys_and_values = 2 * a.key_width * slots * size
+        positions = 8 * (slots + 1)  # int64, and the length
+        ring = keys_and_values + positions
     if "mlstm" in mixer.branches:
         # Per head, in fp32: S (F x D), z (F) and the stabiliser m.
         state = a.heads * (features(mixer, a) * (a.head_dim + 1) + 1) * 4
-    return float(a.layers * (keys_and_values + positions + state))
+    return float(a.layers * (ring + state))
 
 
 def teacher_cache(a: Architecture, tokens: int, size: int) -> float:

@@ -149,8 +149,12 @@ def test_chunks_of_the_loss_are_those_of_the_fused_loss() -> None:
     assert CHUNK_BYTES == fused.CHUNK_BYTES
 
 
-def test_decoding_cache_of_a_student_is_counted_exactly(tiny_teacher: Make) -> None:
-    teacher, mixer = tiny_teacher(), HEDGEHOG
+@pytest.mark.parametrize("branches", [("mlstm", "window"), ("mlstm",), ("window",)])
+def test_decoding_cache_of_a_student_is_counted_exactly(
+    tiny_teacher: Make, branches: tuple[str, ...]
+) -> None:
+    teacher = tiny_teacher()
+    mixer = MixerConfig(**{**HEDGEHOG.model_dump(), "branches": branches})
     student, cache = convert(teacher, mixer), None
     with torch.no_grad():
         cache = student(torch.ones(1, 7, dtype=torch.long), use_cache=True).past_key_values
