@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
-from xlstm_distill.data.rows import DomainRows, load_batch
+from xlstm_distill.data.rows import DomainRows, Row, load_batch
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.teacher import load_teacher
@@ -126,7 +126,7 @@ def _score(
 ) -> None:
     """Run lm-eval; write results, samples, and hashes that show what the model was asked."""
     with console.progress(f"evaluate/{name}", None, unit="requests") as progress:
-        counted = 0
+        counted = 0  # lm-eval tells how many are done in all; a bar wants how many more
 
         def advance(done: int, total: int) -> None:
             nonlocal counted
@@ -145,6 +145,7 @@ def _score(
         console.line(f"evaluate/{name}: {warning}")
     draft.write_json("results.json", [task.model_dump(mode="json") for task in result.tasks])
     write_samples(result, draft.path / "samples")
+    # The report refuses to compare models that were not asked the same.
     draft.results |= {
         "requests_hash": result.requests_hash,
         "settings_hash": result.settings_hash,
@@ -160,15 +161,12 @@ def mean_gates(
     """Mean output gate of every layer and head over held-out rows: layers x heads.
 
     Empty where there are no gates.
-
-    Rows go through the model one by one: all of them at once do not fit beside a large one.
     """
-    rows = [
-        (name, row)
-        for name, held in domains.items()
-        for row in range(min(GATE_ROWS, held.validation))
-    ]
+    rows: list[Row] = []
+    for name, held in domains.items():
+        rows += [(name, row) for row in range(min(GATE_ROWS, held.validation))]
     with GateMeter(model) as meter:
+        # One by one: all rows at once do not fit beside a large model.
         for row in rows:
             batch = load_batch(domains, [row]).to(device)
             meter.expect(batch.real)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -80,6 +81,7 @@ def _results(artifact: Artifact) -> tuple[TaskResult, ...]:
 
 def _gates(students: Mapping[str, Artifact]) -> dict[str, Any] | None:
     gates = {name: artifact.read_json("gates.json") for name, artifact in students.items()}
+    # Mixers with one branch have no output gate, and their file holds an empty list.
     return {name: rows for name, rows in gates.items() if rows} or None
 
 
@@ -109,37 +111,43 @@ def ancestry(run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, Artifact]
 
 
 def _finished(artifact: Artifact) -> int:
+    # The manifest is written last, so that its time is the artifact's.
     return (artifact.path / MANIFEST).stat().st_mtime_ns
 
 
 def _losses(recipe: Recipe, sources: Mapping[str, Artifact]) -> dict[str, dict[str, Curve]]:
     """Training curves of alignment and of every expert."""
-    stages = {
-        "align": ("mse",),
-        **{f"distill/{name}": ("ce", "kl") for name in recipe.distill.experts},
-    }
-    curves = {}
-    for label, series in stages.items():
-        if label not in sources:
-            continue
-        file = sources[label].path / LOG_FILE
-        lines = (
-            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        )
-        if lines := [line for line in lines if not line.get("skipped")]:
-            curves[label] = {name: _curve(lines, name) for name in series}
+    series: dict[str, tuple[str, ...]] = {"align": ("mse",)}
+    for name in recipe.distill.experts:
+        series[f"distill/{name}"] = ("ce", "kl")
+    curves: dict[str, dict[str, Curve]] = {}
+    for label, names in series.items():
+        # An ablation without new parameters has an `align` artifact and no log.
+        lines = _logged_steps(sources[label]) if label in sources else []
+        if lines:
+            curves[label] = {name: _curve(lines, name) for name in names}
     return curves
+
+
+def _logged_steps(artifact: Artifact) -> list[dict[str, Any]]:
+    """The lines of a training's log, without skipped steps: those have no loss."""
+    file = artifact.path / LOG_FILE
+    if not file.is_file():
+        return []
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [line for line in lines if not line.get("skipped")]
 
 
 def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
     """At most `CURVE_POINTS` points, each the mean of its stretch of steps."""
-    width = max(1, -(-len(lines) // CURVE_POINTS))
-    stretches = [lines[start : start + width] for start in range(0, len(lines), width)]
-    return Curve(
-        step=tuple(stretch[-1]["step"] for stretch in stretches),
-        value=tuple(sum(line[name] for line in stretch) / len(stretch) for stretch in stretches),
-        unit=UNITS[name],
-    )
+    width = max(1, math.ceil(len(lines) / CURVE_POINTS))
+    steps: list[int] = []
+    means: list[float] = []
+    for start in range(0, len(lines), width):
+        stretch = lines[start : start + width]
+        steps.append(stretch[-1]["step"])
+        means.append(sum(line[name] for line in stretch) / len(stretch))
+    return Curve(step=tuple(steps), value=tuple(means), unit=UNITS[name])
 
 
 def _timings(sources: Mapping[str, Artifact]) -> dict[str, float]:
