@@ -25,7 +25,7 @@ def changed_settings(
     """
     old, new = dict(_leaves(before)), dict(_leaves(after))
     found: list[str] = []
-    # A manifest's keys are sorted; the recipe's order is the one that people know.
+    # In the recipe's order: a manifest's keys are sorted.
     for path in dict.fromkeys((*new, *old)):
         earlier, later = old.get(path, NOTHING), new.get(path, NOTHING)
         if earlier != later:

@@ -16,8 +16,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from xlstm_distill.errors import RunError
+
+YOUNG_SECONDS = 60.0
+"""Age up to which nobody removes a mark that nobody holds."""
+LOCK_TRIES = 10
+"""How often a training asks for its lock, a tenth of a second apart.
+
+`status` holds it for moments.
+"""
 
 
 def training_lock(run: Path, work: Path) -> Path:
@@ -30,7 +39,7 @@ def training_lock(run: Path, work: Path) -> Path:
 
 @contextlib.contextmanager
 def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a training, `what`: two runs of it at once would write over each other.
+    """Hold the lock of a training, `what`: two at once would overwrite each other's files.
 
     Where the file system has no locks it goes on without, and says so.
 
@@ -40,7 +49,7 @@ def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[No
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_soon(stream)
         except BlockingIOError:
             raise busy(what) from None
         except OSError as error:
@@ -51,8 +60,28 @@ def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[No
         yield
 
 
+def _lock_soon(stream: IO[str]) -> None:
+    """Lock a file, after a few tries; raises BlockingIOError where another process keeps it."""
+    for attempt in range(LOCK_TRIES):
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt == LOCK_TRIES - 1:
+                raise
+            time.sleep(0.1)
+
+
+def _modified(path: Path) -> float:
+    """When a file was changed last; now, if it is gone meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
 def busy(what: Path) -> RunError:
-    """The error of a training that another run is at."""
+    """The error where another process is at the same training."""
     return RunError(f"{what}: another process is at this training; wait for it, or stop it.")
 
 
@@ -91,7 +120,9 @@ def working(locks: Path, label: str) -> Iterator[None]:
     """Show other shells that this process is at an artifact: a held file that says who and when."""
     stem = f"working-{label.replace('/', '-')}"
     for other in locks.glob(f"{stem}-*.json"):
-        _remove_unheld(other, other)
+        # A young mark may be one that its process has opened and not locked yet.
+        if time.time() - _modified(other) > YOUNG_SECONDS:
+            _remove_unheld(other, other)
     path = locks / f"{stem}-{uuid.uuid4().hex[:12]}.json"
     facts = {"label": label, "host": platform.node(), "pid": os.getpid(), "started": time.time()}
     with marked(path):

@@ -78,7 +78,7 @@ class Run:
         return self.directory / "artifacts" / label
 
     def work_directory(self, request: Request) -> Path:
-        """Where an artifact's checkpoints, log or finished shards lie until it is published."""
+        """Where checkpoints, the log and prepared rows lie until an artifact is published."""
         name = f"{request.label.replace('/', '-')}-{request.fingerprint[:12]}"
         return self.directory / "training" / name
 
@@ -210,12 +210,14 @@ class Run:
 
     def working(self, label: str) -> contextlib.AbstractContextManager[None]:
         """Show other shells that this process is at an artifact; trainings have their lock."""
+        if not is_main_process():  # one mark speaks for all ranks
+            return contextlib.nullcontext()
         return working(self._locks, label)
 
     def _complete(self, request: Request, build: Callable[[Draft], None], gathered: Path) -> None:
         """Complete and publish a gathered directory, unless another run has done so meanwhile."""
         final = self.path(request.label)
-        with self._lock(request):
+        with self.working(request.label), self._lock(request):
             if self.find(request) is None:
                 self._fill(request, build, Draft(gathered))
                 replace_directory(gathered, final)

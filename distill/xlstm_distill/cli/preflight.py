@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def check_batches(
     for stage, (section, labels) in trained.items():
         if stage not in stages or section.batch % processes == 0:
             continue
-        if all((run / "artifacts" / label / "manifest.json").is_file() for label in labels):
+        if all(_is_made(recipe, run, label) for label in labels):
             continue
         problems.append(
             f"{stage}.batch: {section.batch} rows cannot be shared by {processes} processes; take "
@@ -52,6 +53,17 @@ def check_batches(
         )
     if problems:
         _refuse_once(problems)
+
+
+def _is_made(recipe: Recipe, run: Path, label: str) -> bool:
+    """Whether a run has an artifact with the recipe's settings, so that nothing will train."""
+    from xlstm_distill.stages.lineage import Lineage
+
+    try:
+        manifest = json.loads((run / "artifacts" / label / "manifest.json").read_text())
+        return not Lineage(recipe).changes(label, manifest)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _refuse_once(problems: list[str]) -> NoReturn:

@@ -14,9 +14,13 @@ They do not depend on how many rows come after these.
 """
 
 
-def rows_needed(recipe: Recipe, domain: str) -> int:
-    """Rows of a domain that its longest use reads once, and its validation rows."""
-    return max(rows_to_align(recipe, domain), captured_rows(recipe).get(domain, 0))
+def rows_needed(recipe: Recipe, domain: str, captured: Mapping[str, int] | None = None) -> int:
+    """Rows of a domain that its longest use reads once, and its validation rows.
+
+    `captured` are the `captured_rows`, for callers that ask for many domains.
+    """
+    captured = captured_rows(recipe) if captured is None else captured
+    return max(rows_to_align(recipe, domain), captured.get(domain, 0))
 
 
 def rows_to_align(recipe: Recipe, domain: str) -> int:

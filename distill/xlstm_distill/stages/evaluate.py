@@ -79,13 +79,15 @@ def check(lineage: Lineage, run: Run) -> None:
 
 def check_tasks(lineage: Lineage) -> None:
     """Check the recipe's tasks against the teacher's tokenizer and context; raises as `check`."""
+    # First: it refuses a teacher that is not there, or not a model, in one line.
+    tokenizer = lineage.tokenizer
     teacher = lineage.recipe.teacher
     config = AutoConfig.from_pretrained(
         teacher.path,
         revision=teacher.revision or "main",
         trust_remote_code=teacher.trust_remote_code,
     )
-    check_suite(_suite(lineage.recipe), config, lineage.tokenizer)
+    check_suite(_suite(lineage.recipe), config, tokenizer)
 
 
 def find_evaluations(lineage: Lineage, run: Run) -> dict[str, Artifact]:

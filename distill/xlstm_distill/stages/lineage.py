@@ -9,12 +9,13 @@ gives the `Request` that names an artifact's fingerprint. Each hash is computed 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlstm_distill.artifacts import Request
+from xlstm_distill.artifacts.changes import changed_settings
 from xlstm_distill.artifacts.hashing import hash_path
 from xlstm_distill.data.budget import (
     captured_rows,
@@ -32,7 +33,7 @@ TEACHER, MERGED = "teacher", "merged"
 """Models that are evaluated besides the experts."""
 STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
 """What an artifact's label begins with, in the order in which stages follow each other."""
-NO_PART = ("micro_batch", "non_finite")
+NOT_IN_FINGERPRINT = ("micro_batch", "non_finite")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
 
 
@@ -44,10 +45,15 @@ class Lineage:
 
     # --- from the recipe alone ---------------------------------------------------------------
 
+    @functools.cached_property
+    def captured(self) -> dict[str, int]:
+        """Rows of each domain that some expert reads."""
+        return captured_rows(self.recipe)
+
     def labels(self) -> list[str]:
         """Labels of all artifacts (`stage` or `stage/name`), each after what it is built on."""
         recipe = self.recipe
-        captured = captured_rows(recipe) if recipe.capture.targets == "stored" else {}
+        captured = self.captured if recipe.capture.targets == "stored" else {}
         return [
             *(f"data/{name}" for name in recipe.data.domains),
             *(f"capture/{name}" for name in captured),
@@ -94,21 +100,21 @@ class Lineage:
                     "context": recipe.data.context,
                     "long_documents": recipe.data.long_documents,
                     "seed": recipe.seed,
-                    "rows": rows_needed(recipe, name),
+                    "rows": rows_needed(recipe, name, self.captured),
                 }
             case "capture":
                 kept = part(recipe.capture, "batch", "targets", "shard_teacher")
-                return {**kept, "rows": captured_rows(recipe)[name]}
+                return {**kept, "rows": self.captured[name]}
             case "align":
                 return {
-                    "align": part(recipe.align, *NO_PART),
+                    "align": part(recipe.align, *NOT_IN_FINGERPRINT),
                     "mixer": part(recipe.student.mixer),
                     "seed": recipe.seed,
                 }
             case "distill":
                 return {
                     "distill": part(
-                        recipe.distill, "experts", *NO_PART, "activation_checkpointing"
+                        recipe.distill, "experts", *NOT_IN_FINGERPRINT, "activation_checkpointing"
                     ),
                     "expert": part(recipe.distill.experts[name]),
                     "capture": part(recipe.capture, "batch", "shard_teacher"),
@@ -139,6 +145,20 @@ class Lineage:
             "evaluate": {"dtype": "teacher.dtype"},
             "report": {"recipe": ""},
         }[stage]
+
+    def changes(self, label: str, manifest: Mapping[str, Any]) -> list[str]:
+        """Say which settings of a published artifact are not the recipe's, by their recipe keys.
+
+        Files are not hashed: a change of the teacher's weights or of local data does not show.
+        """
+        now = self.settings(label)
+        made_from = {key: value for key, value in manifest.get("recipe", {}).items() if key in now}
+        if stage_of(label) == "data":
+            # A manifest has hashes where the recipe has paths. More rows than needed are fine.
+            now["sources"] = [_without_files(source) for source in now["sources"]]
+            made_from["sources"] = [_without_files(s) for s in made_from.get("sources", [])]
+            now["rows"] = max(now["rows"], int(made_from.get("rows", 0)))
+        return changed_settings(made_from, now, self.recipe_keys(label))
 
     def aligned_domains(self) -> dict[str, float]:
         """Domains that alignment reads, and their weights."""
@@ -195,11 +215,11 @@ class Lineage:
         if stage == "data":
             from xlstm_distill.data.prepare import data_request
 
-            rows = rows_needed(self.recipe, name)
+            rows = rows_needed(self.recipe, name, self.captured)
             request = data_request(self.recipe, name, self.tokenizer_hash, rows=rows)
             return replace(request, identity=self.data_identity(name), keys=keys)
         if stage == "capture":
-            request = self._capture_request(name, rows=captured_rows(self.recipe)[name])
+            request = self._capture_request(name, rows=self.captured[name])
             return replace(request, identity=self.capture_identity(name), keys=keys)
         return Request(
             stage,
@@ -293,6 +313,11 @@ class Lineage:
 def part(model: Any, *exclude: str) -> dict[str, Any]:
     """A part of the recipe as JSON, for manifests and fingerprints."""
     return model.model_dump(mode="json", exclude=set(exclude) or None)
+
+
+def _without_files(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A source's settings without those that a manifest gives as a hash of files."""
+    return {key: value for key, value in source.items() if key not in ("path", "code")}
 
 
 def stage_of(label: str) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from xlstm_distill.artifacts.artifact import FORMAT
-from xlstm_distill.artifacts.changes import changed_settings, in_a_line
+from xlstm_distill.artifacts.changes import in_a_line
 from xlstm_distill.artifacts.locks import is_held, training_lock
 from xlstm_distill.artifacts.run import RECIPE_FILE
 from xlstm_distill.errors import UserError
@@ -45,7 +45,7 @@ class StageStatus:
     """Where an artifact of the run stands. Times are in seconds.
 
     `state` is `done`, `outdated` (made from other settings than the saved recipe's; `why` names
-    them), `running`, `silent` (running, but without a word), `stopped`, `waiting` (not begun) or
+    them), `running`, `silent` (running, but its log does not grow), `stopped`, `waiting` (not begun) or
     `unreadable` (`path` names the file, from the run directory on).
     """
 
@@ -79,8 +79,7 @@ def read_status(run: Path) -> list[StageStatus]:
     found = _published(run, manifests)
     for status in (*_trainings(run, manifests), *_working(run)):
         earlier = found.get(status.label)
-        # Work under way counts more than an earlier result, and a running process more than the
-        # leftovers of a stopped one.
+        # A process at work replaces an earlier result, and also what a stopped one left.
         if earlier is None or earlier.state not in UNDER_WAY:
             found[status.label] = status
     lineage = _saved_lineage(run)
@@ -93,7 +92,9 @@ def _manifests(run: Path) -> dict[str, Path]:
     """Manifests of the published artifacts by label, oldest first."""
     artifacts = run / "artifacts"
     found: dict[str, Path] = {}
-    for path in sorted(artifacts.rglob("manifest.json"), key=_modified):
+    # `stage` or `stage/name`: deeper folders hold shards and samples by the thousand.
+    paths = [*artifacts.glob("*/manifest.json"), *artifacts.glob("*/*/manifest.json")]
+    for path in sorted(paths, key=_modified):
         folder = path.parent.relative_to(artifacts)
         # Drafts and gathered shards lie in hidden folders beside the artifacts.
         if not any(name.startswith(".") for name in folder.parts):
@@ -244,12 +245,13 @@ def _compared(
 ) -> list[StageStatus]:
     """Put the statuses in the recipe's order, with what is waiting and what is outdated."""
     planned = lineage.labels()
+    contents = {label: _json(path) for label, path in manifests.items()}
     outdated: dict[str, str] = {}
     ordered: list[StageStatus] = []
     for label in planned:
         status = found.get(label, StageStatus(label, "waiting"))
-        readable = label in manifests and status.state != "unreadable"
-        why = _why_outdated(lineage, label, manifests, outdated) if readable else None
+        readable = label in contents and status.state != "unreadable"
+        why = _why_outdated(lineage, label, contents, outdated) if readable else None
         if why is not None:
             outdated[label] = why
         if why is not None and status.state == "done":
@@ -260,52 +262,32 @@ def _compared(
     return ordered + rest
 
 
-def _why_outdated(
-    lineage: Lineage, label: str, manifests: Mapping[str, Path], outdated: Mapping[str, str]
-) -> str | None:
-    """Say which settings of an artifact are not the recipe's; None if all are.
+Manifests = Mapping[str, Mapping[str, Any]]
 
-    Files are not hashed here: a change of the teacher's weights or of local data shows when the
-    stage runs.
-    """
-    manifest = _json(manifests[label])
-    changes = _changed(lineage, label, manifest)
+
+def _why_outdated(
+    lineage: Lineage, label: str, manifests: Manifests, outdated: Mapping[str, str]
+) -> str | None:
+    """Say which settings of an artifact are not the recipe's; None if all are."""
+    manifest = manifests[label]
+    changes = lineage.changes(label, manifest)
     if manifest.get("format", FORMAT) != FORMAT:
         changes.append("another version of the program made it")
     for need in lineage.needs(label):
         if need in outdated:
             changes.append(f"{need} is outdated")
-        elif need in manifests and _was_made_again(need, label, manifest, manifests):
+        elif need in manifests and _was_made_again(need, label, manifests):
             changes.append(f"{need} was made again")
     return in_a_line(changes) if changes else None
 
 
-def _changed(lineage: Lineage, label: str, manifest: Mapping[str, Any]) -> list[str]:
-    """Changed settings of one artifact, by their recipe keys."""
-    now = lineage.settings(label)
-    made_from = {key: value for key, value in manifest.get("recipe", {}).items() if key in now}
-    if stage_of(label) == "data":
-        # A manifest has hashes where the recipe has paths, and more rows than are needed are fine.
-        now["sources"] = [_without_files(source) for source in now["sources"]]
-        made_from["sources"] = [_without_files(s) for s in made_from.get("sources", [])]
-        now["rows"] = max(now["rows"], int(made_from.get("rows", 0)))
-    return changed_settings(made_from, now, lineage.recipe_keys(label))
-
-
-def _without_files(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A source's settings without those that a manifest gives as a hash of files."""
-    return {key: value for key, value in source.items() if key not in ("path", "code")}
-
-
-def _was_made_again(
-    need: str, label: str, manifest: Mapping[str, Any], manifests: Mapping[str, Path]
-) -> bool:
+def _was_made_again(need: str, label: str, manifests: Manifests) -> bool:
     """Whether an artifact was built on another version of its input than the published one."""
     name = need
     if need == "merge" and stage_of(label) == "evaluate":
         name = label.replace("evaluate", "merge")  # an evaluation names its model
-    used = manifest.get("inputs", {}).get(name)
-    return used is not None and used != _json(manifests[need]).get("identity")
+    used = manifests[label].get("inputs", {}).get(name)
+    return used is not None and used != manifests[need].get("identity")
 
 
 def _json(path: Path) -> dict[str, Any]:

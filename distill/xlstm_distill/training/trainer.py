@@ -83,7 +83,8 @@ class Trainer:
             self.console.line, tolerant=plan.optim.non_finite == "skip", steps=plan.steps
         )
         self.peak = published_peak(accelerator.device)
-        self.saved_step = 0  # of the newest checkpoint: the same command goes on there
+        # Of the newest checkpoint, None without one: the same command goes on there.
+        self.saved_step: int | None = None
         self.started, self.earlier_seconds = time.monotonic(), 0.0
 
     def run(self) -> TrainingResult:
@@ -129,7 +130,7 @@ class Trainer:
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(
                     f"Run the same command again: {self.plan.label} goes on at step "
-                    f"{self.saved_step} of {self.plan.steps}."
+                    f"{self.saved_step or 0} of {self.plan.steps}."
                 ) from None
 
     def _agree(self, tokens: int) -> tuple[int, signal.Signals | None]:
@@ -156,7 +157,7 @@ class Trainer:
         done = f"after step {step - 1}" if step else "before step 0"
         raise signals.stopped(
             f"{done} of {self.plan.label}, with {kept}",
-            f"to go on at step {self.saved_step} of {self.plan.steps}",
+            f"to go on at step {self.saved_step or 0} of {self.plan.steps}",
             interrupted=number == signal.SIGINT,
         )
 

@@ -63,7 +63,7 @@ def smallest_app() -> float:
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["recipes", "copy", "--help"]])
 def test_help_is_instant(words: list[str], smallest_app: float) -> None:
     """Compared with the same libraries in the same minute: seconds alone say little."""
-    assert processor_seconds("-m", "xlstm_distill", *words) < 2 * smallest_app
+    assert processor_seconds("-m", "xlstm_distill", *words) < 4 * smallest_app
 
 
 def test_help_and_bad_input_import_nothing_heavy() -> None:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from xlstm_distill.errors import RunError
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.recipe import Training
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.training.objectives import Objective, Sums
@@ -65,7 +66,7 @@ def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(
 def test_distillation_lowers_the_kl(distill_objective, distill_settings, trainer, tmp_path):
     objective = distill_objective()
     start_far_off(objective.student.mixers())
-    objective.ce_weight, objective.kl_weight = 0.0, 1.0
+    objective.weights = LossWeights(cross_entropy=0.0, kl=1.0)
     result = trainer(objective, tmp_path, steps=30, optim=distill_settings()).run()
     assert result.after["kl"] < 0.8 * result.before["kl"]
     assert 0 < result.after["gate"] < result.before["gate"]
