@@ -16,10 +16,12 @@ PYTEST = HF_HUB_OFFLINE=1 PATH='$(abspath $(BIN)):'"$$PATH" \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-all check teacher docs clean clean-runs
+.PHONY: help install quickstart test test-slow test-all check teacher docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+install: $(STAMP)  ## set up .venv and nothing else
 
 quickstart: $(STAMP)  ## run the whole pipeline on the embedded teacher and write a report
 	HF_HUB_OFFLINE=1 $(BIN)/xlstm-distill run recipes/quickstart.yaml --run $(RUN)

@@ -54,7 +54,7 @@ def aligned(tmp_path_factory) -> Path:
 ACCELERATE = ("accelerate.commands.launch", "--config_file", CPU)
 SCRIPT = str(Path(sys.executable).parent / "xlstm-distill")
 LAUNCHERS = (
-    pytest.param((*ACCELERATE, SCRIPT), id="accelerate-console-script"),
+    pytest.param((*ACCELERATE, SCRIPT), id="accelerate-console-script", marks=pytest.mark.slow),
     # Quick tests cover these otherwise: --launch is the first in one command, and test_pipeline.py
     # aligns under torchrun.
     pytest.param(
@@ -81,7 +81,8 @@ ZERO = [
 ]
 
 
-@pytest.mark.parametrize("name", ["fsdp2", *ZERO])
+# The quick suite trains and saves under FSDP2 in test_resume.py and test_accelerator.py.
+@pytest.mark.parametrize("name", [pytest.param("fsdp2", marks=pytest.mark.slow), *ZERO])
 def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM

@@ -276,7 +276,7 @@ def test_a_task_that_is_not_there_is_told_before_anything_is_made(tmp_path):
         ),
         2,
     )
-    assert line == "error: suite.tasks: unknown task 'qs_math_ad'. Did you mean 'qs_math_add'?"
+    assert line == "error: evaluate.tasks: unknown task 'qs_math_ad'. Did you mean 'qs_math_add'?"
     assert manifests(tmp_path / "run") == {}
 
 

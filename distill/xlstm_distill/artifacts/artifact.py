@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xlstm_distill.artifacts.changes import changed_inputs, changed_settings
+from xlstm_distill.artifacts.changes import CHANGED_INPUTS, changed_inputs, changed_settings
 from xlstm_distill.artifacts.hashing import digest
 
 FORMAT = 2
@@ -70,8 +70,10 @@ class Request:
     """What an artifact is to be made from: parts of the recipe, and the artifacts it is built on.
 
     `identity` stands for it in the inputs of later artifacts; None means the fingerprint.
-    `keys` are the recipe keys of parts that have another name in the recipe; they are for messages
-    only and not part of the fingerprint.
+
+    Two fields are for messages only and no part of the fingerprint: `keys` are the recipe keys of
+    parts that have another name in the recipe; `notes` are settings behind the inputs' hashes, kept
+    in the manifest so that a change can be named without hashing files.
     """
 
     stage: str
@@ -80,6 +82,7 @@ class Request:
     name: str | None = None
     identity: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -99,7 +102,13 @@ class Request:
         if earlier.fingerprint == self.fingerprint:
             return []
         found = changed_settings(manifest.get("recipe", {}), self.parts, self.keys)
-        found += changed_inputs(manifest.get("inputs", {}), self.inputs)
+        named = changed_settings(manifest.get("notes", {}), self.notes, {}) if self.notes else []
+        inputs = changed_inputs(manifest.get("inputs", {}), self.inputs)
+        if named and manifest.get("notes"):
+            # The settings say more than that the teacher, which is their hash, changed.
+            inputs = [change for change in inputs if change != CHANGED_INPUTS["teacher"]]
+            found += named
+        found += inputs
         if manifest.get("format") != FORMAT:
             found.append("another version of the program made it")
         return found or ["made from something else"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import platform
@@ -62,7 +63,9 @@ class Run:
         directory = Path(directory)
         try:
             (directory / "artifacts").mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a failure, not a wrong name
+                raise
             raise UserError(
                 f"--run: {directory} cannot be used as a run directory ({error.strerror})."
             ) from None
@@ -250,6 +253,7 @@ class Run:
             "identity": request.identity or request.fingerprint,
             "recipe": request.parts,
             "inputs": request.inputs,
+            "notes": request.notes,
             "seed": self.recipe.seed,
             "versions": versions(),
             "wall_seconds": round(seconds, 3),

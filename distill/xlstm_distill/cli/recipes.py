@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -63,4 +64,4 @@ def copy(
         recipe = copy_recipe(name, directory)
         console = Console()
         console.line(f"{recipe}: written, with the files that it needs.")
-        console.line(f"Run it with: xlstm-distill run {recipe}")
+        console.line(f"Run it with: xlstm-distill run {shlex.quote(str(recipe))}")

@@ -84,3 +84,12 @@ def keys_of_rows(name: str) -> dict[str, str]:
         "long_documents": "data.long_documents",
         "rows": f"rows of {name}",
     }
+
+
+def notes_of_rows(
+    recipe: Recipe, domain: str, captured: Mapping[str, int] | None = None
+) -> dict[str, dict[str, int]]:
+    """What a domain's identity holds besides its rows' settings: where validation rows lie."""
+    held = recipe.data.validation_rows
+    span = min(rows_needed(recipe, domain, captured), HELD_OUT_SPREAD * held)
+    return {"data": {"validation_rows": held, "rows that validation is drawn from": span}}

@@ -10,7 +10,7 @@ from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.artifacts.locks import wait_for
 from xlstm_distill.data import sources
-from xlstm_distill.data.budget import held_out_span, keys_of_rows, rows_needed
+from xlstm_distill.data.budget import held_out_span, keys_of_rows, notes_of_rows, rows_needed
 from xlstm_distill.data.preparation import Preparation, clean
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
@@ -35,6 +35,7 @@ def prepare_domain(
         data_request(recipe, name, tokenizer_hash, rows=needed),
         identity=data_identity(recipe, name, tokenizer_hash),
         keys=keys_of_rows(name),
+        notes=notes_of_rows(recipe, name),
     )
     folder = run.work_directory(request)
 

@@ -132,6 +132,10 @@ def _parse(text: str, name: str) -> Any:
         ) from None
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}.") from None
+    except (ValueError, OverflowError) as error:  # such as the date 2024-99-99, or 0x_
+        raise UserError(f"{name}: holds a number or date that is none: {error}.") from None
+    except RecursionError:
+        raise UserError(f"{name}: nested too deeply to be a recipe.") from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:

@@ -87,9 +87,19 @@ def copy_recipe(name: str, directory: Path) -> Path:
             taken.append(f"{copy}: exists and is not overwritten; move it or give another folder.")
     if taken:
         raise UserError(*taken)
-    for path, copy in files.items():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+    new = [copy for copy in files.values() if not copy.exists()]
+    try:
+        for path, copy in files.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if not copy.exists():
+                shutil.copyfile(path, copy)
+    except OSError as error:
+        # Half a copy would be in the way of the next try.
+        for copy in new:
+            copy.unlink(missing_ok=True)
+        raise UserError(
+            f"{directory}: the recipe cannot be written there ({error.strerror}); nothing was kept."
+        ) from None
     return target
 
 

@@ -16,9 +16,15 @@ PATH_KEYS = ("path", "include")
 
 
 def teacher_name(teacher: Teacher) -> str:
-    """Return a hub id as it is, and a local teacher's folder by its name."""
+    """Return a hub id as it is, and a local teacher's folder by its name.
+
+    A folder named `teacher` or `model` says nothing; the folder above it goes in front.
+    """
     path = PurePath(teacher.path)
-    return path.name if path.is_absolute() else teacher.path
+    if not path.is_absolute():
+        return teacher.path
+    generic = path.name.lower() in ("teacher", "model")
+    return "/".join(path.parts[-2:]) if generic and len(path.parts) > 2 else path.name
 
 
 def shown_recipe(recipe: Recipe) -> str:

@@ -55,7 +55,7 @@ class _State:
             return
         self.pending = signal.Signals(number)
         if not self.deferred:
-            raise Stopped(_message(self.pending.name, "between two steps", "to go on"))
+            raise Stopped(_message(self.pending.name, "", "to go on"))
 
     def interrupt(self, number: int, _: FrameType | None) -> None:
         """Note the first Ctrl-C of a training; end the run at every other one."""
@@ -127,4 +127,5 @@ def _name(interrupted: bool) -> str:
 
 
 def _message(name: str, where: str, goal: str) -> str:
-    return f"stopped by {name} {where}; run the same command again {goal}."
+    at = f"stopped by {name} {where}".rstrip()
+    return f"{at}; run the same command again {goal}."

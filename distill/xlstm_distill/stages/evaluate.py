@@ -20,6 +20,7 @@ from xlstm_distill.stages.prepare import prepare
 from xlstm_distill.stages.workbench import load_student, open_domains
 from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
+from xlstm_eval.records import EvalError
 from xlstm_eval.results import write_samples
 from xlstm_eval.suites import Suite
 
@@ -87,7 +88,11 @@ def check_tasks(lineage: Lineage) -> None:
         revision=teacher.revision or "main",
         trust_remote_code=teacher.trust_remote_code,
     )
-    check_suite(_suite(lineage.recipe), config, tokenizer)
+    try:
+        check_suite(_suite(lineage.recipe), config, tokenizer)
+    except EvalError as error:
+        # What the evaluation calls its suite is the recipe's section `evaluate`.
+        raise EvalError(str(error).replace("suite.", "evaluate.", 1)) from None
 
 
 def find_evaluations(lineage: Lineage, run: Run) -> dict[str, Artifact]:

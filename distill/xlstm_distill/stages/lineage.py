@@ -21,6 +21,7 @@ from xlstm_distill.data.budget import (
     captured_rows,
     expert_rows,
     keys_of_rows,
+    notes_of_rows,
     rows_needed,
     rows_to_align,
 )
@@ -136,6 +137,7 @@ class Lineage:
         """Recipe keys of those of `settings(label)` that have another name in the recipe."""
         stage, _, name = label.partition("/")
         capture = {key: f"capture.{key}" for key in part(self.recipe.capture)}
+        capture["rows"] = f"rows of {name}"
         return {
             "data": keys_of_rows(name),
             "capture": capture,
@@ -145,6 +147,29 @@ class Lineage:
             "evaluate": {"dtype": "teacher.dtype"},
             "report": {"recipe": ""},
         }[stage]
+
+    def notes(self, label: str) -> dict[str, Any]:
+        """Settings behind the hashes that an artifact is built on; they go into its manifest."""
+        stage, _, name = label.partition("/")
+        if stage == "data":
+            return notes_of_rows(self.recipe, name, self.captured)
+        if stage in ("merge", "report") or (stage == "evaluate" and name != TEACHER):
+            return {}
+        teacher = part(self.recipe.teacher)
+        if Path(self.recipe.teacher.path).is_absolute():
+            del teacher["path"]  # its content counts: the same teacher may lie elsewhere
+        return {"teacher": teacher}
+
+    def identity_changes(self, label: str, manifest: Mapping[str, Any]) -> list[str]:
+        """Say what changed of the rows or targets that others are built on.
+
+        Their number does not count: the first are the same however many there are.
+        """
+        counted = f"rows of {label.partition('/')[2]} "
+        found = [change for change in self.changes(label, manifest) if counted not in change]
+        if stage_of(label) == "data" and manifest.get("notes"):
+            found += changed_settings(manifest["notes"], self.notes(label), {})
+        return found
 
     def changes(self, label: str, manifest: Mapping[str, Any]) -> list[str]:
         """Say which settings of a published artifact are not the recipe's, by their recipe keys.
@@ -158,7 +183,10 @@ class Lineage:
             now["sources"] = [_without_files(source) for source in now["sources"]]
             made_from["sources"] = [_without_files(s) for s in made_from.get("sources", [])]
             now["rows"] = max(now["rows"], int(made_from.get("rows", 0)))
-        return changed_settings(made_from, now, self.recipe_keys(label))
+        found = changed_settings(made_from, now, self.recipe_keys(label))
+        if stage_of(label) != "data" and manifest.get("notes"):
+            found += changed_settings(manifest["notes"], self.notes(label), {})
+        return found
 
     def aligned_domains(self) -> dict[str, float]:
         """Domains that alignment reads, and their weights."""
@@ -217,16 +245,21 @@ class Lineage:
 
             rows = rows_needed(self.recipe, name, self.captured)
             request = data_request(self.recipe, name, self.tokenizer_hash, rows=rows)
-            return replace(request, identity=self.data_identity(name), keys=keys)
+            return replace(
+                request, identity=self.data_identity(name), keys=keys, notes=self.notes(label)
+            )
         if stage == "capture":
             request = self._capture_request(name, rows=self.captured[name])
-            return replace(request, identity=self.capture_identity(name), keys=keys)
+            return replace(
+                request, identity=self.capture_identity(name), keys=keys, notes=self.notes(label)
+            )
         return Request(
             stage,
             parts=self.settings(label),
             inputs=self._inputs(stage, name),
             name=name or None,
             keys=keys,
+            notes=self.notes(label),
         )
 
     def _inputs(self, stage: str, name: str) -> dict[str, str]:

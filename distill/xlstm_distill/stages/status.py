@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import re
 import time
@@ -35,9 +36,19 @@ SILENT_SECONDS, SILENT_STEPS = 60.0, 5.0
 
 It validates, saves or hangs; where nothing else can be found out, it is not running any more.
 """
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError)
+DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OSError,
+    ArithmeticError,
+    RecursionError,
+)
 """What reading half-written or foreign files can raise."""
 UNDER_WAY = ("running", "silent")
+LARGEST_RECIPE = 2**22
+"""Bytes from which a saved recipe is none that this program wrote."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,8 @@ class StageStatus:
     """Where an artifact of the run stands. Times are in seconds.
 
     `state` is `done`, `outdated` (made from other settings than the saved recipe's; `why` names
-    them), `running`, `silent` (running, but its log does not grow), `stopped`, `waiting` (not begun) or
-    `unreadable` (`path` names the file, from the run directory on).
+    them), `running`, `silent` (running, but its log does not grow), `stopped`, `waiting` (not
+    begun) or `unreadable` (`path` names the file, from the run directory on).
     """
 
     label: str
@@ -82,7 +93,11 @@ def read_status(run: Path) -> list[StageStatus]:
         # A process at work replaces an earlier result, and also what a stopped one left.
         if earlier is None or earlier.state not in UNDER_WAY:
             found[status.label] = status
-    lineage = _saved_lineage(run)
+    try:
+        lineage = _saved_lineage(run)
+    except UserError as error:
+        rest = list(found.values())
+        return [StageStatus("recipe", "unreadable", why=str(error), path=RECIPE_FILE), *rest]
     if lineage is None:  # a run of before recipes were saved
         return list(found.values())
     return _compared(lineage, found, manifests)
@@ -150,7 +165,23 @@ def _read(
 
 
 def _artifact(manifest: Path) -> StageStatus:
-    return StageStatus("", "done", seconds=float(json.loads(manifest.read_text())["wall_seconds"]))
+    facts = json.loads(manifest.read_text())
+    return StageStatus("", "done", seconds=_finite(facts["wall_seconds"]))
+
+
+def _finite(value: Any) -> float:
+    """A number from a file, which may hold anything; raises ValueError for one that is none."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
+
+
+def _label(value: Any) -> str:
+    """A label from a file; raises ValueError for anything that is no plain text."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(value)
+    return value
 
 
 def _work(mark: Path) -> StageStatus | None:
@@ -160,10 +191,9 @@ def _work(mark: Path) -> StageStatus | None:
     # Not every file system shares locks between machines: a free lock only speaks for this one.
     if not is_held(mark) and here:
         return None
-    since = max(0.0, time.time() - float(facts["started"]))
-    return StageStatus(
-        facts["label"], "running", seconds=since, host=None if here else facts["host"]
-    )
+    since = max(0.0, time.time() - _finite(facts["started"]))
+    host = None if here else _label(facts["host"])
+    return StageStatus(_label(facts["label"]), "running", seconds=since, host=host)
 
 
 def _training(header: Path, published: Mapping[str, float]) -> StageStatus | None:
@@ -185,12 +215,13 @@ def _training(header: Path, published: Mapping[str, float]) -> StageStatus | Non
     state = "stopped"
     if running:
         state = "silent" if silent else "running"
-    left = (steps - step) * seconds_a_step if seconds_a_step and running else None
-    figures = dict(line) if line else {}
-    for name in ("step", "tokens_per_second"):
-        figures.pop(name, None)
+    left = max(0, steps - step) * seconds_a_step if seconds_a_step and running else None
+    figures: dict[str, float] = {}
+    for name, value in (line or {}).items():
+        if name not in ("step", "tokens_per_second") and isinstance(value, int | float):
+            figures[name] = value
     return StageStatus(
-        facts["label"],
+        _label(facts["label"]),
         state,
         step=step,
         steps=steps,
@@ -231,69 +262,105 @@ def _last_line(log: Path) -> dict[str, Any] | None:
 
 
 def _saved_lineage(run: Path) -> Lineage | None:
-    """The lineage of the recipe that the run was started with last; None if none can be read."""
-    try:
-        text = (run / RECIPE_FILE).read_text(encoding="utf-8")
-        # Without the context of a folder, validation leaves paths alone: a teacher may have moved.
-        return Lineage(Recipe.model_validate(yaml.safe_load(text)))
-    except (*DAMAGE, yaml.YAMLError):
+    """The lineage of the recipe that the run was started with last; None where none was saved.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = run / RECIPE_FILE
+    if not path.exists():
         return None
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST_RECIPE:
+            raise ValueError("no recipe")
+        # Without the context of a folder, validation leaves paths alone: a teacher may have moved.
+        return Lineage(Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (*DAMAGE, yaml.YAMLError):
+        raise UserError(
+            f"{path}: damaged, or written by another version, so nothing can be compared with it."
+        ) from None
 
 
 def _compared(
     lineage: Lineage, found: Mapping[str, StageStatus], manifests: Mapping[str, Path]
 ) -> list[StageStatus]:
     """Put the statuses in the recipe's order, with what is waiting and what is outdated."""
-    planned = lineage.labels()
     contents = {label: _json(path) for label, path in manifests.items()}
-    outdated: dict[str, str] = {}
+    comparison = _Comparison(lineage, contents)
     ordered: list[StageStatus] = []
-    for label in planned:
+    for label in lineage.labels():
         status = found.get(label, StageStatus(label, "waiting"))
-        readable = label in contents and status.state != "unreadable"
-        why = _why_outdated(lineage, label, contents, outdated) if readable else None
-        if why is not None:
-            outdated[label] = why
-        if why is not None and status.state == "done":
-            status = replace(status, state="outdated", why=why)
+        if label in contents and status.state != "unreadable":
+            try:
+                why = comparison.why_outdated(label)
+            except DAMAGE:
+                path = f"artifacts/{label}/manifest.json"
+                status, why = StageStatus(label, "unreadable", path=path), None
+            if why is not None and status.state == "done":
+                status = replace(status, state="outdated", why=why)
         ordered.append(status)
     # What another recipe made in this run directory, and what no recipe names.
+    planned = {status.label for status in ordered}
     rest = [replace(s, why="not in the recipe") for s in found.values() if s.label not in planned]
     return ordered + rest
 
 
-Manifests = Mapping[str, Mapping[str, Any]]
+class _Comparison:
+    """Compares manifests with a recipe, in the order of the lineage's labels."""
+
+    def __init__(self, lineage: Lineage, manifests: Mapping[str, Mapping[str, Any]]) -> None:
+        self.lineage, self.manifests = lineage, manifests
+        # Why others that are built on an artifact are outdated, by its label. Rows and targets can
+        # be too few, and so be made again, while what is built on them stays as it is.
+        self.spread: dict[str, str] = {}
+
+    def why_outdated(self, label: str) -> str | None:
+        """Say which settings of an artifact are not the recipe's; None if all are."""
+        manifest = self.manifests[label]
+        changes = self.lineage.changes(label, manifest)
+        if manifest.get("format", FORMAT) != FORMAT:
+            changes.append("another version of the program made it")
+        inherited = self._inherited(label, manifest)
+        spreading = [*inherited, *changes]
+        if stage_of(label) in ("data", "capture"):
+            spreading = [*inherited, *self.lineage.identity_changes(label, manifest)]
+        if spreading:
+            self.spread[label] = spreading[0]
+        changes += inherited
+        return in_a_line(changes) if changes else None
+
+    def _inherited(self, label: str, manifest: Mapping[str, Any]) -> list[str]:
+        """What changed in the artifacts that one is built on."""
+        needs = self.lineage.needs(label)
+        used = _built_on(label, manifest)
+        found = [f"{need} is new" for need in needs if need not in used]
+        found += [f"{name} is no longer used" for name in used if name not in needs]
+        for need in needs:
+            if stage_of(need) == "data" and need in self.spread:
+                found.append(f"{need} changed: {self.spread[need]}")
+            elif need in self.spread:
+                found.append(f"{need} is outdated")
+            elif need in self.manifests and need in used:
+                published = self.manifests[need].get("identity")
+                if published != used[need]:
+                    found.append(f"{need} was made again")
+        return found
 
 
-def _why_outdated(
-    lineage: Lineage, label: str, manifests: Manifests, outdated: Mapping[str, str]
-) -> str | None:
-    """Say which settings of an artifact are not the recipe's; None if all are."""
-    manifest = manifests[label]
-    changes = lineage.changes(label, manifest)
-    if manifest.get("format", FORMAT) != FORMAT:
-        changes.append("another version of the program made it")
-    for need in lineage.needs(label):
-        if need in outdated:
-            changes.append(f"{need} is outdated")
-        elif need in manifests and _was_made_again(need, label, manifests):
-            changes.append(f"{need} was made again")
-    return in_a_line(changes) if changes else None
-
-
-def _was_made_again(need: str, label: str, manifests: Manifests) -> bool:
-    """Whether an artifact was built on another version of its input than the published one."""
-    name = need
-    if need == "merge" and stage_of(label) == "evaluate":
-        name = label.replace("evaluate", "merge")  # an evaluation names its model
-    used = manifests[label].get("inputs", {}).get(name)
-    return used is not None and used != manifests[need].get("identity")
+def _built_on(label: str, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Identities of the artifacts that one was built on, by their labels."""
+    inputs = dict(manifest.get("inputs", {}))
+    for name in ("teacher", "tokenizer", "tasks"):
+        inputs.pop(name, None)
+    if label == "evaluate/merged" and "merge/merged" in inputs:
+        inputs["merge"] = inputs.pop("merge/merged")  # an evaluation names its model
+    return inputs
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except DAMAGE:
+    except DAMAGE:  # the row of this artifact says so
         return {}
 
 
@@ -310,13 +377,15 @@ def status_table(stages: list[StageStatus]) -> Table:
     """Lay the status out for reading."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in ("stage", "state", "time", "step", "tokens/s", "left", "figures"):
         words = name in ("stage", "state", "figures")
         table.add_column(name, justify="left" if words else "right", no_wrap=name != "state")
     for stage in stages:
-        table.add_row(*_cells(stage))
+        # As text: a host or label with brackets is no markup.
+        table.add_row(*map(Text, _cells(stage)))
     return table
 
 
@@ -349,7 +418,7 @@ def _cells(stage: StageStatus) -> tuple[str, ...]:
 def _state_in_words(stage: StageStatus) -> str:
     since = clock_time(stage.seconds_since or 0)
     if stage.state == "unreadable":
-        return f"unreadable: {stage.path}"
+        return f"unreadable: {stage.path}" if stage.why is None else f"unreadable: {stage.why}"
     if stage.state == "silent":
         return f"running, silent for {since}"
     if stage.state == "stopped":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from typer.testing import Result
 
 from xlstm_distill.cli import preflight
+from xlstm_distill.recipe import load_recipe
+from xlstm_distill.stages.lineage import Lineage
 
 Call = Callable[..., Result]
 ErrorOf = Callable[[Result, int], str]
@@ -78,8 +81,11 @@ def test_batches_do_not_matter_where_nothing_is_trained(
     assert call("capture", "small.yaml").exit_code == 0
     done = tmp_path / "runs" / "small" / "artifacts" / "align"
     done.mkdir()
-    (done / "manifest.json").write_text("{}")
+    made_from = Lineage(load_recipe("small.yaml")).settings("align")
+    (done / "manifest.json").write_text(json.dumps({"recipe": made_from}))
     assert call("align", "small.yaml").exit_code == 0
+    other = call("align", "small.yaml", "--set", "align.lr=0.5")
+    assert error_of(other, 2).startswith("error: align.batch: ")
     assert error_of(call("run", "small.yaml"), 2).startswith("error: distill.batch: 4 rows")
 
 

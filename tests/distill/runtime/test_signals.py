@@ -25,7 +25,7 @@ def _listening():
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
 def test_outside_of_a_training_a_signal_ends_the_command_at_once(number):
-    expected = f"stopped by {number.name} between two steps; run the same command again to go on"
+    expected = f"stopped by {number.name}; run the same command again to go on"
     with pytest.raises(signals.Stopped, match=expected) as caught:
         signal.raise_signal(number)
     assert caught.value.exit_code == 75

@@ -71,7 +71,7 @@ def test_without_held_out_rows_there_are_no_gates(tiny_teacher) -> None:
     [
         (
             "{name: qs_math_ad}",
-            "suite.tasks: unknown task 'qs_math_ad'. Did you mean 'qs_math_add'?",
+            "evaluate.tasks: unknown task 'qs_math_ad'. Did you mean 'qs_math_add'?",
         ),
         (
             "{name: qs_math_add, metric: acc}",

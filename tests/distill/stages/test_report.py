@@ -94,7 +94,10 @@ def test_what_was_made_anew_from_other_settings_is_not_counted(run: Run, recipe:
 
 def test_no_path_of_this_machine_is_shown(run: Run, recipe: Recipe, root: Path) -> None:
     data = report_data(recipe, run, pipeline(run))
-    assert (data.teacher, data.provenance["teacher"]) == ("teacher", "teacher")
+    assert (data.teacher, data.provenance["teacher"]) == (
+        "quickstart/teacher",
+        "quickstart/teacher",
+    )
     for name, text in render(data).items():
         assert str(root) not in text, name
         assert str(run.directory) not in text, name

@@ -266,6 +266,7 @@ def test_a_mark_of_a_dead_process_says_nothing(finished, root):
     mark.write_text(json.dumps(facts))
     assert with_recipe(finished, root)["merge"].state == "done"
     mark.write_text(json.dumps(facts | {"host": "elsewhere"}))
+    os.utime(mark, (time.time() - 600, time.time() - 600))
     stage = with_recipe(finished, root)["merge"]
     assert (stage.state, stage.host) == ("running", "elsewhere")
     with working(finished / ".locks", "merge"):  # the next process removes what nobody holds
@@ -274,7 +275,9 @@ def test_a_mark_of_a_dead_process_says_nothing(finished, root):
 
 def test_a_recipe_that_cannot_be_read_leaves_the_rest(finished):
     (finished / "recipe.yaml").write_text("name: [")
-    assert {stage.state for stage in read_status(finished)} == {"done"}
+    first, *rest = read_status(finished)
+    assert (first.state, first.path) == ("unreadable", "recipe.yaml")
+    assert {stage.state for stage in rest} == {"done"}
 
 
 def test_status_loads_no_torch(finished):
@@ -286,3 +289,87 @@ def test_status_loads_no_torch(finished):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "label", "why"),
+    [
+        (
+            "data.domains.extra.sources=[{generator: math, documents: 100}]",
+            "align",
+            "data/extra is new",
+        ),
+        (
+            "distill.experts={math: {phases: [{domain: math, tokens: 200_000}]}}",
+            "merge",
+            "merge.weights",
+        ),
+        ("teacher.dtype=bfloat16", "align", "teacher.dtype float32 -> bfloat16"),
+        ("teacher.dtype=bfloat16", "capture/math", "teacher.dtype float32 -> bfloat16"),
+        ("data.validation_rows=8", "align", "data/math changed: data.validation_rows 16 -> 8"),
+        ("data.validation_rows=8", "evaluate/merged", "merge is outdated"),
+    ],
+)
+def test_what_a_run_would_make_again_is_outdated(finished, root, override, label, why):
+    stage = with_recipe(finished, root, override)[label]
+    assert stage.state == "outdated"
+    assert why in stage.why
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "align.lr=0.01",
+        "align.tokens=3_000_000",
+        "teacher.dtype=bfloat16",
+        "data.validation_rows=8",
+        "data.domains.extra.sources=[{generator: math, documents: 100}]",
+        "distill.experts.math.phases[0].tokens=100_000",
+        "distill.experts.math.phases[0].tokens=20_000_000",
+        "distill.experts.math.phases[0].domain=code",
+        "capture.top_k=32",
+        "merge.weights={math: 0.4, code: 0.2, stem: 0.2, chat: 0.2}",
+        "evaluate.limit=5",
+        "align.micro_batch=2",
+    ],
+)
+def test_status_says_outdated_exactly_where_the_fingerprint_is_another(finished, root, override):
+    recipe = load_recipe(root / "recipes" / "quickstart.yaml", [override])
+    run, lineage = Run.open(finished, recipe), Lineage(recipe)
+    truth = set()
+    for label in lineage.labels():
+        published = run.load(label)
+        if published is not None and lineage.request(label).changes_since(published):
+            truth.add(label)
+    told = with_recipe(finished, root, override)
+    # More rows than are needed stay: their request is another, and nothing is made again.
+    enough = {label for label in truth if label.startswith("data/") and told[label].state == "done"}
+    for label in enough:
+        rows = run.load(label).manifest["recipe"]["rows"]
+        assert rows >= lineage.settings(label)["rows"]
+    assert {label for label, stage in told.items() if stage.state == "outdated"} == truth - enough
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("artifacts/align/manifest.json", '{"recipe": [], "wall_seconds": 1}'),
+        ("artifacts/align/manifest.json", '{"recipe": null, "wall_seconds": 1}'),
+        ("artifacts/align/manifest.json", '{"wall_seconds": 1e400}'),
+        ("artifacts/align/manifest.json", '{"wall_seconds": NaN}'),
+        ("artifacts/align/manifest.json", "[" * 100_000),
+        (".locks/working-merge-0123456789ab.json", '{"label": ["a"], "host": "h", "started": 1}'),
+        (
+            ".locks/working-merge-0123456789ab.json",
+            '{"label": "x", "host": "[/red]", "started": 1}',
+        ),
+        (".locks/working-merge-0123456789ab.json", '{"label": "x", "host": "h", "started": 1e999}'),
+    ],
+)
+def test_a_damaged_file_is_one_row_and_hides_no_other(finished, root, file, content):
+    (finished / file).parent.mkdir(exist_ok=True)
+    (finished / file).write_text(content)
+    stages = with_recipe(finished, root)
+    assert len(stages) >= 21
+    assert stages["data/math"].state == "done"
+    assert CliRunner().invoke(app, ["status", str(finished)]).exit_code == 0
