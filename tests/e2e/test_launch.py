@@ -155,7 +155,7 @@ def logged_steps(run: Path) -> int:
 @contextlib.contextmanager
 def training(run: Path, *sets: str):
     """Start an endless alignment in two processes, as a terminal does: in a session of its own."""
-    command = words("align", run, "--launch", CPU, sets=("align.tokens=4000000", *sets, *SETS[1:]))
+    command = words("align", run, "--launch", CPU, sets=("align.tokens=4000000", *SETS[1:], *sets))
     process = subprocess.Popen(
         [sys.executable, "-m", "xlstm_distill", *command],
         stdout=subprocess.DEVNULL,
