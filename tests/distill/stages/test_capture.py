@@ -261,6 +261,8 @@ def test_after_sigkill_two_at_once_finish_the_work(reference, fresh):
     assert not leftovers(fresh)
 
 
+# In the quick suite two runs of the program share the work: the test above.
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_two_ranks_make_the_same_files(reference, fresh):
     output = finish(
