@@ -205,6 +205,8 @@ class Lineage:
 
     def evaluated_models(self) -> list[str]:
         """The teacher, the merged student, and the experts where the recipe wants them scored."""
+        # The teacher first: `evaluate.check` takes its published evaluation as proof of good
+        # settings.
         experts = self.recipe.distill.experts if self.recipe.evaluate.experts else ()
         return [TEACHER, MERGED, *experts]
 
@@ -317,6 +319,7 @@ class Lineage:
     def _capture_request(self, domain: str, **counts: int) -> Request:
         from xlstm_distill.targets.store import VERSION
 
+        # The store's version counts: files of another format must be captured again.
         kept = part(self.recipe.capture, "batch", "targets", "shard_teacher")
         return Request(
             "capture",
