@@ -150,6 +150,7 @@ def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
     figure, axes = _figure(min(7.6, 1.6 + 0.62 * heads), min(7.0, 1.1 + 0.42 * layers))
     mesh = axes.pcolormesh(
         values,
+        # A fixed scale from 0 to 1, so that the maps of several models can be compared.
         vmin=0.0,
         vmax=1.0,
         cmap="cividis",
@@ -229,6 +230,7 @@ def _plain_log_ticks(axes: Axes) -> None:
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
+    # Not pyplot: it keeps every figure it makes, and looks for a display.
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
     for side, spine in axes.spines.items():
