@@ -220,7 +220,7 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
             continue
         settings = leaf.get_config("generation_kwargs") or {}
         budget = settings.get("max_gen_toks", lm.max_gen_toks)
-        # lm-eval would cut the prompt from the left to make room, and only warn.
+        # lm-eval keeps max_length - budget tokens of a prompt: nothing would be left of it.
         if budget >= lm.max_length:
             raise EvalError(
                 f"{entry.name}.max_gen_tokens: {budget} leaves no room for a prompt; the model's "

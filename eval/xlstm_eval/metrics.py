@@ -58,7 +58,7 @@ def critical_tolerance(pairs: Sequence[TaskPair], rate: float = 0.5) -> float:
     # C_alpha is a step function that rises at each task's required tolerance. So the answer is the
     # k-th smallest of them, k = ceil(rate * n), and not a point of some grid.
     needed = sorted(required_tolerance(pair) for pair in pairs)
-    # `share` is exact: 0.1 * 30 as floats is above 3, and its ceiling would be 4.
+    # `share` is exact: 0.07 * 100 as floats is above 7, and its ceiling would be 8.
     k = math.ceil(share * len(needed))
     return _float_at_or_above(needed[k - 1])
 
@@ -113,6 +113,7 @@ def pair_results(
     Raises EvalError if the two were not measured alike: other tasks, metric or number of samples.
     """
     by_task = {result.task: result for result in student}
+    # A task on one side alone would change the set that C_alpha is a fraction of.
     unshared = {result.task for result in teacher} ^ set(by_task)
     if unshared:
         names = ", ".join(sorted(unshared))

@@ -69,6 +69,7 @@ def write_samples(result: EvaluationResult, directory: Path) -> list[Path]:
     paths = []
     for task, rows in result.samples.items():
         path = directory / f"{task}.jsonl"
+        # Rows may hold objects that JSON does not know; their text is enough to read.
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         paths.append(path)
