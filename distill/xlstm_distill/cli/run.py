@@ -190,7 +190,7 @@ def _open(asked: Invocation, console: Console, check: Check | None = None) -> tu
 
     recipe = load_recipe(asked.recipe, asked.overrides or ())
     if check is not None:
-        # Again in every launched process: torchrun and srun do not go through `dispatch`.
+        # In every process: under torchrun and srun, `dispatch` has checked nothing.
         check(recipe, process_count())
     directory = asked.directory(recipe)
     # torch and transformers take seconds to load. Until then this line shows that something runs.

@@ -319,11 +319,11 @@ class Lineage:
     def _capture_request(self, domain: str, **counts: int) -> Request:
         from xlstm_distill.targets.store import VERSION
 
-        # The store's version counts: files of another format must be captured again.
         kept = part(self.recipe.capture, "batch", "targets", "shard_teacher")
         return Request(
             "capture",
             name=domain,
+            # Files of another format must be captured again.
             parts={**kept, "store": VERSION, **counts},
             inputs={"teacher": self.teacher_hash, **self.data_inputs([domain])},
         )
