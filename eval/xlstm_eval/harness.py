@@ -198,7 +198,9 @@ def _override(entry: SuiteTask, leaf: Any) -> None:
     shots = entry.shots
     if shots is None:
         shots = leaf.get_config("num_fewshot") or 0
+    # Set even where it is the task's own number, so that the task object says what is run.
     leaf.set_config(key="num_fewshot", value=shots)
+    # Only what the suite names changes; a task's stop sequences stay.
     changes: dict[str, Any] = dict(entry.generation)
     if entry.max_gen_tokens is not None:
         changes["max_gen_toks"] = entry.max_gen_tokens
@@ -218,6 +220,7 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
             continue
         settings = leaf.get_config("generation_kwargs") or {}
         budget = settings.get("max_gen_toks", lm.max_gen_toks)
+        # lm-eval keeps max_length - budget tokens of a prompt: nothing would be left of it.
         if budget >= lm.max_length:
             raise EvalError(
                 f"{entry.name}.max_gen_tokens: {budget} leaves no room for a prompt; the model's "

@@ -25,6 +25,7 @@ def win_or_tie(pair: TaskPair, alpha: float) -> bool:
     Higher is better: ``S >= (1 - alpha) T`` (paper, section on the metric).
     Lower is better: ``(1 - alpha) S <= T``.
     """
+    # One definition for both: the rate at the critical tolerance then agrees with it exactly.
     return required_tolerance(pair) <= _exact(alpha, "alpha")
 
 
@@ -57,6 +58,7 @@ def critical_tolerance(pairs: Sequence[TaskPair], rate: float = 0.5) -> float:
     # C_alpha is a step function that rises at each task's required tolerance. So the answer is the
     # k-th smallest of them, k = ceil(rate * n), and not a point of some grid.
     needed = sorted(required_tolerance(pair) for pair in pairs)
+    # `share` is exact: 0.07 * 100 as floats is above 7, and its ceiling would be 8.
     k = math.ceil(share * len(needed))
     return _float_at_or_above(needed[k - 1])
 
@@ -76,6 +78,7 @@ def mean_recovery(pairs: Iterable[TaskPair]) -> float | None:
     defined = [rate for rate in rates if rate is not None]
     if not defined:
         return None
+    # Summed exactly, so that the order of the tasks cannot change the last digit.
     return float(sum(defined, Fraction(0)) / len(defined))
 
 
@@ -110,6 +113,7 @@ def pair_results(
     Raises EvalError if the two were not measured alike: other tasks, metric or number of samples.
     """
     by_task = {result.task: result for result in student}
+    # A task on one side alone would change the set that C_alpha is a fraction of.
     unshared = {result.task for result in teacher} ^ set(by_task)
     if unshared:
         names = ", ".join(sorted(unshared))
@@ -127,6 +131,7 @@ def _pair(teacher: TaskResult, student: TaskResult) -> TaskPair:
                 f"{teacher.task}.{field}: the student has {ours!r}, the teacher {theirs!r}. "
                 "Evaluate both alike."
             )
+    # Both or none: counts on one side alone compare with nothing.
     counted = teacher.correct is not None and student.correct is not None
     return TaskPair(
         task=teacher.task,

@@ -69,6 +69,7 @@ def write_samples(result: EvaluationResult, directory: Path) -> list[Path]:
     paths = []
     for task, rows in result.samples.items():
         path = directory / f"{task}.jsonl"
+        # Rows may hold objects that JSON does not know; their text is enough to read.
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         paths.append(path)
@@ -87,6 +88,7 @@ def pick_metric(entry: SuiteTask, scores: dict[str, Any]) -> tuple[str, str]:
         name, comma, filter_name = key.partition(",")
         if comma and not name.endswith("_stderr"):
             filters.setdefault(name, []).append(filter_name)
+    # A task's order of metrics is no order of importance, so several need a name or a preference.
     metric = entry.metric or _usual_metric(list(filters))
     if metric is None:
         raise EvalError(
@@ -128,6 +130,7 @@ def task_result(
     is_mean = len(values) == len(rows) and math.isclose(
         sum(values) / len(values), score, abs_tol=1e-9
     )
+    # Only then is the score a count over samples, and comparisons can be exact.
     is_binary = is_mean and all(value in (0, 1) for value in values)
     try:
         return TaskResult(
@@ -161,6 +164,7 @@ def hash_requests(samples: dict[str, list[Row]]) -> str:
         for row in rows:
             # lm-eval logs an item once for each filter; the request was made once.
             if row["filter"] == rows[0]["filter"]:
+                # Answers are left out: the hash says what was asked.
                 requests.append([task, row["doc_id"], row["arguments"]])
     return hash_value(requests)
 

@@ -90,6 +90,7 @@ def _read_json(path: Path) -> object:
             f"{path}: cannot be read ({reason}). Give the path of a JSON file."
         ) from None
     try:
+        # Numbers such as NaN pass here, which JSON has not; the records refuse them.
         return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"

@@ -53,6 +53,7 @@ def quiet() -> Iterator[list[str]]:
     logger, handler = logging.getLogger("lm_eval"), _Collect()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
+    # Otherwise the root logger's handlers print the messages all the same.
     logger.propagate = False
     try:
         # The bars of lm-eval and of datasets are written to stderr, whatever the log's level.

@@ -61,6 +61,7 @@ class Draft:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file into the artifact."""
+        # Without NaN: JSON has none, and other readers than Python's refuse it.
         text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
         (self.path / name).write_text(text + "\n")
 
@@ -93,12 +94,15 @@ class Request:
     def fingerprint(self) -> str:
         """Hash of stage, recipe parts and inputs."""
         return digest(
+            # `keys` and `notes` are left out: they word messages, and a better wording must make
+            # nothing anew.
             {"format": FORMAT, "stage": self.label, "parts": self.parts, "inputs": self.inputs}
         )
 
     def changes_since(self, earlier: Artifact) -> list[str]:
         """Say what has changed since an artifact of this label was made; empty if nothing has."""
         manifest = earlier.manifest
+        # The fingerprint decides. What follows only puts the difference into words.
         if earlier.fingerprint == self.fingerprint:
             return []
         found = changed_settings(manifest.get("recipe", {}), self.parts, self.keys)
@@ -111,4 +115,5 @@ class Request:
         found += inputs
         if manifest.get("format") != FORMAT:
             found.append("another version of the program made it")
+        # Never empty here: callers take an empty list for `nothing has changed`.
         return found or ["made from something else"]

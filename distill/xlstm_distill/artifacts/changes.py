@@ -7,6 +7,7 @@ from typing import Any
 
 MOST_NAMED = 3
 """Changes that one line names."""
+# Not None: null is a value that a recipe can hold.
 NOTHING = object()
 CHANGED_INPUTS = {
     "teacher": "the teacher's files or settings changed",
@@ -54,6 +55,7 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     if isinstance(value, Mapping) and value:
         for key, below in value.items():
             yield from _leaves(below, (*path, key))
+    # A list of numbers is one setting (`betas`, `alphas`); a list of sources is many.
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         for index, item in enumerate(value):
             yield from _leaves(item, (*path, f"[{index}]"))

@@ -29,6 +29,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    # A rename changes the directory, which has a cache of its own.
     flush_directory(path.parent)
 
 
@@ -63,6 +64,8 @@ def flush_directory(path: Path) -> None:
 
 def replace_directory(source: Path, final: Path) -> None:
     """Rename a complete directory into place; a directory that was there is removed afterwards."""
+    # Two renames, since one cannot replace a folder that holds files. Between them there is no
+    # artifact: a process that dies there has it made again.
     old = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.old"
     if final.exists():
         final.rename(old)

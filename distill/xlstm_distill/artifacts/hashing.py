@@ -18,6 +18,7 @@ CRC_BLOCK = 2**24
 
 def digest(value: Any) -> str:
     """Hash a JSON value, independent of the order of its keys."""
+    # Keys, separators and NaN are fixed: the text must be the same on every machine and for ever.
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -37,12 +38,15 @@ def hash_path(path: Path) -> str:
     return _hash_files(path, tuple(found))
 
 
+# Sizes and times are arguments, so a file that changes during a run is hashed again.
 @functools.lru_cache(maxsize=256)
 def _hash_files(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
     whole = sum(size for _, size, _ in files) <= WHOLE_HASH_BYTES
     total = hashlib.sha256()
     hash_file = _whole_hash if whole else _ends_hash
     with ThreadPoolExecutor(HASH_THREADS) as pool:
+        # Threads are enough: hashlib gives up the interpreter lock for large blocks. `map` keeps
+        # the order.
         contents = pool.map(hash_file, [file for file, _, _ in files])
         for (file, size, changed), content in zip(files, contents, strict=True):
             name = file.relative_to(path) if file != path else file.name
@@ -60,6 +64,7 @@ def _whole_hash(file: Path) -> bytes:
 def _ends_hash(file: Path) -> bytes:
     with file.open("rb") as stream:
         first = stream.read(END_BYTES)
+        # A file shorter than the block gives all its bytes twice, which does no harm.
         stream.seek(max(0, file.stat().st_size - END_BYTES))
         return hashlib.sha256(first + stream.read()).digest()
 

@@ -64,6 +64,7 @@ def _lock_soon(stream: IO[str]) -> None:
     """Lock a file, after a few tries; raises BlockingIOError where another process keeps it."""
     for attempt in range(LOCK_TRIES):
         try:
+            # Never a blocking lock: the same training twice is an error, and no reason to wait.
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
@@ -123,6 +124,7 @@ def working(locks: Path, label: str) -> Iterator[None]:
         # A young mark may be one that its process has opened and not locked yet.
         if time.time() - _modified(other) > YOUNG_SECONDS:
             _remove_unheld(other, other)
+    # A name of its own: several shares of a capture may be at one label.
     path = locks / f"{stem}-{uuid.uuid4().hex[:12]}.json"
     facts = {"label": label, "host": platform.node(), "pid": os.getpid(), "started": time.time()}
     with marked(path):
@@ -134,6 +136,7 @@ def is_held(path: Path) -> bool | None:
     """Whether a process holds a lock file; None if there is no such file, or there are no locks."""
     try:
         with path.open("rb") as stream:
+            # Shared, so that two `status` commands do not see each other's lock.
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -147,6 +150,7 @@ def remove_leftovers(final: Path, marks: Path) -> None:
 
     `marks` is the folder of the lock files that living processes hold, named like their drafts.
     """
+    # The whole name must match: the drafts of `math-long` begin like those of `math`.
     pattern = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{12}}\.(partial|old)")
     for path in final.parent.iterdir():
         if pattern.fullmatch(path.name):
@@ -155,6 +159,7 @@ def remove_leftovers(final: Path, marks: Path) -> None:
 
 def _remove_unheld(directory: Path, mark: Path) -> None:
     """Remove what the holder of `mark` was writing, and the mark, unless that process lives."""
+    # Opened for appending, which makes the mark where a draft has none.
     with mark.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

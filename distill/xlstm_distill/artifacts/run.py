@@ -82,6 +82,7 @@ class Run:
 
     def work_directory(self, request: Request) -> Path:
         """Where checkpoints, the log and prepared rows lie until an artifact is published."""
+        # With the fingerprint: a training with other settings must never find these checkpoints.
         name = f"{request.label.replace('/', '-')}-{request.fingerprint[:12]}"
         return self.directory / "training" / name
 
@@ -97,6 +98,8 @@ class Run:
 
         All ranks ask, and all get the same answer.
         """
+        # All ranks must agree before a stage goes on: a rank that skips its work would leave the
+        # others waiting in their next collective.
         return all_agree(self.find(request) is not None)
 
     def load(self, label: str) -> Artifact | None:
@@ -145,6 +148,7 @@ class Run:
         if done := self._find_everywhere(request):
             return done
         self.say_why(request, console)
+        # Before the build: two trainings in one work directory would write the same checkpoints.
         with self._training(request, console) if together else contextlib.nullcontext():
             # Another run may have published it, and removed the work directory, a moment ago.
             if together and (done := self._find_everywhere(request)):
@@ -185,6 +189,8 @@ class Run:
                     )
                 except RunError as error:
                     refused = error
+            # The other ranks cannot know: rank 0 alone asks for the lock. They must refuse too, and
+            # not wait.
             if not all_agree(refused is None):
                 raise refused or busy(work)
             yield
@@ -221,6 +227,7 @@ class Run:
         """Complete and publish a gathered directory, unless another run has done so meanwhile."""
         final = self.path(request.label)
         with self.working(request.label), self._lock(request):
+            # Asked again under the lock: several shares of a capture can end together.
             if self.find(request) is None:
                 self._fill(request, build, Draft(gathered))
                 replace_directory(gathered, final)
@@ -229,7 +236,9 @@ class Run:
     def _fill(self, request: Request, build: Callable[[Draft], None], draft: Draft) -> None:
         started = time.monotonic()
         build(draft)
+        # Not the wall clock: the system may set it while a stage runs.
         seconds = draft.earlier_seconds + time.monotonic() - started
+        # Last: a directory without a manifest is no artifact.
         draft.write_json(MANIFEST, self._manifest(request, draft, seconds))
 
     @property
@@ -271,6 +280,7 @@ class Run:
         path = self.path(request.label)
         if artifact is None:
             raise RunError(f"{path}: not there yet; run the stage '{request.stage}' first.")
+        # An artifact of other settings is never used in silence.
         if changes := request.changes_since(artifact):
             raise RunError(
                 f"{path}: made from other settings than this recipe's ({in_a_line(changes)}); "

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # About four characters make a token.
         characters = 4 * (options.tokens + VALIDATION * CONTEXT)
         data = options.data or _generate(Path(folder) / "text.jsonl", characters)
+        # A run directory each: a second preparation in the same one would find the rows of the
+        # first.
         for workers in options.workers:
             recipe = _recipe(options.tokenizer, data, options.tokens, workers)
             artifact = _prepare(recipe, Path(folder) / str(workers), tokenizer, workers)
@@ -62,9 +64,13 @@ def _generate(path: Path, characters: int) -> Path:
     """Write documents of the embedded conversations' text, of log-normal length."""
     rng, written = random.Random(0), 0
     domains = [embedded.documents(domain, 10**9, 0) for domain in embedded.DOMAINS]
+    # Real words, so that the tokenizer works as it does on text. Random letters would become far
+    # more tokens.
     texts = _contents(domains)
     with path.open("w") as file:
         while written < characters:
+            # Log-normal, since document lengths spread over orders of magnitude and packing depends
+            # on them.
             length, text = rng.lognormvariate(MEAN, SPREAD), ""
             while len(text) < length:
                 text += "\n".join(itertools.islice(texts, 20)) + "\n"
@@ -75,6 +81,7 @@ def _generate(path: Path, characters: int) -> Path:
 
 def _contents(domains: Sequence[Iterable[dict[str, Any]]]) -> Iterator[str]:
     """Yield the text of every message; the domains take turns."""
+    # Endless for practical purposes: each generator is asked for a billion documents.
     for documents in zip(*domains, strict=True):
         for document in documents:
             for message in document["messages"]:
@@ -104,16 +111,19 @@ def _recipe(tokenizer: Path, data: Path, tokens: int, workers: int) -> Recipe:
 def _prepare(recipe: Recipe, folder: Path, tokenizer: Any, workers: int) -> Artifact:
     """Prepare the rows once, and print speeds, sizes and peak memory."""
     run = Run.open(folder, recipe)
+    # CPU time beside wall time: the figures must be comparable between busy and idle machines.
     started, before = time.monotonic(), os.times()
     artifact = prepare_domain(
         recipe, run, "x", tokenizer, tokenizer_hash(tokenizer), QuietConsole()
     )
     seconds, after = time.monotonic() - started, os.times()
     own = after.user + after.system - before.user - before.system
+    # The workers' time counts once they have ended, which they have when `prepare_domain` returns.
     workers_before = before.children_user + before.children_system
     workers_cpu = after.children_user + after.children_system - workers_before
     results = artifact.manifest["results"]
     tokens = results["tokens"]
+    # Of the main process, and of all numbers of workers so far: a process's maximum never falls.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(
         f"workers {workers}: {tokens / seconds:,.0f} tokens/s, "
@@ -128,6 +138,7 @@ def _prepare(recipe: Recipe, folder: Path, tokenizer: Any, workers: int) -> Arti
 def _read(artifact: Artifact) -> None:
     """Measure reading, and the order of 5 million rows of four domains."""
     rows = {"x": DomainRows("x", artifact, VALIDATION)}
+    # 64 rows a step is the paper's batch.
     schedule = RowSchedule(rows, {"x": 1.0}, 0, 100 * 64)
     started = time.process_time()
     for step in range(100):
@@ -135,6 +146,7 @@ def _read(artifact: Artifact) -> None:
     seconds = time.process_time() - started
     speed = 100 * 64 * CONTEXT / seconds
     print(f"reading: {speed:,.0f} tokens a CPU second, 64 rows of {CONTEXT} a batch")
+    # 5 million rows of 4096 tokens are 20B tokens, the paper's largest budget.
     total, names = 5_000_000, "abcd"
     many = dict.fromkeys(names, _Many("many", artifact, VALIDATION))
     started = time.process_time()
@@ -152,6 +164,7 @@ class _Many(DomainRows):
     """Stands for a domain of more rows than there are."""
 
     def __len__(self) -> int:
+        # A quarter of the 5 million rows: the schedule of four domains reads each about once.
         return 1_250_000
 
 

@@ -24,9 +24,11 @@ from xlstm_distill.losses.plain import LossWeights, distill_loss
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.runtime.device import peak_bytes
 
+# The paper's weights (Eq. 13).
 WEIGHTS = LossWeights(cross_entropy=0.9, kl=0.1)
 PROBES = 1024
 """Entries of a gradient that the two losses compare, at random places of the head."""
+# fp32 in another order of summation, and bf16 with its 8 significant bits.
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest RMS ratio of the fused loss's figures to the plain one's."""
 MIB = 2**20
@@ -47,17 +49,21 @@ class Inputs:
         generator = torch.Generator(options.device).manual_seed(0)
         device, tokens, vocabulary = options.device, options.tokens, options.vocabulary
         hidden = torch.empty(tokens, options.hidden, device=device).normal_(generator=generator)
+        # 0.02 is the size of a head's weights at its initialisation (Llama's initializer_range).
         weight = torch.empty(vocabulary, options.hidden, device=device).normal_(
             std=0.02, generator=generator
         )
         labels = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
         targets = random_targets(tokens, vocabulary, options.top_k, device)
+        # Only now, because in-place drawing into a leaf that needs gradients is an error.
         return cls(hidden.requires_grad_(), weight.requires_grad_(), labels, targets)
 
 
 def random_targets(tokens: int, vocabulary: int, top_k: int, device: str) -> SparseTargets:
     """Make targets with `top_k` different ids for each token, spread over the vocabulary."""
     generator = torch.Generator(device).manual_seed(2)
+    # A stride through the vocabulary gives different ids without a permutation of it for each
+    # token.
     first = torch.randint(vocabulary, (tokens, 1), generator=generator, device=device)
     ids = (first + torch.arange(top_k, device=device) * (vocabulary // top_k)) % vocabulary
     log_probs = torch.randn(tokens, top_k, generator=generator, device=device).log_softmax(dim=-1)
@@ -84,8 +90,10 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, object]:
     """Run a loss `repeats` times; return seconds, peak memory over the inputs, and figures."""
     inputs = Inputs.draw(options)
     seconds: list[float] = []
+    # After the inputs are made: both losses need these.
     before = peak_bytes(inputs.hidden.device)
     for _ in range(options.repeats):
+        # Otherwise the second repetition would add to the gradients of the first.
         inputs.hidden.grad = inputs.weight.grad = None
         start = clock(inputs.hidden.device)
         with torch.autocast(
@@ -97,6 +105,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, object]:
     peak = peak_bytes(inputs.hidden.device) - before
     assert inputs.hidden.grad is not None
     assert inputs.weight.grad is not None
+    # The process sends a sample: the head's gradient alone has 262 million entries at these sizes.
     stride = max(1, inputs.hidden.numel() // PROBES)
     places = _probes(inputs.labels, options.vocabulary).to(options.device)
     figures = {
@@ -136,6 +145,8 @@ def disagreement(fused: dict[str, list[float]], plain: dict[str, list[float]]) -
     ratios = {}
     for name, expected in plain.items():
         a, b = (torch.tensor(values, dtype=torch.float64) for values in (fused[name], expected))
+        # RMS ratio and not the largest relative error: single entries near zero would decide that
+        # one.
         ratios[name] = float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
     return ratios
 
@@ -202,17 +213,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure both losses; return the exit status, 1 if they disagree."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    # One thread by default: CPU time is then wall time of one core, and repeatable.
     torch.set_num_threads(options.threads)
     if options.only:
         sys.stdout.write(json.dumps(measure(options.only, options)) + "\n")
         return 0
     results = {}
     for kind in ("plain", "fused"):
+        # A process each, since peak memory is a figure of the process.
         module = [sys.executable, "-m", "xlstm_distill.benchmarks.loss"]
         command = [*module, *arguments, "--only", kind]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results[kind] = json.loads(done.stdout)
     ratios = disagreement(results["fused"].pop("figures"), results["plain"].pop("figures"))
+    # `not ... <` and not `>=`: NaN must fail.
     if not max(ratios.values()) < BOUNDS[options.dtype]:
         sys.stderr.write(
             f"the losses disagree, nothing is reported: {ratios}; "

@@ -38,9 +38,11 @@ FAMILIES = (
 """Families as (kind, lowest s, highest s)."""
 GOAL_BYTES, GOAL_KL = 160.0, 1e-3
 """The store's goal: bytes per token, and error of the KL divergence (nats)."""
+# Without noise a zipf curve is a line over log rank, the very shape that the coding assumes.
 NOISE = 0.5
 CHUNK = 64
 """Tokens whose logits are drawn at once: 64 of a vocabulary of 128,256 take 33 MB."""
+# The paper's k, and the store's cap.
 TOP_K = 256
 
 
@@ -106,6 +108,7 @@ def draw(kind: str, low: float, high: float, tokens: int, vocabulary: int, seed:
     parts, entropy = [], 0.0
     for start in range(0, tokens, CHUNK):
         count = min(CHUNK, tokens - start)
+        # A new seed for each chunk: one seed for all would repeat the same 64 distributions.
         chunk_seed = int(torch.randint(2**62, (), generator=generator))
         logits = family_logits(kind, low, high, count, vocabulary, chunk_seed)
         part = SparseTargets.from_logits(logits, TOP_K)
@@ -129,14 +132,17 @@ def measure(
     """Write a sample through the store and read it back, row by row."""
     identity = Identity("bench", "", "", "", None, "float32", TOP_K, mass, min_k)
     tokens = len(sample.targets.tail)
+    # Cut into rows as a store has them: a row is coded and decoded as a whole.
     counts = [min(context, tokens - start) for start in range(0, tokens, context)]
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
 
         def write() -> None:
             with write_shard(directory, identity, vocabulary, 0, 0) as writer:
+                # The text's checksums are 0: a sample belongs to no text.
                 writer.add(counts, [0] * len(counts), sample.targets)
 
+        # The least of three: other work on the machine can only add time.
         write_seconds = best_time(write)
         figures = write_index(directory, identity).means()
         store = Store(directory, identity)
@@ -174,6 +180,7 @@ def main() -> None:
     parser.add_argument("--min-k", type=int, default=16, help="tokens to keep at least")
     parser.add_argument("--seed", type=int, default=0, help="seed of the distributions")
     options = parser.parse_args()
+    # Speeds are given for one core.
     torch.set_num_threads(1)
     print(HEADER)
     for kind, low, high in FAMILIES:

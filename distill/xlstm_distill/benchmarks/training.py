@@ -43,6 +43,7 @@ from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_lo
 from xlstm_distill.training.objectives import DistillObjective, Sums
 from xlstm_distill.training.optim import make_optimizer
 
+# The paper's weights (Eq. 13).
 WEIGHTS = LossWeights(cross_entropy=0.9, kl=0.1)
 MODELS: dict[str, dict[str, Any]] = {
     "small": {
@@ -119,9 +120,11 @@ class FixedTargets:
 
 def random_batch(options: argparse.Namespace) -> Batch:
     """Rows of one document each; every token but the last is supervised."""
+    # Random ids: speed and memory depend on shapes, not on text.
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch, options.context)
     ids = torch.randint(MODELS[options.model]["vocab_size"], shape, generator=generator)
+    # The last token has no next one.
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE_INDEX)], dim=1)
     positions = torch.arange(options.context).repeat(options.batch, 1)
     rows = tuple(("random", row) for row in range(options.batch))
@@ -143,9 +146,13 @@ def make_model(variant: Variant, options: argparse.Namespace) -> tuple[CausalLM,
     model: CausalLM = teacher
     if variant.model == "student":
         mixer = MixerConfig(window=options.window, sinks=options.sinks)
+        # With an online teacher the student needs weights of its own: it trains, and the teacher
+        # goes to another dtype.
         model = convert(teacher, mixer, share_weights=not online)
     if options.checkpointing:
+        # As `training.accelerator.checkpoint_activations` does.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Stage II trains all parameters.
     model.train().requires_grad_(True)
     return model, teacher.to(getattr(torch, options.dtype)) if online else None
 
@@ -172,6 +179,7 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
 
 def backward(wrapped: nn.Module, batch: Batch, tokens: int, accelerator: Accelerator) -> float:
     """Run one batch forward and backward; return the loss per token."""
+    # The objective returns a sum over kept tokens.
     loss: Tensor = wrapped(batch).loss / tokens
     accelerator.backward(loss)
     return float(loss.detach())
@@ -189,13 +197,16 @@ def measure(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
     for step in range(options.warmup + options.steps):
         start = clock(accelerator.device)
         backward(wrapped, batch, tokens, accelerator)
+        # Clipping at 1.0 is part of the paper's step, and costs a pass over the gradients.
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        # The first steps compile kernels and allocate memory.
         if step >= options.warmup:
             seconds.append(clock(accelerator.device) - start)
     memory = peak_bytes(accelerator.device)
     per_token = useful_flops(variant, options, tokens / batch.input_ids.numel())
+    # Tokens of the rows and not supervised ones, as everywhere tokens/s are given.
     rate = batch.input_ids.numel() / statistics.median(seconds)
     # Measured after the steps: on an unknown device this runs large products.
     peak, origin = peak_rate(accelerator.device, options)
@@ -226,6 +237,7 @@ def useful_flops(variant: Variant, options: argparse.Namespace, supervised: floa
     mixer = MixerShape(options.window, options.sinks, architecture.head_dim)
     student = token_flops(architecture, options.context, mixer)
     model = student if variant.model == "student" else attention
+    # Its forward pass is useful work: without a store it must be done in every step.
     teacher = attention.forward(supervised) if variant.targets == "online" else 0.0
     return model.training(supervised) + teacher
 
@@ -256,6 +268,7 @@ def device_name(device: torch.device) -> str:
 
 def check(options: argparse.Namespace) -> dict[str, float]:
     """Compare fused and plain loss on the student and one row; return RMS ratios of the errors."""
+    # One row: the gradients of both losses are held at the same time.
     options = argparse.Namespace(**{**vars(options), "batch": 1})
     batch, accelerator = random_batch(options), make_accelerator(options)
     found = []
@@ -375,7 +388,9 @@ def child(arguments: list[str], only: str) -> Any:
         "--only",
         only,
     ]
+    # stderr is not taken: warnings and progress stay visible.
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    # The last line: a library may print before it.
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -400,6 +415,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     rounds = []
+    # Rounds and not variant after variant: a machine that gets slower meanwhile then hits all
+    # alike.
     for _ in range(options.repeats):
         rounds.append([child(arguments, str(n)) for n in range(len(VARIANTS))])
     columns = zip(*rounds, strict=True)

@@ -14,6 +14,7 @@ app = typer.Typer(
     help="Distill Transformer language models into hybrid xLSTM students, and measure what they "
     "keep of the teacher.",
     no_args_is_help=True,
+    # `one_line_errors` words every error; --debug gives a plain traceback.
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -33,6 +34,8 @@ for command in (
     inspect.score,
     inspect.schema,
 ):
+    # Registered here and not by decorators, so that the order is this list's and not that of the
+    # imports.
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
 

@@ -25,6 +25,7 @@ def recipe_paths(incomplete: str) -> list[str]:
     head, slash, start = incomplete.rpartition("/")
     prefix = head + slash
     found = []
+    # A folder that does not exist, or may not be read, has nothing to offer.
     with contextlib.suppress(OSError):
         for entry in sorted(Path(prefix or ".").expanduser().iterdir()):
             if not entry.name.startswith(start) or entry.name.startswith("."):
@@ -45,6 +46,8 @@ def recipe_keys(incomplete: str) -> list[str]:
     def keys(section: type[Section], above: str) -> Iterator[str]:
         for name, field in section.model_fields.items():
             kind = field.annotation
+            # Only sections have keys below them. What is below names that the user chooses cannot
+            # be known here.
             if isinstance(kind, type) and issubclass(kind, Section):
                 yield from keys(kind, f"{above}{name}.")
             else:
@@ -91,6 +94,7 @@ def _recipe(context: typer.Context) -> Any:
 
     # An option that still waits for its value ends click's parsing: the arguments before it are
     # then in `args`, not yet in `params`.
+    # A recipe that is being written is often invalid: then there are no experts to offer.
     for word in (context.params.get("recipe"), *context.args):
         if str(word).endswith(RECIPE_SUFFIXES):
             with contextlib.suppress(UserError):

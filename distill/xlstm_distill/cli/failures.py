@@ -26,9 +26,11 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     2 means bad input, 1 a failure at run time, 130 or 75 that the run was stopped. This is the
     outermost frame, so it catches every exception: what is not bad input is a failure of the run.
     """
+    # Before anything else: a scheduler may send its signal while torch is still loading.
     signals.listen()
     try:
         yield
+    # It is an exception too, and carries the exit code of a command that is done.
     except typer.Exit:
         raise
     except KeyboardInterrupt as interrupt:
@@ -36,6 +38,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             typer.echo(f"Interrupted. {str(interrupt) or FINISHED_STAGES}", err=True)
         raise typer.Exit(signals.INTERRUPTED) from None
     except signals.Stopped as stopped:
+        # Ranks that stop together say so once. A rank that a signal ended alone must speak for
+        # itself.
         if is_main_process() or not stopped.agreed:
             typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.exit_code) from None
@@ -52,6 +56,7 @@ def _explain(error: Exception) -> tuple[int, Sequence[str]]:
     """Return the exit code and the lines of an error: one for each problem."""
     if isinstance(error, UserError):
         return USER_ERROR, error.problems
+    # Before RunError, which may have a full disk as its cause.
     full = _disk_full(error)
     if full:
         return RUN_ERROR, [full]
@@ -82,5 +87,6 @@ def _disk_full(error: BaseException) -> str | None:
                 f"disk full{where}: free some space and run the command again; finished stages "
                 "are kept."
             )
+        # Also the context: `raise ... from None` sets no cause and keeps the context.
         cause = cause.__cause__ or cause.__context__
     return None

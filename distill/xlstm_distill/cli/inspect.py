@@ -22,6 +22,7 @@ def status(
 ) -> None:
     """Show how far a run is, from another shell."""
     with one_line_errors(debug):
+        # Inside the function, as in every command: `--help` imports this module.
         from xlstm_distill.stages.status import read_status, status_table, to_json
 
         stages = read_status(run_dir)
@@ -111,12 +112,14 @@ def plan(
         machine = make_machine(
             gpu, gpus, sharding, backend, gpu_memory=gpu_memory, mfu=mfu, price=price
         )
+        # The recipe's folder: sizes of known teachers may lie beside it.
         made = plan_recipe(loaded, recipe.resolve().parent, machine, config=config, run=run_dir)
         if as_json:
             typer.echo(json.dumps(to_json(made), indent=2))
         else:
             show(made, make_console())
         if made.problems:
+            # A job script can ask before it queues: 1 means that it does not fit.
             raise typer.Exit(1)
 
 

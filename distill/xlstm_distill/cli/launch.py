@@ -79,6 +79,7 @@ def dispatch(
     if config is None:
         if extra:
             raise UserError(f"--launch-args: {extra!r} has no effect without --launch; give both.")
+        # Before `asked_layout`, which reads what this sets.
         adopt_slurm()
         asked_layout()
         return
@@ -141,6 +142,7 @@ def start(
     # background job, which the shell starts with SIGINT ignored, goes on ignoring it.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         handled.append(signal.SIGINT)
+    # From here on signals are only noted. The loop below passes them on.
     before = {number: signal.signal(number, note) for number in handled}
     try:
         # Not in the main thread, so that the launcher leaves the signal handlers alone.
@@ -151,6 +153,7 @@ def start(
             thread.join(POLL_SECONDS)
             supervisor.pass_on()
     finally:
+        # A caller of `start` gets its own handlers back.
         for number, handler in before.items():
             signal.signal(number, handler)
     return ended.exit_code(
@@ -180,6 +183,7 @@ def parse_launcher(config: Path, words: list[str]) -> Any:
         raise UserError(
             f"{field}: {parsed.num_processes!r} must be a whole number from 1 on; give another."
         )
+    # The launched processes read it from their environment.
     if settings.use_cpu:
         # accelerate itself does not pass use_cpu on with MULTI_GPU.
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -243,9 +247,11 @@ class LauncherResult:
         try:
             launch_command(launcher)
         except ChildFailedError as failed:
+            # The first to fail is the cause. The launcher ends the others because of it.
             ordered = sorted(failed.failures.values(), key=lambda failure: failure.timestamp)
             self.codes = [failure.exitcode for failure in ordered]
         except subprocess.CalledProcessError as failed:
+            # A process that accelerate starts alone does not go through torch's launcher.
             self.codes = [failed.returncode]
         except Exception as error:
             # An exception would end this thread alone. `exit_code` raises it in the main thread.
@@ -264,6 +270,7 @@ class LauncherResult:
             reason = str(self.error) or type(self.error).__name__
             raise UserError(f"--launch: accelerate launch failed: {reason}") from self.error
         stopped = {EXIT_CODE, *(-number for number in SIGNALS)}
+        # One process that stopped in order is enough: others may have been ended by the launcher.
         if asked and stopped & set(self.codes):
             return EXIT_CODE
         died = self.codes if interrupts > 1 else {INTERRUPTED, -signal.SIGINT} & set(self.codes)
@@ -288,8 +295,11 @@ class _Supervisor:
 
         if self.end is None and self.received.count(signal.SIGINT) > 1:
             self.end = time.monotonic() + INTERRUPT_SECONDS
+        # Asked anew at each look: processes start one after another, and may start after the
+        # signal.
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                # Only the launched processes: this one may have other children.
                 if MODULE not in child.cmdline():
                     continue
                 if self.end is not None and time.monotonic() > self.end:

@@ -42,6 +42,7 @@ def check_batches(
     }
     problems = []
     for stage, (section, labels) in trained.items():
+        # Each rank gets the same number of rows of a step.
         if stage not in stages or section.batch % processes == 0:
             continue
         if all(_is_made(recipe, run, label) for label in labels):
@@ -61,6 +62,8 @@ def _is_made(recipe: Recipe, run: Path, label: str) -> bool:
 
     try:
         manifest = json.loads((run / "artifacts" / label / "manifest.json").read_text())
+        # Settings alone are compared, as in `status`: hashing a teacher takes too long for a check.
+        # If files did change, the stage itself refuses the batch.
         return not Lineage(recipe).changes(label, manifest)
     except (OSError, ValueError, AttributeError):
         return False

@@ -20,6 +20,7 @@ app = typer.Typer(help="List the recipes that come with this package, or copy on
 @app.callback(invoke_without_command=True)
 def listing(context: typer.Context, as_json: AsJson = False, debug: Debug = False) -> None:
     """List the recipes that come with this package, or copy one."""
+    # click calls this function before a subcommand too.
     if context.invoked_subcommand is not None:
         return
     with one_line_errors(debug):
@@ -64,4 +65,5 @@ def copy(
         recipe = copy_recipe(name, directory)
         console = Console()
         console.line(f"{recipe}: written, with the files that it needs.")
+        # Quoted, so that the line can be pasted where the folder has a space.
         console.line(f"Run it with: xlstm-distill run {shlex.quote(str(recipe))}")

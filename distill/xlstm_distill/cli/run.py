@@ -73,6 +73,7 @@ def run(
         asked.dispatch(check)
         console = make_console()
         lineage, opened = _open(asked, console, check)
+        # Before the first stage: a misspelt task would otherwise show after days of training.
         _stage_module("evaluate").check(lineage, opened)
         for number, stage in enumerate(STAGES, start=1):
             console.stage = f"stage {number} of {len(STAGES)}"
@@ -189,6 +190,7 @@ def _open(asked: Invocation, console: Console, check: Check | None = None) -> tu
 
     recipe = load_recipe(asked.recipe, asked.overrides or ())
     if check is not None:
+        # In every process: under torchrun and srun, `dispatch` has checked nothing.
         check(recipe, process_count())
     directory = asked.directory(recipe)
     # torch and transformers take seconds to load. Until then this line shows that something runs.
@@ -198,11 +200,13 @@ def _open(asked: Invocation, console: Console, check: Check | None = None) -> tu
     from xlstm_distill.stages.lineage import Lineage
 
     opened = Run.open(directory, recipe)
+    # Before the first stage, so that `status` can compare from the beginning.
     opened.keep_recipe()
     return Lineage(recipe), opened
 
 
 def _stage_module(stage: str) -> Any:
+    # It imports torch and transformers, so it waits until a stage is about to run.
     importlib.import_module("xlstm_distill.stages.workbench").quiet_libraries()
     return importlib.import_module(f"xlstm_distill.stages.{stage}")
 
@@ -211,6 +215,7 @@ def _run_stage(stage: str, lineage: Lineage, run: Run, console: Console, **optio
     """Run a stage, which is the function of that name in its module, and print how it ended."""
     started = time.monotonic()
     result = getattr(_stage_module(stage), stage)(lineage, run, console, **options)
+    # None stands for a captured domain whose other shards are still to come.
     artifacts = result if isinstance(result, list) else [result]
     made = [artifact for artifact in artifacts if not getattr(artifact, "reused", False)]
     ending = f"done in {time.monotonic() - started:.1f} s"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+# At 0 it says whether the student is lossless (at least 0.5; paper). `report.json` has every
+# model's rate at these two, whatever the recipe lists.
 SHOWN_ALPHAS = (0.0, 0.05)
 
 

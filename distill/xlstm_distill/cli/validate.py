@@ -66,6 +66,7 @@ def validate(
             findings = examine(loaded)
         if as_json:
             typer.echo(json.dumps(findings.to_json(), indent=2, ensure_ascii=False))
+            # The JSON holds the problems, so nothing goes to stderr.
             raise typer.Exit(USER_ERROR if findings.problems else 0)
         for line in _lines(findings):
             console.rich().print(line, soft_wrap=True)
@@ -121,6 +122,7 @@ def _task_problems(recipe: Recipe) -> list[str]:
         problem = _task_problem(recipe.model_copy(update={"evaluate": alone}))
         if problem is not None:
             found.append(problem)
+    # A problem can lie in the tasks together: then each alone passes, and the first finding stands.
     return list(dict.fromkeys(found)) or [first]
 
 
@@ -180,6 +182,7 @@ def printable(text: str) -> str:
         text = f"{text[:half]} [... {hidden} characters ...] {text[-half:]}"
     return "".join(
         letter
+        # Text from a data set must not send control sequences to the terminal.
         if letter.isprintable() or letter == "\n"
         else letter.encode("unicode_escape").decode()
         for letter in text

@@ -27,6 +27,7 @@ def rows_to_align(recipe: Recipe, domain: str) -> int:
     """Rows of a domain that alignment reads once, and its validation rows."""
     aligned_on = recipe.align.domains or dict.fromkeys(recipe.data.domains, 1.0)
     read = _rows_read(recipe.align.tokens, recipe.align.batch, recipe)
+    # Validation rows come on top: training never reads them.
     return math.ceil(read * _share(aligned_on, domain)) + recipe.data.validation_rows
 
 
@@ -56,6 +57,8 @@ def captured_rows(recipe: Recipe) -> dict[str, int]:
     of_experts = [expert_rows(recipe, expert) for expert in recipe.distill.experts]
     found = {}
     for name in recipe.data.domains:
+        # The most that one expert reads, not the sum: each expert reads the rows from the first one
+        # on.
         counts = [rows[name] for rows in of_experts if name in rows]
         if counts:
             found[name] = max(counts)
@@ -64,6 +67,8 @@ def captured_rows(recipe: Recipe) -> dict[str, int]:
 
 def held_out_span(recipe: Recipe, domain: str) -> int:
     """Rows at the start of a domain over which its validation rows lie."""
+    # Held-out rows are part of a domain's identity. A bound by the first rows lets a larger budget
+    # later keep the rows, targets and trainings there are.
     return min(rows_needed(recipe, domain), HELD_OUT_SPREAD * recipe.data.validation_rows)
 
 

@@ -159,6 +159,7 @@ def _text_size(chunk: Chunk) -> int:
                 size += len(value)
             elif isinstance(value, list):
                 messages = [message for message in value if isinstance(message, dict)]
+                # An estimate will do: the size bounds what waits in memory.
                 size += sum(len(str(message.get("content"))) for message in messages)
     return size
 
@@ -208,6 +209,8 @@ class Mixture:
         live = [n for n, progress in enumerate(self.progress) if not progress.dry]
 
         def tokens_by_weight(n: int) -> float:
+            # Tokens and not documents: the paper's shares are of tokens, and documents differ by
+            # orders of magnitude in length.
             return self.progress[n].tokens / self._weights[n]
 
         # min returns the first of equal sources, so a tie does not depend on anything else.

@@ -45,6 +45,7 @@ class PackedRow:
     @property
     def segment_ids(self) -> np.ndarray:
         """Return each token's document number (T,) int64; padding has the number after the last."""
+        # Padding is a document of its own, so that no real token sees it.
         padding = len(self.ids) - sum(self.lengths)
         return np.repeat(np.arange(len(self.lengths) + 1), [*self.lengths, padding])
 
@@ -95,6 +96,7 @@ class Packer:
 
     def drain(self) -> Iterator[PackedRow]:
         """Finish all open rows, the fullest first."""
+        # The fullest first: where a budget ends in the middle, the emptiest rows are left out.
         while self._order:
             yield self._finish_fullest()
 
@@ -104,6 +106,7 @@ class Packer:
         return {
             "open_used": np.array([row.used for row in rows], dtype=np.int64),
             "open_documents": np.array([len(row.lengths) for row in rows], dtype=np.int64),
+            # One array of all rows: rows hold different numbers of documents.
             "open_lengths": np.array([n for row in rows for n in row.lengths], dtype=np.int64),
             "open_ids": _joined([row.ids[: row.used] for row in rows], np.int32),
             "open_supervised": _joined([row.supervised[: row.used] for row in rows], bool),

@@ -77,6 +77,7 @@ class Preparation:
         # A small domain would leave much of its text in open rows.
         open_rows = min(OPEN_ROWS, max(16, needed // 32))
         self.packer = Packer(recipe.data.context, pad, open_rows)
+        # Not `len(tokenizer)`: ids may have gaps.
         vocabulary = max(tokenizer.get_vocab().values()) + 1
         self.writer = RowShardWriter(folder, recipe.data.context, vocabulary)
         self.progress = [SourceProgress() for _ in self.domain.sources]
@@ -98,6 +99,7 @@ class Preparation:
             # The work directory becomes the draft, so that no row is copied.
             draft.path.rmdir()
             self.folder.rename(draft.path)
+            # After the rename: a process that dies before it still finds the checkpoint.
             (draft.path / CHECKPOINT).unlink(missing_ok=True)
         finally:
             # Without a checkpoint there is nothing to go on from.
@@ -138,6 +140,7 @@ class Preparation:
         if (self.needed - self.writer.rows) * self.recipe.data.context < WORTH_WORKERS:
             return 0
         if hasattr(os, "sched_getaffinity"):
+            # A Slurm job may use fewer cores than the machine has.
             cores = len(os.sched_getaffinity(0))
         else:
             cores = os.cpu_count() or 1
@@ -158,6 +161,8 @@ class Preparation:
             mixture = Mixture(self.domain, self.field, seed, submit, ahead, self.progress)
             for document in mixture:
                 self._add(document, bar)
+                # Whole documents are read, so the last one may fill more than is needed; `_add`
+                # drops the rest.
                 if self.writer.rows >= self.needed:
                     return
                 if self.writer.is_full:
@@ -187,6 +192,7 @@ class Preparation:
         }
         arrays: dict[str, Any] = self.packer.state()
         arrays["state"] = np.frombuffer(json.dumps(state).encode(), dtype=np.uint8)
+        # In memory first: numpy's zip format seeks back, and the file must appear whole.
         content = io.BytesIO()
         np.savez(content, **arrays)
         with written_whole(self.folder / CHECKPOINT) as file:
@@ -197,6 +203,7 @@ class Preparation:
         if not (self.folder / CHECKPOINT).exists():
             return
         try:
+            # np.load refuses pickles by default: a checkpoint can hold arrays only.
             with np.load(self.folder / CHECKPOINT) as saved:
                 state = json.loads(saved["state"].tobytes())
                 for shard in state["shards"]:

@@ -42,12 +42,14 @@ def prepare_domain(
     def build(draft: Draft) -> None:
         Preparation(recipe, name, needed, tokenizer, folder, console).build(draft)
 
+    # Only rank 0 prepares, so only it asks for the lock; the others wait at the barrier in `make`.
     if not is_main_process() or run.find(request):
         return run.make(request, build, console=console)
 
     def say_waiting() -> None:
         console.line(f"{request.label}: another process prepares it; waiting.")
 
+    # Outside of `make`: its lock is held for the moment of publishing, this one for hours.
     with wait_for(folder.with_name(f"data-{name}.lock"), say_waiting):
         artifact = run.make(request, build, console=console)
         clean(folder)

@@ -84,6 +84,7 @@ def _preview(
             if len(tokens):
                 kept.append(tokens)
             enough = len(kept) >= examples and progress.documents >= DOCUMENTS
+            # The same limit as a run has, so that the preview refuses what a run would refuse.
             if enough or progress.documents >= HOPELESS:
                 break
     except (UserError, RunError, OSError) as error:

@@ -58,6 +58,7 @@ def file_reader(file: Path, sample_by: str) -> Reader:
     assert form is not None, f"{file} was listed without a known ending"
     if form == "json":
         return json_reader(str(file))
+    # `datasets` would read CSV by guessed types: "007" would become 7.
     if form == "csv":
         return csv_reader(str(file))
     options = {"sample_by": sample_by} if form == "text" else {}
@@ -96,6 +97,7 @@ def dataset_reader(load: Callable[[], Any]) -> Reader:
         if state is not None:
             data.load_state_dict(state)
         for batch in data.iter(BATCH_RECORDS):
+            # The state after the batch: where reading goes on.
             yield batch, data.state_dict()
 
     return batches
@@ -257,6 +259,7 @@ def _csv_batches(path: str, state: State | None) -> Iterator[tuple[RecordBatch, 
     done = (state or {}).get("record", 0)
     seen = 0
     with open_bytes(path) as file:
+        # By default pandas reads "NA", "null" and "" as missing values, and digits as numbers.
         frames = pandas.read_csv(
             file, dtype=str, keep_default_na=False, na_filter=False, chunksize=CSV_RECORDS
         )

@@ -15,6 +15,7 @@ from xlstm_distill.data.packing import PackedRow
 from xlstm_distill.data.shards import ShardReader
 from xlstm_distill.models.segments import positions_in_documents
 
+# torch's own default for labels that do not count.
 IGNORE_INDEX = -100
 
 Row = tuple[str, int]
@@ -97,6 +98,7 @@ def _traded_places(validation: int, span: int) -> dict[int, int]:
 def load_batch(domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
     """Read rows and make the labels."""
     packed = [domains[name].row(index) for name, index in rows]
+    # `np.stack` copies, so nothing writes into the mapped file.
     input_ids = torch.from_numpy(np.stack([row.ids for row in packed]).astype(np.int64))
     segments = torch.from_numpy(np.stack([row.segment_ids for row in packed]))
     supervised = torch.from_numpy(np.stack([row.supervised for row in packed]))
@@ -118,6 +120,7 @@ def next_token_labels(input_ids: Tensor, supervised: Tensor, segment_ids: Tensor
     """
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     same_document = segment_ids[:, 1:] == segment_ids[:, :-1]
+    # The next token decides: a prompt's last token is trained to predict the response's first.
     keep = supervised[:, 1:] & same_document
     labels[:, :-1] = torch.where(keep, input_ids[:, 1:], IGNORE_INDEX)
     return labels

@@ -53,6 +53,7 @@ class RowSchedule:
     ) -> None:
         self.domains, self.seed, self.total = domains, seed, total
         self.before = dict(before or {})
+        # A weight of 0 would put the domain's first row at infinity.
         self.names = [name for name, weight in weights.items() if weight > 0]
         positive = [weights[name] for name in self.names]
         self._share = np.array(positive) / sum(positive)
@@ -77,6 +78,8 @@ class RowSchedule:
         draw = self.before.get(name, 0) + int(self._block.draw[here])
         epoch, place = divmod(draw, rows.train_rows)
         # Training rows come after the validation rows of their domain.
+        # Shuffled by index and not through a buffer: only so can any step be found without reading
+        # those before it.
         index = int(self._permutation(name, epoch, rows.train_rows)[place])
         return name, rows.validation + index
 

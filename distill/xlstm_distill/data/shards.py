@@ -57,6 +57,7 @@ class RowShardWriter:
 
     def end_shard(self) -> None:
         """Write the rows since the last shard as a new shard."""
+        # A domain whose last row ended a shard has no more to write.
         if not self._rows:
             return
         path = self.folder / f"rows-{len(self.shards):05d}.arrow"

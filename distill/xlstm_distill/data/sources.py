@@ -238,6 +238,7 @@ class SourceReader:
     def _settle_columns(self, files: Sequence[_File]) -> None:
         """Choose columns by the first file with a record, as reading from the beginning does."""
         for file in files:
+            # `_documents` has kept the choice by then.
             if next(self._records(file, Position()), None):
                 return
 

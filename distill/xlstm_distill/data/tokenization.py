@@ -142,6 +142,7 @@ class DocumentTokenizer:
         return self._chats([_as_chat(document) for document in documents])
 
     def _texts(self, texts: list[str]) -> list[Tokens]:
+        # Tokenizers add a begin token by themselves where the teacher has one, but seldom an end.
         encoded = [self._ended(ids) for ids in self._encode(texts)]
         return [Tokens.of(ids, [True] * len(ids)) for ids in encoded]
 

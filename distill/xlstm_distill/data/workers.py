@@ -53,6 +53,7 @@ def tokenizing(tokenizer: ChunkTokenizer, workers: int) -> Iterator[tuple[Submit
             "again."
         ) from error
     finally:
+        # Also after an error: workers that are left would keep the program from ending.
         pool.shutdown(wait=True, cancel_futures=True)
 
 

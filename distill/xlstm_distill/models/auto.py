@@ -53,6 +53,8 @@ def register_when_transformers_loads() -> None:
     The hook imports stand-ins only. The students' classes derive from classes that transformers
     is often in the middle of importing at that moment.
     """
+    # transformers loads its modules at first use, so this one may be missing even after `import
+    # transformers`.
     if AUTO_CONFIG in sys.modules:
         importlib.import_module(STAND_INS)
     else:

@@ -15,6 +15,7 @@ class _StandIn(PreTrainedConfig):
     """A placeholder under a student's model type: its instances are those of the real class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Python calls __init__ only on instances of this class, and the real one is none.
         return cls._real()(*args, **kwargs)
 
     @classmethod

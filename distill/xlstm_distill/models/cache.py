@@ -163,6 +163,7 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
+        # The tensors go, not only their content: the next use may have another batch size or dtype.
         self.is_initialized, self.seen = False, 0
         self.ring, self.state = None, None
 

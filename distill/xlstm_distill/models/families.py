@@ -61,6 +61,8 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "Llama", "none"),
+        # qwen2 has biases in its projections. They come along, because the mixer takes the modules
+        # over.
         Family("qwen2", "Qwen2", "none"),
         Family("qwen3", "Qwen3", "head"),
         Family("olmo2", "Olmo2", "projection"),

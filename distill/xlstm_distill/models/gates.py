@@ -54,6 +54,7 @@ class OutputGate(nn.Module):
         q, k, v = (in_dtype_of(x, self.weight) for x in (q, k, v))
         per_group = self.weight.view(groups, heads // groups, 3, dim)
         w_q, w_k, w_v = per_group.unbind(2)  # (G, H/G, D) each
+        # W_og [q, k, v] (paper, Eq. 11) as the sum of three products: nothing of width 3 D is made.
         logits = (q * w_q.reshape(heads, 1, dim)).sum(-1)  # (B, H, T)
         # k and v are products of a matrix, not repeated for each head of their group.
         shared = k @ w_k.transpose(1, 2) + v @ w_v.transpose(1, 2)  # (B, G, T, H/G)
@@ -89,12 +90,14 @@ class GateMeter:
 
     def expect(self, real: Tensor) -> None:
         """Announce the batch that runs next: real (B, T) bool is False at its padding."""
+        # The hook sees a gate's output alone, so the mask must be there before.
         self.real = real
         self.tokens += int(real.sum())
 
     def _record(self, number: int, output: Tensor) -> None:
         """Add the output (B, H, T, 1) of gate `number`."""
         assert self.real is not None
+        # In fp32: thousands of bf16 values do not add up.
         opened = (output.detach().float() * self.real[:, None, :, None]).sum(dim=(0, 2, 3))
         self.sums[number] = self.sums[number] + opened if number in self.sums else opened
 

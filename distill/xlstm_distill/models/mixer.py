@@ -79,6 +79,7 @@ class HybridMixer(nn.Module):
         self.q_proj: nn.Module
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
         self.o_proj = attention.o_proj
+        # Q/K norms belong to the teacher and stay between projection and RoPE.
         if family.norm != "none":
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.has_mlstm, self.has_window = "mlstm" in config.branches, "window" in config.branches
@@ -123,12 +124,14 @@ class HybridMixer(nn.Module):
         q, k, v = self.project(hidden_states)
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
         gate = self.output_gate(q, k, v) if self.has_mlstm and self.has_window else None
+        # RoPE is kept (paper): both branches read rotated queries and keys.
         q, k = self.family.apply_rotary(q, k, *position_embeddings)
         # Under autocast, projections are bf16 and rotary positions fp32.
         q, k = q.to(v.dtype), k.to(v.dtype)
         memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None
         inputs = MixerInputs(q, k, v, memory, gate)
         layer = self._cache_layer(past_key_values)
+        # A prompt of a single token goes this way too: an empty cache is a state like any other.
         if layer is not None and q.shape[2] == 1:
             mixed = self._decode(inputs, layer, segment_ids)
         else:
@@ -187,6 +190,7 @@ class HybridMixer(nn.Module):
             layer.update(k, v, segment_ids)
         if recalled is None or gate is None:
             return attended
+        # (1 - o) SWA + o mLSTM (paper, Eq. 11).
         return torch.lerp(attended, recalled, gate.to(recalled.dtype))
 
     def _recall(
@@ -224,6 +228,7 @@ class HybridMixer(nn.Module):
             return_state=True,
             backend=self.backend,
         )
+        # In place: a compiled step and its graph hold on to these tensors' addresses.
         for old, new in zip(held, state, strict=True):
             old.copy_(new)
         return h

@@ -208,6 +208,7 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
     weights = teacher.state_dict()
     if not share_weights:
         weights = {name: weight.detach().clone() for name, weight in weights.items()}
+    # Not strict: feature maps and gates are in no teacher.
     report = student.load_state_dict(weights, strict=False, assign=True)
     if report.unexpected_keys:
         raise UserError(
@@ -231,6 +232,7 @@ def _settings(teacher: CausalLM) -> dict[str, Any]:
     """Copy the teacher's configuration for the student, which has no dropout in its mixers."""
     settings = teacher.config.to_dict()
     for name in ("model_type", "architectures"):
+        # Both name the teacher's class; the student's own sets them.
         settings.pop(name, None)
     if settings.get("attention_dropout"):
         warnings.warn(

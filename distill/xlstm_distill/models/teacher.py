@@ -57,6 +57,7 @@ def teacher_hash(config: Teacher) -> str:
     A teacher of the hub is identified by its name and revision.
     """
     settings = config.model_dump(mode="json")
+    # By content: the same teacher in another place is the same teacher.
     if Path(config.path).exists():
         settings["path"] = hash_path(Path(config.path))
     return digest(settings)

@@ -22,7 +22,10 @@ from xlstm_distill.recipe.fields import (
     Text,
 )
 
+# A generator writes chat messages without reading anything. Only these fields mean something to it.
 USED_BY_GENERATORS = ("generator", "documents", "weight")
+# `split` is not here: a folder that `save_to_disk` wrote is local and has splits. The reader
+# refuses the split of plain files.
 HUB_ONLY = ("name", "revision", "streaming")
 
 LongDocuments = Literal["split", "truncate", "drop", "error"]
@@ -114,12 +117,15 @@ class Source(Section):
 
     def _differs(self, field: str) -> bool:
         """Whether a field differs from its default; a recipe may name a default too."""
+        # Compared by value and not by `model_fields_set`: a run's saved recipe names every field,
+        # and must load again.
         return getattr(self, field) != type(self).model_fields[field].default
 
     def _column_errors(self) -> Iterator[FieldError]:
         if self.generator is not None:
             return
         if (self.prompt is None) != (self.response is None):
+            # A prompt alone has nothing to train on, and a response alone has nothing to answer.
             missing = "prompt" if self.prompt is None else "response"
             yield FieldError(missing, "missing; 'prompt' and 'response' go together.")
         if self.system is not None and self.prompt is None:
@@ -150,6 +156,7 @@ class Domain(Section):
         if self.weights_sum is None:
             return
         total = math.fsum(source.weight for source in self.sources)
+        # The paper's tables give percentages. A column that was copied wrong does not sum to 100.
         if abs(total - self.weights_sum) > SUM_TOLERANCE * self.weights_sum:
             yield FieldError(
                 "weights_sum",
@@ -161,8 +168,10 @@ class Domain(Section):
 class Data(Section):
     """The text: domains, packed into rows of a fixed number of tokens."""
 
+    # From 2 on: a row of one token has no next token to predict.
     context: int = Field(strict=True, ge=2, description="Length of a packed row (tokens).")
     domains: dict[Name, Domain] = Field(min_length=1, description="Domains by name.")
+    # They count as rows of the domain, so the row budgets add them to what training reads.
     validation_rows: Count = Field(
         default=64, description="Rows of each domain held out for validation (rows)."
     )

@@ -37,6 +37,8 @@ class EvalTask(Section):
     metric: Text | None = Field(
         default=None, description="Score to report; null means the task's first."
     )
+    # One task can report the same metric under several filters (gsm8k: strict-match and
+    # flexible-extract), with quite different scores.
     filter: Text | None = Field(
         default=None, description="lm-eval filter whose answer counts; null means the task's first."
     )
@@ -56,6 +58,8 @@ class Evaluate(Section):
     limit: Count | None = Field(
         default=None, description="Maximum number of items of each task; null means all."
     )
+    # False by default, as in lm-eval: humaneval and mbpp run what the model wrote, without a
+    # sandbox.
     confirm_run_unsafe_code: Flag = Field(
         default=False, description="Allow tasks that run code which a model wrote."
     )
@@ -66,6 +70,7 @@ class Evaluate(Section):
     def broken_rules(self) -> Iterator[FieldError]:
         """Yield an error for every task that is named a second time."""
         names = [task.name for task in self.tasks]
+        # Results are kept by task name, so a second entry would overwrite the first.
         for index, name in enumerate(names):
             first = names.index(name)
             if first < index:

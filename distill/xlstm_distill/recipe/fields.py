@@ -23,6 +23,8 @@ from xlstm_eval.problems import FieldError
 SUM_TOLERANCE = 1e-6
 """How far a sum of weights may be from its total, relative to it. Rounding needs some room."""
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+# A name becomes a folder (`artifacts/distill/NAME`) and a part of a label (`distill/NAME`), so it
+# has no slash, and no dot in front: hidden folders hold drafts.
 _NAME = re.compile(NAME_PATTERN)
 _HUB_ID = re.compile(f"{NAME_PATTERN}/{NAME_PATTERN}")
 
@@ -30,6 +32,8 @@ _HUB_ID = re.compile(f"{NAME_PATTERN}/{NAME_PATTERN}")
 class Section(BaseModel):
     """Base of all parts of a recipe: immutable, and unknown keys are errors."""
 
+    # Frozen, because fingerprints are taken from it. Unknown keys are refused: a misspelt key would
+    # otherwise leave its default in place without a word.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def broken_rules(self) -> Iterator[FieldError]:
@@ -67,11 +71,15 @@ def _hub_or_path(value: str, info: ValidationInfo) -> str:
     path if it exists beside the recipe, or if a folder `owner` does; otherwise it is a hub id.
     """
     folder: Path | None = (info.context or {}).get("folder")
+    # No folder in the context: the recipe comes from a run directory and its paths are absolute
+    # already.
     if folder is None:
         return value
     path = folder / Path(value).expanduser()
     if path.exists():
         return str(path.resolve())
+    # `data/math` with a folder `data` beside the recipe is a misspelt path and no hub id. Asked of
+    # the hub, it would fail late and with a message about the network.
     if _HUB_ID.fullmatch(value) and not (folder / value.split("/")[0]).is_dir():
         return value
     raise FieldError(
@@ -109,11 +117,15 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+# Above 0: a set that holds none of the mass would be empty.
 ShareOfAll = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+# Below 1: an AdamW moment that decays by 1 would never take in a gradient.
 BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
 Mixture = Annotated[dict[str, Positive], Field(min_length=1)]
 
 
 def shape_of(value: Any) -> str:
     """Tell a mapping from a word: the discriminator of `uniform` and a mapping of weights."""
+    # In angle brackets, because pydantic puts the tag into the path of an error, and
+    # `xlstm_eval.problems` drops such parts again.
     return "<mapping>" if isinstance(value, dict) else "<word>"

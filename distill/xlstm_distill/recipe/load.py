@@ -63,13 +63,18 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             f"{path}: contains {kind_of(data)}; a recipe is a mapping of sections such as "
             "'teacher' and 'data'."
         )
+    # Problems are collected and not raised one by one: a user mends all of them in one go.
     problems: list[str] = []
+    # Before validation, so that an override is checked like any other value, and can mend a wrong
+    # one.
     for override in overrides:
         try:
             _override(data, override)
         except UserError as error:
             problems.extend(error.problems)
     recipe: Recipe | None = None
+    # Paths are relative to the recipe and not to the working directory: a job array starts
+    # elsewhere.
     context = {"folder": path.resolve().parent}
     try:
         recipe = Recipe.model_validate(data, context=context)
@@ -77,6 +82,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         problems.extend(problem_lines(error))
         problems.extend(_problems_between_sections(data, context))
     if problems or recipe is None:
+        # Once each: a rule between sections can be found twice, by the recipe and by the sections.
         raise UserError(*dict.fromkeys(problems))
     return recipe
 
@@ -93,6 +99,8 @@ def _problems_between_sections(data: Mapping[str, Any], context: dict[str, Any])
         if not (isinstance(kind, type) and issubclass(kind, Section)):
             continue
         try:
+            # A section that is left out is checked as an empty one: its defaults take part in the
+            # rules.
             sections[name] = kind.model_validate(data.get(name, {}), context=context)
         except ValidationError:
             continue
@@ -101,6 +109,7 @@ def _problems_between_sections(data: Mapping[str, Any], context: dict[str, Any])
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Write a recipe with all its values, defaults included; `load_recipe` reads it back equal."""
+    # In the order of the sections, as a reader expects it, and not by the alphabet.
     return yaml.safe_dump(
         recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
     )
@@ -124,6 +133,7 @@ def _read(path: Path) -> str:
 def _parse(text: str, name: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    # MarkedYAMLError comes first: it is a YAMLError that also knows the line.
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -149,6 +159,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise UserError(
             f"--set {override}: not of the form dotted.path=value; write it like align.lr=0.003."
         )
+    # Read as YAML, like the file: `--set align.lr=1e-4` meets the same rule (YAML reads 1e-4 as
+    # text) and gets the same hint.
     value = _parse(text, f"--set {dotted}") if text.strip() else None
     here: Any = data
     for depth, part in enumerate(parts[:-1]):
@@ -164,6 +176,8 @@ def _enter(here: Any, part: str, dotted: str, path: list[str]) -> Any:
     if isinstance(here, list):
         below = here[_index(here, part, dotted)]
     else:
+        # An unknown section is made here too. Validation refuses it afterwards, with the closest
+        # name.
         below = here.setdefault(part, {})
         if below is None:
             below = here[part] = {}

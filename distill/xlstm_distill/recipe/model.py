@@ -29,6 +29,7 @@ class Teacher(Section):
         default=None,
         description="Branch, tag or commit on the hub. A commit makes a run reproducible.",
     )
+    # Three formats without quantisation: a student takes over the weights, and those must train.
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="Number format of the weights."
     )
@@ -40,6 +41,7 @@ class Teacher(Section):
 class MixerConfig(Section):
     """The mixer that replaces every attention layer (paper, Eq. 11)."""
 
+    # W = 512 and 4 sinks in the paper's trainings.
     window: Count = Field(
         default=512,
         description="Keys that each query sees in the window branch, itself included (tokens).",
@@ -48,6 +50,8 @@ class MixerConfig(Section):
         default=4,
         description="First tokens of each document that stay visible to the window (tokens).",
     )
+    # The paper's map is a softmax over the features. Hedgehog's own adds the negated half, which
+    # doubles the state.
     feature_map: Literal["softmax", "hedgehog"] = Field(
         default="softmax",
         description="Feature map of the mLSTM branch's queries and keys. Both begin with a linear "
@@ -58,9 +62,12 @@ class MixerConfig(Section):
         default=None,
         description="Output width of the feature map's linear map; null means the head dimension.",
     )
+    # The paper gives no initial biases. sigmoid(3) = 0.95: the memory begins with a reach of about
+    # 20 tokens.
     forget_bias: Number = Field(
         default=3.0, description="Initial bias of the forget gate (before the sigmoid)."
     )
+    # sigmoid(-2) = 0.12 for the mLSTM. LoLCATs' code has -2.197, which is 0.1.
     output_gate_bias: Number = Field(
         default=-2.0,
         description="Initial bias of the output gate (before the sigmoid). Below 0, the student "

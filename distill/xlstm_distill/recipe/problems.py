@@ -21,6 +21,7 @@ def problem_lines(error: ValidationError) -> list[str]:
 def _number_as_text(problem: Problem) -> str | None:
     """Say how to spell a number that YAML reads as text (`1e-4`); None for other problems."""
     value, kind = problem["input"], problem["type"]
+    # YAML 1.1 needs a dot and a signed exponent: `1e-4` is text there, and `1.0e-4` is a number.
     if not isinstance(value, str) or kind not in ("float_type", "int_type"):
         return None
     number = _number(value)
@@ -38,6 +39,7 @@ def _number(text: str) -> str | None:
             return None
     except ValueError:
         return None
+    # Python's float() takes underscores as YAML does.
     mantissa, e, exponent = text.lower().replace("_", "").partition("e")
     if not e:
         # YAML reads 0.1 as a number; in quotes it is text.
@@ -48,5 +50,6 @@ def _number(text: str) -> str | None:
 
 def nearest_batches(batch: int, processes: int) -> str:
     """Name the batches closest to `batch` that so many processes can share."""
+    # 0 where there are more processes than rows; a batch of 0 is no suggestion.
     lower = batch // processes * processes
     return f"{lower} or {lower + processes}" if lower else str(processes)

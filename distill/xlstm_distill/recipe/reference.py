@@ -45,6 +45,7 @@ xlstm-distill run mine/quickstart.yaml --set align.lr=0.003
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes, for editors."""
+    # Editors check as the program does: the schema comes from the same classes.
     schema = Recipe.model_json_schema()
     # A validator reads `domain` before the fields are checked, so pydantic's schema lacks it.
     phase = schema["$defs"]["Phase"]
@@ -76,6 +77,7 @@ def reference(schema: Schema) -> str:
             _row(name, field, name in required, schema)
             for name, field in section["properties"].items()
         ]
+        # The description is the class's docstring, whose line breaks mean nothing in Markdown.
         text = " ".join(section.get("description", "").split())
         table = ["| Key | Value | Default | Meaning |", "|---|---|---|---|", *rows]
         parts.append("\n".join([title, "", text, "", *table, ""]))
@@ -121,6 +123,8 @@ def _resolve(field: Schema, schema: Schema) -> Schema:
 
 def _row(name: str, field: Schema, required: bool, schema: Schema) -> str:
     default = "required" if required else ""
+    # A section's default is a factory, which pydantic leaves out of the schema: its cell stays
+    # empty.
     if "default" in field:
         default = f"`{_yaml(field['default'])}`"
     return f"| `{name}` | {_kind(field, schema)} | {default} | {field.get('description', '')} |"
@@ -150,6 +154,7 @@ def _kind(field: Schema, schema: Schema) -> str:
         case "object":
             return f"mapping of names to: {_kind(_values(field) or {}, schema)}"
         case "array":
+            # A tuple of fixed length (betas) has `prefixItems`, all of the same kind.
             items = field.get("items") or field["prefixItems"][0]
             return f"list of: {_kind(items, schema)}"
         case "integer" | "number":

@@ -38,6 +38,7 @@ def recipes_folder() -> Path:
     package = Path(__file__).resolve().parents[1]
     candidates = (package / INSTALLED, package.parents[1] / "recipes")
     for folder in candidates:
+        # Looked for by a file that only this folder has: any folder may be called `recipes`.
         if (folder / SHARED[0]).is_file():
             return folder
     looked = " and ".join(str(folder) for folder in candidates)
@@ -80,6 +81,7 @@ def copy_recipe(name: str, directory: Path) -> Path:
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file; give a folder, which may be new.")
     folder = source.parent.resolve()
+    # The layout is kept, because a recipe names its files by relative paths.
     files = {path: directory / path.relative_to(folder) for path in _needed(source)}
     taken = []
     for path, copy in files.items():
@@ -105,6 +107,7 @@ def copy_recipe(name: str, directory: Path) -> Path:
 
 def _describe(path: Path) -> ShippedRecipe:
     text = path.read_text(encoding="utf-8")
+    # Not `load_recipe`: a listing need not check paths and rules of every recipe.
     teacher = yaml.safe_load(text)["teacher"]["path"]
     comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("# ")]
     # The first comment is for editors: it names the schema.

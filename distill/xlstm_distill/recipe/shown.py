@@ -21,6 +21,7 @@ def teacher_name(teacher: Teacher) -> str:
     A folder named `teacher` or `model` says nothing; the folder above it goes in front.
     """
     path = PurePath(teacher.path)
+    # Validation has made local paths absolute. What is still relative is a hub id.
     if not path.is_absolute():
         return teacher.path
     generic = path.name.lower() in ("teacher", "model")
@@ -43,6 +44,7 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     depth = 1
     while True:
         names = {path: "/".join(own[-depth:]) for path, own in parts.items()}
+        # It ends: the paths differ, so they differ at the full depth at the latest.
         if len(set(names.values())) == len(parts):
             return names
         depth += 1

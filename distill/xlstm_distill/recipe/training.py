@@ -22,6 +22,7 @@ from xlstm_distill.recipe.fields import (
     shape_of,
 )
 
+# An expert of this name would share the label `evaluate/NAME` with the model that has it.
 RESERVED = ("teacher", "merged")
 """Names that the report gives to models; no expert may have one."""
 
@@ -39,6 +40,7 @@ class Capture(Section):
         description="`stored` runs the teacher once and keeps its top tokens on disk; `online` "
         "runs the teacher in each training step.",
     )
+    # 256 is also the format's limit: the store keeps k - 1 in one byte.
     top_k: int = Field(
         default=256,
         strict=True,
@@ -46,6 +48,8 @@ class Capture(Section):
         le=256,
         description="Maximum number of tokens to keep of each distribution (paper: 256).",
     )
+    # 0.98: the largest of the measured masses at which a mean entropy of up to 1.65 nats takes at
+    # most 160 bytes per token, mixtures included (docs/targets.md).
     mass: ShareOfAll | None = Field(
         default=0.98,
         description="Keep of each distribution only the smallest set of tokens whose "
@@ -104,9 +108,11 @@ class Optimization(Section):
         default=0, description="Steps of linear warm-up (optimiser steps)."
     )
     weight_decay: NonNegative = Field(default=0.1, description="AdamW's decoupled weight decay.")
+    # The paper names AdamW and weight decay 0.1, but no betas.
     betas: tuple[BelowOne, BelowOne] = Field(
         default=(0.9, 0.95), description="AdamW's decay rates of the two moments."
     )
+    # The paper clips at 1.0 in stage II. Here stage I clips too.
     clip: Positive | None = Field(
         default=1.0, description="Largest norm of the gradient; null means no clipping."
     )
@@ -136,6 +142,7 @@ class Optimization(Section):
             )
 
 
+# Paper: 2,500 steps of 64 rows of 4096 tokens, warm-up to 1e-2, then a cosine to 1e-5.
 class Align(Optimization):
     """Stage I: each mixer learns its teacher layer's attention output (paper, Eq. 12)."""
 
@@ -168,6 +175,7 @@ class Phase(Section):
         default=None, description="Peak learning rate of this phase; null means `distill.lr`."
     )
 
+    # Before the fields are checked: afterwards `domain` would be an unknown key.
     @model_validator(mode="before")
     @classmethod
     def _single_domain(cls, value: Any) -> Any:
@@ -198,6 +206,8 @@ class Distill(Optimization):
     The source is the paper's Eq. 13.
     """
 
+    # Paper, Eq. 13: gamma 0.9 and beta 0.1. By its ablations KL alone holds the student back, and
+    # CE alone makes it forget.
     ce_weight: NonNegative = Field(
         default=0.9, description="Weight of the cross-entropy (paper's gamma)."
     )
@@ -210,6 +220,7 @@ class Distill(Optimization):
         "divergence. `false` leaves them out and renormalises both distributions, as the paper "
         "does; it needs `capture.mass: null`.",
     )
+    # The paper's order of quality: all, then mixer, then LoRA of rank 256.
     trainable: Literal["all", "mixer", "lora"] = Field(
         default="all",
         description="Parameters that train: `all` (the paper's); `mixer`, the mixers' own "
@@ -298,6 +309,8 @@ class Merge(Section):
     """Stage III: the merged student is a weighted sum of the experts' weights (paper, Eq. 14)."""
 
     method: Literal["linear"] = Field(default="linear", description="How experts are merged.")
+    # They sum to 1, so that the merged weights stay on the scale of the seed that all experts
+    # share.
     weights: MergeWeights = Field(
         default="uniform", description="`uniform`, or a weight for each expert; they sum to 1."
     )

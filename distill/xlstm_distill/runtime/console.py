@@ -71,6 +71,7 @@ class Console:
 
         `total` is None if it is not known yet. A block that raises leaves the progress as it is.
         """
+        # A log file gets whole lines: a bar would fill it with control characters.
         if not self.terminal:
             plain = PlainProgress(self.line, label, total, unit, self._clock)
             yield plain
@@ -88,6 +89,7 @@ class Console:
         if self._rich is None:
             from rich.console import Console as RichConsole
 
+            # Without a terminal rich would cut tables at 80 columns.
             width = None if self.terminal else PLAIN_WIDTH
             self._rich = RichConsole(file=self.stream, force_terminal=self.terminal, width=width)
         return self._rich
@@ -152,7 +154,9 @@ class PlainProgress:
         return self._total is not None and self._done >= self._total
 
     def _line(self) -> str:
+        # Never 0: a clock may stand still between two calls.
         seconds = max(self._clock() - self._started, 1e-9)
+        # Without what a resumed run did before: that took no time of this process.
         rate = (self._done - self._skipped) / seconds
         done, left = f"{short(self._done)} {self._unit}", ""
         if self._total:
@@ -233,6 +237,7 @@ def _is_terminal(stream: TextIO) -> bool:
 def short(number: float) -> str:
     """Write a number with at most three significant digits and a suffix: 1.25M."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999.5 rounds to 1e+03 with three digits; from there on the next suffix is due.
         if abs(number) >= size * 0.9995:
             return f"{number / size:.3g}{suffix}"
     return f"{number:.3g}"

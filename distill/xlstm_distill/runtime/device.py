@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+# "H100 PCIe" before "H100", whose word its name has too.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
 """Published dense bf16 rate of GPUs (TFLOP/s), by words of their names; the first match counts."""
 

@@ -54,12 +54,14 @@ def asked_layout(environment: Mapping[str, str] = os.environ) -> Layout:
     precision = environment.get("ACCELERATE_MIXED_PRECISION")
     processes = int(environment.get("WORLD_SIZE", "1"))
     if is_true(environment, "ACCELERATE_USE_FSDP"):
+        # 1, as accelerate has it. `_refuse` lets 2 alone through where it is set.
         version = int(environment.get("FSDP_VERSION", "1"))
         checkpointing = is_true(environment, "FSDP_ACTIVATION_CHECKPOINTING")
         return Layout("fsdp", processes, version, precision, checkpointing)
     if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return Layout("deepspeed", processes, None if stage is None else int(stage), precision)
+    # torchrun sets RANK for a single process too: that is DDP of one.
     return Layout("ddp" if "RANK" in environment else "single", processes, None, precision)
 
 
@@ -113,6 +115,7 @@ def _supported(environment: Mapping[str, str]) -> dict[str, tuple[str, tuple[str
             "FSDP_CPU_RAM_EFFICIENT_LOADING": ("fsdp_cpu_ram_efficient_loading", ("false",)),
         }
     if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
+        # With it, from_pretrained would cut every model into shards, the teacher too.
         supported["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = ("zero3_init_flag", ("false",))
     return supported
 

@@ -23,6 +23,7 @@ def on_cpu() -> bool:
 
 def process_count() -> int:
     """Return the number of processes that a launcher (accelerate, torchrun, srun) started."""
+    # From the environment and not from torch: `--help` and `status` must not load it.
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -50,6 +51,8 @@ def all_agree(mine: bool) -> bool:
         return mine
     import torch
 
+    # On the CPU: the waiting group is gloo, also where models are on GPUs. The least of all answers
+    # is 1 only if every rank says yes.
     answer = torch.tensor([int(mine)])
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=waiting_group())
     return bool(answer.item())
@@ -67,6 +70,7 @@ def waiting_group() -> Any:
 
     # This starts the default group. On a machine without an accelerator it has to be told so.
     PartialState(cpu=on_cpu())
+    # A collective itself: all ranks come here at their first barrier or question.
     group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
     # Its threads must end before the interpreter does, or a finished process may abort at its end.
     atexit.register(_end_waiting_group)
@@ -78,4 +82,5 @@ def _end_waiting_group() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group(waiting_group())
+    # A group of a destroyed process group must not be used again; the next call makes a new one.
     waiting_group.cache_clear()

@@ -48,6 +48,7 @@ def _align(
 ) -> None:
     recipe = lineage.recipe
     accelerator = make_accelerator(recipe)
+    # Before `convert`, which draws feature maps: all ranks must begin with the same ones.
     torch.manual_seed(recipe.seed)
     # Both hold the same tensors: only the new parameters train, so one copy of the rest is enough.
     teacher = load_teacher(recipe.teacher, accelerator.device)
@@ -67,9 +68,11 @@ def _align(
     objective = AlignObjective(student, teacher)
     result = Trainer(objective, plan, domains, work, accelerator, console).run()
     keep_training(draft, work, plan, result)
+    # A collective under sharding: all ranks gather, then rank 0 writes.
     trained = full_state_dict(accelerator, student)
     if accelerator.is_main_process:
         save_model(student, lineage.tokenizer, draft.path / "model", trained)
+    # Relative to the teacher's power: a squared error alone says nothing across models.
     before, after = (held["mse"] / held["teacher_power"] for held in (result.before, result.after))
     console.line(f"align: held-out relative error {before:.3f} -> {after:.3f}")
 
@@ -78,6 +81,7 @@ def _plan(lineage: Lineage, teacher: CausalLM, domains: Mapping[str, DomainRows]
     """One stretch over all domains that alignment reads."""
     recipe, settings = lineage.recipe, lineage.recipe.align
     tokens_per_step = settings.batch * recipe.data.context
+    # Rounded up to whole steps, as the row budget is (`data.budget`).
     steps = math.ceil(settings.tokens / tokens_per_step)
     schedule = RowSchedule(domains, lineage.aligned_domains(), recipe.seed, steps * settings.batch)
     flops = align_flops(architecture_of(teacher), recipe.student.mixer, recipe.data.context)

@@ -93,6 +93,8 @@ def capture(
         return []
     limits = captured_rows(recipe)
     requests = {name: lineage.request(f"capture/{name}") for name in limits}
+    # `has` is a collective, and `all` stops at the first no. That is safe, because all ranks get
+    # the same answer from each.
     if all(run.has(request) for request in requests.values()):
         return [run.need(request) for request in requests.values()]
 
@@ -124,6 +126,7 @@ def parse_share(text: str) -> tuple[int, int]:
         UserError: it is not of this form, or I is not below N.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
+    # A Slurm array counts from 0, so I/N is 0/8 to 7/8.
     if match and int(match[1]) < int(match[2]):
         return int(match[1]), int(match[2])
     raise UserError(f"--shard: {text!r} must be I/N with I from 0 to N - 1, for example 0/8.")
@@ -131,6 +134,7 @@ def parse_share(text: str) -> tuple[int, int]:
 
 def plan_shards(rows: int, context: int) -> list[ShardRows]:
     """Cut a domain's rows into shards: always the same, whoever shares them."""
+    # At least one row, however long the rows are.
     least, most = (max(tokens // context, 1) for tokens in SHARD_TOKENS)
     size = min(max(-(-rows // SHARDS), least), most)
     return [
@@ -154,6 +158,9 @@ class DomainCapture:
     def directory(self) -> Path:
         """Where finished shards gather until the store is published."""
         return (
+            # In the artifacts' own folder, so that publishing is a rename inside one file system.
+            # Hidden, so that `status` does not take it for an artifact. With the fingerprint, so
+            # that shards for other settings lie elsewhere.
             self.run.path("capture") / f".{self.rows.name}.{self.request.fingerprint[:12]}.shards"
         )
 
@@ -166,16 +173,21 @@ class DomainCapture:
         """Write the missing shards of this share; publish the store if no shard is missing then."""
         wait_for_everyone()
         started = time.monotonic()
+        # All ranks, or none: where another run publishes at this moment, some ranks may see it and
+        # others not, and those would wait at the barrier below for ever.
         done = self.run.find(self.request)
         if all_agree(done is not None) and done:
             return done
         part, parts = share
+        # Every rank of every share is one worker of the whole job.
         worker, workers = part * process_count() + process_index(), parts * process_count()
         self.run.say_why(self.request, self.console)
         with self.run.working(self.request.label):
+            # No collective in there: ranks have different numbers of shards.
             self._write(self.shards[worker::workers])
         wait_for_everyone()
         missing = [shard.number for shard in self.shards if not self._finished(shard)]
+        # The store may be published since: then the gathered shards are gone, and none is missing.
         if not all_agree(not missing or self._published()):
             named = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
             self.console.line(
@@ -184,6 +196,7 @@ class DomainCapture:
             )
             return None
         publish = functools.partial(self._publish, started=started)
+        # `make` asks again under a lock, so that of several shares that end together one publishes.
         artifact = self.run.make(self.request, publish, gathered=self.directory)
         if is_main_process():
             self._clean()
@@ -210,6 +223,7 @@ class DomainCapture:
             self.console.line(f"{error} It is made again.")
             return False
         place = ShardRows(header.shard, header.first_row, header.rows)
+        # A header alone: rows are checked by their checksums when they are read.
         return place == shard and header.identity == self.identity
 
     def _write(self, shards: Sequence[ShardRows]) -> None:
@@ -274,15 +288,18 @@ class DomainCapture:
         teacher = self.teacher()
         for row in rows:
             batch = self._load([row]).to(teacher.device)
+            # A row of a masked prompt alone has no targets.
             if not (batch.labels != IGNORE_INDEX).any():
                 continue
             targets = stored(batch)
             with torch.no_grad():
                 logits = kept_logits(teacher.teacher, batch).float()
             kept = logits.log_softmax(-1).gather(-1, targets.ids).exp()
+            # Padding has id 0, a real token with a mass of its own.
             mass = kept.masked_fill(targets.log_probs == -torch.inf, 0)
             error = float(sparse_kl(logits, targets).mean())
             drift = float((1 - mass.sum(-1) - targets.tail).abs().mean())
+            # `not ... <=` and not `>`: a comparison with NaN is false, and NaN must fail the test.
             if not max(error, drift) <= SELF_TEST_LIMIT:
                 raise RunError(
                     f"{self.directory}: self-test failed: at row {row} the teacher is "
@@ -297,6 +314,7 @@ class DomainCapture:
         for start in range(0, len(rows), self.batch):
             batch = self._load(rows[start : start + self.batch])
             started = time.perf_counter()
+            # Only this is timed: reading the rows themselves is no part of the store's speed.
             tokens += len(stored(batch).tail)
             seconds += time.perf_counter() - started
         return tokens / seconds

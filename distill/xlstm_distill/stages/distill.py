@@ -63,6 +63,7 @@ def choose_experts(names: Sequence[str], wanted: str | None) -> Sequence[str]:
     """
     if wanted is None:
         return names
+    # By name first: an expert may be called `0`.
     if wanted in names:
         return [wanted]
     if re.fullmatch(r"[0-9]{1,9}", wanted) and int(wanted) < len(names):
@@ -83,6 +84,7 @@ class Material:
 
 
 def _expert(lineage: Lineage, run: Run, name: str, console: Console) -> Artifact:
+    # A finished expert needs neither rows nor targets, which may have been deleted since.
     request = lineage.request(f"distill/{name}")
     if run.has(request):
         return run.need(request)
@@ -103,6 +105,8 @@ def _train(
 ) -> None:
     recipe, settings = lineage.recipe, lineage.recipe.distill
     accelerator = make_accelerator(recipe)
+    # The same for every expert: they differ by their data alone (paper: trained independently from
+    # the same seed weights).
     torch.manual_seed(recipe.seed)
     student = _trainable_student(recipe, material.aligned)
     source = _targets(lineage, material.targets, accelerator.device)
@@ -113,6 +117,7 @@ def _train(
     work = run.work_directory(lineage.request(f"distill/{name}"))
     result = Trainer(objective, plan, domains, work, accelerator, console).run()
     keep_training(draft, work, plan, result)
+    # A collective under sharding: all ranks gather, then rank 0 writes.
     trained = full_state_dict(accelerator, student)
     if accelerator.is_main_process:
         if settings.trainable == "lora":
@@ -140,6 +145,7 @@ def _trainable_student(recipe: Recipe, aligned: Artifact) -> CausalLM:
 
 def choose_trainable(student: CausalLM, which: str) -> None:
     """Let all parameters train, or only the mixers' (projections, feature maps, gates)."""
+    # Embeddings, MLPs, layer norms and the head stay the teacher's with `mixer`.
     student.requires_grad_(which == "all")
     if which == "mixer":
         for mixer in student.mixers():
@@ -169,6 +175,8 @@ def _targets(
         return OnlineTargets(model, kept.top_k, kept.mass, kept.min_k)
     stores = {}
     for domain, artifact in captured.items():
+        # The store checks this identity itself: a folder that was copied into place by hand has a
+        # right manifest and may hold wrong shards.
         stores[domain] = Store(artifact.path / STORE, lineage.store_identity(domain))
     return StoredTargets(stores)
 
@@ -203,6 +211,8 @@ def _stretches(
     for phase in expert.phases:
         steps = math.ceil(phase.tokens / (batch * recipe.data.context))
         schedule = RowSchedule(domains, phase.domains, recipe.seed, steps * batch, drawn)
+        # A phase on the same domain goes on where the one before stopped, and does not read its
+        # rows again.
         drawn = schedule.drawn()
         stretches.append(Stretch(schedule, steps, phase.lr or recipe.distill.lr))
     return tuple(stretches)

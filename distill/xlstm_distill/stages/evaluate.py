@@ -50,8 +50,10 @@ def evaluate(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
         if source is None:
             model = load_teacher(recipe.teacher, device)
         else:
+            # In the teacher's dtype, so that rounding favours neither side of the comparison.
             model = load_student(source, getattr(torch, recipe.teacher.dtype), device)
         _score(model.eval(), lineage, suite(), name, draft, console)
+        # A teacher has no gates.
         if source is not None:
             limits = dict.fromkeys(data, recipe.data.validation_rows)
             held_out = open_domains(recipe, data, limits)
@@ -73,6 +75,7 @@ def check(lineage: Lineage, run: Run) -> None:
         EvalError: an unknown task, metric or filter, data that cannot be loaded, unsafe code that
             is not confirmed, or more tokens to generate than the context holds.
     """
+    # `find` and not `has`: only rank 0 asks here, and `has` is a collective.
     if not is_main_process() or run.find(lineage.request(f"evaluate/{TEACHER}")):
         return
     check_tasks(lineage)
@@ -171,6 +174,7 @@ def mean_gates(
     """
     rows: list[Row] = []
     for name, held in domains.items():
+        # The first rows of a domain are the held-out ones (`DomainRows`).
         rows += [(name, row) for row in range(min(GATE_ROWS, held.validation))]
     with GateMeter(model) as meter:
         # One by one: all rows at once do not fit beside a large model.

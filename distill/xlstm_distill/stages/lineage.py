@@ -205,6 +205,8 @@ class Lineage:
 
     def evaluated_models(self) -> list[str]:
         """The teacher, the merged student, and the experts where the recipe wants them scored."""
+        # The teacher first: `evaluate.check` takes its published evaluation as proof of good
+        # settings.
         experts = self.recipe.distill.experts if self.recipe.evaluate.experts else ()
         return [TEACHER, MERGED, *experts]
 
@@ -321,6 +323,7 @@ class Lineage:
         return Request(
             "capture",
             name=domain,
+            # Files of another format must be captured again.
             parts={**kept, "store": VERSION, **counts},
             inputs={"teacher": self.teacher_hash, **self.data_inputs([domain])},
         )

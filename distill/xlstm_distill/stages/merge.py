@@ -14,6 +14,7 @@ from xlstm_distill.stages.workbench import load_student, save_model
 def merge(lineage: Lineage, run: Run, console: Console) -> Artifact:
     """Merge the experts; with one expert the result is that expert."""
     weights = lineage.merge_weights()
+    # All of them, also those of weight 0: they are inputs of the merge's fingerprint.
     experts = {name: run.need(lineage.request(f"distill/{name}")) for name in weights}
 
     def build(draft: Draft) -> None:
@@ -21,6 +22,7 @@ def merge(lineage: Lineage, run: Run, console: Console) -> Artifact:
         used = {name: weight for name, weight in weights.items() if weight > 0}
         students = {name: load_student(experts[name], torch.float32) for name in used}
         states = {name: student.state_dict() for name, student in students.items()}
+        # Any of them will do: all have the same architecture, and every weight is replaced.
         merged = next(iter(students.values()))
         merged.load_state_dict(merge_state_dicts(states, used))
         save_model(merged, lineage.tokenizer, draft.path / "model")

@@ -20,6 +20,7 @@ def prepare(
     wanted = set(names)
     found: dict[str, Artifact] = {}
     for name in lineage.recipe.data.domains:
+        # Every rank walks the same names in the same order: each preparation holds barriers.
         if name in wanted:
             found[name] = prepare_domain(
                 lineage.recipe, run, name, lineage.tokenizer, lineage.tokenizer_hash, console

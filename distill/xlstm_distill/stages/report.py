@@ -37,6 +37,7 @@ def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
     hashes = {}
     for name, artifact in evaluated.items():
         hashes[name] = artifact.manifest["results"]["requests_hash"]
+    # Before anything is drawn: scores of other prompts cannot be compared.
     require_same_requests(hashes)
 
     def build(draft: Draft) -> None:
@@ -46,6 +47,7 @@ def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
     target = run.directory / FOLDER
     shown = artifact.reused and (target / "report.html").is_file()
     if is_main_process() and not shown:
+        # In the run directory: a rename cannot cross file systems.
         with tempfile.TemporaryDirectory(dir=run.directory) as folder:
             copy = shutil.copytree(artifact.path / FOLDER, Path(folder) / FOLDER)
             replace_directory(Path(copy), target)
@@ -100,6 +102,8 @@ def ancestry(run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, Artifact]
             if stage_of(label) not in STAGES or label in found:
                 continue
             artifact = run.load(label)
+            # The label may have been made again since, from other settings: then its times and
+            # losses are not those of the model that was scored.
             if artifact is not None and artifact.identity == identity:
                 found[label] = artifact
                 waiting.append(artifact)
@@ -145,6 +149,7 @@ def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
     means: list[float] = []
     for start in range(0, len(lines), width):
         stretch = lines[start : start + width]
+        # Means and not samples: one step's loss depends on its rows more than on its place.
         steps.append(stretch[-1]["step"])
         means.append(sum(line[name] for line in stretch) / len(stretch))
     return Curve(step=tuple(steps), value=tuple(means), unit=UNITS[name])

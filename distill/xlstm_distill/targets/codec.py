@@ -21,7 +21,10 @@ from numpy.typing import NDArray
 Ints: TypeAlias = "NDArray[np.integer]"
 Floats: TypeAlias = "NDArray[np.floating]"
 
+# k - 1 of a token fits one byte.
 MAX_K = 256
+# Sorted ids cost fewer bits but share one log-probability. Only late ranks are grouped: they hold
+# little mass, and the curve is flat there.
 GROUPS = ((64, 16), (128, 32))
 """First rank and size of the sorted groups; ids that do not fill a group are stored singly."""
 SINGLE_KNOTS = 16
@@ -77,6 +80,7 @@ def tables() -> Tables:
         # The last rank is always a knot, so that every rank lies between two.
         own = [*(rank for rank in schedule if rank < k - 1), k - 1]
         knots[k, : len(own)] = own
+        # Padded with the last rank, so that all k have rows of one length.
         knots[k, len(own) :] = own[-1]
         gaps[k] = len(own) - 1
         place = np.arange(k, dtype=np.float64)
@@ -120,6 +124,7 @@ def _interpolation(knots: list[int], places: Floats) -> tuple[Ints, Floats]:
     Interpolation is linear in log(1 + rank): probabilities fall roughly as a power of the rank, and
     such a curve is a line there.
     """
+    # Plus 1, since ranks count from 0.
     x, at = np.log1p(knots), np.log1p(places)
     before = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(knots) - 2)
     low, high = x[before], x[before + 1]
@@ -128,6 +133,7 @@ def _interpolation(knots: list[int], places: Floats) -> tuple[Ints, Floats]:
 
 def _gap_levels() -> Floats:
     """Return the gap that each code stands for: steps grow geometrically from 0 to LARGEST_GAP."""
+    # Fine steps where gaps are small: most ranks follow each other closely.
     growth = (1 + GAP_CURVE) ** (np.arange(256) / 255)
     return LARGEST_GAP * (growth - 1) / GAP_CURVE
 
@@ -155,6 +161,7 @@ def encode(row: TargetRow, vocabulary: int) -> bytes:
     parts = [
         # One less, so that 256 fits a byte: no token keeps 0 ids.
         (row.counts - 1).astype(np.uint8),
+        # Half precision, and little-endian on every machine.
         row.tail.astype("<f2"),
         _encode_curve(row),
         pack_bits(row.ids[group == 1], id_bits(vocabulary)),
@@ -200,6 +207,7 @@ def kl_error(exact: TargetRow, decoded: TargetRow) -> Floats:
     token = np.repeat(np.arange(len(exact.counts)), exact.counts)
 
     def restricted(row: TargetRow) -> Floats:
+        # In double precision: the errors to measure are of the order of 1e-7 nats.
         values = row.log_probs.astype(np.float64)
         return values - np.log(np.add.reduceat(np.exp(values), first))[token]
 
@@ -311,6 +319,7 @@ def _decode_groups(buffer: _Buffer, groups: int, size: int, vocabulary: int) -> 
     bits = groups * length
     unary = np.unpackbits(buffer.take(-(-bits // 8)), count=bits, bitorder="little")
     ones = np.flatnonzero(unary)
+    # Every id has exactly one 1.
     if len(ones) != count:
         raise ValueError("a group of ids is damaged")
     starts = np.arange(groups)[:, None] * length

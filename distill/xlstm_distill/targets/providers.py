@@ -61,6 +61,7 @@ class OnlineTargets:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> SparseTargets:
+        # Cut by mass as the store cuts, so that both sources keep the same ids.
         found = self.head.targets(kept_hidden(self.teacher, batch), self.top_k)
         return found.keep_mass(self.mass, self.min_k)
 
@@ -108,6 +109,7 @@ class StoredTargets:
 def to_targets(rows: list[TargetRow], device: torch.device | str = "cpu") -> SparseTargets:
     """Join decoded rows into tensors, padded with id 0 and log-probability -inf."""
     counts = np.concatenate([row.counts for row in rows])
+    # As wide as this batch needs, and not always top_k: with `mass`, most tokens keep few ids.
     width = int(counts.max()) if len(counts) else 0
     kept = np.arange(width) < counts[:, None]
     ids = np.zeros(kept.shape, np.int64)

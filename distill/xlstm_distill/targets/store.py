@@ -28,8 +28,10 @@ MAGIC = b"XLSTMTGT"
 VERSION = 1
 PREFIX = struct.Struct("<8sIII")
 """A shard's first bytes: magic, version, length and CRC-32 of the JSON text that follows."""
+# A page, fixed in size: the header is written last, in place, when the rows lie behind it.
 HEADER_BYTES = 4096
 ROW = np.dtype(
+    # Little-endian and without gaps: the dtype is the file's format, whatever the machine.
     [("offset", "<u8"), ("bytes", "<u4"), ("tokens", "<u4"), ("checksum", "<u4"), ("source", "<u4")]
 )
 """An entry of the index at a shard's end.
@@ -162,6 +164,7 @@ def read_header(path: Path) -> Header:
     content["identity"] = Identity(**content["identity"])
     content["figures"] = Figures(**content["figures"])
     header = Header(**content)
+    # A copy that broke off has a whole header, since that comes first.
     expected = header.index_offset + header.rows * ROW.itemsize
     if size != expected:
         raise refusal(path, f"cut short or overlong: {size} bytes, it was written with {expected}")
@@ -202,6 +205,7 @@ class TargetShardWriter:
         ids = kept.ids.cpu().numpy()
         log_probs = kept.log_probs.cpu().numpy()
         tail = kept.tail.cpu().numpy()
+        # Padding is -inf (`keep_mass`), so the finite ones are those that are kept.
         lengths = np.isfinite(log_probs).sum(axis=1)
         start = 0
         for count, source in zip(counts, sources, strict=True):
@@ -251,6 +255,7 @@ class TargetShardWriter:
 
 def _log_mass(targets: SparseTargets) -> Any:
     """Logarithm of each token's kept mass (K,), in double precision."""
+    # In double precision: the cut is the difference of two masses near 1.
     return targets.log_probs.double().exp().sum(-1).log()
 
 
@@ -299,6 +304,7 @@ class TargetShard:
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
+        # Mapped: a training reads rows in random order, and a store may be larger than memory.
         self.bytes = np.memmap(path, np.uint8, "r")
         index = self.bytes[header.index_offset :].tobytes()
         if zlib.crc32(index) != header.index_checksum:

@@ -44,6 +44,7 @@ def win_and_tie_figure(comparisons: Sequence[Comparison], merged: str) -> str:
     """Draw C_alpha over alpha as an exact step function, the headline model's line thick."""
     figure, axes = _figure(5.7, 3.9)
     limit = _tolerance_limit(comparisons)
+    # C = 0.5 defines the critical tolerance (paper, section on the metric).
     axes.axhline(0.5, color=MUTED, lw=0.9, ls=(0, (2, 3)))
     axes.text(limit, 0.485, "C = 0.5", color=MUTED, fontsize=9, ha="right", va="top")
     for index, result in enumerate(comparisons):
@@ -150,6 +151,7 @@ def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
     figure, axes = _figure(min(7.6, 1.6 + 0.62 * heads), min(7.0, 1.1 + 0.42 * layers))
     mesh = axes.pcolormesh(
         values,
+        # A fixed scale from 0 to 1, so that the maps of several models can be compared.
         vmin=0.0,
         vmax=1.0,
         cmap="cividis",
@@ -229,6 +231,7 @@ def _plain_log_ticks(axes: Axes) -> None:
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
+    # Not pyplot: it keeps every figure it makes, and looks for a display.
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
     for side, spine in axes.spines.items():
@@ -280,6 +283,7 @@ def _svg(figure: Figure, key: str, alt: str) -> str:
         svg = svg.replace(stand_in, f"var({variable})")
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", svg)
     svg = re.sub(r"font: ((?:\S+ )*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", svg)
+    # All figures stand in one page, and references go by id: equal ids would mix them up.
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = svg.replace("url(#", f"url(#{key}-").replace('href="#', f'href="#{key}-')
     # Without a size of its own the figure fills the width that the page gives it.

@@ -133,6 +133,7 @@ def render(data: ReportData) -> dict[str, str]:
     return {
         "report.html": page,
         "report.md": text,
+        # Without NaN: JSON has none, and scripts read this file.
         "report.json": json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False),
     }
 
@@ -209,6 +210,7 @@ def _cells(result: Comparison) -> list[dict[str, Any]]:
     for pair in result.tasks:
         rate = result.recovery[pair.task]
         side, strength = "none", 0.0
+        # Without a rate (the teacher's score is 0) a cell has no side and no shade.
         if rate is not None:
             side = "above" if rate >= 1 else "below"
             strength = min(1.0, abs(rate - 1) / FULL_SHADE)

@@ -123,6 +123,7 @@ def _rows(report: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, li
         stderr = student["stderr"][name] or 0.0
         pair = TaskPair(task=name, teacher=teacher[name], student=student["scores"][name])
         row = Row(short[name], pair.teacher, pair.student, stderr, win_or_tie(pair, CLOSE))
+        # A score above 1 is a percentage or a perplexity, and has no place on an axis from 0 to 1.
         if task["higher_is_better"] and max(row.teacher, row.student) <= 1:
             domains.setdefault(task["domain"] or "tasks", []).append(row)
     return domains

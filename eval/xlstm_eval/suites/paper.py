@@ -15,7 +15,9 @@ _COLUMNS = ("name", "domain", "shots", "max_gen_tokens", "multiturn", "metric", 
 _BASE: tuple[_Row, ...] = (
     ("piqa", _UNDERSTANDING, 0, None, False, "acc", None),
     ("arc_easy", _UNDERSTANDING, 0, None, False, "acc", None),
+    # Budgets of log-likelihood tasks (ARC-c, MMLU) have no effect; they are kept as printed.
     ("arc_challenge", _UNDERSTANDING, 25, 100, False, "acc_norm", None),
+    # The paper names no metric: 81.9 for the Llama teacher looks like acc_norm.
     ("hellaswag", _UNDERSTANDING, 10, None, False, "acc_norm", None),
     ("winogrande", _UNDERSTANDING, 5, None, False, "acc", None),
     ("mmlu", _UNDERSTANDING, 5, 10, False, "acc", None),
@@ -67,6 +69,7 @@ def paper_suite(name: Literal["base", "instruct"]) -> Suite:
         {
             "name": f"paper-{name}",
             "tasks": [dict(zip(_COLUMNS, row, strict=True)) for row in rows],
+            # On everywhere for instruct models (paper, appendix on evaluation).
             "apply_chat_template": name == "instruct",
             "confirm_run_unsafe_code": True,
         }
