@@ -26,12 +26,12 @@ install: $(STAMP)  ## set up .venv and nothing else
 quickstart: $(STAMP)  ## run the whole pipeline on the embedded teacher and write a report
 	HF_HUB_OFFLINE=1 $(BIN)/xlstm-distill run recipes/quickstart.yaml --run $(RUN)
 
-test: $(STAMP)  ## run the quick tests: about 6 minutes on 2 cores
-	@echo "Running the quick tests: about 6 minutes on 2 cores. The percentages show how far they are."
+test: $(STAMP)  ## run the quick tests: 5 to 15 minutes on 2 cores
+	@echo "Running the quick tests: 5 to 15 minutes on 2 cores. The percentages show how far they are."
 	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: $(STAMP) $(VENV)/extras  ## run the tests that `make test` leaves out: kills, DeepSpeed, peers
-	@echo "Running the slow tests: about 10 minutes on 2 cores. The percentages show how far they are."
+	@echo "Running the slow tests: 10 to 20 minutes on 2 cores. The percentages show how far they are."
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-all: test test-slow  ## run all tests
