@@ -55,8 +55,7 @@ ACCELERATE = ("accelerate.commands.launch", "--config_file", CPU)
 SCRIPT = str(Path(sys.executable).parent / "xlstm-distill")
 LAUNCHERS = (
     pytest.param((*ACCELERATE, SCRIPT), id="accelerate-console-script", marks=pytest.mark.slow),
-    # Quick tests cover these otherwise: --launch is the first in one command, and test_pipeline.py
-    # aligns under torchrun.
+    # The quick tests align through --launch, which is the first of these in one command.
     pytest.param(
         (*ACCELERATE, "-m", "xlstm_distill"), id="accelerate-module", marks=pytest.mark.slow
     ),

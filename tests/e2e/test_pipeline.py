@@ -286,6 +286,8 @@ def test_debug_shows_where(tmp_path):
     assert "Traceback" in done.stderr
 
 
+# The quick suite aligns in two processes through --launch, in test_launch.py.
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_two_processes_write_once_and_align_the_same_student(run, tmp_path):
     from safetensors.torch import load_file

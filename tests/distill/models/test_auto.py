@@ -24,7 +24,15 @@ def test_auto_classes_know_students_in_either_import_order(order, tiny_teacher, 
 
 
 @pytest.mark.parametrize(
-    "name", ["LlamaForCausalLM", "AutoTokenizer", "AutoModelForCausalLM", "Trainer", "AutoConfig"]
+    "name",
+    [
+        # Each takes a process of its own, and these two load the most and the least.
+        "Trainer",
+        "AutoConfig",
+        pytest.param("LlamaForCausalLM", marks=pytest.mark.slow),
+        pytest.param("AutoTokenizer", marks=pytest.mark.slow),
+        pytest.param("AutoModelForCausalLM", marks=pytest.mark.slow),
+    ],
 )
 def test_importing_this_package_first_breaks_no_import_of_transformers(name):
     subprocess.run(

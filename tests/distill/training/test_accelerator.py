@@ -40,7 +40,8 @@ has_peft = importlib.util.find_spec("peft") is not None
 SLOW = [pytest.mark.deepspeed, pytest.mark.slow]
 KINDS = [
     "ddp",
-    "fsdp2",
+    # The quick suite trains under FSDP2 in test_resume.py, and compares it with one process there.
+    pytest.param("fsdp2", marks=pytest.mark.slow),
     pytest.param("zero3", marks=pytest.mark.deepspeed),
     pytest.param("zero1", marks=SLOW),
     pytest.param("zero2", marks=SLOW),
