@@ -80,7 +80,7 @@ ZERO = [
 ]
 
 
-# The quick suite trains and saves under FSDP2 in test_resume.py and test_accelerator.py.
+# The quick suite trains, resumes and saves under FSDP2 in test_resume.py.
 @pytest.mark.parametrize("name", [pytest.param("fsdp2", marks=pytest.mark.slow), *ZERO])
 def test_a_sharded_expert_is_saved_whole(name, aligned, tmp_path):
     from safetensors.torch import load_file
