@@ -12,7 +12,7 @@ from xlstm_distill.models.families import FAMILIES
 
 
 class _StandIn(PreTrainedConfig):
-    """A placeholder under a student's model type: its instances are those of the real class."""
+    """Registered under a student's model type; calling it makes the real class's configuration."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Python calls __init__ only on instances of this class, and the real one is none.
