@@ -75,3 +75,4 @@ class TrainingResult:
     after: dict[str, float]
     skipped_steps: int = 0
     earlier_seconds: float = 0.0
+    compiled: bool = False

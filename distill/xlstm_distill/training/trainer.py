@@ -24,6 +24,7 @@ from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
 from xlstm_distill.training.checkpoints import Checkpoints
+from xlstm_distill.training.compilation import compile_parts, should_compile
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.training.objectives import Objective
@@ -77,6 +78,9 @@ class Trainer:
             micro_batch=plan.micro_batch,
             clip=plan.optim.clip,
         )
+        self.compiled = should_compile(plan.settings.compile, accelerator.device)
+        if self.compiled:
+            compile_parts(objective)
         self.state = TrainingState(objective, self.optimizer)
         self.checkpoints = Checkpoints(directory, plan.settings.keep_checkpoints)
         self.skips = Skips(
@@ -119,7 +123,8 @@ class Trainer:
             if stop is not None:
                 self._stop(self.plan.steps, before, stop)
             last, skipped = (log.last, log.skipped) if log is not None else ({}, 0)
-            return TrainingResult(last, before, after, skipped, self.earlier_seconds)
+            seconds = self.earlier_seconds
+            return TrainingResult(last, before, after, skipped, seconds, self.compiled)
 
     @contextlib.contextmanager
     def _deferred_signals(self) -> Iterator[None]:
