@@ -57,6 +57,7 @@ def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: Training
         "skipped_steps": result.skipped_steps,
         "validation_before": result.before,
         "validation_after": result.after,
+        "inexact_restarts": list(result.inexact),
     }
     if is_main_process():
         shutil.copy(work / LOG_FILE, draft.path / LOG_FILE)

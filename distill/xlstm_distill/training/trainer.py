@@ -20,10 +20,12 @@ from accelerate.utils import DistributedType
 from xlstm_distill.data.rows import Batch, DomainRows, Row
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime import signals
+from xlstm_distill.runtime.arithmetic import arithmetic, differences
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.device import peak_bytes, published_peak
+from xlstm_distill.runtime.ranks import gathered
 from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
-from xlstm_distill.training.checkpoints import Checkpoints
+from xlstm_distill.training.checkpoints import Checkpoint, Checkpoints
 from xlstm_distill.training.feed import Feed, StepBatches
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
@@ -95,6 +97,9 @@ class Trainer:
         # Of the newest checkpoint, None without one: the same command goes on there.
         self.saved_step: int | None = None
         self.started, self.earlier_seconds = time.monotonic(), 0.0
+        # Of all ranks: nodes of a cluster can have different processors.
+        self.arithmetic = gathered(arithmetic(accelerator.device))
+        self.inexact: list[str] = []
 
     def run(self) -> TrainingResult:
         """Train from the newest checkpoint, or from the start, to the end."""
@@ -129,7 +134,9 @@ class Trainer:
             if stop is not None:
                 self._stop(self.plan.steps, before, stop)
             last, skipped = (log.last, log.skipped) if log is not None else ({}, 0)
-            return TrainingResult(last, before, after, skipped, self.earlier_seconds)
+            return TrainingResult(
+                last, before, after, skipped, self.earlier_seconds, tuple(self.inexact)
+            )
 
     @contextlib.contextmanager
     def _deferred_signals(self) -> Iterator[None]:
@@ -164,9 +171,9 @@ class Trainer:
             if self.saved_step != step:
                 self._save(step, before)
             kept = "a checkpoint"
-        done = f"after step {step - 1}" if step else "before step 0"
+        # Finished steps, as `status` counts them.
         raise signals.stopped(
-            f"{done} of {self.plan.label}, with {kept}",
+            f"after {step} of {self.plan.steps} steps of {self.plan.label}, with {kept}",
             f"to go on at step {self.saved_step or 0} of {self.plan.steps}",
             interrupted=number == signal.SIGINT,
         )
@@ -185,21 +192,32 @@ class Trainer:
         exact = self.state.load(found)
         self.earlier_seconds = found.facts["seconds"]
         self.saved_step = found.step
-        note = ""
-        if not exact:
-            note = (
-                f"; {found.processes} processes wrote the checkpoint, so the result will differ in "
-                "the last bits"
-            )
-        self.console.line(
-            f"{self.plan.label}: goes on at step {found.step} of {self.plan.steps}{note}"
-        )
+        goes_on = f"goes on at step {found.step} of {self.plan.steps}"
+        self.inexact = list(found.facts.get("inexact", []))
+        if changes := self._changed_since(found, exact):
+            goes_on += f"; {changes}, so the result will differ in the last bits"
+            self.inexact.append(f"at step {found.step}: {changes}")
+        self.console.line(f"{self.plan.label}: {goes_on}")
         return found.step, dict(found.facts["before"])
+
+    def _changed_since(self, found: Checkpoint, exact: bool) -> str:
+        """Say why going on from a checkpoint is not exact to the last bit; empty if it is."""
+        changes = differences(found.facts.get("arithmetic", []), self.arithmetic)
+        if not exact:
+            # Ranks are not the same ones then, so only their number is sure to have changed.
+            changes.insert(0, f"processes {found.processes} -> {self.accelerator.num_processes}")
+        return ", ".join(changes)
 
     def _save(self, step: int, before: dict[str, float]) -> None:
         """Write a checkpoint from which `step` is the next to do."""
         seconds = round(self.earlier_seconds + time.monotonic() - self.started, 3)
-        facts = {"before": before, "layout": self.state.layout(), "seconds": seconds}
+        facts = {
+            "before": before,
+            "layout": self.state.layout(),
+            "seconds": seconds,
+            "arithmetic": self.arithmetic,
+            "inexact": self.inexact,
+        }
         self.checkpoints.save(step, self.state.tensors(), facts)
         self.saved_step = step
 
