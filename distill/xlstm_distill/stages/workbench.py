@@ -79,6 +79,7 @@ def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: Training
         "compiled": result.compiled,
         "validation_before": result.before,
         "validation_after": result.after,
+        "inexact_restarts": list(result.inexact),
     }
     if is_main_process():
         shutil.copy(work / LOG_FILE, draft.path / LOG_FILE)
