@@ -47,7 +47,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         code, problems = _explain(error)
-        for problem in problems:
+        # What all ranks raise because rank 0 did is printed once.
+        for problem in () if getattr(error, "said", False) else problems:
             typer.echo("error: " + " ".join(problem.split()), err=True)
         raise typer.Exit(code) from None
 

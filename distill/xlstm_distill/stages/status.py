@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from xlstm_distill.artifacts.artifact import FORMAT
 from xlstm_distill.artifacts.changes import in_a_line
 from xlstm_distill.artifacts.locks import is_held, training_lock
+from xlstm_distill.artifacts.manifest import FORMAT
 from xlstm_distill.artifacts.run import RECIPE_FILE
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import Recipe
