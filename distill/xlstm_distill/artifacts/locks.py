@@ -65,8 +65,8 @@ def open_lock(path: Path, *, new: bool = False) -> IO[str]:
 
 def _no_lock(path: Path) -> RunError:
     return RunError(
-        f"{path}: is a link or no plain file, and a lock must be one; remove it and run the command "
-        "again."
+        f"{path}: is a link or no plain file, and a lock must be one; remove it and run the "
+        "command again."
     )
 
 

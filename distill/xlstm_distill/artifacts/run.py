@@ -7,6 +7,7 @@ import errno
 import importlib.metadata
 import platform
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -192,11 +193,12 @@ class Run(Shelf):
         changes = request.changes_since(earlier)
         if not changes:
             return
-        size = byte_size(earlier.bytes)
         kept = self.keep_at(request, earlier)
-        ending = f"the earlier one ({size}) is kept in {kept}"
-        if kept is None:
-            ending = f"the earlier one ({size}) is then removed"
+        ending = f"the earlier one ({byte_size(earlier.bytes)}) is kept in {kept}"
+        if request.covers(earlier):
+            ending = "it will hold the earlier one"
+        elif kept is None:
+            ending = f"the earlier one ({byte_size(earlier.bytes)}) is then removed (--replace)"
         console.line(f"{request.label} is made again: {in_a_line(changes)}; {ending}")
 
     def _agreed(self, request: Request, mine: list[Artifact]) -> Artifact:
@@ -309,6 +311,7 @@ class Run(Shelf):
             "notes": request.notes,
             "seed": self.recipe.seed,
             "versions": versions(),
+            "arithmetic": _arithmetic(),
             "wall_seconds": round(seconds, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "results": draft.results,
@@ -341,6 +344,16 @@ class Run(Shelf):
         if found is None:
             raise self.not_there(request)
         return found
+
+
+def _arithmetic() -> dict[str, str | int]:
+    """What this process computes with: the last bits of a result depend on it."""
+    # torch takes seconds to load. An artifact made without it holds no sums of floats.
+    if "torch" not in sys.modules:
+        return {}
+    from xlstm_distill.runtime.arithmetic import arithmetic
+
+    return arithmetic()
 
 
 def versions() -> dict[str, str]:

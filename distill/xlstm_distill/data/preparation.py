@@ -89,6 +89,8 @@ class Preparation:
             UserError: a source cannot be used, or there are too few documents.
             RunError: hub data stopped coming, or a worker died.
         """
+        # The index has the checksum of every shard, and the manifest that of the index.
+        draft.self_checked = ("rows-*.arrow",)
         self.folder.mkdir(parents=True, exist_ok=True)
         # The caller holds the lock of this folder: a partial file is of a killed process.
         remove_partials(self.folder)

@@ -72,6 +72,8 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
         return compute()
     import torch
 
+    # Before rank 0 is busy: the ranks find each other within torch's time limit, which is shorter.
+    group = waiting_group()
     answer: list[Any] = [None, None]
     error: BaseException | None = None
     if is_main_process():
@@ -81,7 +83,7 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
             # Told before it is raised: the others would wait for an answer that never comes.
             error = raised
             answer = ["input" if isinstance(raised, UserError) else "failed", str(raised)]
-    torch.distributed.broadcast_object_list(answer, src=0, group=waiting_group())
+    torch.distributed.broadcast_object_list(answer, src=0, group=group)
     if error is not None:
         raise error
     if answer[0] == "done":
@@ -89,6 +91,17 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
     told = UserError(answer[1]) if answer[0] == "input" else RunError(answer[1])
     told.said = True  # rank 0 prints it
     raise told
+
+
+def gathered(mine: Any) -> list[Any]:
+    """Return every rank's value, in the order of ranks; all ranks must ask. For small values."""
+    if process_count() == 1:
+        return [mine]
+    import torch
+
+    values: list[Any] = [None] * process_count()
+    torch.distributed.all_gather_object(values, mine, group=waiting_group())
+    return values
 
 
 @functools.cache

@@ -7,19 +7,19 @@ for each batch.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.data.rows import IGNORE_INDEX, Batch
+from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
-from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.mixer import HybridMixer
-from xlstm_distill.targets.providers import TargetSource, kept_hidden
+from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Sums:
 
 class Objective(nn.Module, abc.ABC):
     """Sums a loss over the tokens of a batch, and counts the tokens that it is averaged over."""
+
+    def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
+        """Read rows into a batch on the host, with all that `forward` needs of the disk."""
+        return load_batch(domains, rows)
 
     @abc.abstractmethod
     def count(self, batch: Batch) -> int:
@@ -149,13 +153,20 @@ class DistillObjective(Objective):
         self.targets = targets
         self.weights = weights
 
+    def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
+        """Read rows, and their targets where these are stored."""
+        batch = super().load(domains, rows)
+        if isinstance(self.targets, StoredTargets):
+            return replace(batch, targets=self.targets(batch))
+        return batch
+
     def count(self, batch: Batch) -> int:
         """Count the supervised tokens."""
         return int((batch.labels != IGNORE_INDEX).sum())
 
     def forward(self, batch: Batch) -> Sums:
         """Sum the weighted loss and its two parts over the supervised tokens."""
-        targets: SparseTargets = self.targets(batch)
+        targets = self.targets(batch) if batch.targets is None else batch.targets
         # Only supervised positions reach the head, whose logits are the largest tensor of a step.
         hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
         labels = batch.labels[batch.labels != IGNORE_INDEX]

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from xlstm_distill.artifacts.locks import exclusive
+from xlstm_distill.artifacts.locks import exclusive, marked, wait_for
 from xlstm_distill.errors import RunError
 
 
@@ -38,3 +38,31 @@ def test_a_file_system_without_locks_is_said_and_does_not_stop_a_training(
         pass
     assert len(said) == 1
     assert f"{tmp_path / '.lock'}: cannot be locked" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "folder"])
+@pytest.mark.parametrize("take", [wait_for, marked, lambda path: exclusive(path, path, print)])
+def test_a_lock_that_is_no_plain_file_is_refused_and_harms_nothing(tmp_path, kind, take):
+    lock, behind = tmp_path / "lock", tmp_path / "precious"
+    if kind == "fifo":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(behind)
+    if kind == "link":
+        behind.write_text("precious")
+    with pytest.raises((RunError, FileExistsError), match=r"lock"), take(lock):
+        pass
+    assert behind.exists() == (kind == "link")
+    if kind == "link":
+        assert behind.read_text() == "precious"
+
+
+def test_a_lock_file_keeps_what_it_holds(tmp_path):
+    """A hard link is a plain file: what is behind it is not cut."""
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "lock").hardlink_to(tmp_path / "precious")
+    with wait_for(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
