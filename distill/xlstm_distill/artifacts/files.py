@@ -35,8 +35,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     # A random name, so that two writers of the same path do not write into one file.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        # Exclusive: it must be a new file, and never a link that somebody laid there.
-        with partial.open("xb") as file:
+        with partial.open("wb") as file:
             yield file
             file.flush()
             # Before the rename: otherwise a power failure can leave the name with an empty file.

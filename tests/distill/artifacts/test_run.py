@@ -310,7 +310,7 @@ def test_what_is_missing_is_looked_for_again(run):
     thread.join()
     assert "not there yet; looking again for 20 s" in other.console.lines[0]
     other.patience = 0.1
-    with pytest.raises(RunError, match="run the stage 'stage' first"):
+    with pytest.raises(RunError, match=r"made from other settings .*run 'stage' again"):
         other.need(request_(2))
 
 
