@@ -7,7 +7,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,19 @@ def hash_path(path: Path) -> str:
     if path.is_file():
         return hash_files(path.parent, [path])
     return hash_files(path, sorted(p for p in path.rglob("*") if p.is_file()))
+
+
+def hash_if_there(path: Path) -> str | None:
+    """Hash a file or folder, or take rank 0's hash of it (`take_hashes`); None if there is none."""
+    place = str(path)
+    if place in _TAKEN:
+        return _TAKEN[place]
+    return hash_path(path) if path.exists() else None
+
+
+def take_hashes(hashes: Mapping[str, str | None]) -> None:
+    """Use another process's answers of `hash_if_there` in this process, by path."""
+    _TAKEN.update(hashes)
 
 
 def hash_files(root: Path, files: Iterable[Path]) -> str:
@@ -134,8 +147,9 @@ def _state(path: Path) -> list[int]:
     return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
 
 
-# Of the process, as what it remembers is about files and not about a run.
+# Of the process, as both are about files and not about a run.
 _MEMORY = _Memory()
+_TAKEN: dict[str, str | None] = {}
 
 
 def crc32(path: Path) -> int:

@@ -14,6 +14,9 @@ from xlstm_distill.artifacts.manifest import read_manifest
 from xlstm_distill.errors import RunError
 from xlstm_distill.runtime.console import Console, byte_size
 
+KEPT = re.compile(rf"(.+)\.kept-[0-9a-f]{{{KEPT_CHARACTERS}}}")
+"""Names of folders with artifacts of other settings; the group is the artifact's own name."""
+
 
 class Shelf:
     """The artifacts of a run directory, and those that are kept beside them.
@@ -63,10 +66,12 @@ class Shelf:
     def kept(self, label: str) -> list[Artifact]:
         """Artifacts of this label that were made from other settings and are kept."""
         final = self.path(label)
-        pattern = re.compile(rf"{re.escape(final.name)}\.kept-[0-9a-f]{{{KEPT_CHARACTERS}}}")
-        folders = sorted(final.parent.iterdir()) if final.parent.is_dir() else []
-        found = [self._load(path) for path in folders if pattern.fullmatch(path.name)]
-        return [artifact for artifact in found if artifact]
+        found: list[Artifact] = []
+        for path in sorted(final.parent.iterdir()) if final.parent.is_dir() else []:
+            name = KEPT.fullmatch(path.name)
+            if name and name[1] == final.name and (artifact := self._load(path)):
+                found.append(artifact)
+        return found
 
     def find_or_restore(self, request: Request) -> Artifact | None:
         """Find an artifact; put one back that was kept when other settings replaced it."""
