@@ -96,13 +96,15 @@ class Draft:
     `path` is a temporary directory that becomes the artifact when all went well.
     `earlier_seconds` is time spent before: gathering the files, or a training that was cut short.
     `self_checked` are patterns (`rows-*.arrow`) of files with checksums of their own: the manifest
-    holds their sizes only, and `xlstm-distill verify` lets their readers check them.
+    holds their sizes only, and `xlstm-distill verify` lets their readers check them. `temporary`
+    are files that go once the artifact is published.
     """
 
     path: Path
     earlier_seconds: float = 0.0
     results: dict[str, Any] = field(default_factory=dict)
     self_checked: tuple[str, ...] = ()
+    temporary: tuple[str, ...] = ()
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file into the artifact."""

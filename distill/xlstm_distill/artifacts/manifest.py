@@ -60,14 +60,18 @@ def _are_facts(files: Any) -> bool:
     )
 
 
-def facts_of_files(folder: Path, self_checked: Iterable[str]) -> dict[str, dict[str, Any]]:
+def facts_of_files(
+    folder: Path, self_checked: Iterable[str] = (), temporary: Iterable[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file below a folder, by its path from there on.
 
     Files that fit a pattern of `self_checked` get a size only: their readers compare checksums of
-    their own, and hashing them would read up to hundreds of GB once more.
+    their own, and hashing them would read up to hundreds of GB once more. `temporary` files are
+    left out.
     """
-    patterns = tuple(self_checked)
+    patterns, gone = tuple(self_checked), set(temporary)
     names = [path.relative_to(folder).as_posix() for path in _files(folder)]
+    names = [name for name in names if name not in gone]
     own = {name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
     # Just written, so mostly still in memory: a few seconds for 16 GB in several files.
     hashes = sha256_of_all(folder / name for name in names if name not in own)

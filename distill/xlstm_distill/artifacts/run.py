@@ -164,7 +164,8 @@ class Run(Shelf):
         console = console or self.console
         if done := self.look(request):
             return done
-        self.say_why(request, console)
+        if gathered is None:  # else whoever gathered the files has said it
+            self.say_why(request, console)
         # Before the build: two trainings in one work directory would write the same checkpoints.
         with self._training(request, console) if together else contextlib.nullcontext():
             # Another run may have published it, and removed the work directory, a moment ago.
@@ -295,7 +296,7 @@ class Run(Shelf):
             return
         # Not the wall clock: the system may set it while a stage runs.
         seconds = draft.earlier_seconds + time.monotonic() - started
-        files = facts_of_files(draft.path, draft.self_checked)
+        files = facts_of_files(draft.path, draft.self_checked, draft.temporary)
         # Last: a directory without a manifest is no artifact.
         draft.write_json(MANIFEST, {**self._manifest(request, draft, seconds), "files": files})
 

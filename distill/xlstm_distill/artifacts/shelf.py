@@ -107,6 +107,7 @@ class Shelf:
     def publish(self, source: Path, request: Request) -> None:
         """Rename a complete folder into the artifact's place; the lock must be held."""
         final = self.path(request.label)
+        final.parent.mkdir(parents=True, exist_ok=True)
         replace_directory(source, final, self.place_of_earlier(request))
         # A stage's first artifact makes the folder that it lies in.
         flush_upwards(final.parent, self.directory)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from xlstm_distill.artifacts.hashing import digest, hash_files
 from xlstm_distill.errors import UserError
-from xlstm_distill.models.families import CausalLM, family_of
 from xlstm_distill.models.teacher_files import model_files, weight_files
 from xlstm_distill.recipe import Teacher
+
+if TYPE_CHECKING:
+    import torch
+
+    from xlstm_distill.models.families import CausalLM
 
 
 def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalLM:
@@ -21,6 +24,10 @@ def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalL
     Raises:
         UserError: the path is missing, holds no model, or the architecture is not supported.
     """
+    # Not above: who needs the tokenizer alone loads no model code.
+    import torch
+    from transformers import AutoModelForCausalLM
+
     # Only the configuration is read for this: a wrong teacher is refused before weights are loaded.
     check_teacher(config)
     # Never a pickle, from the hub neither: it can run code when it is loaded.
@@ -75,6 +82,8 @@ def check_teacher(config: Teacher) -> None:
         UserError: the path is missing, holds no weights but pickles, or the architecture is not
             supported.
     """
+    from xlstm_distill.models.families import family_of
+
     _check_path(config)
     if Path(config.path).is_dir():
         weight_files(Path(config.path))
