@@ -31,7 +31,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not a manifest; delete {folder} to make it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a manifest; delete {folder} to make it again.")
