@@ -280,25 +280,3 @@ def test_a_second_run_is_told_who_trains_and_a_killed_launcher_leaves_nobody(pre
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=100)
     assert process.returncode == 130
-
-
-@pytest.mark.slow
-def test_ranks_of_a_killed_torchrun_end_as_well(prepared):
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command = words("align", prepared, sets=("align.tokens=4000000", *SETS[1:]))
-    process = subprocess.Popen(
-        [sys.executable, "-m", *launcher, "xlstm_distill", *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=process_environment(ACCELERATE_USE_CPU="true"),
-        cwd=ROOT,
-    )
-    wait_for(process, lambda: logged_steps(prepared) >= 3)
-    ranks = ranks_of(process)
-    assert len(ranks) == 2
-    process.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=10)
-    for rank in alive:
-        rank.kill()
-    assert not alive

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from processes import process_environment
 
+from xlstm_distill.artifacts.locks import exclusive
+from xlstm_distill.errors import RunError
+from xlstm_distill.runtime.signals import EXIT_CODE
 from xlstm_distill.runtime.watch import GRACE_SECONDS, LAUNCHER, Watch, _launcher
 
 
@@ -139,3 +145,62 @@ def test_a_rank_that_fails_alone_ends_all_within_seconds_with_one_line(tmp_path)
     said = "error: model.safetensors: Input/output error"
     lines = [line for text in errors for line in text.splitlines() if line.startswith("error")]
     assert lines == [said], errors
+
+
+HOLDS_A_LOCK = """
+import os, sys, time
+from pathlib import Path
+from xlstm_distill.artifacts.locks import exclusive
+from xlstm_distill.cli.failures import one_line_errors
+from xlstm_distill.runtime import signals
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+# As in a collective on GPUs, which neither ends nor hears of signals.
+with one_line_errors(debug=False), signals.deferred():
+    with exclusive(folder / f"lock-{rank}", folder, print):
+        (folder / f"ready-{rank}").write_text(str(os.getpid()))
+        time.sleep(600)
+"""
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+def test_ranks_of_a_killed_launcher_end_and_free_their_locks(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, sys.executable, "-c", HOLDS_A_LOCK, str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=process_environment(),
+    )
+    ready = [tmp_path / f"ready-{rank}" for rank in range(2)]
+    deadline = time.monotonic() + 200
+    while not all(path.exists() and path.read_text() for path in ready):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = [psutil.Process(int(path.read_text())) for path in ready]
+    lock = tmp_path / "lock-0"
+    holder = re.escape(f"(pid {ranks[0].pid} on {platform.node()})")
+    with pytest.raises(RunError, match=holder), exclusive(lock, tmp_path, print):
+        pass
+    process.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    for rank in alive:
+        rank.kill()
+    assert not alive
+    with exclusive(lock, tmp_path, print):
+        pass
+    errors = process.communicate(timeout=10)[1]
+    assert errors.count("is gone, so this run ends; run the same command again") == 1, errors
+
+
+def test_a_rank_whose_launcher_was_gone_before_it_looked_ends_too(tmp_path):
+    """`--launch` tells its ranks its process id; here it is that of another process."""
+    command = "from xlstm_distill.runtime import watch; import time; watch.start(); time.sleep(60)"
+    environment = process_environment(**{LAUNCHER: "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == EXIT_CODE
+    assert done.stderr.startswith("error: the launcher (process 1) is gone")
