@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data.packing import PackedRow
 from xlstm_distill.data.shards import ShardReader
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.segments import positions_in_documents
 
 # torch's own default for labels that do not count.
@@ -27,7 +28,8 @@ class Batch:
     """Rows ready for a model; tensors are (B, T), int64 except `real`.
 
     `labels` holds the next token where it is supervised and of the same document, else
-    IGNORE_INDEX. `real` is False on padding.
+    IGNORE_INDEX. `real` is False on padding. `targets` are the stored targets of the tokens with a
+    label, where they were read with the rows.
     """
 
     input_ids: Tensor
@@ -36,13 +38,26 @@ class Batch:
     labels: Tensor
     real: Tensor
     rows: tuple[Row, ...]
+    targets: SparseTargets | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """Move all tensors."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if name != "rows"
+        """Move all tensors; a copy of pinned memory to a GPU does not make the host wait."""
+        # Only towards a GPU: a copy to the host that is not waited for is not there yet.
+        ahead = device.type == "cuda"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=ahead))
+
+    def pinned(self) -> Batch:
+        """Copy all tensors into pinned memory, from which a GPU copies by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        if self.targets is not None:
+            of_targets = {name: change(value) for name, value in vars(self.targets).items()}
+            changed["targets"] = SparseTargets(**of_targets)
+        return replace(self, **changed)
 
 
 class DomainRows:

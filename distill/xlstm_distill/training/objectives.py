@@ -7,19 +7,19 @@ for each batch.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.data.rows import IGNORE_INDEX, Batch
+from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
-from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.mixer import HybridMixer
-from xlstm_distill.targets.providers import TargetSource, kept_hidden
+from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Sums:
 class Objective(nn.Module, abc.ABC):
     """Sums a loss over the tokens of a batch, and counts the tokens that it is averaged over."""
 
+    def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
+        """Read rows into a batch on the host, with all that `forward` needs of the disk."""
+        return load_batch(domains, rows)
+
     @abc.abstractmethod
     def count(self, batch: Batch) -> int:
         """Count the tokens of a batch that the loss is averaged over."""
@@ -40,6 +44,10 @@ class Objective(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(self, batch: Batch) -> Sums:
         """Sum the loss over a batch."""
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return modules with the name of the method that takes their time, for compiling."""
+        return []
 
 
 class AlignObjective(Objective):
@@ -81,6 +89,10 @@ class AlignObjective(Objective):
         total = torch.stack(errors).sum()
         parts = {"mse": total.detach(), "teacher_power": torch.stack(norms).sum()}
         return Sums(total, parts)
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return the mixers; the teacher's layers have hooks inside, which would break graphs."""
+        return [(mixer, "mix") for mixer in self.mixers]
 
 
 @dataclass
@@ -149,15 +161,26 @@ class DistillObjective(Objective):
         self.targets = targets
         self.weights = weights
 
+    def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
+        """Read rows, and their targets where these are stored."""
+        batch = super().load(domains, rows)
+        if isinstance(self.targets, StoredTargets):
+            return replace(batch, targets=self.targets(batch))
+        return batch
+
     def count(self, batch: Batch) -> int:
         """Count the supervised tokens."""
         return int((batch.labels != IGNORE_INDEX).sum())
 
     def forward(self, batch: Batch) -> Sums:
         """Sum the weighted loss and its two parts over the supervised tokens."""
-        targets: SparseTargets = self.targets(batch)
+        targets = self.targets(batch) if batch.targets is None else batch.targets
         # Only supervised positions reach the head, whose logits are the largest tensor of a step.
         hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
         labels = batch.labels[batch.labels != IGNORE_INDEX]
         loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return the student's decoder layers."""
+        return [(layer, "forward") for layer in self.student.model.layers]

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
+from xlstm_distill.data.rows import Batch, DomainRows, Row
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime import signals
 from xlstm_distill.runtime.arithmetic import arithmetic, differences
@@ -26,6 +26,8 @@ from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.runtime.ranks import gathered
 from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
 from xlstm_distill.training.checkpoints import Checkpoint, Checkpoints
+from xlstm_distill.training.compilation import compile_parts, kernels_of, should_compile
+from xlstm_distill.training.feed import Feed, StepBatches
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.training.objectives import Objective
@@ -79,7 +81,18 @@ class Trainer:
             micro_batch=plan.micro_batch,
             clip=plan.optim.clip,
         )
+        self.compiled = should_compile(plan.settings.compile, accelerator.device)
+        if self.compiled:
+            compile_parts(objective)
         self.state = TrainingState(objective, self.optimizer)
+        self.feed = Feed(
+            plan=plan,
+            objective=objective,
+            domains=domains,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+            device=accelerator.device,
+        )
         self.checkpoints = Checkpoints(directory, plan.settings.keep_checkpoints)
         self.skips = Skips(
             self.console.line, tolerant=plan.optim.non_finite == "skip", steps=plan.steps
@@ -89,7 +102,11 @@ class Trainer:
         self.saved_step: int | None = None
         self.started, self.earlier_seconds = time.monotonic(), 0.0
         # Of all ranks: nodes of a cluster can have different processors.
-        self.arithmetic = gathered(arithmetic(accelerator.device))
+        computed = {
+            "kernels": kernels_of(objective),
+            "layers": "compiled" if self.compiled else "plain",
+        }
+        self.arithmetic = gathered(arithmetic(accelerator.device) | computed)
         self.inexact: list[str] = []
 
     def run(self) -> TrainingResult:
@@ -105,11 +122,12 @@ class Trainer:
         with (
             self._deferred_signals(),
             self._log(start) as log,
+            self.feed.ahead(start) as feed,
             self.console.progress(self.plan.label, tokens) as bar,
         ):
             bar.skip(start * self.tokens_per_step)
             for step in range(start, self.plan.steps):
-                figures = self._step(step, before)
+                figures = self._step(step, feed.take(step), before)
                 if self._is_due(self.plan.settings.validate_steps, step + 1):
                     held_out = self.validate()
                     figures |= {f"held_out_{name}": value for name, value in held_out.items()}
@@ -125,7 +143,13 @@ class Trainer:
                 self._stop(self.plan.steps, before, stop)
             last, skipped = (log.last, log.skipped) if log is not None else ({}, 0)
             return TrainingResult(
-                last, before, after, skipped, self.earlier_seconds, tuple(self.inexact)
+                last=last,
+                before=before,
+                after=after,
+                skipped_steps=skipped,
+                earlier_seconds=self.earlier_seconds,
+                inexact=tuple(self.inexact),
+                compiled=self.compiled,
             )
 
     @contextlib.contextmanager
@@ -224,24 +248,22 @@ class Trainer:
         trackers = self.plan.settings.trackers
         return training_log(self.directory, self.plan.label, header, start, trackers)
 
-    def _step(self, step: int, before: dict[str, float]) -> dict[str, float]:
+    def _step(self, step: int, read: StepBatches, before: dict[str, float]) -> dict[str, float]:
         """Do one optimiser step and return its figures.
 
         Raises:
             Stopped: a signal came on some rank; the step is not done.
         """
         started = time.monotonic()
-        stretch, number = self.plan.stretch_of(step)
-        rows = stretch.schedule.rows(number, self.plan.batch)
-        batches = self._micro_batches(rows)
-        tokens, stop = self._agree(sum(self.objective.count(batch) for batch in batches))
+        tokens, stop = self._agree(read.tokens)
         if stop is not None:
             self._stop(step, before, stop)
+        stretch, _ = self.plan.stretch_of(step)
         lr = learning_rate(self.plan.optim, self.plan.steps, step, stretch.lr)
         # Set at every step, not by a scheduler, whose state a checkpoint would have to hold.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        figures = self._optimize(step, rows, batches, tokens)
+        figures = self._optimize(step, read.rows, read.batches, tokens)
         figures["lr"] = lr
         return figures | self._speed(time.monotonic() - started)
 
@@ -256,13 +278,6 @@ class Trainer:
             rate_of_one = rate / self.accelerator.num_processes
             figures["mfu"] = self.plan.flops_per_token * rate_of_one / self.peak[0]
         return figures
-
-    def _micro_batches(self, rows: list[Row]) -> list[Batch]:
-        """Load this rank's share of a step's rows, in micro-batches."""
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        size = self.plan.micro_batch
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [load_batch(self.domains, part).to(self.accelerator.device) for part in parts]
 
     def _optimize(
         self, step: int, rows: list[Row], batches: list[Batch], tokens: int
@@ -310,7 +325,9 @@ class Trainer:
         losses = []
         for n, batch in enumerate(batches):
             with micro_step(accelerator, self.wrapped, last=n == len(batches) - 1):
-                sums = self.wrapped(batch)
+                # Moved one by one: the targets of all would take as much of the GPU as they do
+                # of the host.
+                sums = self.wrapped(batch.to(accelerator.device))
                 # Gradients are averaged over ranks afterwards; the factor turns that mean back
                 # into a sum.
                 accelerator.backward(sums.loss * (accelerator.num_processes / tokens))
@@ -326,7 +343,8 @@ class Trainer:
     ) -> tuple[str | None, list[Row]]:
         """Find the module or parameter where a figure stopped being finite, and the rows."""
         if figure == "loss":
-            origin = first_bad_module(self.wrapped, batches)
+            on_device = [batch.to(self.accelerator.device) for batch in batches]
+            origin = first_bad_module(self.wrapped, on_device)
         else:
             origin = first_bad_gradient(self.objective)
         return blame(origin, losses, batches)
@@ -334,7 +352,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Return the held-out figures of the objective as it is now."""
         rows = self.plan.validation_rows(self.accelerator.num_processes)
-        return validate(self.wrapped, self.objective.count, self.domains, rows, self.accelerator)
+        return validate(self.wrapped, self.objective, self.domains, rows, self.accelerator)
 
 
 def _refuse_uneven_batch(plan: TrainingPlan, processes: int) -> None:
