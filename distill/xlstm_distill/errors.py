@@ -6,11 +6,8 @@ from __future__ import annotations
 class UserError(Exception):
     """Bad input: one line per problem. The command line exits with 2.
 
-    A line names the field, its value, what is allowed and the fix. `said` is set where another rank
-    prints the same error.
+    A line names the field, its value, what is allowed and the fix.
     """
-
-    said = False
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -19,5 +16,3 @@ class UserError(Exception):
 
 class RunError(Exception):
     """Failure at run time (non-finite loss, full disk, ...), in one line; exit code 1."""
-
-    said = False

@@ -85,11 +85,12 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
             answer = ["input" if isinstance(raised, UserError) else "failed", str(raised)]
     torch.distributed.broadcast_object_list(answer, src=0, group=group)
     if error is not None:
+        error.speaks = True  # type: ignore[attr-defined]  # one rank prints it: this one
         raise error
     if answer[0] == "done":
         return cast("T", answer[1])
     told = UserError(answer[1]) if answer[0] == "input" else RunError(answer[1])
-    told.said = True  # rank 0 prints it
+    told.speaks = False  # type: ignore[union-attr]
     raise told
 
 

@@ -19,8 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlstm_distill.artifacts import Draft, Run, files
-from xlstm_distill.artifacts import shelf
+from xlstm_distill.artifacts import Draft, Run, files, shelf
 from xlstm_distill.data import preparation, shards
 from xlstm_distill.data.budget import rows_needed
 from xlstm_distill.data.prepare import data_identity, prepare_domain, tokenizer_hash
