@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Draft
@@ -23,13 +21,6 @@ from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
 from xlstm_kernels import dispatch
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices off the terminal; errors still appear."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def open_domains(
@@ -103,6 +94,13 @@ def save_model(
 def load_student(
     artifact: Artifact, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> CausalLM:
-    """Load the student an artifact holds."""
+    """Load the student an artifact holds; rank 0 compares its checksums first.
+
+    Raises:
+        RunError: a file of it is missing or changed.
+    """
+    # One rank for all: 64 of them would read 64 times 16 GB from the same disks.
+    if is_main_process():
+        artifact.check_content("model")
     student: CausalLM = AutoModelForCausalLM.from_pretrained(artifact.model_path, dtype=dtype)
     return student.to(device)
