@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,18 @@ from torch import Tensor
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data.packing import PackedRow
 from xlstm_distill.data.shards import ShardReader
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.segments import positions_in_documents
+from xlstm_distill.runtime.device import send
 
 # torch's own default for labels that do not count.
 IGNORE_INDEX = -100
 
 Row = tuple[str, int]
 """A row's domain and its index there."""
+
+NOT_FOUND = torch.empty(0, dtype=torch.int64)
+"""Stands for a batch's kept tokens until they are looked for."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Batch:
 
     `labels` holds the next token where it is supervised and of the same document, else
     IGNORE_INDEX. `real` is False on padding.
+
+    The rest is found where the batch is made, on the host, because asking the device for it would
+    stall the device. `kept` (K,) int64: places of the labels in the flattened rows. `tokens`:
+    number of tokens that are no padding. `packed`: whether some row holds several documents.
+    `targets`: the teacher's answers at the kept tokens, where they were read from a store.
     """
 
     input_ids: Tensor
@@ -36,12 +46,33 @@ class Batch:
     labels: Tensor
     real: Tensor
     rows: tuple[Row, ...]
+    kept: Tensor = field(default=NOT_FOUND)
+    tokens: int = -1
+    packed: bool = True
+    targets: SparseTargets | None = None
+
+    def __post_init__(self) -> None:
+        """Find `kept`, `tokens` and `packed` if they are not given."""
+        if self.kept is not NOT_FOUND:
+            return
+        changes = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
+        found = {
+            "kept": (self.labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
+            "tokens": int(self.real.sum()),
+            "packed": bool(changes.any()),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)  # the class is frozen
 
     def to(self, device: torch.device) -> Batch:
-        """Move all tensors."""
+        """Copy all tensors to a device, without waiting for it."""
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if name != "rows"
+            name: send(value, device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
+        if self.targets is not None:
+            moved["targets"] = self.targets.to(device)
         return replace(self, **moved)
 
 

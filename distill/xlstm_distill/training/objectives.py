@@ -7,19 +7,19 @@ for each batch.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.data.rows import IGNORE_INDEX, Batch
+from xlstm_distill.data.rows import Batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
-from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.mixer import HybridMixer
-from xlstm_distill.targets.providers import TargetSource, kept_hidden
+from xlstm_distill.models.teacher import teacher_hidden
+from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,13 @@ class Sums:
 class Objective(nn.Module, abc.ABC):
     """Sums a loss over the tokens of a batch, and counts the tokens that it is averaged over."""
 
+    def load(self, batch: Batch) -> Batch:
+        """Add to a batch, on the host, what the loss needs from the disk."""
+        return batch
+
     @abc.abstractmethod
     def count(self, batch: Batch) -> int:
-        """Count the tokens of a batch that the loss is averaged over."""
+        """Count the tokens of a batch that the loss is averaged over, without asking a device."""
 
     @abc.abstractmethod
     def forward(self, batch: Batch) -> Sums:
@@ -61,7 +65,7 @@ class AlignObjective(Objective):
 
     def count(self, batch: Batch) -> int:
         """Count all tokens but padding."""
-        return int(batch.real.sum())
+        return batch.tokens
 
     def forward(self, batch: Batch) -> Sums:
         """Sum squared errors per head element over layers and tokens.
@@ -122,8 +126,12 @@ class TeacherObserver:
                 attention.o_proj.register_forward_pre_hook(record_heads),
             ]
         try:
-            self.teacher.model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            teacher_hidden(
+                self.teacher,
+                batch.input_ids,
+                batch.position_ids,
+                batch.segment_ids,
+                packed=batch.packed,
             )
         finally:
             for handle in handles:
@@ -151,13 +159,20 @@ class DistillObjective(Objective):
 
     def count(self, batch: Batch) -> int:
         """Count the supervised tokens."""
-        return int((batch.labels != IGNORE_INDEX).sum())
+        return len(batch.kept)
+
+    def load(self, batch: Batch) -> Batch:
+        """Read the batch's targets from their store."""
+        # Any other source computes them where the batch is trained on.
+        if not isinstance(self.targets, StoredTargets):
+            return batch
+        return replace(batch, targets=self.targets(batch))
 
     def forward(self, batch: Batch) -> Sums:
         """Sum the weighted loss and its two parts over the supervised tokens."""
-        targets: SparseTargets = self.targets(batch)
+        targets = self.targets(batch) if batch.targets is None else batch.targets
         # Only supervised positions reach the head, whose logits are the largest tensor of a step.
         hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
-        labels = batch.labels[batch.labels != IGNORE_INDEX]
+        labels = batch.labels.flatten().index_select(0, batch.kept)
         loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
 from xlstm_distill.training.checkpoints import Checkpoints
+from xlstm_distill.training.exchange import Agreed, Share, exchange
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.training.objectives import Objective
@@ -103,8 +104,12 @@ class Trainer:
             self.console.progress(self.plan.label, tokens) as bar,
         ):
             bar.skip(start * self.tokens_per_step)
+            share = self._share(start)
+            agreed = exchange(self.accelerator, self._count(share))
             for step in range(start, self.plan.steps):
-                figures = self._step(step, before)
+                if agreed.stop is not None:
+                    self._stop(step, before, agreed.stop)
+                figures, share, agreed = self._step(step, share, agreed.tokens)
                 if self._is_due(self.plan.settings.validate_steps, step + 1):
                     held_out = self.validate()
                     figures |= {f"held_out_{name}": value for name, value in held_out.items()}
@@ -115,7 +120,7 @@ class Trainer:
                     self._save(step + 1, before)
             after = self.validate()
             # The last validation can take minutes; a signal in it must not be lost.
-            _, stop = self._agree(0)
+            stop = exchange(self.accelerator, 0).stop
             if stop is not None:
                 self._stop(self.plan.steps, before, stop)
             last, skipped = (log.last, log.skipped) if log is not None else ({}, 0)
@@ -132,20 +137,6 @@ class Trainer:
                     f"Run the same command again: {self.plan.label} goes on at step "
                     f"{self.saved_step or 0} of {self.plan.steps}."
                 ) from None
-
-    def _agree(self, tokens: int) -> tuple[int, signal.Signals | None]:
-        """Sum the tokens over ranks and agree on a signal: one rank that got it stops all.
-
-        SIGTERM stands for any signal of a scheduler, which outweighs Ctrl-C.
-        """
-        pending = signals.pending()
-        # Tokens and signals in one reduction: a second one would cost every step a round trip.
-        mine = [tokens, int(pending in signals.SIGNALS), int(pending == signal.SIGINT)]
-        counted = torch.tensor(mine, device=self.accelerator.device)
-        total, terms, interrupts = self.accelerator.reduce(counted, "sum").tolist()
-        if terms:
-            return total, signal.SIGTERM
-        return total, signal.SIGINT if interrupts else None
 
     def _stop(self, step: int, before: dict[str, float], number: signal.Signals) -> NoReturn:
         """End before a step, with a checkpoint where the recipe has any."""
@@ -206,26 +197,20 @@ class Trainer:
         trackers = self.plan.settings.trackers
         return training_log(self.directory, self.plan.label, header, start, trackers)
 
-    def _step(self, step: int, before: dict[str, float]) -> dict[str, float]:
-        """Do one optimiser step and return its figures.
+    def _step(self, step: int, share: Share, tokens: int) -> tuple[dict[str, float], Share, Agreed]:
+        """Do one optimiser step on this rank's share; `tokens` are those of all ranks.
 
-        Raises:
-            Stopped: a signal came on some rank; the step is not done.
+        Returns the step's figures, the share of the next step, and what the ranks agreed on.
         """
         started = time.monotonic()
-        stretch, number = self.plan.stretch_of(step)
-        rows = stretch.schedule.rows(number, self.plan.batch)
-        batches = self._micro_batches(rows)
-        tokens, stop = self._agree(sum(self.objective.count(batch) for batch in batches))
-        if stop is not None:
-            self._stop(step, before, stop)
+        stretch, _ = self.plan.stretch_of(step)
         lr = learning_rate(self.plan.optim, self.plan.steps, step, stretch.lr)
         # Set at every step, not by a scheduler, whose state a checkpoint would have to hold.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        figures = self._optimize(step, rows, batches, tokens)
+        figures, following, agreed = self._optimize(step, share, tokens)
         figures["lr"] = lr
-        return figures | self._speed(time.monotonic() - started)
+        return figures | self._speed(time.monotonic() - started), following, agreed
 
     def _speed(self, seconds: float) -> dict[str, float]:
         """Return tokens/s of all ranks, this rank's peak memory, and MFU where it is known."""
@@ -239,35 +224,49 @@ class Trainer:
             figures["mfu"] = self.plan.flops_per_token * rate_of_one / self.peak[0]
         return figures
 
-    def _micro_batches(self, rows: list[Row]) -> list[Batch]:
-        """Load this rank's share of a step's rows, in micro-batches."""
+    def _share(self, step: int) -> Share:
+        """Load this rank's share of a step's rows, in micro-batches; none after the last step."""
+        if step == self.plan.steps:
+            return Share([], [])
+        stretch, number = self.plan.stretch_of(step)
+        rows = stretch.schedule.rows(number, self.plan.batch)
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         size = self.plan.micro_batch
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [load_batch(self.domains, part).to(self.accelerator.device) for part in parts]
+        batches = [self.objective.load(load_batch(self.domains, part)) for part in parts]
+        return Share(rows, batches)
+
+    def _count(self, share: Share) -> int:
+        return sum(self.objective.count(batch) for batch in share.batches)
 
     def _optimize(
-        self, step: int, rows: list[Row], batches: list[Batch], tokens: int
-    ) -> dict[str, float]:
-        """Update the weights; returns loss parts per token and the gradient's norm.
+        self, step: int, share: Share, tokens: int
+    ) -> tuple[dict[str, float], Share, Agreed]:
+        """Update the weights; returns loss parts per token and the gradient's norm, and the rest.
 
-        `rows` and `tokens` are those of all ranks, `batches` are this rank's. A step without a
-        supervised token, or with a figure that is not finite, changes no weight.
+        `tokens` are those of all ranks. A step without a supervised token, or with a figure that is
+        not finite, changes no weight.
         """
         where = f"{self.plan.label}: step {step}"
         if tokens == 0:
-            self.skips.no_supervised_token(where, row_names(rows))
-            return {"skipped": 1.0}
+            self.skips.no_supervised_token(where, row_names(share.rows))
+            following = self._share(step + 1)
+            agreed = exchange(self.accelerator, self._count(following))
+            return {"skipped": 1.0}, following, agreed
         self.skips.has_tokens()
-        figures, losses = self._backward(batches, tokens)
+        totals, losses = self._backward(share.batches, tokens)
         norm = clip_gradients(self.accelerator, self.wrapped, self.plan.optim.clip)
-        figures["grad_norm"] = norm
+        # The host reads rows while the device works. Only then it waits, once in a step.
+        following = self._share(step + 1)
+        agreed = exchange(self.accelerator, self._count(following), totals, norm)
+        figures = {name: value / tokens for name, value in agreed.sums.items()}
+        figures["grad_norm"] = cast(float, agreed.norm)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
         if bad:
-            origin, blamed = self._find_origin(bad[0], losses, batches)
+            origin, blamed = self._find_origin(bad[0], losses, share.batches)
             self.skips.bad_figure(
                 f"{where}: {bad[0]} is {figures[bad[0]]}, first at {origin or 'the loss'} "
-                f"(rows {row_names(blamed or rows)})"
+                f"(rows {row_names(blamed or share.rows)})"
             )
             # JSON has no NaN: the log leaves such figures out.
             finite = {name: value for name, value in figures.items() if math.isfinite(value)}
@@ -277,38 +276,36 @@ class Trainer:
             self.optimizer.step()
         # Also after a skipped step: its gradient must not add to that of the next.
         self.optimizer.zero_grad()
-        return figures
+        return figures, following, agreed
 
     def _backward(
         self, batches: list[Batch], tokens: int
-    ) -> tuple[dict[str, float], list[torch.Tensor]]:
-        """Run the micro-batches forward and backward.
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Run the micro-batches forward and backward, without waiting for the device.
 
-        Returns the loss and its parts per token of the whole step, and the loss sum of each of this
-        rank's micro-batches.
+        Returns this rank's sums of the loss and its parts, and the loss sum of each micro-batch.
         """
         accelerator = self.accelerator
         totals: dict[str, torch.Tensor] = {}
         losses = []
         for n, batch in enumerate(batches):
             with micro_step(accelerator, self.wrapped, last=n == len(batches) - 1):
-                sums = self.wrapped(batch)
+                sums = self.wrapped(batch.to(accelerator.device))
                 # Gradients are averaged over ranks afterwards; the factor turns that mean back
                 # into a sum.
                 accelerator.backward(sums.loss * (accelerator.num_processes / tokens))
             losses.append(sums.loss.detach())
             for name, value in {"loss": losses[-1], **sums.parts}.items():
                 totals[name] = totals.get(name, 0) + value.float()
-        # One reduction for all parts: each would wait for the slowest rank.
-        stacked = accelerator.reduce(torch.stack(list(totals.values())), "sum") / tokens
-        return dict(zip(totals, stacked.tolist(), strict=True)), losses
+        return totals, losses
 
     def _find_origin(
         self, figure: str, losses: list[torch.Tensor], batches: list[Batch]
     ) -> tuple[str | None, list[Row]]:
         """Find the module or parameter where a figure stopped being finite, and the rows."""
         if figure == "loss":
-            origin = first_bad_module(self.wrapped, batches)
+            held = [batch.to(self.accelerator.device) for batch in batches]
+            origin = first_bad_module(self.wrapped, held)
         else:
             origin = first_bad_gradient(self.objective)
         return blame(origin, losses, batches)
@@ -316,7 +313,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Return the held-out figures of the objective as it is now."""
         rows = self.plan.validation_rows(self.accelerator.num_processes)
-        return validate(self.wrapped, self.objective.count, self.domains, rows, self.accelerator)
+        return validate(self.wrapped, self.objective, self.domains, rows, self.accelerator)
 
 
 def _refuse_uneven_batch(plan: TrainingPlan, processes: int) -> None:

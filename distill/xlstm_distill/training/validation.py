@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
+from xlstm_distill.data.rows import DomainRows, Row, load_batch
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.training.accelerator import reshard
+from xlstm_distill.training.objectives import Objective
 
 
 @torch.no_grad()
 def validate(
     wrapped: nn.Module,
-    count: Callable[[Batch], int],
+    objective: Objective,
     domains: Mapping[str, DomainRows],
     rows: int,
     accelerator: Accelerator,
@@ -31,17 +32,17 @@ def validate(
     with GateMeter(wrapped) as meter:
         processes, rank = accelerator.num_processes, accelerator.process_index
         for part, counts in rank_batches(domains, rows, processes=processes, rank=rank):
-            batch = load_batch(domains, part).to(accelerator.device)
+            batch = objective.load(load_batch(domains, part)).to(accelerator.device)
             meter.expect(batch.real & counts)
             sums = wrapped(batch)
-            figures = {"tokens": torch.tensor(count(batch)), **sums.parts}
-            for name, value in figures.items():
+            counted = torch.full((), objective.count(batch), device=accelerator.device)
+            for name, value in {"tokens": counted, **sums.parts}.items():
                 # float64: the sums run over all validation tokens.
-                part_sum = value.double().to(accelerator.device) * counts
+                part_sum = value.double() * counts
                 totals[name] = totals.get(name, 0.0) + part_sum
     reshard(wrapped)
     wrapped.train()
-    gates = torch.tensor(meter.tokens), meter.total()
+    gates = meter.tokens, meter.total()
     sums_of_gates = [value.double().to(accelerator.device) for value in gates]
     stacked = torch.stack([*totals.values(), *sums_of_gates])
     *values, real, opened = accelerator.reduce(stacked, "sum").tolist()
