@@ -213,7 +213,7 @@ def test_a_signal_to_the_launcher_makes_all_processes_write_a_checkpoint(
     assert "Traceback" not in errors
     # One process speaks for all.
     message = re.findall(
-        rf"stopped by {name} after step \d+ of align, with a checkpoint; .*", errors
+        rf"stopped by {name} after \d+ of \d+ steps of align, with a checkpoint; .*", errors
     )
     assert len(message) == 1, errors
     (checkpoint,) = prepared.glob("training/*/step-*")

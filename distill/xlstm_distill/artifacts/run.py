@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -265,6 +266,7 @@ class Run:
             "notes": request.notes,
             "seed": self.recipe.seed,
             "versions": versions(),
+            "arithmetic": _arithmetic(),
             "wall_seconds": round(seconds, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "results": draft.results,
@@ -287,6 +289,16 @@ class Run:
                 f"run '{request.stage}' again."
             )
         return artifact
+
+
+def _arithmetic() -> dict[str, str | int]:
+    """What this process computes with: the last bits of a result depend on it."""
+    # torch takes seconds to load. An artifact made without it holds no sums of floats.
+    if "torch" not in sys.modules:
+        return {}
+    from xlstm_distill.runtime.arithmetic import arithmetic
+
+    return arithmetic()
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -161,6 +162,8 @@ class ShardReader:
             check_size(folder, shard)
         self.mapped: OrderedDict[int, _MappedShard] = OrderedDict()
         self._checked: set[int] = set()
+        # A training reads ahead in one thread while another validates.
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -171,7 +174,9 @@ class ShardReader:
             raise IndexError(f"{self.folder}: row {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[number]) - self.shards[number]["rows"]
-        return self._shard(number).row(index - first)
+        with self._lock:
+            shard = self._shard(number)
+        return shard.row(index - first)
 
     def _shard(self, number: int) -> _MappedShard:
         """Return a shard, mapped; check it first if it was never opened."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xlstm_distill.runtime.device import send
-
 
 @dataclass(frozen=True)
 class SparseTargets:
@@ -33,10 +31,6 @@ class SparseTargets:
         # Rounding can bring the sum of the kept probabilities above 1.
         tail = (1 - log_probs.exp().sum(dim=-1)).clamp_min(0)
         return cls(ids, log_probs, tail)
-
-    def to(self, device: torch.device) -> SparseTargets:
-        """Copy the tensors to a device, without waiting for it."""
-        return SparseTargets(*(send(x, device) for x in (self.ids, self.log_probs, self.tail)))
 
     def rows(self, piece: slice) -> SparseTargets:
         """Take the targets of some of the K tokens."""

@@ -26,14 +26,6 @@ def peak_bytes(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to a device without waiting for the device."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        # From pageable memory CUDA copies through a buffer of its own, and the host waits.
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type == "cuda")
-
-
 def forget_peak() -> None:
     """Let `peak_bytes` begin again at what is held now; on macOS the peak cannot be forgotten."""
     if torch.cuda.is_initialized():

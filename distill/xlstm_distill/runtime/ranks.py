@@ -58,6 +58,17 @@ def all_agree(mine: bool) -> bool:
     return bool(answer.item())
 
 
+def gathered(mine: Any) -> list[Any]:
+    """Return every rank's value, in the order of ranks; all ranks must ask. For small values."""
+    if process_count() == 1:
+        return [mine]
+    import torch
+
+    values: list[Any] = [None] * process_count()
+    torch.distributed.all_gather_object(values, mine, group=waiting_group())
+    return values
+
+
 @functools.cache
 def waiting_group() -> Any:
     """Return the group of all ranks on the CPU that `wait_for_everyone` and `all_agree` use.

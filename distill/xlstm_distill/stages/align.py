@@ -19,6 +19,7 @@ from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import prepare
 from xlstm_distill.stages.workbench import (
     architecture_of,
+    choose_kernels,
     keep_training,
     open_domains,
     save_model,
@@ -62,6 +63,7 @@ def _align(
         return
     for _, parameter in student.new_parameters():
         parameter.data = parameter.data.float()  # small steps would be lost in bf16
+    draft.results["backend"] = choose_kernels(student, recipe, accelerator.device)
     domains = open_domains(recipe, data, lineage.aligned_rows())
     plan = _plan(lineage, teacher, domains)
     work = run.work_directory(lineage.request("align"))

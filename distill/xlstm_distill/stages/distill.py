@@ -26,6 +26,7 @@ from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import prepare
 from xlstm_distill.stages.workbench import (
     architecture_of,
+    choose_kernels,
     keep_training,
     load_student,
     open_domains,
@@ -109,6 +110,7 @@ def _train(
     # the same seed weights).
     torch.manual_seed(recipe.seed)
     student = _trainable_student(recipe, material.aligned)
+    draft.results["backend"] = choose_kernels(student, recipe, accelerator.device)
     source = _targets(lineage, material.targets, accelerator.device)
     weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
     objective = DistillObjective(student, source, weights)

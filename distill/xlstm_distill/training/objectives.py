@@ -7,13 +7,14 @@ for each batch.
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.data.rows import Batch
+from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
 from xlstm_distill.models.families import CausalLM
@@ -33,9 +34,9 @@ class Sums:
 class Objective(nn.Module, abc.ABC):
     """Sums a loss over the tokens of a batch, and counts the tokens that it is averaged over."""
 
-    def load(self, batch: Batch) -> Batch:
-        """Add to a batch, on the host, what the loss needs from the disk."""
-        return batch
+    def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
+        """Read rows into a batch on the host, with all that `forward` needs of the disk."""
+        return load_batch(domains, rows)
 
     @abc.abstractmethod
     def count(self, batch: Batch) -> int:
@@ -44,6 +45,10 @@ class Objective(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(self, batch: Batch) -> Sums:
         """Sum the loss over a batch."""
+
+    @abc.abstractmethod
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return modules with the name of the method that takes their time, for compiling."""
 
 
 class AlignObjective(Objective):
@@ -85,6 +90,10 @@ class AlignObjective(Objective):
         total = torch.stack(errors).sum()
         parts = {"mse": total.detach(), "teacher_power": torch.stack(norms).sum()}
         return Sums(total, parts)
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return the mixers; the teacher's layers have hooks inside, which would break graphs."""
+        return [(mixer, "mix") for mixer in self.mixers]
 
 
 @dataclass
@@ -157,16 +166,16 @@ class DistillObjective(Objective):
         self.targets = targets
         self.weights = weights
 
+    def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
+        """Read rows, and their targets where these are stored."""
+        batch = super().load(domains, rows)
+        if isinstance(self.targets, StoredTargets):
+            return replace(batch, targets=self.targets(batch))
+        return batch
+
     def count(self, batch: Batch) -> int:
         """Count the supervised tokens."""
         return len(batch.kept)
-
-    def load(self, batch: Batch) -> Batch:
-        """Read the batch's targets from their store."""
-        # Any other source computes them where the batch is trained on.
-        if not isinstance(self.targets, StoredTargets):
-            return batch
-        return replace(batch, targets=self.targets(batch))
 
     def forward(self, batch: Batch) -> Sums:
         """Sum the weighted loss and its two parts over the supervised tokens."""
@@ -176,3 +185,7 @@ class DistillObjective(Objective):
         labels = batch.labels.flatten().index_select(0, batch.kept)
         loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return the student's decoder layers."""
+        return [(layer, "forward") for layer in self.student.model.layers]

@@ -17,14 +17,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
+from xlstm_distill.data.rows import Batch, DomainRows, Row
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime import signals
+from xlstm_distill.runtime.arithmetic import arithmetic, differences
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.device import peak_bytes, published_peak
+from xlstm_distill.runtime.exchange import Agreed, exchange
+from xlstm_distill.runtime.prefetch import Prefetcher
+from xlstm_distill.runtime.ranks import gathered
 from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
-from xlstm_distill.training.checkpoints import Checkpoints
-from xlstm_distill.training.exchange import Agreed, Share, exchange
+from xlstm_distill.training.checkpoints import Checkpoint, Checkpoints
+from xlstm_distill.training.compilation import compile_parts, kernels_of, should_compile
+from xlstm_distill.training.feed import Feed, StepBatches
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.training.objectives import Objective
@@ -78,7 +83,18 @@ class Trainer:
             micro_batch=plan.micro_batch,
             clip=plan.optim.clip,
         )
+        self.compiled = should_compile(plan.settings.compile, accelerator.device)
+        if self.compiled:
+            compile_parts(objective)
         self.state = TrainingState(objective, self.optimizer)
+        self.feed = Feed(
+            plan=plan,
+            objective=objective,
+            domains=domains,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+            device=accelerator.device,
+        )
         self.checkpoints = Checkpoints(directory, plan.settings.keep_checkpoints)
         self.skips = Skips(
             self.console.line, tolerant=plan.optim.non_finite == "skip", steps=plan.steps
@@ -87,6 +103,13 @@ class Trainer:
         # Of the newest checkpoint, None without one: the same command goes on there.
         self.saved_step: int | None = None
         self.started, self.earlier_seconds = time.monotonic(), 0.0
+        # Of all ranks: nodes of a cluster can have different processors.
+        computed = {
+            "kernels": kernels_of(objective),
+            "layers": "compiled" if self.compiled else "plain",
+        }
+        self.arithmetic = gathered(arithmetic(accelerator.device) | computed)
+        self.inexact: list[str] = []
 
     def run(self) -> TrainingResult:
         """Train from the newest checkpoint, or from the start, to the end."""
@@ -101,15 +124,16 @@ class Trainer:
         with (
             self._deferred_signals(),
             self._log(start) as log,
+            self.feed.ahead(start) as feed,
             self.console.progress(self.plan.label, tokens) as bar,
         ):
             bar.skip(start * self.tokens_per_step)
-            share = self._share(start)
-            agreed = exchange(self.accelerator, self._count(share))
+            read = feed.take(start)
+            agreed = exchange(self.accelerator, read.tokens)
             for step in range(start, self.plan.steps):
                 if agreed.stop is not None:
                     self._stop(step, before, agreed.stop)
-                figures, share, agreed = self._step(step, share, agreed.tokens)
+                figures, read, agreed = self._step(step, read, agreed.tokens, feed)
                 if self._is_due(self.plan.settings.validate_steps, step + 1):
                     held_out = self.validate()
                     figures |= {f"held_out_{name}": value for name, value in held_out.items()}
@@ -124,7 +148,15 @@ class Trainer:
             if stop is not None:
                 self._stop(self.plan.steps, before, stop)
             last, skipped = (log.last, log.skipped) if log is not None else ({}, 0)
-            return TrainingResult(last, before, after, skipped, self.earlier_seconds)
+            return TrainingResult(
+                last=last,
+                before=before,
+                after=after,
+                skipped_steps=skipped,
+                earlier_seconds=self.earlier_seconds,
+                inexact=tuple(self.inexact),
+                compiled=self.compiled,
+            )
 
     @contextlib.contextmanager
     def _deferred_signals(self) -> Iterator[None]:
@@ -145,9 +177,9 @@ class Trainer:
             if self.saved_step != step:
                 self._save(step, before)
             kept = "a checkpoint"
-        done = f"after step {step - 1}" if step else "before step 0"
+        # Finished steps, as `status` counts them.
         raise signals.stopped(
-            f"{done} of {self.plan.label}, with {kept}",
+            f"after {step} of {self.plan.steps} steps of {self.plan.label}, with {kept}",
             f"to go on at step {self.saved_step or 0} of {self.plan.steps}",
             interrupted=number == signal.SIGINT,
         )
@@ -166,21 +198,32 @@ class Trainer:
         exact = self.state.load(found)
         self.earlier_seconds = found.facts["seconds"]
         self.saved_step = found.step
-        note = ""
-        if not exact:
-            note = (
-                f"; {found.processes} processes wrote the checkpoint, so the result will differ in "
-                "the last bits"
-            )
-        self.console.line(
-            f"{self.plan.label}: goes on at step {found.step} of {self.plan.steps}{note}"
-        )
+        goes_on = f"goes on at step {found.step} of {self.plan.steps}"
+        self.inexact = list(found.facts.get("inexact", []))
+        if changes := self._changed_since(found, exact):
+            goes_on += f"; {changes}, so the result will differ in the last bits"
+            self.inexact.append(f"at step {found.step}: {changes}")
+        self.console.line(f"{self.plan.label}: {goes_on}")
         return found.step, dict(found.facts["before"])
+
+    def _changed_since(self, found: Checkpoint, exact: bool) -> str:
+        """Say why going on from a checkpoint is not exact to the last bit; empty if it is."""
+        changes = differences(found.facts.get("arithmetic", []), self.arithmetic)
+        if not exact:
+            # Ranks are not the same ones then, so only their number is sure to have changed.
+            changes.insert(0, f"processes {found.processes} -> {self.accelerator.num_processes}")
+        return ", ".join(changes)
 
     def _save(self, step: int, before: dict[str, float]) -> None:
         """Write a checkpoint from which `step` is the next to do."""
         seconds = round(self.earlier_seconds + time.monotonic() - self.started, 3)
-        facts = {"before": before, "layout": self.state.layout(), "seconds": seconds}
+        facts = {
+            "before": before,
+            "layout": self.state.layout(),
+            "seconds": seconds,
+            "arithmetic": self.arithmetic,
+            "inexact": self.inexact,
+        }
         self.checkpoints.save(step, self.state.tensors(), facts)
         self.saved_step = step
 
@@ -197,10 +240,12 @@ class Trainer:
         trackers = self.plan.settings.trackers
         return training_log(self.directory, self.plan.label, header, start, trackers)
 
-    def _step(self, step: int, share: Share, tokens: int) -> tuple[dict[str, float], Share, Agreed]:
-        """Do one optimiser step on this rank's share; `tokens` are those of all ranks.
+    def _step(
+        self, step: int, read: StepBatches, tokens: int, feed: Prefetcher[StepBatches]
+    ) -> tuple[dict[str, float], StepBatches, Agreed]:
+        """Do one optimiser step on what was read for it; `tokens` are those of all ranks.
 
-        Returns the step's figures, the share of the next step, and what the ranks agreed on.
+        Returns its figures, and what was read and agreed on for the next step.
         """
         started = time.monotonic()
         stretch, _ = self.plan.stretch_of(step)
@@ -208,7 +253,7 @@ class Trainer:
         # Set at every step, not by a scheduler, whose state a checkpoint would have to hold.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        figures, following, agreed = self._optimize(step, share, tokens)
+        figures, following, agreed = self._optimize(step, read, tokens, feed)
         figures["lr"] = lr
         return figures | self._speed(time.monotonic() - started), following, agreed
 
@@ -224,49 +269,32 @@ class Trainer:
             figures["mfu"] = self.plan.flops_per_token * rate_of_one / self.peak[0]
         return figures
 
-    def _share(self, step: int) -> Share:
-        """Load this rank's share of a step's rows, in micro-batches; none after the last step."""
-        if step == self.plan.steps:
-            return Share([], [])
-        stretch, number = self.plan.stretch_of(step)
-        rows = stretch.schedule.rows(number, self.plan.batch)
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        size = self.plan.micro_batch
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        batches = [self.objective.load(load_batch(self.domains, part)) for part in parts]
-        return Share(rows, batches)
-
-    def _count(self, share: Share) -> int:
-        return sum(self.objective.count(batch) for batch in share.batches)
-
     def _optimize(
-        self, step: int, share: Share, tokens: int
-    ) -> tuple[dict[str, float], Share, Agreed]:
+        self, step: int, read: StepBatches, tokens: int, feed: Prefetcher[StepBatches]
+    ) -> tuple[dict[str, float], StepBatches, Agreed]:
         """Update the weights; returns loss parts per token and the gradient's norm, and the rest.
 
-        `tokens` are those of all ranks. A step without a supervised token, or with a figure that is
-        not finite, changes no weight.
+        A step without a supervised token, or with a figure that is not finite, changes no weight.
         """
         where = f"{self.plan.label}: step {step}"
         if tokens == 0:
-            self.skips.no_supervised_token(where, row_names(share.rows))
-            following = self._share(step + 1)
-            agreed = exchange(self.accelerator, self._count(following))
-            return {"skipped": 1.0}, following, agreed
+            self.skips.no_supervised_token(where, row_names(read.rows))
+            following = feed.take(step + 1)
+            return {"skipped": 1.0}, following, exchange(self.accelerator, following.tokens)
         self.skips.has_tokens()
-        totals, losses = self._backward(share.batches, tokens)
+        totals, losses = self._backward(read.batches, tokens)
         norm = clip_gradients(self.accelerator, self.wrapped, self.plan.optim.clip)
-        # The host reads rows while the device works. Only then it waits, once in a step.
-        following = self._share(step + 1)
-        agreed = exchange(self.accelerator, self._count(following), totals, norm)
+        following = feed.take(step + 1)
+        # The host waits for the device here, and nowhere else in a step.
+        agreed = exchange(self.accelerator, following.tokens, totals, norm)
         figures = {name: value / tokens for name, value in agreed.sums.items()}
         figures["grad_norm"] = cast(float, agreed.norm)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
         if bad:
-            origin, blamed = self._find_origin(bad[0], losses, share.batches)
+            origin, blamed = self._find_origin(bad[0], losses, read.batches)
             self.skips.bad_figure(
                 f"{where}: {bad[0]} is {figures[bad[0]]}, first at {origin or 'the loss'} "
-                f"(rows {row_names(blamed or share.rows)})"
+                f"(rows {row_names(blamed or read.rows)})"
             )
             # JSON has no NaN: the log leaves such figures out.
             finite = {name: value for name, value in figures.items() if math.isfinite(value)}
@@ -290,6 +318,8 @@ class Trainer:
         losses = []
         for n, batch in enumerate(batches):
             with micro_step(accelerator, self.wrapped, last=n == len(batches) - 1):
+                # Moved one by one: the targets of all would take as much of the GPU as they do
+                # of the host.
                 sums = self.wrapped(batch.to(accelerator.device))
                 # Gradients are averaged over ranks afterwards; the factor turns that mean back
                 # into a sum.
@@ -304,8 +334,8 @@ class Trainer:
     ) -> tuple[str | None, list[Row]]:
         """Find the module or parameter where a figure stopped being finite, and the rows."""
         if figure == "loss":
-            held = [batch.to(self.accelerator.device) for batch in batches]
-            origin = first_bad_module(self.wrapped, held)
+            on_device = [batch.to(self.accelerator.device) for batch in batches]
+            origin = first_bad_module(self.wrapped, on_device)
         else:
             origin = first_bad_gradient(self.objective)
         return blame(origin, losses, batches)

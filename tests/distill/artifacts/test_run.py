@@ -45,6 +45,7 @@ def test_manifest_tells_what_it_was_made_from(run):
     assert manifest["recipe"] == {"value": 7}
     assert manifest["inputs"] == {"teacher": "abc"}
     assert (manifest["stage"], manifest["name"], manifest["seed"]) == ("stage", "x", 3)
+    assert manifest["arithmetic"]["threads"] == 1
     assert manifest["wall_seconds"] >= 0
     assert manifest["versions"]["torch"]
     assert json.loads((run.path("stage/x") / "manifest.json").read_text()) == manifest

@@ -14,16 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from xlstm_distill.data.rows import Batch, Row
 from xlstm_distill.runtime import signals
-
-
-@dataclass(frozen=True)
-class Share:
-    """A step's rows of all ranks, and this rank's micro-batches of them, on the host."""
-
-    rows: list[Row]
-    batches: list[Batch]
 
 
 @dataclass(frozen=True)
