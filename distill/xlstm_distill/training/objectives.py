@@ -46,9 +46,9 @@ class Objective(nn.Module, abc.ABC):
     def forward(self, batch: Batch) -> Sums:
         """Sum the loss over a batch."""
 
-    @abc.abstractmethod
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return modules with the name of the method that takes their time, for compiling."""
+        return []
 
 
 class AlignObjective(Objective):
