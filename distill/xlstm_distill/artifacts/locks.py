@@ -50,8 +50,9 @@ def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[No
     with path.open("a") as stream:
         try:
             _lock_soon(stream)
+            _sign(stream)
         except BlockingIOError:
-            raise busy(what) from None
+            raise busy(what, path) from None
         except OSError as error:
             say(
                 f"{path}: cannot be locked ({error.strerror}); "
@@ -81,9 +82,25 @@ def _modified(path: Path) -> float:
         return time.time()
 
 
-def busy(what: Path) -> RunError:
-    """The error where another process is at the same training."""
-    return RunError(f"{what}: another process is at this training; wait for it, or stop it.")
+def _sign(stream: IO[str]) -> None:
+    """Note in a lock file who holds it; it is for messages only, so a full disk does no harm."""
+    with contextlib.suppress(OSError):
+        facts = json.dumps({"pid": os.getpid(), "host": platform.node()})
+        stream.truncate(0)
+        # Not through the stream: it would try again to write what failed when it is closed.
+        os.write(stream.fileno(), f"{facts}\n".encode())
+
+
+def busy(what: Path, lock: Path) -> RunError:
+    """The error where another process is at the same training; it names the holder of the lock."""
+    holder = ""
+    # Written by other processes, perhaps at this moment, and perhaps by another version.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        facts = json.loads(lock.read_text())
+        holder = f" (pid {int(facts['pid'])} on {facts['host']})"
+    return RunError(
+        f"{what}: another process{holder} is at this training; wait for it, or stop it."
+    )
 
 
 @contextlib.contextmanager

@@ -182,18 +182,17 @@ class Run:
     def _training(self, request: Request, console: Console) -> Iterator[None]:
         """Hold a training on rank 0; no rank goes on without."""
         work, refused = self.work_directory(request), None
+        lock = training_lock(self.directory, work)
         with contextlib.ExitStack() as stack:
             if is_main_process():
                 try:
-                    stack.enter_context(
-                        exclusive(training_lock(self.directory, work), work, console.line)
-                    )
+                    stack.enter_context(exclusive(lock, work, console.line))
                 except RunError as error:
                     refused = error
             # The other ranks cannot know: rank 0 alone asks for the lock. They must refuse too, and
             # not wait.
             if not all_agree(refused is None):
-                raise refused or busy(work)
+                raise refused or busy(work, lock)
             yield
 
     def _build(self, request: Request, build: Callable[[Draft], None], *, mark: bool) -> None:
@@ -231,6 +230,7 @@ class Run:
             # Asked again under the lock: several shares of a capture can end together.
             if self.find(request) is None:
                 self._fill(request, build, Draft(gathered))
+                final.parent.mkdir(parents=True, exist_ok=True)
                 replace_directory(gathered, final)
         shutil.rmtree(gathered, ignore_errors=True)
 

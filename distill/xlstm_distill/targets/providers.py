@@ -15,7 +15,7 @@ from xlstm_distill.errors import RunError
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.models.teacher import teacher_hidden
+from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.codec import TargetRow
 from xlstm_distill.targets.store import INDEX_FILE, Store, refusal
 

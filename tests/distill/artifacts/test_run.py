@@ -108,7 +108,7 @@ def test_a_training_is_held_until_it_is_published_and_its_checkpoints_are_gone(r
     def refused():
         with pytest.raises(
             RunError,
-            match=r"stage-.*: another process is at this training; wait for it, or stop it",
+            match=r"stage-.*: another process \(.*\) is at this training; wait for it, or stop it",
         ):
             other.make(
                 request_(), lambda draft: pytest.fail("built at the same time"), together=True
