@@ -53,7 +53,9 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         code, problems = _explain(error)
         # Before the words: the other ranks wait for this one, and must end too.
         first, code = watch.fail(code)
-        if first:
+        # An error of rank 0 that all ranks raise is rank 0's to say (`ranks.from_rank_zero`).
+        speaks = getattr(error, "speaks", None)
+        if first if speaks is None else speaks:
             for problem in problems:
                 typer.echo("error: " + " ".join(problem.split()), err=True)
         raise typer.Exit(code) from None
