@@ -278,7 +278,7 @@ class DomainCapture:
         for row in rows:
             batch = self._load([row]).to(teacher.device)
             # A row of a masked prompt alone has no targets.
-            if not (batch.labels != IGNORE_INDEX).any():
+            if not len(batch.kept):
                 continue
             targets = stored(batch)
             with torch.no_grad():
