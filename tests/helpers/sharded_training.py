@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.losses.plain import LossWeights
+from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.recipe import Align
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.distill import choose_trainable
@@ -36,7 +37,6 @@ from xlstm_distill.training.accelerator import (
 )
 from xlstm_distill.training.checkpoints import Checkpoints
 from xlstm_distill.training.compilation import compile_parts
-from xlstm_distill.training.lora import add_lora, merged_state
 from xlstm_distill.training.objectives import AlignObjective, DistillObjective, Objective
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_distill.training.state import TrainingState

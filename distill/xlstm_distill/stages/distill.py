@@ -17,6 +17,7 @@ from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.planning.flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
@@ -42,7 +43,6 @@ from xlstm_distill.training.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.training.log import check_trackers
-from xlstm_distill.training.lora import add_lora, merged_state
 from xlstm_distill.training.objectives import DistillObjective
 from xlstm_distill.training.plan import Stretch, TrainingPlan
 from xlstm_distill.training.trainer import Trainer
