@@ -7,19 +7,20 @@ for each batch.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.data.rows import IGNORE_INDEX, Batch
+from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
-from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.mixer import HybridMixer
-from xlstm_distill.targets.providers import TargetSource, kept_hidden
+from xlstm_distill.models.packed import teacher_hidden
+from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,21 @@ class Sums:
 class Objective(nn.Module, abc.ABC):
     """Sums a loss over the tokens of a batch, and counts the tokens that it is averaged over."""
 
+    def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
+        """Read rows into a batch on the host, with all that `forward` needs of the disk."""
+        return load_batch(domains, rows)
+
     @abc.abstractmethod
     def count(self, batch: Batch) -> int:
-        """Count the tokens of a batch that the loss is averaged over."""
+        """Count the tokens of a batch that the loss is averaged over, without asking a device."""
 
     @abc.abstractmethod
     def forward(self, batch: Batch) -> Sums:
         """Sum the loss over a batch."""
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return modules with the name of the method that takes their time, for compiling."""
+        return []
 
 
 class AlignObjective(Objective):
@@ -61,7 +70,7 @@ class AlignObjective(Objective):
 
     def count(self, batch: Batch) -> int:
         """Count all tokens but padding."""
-        return int(batch.real.sum())
+        return batch.tokens
 
     def forward(self, batch: Batch) -> Sums:
         """Sum squared errors per head element over layers and tokens.
@@ -81,6 +90,10 @@ class AlignObjective(Objective):
         total = torch.stack(errors).sum()
         parts = {"mse": total.detach(), "teacher_power": torch.stack(norms).sum()}
         return Sums(total, parts)
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return the mixers; the teacher's layers have hooks inside, which would break graphs."""
+        return [(mixer, "mix") for mixer in self.mixers]
 
 
 @dataclass
@@ -122,8 +135,12 @@ class TeacherObserver:
                 attention.o_proj.register_forward_pre_hook(record_heads),
             ]
         try:
-            self.teacher.model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            teacher_hidden(
+                self.teacher,
+                batch.input_ids,
+                batch.position_ids,
+                batch.segment_ids,
+                packed=batch.packed,
             )
         finally:
             for handle in handles:
@@ -149,15 +166,26 @@ class DistillObjective(Objective):
         self.targets = targets
         self.weights = weights
 
+    def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
+        """Read rows, and their targets where these are stored."""
+        batch = super().load(domains, rows)
+        if isinstance(self.targets, StoredTargets):
+            return replace(batch, targets=self.targets(batch))
+        return batch
+
     def count(self, batch: Batch) -> int:
         """Count the supervised tokens."""
-        return int((batch.labels != IGNORE_INDEX).sum())
+        return len(batch.kept)
 
     def forward(self, batch: Batch) -> Sums:
         """Sum the weighted loss and its two parts over the supervised tokens."""
-        targets: SparseTargets = self.targets(batch)
+        targets = self.targets(batch) if batch.targets is None else batch.targets
         # Only supervised positions reach the head, whose logits are the largest tensor of a step.
         hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
-        labels = batch.labels[batch.labels != IGNORE_INDEX]
+        labels = batch.labels.flatten().index_select(0, batch.kept)
         loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return the student's decoder layers."""
+        return [(layer, "forward") for layer in self.student.model.layers]
