@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from xlstm_kernels.segments import document_runs, document_starts
-from xlstm_kernels.torch.chunkwise import Ratio
 
 MLSTM_KERNELS_CHUNK = 128  # tokens; its kernels take whole chunks only
 MLSTM_KERNELS_EXP = "triton_xl_chunk"  # its kernel with an exponential input gate
@@ -111,3 +112,26 @@ def flex_mask(
         return near & (s <= t) & (runs[b, t] == runs[b, s])
 
     return compiled_flex("create_block_mask")(visible, batch, None, tokens, tokens, device=device)
+
+
+class Ratio(Function):
+    """Divide numerators (..., Dv) by the last column, the denominator.
+
+    Where the denominator is exactly 0, the result and its gradient are 0. The gradient of the
+    denominator is -(dh . h) / den. It has no square of den, which float32 cannot hold for den below
+    1e-19.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        den = out[..., -1:]
+        den = torch.where(den == 0, torch.inf, den)
+        h = out[..., :-1] / den
+        ctx.save_for_backward(h, den)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> Tensor:
+        h, den = ctx.saved_tensors
+        return torch.cat([dh, -(dh * h).sum(dim=-1, keepdim=True)], dim=-1) / den

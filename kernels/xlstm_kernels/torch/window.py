@@ -6,17 +6,20 @@ heads of a group, span = L + W - 1 keys of a band.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_kernels.checks import refuse_second_derivative
 from xlstm_kernels.segments import document_runs, document_starts
 
 # Queries of a block: as many as the window has tokens, between these bounds (docs/math.md, "Chunk
 # size"). Smaller blocks make many small products; larger ones multiply more masked pairs.
 BLOCK_MIN, BLOCK_MAX = 32, 128
+SCORES_AT_ONCE = 1 << 26  # of the gradient off the CPU
 
 
 class BandPlan(NamedTuple):
@@ -47,22 +50,204 @@ def banded_attention(
     that a query does not see. Sinks before the band can only belong to one document, that of the
     band's first token: a later document starts inside the band. So each block gathers N more keys.
     """
-    B, H, T, _ = q.shape
-    G = k.shape[1]
-    window = min(window, T)
-    L = min(max(BLOCK_MIN, min(window, BLOCK_MAX)), T)
-    plan = _plan(segment_ids, q.device, T, L, window, min(sinks, T))
-    queries = F.pad(q, (0, 0, 0, -T % L)).unflatten(2, (-1, L)).unflatten(1, (G, -1))
-    queries = queries.permute(0, 3, 1, 2, 4, 5)  # (B, C, G, R, L, D)
-    queries = queries.flatten(3, 4).flatten(0, 1)  # (B * C, G, R * L, D)
-    keys = _bands(k, plan.sinks, L, window - 1).to(q.dtype)
-    values = _bands(v, plan.sinks, L, window - 1).to(q.dtype)
-    bias = plan.bias[:, :, None].to(q.dtype).expand(B, -1, H // G, -1, -1)  # (B, C, R, L, keys)
-    bias = bias.flatten(2, 3).flatten(0, 1).unsqueeze(1)  # (B * C, 1, R * L, keys)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
-    out = out.unflatten(0, (B, -1)).unflatten(3, (-1, L))  # (B, C, G, R, L, D)
-    out = out.permute(0, 2, 3, 1, 4, 5).reshape(B, H, -1, out.shape[-1])
-    return out[:, :, :T].to(q.dtype)
+    T = q.shape[2]
+    out, _ = forward(q, k, v, segment_ids, min(window, T), min(sinks, T), scale)
+    return out
+
+
+class Bands(NamedTuple):
+    """Queries, keys and values of every block, in the dtype of the queries.
+
+    queries (B C, G, R L, D), keys and values (B C, G, N + span, D), bias (B C, 1, R L, N + span).
+    sinks: of `BandPlan`. back: tokens of a band before its block. length: L.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    sinks: Tensor
+    back: int
+    length: int
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None, window: int, sinks: int
+    ) -> Bands:
+        """Cut a call into blocks."""
+        (B, H, T, _), G = q.shape, k.shape[1]
+        L = block_length(T, window)
+        plan = _plan(segment_ids, q.device, T, L, window, sinks)
+        keys = _bands(k, plan.sinks, L, window - 1).to(q.dtype)
+        values = _bands(v, plan.sinks, L, window - 1).to(q.dtype)
+        bias = plan.bias[:, :, None].to(q.dtype).expand(B, -1, H // G, -1, -1)
+        bias = bias.flatten(2, 3).flatten(0, 1).unsqueeze(1)
+        return cls(_blocks(q, G, L), keys, values, bias, plan.sinks, window - 1, L)
+
+
+def block_length(T: int, window: int) -> int:
+    """Return L, the queries of a block."""
+    return min(max(BLOCK_MIN, min(window, BLOCK_MAX)), T)
+
+
+def _blocks(x: Tensor, groups: int, length: int) -> Tensor:
+    """Cut x (B, H, T, D) into blocks (B C, G, R L, D)."""
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % length)).unflatten(2, (-1, length))
+    x = x.unflatten(1, (groups, -1)).permute(0, 3, 1, 2, 4, 5)  # (B, C, G, R, L, D)
+    return x.flatten(3, 4).flatten(0, 1)
+
+
+def _join(x: Tensor, like: Tensor, length: int) -> Tensor:
+    """Undo `_blocks`, in the shape of `like`."""
+    B, H, T, D = like.shape
+    x = x.unflatten(0, (B, -1)).unflatten(3, (-1, length))  # (B, C, G, R, L, D)
+    x = x.permute(0, 2, 3, 1, 4, 5).reshape(B, H, -1, D)
+    return x[:, :, :T].contiguous()
+
+
+# Forward and backward pass are operators of their own, as in `chunkwise.py`.
+@torch.library.custom_op("xlstm_kernels::window_torch", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the attention and, on a CPU, the logsumexp of each softmax (B C, G, R L)."""
+    with torch.autocast(q.device.type, enabled=False):
+        bands = Bands.of(q, k, v, segment_ids, window, sinks)
+        rows = bands.queries, bands.keys, bands.values
+        if q.device.type == "cpu":
+            out, logsumexp = _attend_cpu(*rows, attn_mask=bands.bias, scale=scale)
+            logsumexp = logsumexp.contiguous()
+        else:
+            out = F.scaled_dot_product_attention(*rows, attn_mask=bands.bias, scale=scale)
+            logsumexp = q.new_empty(0, dtype=torch.float32)
+        return _join(out, q, bands.length), logsumexp
+
+
+# Torch's fused kernel for CPUs, by its own name: only so it returns what the gradient needs.
+_attend_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    (B, H, T, _), G, shape = q.shape, k.shape[1], torch.Size([0])
+    if q.device.type == "cpu":
+        L = block_length(T, window)
+        shape = torch.Size([B * -(-T // L), G, H // G * L])
+    statistics = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=statistics)
+
+
+@torch.library.custom_op("xlstm_kernels::window_torch_backward", mutates_args=())
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> list[Tensor]:
+    """Return the gradients of q, k and v."""
+    with torch.autocast(q.device.type, enabled=False):
+        bands = Bands.of(q, k, v, segment_ids, window, sinks)
+        G, L = k.shape[1], bands.length
+        d_blocks, out_blocks = _blocks(dout, G, L), _blocks(out, G, L)
+        if q.device.type == "cpu":
+            d_blocks = d_blocks.contiguous()
+            tensors = (d_blocks, bands.queries, bands.keys, bands.values, out_blocks, logsumexp)
+            grads = _attend_cpu_backward(*tensors, 0.0, False, attn_mask=bands.bias, scale=scale)
+        else:
+            grads = _attention_grads(bands, d_blocks, out_blocks, scale)
+        dq, d_keys, d_values = grads
+        dk, dv = _unband(d_keys, bands, k), _unband(d_values, bands, v)
+        return [_join(dq, q, L), dk, dv]
+
+
+def _attention_grads(
+    bands: Bands, dout: Tensor, out: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the blocks' queries, keys and values, for any device."""
+    found = []
+    # A few blocks at a time, because the scores of all of them are a large tensor.
+    rows = (bands.queries, bands.keys, bands.values, bands.bias, dout, out)
+    per_block = bands.queries.shape[1] * bands.bias[0].numel()
+    for part in zip(*(x.split(max(1, SCORES_AT_ONCE // per_block)) for x in rows), strict=True):
+        q, k, v, bias, d, o = part
+        weights = ((q @ k.mT).float() * scale + bias.float()).softmax(dim=-1)
+        mean = (d.float() * o.float()).sum(dim=-1, keepdim=True)
+        d_scores = (weights * ((d @ v.mT).float() - mean) * scale).to(q.dtype)
+        found.append((d_scores @ k, d_scores.mT @ q, weights.to(q.dtype).mT @ d))
+    dq, dk, dv = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return dq, dk, dv
+
+
+def _unband(d: Tensor, bands: Bands, like: Tensor) -> Tensor:
+    """Add up the gradients (B C, G, N + span, D) that each token of `like` gets from bands."""
+    (B, G, T, D), L, back = like.shape, bands.length, bands.back
+    d = d.unflatten(0, (B, -1)).transpose(1, 2)  # (B, G, C, N + span, D)
+    C, N = d.shape[2], bands.sinks.shape[2]
+    band = d[:, :, :, N:]
+    sums = torch.promote_types(like.dtype, torch.float32)
+    blocks = d.new_zeros(B, G, C + -(-back // L), L, D, dtype=sums)
+    for first in range(0, back + L, L):
+        piece = band[:, :, :, first : first + L]
+        blocks[:, :, first // L :][:, :, :C, : piece.shape[3]] += piece
+    total = blocks.flatten(2, 3)[:, :, back : back + T]
+    if N:
+        rows = bands.sinks.expand(B, -1, -1).flatten(1)[:, None, :, None].expand(-1, G, -1, D)
+        total = total.scatter_add(2, rows, d[:, :, :, :N].flatten(2, 3).to(sums))
+    return total.to(like.dtype).contiguous()
+
+
+@backward.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, window, sinks, scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+    ctx.settings = (window, sinks, scale)
+
+
+def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    found = backward(dout, *ctx.saved_tensors, *ctx.settings)
+    wanted = [x if needs else None for x, needs in zip(found, ctx.needs_input_grad, strict=False)]
+    return (*wanted, *[None] * 4)
+
+
+forward.register_autograd(_gradients, setup_context=_keep)
+backward.register_autograd(functools.partial(refuse_second_derivative, "sliding_window_attention"))
 
 
 def _bands(x: Tensor, sinks: Tensor, length: int, back: int) -> Tensor:

@@ -40,6 +40,17 @@ class MLSTMConfig(NamedTuple):
     query_key_grads: Launch
     value_grads: Launch
 
+    def numbers(self) -> list[int]:
+        """List all settings, as registered operators take them."""
+        return [self.chunk, *(number for launch in self[1:] for number in launch)]
+
+    @classmethod
+    def of_numbers(cls, numbers: list[int]) -> MLSTMConfig:
+        """Read what `numbers` lists."""
+        width = len(Launch._fields)
+        launches = (numbers[at : at + width] for at in range(1, len(numbers), width))
+        return cls(numbers[0], *(Launch(*launch) for launch in launches))
+
 
 class WindowConfig(NamedTuple):
     """Tokens of a block of queries or keys; warps and stages, forward and backward (grad)."""

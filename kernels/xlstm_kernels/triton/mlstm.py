@@ -5,14 +5,14 @@ Letters: the legend in `xlstm_kernels`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from xlstm_kernels.checks import refuse_second_derivative
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState
 from xlstm_kernels.triton import common
@@ -104,78 +104,160 @@ def mlstm_triton(
     common_dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (contiguous_rows(x.to(common_dtype)) for x in (q, k, v))
     config = config or mlstm_config(common_dtype, Dk, Dv)
-    h, C, n, m = ChunkwiseMLSTM.apply(
-        q, k, v, i.contiguous(), f.contiguous(),
-        state.C.contiguous(), state.n.contiguous(), state.m.detach().contiguous(),
-        runs, config,
-    )  # fmt: skip
+    inputs = (q, k, v, i.contiguous(), f.contiguous())
+    start = [x.contiguous() for x in (state.C, state.n, state.m.detach())]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *start))
+    h, C, n, m, *_ = forward(*inputs, *start, runs, config.numbers(), keep)
     return h.to(dtype), MLSTMState(C, n, m)
 
 
-class ChunkwiseMLSTM(Function):
-    """Compute h and the final state.
+@torch.library.custom_op("xlstm_kernels::mlstm_triton", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C0: Tensor,
+    n0: Tensor,
+    m0: Tensor,
+    runs: Tensor | None,
+    settings: list[int],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return h, the final C, n and m, and what the backward pass reads (`Kept`).
 
-    Saves the inputs, h - centre, the denominators and m. The backward pass computes the states of
-    the chunks again: they would be the largest thing to keep.
+    settings: of `MLSTMConfig.numbers`. keep: whether a backward pass will follow. The backward pass
+    computes the states of the chunks again: they would be the largest thing to keep.
+    """
+    config = MLSTMConfig.of_numbers(settings)
+    sizes = sizes_of(q, v, runs is not None, config)
+    inputs = Inputs(q, k, v, common_component(v), C0, n0, m0, runs)
+    with on_device_of(q):
+        gates = sum_gates(i, f, runs, sizes, config.chunk)
+        C, n, m, C_end, n_end = run_states(inputs, gates, sizes, config)
+        h, h_centred, den = run_outputs(inputs, gates, (C, n, m), keep, sizes, config)
+    kept = Kept(inputs.centre, *gates[2:], h_centred, den, m)
+    return h, C_end, n_end, m[:, :, -1].clone(), *kept
+
+
+@forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    C0: Tensor,
+    n0: Tensor,
+    m0: Tensor,
+    runs: Tensor | None,
+    settings: list[int],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, H, T, _ = q.shape
+    h, row = v.new_empty(B, H, T, v.shape[3]), (B, H, T)
+    centre = v.new_empty(B, v.shape[1], v.shape[3], dtype=torch.float32)
+    rows = (q.new_empty(row, dtype=torch.float32) for _ in range(3))
+    h_centred = torch.empty_like(h) if keep else v.new_empty(0)
+    den, m = (q.new_empty(row, dtype=torch.float32) for _ in range(2))
+    ends = (x.new_empty(x.shape) for x in (C0, n0, m0))
+    return h, *ends, centre, *rows, h_centred, den, m
+
+
+class Kept(NamedTuple):
+    """What the backward pass reads of the forward pass, beside the arguments.
+
+    h_centred: h less the centre; empty where nothing requires gradients. The rest: `Inputs`,
+    `Gates` and `Rows`.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        i: Tensor,
-        f: Tensor,
-        C0: Tensor,
-        n0: Tensor,
-        m0: Tensor,
-        runs: Tensor | None,
-        config: MLSTMConfig,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        B, H, T, Dk = q.shape
-        G, Dv = v.shape[1], v.shape[3]
-        chunks = -(-T // config.chunk)
-        sizes = Sizes(B, H, G, T, Dk, Dv, chunks, runs is not None, *dot_format(q.dtype))
-        inputs = Inputs(q, k, v, common_component(v), C0, n0, m0, runs)
-        with on_device_of(q):
-            gates = sum_gates(i, f, runs, sizes, config.chunk)
-            C, n, m, C_end, n_end = run_states(inputs, gates, sizes, config)
-            h, h_centred, den = run_outputs(
-                inputs, gates, (C, n, m), any(ctx.needs_input_grad), sizes, config
-            )
-        ctx.save_for_backward(*inputs, *gates, h_centred, den, m)
-        ctx.sizes, ctx.config = sizes, config
-        m_end = m[:, :, -1].clone()
-        ctx.mark_non_differentiable(m_end)
-        return h, C_end, n_end, m_end
+    centre: Tensor
+    sum_high: Tensor
+    sum_low: Tensor
+    max_log_weight: Tensor
+    h_centred: Tensor
+    den: Tensor
+    m: Tensor
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dh: Tensor, dC_end: Tensor, dn_end: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        saved, sizes, config = ctx.saved_tensors, ctx.sizes, ctx.config
-        inputs, gates, (h_centred, den, m) = Inputs(*saved[:8]), Gates(*saved[8:13]), saved[13:]
-        needed, dh = ctx.needs_input_grad, dh.contiguous()
-        centre = inputs.centre.repeat_interleave(sizes.H // sizes.G, 1)[:, :, None]  # (B, H, 1, Dv)
-        # C_end is the state of the centred values plus n_end centreᵀ, so n_end has a part in it.
-        dn_end = dn_end + (dC_end * centre).sum(-1)
-        dq = dk = dv = di = df = None
-        with on_device_of(dh):
-            d_den = run_denominator_grads(h_centred, dh, den, sizes, config)
-            rows = Rows(dh, den, d_den, m)
-            dC, dn, dC0, dn0 = run_state_grads(
-                inputs, gates, rows, (dC_end.contiguous(), dn_end), sizes, config
-            )
-            if needed[0] or needed[1] or needed[3] or needed[4]:
-                dq, dk, di, df = run_query_key_grads(inputs, gates, rows, (dC, dn), sizes, config)
-            if needed[2]:
-                dv = run_value_grads(inputs, gates, rows, dC, sizes, config)
-        dn0 = dn0 - (dC0 * centre).sum(-1)
-        grads = (dq, dk, dv, di, df, dC0, dn0)
-        wanted = [grad if needs else None for grad, needs in zip(grads, needed, strict=False)]
-        return (*wanted, None, None, None)  # m0, runs and config have no gradient
+
+def sizes_of(q: Tensor, v: Tensor, segmented: bool, config: MLSTMConfig) -> Sizes:
+    """Return the sizes of a call."""
+    (B, H, T, Dk), (G, Dv) = q.shape, (v.shape[1], v.shape[3])
+    return Sizes(B, H, G, T, Dk, Dv, -(-T // config.chunk), segmented, *dot_format(q.dtype))
+
+
+@torch.library.custom_op("xlstm_kernels::mlstm_triton_backward", mutates_args=())
+def backward(
+    grads: list[Tensor],
+    arguments: list[Tensor],
+    runs: Tensor | None,
+    kept: list[Tensor],
+    settings: list[int],
+    queries_and_keys: bool,
+    values: bool,
+) -> list[Tensor]:
+    """Return the gradients of q, k, v, i, f, C0 and n0.
+
+    grads: those of h and of the final C and n. arguments: q, k, v, i, f, C0, n0, m0. Those of q, k,
+    i and f are empty unless `queries_and_keys`; that of v is empty unless `values`.
+    """
+    dh, dC_end, dn_end = (x.contiguous() for x in grads)
+    q, k, v, i, f, C0, n0, m0 = arguments
+    known, config = Kept(*kept), MLSTMConfig.of_numbers(settings)
+    sizes = sizes_of(q, v, runs is not None, config)
+    inputs = Inputs(q, k, v, known.centre, C0, n0, m0, runs)
+    gates = Gates(i, f, known.sum_high, known.sum_low, known.max_log_weight)
+    centre = known.centre.repeat_interleave(sizes.H // sizes.G, 1)[:, :, None]  # (B, H, 1, Dv)
+    # C_end is the state of the centred values plus n_end centreᵀ, so n_end has a part in it.
+    dn_end = dn_end + (dC_end * centre).sum(-1)
+    dq, dk, di, df, dv = (q.new_empty(0) for _ in range(5))
+    with on_device_of(dh):
+        d_den = run_denominator_grads(known.h_centred, dh, known.den, sizes, config)
+        rows = Rows(dh, known.den, d_den, known.m)
+        ends = dC_end, dn_end
+        dC, dn, dC0, dn0 = run_state_grads(inputs, gates, rows, ends, sizes, config)
+        if queries_and_keys:
+            dq, dk, di, df = run_query_key_grads(inputs, gates, rows, (dC, dn), sizes, config)
+        if values:
+            dv = run_value_grads(inputs, gates, rows, dC, sizes, config)
+    return [dq, dk, dv, di, df, dC0, dn0 - (dC0 * centre).sum(-1)]
+
+
+@backward.register_fake
+def _(
+    grads: list[Tensor],
+    arguments: list[Tensor],
+    runs: Tensor | None,
+    kept: list[Tensor],
+    settings: list[int],
+    queries_and_keys: bool,
+    values: bool,
+) -> list[Tensor]:
+    wanted = (*[queries_and_keys] * 2, values, *[queries_and_keys] * 2, True, True)
+    found = zip(arguments[:-1], wanted, strict=True)
+    return [x.new_empty(x.shape if wants else (0,)) for x, wants in found]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *arguments, runs, settings, _ = inputs
+    _, _, _, m_end, *kept = output
+    ctx.mark_non_differentiable(m_end, *kept)
+    ctx.save_for_backward(*arguments, runs, *kept)
+    ctx.settings = settings
+
+
+def _gradients(ctx: Any, dh: Tensor, dC: Tensor, dn: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    arguments, runs, kept = ctx.saved_tensors[:8], ctx.saved_tensors[8], ctx.saved_tensors[9:]
+    needed = ctx.needs_input_grad
+    parts = (needed[0] or needed[1] or needed[3] or needed[4], needed[2])
+    found = backward([dh, dC, dn], list(arguments), runs, list(kept), ctx.settings, *parts)
+    wanted = [grad if needs else None for grad, needs in zip(found, needed, strict=False)]
+    return (*wanted, *[None] * 4)  # m0, runs, settings and keep have no gradient
+
+
+forward.register_autograd(_gradients, setup_context=_keep)
+backward.register_autograd(functools.partial(refuse_second_derivative, "mlstm"))
 
 
 class Rows(NamedTuple):
@@ -250,21 +332,21 @@ def run_outputs(
     keep: bool,
     sizes: Sizes,
     config: MLSTMConfig,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return h, h - centre (None unless `keep`) and the denominators.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return h, h - centre (empty unless `keep`) and the denominators.
 
     h, h - centre (B, H, T, Dv) in the dtype of v; the denominators (B, H, T) in float32.
     """
     B, H, G, T, _, Dv, chunks = sizes[:7]
     C, n, m = states
     h = torch.empty(B, H, T, Dv, dtype=inputs.v.dtype, device=inputs.v.device)
-    h_centred = torch.empty_like(h) if keep else None
+    h_centred = torch.empty_like(h) if keep else h.new_empty(0)
     den, launch = torch.empty_like(m), config.output
     forward_kernels.output_kernel[B * H, chunks, Dv // launch.block_v](
         q_ptr=inputs.q, k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre,
         i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
         m_ptr=m, m0_ptr=inputs.m0, runs_ptr=inputs.runs, C_ptr=C, n_ptr=n,
-        h_ptr=h, h_centred_ptr=h_centred, den_ptr=den,
+        h_ptr=h, h_centred_ptr=h_centred if keep else None, den_ptr=den,
         T=T, H=H, R=H // G, chunks=chunks,
         **strides(q=inputs.q, k=inputs.k, v=inputs.v),
         **sizes.head_settings(launch, config.chunk),

@@ -5,14 +5,14 @@ Letters: the legend in `xlstm_kernels`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from xlstm_kernels.checks import refuse_second_derivative
 from xlstm_kernels.segments import document_runs, document_starts
 from xlstm_kernels.triton import window_kernels as kernels
 from xlstm_kernels.triton.common import contiguous_rows, dot_format, on_device_of, strides
@@ -59,73 +59,149 @@ def window_triton(
         runs = document_runs(segment_ids)
         runs, starts = runs.int(), document_starts(runs).int()
     queries, keys, values = (contiguous_rows(x.to(dtype)) for x in (q, k, v))
-    band = Band(runs, starts, min(window, T), min(sinks, T), scale)
     config = config or window_config(dtype, D)
-    out: Tensor = WindowAttention.apply(queries, keys, values, band, config)
+    tensors = (queries, keys, values, runs, starts)
+    out, _ = forward(*tensors, min(window, T), min(sinks, T), scale, list(config))
     return out.to(q.dtype)
 
 
-class WindowAttention(Function):
-    """Softmax over band and sinks; saves inputs, output and the logsumexp of each softmax."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, band: Band, config: WindowConfig
-    ) -> Tensor:
-        B, H, T, _ = q.shape
-        blocks = -(-T // config.block)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        logsumexp = torch.empty(B, H, T, device=q.device)
-        with on_device_of(q):
-            kernels.window_kernel[B * H, blocks](
-                q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, logsumexp_ptr=logsumexp,
-                **band_settings(q, k, v, band, config),
-                num_warps=config.warps, num_stages=config.stages,
-            )  # fmt: skip
-        ctx.save_for_backward(q, k, v, band.runs, band.starts, out, logsumexp)
-        ctx.band, ctx.config = band._replace(runs=None, starts=None), config
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, runs, starts, out, logsumexp = ctx.saved_tensors
-        band, config = ctx.band._replace(runs=runs, starts=starts), ctx.config
-        query_needed, key_value_needed = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-        (B, H, T, D), G, N = q.shape, k.shape[1], band.sinks
-        blocks = -(-T // config.block)
-        dout, mean_grad = dout.contiguous(), torch.empty_like(logsumexp)
-        shared = {
-            "q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout,
-            "logsumexp_ptr": logsumexp, "mean_grad_ptr": mean_grad, "blocks": blocks,
+@torch.library.custom_op("xlstm_kernels::window_triton", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: Tensor | None,
+    starts: Tensor | None,
+    window: int,
+    sinks: int,
+    scale: float,
+    settings: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Return the attention and the logsumexp of each softmax; settings: of a `WindowConfig`."""
+    B, H, T, _ = q.shape
+    band, config = Band(runs, starts, window, sinks, scale), WindowConfig(*settings)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    logsumexp = torch.empty(B, H, T, device=q.device)
+    with on_device_of(q):
+        kernels.window_kernel[B * H, -(-T // config.block)](
+            q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, logsumexp_ptr=logsumexp,
             **band_settings(q, k, v, band, config),
-            "num_warps": config.grad_warps, "num_stages": config.grad_stages,
-        }  # fmt: skip
-        dq = dk = dv = sink_dk = sink_dv = None
-        with on_device_of(q):
-            kernels.mean_grad_kernel[B * H, blocks](
-                out_ptr=out, dout_ptr=dout, mean_grad_ptr=mean_grad, T=T, L=config.block, D=D
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return out, logsumexp
+
+
+@forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: Tensor | None,
+    starts: Tensor | None,
+    window: int,
+    sinks: int,
+    scale: float,
+    settings: list[int],
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("xlstm_kernels::window_triton_backward", mutates_args=())
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: Tensor | None,
+    starts: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    settings: list[int],
+    queries: bool,
+    keys_and_values: bool,
+) -> list[Tensor]:
+    """Return the gradients of q, k and v; empty are those that are not asked for."""
+    band, config = Band(runs, starts, window, sinks, scale), WindowConfig(*settings)
+    (B, H, T, D), G = q.shape, k.shape[1]
+    blocks = -(-T // config.block)
+    dout, mean_grad = dout.contiguous(), torch.empty_like(logsumexp)
+    shared = {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout,
+        "logsumexp_ptr": logsumexp, "mean_grad_ptr": mean_grad, "blocks": blocks,
+        **band_settings(q, k, v, band, config),
+        "num_warps": config.grad_warps, "num_stages": config.grad_stages,
+    }  # fmt: skip
+    dq, dk, dv, sink_dk, sink_dv = (q.new_empty(0) for _ in range(5))
+    with on_device_of(q):
+        kernels.mean_grad_kernel[B * H, blocks](
+            out_ptr=out, dout_ptr=dout, mean_grad_ptr=mean_grad, T=T, L=config.block, D=D
+        )
+        # The parts of the sinks' gradients come from this kernel, so dk and dv need it too.
+        if queries or (keys_and_values and sinks):
+            dq = torch.empty_like(out)
+            if sinks:
+                sink_dk = torch.empty(B, H, blocks, sinks, D, device=q.device)
+                sink_dv = torch.empty(B, H, blocks, sinks, D, device=q.device)
+            kernels.query_grad_kernel[B * H, blocks](
+                dq_ptr=dq,
+                sink_dk_ptr=sink_dk if sinks else None,
+                sink_dv_ptr=sink_dv if sinks else None,
+                **shared,
             )
-            # The parts of the sinks' gradients come from this kernel, so dk and dv need it too.
-            if query_needed or (key_value_needed and N):
-                dq = torch.empty_like(out)
-                if N:
-                    sink_dk = torch.empty(B, H, blocks, N, D, device=q.device)
-                    sink_dv = torch.empty(B, H, blocks, N, D, device=q.device)
-                kernels.query_grad_kernel[B * H, blocks](
-                    dq_ptr=dq, sink_dk_ptr=sink_dk, sink_dv_ptr=sink_dv, **shared
-                )
-            if key_value_needed:
-                dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype, device=k.device) for _ in range(2))
-                kernels.key_value_grad_kernel[B * G, blocks](dk_ptr=dk, dv_ptr=dv, **shared)
-                if N:
-                    add_sink_grads(band, (sink_dk, sink_dv), dk, dv, H, config)
-        return dq if query_needed else None, dk, dv, None, None
+        if keys_and_values:
+            dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype, device=k.device) for _ in range(2))
+            kernels.key_value_grad_kernel[B * G, blocks](dk_ptr=dk, dv_ptr=dv, **shared)
+            if sinks:
+                add_sink_grads(band, (sink_dk, sink_dv), dk, dv, H, config)
+    return [dq if queries else q.new_empty(0), dk, dv]
+
+
+@backward.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: Tensor | None,
+    starts: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    settings: list[int],
+    queries: bool,
+    keys_and_values: bool,
+) -> list[Tensor]:
+    wanted = zip((q, k, v), (queries, keys_and_values, keys_and_values), strict=True)
+    return [x.new_empty(x.shape if wants else (0,)) for x, wants in wanted]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, window, sinks, scale, settings = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+    ctx.settings = (window, sinks, scale, settings)
+
+
+def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    asked = (needed[0], needed[1] or needed[2])
+    found = backward(dout, *ctx.saved_tensors, *ctx.settings, *asked)
+    wanted = [grad if needs else None for grad, needs in zip(found, needed, strict=False)]
+    return (*wanted, *[None] * 6)
+
+
+forward.register_autograd(_gradients, setup_context=_keep)
+backward.register_autograd(functools.partial(refuse_second_derivative, "sliding_window_attention"))
 
 
 def add_sink_grads(
     band: Band,
-    parts: tuple[Tensor | None, Tensor | None],
+    parts: tuple[Tensor, Tensor],
     dk: Tensor,
     dv: Tensor,
     heads: int,

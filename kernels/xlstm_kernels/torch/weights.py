@@ -1,0 +1,214 @@
+"""Weights of the chunkwise mLSTM: what each token takes from earlier ones and from the state.
+
+Letters here, beyond the legend in `xlstm_kernels`: C chunks of L tokens, R = H / G query heads of a
+group. Chunks come first in every tensor, so that what one chunk needs is adjacent in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xlstm_kernels.state import LOG_ZERO
+
+
+class Chunks(NamedTuple):
+    """Sizes of a span of T tokens that is cut into chunks."""
+
+    B: int
+    G: int
+    R: int
+    T: int
+    Dk: int
+    Dv: int
+    L: int
+
+    @property
+    def C(self) -> int:
+        """Count the chunks; the last one may be filled up."""
+        return -(-self.T // self.L)
+
+    @property
+    def fill(self) -> int:
+        """Count the tokens that fill the last chunk."""
+        return -self.T % self.L
+
+    def split(self, x: Tensor, dtype: torch.dtype, value: float = 0.0) -> Tensor:
+        """Copy x (B, heads, T, ...) as (C, B, heads, L, ...) in `dtype`, filled up with `value`."""
+        x = x.to(dtype)
+        if self.fill:
+            x = F.pad(x, [0, 0] * (x.ndim - 3) + [0, self.fill], value=value)
+        return x.unflatten(2, (self.C, self.L)).permute(2, 0, 1, *range(3, x.ndim + 1)).contiguous()
+
+    def heads(self, x: Tensor) -> Tensor:
+        """View x (C, B, H, ...) as (C, B, G, R, ...)."""
+        return x.unflatten(2, (self.G, self.R))
+
+    def join(self, x: Tensor, out: Tensor) -> None:
+        """Copy x (C, B, heads, L, ...) into out (B, heads, T, ...), without what fills x up."""
+        x = x.permute(1, 2, 0, *range(3, x.ndim))
+        if self.fill:
+            out.copy_(x.flatten(2, 3)[:, :, : self.T])
+        else:
+            out.unflatten(2, (self.C, self.L)).copy_(x)
+
+
+class Documents(NamedTuple):
+    """Documents of a span: runs (B, T) numbers those of its tokens, entering (B,) the one before.
+
+    The state that enters the span belongs to `entering`.
+    """
+
+    runs: Tensor
+    entering: Tensor
+
+
+class Weights(NamedTuple):
+    """Weights exp(D - m_t) of what token t reads; each is at most 1.
+
+    pairs (C, B, H, L, L): of token s at token t of its chunk, 0 where t does not see s. read
+    (C, B, H, L): of the state that enters the chunk. The last token's weights are those of the
+    state that leaves.
+    """
+
+    pairs: Tensor
+    read: Tensor
+
+    @classmethod
+    def of(cls, held: Tensor) -> Weights:
+        """View held (C, B, H, L L + L), which holds both in a row."""
+        L = int(held.shape[-1] ** 0.5)  # L L + L is between L² and (L + 1)²
+        return cls(held[..., : L * L].unflatten(-1, (L, L)), held[..., L * L :])
+
+    @property
+    def write(self) -> Tensor:
+        """Return the weight of each token in the state that leaves its chunk (C, B, H, L)."""
+        return self.pairs[..., -1, :]
+
+    @property
+    def decay(self) -> Tensor:
+        """Return the weight of the entering state in the leaving one (C, B, H)."""
+        return self.read[..., -1]
+
+
+def write_weights(
+    i: Tensor,
+    f: Tensor,
+    documents: Documents | None,
+    m: Tensor,
+    sizes: Chunks,
+    held: Tensor,
+) -> Tensor:
+    """Write the weights of a span's chunks to held (C, B, H, L L + L), as `Weights.of` reads it.
+
+    i, f (B, H, T); m (B, H): stabiliser of the state before the span. Returns that after it.
+
+    The log-weight D_ts is the sum of log f over (s, t] plus i_s. Each sum is formed from its own
+    terms, by a product with a 0/1 matrix. Differences of cumulative sums would cancel: one closed
+    forget gate (log f = -60) would cost every later pair of the chunk its accuracy.
+    """
+    # Off the CPU a float32 product may be rounded to TF32; log-weights cannot be.
+    exact = m.dtype if i.device.type == "cpu" else torch.float64
+    # Tokens after the end keep the state as it is: f -> 1, i -> 0.
+    log_f = F.logsigmoid(sizes.split(f, exact, -LOG_ZERO))
+    causal, spans = (x.to(exact) for x in _pair_sums(sizes.L, i.device))
+    sums = torch.addmm(causal, log_f.flatten(0, 2), spans)
+    pairs, read = Weights.of(held.copy_(sums.view_as(held)))
+    pairs += sizes.split(i, m.dtype, LOG_ZERO).unsqueeze(-2)
+    if documents is not None:
+        hidden, cut_off = _other_documents(documents, sizes)
+        pairs.masked_fill_(hidden, LOG_ZERO)
+        read.masked_fill_(cut_off, LOG_ZERO)
+    m_in, m_end = _chunk_stabilisers(pairs[..., -1, :], read[..., -1], m)
+    read += m_in.unsqueeze(-1)
+    m_t = torch.maximum(pairs.amax(dim=-1), read)
+    pairs -= m_t.unsqueeze(-1)
+    read -= m_t
+    _exponentials_in_place(held)
+    return m_end
+
+
+def gate_grads(d_pairs: Tensor, d_read: Tensor, f: Tensor, sizes: Chunks) -> tuple[Tensor, Tensor]:
+    """Return di and df, each (C, B, H, L), from the gradients of the log-weights.
+
+    d_pairs (C, B, H, L, L), d_read (C, B, H, L): shapes as in `Weights`, what the leaving state
+    adds to the last row included. f (B, H, T): preactivations.
+    """
+    L, dtype = sizes.L, d_pairs.dtype
+    exact = dtype if f.device.type == "cpu" else torch.float64
+    _, spans = _pair_sums(L, f.device)
+    d_sums = torch.cat([d_pairs.flatten(-2), d_read], dim=-1).flatten(0, 2)
+    # Only the pairs that a gate lies between enter its gradient, as they enter the sums.
+    d_log_f = (d_sums.to(exact) @ spans.to(exact).T).to(dtype).unflatten(0, d_read.shape[:3])
+    d_f = d_log_f * torch.sigmoid(-sizes.split(f, dtype))  # the derivative of log sigmoid
+    return d_pairs.sum(dim=-2), d_f
+
+
+def _pair_sums(L: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what makes log-weights of a chunk's log f (L), as a constant and a matrix.
+
+    causal (L L + L): LOG_ZERO where t does not see s. spans (L, L L + L): 1 where log f_r counts,
+    which is s < r <= t. Columns: first the pairs (t, s), then the entering state at each t.
+    """
+    # Elsewhere a graph that is being captured would keep a constant that was never computed.
+    return _cached_pair_sums(L) if device.type == "cpu" else _make_pair_sums(L, device)
+
+
+def _make_pair_sums(L: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    at = torch.arange(L, device=device)
+    r, t, s = at[:, None, None], at[:, None], at[None, :]
+    between = ((s < r) & (r <= t)).flatten(1)  # (r, t s)
+    since_start = r[:, 0] <= at  # (r, t)
+    spans = torch.cat([between, since_start], dim=1).float()
+    causal = torch.where(s <= t, 0.0, LOG_ZERO).flatten()
+    return F.pad(causal, (0, L)), spans
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_pair_sums(L: int) -> tuple[Tensor, Tensor]:
+    return _make_pair_sums(L, None)
+
+
+def _other_documents(documents: Documents, sizes: Chunks) -> tuple[Tensor, Tensor]:
+    """Say which tokens and which entering states belong to another document than token t.
+
+    Returns (C, B, 1, L, L) and (C, B, 1, L).
+    """
+    fill = documents.runs[:, -1:].expand(-1, sizes.fill)
+    runs = torch.cat([documents.runs, fill], dim=1).unflatten(1, (sizes.C, sizes.L))
+    runs = runs.transpose(0, 1)  # (C, B, L)
+    # The state that enters a chunk belongs to the document of the token before it.
+    entering = torch.cat([documents.entering.unsqueeze(0), runs[:-1, :, -1]]).view(
+        -1, sizes.B, 1, 1
+    )
+    runs = runs.unsqueeze(2)
+    return runs.unsqueeze(-1) != runs.unsqueeze(-2), runs != entering
+
+
+def _exponentials_in_place(x: Tensor) -> None:
+    """Compute exp(x), for x of at most 0.
+
+    What is below the normal numbers becomes exactly 0. The vectorised exponential of the CPU is ten
+    times slower there, and the tails of long chunks fall there. So clamp first, and set what was
+    clamped to 0 afterwards.
+    """
+    floor = math.log(torch.finfo(x.dtype).tiny) + 1
+    F.threshold_(x.clamp_(min=floor).exp_(), 1.001 * math.exp(floor), 0.0)
+
+
+def _chunk_stabilisers(last: Tensor, log_decay: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the stabiliser m of the state that enters each chunk, and of the one that leaves.
+
+    last (C, B, H, L): log-weights of each chunk's tokens at its end. log_decay (C, B, H): of the
+    state that enters it. before (B, H): m of the state before them. Returns (C, B, H) and (B, H).
+    """
+    largest = last.amax(dim=-1)
+    m = [before]
+    for largest_c, log_decay_c in zip(largest.unbind(), log_decay.unbind(), strict=True):
+        m.append(torch.maximum(log_decay_c + m[-1], largest_c))
+    return torch.stack(m[:-1]), m[-1]

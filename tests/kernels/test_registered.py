@@ -1,0 +1,211 @@
+"""The operators as torch.library has them: one node forward, one backward, whatever T is."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xlstm_kernels import mlstm, sliding_window_attention
+from xlstm_kernels.testing import (
+    outputs_and_grads,
+    random_inputs,
+    random_segments,
+    random_state,
+)
+
+NO_TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
+Inputs = dict[str, Tensor]
+
+
+def inputs_of(tokens: int, device: str = "cpu") -> Inputs:
+    inputs = random_inputs(B=2, H=4, T=tokens, Dk=16, G=2, seed=tokens)
+    return {name: x.detach().to(device).requires_grad_() for name, x in inputs.items()}
+
+
+def mixed(backend: Any, ids: Tensor | None = None) -> Callable[..., Tensor]:
+    """Both operators, as the mixer calls them."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
+        recalled = mlstm(q, k, v, i, f, segment_ids=ids, backend=backend)
+        settings = {"window": 8, "sinks": 2, "segment_ids": ids, "backend": backend}
+        return recalled + sliding_window_attention(q, k[:, :2], v, **settings)
+
+    return run
+
+
+def traced(backend: Any, tokens: int, device: str) -> tuple[list[str], list[int], Inputs]:
+    """Compile; return our operators in the graphs, the graphs' sizes, and outputs and gradients."""
+    ours: list[str] = []
+    sizes: list[int] = []
+
+    def inspect(graph: torch.fx.GraphModule, _: Any) -> Any:
+        calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        ours.extend(name for name in calls if name.startswith("xlstm_kernels"))
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        mixed(backend), backend=aot_autograd(fw_compiler=inspect), fullgraph=True, dynamic=False
+    )
+    return ours, sizes, outputs_and_grads(compiled, inputs_of(tokens, device))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_graph_holds_one_node_for_each_pass(backend: str, device: str) -> None:
+    passes = [f"{operator}_{backend}" for operator in ("mlstm", "window")]
+    passes += [f"{name}_backward" for name in passes]
+    expected = [f"xlstm_kernels.{name}.default" for name in passes]
+    sizes = []
+    for tokens in (40, 150):
+        ours, size, found = traced(backend, tokens, device)
+        assert sorted(ours) == sorted(expected)
+        sizes.append(size)
+        plain = outputs_and_grads(mixed(backend), inputs_of(tokens, device))
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert sizes[0] == sizes[1]
+
+
+def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[Any, tuple]]:
+    """Arguments of every registered operator, forward and backward."""
+    x = {n: t.detach().requires_grad_(requires_grad) for n, t in inputs_of(37, device).items()}
+    start = {n: t.detach().to(device) for n, t in random_state(2, 4, 16, 16).items()}
+    ids = random_segments(2, 37, mean_length=12).to(device)
+    dh, q, k, v = torch.ones(2, 4, 37, 16, device=device), x["q"], x["k"][:, :2], x["v"]
+    plain = [t.detach() for t in (*x.values(), *start.values())]
+    if backend == "torch":
+        from xlstm_kernels.torch import chunkwise, window
+
+        given = (*x.values(), ids, *start.values(), True)
+        yield chunkwise.forward, given
+        _, C, n, _, *kept = chunkwise.forward(*plain[:5], ids, *plain[5:], True)
+        yield chunkwise.backward, (dh, C, n, *plain[:5], *kept, True)
+        yield window.forward, (q, k, v, ids, 8, 2, 0.25)
+        out, statistics = window.forward(q.detach(), k.detach(), v.detach(), ids, 8, 2, 0.25)
+        rows = (q.detach(), k.detach(), v.detach(), ids, out, statistics)
+        yield window.backward, (dh, *rows, 8, 2, 0.25)
+        return
+    from xlstm_kernels.segments import document_runs, document_starts
+    from xlstm_kernels.triton import mlstm as chunks
+    from xlstm_kernels.triton import window as bands
+    from xlstm_kernels.triton.configs import mlstm_config, window_config
+
+    runs = document_runs(ids).int()
+    starts = document_starts(runs).int()
+    numbers = mlstm_config(torch.float32, 16, 16).numbers()
+    yield chunks.forward, (*x.values(), *start.values(), runs, numbers, True)
+    _, C, n, _, *kept = chunks.forward(*plain, runs, numbers, True)
+    yield chunks.backward, ([dh, C, n], plain, runs, kept, numbers, True, False)
+    settings = (8, 2, 0.25, list(window_config(torch.float32, 16)))
+    k = k.detach().contiguous().requires_grad_(requires_grad)
+    yield bands.forward, (q, k, v, runs, starts, *settings)
+    rows = (q.detach(), k.detach(), v.detach(), runs, starts)
+    yield bands.backward, (dh, *rows, *bands.forward(*rows, *settings), *settings, True, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registration_passes_opcheck(backend: str, device: str) -> None:
+    for operator, given in arguments(backend, device, requires_grad=True):
+        torch.library.opcheck(operator, given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", ["mlstm", "sliding_window_attention"])
+def test_a_second_derivative_raises(backend: Any, operator: str, device: str) -> None:
+    x = inputs_of(20, device)
+    if operator == "mlstm":
+        out = mlstm(**x, backend=backend)
+    else:
+        out = sliding_window_attention(x["q"], x["k"], x["q"], window=5, sinks=1, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), x["q"], create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"^{operator}: second derivatives are not"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_reaches_neither_pass(backend: Any, device: str) -> None:
+    x = inputs_of(70, device)
+    expected = outputs_and_grads(mixed(backend), x)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        actual = outputs_and_grads(mixed(backend), x)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_and_dtypes_without_data(where: str, dtype: torch.dtype) -> None:
+    def run(inputs: Inputs) -> Inputs:
+        ids = torch.zeros(2, 70, dtype=torch.int64, device=inputs["q"].device)
+        h = mixed("torch", ids)(**inputs)
+        _, state = mlstm(**inputs, return_state=True, backend="torch")
+        h.sum().backward()
+        grads = {name: x.grad for name, x in inputs.items() if x.grad is not None}
+        return grads | {"h": h} | state._asdict()
+
+    def leaves(device: str) -> Inputs:
+        given = {n: x.detach().to(device=device, dtype=dtype) for n, x in inputs_of(70).items()}
+        return {name: x.requires_grad_() for name, x in given.items()}
+
+    expected = run(leaves("cpu"))
+    if where == "meta":
+        actual = run(leaves("meta"))
+    else:
+        with FakeTensorMode() as mode:
+            fake = {name: mode.from_tensor(x.detach()) for name, x in leaves("cpu").items()}
+            actual = run({name: x.requires_grad_() for name, x in fake.items()})
+    facts = {name: (x.shape, x.dtype, x.stride()) for name, x in expected.items()}
+    assert {name: (x.shape, x.dtype, x.stride()) for name, x in actual.items()} == facts
+
+
+class Reads(TorchDispatchMode):
+    """Count the operations that read a value of a tensor on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split(".")[0] in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"):
+            self.reads.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_value_is_read_on_the_host(backend: Any, device: str) -> None:
+    x, ids = inputs_of(40, device), random_segments(2, 40, mean_length=12).to(device)
+    with Reads() as seen:
+        mixed(backend, ids)(**x).sum().backward()
+    assert seen.reads == []
+
+
+def graph_nodes(out: Tensor) -> int:
+    """Count the nodes of the autograd graph behind a tensor."""
+    seen, open_nodes = set(), [out.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        open_nodes.extend(following for following, _ in node.next_functions)
+    return len(seen)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_autograd_graph_does_not_grow_with_tokens(backend: Any, device: str) -> None:
+    few, many = (
+        graph_nodes(mlstm(**inputs_of(tokens, device), backend=backend)) for tokens in (33, 200)
+    )
+    assert few == many
+    assert few <= 8  # ours, and the leaves
