@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from xlstm_distill.data.budget import captured_rows, rows_needed
 from xlstm_distill.planning import flops
 from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters
+from xlstm_distill.planning.communication import Bound, align_traffic, distill_traffic
 from xlstm_distill.planning.fit import Fit, Problem, StageMemory, Way, what_fits
 from xlstm_distill.planning.machine import Machine, Utilisation, utilisation
 from xlstm_distill.planning.memory import (
@@ -28,6 +29,8 @@ SMALL_VOCABULARY = 2**16
 """In packed rows, token ids of a vocabulary up to this take 2 bytes, others 4."""
 MASK_BYTES = 1 / 8
 """One bit per token of a packed row says whether it is supervised."""
+MARGIN = 0.9
+"""As `training.reduction`: the share of a GPU's memory that whole gradients may fill."""
 CHECKPOINT_BYTES = 12
 """Bytes of a trained parameter in a checkpoint: fp32 weight and two moments."""
 FP32 = 4.0
@@ -54,6 +57,8 @@ class StageCost:
     gpu_hours: float | None = None
     cost: float | None = None
     fit: Fit | None = None
+    bound: Bound | None = None
+    """What a step sends, and whether that takes longer than computing."""
     batch_problem: Problem | None = None
     """The batch cannot be shared evenly by the GPUs."""
 
@@ -107,6 +112,7 @@ class Planner:
             top_k=recipe.capture.top_k,
             trainable=recipe.distill.trainable,
             lora_rank=recipe.distill.lora_rank,
+            node=machine.node,
         )
 
     def training_inputs(self, section: Optimization) -> MemoryInputs:
@@ -114,7 +120,20 @@ class Planner:
         share = max(1, section.batch // self.machine.gpus)
         # The last micro-batch of a share may be smaller than the others, as in the training loop.
         rows = min(section.micro_batch or share, share)
-        return self.memory_inputs(rows, accumulates=share > rows)
+        inputs = self.memory_inputs(rows, accumulates=share > rows)
+        return replace(inputs, waits=self.recipe.training.reduce == "last")
+
+    def reducing(self, stage: StageMemory) -> StageMemory:
+        """Return a training with whole gradients, where `training.reduce: auto` would choose that.
+
+        It does so where they fit into the memory that may be planned with.
+        """
+        waiting = replace(stage, inputs=replace(stage.inputs, waits=True))
+        sharded = stage.inputs.sharding in ("fsdp2", "hsdp") and stage.inputs.accumulates
+        if not sharded or self.recipe.training.reduce != "auto":
+            return stage
+        fits = waiting.memory(waiting.inputs).total <= MARGIN * self.machine.gpu.memory
+        return waiting if fits else stage
 
     def checkpoints(self, trained: int) -> float:
         """Return the disk for a training's checkpoints, the one being written included."""
@@ -137,9 +156,19 @@ class Planner:
         rate = machine.gpus * peak * assumed.share
         # Recomputed work takes time, although it does not count in the MFU.
         hours = (cost.flops + cost.recomputed) / rate / 3600
+        if cost.bound is not None and cost.steps:
+            bound = self._timed_bound(cost.bound, 3600 * hours / cost.steps)
+            cost = replace(cost, bound=bound)
+            if bound.by_communication and bound.communication is not None:
+                hours = cost.steps * bound.communication / 3600
         gpu_hours = hours * machine.gpus
         price = None if machine.price is None else gpu_hours * machine.price
         return replace(cost, utilisation=assumed, hours=hours, gpu_hours=gpu_hours, cost=price)
+
+    def _timed_bound(self, bound: Bound, compute: float) -> Bound:
+        links = self.machine.gpu.links
+        sent = None if links is None else bound.traffic.seconds(links, self.machine.node)
+        return replace(bound, compute=compute, communication=sent)
 
 
 def data_cost(planner: Planner) -> StageCost:
@@ -178,7 +207,7 @@ def align_cost(planner: Planner) -> StageCost:
         # Nothing to train (a mixer of the window alone): the student is only converted.
         return StageCost("align", disk=student)
     inputs = planner.training_inputs(section)
-    memory = StageMemory("align", align_memory, inputs, section.batch)
+    memory = planner.reducing(StageMemory("align", align_memory, inputs, section.batch))
     steps, tokens = _steps(section, section.tokens, context)
     per_token = flops.align_flops(planner.architecture, recipe.student.mixer, context)
     cost = StageCost(
@@ -188,6 +217,7 @@ def align_cost(planner: Planner) -> StageCost:
         flops=tokens * per_token,
         disk=student,
         scratch=planner.checkpoints(planner.parameters.new),
+        bound=Bound(align_traffic(memory.inputs, _passes(section, memory.inputs))),
         fit=what_fits(memory, planner.machine.gpu),
         batch_problem=_batch_problem("align", section, planner.machine.gpus),
     )
@@ -198,7 +228,7 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
     """Cost stage II of one expert."""
     recipe, section, context = planner.recipe, planner.recipe.distill, planner.recipe.data.context
     a, mixer, inputs = planner.architecture, recipe.student.mixer, planner.training_inputs(section)
-    memory = StageMemory("distill", distill_memory, inputs, section.batch)
+    memory = planner.reducing(StageMemory("distill", distill_memory, inputs, section.batch))
     steps, tokens = 0, 0
     # Each phase rounds its own tokens up to whole steps.
     for phase in section.experts[name].phases:
@@ -223,6 +253,7 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
         recomputed=tokens * again,
         disk=FP32 * planner.parameters.student,
         scratch=planner.checkpoints(inputs.trained),
+        bound=Bound(distill_traffic(memory.inputs, _passes(section, memory.inputs))),
         fit=what_fits(memory, planner.machine.gpu),
         batch_problem=_batch_problem("distill", section, planner.machine.gpus),
     )
@@ -256,6 +287,11 @@ def _batch_problem(name: str, section: Optimization, gpus: int) -> Problem | Non
     unit = math.lcm(gpus, section.micro_batch or 1)
     batch = max(unit, section.batch // unit * unit)
     return Problem(text, (Way({f"{name}.batch": batch}),))
+
+
+def _passes(section: Optimization, inputs: MemoryInputs) -> int:
+    """Return the passes of a GPU in an optimiser step."""
+    return math.ceil(max(1, section.batch // inputs.gpus) / inputs.rows)
 
 
 def _steps(section: Optimization, tokens: int, context: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning.activations import Backend
+from xlstm_distill.planning.communication import Links
 from xlstm_distill.planning.memory import SHARDINGS, Sharding
 from xlstm_distill.recipe.problems import did_you_mean
 
@@ -16,36 +17,52 @@ DEFAULT_GPU = "h100-80gb"
 
 @dataclass(frozen=True)
 class Gpu:
-    """Memory (bytes) and dense peak rates (operations per second); None for rates not known."""
+    """Memory (bytes), dense peak rates (operations per second), links; None where not known."""
 
     name: str
     memory: float
     bf16: float | None = None
     fp32: float | None = None
+    links: Links | None = None
 
 
-def _gpu(name: str, gigabytes: float, bf16_tflops: float, fp32_tflops: float) -> Gpu:
-    return Gpu(name, gigabytes * 1e9, bf16_tflops * 1e12, fp32_tflops * 1e12)
+REACHED = 0.8
+"""Share of a link's bandwidth that collectives reach. Chosen; NCCL's own tests reach about that."""
+
+
+def _gpu(
+    name: str,
+    gigabytes: float,
+    bf16_tflops: float,
+    fp32_tflops: float,
+    within: float,
+    network: float,
+) -> Gpu:
+    """Make a GPU; links in GB/s, one direction."""
+    links = Links(REACHED * within * 1e9, REACHED * network * 1e9)
+    return Gpu(name, gigabytes * 1e9, bf16_tflops * 1e12, fp32_tflops * 1e12, links)
 
 
 # NVIDIA's data sheets and architecture white papers. bf16 is without sparsity (half of the figure
 # with it) and accumulates in fp32, which GeForce cards do at half the rate of fp16 accumulation.
-# fp32 is outside of the tensor cores. SXM modules where there are several.
+# fp32 is outside of the tensor cores. SXM modules where there are several. Links: NVLink, or PCIe
+# where there is none, one direction; and the network of NVIDIA's own systems (DGX: 200, 400 or 800
+# Gbit/s for each GPU). For GPUs without NVLink, 100 Gbit/s for a node of 8 is chosen.
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        _gpu("rtx4090-24gb", 24, 165.2, 82.6),
-        _gpu("rtx5090-32gb", 32, 209.5, 104.8),
-        _gpu("l4-24gb", 24, 121, 30.3),
-        _gpu("a10g-24gb", 24, 70, 35),
-        _gpu("l40s-48gb", 48, 362, 91.6),
-        _gpu("a100-40gb", 40, 312, 19.5),
-        _gpu("a100-80gb", 80, 312, 19.5),
-        _gpu("h100-80gb", 80, 989.5, 67),
-        _gpu("h200-141gb", 141, 989.5, 67),
-        _gpu("b200-180gb", 180, 2250, 75),
+        _gpu("rtx4090-24gb", 24, 165.2, 82.6, 32, 1.56),
+        _gpu("rtx5090-32gb", 32, 209.5, 104.8, 64, 1.56),
+        _gpu("l4-24gb", 24, 121, 30.3, 32, 1.56),
+        _gpu("a10g-24gb", 24, 70, 35, 32, 1.56),
+        _gpu("l40s-48gb", 48, 362, 91.6, 32, 1.56),
+        _gpu("a100-40gb", 40, 312, 19.5, 300, 25),
+        _gpu("a100-80gb", 80, 312, 19.5, 300, 25),
+        _gpu("h100-80gb", 80, 989.5, 67, 450, 50),
+        _gpu("h200-141gb", 141, 989.5, 67, 450, 50),
+        _gpu("b200-180gb", 180, 2250, 75, 900, 50),
         # Data sheets give 270 to 288 GB, depending on the system: the plan takes the least.
-        _gpu("b300", 270, 2250, 75),
+        _gpu("b300", 270, 2250, 75, 900, 100),
     )
 }
 
@@ -86,6 +103,8 @@ class Machine:
     backend: Backend
     mfu: float | None = None
     price: float | None = None
+    node: int = 8
+    """GPUs of a node."""
 
 
 def find_gpu(name: str | None, memory: float | None = None) -> Gpu:
@@ -124,8 +143,13 @@ def make_machine(
     gpu_memory: float | None = None,
     mfu: float | None = None,
     price: float | None = None,
+    node: int = 8,
+    link: float | None = None,
+    network: float | None = None,
 ) -> Machine:
     """Check the command line's options; `sharding` None means FSDP2, or nothing on one GPU.
+
+    `link` and `network` (GB/s) replace the GPU's: to the others of its node, and to other nodes.
 
     Raises:
         UserError: one of them is not allowed.
@@ -140,14 +164,34 @@ def make_machine(
     if sharding == "none" and gpus > 1:
         raise UserError(
             f"--sharding: 'none' is for one GPU, --gpus is {gpus}; "
-            "take ddp, fsdp2 or zero1 to zero3."
+            "take ddp, fsdp2, hsdp or zero1 to zero3."
         )
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu: {mfu:g} must be above 0 and at most 1, for example 0.35.")
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price: {price:g} must be a number of at least 0.")
-    found = find_gpu(gpu, gpu_memory)
-    return Machine(found, gpus, sharding, _backend(backend), mfu, price)
+    if node < 1:
+        raise UserError(f"--node: {node} must be at least 1.")
+    if sharding == "hsdp" and (gpus % node or gpus <= node or node < 2):
+        raise UserError(
+            f"--sharding: 'hsdp' needs several whole nodes, and {gpus} GPUs are not several nodes "
+            f"of {node}; take fsdp2, or change --gpus or --node."
+        )
+    for option, value in (("--link", link), ("--network", network)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{option}: {value:g} must be a number of GB/s above 0.")
+    found = with_links(find_gpu(gpu, gpu_memory), link, network)
+    return Machine(found, gpus, sharding, _backend(backend), mfu, price, node)
+
+
+def with_links(gpu: Gpu, link: float | None, network: float | None) -> Gpu:
+    """Replace a GPU's links by what was given (GB/s); a GPU that has none needs `link`."""
+    known = gpu.links
+    within = link * 1e9 if link is not None else known.within if known else None
+    if within is None:
+        return gpu
+    between = network * 1e9 if network is not None else known.between if known else within
+    return replace(gpu, links=Links(within, between))
 
 
 def _backend(name: str) -> Backend:

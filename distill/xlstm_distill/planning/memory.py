@@ -34,8 +34,8 @@ from xlstm_distill.planning.architecture import (
 )
 from xlstm_distill.recipe import MixerConfig
 
-Sharding = Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-SHARDINGS: tuple[Sharding, ...] = ("none", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+Sharding = Literal["none", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
+SHARDINGS: tuple[Sharding, ...] = ("none", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -80,6 +80,20 @@ class MemoryInputs:
     trainable: Literal["all", "mixer", "lora"] = "all"
     lora_rank: int = 0
     device: Literal["cpu", "cuda"] = "cuda"
+    node: int = 8
+    """GPUs of a node: HSDP shards over them."""
+    waits: bool = False
+    """FSDP2: whether gradients wait, whole, for the last pass of a step."""
+
+    @property
+    def shards(self) -> int:
+        """GPUs that FSDP2 cuts a replica over."""
+        return min(self.gpus, self.node) if self.sharding == "hsdp" else self.gpus
+
+    @property
+    def student_numbers(self) -> int:
+        """Parameters of the student, adapters included."""
+        return self.parameters.student + self.adapters
 
     @property
     def precision(self) -> Precision:
@@ -306,7 +320,7 @@ def _states(inputs: MemoryInputs) -> States:
     """Count weights, gradients and optimiser states on one GPU."""
     if inputs.sharding in ("none", "ddp"):
         return _whole_states(inputs)
-    if inputs.sharding == "fsdp2":
+    if inputs.sharding in ("fsdp2", "hsdp"):
         return _fsdp2_states(inputs)
     return _zero_states(inputs)
 
@@ -331,10 +345,10 @@ def _fsdp2_states(inputs: MemoryInputs) -> States:
     gathered = size * (2 * layer + tables)
     # Their gradients, and the same in fp32, in which they are reduced.
     gradients = (size + 4) * (layer + tables)
-    gpus = inputs.gpus
-    return States(
-        4.0 * held / gpus, 4.0 * trained / gpus, ADAM * trained / gpus, gathered + gradients
-    )
+    shards = inputs.shards
+    # Gradients that wait for the last pass are whole.
+    kept = 4.0 * trained if inputs.waits and inputs.accumulates else 4.0 * trained / shards
+    return States(4.0 * held / shards, kept, ADAM * trained / shards, gathered + gradients)
 
 
 def _zero_states(inputs: MemoryInputs) -> States:

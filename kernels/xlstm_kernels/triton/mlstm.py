@@ -248,7 +248,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, dh: Tensor, dC: Tensor, dn: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    arguments, runs, kept = ctx.saved_tensors[:8], ctx.saved_tensors[8], ctx.saved_tensors[9:]
+    # Once: under activation checkpointing a second look is an error.
+    saved = ctx.saved_tensors
+    arguments, runs, kept = saved[:8], saved[8], saved[9:]
     needed = ctx.needs_input_grad
     parts = (needed[0] or needed[1] or needed[3] or needed[4], needed[2])
     found = backward([dh, dC, dn], list(arguments), runs, list(kept), ctx.settings, *parts)
