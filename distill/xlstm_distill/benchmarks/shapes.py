@@ -49,7 +49,7 @@ from xlstm_distill.training.plan import Stretch, TrainingPlan
 from xlstm_distill.training.trainer import Trainer
 
 Stage = Literal["align", "distill"]
-TOP_K = 256
+TOP_K, STEPS = 256, 2
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _give_storage(
 
 
 def _plan(case: Case, domains: dict[str, DomainRows]) -> TrainingPlan:
-    schedule = RowSchedule(domains, {"text": 1.0}, 0, case.batch)
+    schedule = RowSchedule(domains, {"text": 1.0}, 0, STEPS * case.batch)
     shared = {"batch": case.batch, "micro_batch": case.micro_batch}
     expert = {"phases": [{"domain": "text", "tokens": case.batch * case.context}]}
     if case.stage == "align":
@@ -205,7 +205,8 @@ def _plan(case: Case, domains: dict[str, DomainRows]) -> TrainingPlan:
         optim = Distill(experts={"text": expert}, lr=1e-5, **shared)
     reduce = "last" if case.waits else "every"
     settings = Training(checkpoint_steps=None, validate_steps=None, reduce=reduce)
-    return TrainingPlan(case.stage, (Stretch(schedule, 1, 1e-5),), optim, settings)
+    # The optimiser makes its moments at the end of the first step: the second has them.
+    return TrainingPlan(case.stage, (Stretch(schedule, STEPS, 1e-5),), optim, settings)
 
 
 def _rows(case: Case, folder: Path) -> DomainRows:

@@ -70,7 +70,7 @@ def plan(
     sharding: Annotated[
         str | None,
         typer.Option(
-            help="none, ddp, fsdp2, zero1, zero2 or zero3.",
+            help="none, ddp, fsdp2, hsdp, zero1, zero2 or zero3.",
             show_default="fsdp2; none on one GPU",
             autocompletion=completion.shardings,
         ),
@@ -86,6 +86,19 @@ def plan(
     ] = None,
     price: Annotated[
         float | None, typer.Option(help="Price of a GPU for an hour, in any currency.")
+    ] = None,
+    node: Annotated[int, typer.Option(help="GPUs of a node; hsdp shards over them.")] = 8,
+    link: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/S", help="What a GPU sends to its node.", show_default="the GPU's NVLink"
+        ),
+    ] = None,
+    network: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/S", help="What a GPU sends to other nodes.", show_default="the GPU's share"
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The teacher's config.json.")
@@ -111,7 +124,16 @@ def plan(
         loaded = load_recipe(recipe, overrides or ())
         kernels = loaded.student.backend if backend == "auto" else backend
         machine = make_machine(
-            gpu, gpus, sharding, kernels, gpu_memory=gpu_memory, mfu=mfu, price=price
+            gpu,
+            gpus,
+            sharding,
+            kernels,
+            gpu_memory=gpu_memory,
+            mfu=mfu,
+            price=price,
+            node=node,
+            link=link,
+            network=network,
         )
         # The recipe's folder: sizes of known teachers may lie beside it.
         made = plan_recipe(loaded, recipe.resolve().parent, machine, config=config, run=run_dir)

@@ -88,6 +88,8 @@ class Planner:
     machine: Machine
     target_bytes: Mapping[str, float]
     """Bytes per token of stored targets, by domain."""
+    search: bool = True
+    """Whether to look for settings with which a stage fits that does not."""
 
     @property
     def parameters(self) -> Parameters:
@@ -194,7 +196,7 @@ def capture_cost(planner: Planner) -> StageCost:
         tokens=total,
         flops=total * per_token,
         disk=sum(count * planner.target_bytes[domain] for domain, count in tokens.items()),
-        fit=what_fits(memory, planner.machine.gpu),
+        fit=what_fits(memory, planner.machine.gpu, search=planner.search),
     )
     return planner.timed(cost)
 
@@ -218,7 +220,7 @@ def align_cost(planner: Planner) -> StageCost:
         disk=student,
         scratch=planner.checkpoints(planner.parameters.new),
         bound=Bound(align_traffic(memory.inputs, _passes(section, memory.inputs))),
-        fit=what_fits(memory, planner.machine.gpu),
+        fit=what_fits(memory, planner.machine.gpu, search=planner.search),
         batch_problem=_batch_problem("align", section, planner.machine.gpus),
     )
     return planner.timed(cost)
@@ -254,7 +256,7 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
         disk=FP32 * planner.parameters.student,
         scratch=planner.checkpoints(inputs.trained),
         bound=Bound(distill_traffic(memory.inputs, _passes(section, memory.inputs))),
-        fit=what_fits(memory, planner.machine.gpu),
+        fit=what_fits(memory, planner.machine.gpu, search=planner.search),
         batch_problem=_batch_problem("distill", section, planner.machine.gpus),
     )
     return planner.timed(cost)
@@ -273,7 +275,9 @@ def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:
     memory = functools.partial(evaluation_memory, student=student)
     inputs = planner.memory_inputs(rows)
     stage = StageMemory("evaluate", memory, inputs, rows, label=f"evaluate/{name}")
-    return StageCost("evaluate", name, fit=what_fits(stage, planner.machine.gpu))
+    return StageCost(
+        "evaluate", name, fit=what_fits(stage, planner.machine.gpu, search=planner.search)
+    )
 
 
 def _batch_problem(name: str, section: Optimization, gpus: int) -> Problem | None:

@@ -85,12 +85,12 @@ def command_line(settings: Mapping[str, Value]) -> str:
     return " ".join(words)
 
 
-def what_fits(stage: StageMemory, gpu: Gpu) -> Fit:
-    """Compare a stage's memory with a GPU's; where it is more, look for ways to fit."""
+def what_fits(stage: StageMemory, gpu: Gpu, *, search: bool = True) -> Fit:
+    """Compare a stage's memory with a GPU's; where it is more, look for ways to fit (`search`)."""
     memory = stage.memory(stage.inputs)
     if memory.total <= gpu.memory:
         return Fit(memory)
-    ways = tuple(itertools.islice(_ways(stage, gpu), MOST_WAYS))
+    ways = tuple(itertools.islice(_ways(stage, gpu), MOST_WAYS)) if search else ()
     return Fit(memory, Problem(_message(stage, memory, gpu, ways), ways))
 
 

@@ -204,10 +204,48 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
     # By then the loss has given up its logits, and the head's gradient counts among the gradients.
     end_of_backward = replace(base, gradients=states.gradients, activations=layer)
     moments = [end_of_forward, end_of_backward]
+    # The last layer is computed again before there is any gradient but the head's.
+    recomputed = replace(base, gradients=left_over, activations=saved + layer)
     if inputs.checkpointing:
-        # The last layer is computed again before there is any gradient but the head's.
-        moments.append(replace(base, gradients=left_over, activations=saved + layer))
+        moments.append(recomputed)
+    if inputs.sharding in ("fsdp2", "hsdp"):
+        moments = _fsdp2_moments(inputs, end_of_forward, end_of_backward, recomputed)
     return max(moments, key=lambda memory: memory.allocated)
+
+
+def _fsdp2_moments(
+    inputs: MemoryInputs, end_of_forward: Memory, end_of_backward: Memory, recomputed: Memory
+) -> list[Memory]:
+    """Add to each moment what FSDP2 has gathered then, one unit after another.
+
+    A unit that is in its backward pass takes its weights, their gradients as computed, and these in
+    fp32, in which they are reduced. Frozen units have no gradients.
+    """
+    p, size = inputs.parameters, 4 if inputs.precision == "fp32" else 2
+    head, layer = p.head or p.embedding, _layer_parameters(inputs)
+    # Tied embedding and head are one unit, which stays gathered from first to last.
+    tied = 0.0 if p.head else float(size * head)
+    trains_tables = inputs.trainable == "all"
+    backward = 2 * size + 4
+    # This layer and the next one, which is fetched ahead, and the gradients of this one.
+    layers = tied + (backward + size) * layer
+    tables = (backward if trains_tables else size) * p.embedding
+    hidden_gradient = inputs.pass_tokens * inputs.student_pass.residual * inputs.architecture.hidden
+    # The loss has made the head's gradient in fp32, which becomes one of `size` bytes for FSDP2.
+    head_gradient = (4 + size) * head if trains_tables else 0
+    moments = [
+        replace(end_of_forward, working_copies=float(size * head)),
+        replace(
+            end_of_forward,
+            working_copies=float(size * (head + layer)),
+            loss=float(hidden_gradient + head_gradient),
+        ),
+        replace(end_of_backward, working_copies=layers),
+        replace(end_of_backward, activations=0.0, working_copies=float(tables)),
+    ]
+    if inputs.checkpointing:
+        moments.append(replace(recomputed, working_copies=layers))
+    return moments
 
 
 def align_memory(inputs: MemoryInputs) -> Memory:
@@ -338,17 +376,11 @@ def _whole_states(inputs: MemoryInputs) -> States:
 
 def _fsdp2_states(inputs: MemoryInputs) -> States:
     """Every GPU holds a share of everything in fp32, and gathers a layer when it is used."""
-    held, trained = inputs.parameters.student + inputs.adapters, inputs.trained
-    size = 4 if inputs.precision == "fp32" else 2
-    layer, tables = _layer_parameters(inputs), inputs.parameters.embedding + inputs.parameters.head
-    # This layer and the next one (which is fetched ahead), embedding and head.
-    gathered = size * (2 * layer + tables)
-    # Their gradients, and the same in fp32, in which they are reduced.
-    gradients = (size + 4) * (layer + tables)
-    shards = inputs.shards
+    held, trained, shards = inputs.student_numbers, inputs.trained, inputs.shards
     # Gradients that wait for the last pass are whole.
     kept = 4.0 * trained if inputs.waits and inputs.accumulates else 4.0 * trained / shards
-    return States(4.0 * held / shards, kept, ADAM * trained / shards, gathered + gradients)
+    # What is gathered depends on the moment (`_fsdp2_moments`).
+    return States(4.0 * held / shards, kept, ADAM * trained / shards, 0.0)
 
 
 def _zero_states(inputs: MemoryInputs) -> States:

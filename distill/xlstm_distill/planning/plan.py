@@ -23,14 +23,17 @@ from xlstm_distill.planning.costs import (
     expert_cost,
     merge_cost,
 )
-from xlstm_distill.planning.fit import Value
-from xlstm_distill.planning.machine import Machine
+from xlstm_distill.planning.fit import MOST_GPUS, Value
+from xlstm_distill.planning.machine import GPUS, Machine
+from xlstm_distill.planning.memory import Sharding
 from xlstm_distill.recipe import Recipe
 
 TARGET_BYTES = 160.0
 """Stored targets per token, where no run has measured them: the goal of adaptive k."""
 KEPT_BYTES = 2.0
 """Stored bytes of a kept token without adaptive k (docs/targets.md: 510 for 256 of 128,256)."""
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of GPUs that are tried."""
 MOST_ROUNDS = 16
 """Problems that are solved one after the other, at most, to find changes that make all fit."""
 
@@ -53,6 +56,9 @@ class CostPlan:
     stages: tuple[StageCost, ...]
     changes: Mapping[str, Value] | None = None
     """Settings with which every stage fits: empty where all do, None where none were found."""
+    smallest: tuple[tuple[int, str], ...] = ()
+    """Where a stage does not fit: the GPUs on which the recipe runs as it is (count and name), the
+    smallest GPU first, each later one for fewer of a larger GPU."""
 
     @property
     def problems(self) -> list[str]:
@@ -79,7 +85,9 @@ def plan_recipe(
     architecture = find_architecture(recipe, folder, config)
     measured = measured_target_bytes(run, recipe) if run else {}
     plan = make_plan(recipe, architecture, machine, measured)
-    return replace(plan, changes=changes_that_fit(recipe, architecture, machine, measured))
+    changes = changes_that_fit(recipe, architecture, machine, measured)
+    smallest = smallest_machines(recipe, architecture, machine) if plan.problems else ()
+    return replace(plan, changes=changes, smallest=smallest)
 
 
 def make_plan(
@@ -87,12 +95,17 @@ def make_plan(
     architecture: Architecture,
     machine: Machine,
     measured: Mapping[str, float],
+    *,
+    search: bool = True,
 ) -> CostPlan:
-    """Cost every stage; `measured`: bytes per token of stored targets by domain, from a run."""
+    """Cost every stage; `measured`: bytes per token of stored targets by domain, from a run.
+
+    `search`: whether to look for settings with which a stage fits that does not.
+    """
     all_kept = KEPT_BYTES * recipe.capture.top_k
     assumed = all_kept if recipe.capture.mass is None else min(TARGET_BYTES, all_kept)
     target_bytes = dict.fromkeys(recipe.data.domains, assumed) | dict(measured)
-    planner = Planner(recipe, architecture, machine, target_bytes)
+    planner = Planner(recipe, architecture, machine, target_bytes, search)
     stages = [data_cost(planner)]
     if recipe.capture.targets == "stored":
         stages.append(capture_cost(planner))
@@ -111,6 +124,26 @@ def make_plan(
         measured=bool(measured),
         stages=tuple(stages),
     )
+
+
+def smallest_machines(
+    recipe: Recipe, architecture: Architecture, machine: Machine
+) -> tuple[tuple[int, str], ...]:
+    """Find the fewest GPUs of each kind on which the recipe runs as it is, by rising memory."""
+    found: list[tuple[int, str]] = []
+    for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory):
+        # More of a larger GPU than of a smaller one would be no news.
+        most = found[-1][0] // 2 if found else MOST_GPUS
+        for count in filter(lambda count: count <= most, COUNTS):
+            several: Sharding = (
+                "fsdp2" if machine.sharding in ("none", "hsdp") else machine.sharding
+            )
+            sharding: Sharding = "none" if count == 1 else several
+            on = replace(machine, gpu=gpu, gpus=count, sharding=sharding)
+            if not make_plan(recipe, architecture, on, {}, search=False).problems:
+                found.append((count, gpu.name))
+                break
+    return tuple(found)
 
 
 def changes_that_fit(

@@ -49,6 +49,7 @@ def to_json(plan: CostPlan) -> dict[str, Any]:
         "total": _totals(plan),
         "fits": not any(stage.fit and not stage.fit.fits for stage in plan.stages),
         "problems": plan.problems,
+        "smallest_gpus": [{"gpus": count, "gpu": name} for count, name in plan.smallest],
         "changes": None if plan.changes is None else dict(plan.changes),
     }
 
@@ -156,6 +157,7 @@ def _memory_rows(plan: CostPlan) -> tuple[list[str], Rows]:
 def _notes(plan: CostPlan) -> Iterator[str]:
     yield ""
     yield from _utilisation_notes(plan)
+    yield from _communication_notes(plan)
     if any(stage.stage == "capture" for stage in plan.stages):
         source = "measured in the run"
         if not plan.measured:
@@ -187,6 +189,25 @@ def _utilisation_notes(plan: CostPlan) -> Iterator[str]:
         yield from (f"  {name}: {text}" for name, text in reasons.items())
 
 
+def _communication_notes(plan: CostPlan) -> Iterator[str]:
+    """Say what a GPU sends in an optimiser step, each kind of stage once, and what that bounds."""
+    bounds = {stage.stage: stage.bound for stage in plan.stages if stage.bound is not None}
+    sent = {name: bound for name, bound in bounds.items() if bound.traffic.total}
+    if not sent:
+        return
+    yield "Sent by each GPU in an optimiser step (--link, --network, --node change the links):"
+    for name, bound in sent.items():
+        t = bound.traffic
+        parts = {"gathers": t.gathered, "reduce-scatters": t.scattered, "all-reduces": t.reduced}
+        words = ", ".join(f"{part} {_bytes(size)}" for part, size in parts.items() if size)
+        yield f"  {name}: {words}"
+        if bound.communication is None or bound.compute is None:
+            continue
+        times = f"{bound.communication:.3g} s beside {bound.compute:.3g} s of computing"
+        warning = ": BOUND BY COMMUNICATION, hours are for that" if bound.by_communication else ""
+        yield f"    {times}{warning}"
+
+
 def _verdict(plan: CostPlan) -> Iterator[str]:
     """Say whether every stage fits, or what does not and which settings to give."""
     if not plan.problems:
@@ -195,6 +216,9 @@ def _verdict(plan: CostPlan) -> Iterator[str]:
     yield "As it stands, this does not run:"
     for problem in plan.problems:
         yield from _wrapped(problem, "- ")
+    if plan.smallest:
+        machines = ", or ".join(f"{count} x {name}" for count, name in plan.smallest)
+        yield from _wrapped(f"As it is, it fits on {machines}.", "")
     if plan.changes is None:
         yield "No change of settings that was tried makes every stage fit."
     else:
