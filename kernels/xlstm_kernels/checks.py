@@ -5,8 +5,6 @@ Each raises ValueError in one line that names the argument, its value and what i
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 import torch
 from torch import Tensor
 
@@ -214,11 +212,3 @@ def check_state(operator: str, state: MLSTMState, q: Tensor, v: Tensor, dtype: t
             raise ValueError(
                 f"{operator}: state.{name} is on {x.device}, but q is on {q.device}; use one"
             )
-
-
-def refuse_second_derivative(operator: str, ctx: Any, *grads: Any) -> NoReturn:
-    """Say that the gradients of an operator have none of their own."""
-    raise NotImplementedError(
-        f"{operator}: second derivatives are not implemented; differentiate once, or use "
-        "the operator's float64 reference in xlstm_kernels.reference"
-    )

@@ -11,6 +11,7 @@ All figures are bytes per token unless they say otherwise.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,8 +27,10 @@ Precision = Literal["fp32", "bf16", "autocast"]
   (one process, DDP).
 """
 Backend = Literal["torch", "triton"]
-FP64, FP32, BF16, INT64 = 8, 4, 2, 8
+FP32, BF16, INT64 = 4, 2, 8
 """Bytes of a number."""
+SPAN: Mapping[str, int] = {"cpu": 1 << 12, "cuda": 1 << 17}
+"""Tokens of all rows and heads in a span (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def layer_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
     total += _window(a, mixer, forward)
     if "mlstm" in mixer.branches:
         total += _feature_maps(a, mixer, forward)
-        total += mlstm_saved(a, mixer, forward, values_train=True)
+        total += mlstm_saved(a, mixer, forward)
         total += _output_gate(a, mixer, forward)
     return total
 
@@ -100,7 +103,7 @@ def mixer_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
     error = FP32 * a.query_width + FP32  # the difference to the teacher's heads, and its norm
     total = Saved(layer_input + teacher_heads + error)
     total += _feature_maps(a, mixer, forward)
-    total += mlstm_saved(a, mixer, forward, values_train=False)
+    total += mlstm_saved(a, mixer, forward)
     total += _output_gate(a, mixer, forward)
     if "window" in mixer.branches:
         total += Saved(forward.compute * a.query_width)  # the window branch's output, a constant
@@ -182,84 +185,86 @@ def _feature_maps(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
     return Saved(inputs + outputs, weight_copies)
 
 
-def mlstm_saved(a: Architecture, mixer: MixerConfig, forward: Pass, *, values_train: bool) -> Saved:
-    """Count the mLSTM of all heads, from features to its output.
-
-    `values_train`: whether values need a gradient; in stage I they are constants, and less is kept.
-    """
+def mlstm_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
+    """Count the mLSTM of all heads, from features to its output."""
     # The operator's features are the softmax itself, unless they were cast to bf16 or joined from
     # two softmaxes.
     copied = forward.compute < FP32 or mixer.feature_map == "hedgehog"
+    width = features(mixer, a)
+    inputs = Saved(2 * forward.compute * a.heads * width if copied else 0)
+    if "window" not in mixer.branches:  # else `_window` counts the values
+        inputs += Saved(forward.compute * a.key_width)
     if forward.backend == "triton":
-        return _mlstm_triton(a, features(mixer, a), forward, copied=copied)
-    return _mlstm_torch(a, features(mixer, a), forward, copied=copied, values_train=values_train)
+        return inputs + _mlstm_triton(a, width, forward)
+    return inputs + _mlstm_torch(a, width, forward)
 
 
-def _mlstm_triton(a: Architecture, F: int, forward: Pass, *, copied: bool) -> Saved:
+def _mlstm_triton(a: Architecture, F: int, forward: Pass) -> Saved:
     """Count the fused operator: it computes states and scores again in its backward pass."""
     H, D = a.heads, a.head_dim
-    inputs = 2 * forward.compute * H * F if copied else 0  # features of queries and keys
     output = forward.compute * H * D  # h, less its common component
     per_head = 7 * FP32 * H  # gates, their sums, m and denominators
     # The state that a row starts from (S, z and m), and the common component of each group's
     # values.
     start = H * (F * (D + 1) + 1) + a.groups * D
-    return Saved(inputs + output + per_head, FP32 * forward.rows * start)
+    return Saved(output + per_head, FP32 * forward.rows * start)
 
 
-def _mlstm_torch(
-    a: Architecture, F: int, forward: Pass, *, copied: bool, values_train: bool
-) -> Saved:
+def _mlstm_torch(a: Architecture, F: int, forward: Pass) -> Saved:
     """Count the chunkwise form in plain torch, fp32: it keeps every chunk's state and L x L scores.
 
     Letters L, H, F, D as above; D + 1 because the normaliser z rides along as one more value.
     """
     H, D, L = a.heads, a.head_dim, forward.chunk
-    # The last chunk is filled up to L tokens, and filling copies queries and keys as a cast does.
-    padded = math.ceil(forward.tokens / L) * L / forward.tokens
-    copied = copied or forward.tokens % L > 0
-    gradients = 2 if values_train else 1  # tensors kept for the gradients of keys and of scores
-    queries = (3 if copied else 2) * H * F
-    keys = gradients * H * F
-    weights, scores = H * (L + 1), gradients * H * L
-    states = H * F * (D + 1) / L  # one state for each chunk
-    values = a.groups * (D + 1)
-    outputs = H * (D + 1)  # h and the denominators
-    gates = 2 * H
-    numbers = queries + keys + weights + scores + states + values + outputs + gates
-    # One product with a constant 0/1 matrix sums the gates between each pair of positions of a
-    # chunk. It is (2 L, L (L + 1)), in fp32 on a CPU and in fp64 on CUDA.
-    matrix_size = FP32 if forward.device == "cpu" else FP64
-    return Saved(padded * FP32 * numbers, matrix_size * 2 * L * L * (L + 1))
+    padded = math.ceil(forward.tokens / L) * L / forward.tokens  # the last chunk is filled up
+    weights, scores, outputs = L + 1, L, D + 1  # outputs: h and the denominators
+    states = F * (D + 1)  # at each chunk's start, and at the row's end
+    per_token = padded * (weights + scores + outputs + states / L)
+    gates = 2
+    return Saved(FP32 * H * (per_token + gates), FP32 * forward.rows * H * states)
 
 
-def band(mixer: MixerConfig, tokens: int) -> tuple[int, int]:
-    """Return the lengths of a block of queries and of the keys it reads in `banded_attention`.
+def layer_excess(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
+    """Return the bytes by which a layer's backward pass exceeds what the layer saved (stage II).
 
-    Sinks are among the keys.
+    The most is held inside of the mLSTM. By then the MLP, its norm, the output projection and the
+    gate have given up what they saved.
     """
-    window = min(mixer.window, tokens)
-    # The operator's own choice of block: as long as the window, but between 32 and 128.
-    block = min(max(32, min(window, 128)), tokens)
-    return block, window - 1 + block + min(mixer.sinks, tokens)
+    freed = Saved(4 * forward.compute * a.intermediate + _norm(a, forward, a.hidden))
+    freed += Saved(forward.compute * a.query_width + 2 * forward.compute * a.query_width)
+    return max(0.0, _mlstm_work(a, mixer, forward) - freed.bytes(forward))
+
+
+def mixer_excess(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
+    """Return the bytes by which a mixer's backward pass exceeds what the mixer saved (stage I).
+
+    By the time of the mLSTM, the error and the outputs of both branches are given up.
+    """
+    freed = Saved(FP32 * a.query_width + FP32 + 2 * forward.compute * a.query_width)
+    return max(0.0, _mlstm_work(a, mixer, forward) - freed.bytes(forward))
+
+
+def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
+    """Count what the mLSTM's backward pass in plain torch allocates, its results included.
+
+    It works on spans of tokens (`xlstm_kernels.torch.chunkwise`), in fp32. The factors of F and D
+    are the tensors of `differentiate_span` that live at once. The fused operator is not counted.
+    """
+    if "mlstm" not in mixer.branches or forward.backend == "triton":
+        return 0.0
+    H, D, L, F = a.heads, a.head_dim, forward.chunk, features(mixer, a)
+    all_rows = forward.rows * forward.tokens * H
+    span = min(SPAN[forward.device], all_rows)
+    work = FP32 * (6 * F + 3 * D + 3 * L + F * (D + 1) / L)
+    results = forward.compute * (2 * F + D * a.groups / H) + 2 * FP32
+    return span * work + all_rows * results
 
 
 def _window(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
-    """Count sliding-window attention of all heads, and the copy of its output that is read next."""
+    """Count sliding-window attention of all heads."""
     if "window" not in mixer.branches:
         return Saved()
     size, keys, queries = forward.compute, a.key_width, a.query_width
     statistics = FP32 * a.heads  # the log-sum-exp of each query
-    if forward.backend == "triton":
-        # Keys, values, queries and output: the band is computed again in the backward pass.
-        return Saved(2 * size * keys + 2 * size * queries + statistics)
-    block, span = band(mixer, forward.tokens)
-    padded = math.ceil(forward.tokens / block) * block / forward.tokens
-    bias = size * (a.heads // a.groups) * span
-    block_keys_and_values = 2 * size * keys * span / block
-    inside = bias + block_keys_and_values + 2 * size * queries + statistics
-    sink_positions = INT64 * min(mixer.sinks, forward.tokens) / block
-    # Keys and values once as they came, and the positions by which sinks were picked.
-    gathered = 2 * size * keys + sink_positions
-    output = size * queries if "mlstm" in mixer.branches else 0
-    return Saved(gathered + padded * inside + output)
+    # Keys, values, queries and output: the band is computed again in the backward pass.
+    return Saved(2 * size * keys + 2 * size * queries + statistics)

@@ -21,7 +21,9 @@ from xlstm_distill.planning.activations import (
     Pass,
     Precision,
     checkpoint_saved,
+    layer_excess,
     layer_saved,
+    mixer_excess,
     mixer_saved,
     outside_layers,
 )
@@ -202,10 +204,12 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
     left_over = states.gradients if inputs.accumulates else 0.0
     end_of_forward = replace(base, gradients=left_over, activations=saved, loss=_loss(inputs))
     # By then the loss has given up its logits, and the head's gradient counts among the gradients.
-    end_of_backward = replace(base, gradients=states.gradients, activations=layer)
+    # The last layer to run backward holds what it saved, and what its own pass needs beside that.
+    working = layer + layer_excess(a, inputs.mixer, forward)
+    end_of_backward = replace(base, gradients=states.gradients, activations=working)
     moments = [end_of_forward, end_of_backward]
     # The last layer is computed again before there is any gradient but the head's.
-    recomputed = replace(base, gradients=left_over, activations=saved + layer)
+    recomputed = replace(base, gradients=left_over, activations=saved + working)
     if inputs.checkpointing:
         moments.append(recomputed)
     if inputs.sharding in ("fsdp2", "hsdp"):
@@ -252,13 +256,14 @@ def align_memory(inputs: MemoryInputs) -> Memory:
     """Predict the memory of stage I: one teacher pass feeds all mixers, which share its weights."""
     new, forward = inputs.parameters.new, inputs.teacher_pass
     mixer = mixer_saved(inputs.architecture, inputs.mixer, forward).bytes(forward)
+    excess = mixer_excess(inputs.architecture, inputs.mixer, forward)
     # The new parameters train in fp32; the student's other weights are the teacher's own tensors.
     return Memory(
         weights=4.0 * new,
         gradients=4.0 * new if inputs.accumulates else 0.0,
         optimizer=float(ADAM * new),
         working_copies=4.0 * new if inputs.sharding != "none" else 0.0,  # buckets of the reduction
-        activations=inputs.architecture.layers * mixer + ALIGN_TRANSIENT * mixer,
+        activations=inputs.architecture.layers * mixer + max(ALIGN_TRANSIENT * mixer, excess),
         teacher=inputs.teacher_weights,
     )
 

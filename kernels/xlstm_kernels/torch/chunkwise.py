@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlstm_kernels.checks import refuse_second_derivative
+from xlstm_kernels.registration import filled, refuse_second_derivative
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState, state_dtype
 from xlstm_kernels.torch.passes import Gradients, Kept, Tokens, differentiate_span, run_span
@@ -21,7 +21,7 @@ CHUNK_CPU = 32  # measured: docs/math.md, "Chunk size"
 CHUNK_GPU = 64
 # Tokens of all rows and heads that a pass works on at once. So its working memory does not grow
 # with T, and on a CPU it stays in the cache.
-SPAN_CPU, SPAN_GPU = 1 << 12, 1 << 20
+SPAN_CPU, SPAN_GPU = 1 << 12, 1 << 17
 
 
 def mlstm_chunkwise(
@@ -199,13 +199,17 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, i, f, *_ = inputs
-    _, _, _, m, *kept = output
+    h, C, n, m, *kept = output
     ctx.mark_non_differentiable(m, *kept)
+    # Else autograd would make a gradient of zeros for each of them.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, i, f, *kept)
+    ctx.results = [(x.shape, x.dtype, x.device) for x in (h, C, n)]
 
 
-def _gradients(ctx: Any, dh: Tensor, dC: Tensor, dn: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dh: Any, dC: Any, dn: Any, *_: Any) -> tuple[Tensor | None, ...]:
     values = ctx.needs_input_grad[2]
+    dh, dC, dn = filled((dh, dC, dn), ctx.results)
     dq, dk, dv, di, df, dC0, dn0 = backward(dh, dC, dn, *ctx.saved_tensors, values)
     return dq, dk, dv if values else None, di, df, None, dC0, dn0, None, None
 

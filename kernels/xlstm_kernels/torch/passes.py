@@ -32,7 +32,8 @@ class Tokens(NamedTuple):
         if documents is not None:
             entering = documents.runs[:, at.start - 1] if at.start else documents.entering
             documents = Documents(documents.runs[:, at], entering)
-        return Tokens(*(x[:, :, at] for x in self[:5]), documents)
+        q, k, v, i, f = (x[:, :, at] for x in self[:5])
+        return Tokens(q, k, v, i, f, documents)
 
 
 class Kept(NamedTuple):
@@ -61,8 +62,8 @@ class Kept(NamedTuple):
 
     def span(self, first: int, last: int) -> Kept:
         """View the chunks from `first` on, before `last`."""
-        per_chunk = (x[first:last] for x in self[:3])
-        return Kept(*per_chunk, self.states[first : last + 1])
+        weights, scores, outputs = (x[first:last] for x in self[:3])
+        return Kept(weights, scores, outputs, self.states[first : last + 1])
 
 
 class InChunks(NamedTuple):
@@ -150,7 +151,9 @@ class Gradients(NamedTuple):
 
     def span(self, at: slice) -> Gradients:
         """View those of some of the tokens."""
-        return Gradients(*(None if x is None else x[:, :, at] for x in self))
+        v = None if self.v is None else self.v[:, :, at]
+        q, k, i, f = (x[:, :, at] for x in (self.q, self.k, self.i, self.f))
+        return Gradients(q, k, v, i, f)
 
 
 def differentiate_span(

@@ -198,7 +198,7 @@ def _exponentials_in_place(x: Tensor) -> None:
     clamped to 0 afterwards.
     """
     floor = math.log(torch.finfo(x.dtype).tiny) + 1
-    F.threshold_(x.clamp_(min=floor).exp_(), 1.001 * math.exp(floor), 0.0)
+    F.threshold(x.clamp_(min=floor).exp_(), 1.001 * math.exp(floor), 0.0, inplace=True)
 
 
 def _chunk_stabilisers(last: Tensor, log_decay: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_kernels.checks import refuse_second_derivative
+from xlstm_kernels.registration import refuse_second_derivative
 from xlstm_kernels.segments import document_runs, document_starts
 
 # Queries of a block: as many as the window has tokens, between these bounds (docs/math.md, "Chunk
@@ -236,6 +236,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, window, sinks, scale = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of the second one: zeros that nothing would read
     ctx.save_for_backward(*tensors, *output)
     ctx.settings = (window, sinks, scale)
 

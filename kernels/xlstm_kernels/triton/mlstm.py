@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_kernels.checks import refuse_second_derivative
+from xlstm_kernels.registration import filled, refuse_second_derivative
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState
 from xlstm_kernels.triton import common
@@ -158,11 +158,10 @@ def _(
     B, H, T, _ = q.shape
     h, row = v.new_empty(B, H, T, v.shape[3]), (B, H, T)
     centre = v.new_empty(B, v.shape[1], v.shape[3], dtype=torch.float32)
-    rows = (q.new_empty(row, dtype=torch.float32) for _ in range(3))
+    high, low, largest, den, m = (q.new_empty(row, dtype=torch.float32) for _ in range(5))
     h_centred = torch.empty_like(h) if keep else v.new_empty(0)
-    den, m = (q.new_empty(row, dtype=torch.float32) for _ in range(2))
-    ends = (x.new_empty(x.shape) for x in (C0, n0, m0))
-    return h, *ends, centre, *rows, h_centred, den, m
+    C_end, n_end, m_end = (x.new_empty(x.shape) for x in (C0, n0, m0))
+    return h, C_end, n_end, m_end, centre, high, low, largest, h_centred, den, m
 
 
 class Kept(NamedTuple):
@@ -241,19 +240,23 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *arguments, runs, settings, _ = inputs
-    _, _, _, m_end, *kept = output
+    h, C, n, m_end, *kept = output
     ctx.mark_non_differentiable(m_end, *kept)
+    # Else autograd would make a gradient of zeros for each of them.
+    ctx.set_materialize_grads(False)
+    ctx.results = [(x.shape, x.dtype, x.device) for x in (h, C, n)]
     ctx.save_for_backward(*arguments, runs, *kept)
     ctx.settings = settings
 
 
-def _gradients(ctx: Any, dh: Tensor, dC: Tensor, dn: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
     # Once: under activation checkpointing a second look is an error.
     saved = ctx.saved_tensors
     arguments, runs, kept = saved[:8], saved[8], saved[9:]
     needed = ctx.needs_input_grad
     parts = (needed[0] or needed[1] or needed[3] or needed[4], needed[2])
-    found = backward([dh, dC, dn], list(arguments), runs, list(kept), ctx.settings, *parts)
+    grads = filled(given[:3], ctx.results)
+    found = backward(grads, list(arguments), runs, list(kept), ctx.settings, *parts)
     wanted = [grad if needs else None for grad, needs in zip(found, needed, strict=False)]
     return (*wanted, *[None] * 4)  # m0, runs, settings and keep have no gradient
 

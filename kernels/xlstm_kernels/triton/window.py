@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from xlstm_kernels.checks import refuse_second_derivative
+from xlstm_kernels.registration import refuse_second_derivative
 from xlstm_kernels.segments import document_runs, document_starts
 from xlstm_kernels.triton import window_kernels as kernels
 from xlstm_kernels.triton.common import contiguous_rows, dot_format, on_device_of, strides
@@ -183,6 +183,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, window, sinks, scale, settings = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of the second one: zeros that nothing would read
     ctx.save_for_backward(*tensors, *output)
     ctx.settings = (window, sinks, scale, settings)
 
