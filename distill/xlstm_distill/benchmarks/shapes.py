@@ -9,7 +9,11 @@ two with the planner. docs/reports/ keeps a report.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import itertools
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +44,8 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert
 from xlstm_distill.planning.architecture import Architecture, read_architecture
+from xlstm_distill.planning.communication import Traffic, align_traffic, distill_traffic
+from xlstm_distill.planning.memory import MemoryInputs, align_memory, distill_memory
 from xlstm_distill.recipe import Align, Distill, MixerConfig, Training
 from xlstm_distill.runtime import ranks
 from xlstm_distill.training import trainer
@@ -49,6 +55,8 @@ from xlstm_distill.training.plan import Stretch, TrainingPlan
 from xlstm_distill.training.trainer import Trainer
 
 Stage = Literal["align", "distill"]
+STAGES: tuple[Stage, ...] = ("align", "distill")
+FORMATTER = argparse.RawDescriptionHelpFormatter
 TOP_K, STEPS = 256, 2
 
 
@@ -75,7 +83,7 @@ class Case:
 
 
 def count(case: Case) -> Counts:
-    """Run a step of a case and count what one rank does."""
+    """Run `STEPS` steps of a case and count what one rank does in them."""
     with fake_ranks(case), tempfile.TemporaryDirectory() as folder:
         recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype="bfloat16"))
         accelerator = make_accelerator(recipe)
@@ -160,7 +168,7 @@ def _objective(case: Case, teacher: Any, student: Any) -> Any:
     """Make a stage's objective as the stages do, of models without numbers."""
     align = case.stage == "align"
     # Stage I trains fp32 parameters beside the teacher's own; stage II trains all in fp32.
-    new = {id(parameter) for _, parameter in student.new_parameters()}
+    new = {_storage(parameter) for _, parameter in student.new_parameters()}
     made: dict[int, nn.Parameter] = {}
     for model in (student, teacher) if align else (student,):
         _give_storage(model, made, torch.bfloat16 if align else torch.float32, fp32=new)
@@ -183,16 +191,24 @@ def _objective(case: Case, teacher: Any, student: Any) -> Any:
 def _give_storage(
     model: nn.Module, made: dict[int, nn.Parameter], dtype: torch.dtype, *, fp32: set[int]
 ) -> None:
-    """Replace a model's meta tensors by fake ones that lie on a device; `made` keeps tied ones."""
+    """Replace a model's meta tensors by fake ones that lie on a device.
+
+    `made` and `fp32` know parameters by their storage, which tied and shared ones have in common.
+    """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in made:
-                kind = torch.float32 if id(parameter) in fp32 else dtype
+            key = _storage(parameter)
+            if key not in made:
+                kind = torch.float32 if key in fp32 else dtype
                 empty = torch.empty(parameter.shape, dtype=kind, device="cpu")
-                made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-            module.register_parameter(name, made[id(parameter)])
+                made[key] = nn.Parameter(empty, parameter.requires_grad)
+            module.register_parameter(name, made[key])
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+
+
+def _storage(parameter: nn.Parameter) -> int:
+    return parameter.untyped_storage()._cdata
 
 
 def _plan(case: Case, domains: dict[str, DomainRows]) -> TrainingPlan:
@@ -216,3 +232,83 @@ def _rows(case: Case, folder: Path) -> DomainRows:
     rows = list(pack([document] * case.batch, case.context, 0))[: case.batch]
     write_rows(folder, rows, context=case.context, vocabulary=case.architecture.vocabulary)
     return DomainRows("text", Artifact(folder, {}), validation=0)
+
+
+def planned(case: Case) -> tuple[float, Traffic]:
+    """Return the planner's bytes of tensors of one rank, and what it sends in a step."""
+    share = case.batch // case.world
+    inputs = MemoryInputs(
+        architecture=case.architecture,
+        mixer=MixerConfig(),
+        teacher_dtype="bfloat16",
+        gpus=case.world,
+        sharding="fsdp2" if case.replicas == 1 else "hsdp",
+        rows=min(case.micro_batch, share),
+        tokens=case.context,
+        accumulates=share > case.micro_batch,
+        checkpointing=case.checkpointing,
+        backend=case.backend,
+        top_k=TOP_K,
+        node=case.world // case.replicas,
+        waits=case.waits,
+    )
+    passes = math.ceil(share / inputs.rows)
+    if case.stage == "align":
+        return align_memory(inputs).allocated, align_traffic(inputs, passes)
+    return distill_memory(inputs).allocated, distill_traffic(inputs, passes)
+
+
+def compared(case: Case) -> dict[str, Any]:
+    """Run a case and put what was counted in a step beside the plan (bytes)."""
+    counts = count(case)
+    memory, traffic = planned(case)
+    per_step = {name: getattr(counts, name) / STEPS for name in ("gathered", "scattered")}
+    return {
+        "stage": case.stage,
+        "ranks": case.world,
+        "replicas": case.replicas,
+        "rows": case.batch,
+        "waits": case.waits,
+        "operators": sum(counts.operators.values()) // STEPS,
+        "collectives": {name: n // STEPS for name, n in counts.collectives.items()},
+        **per_step,
+        "reduced": counts.reduced / STEPS,
+        "planned_gathered": traffic.gathered,
+        "planned_scattered": traffic.scattered,
+        "planned_reduced": traffic.reduced,
+        "peak": counts.peak,
+        "planned_peak": memory,
+    }
+
+
+def main() -> None:
+    """Run the cases that the command line names and print a line of JSON for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
+    facts = Path("recipes/architectures/llama-3.1-8b.json")
+    parser.add_argument("--architecture", type=Path, default=facts, help="facts of a teacher")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--world", nargs="+", type=int, default=[8, 64], help="ranks")
+    parser.add_argument("--replicas", type=int, default=1, help="of HSDP; 1 is FSDP2")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of a row")
+    parser.add_argument("--batch", type=int, default=64, help="rows of a step, over all ranks")
+    parser.add_argument("--waits", action="store_true", help="training.reduce: last")
+    asked = parser.parse_args()
+    config = json.loads(asked.architecture.read_text())["config"]
+    if asked.layers is not None:
+        config["num_hidden_layers"] = asked.layers
+    for world, stage in itertools.product(asked.world, asked.stages):
+        case = Case(
+            stage=stage,
+            config=config,
+            world=world,
+            replicas=asked.replicas,
+            context=asked.context,
+            batch=asked.batch,
+            waits=asked.waits,
+        )
+        print(json.dumps(compared(case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
