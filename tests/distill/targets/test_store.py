@@ -22,6 +22,7 @@ from xlstm_distill.targets.store import (
     Identity,
     Store,
     read_header,
+    shard_checks,
     write_index,
     write_shard,
 )
@@ -243,3 +244,20 @@ def test_what_a_killed_writer_left_is_not_counted(directory):
     write_index(directory, IDENTITY)
     assert Store(directory, IDENTITY).rows == 6
     assert not left.exists()
+
+
+@pytest.mark.parametrize("place", [HEADER_BYTES + 1, 40, -1])
+def test_every_changed_byte_of_a_shard_is_found_by_its_check(directory, place):
+    checks = shard_checks(directory)
+    assert sorted(checks) == ["targets-00000.bin", "targets-00001.bin", "targets-00002.bin"]
+    for check in checks.values():
+        check()
+    path = directory / "targets-00001.bin"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"targets-00001\.bin"):
+        checks["targets-00001.bin"]()
+    path.write_bytes((directory / "targets-00002.bin").read_bytes())  # whole, but another one
+    with pytest.raises(RunError, match="another shard"):
+        checks["targets-00001.bin"]()
