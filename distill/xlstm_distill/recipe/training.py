@@ -112,7 +112,10 @@ class Optimization(Section):
     betas: tuple[BelowOne, BelowOne] = Field(
         default=(0.9, 0.95), description="AdamW's decay rates of the two moments."
     )
-    # The paper clips at 1.0 in stage II. Here stage I clips too.
+    eps: Positive = Field(
+        default=1e-15, description="Added to the root of the second moment by AdamW."
+    )
+    # The paper clips at 1.0 in stage II.
     clip: Positive | None = Field(
         default=1.0, description="Largest norm of the gradient; null means no clipping."
     )
@@ -154,6 +157,9 @@ class Align(Optimization):
     final_lr: NonNegative | None = Field(default=1e-5, description=FINAL_LR)
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="cosine", description="Course of the learning rate after warm-up."
+    )
+    clip: Positive | None = Field(
+        default=None, description="Largest norm of the gradient; null means no clipping."
     )
     domains: Mixture | None = Field(
         default=None,

@@ -125,7 +125,8 @@ class Trainer:
                     figures |= {f"held_out_{name}": value for name, value in held_out.items()}
                 if log is not None:
                     log.write(step, figures)
-                bar.update(self.tokens_per_step, loss=figures.get("loss", math.nan))
+                shown = self.objective.shown
+                bar.update(self.tokens_per_step, **{shown: figures.get(shown, math.nan)})
                 if self._is_due(self.plan.settings.checkpoint_steps, step + 1, at_end=True):
                     self._save(step + 1, before)
             after = self.validate()
@@ -322,7 +323,8 @@ class Trainer:
                 totals[name] = totals.get(name, 0) + value.float()
         # One reduction for all parts: each would wait for the slowest rank.
         stacked = accelerator.reduce(torch.stack(list(totals.values())), "sum") / tokens
-        return dict(zip(totals, stacked.tolist(), strict=True)), losses
+        means = dict(zip(totals, stacked.tolist(), strict=True))
+        return self.objective.figures(means), losses
 
     def _find_origin(
         self, figure: str, losses: list[torch.Tensor], batches: list[Batch]
