@@ -231,6 +231,7 @@ class Run:
             # Asked again under the lock: several shares of a capture can end together.
             if self.find(request) is None:
                 self._fill(request, build, Draft(gathered))
+                final.parent.mkdir(parents=True, exist_ok=True)
                 replace_directory(gathered, final)
         shutil.rmtree(gathered, ignore_errors=True)
 

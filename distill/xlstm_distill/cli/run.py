@@ -18,6 +18,7 @@ from xlstm_distill.cli.launch import LaunchArgs, LaunchConfig, dispatch
 from xlstm_distill.cli.options import Debug, Overrides, RecipePath, RunPath
 from xlstm_distill.cli.preflight import check_batches
 from xlstm_distill.runtime.console import Console, QuietConsole
+from xlstm_distill.runtime.libraries import quiet_libraries
 from xlstm_distill.runtime.ranks import is_main_process, process_count
 
 if TYPE_CHECKING:
@@ -82,17 +83,32 @@ def run(
         _print_summary(opened.directory, console)
 
 
+Share = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Do share I (0 to N - 1) of N, for a Slurm array.",
+        show_default="all",
+    ),
+]
+
+
+def prepare(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    shard: Share = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Tokenise and pack the text of all domains, on CPUs alone; the other stages find it."""
+    _one_stage("prepare", Invocation(recipe, run_dir, overrides), debug, shard=shard)
+
+
 def capture(
     recipe: RecipePath,
     run_dir: RunPath = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Do share I (0 to N - 1) of N, for a Slurm array.",
-            show_default="all",
-        ),
-    ] = None,
+    shard: Share = None,
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
@@ -206,8 +222,8 @@ def _open(asked: Invocation, console: Console, check: Check | None = None) -> tu
 
 
 def _stage_module(stage: str) -> Any:
-    # It imports torch and transformers, so it waits until a stage is about to run.
-    importlib.import_module("xlstm_distill.stages.workbench").quiet_libraries()
+    # It loads transformers, so it waits until a stage is about to run.
+    quiet_libraries()
     return importlib.import_module(f"xlstm_distill.stages.{stage}")
 
 

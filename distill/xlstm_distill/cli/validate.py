@@ -79,8 +79,8 @@ def examine(recipe: Recipe) -> Findings:
     """Check a recipe's teacher, data and tasks; the problems are collected, not raised."""
     from xlstm_distill.data.preview import preview_sources
     from xlstm_distill.models.families import family_of
+    from xlstm_distill.runtime.libraries import quiet_libraries
     from xlstm_distill.stages.lineage import Lineage
-    from xlstm_distill.stages.workbench import quiet_libraries
 
     quiet_libraries()
     findings = Findings(recipe.name, tasks=[task.name for task in recipe.evaluate.tasks])

@@ -6,17 +6,17 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts import Artifact, Request, Run
 from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.artifacts.locks import wait_for
 from xlstm_distill.data import sources
 from xlstm_distill.data.budget import held_out_span, keys_of_rows, notes_of_rows, rows_needed
-from xlstm_distill.data.preparation import Preparation, clean
+from xlstm_distill.data.preparation import CHECKPOINT, PROGRESS, Preparation, clean
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
 
-ROWS_FORMAT = 3
+ROWS_FORMAT = 4
 """Raised when rows change meaning, so that those made before are made anew."""
 
 
@@ -25,8 +25,9 @@ def prepare_domain(
 ) -> Artifact:
     """Tokenise and pack a domain's documents into rows, once; the artifact is `data/<domain>`.
 
-    A preparation that was killed goes on from its last finished shard and ends with the same rows.
-    Of several runs of the command on one run directory the first prepares; the others wait.
+    A preparation that was killed goes on from its last finished shard and ends with the same rows,
+    also one that was killed while it published them. Of several runs of the command on one run
+    directory the first prepares; the others wait.
     """
     needed = rows_needed(recipe, name)
     # Rows that are there stay, also where this recipe needs fewer of them.
@@ -38,21 +39,38 @@ def prepare_domain(
         notes=notes_of_rows(recipe, name),
     )
     folder = run.work_directory(request)
+    preparation = Preparation(recipe, name, needed, tokenizer, folder, console)
 
-    def build(draft: Draft) -> None:
-        Preparation(recipe, name, needed, tokenizer, folder, console).build(draft)
+    def publish() -> Artifact:
+        return run.make(request, preparation.describe, gathered=folder)
 
     # Only rank 0 prepares, so only it asks for the lock; the others wait at the barrier in `make`.
-    if not is_main_process() or run.find(request):
-        return run.make(request, build, console=console)
+    if not is_main_process():
+        return publish()
+    if run.find(request):
+        return _tidied(publish())
 
     def say_waiting() -> None:
         console.line(f"{request.label}: another process prepares it; waiting.")
 
     # Outside of `make`: its lock is held for the moment of publishing, this one for hours.
     with wait_for(folder.with_name(f"data-{name}.lock"), say_waiting):
-        artifact = run.make(request, build, console=console)
+        if not run.find(request):
+            run.say_why(request, console)
+            with run.working(request.label):
+                preparation.gather()
+        artifact = _tidied(publish())
         clean(folder)
+    return artifact
+
+
+def _tidied(artifact: Artifact) -> Artifact:
+    """Remove what the rows were gathered with.
+
+    After they are published: a process that dies before that still finds its checkpoint.
+    """
+    for name in (CHECKPOINT, PROGRESS):
+        (artifact.path / name).unlink(missing_ok=True)
     return artifact
 
 

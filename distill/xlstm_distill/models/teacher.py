@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from xlstm_distill.artifacts.hashing import digest, hash_path
 from xlstm_distill.errors import UserError
-from xlstm_distill.models.families import CausalLM, family_of
 from xlstm_distill.recipe import Teacher
+
+if TYPE_CHECKING:
+    import torch
+
+    from xlstm_distill.models.families import CausalLM
 
 
 def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalLM:
@@ -20,6 +23,10 @@ def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalL
     Raises:
         UserError: the path is missing, holds no model, or the architecture is not supported.
     """
+    # Not above: who needs the tokenizer alone loads no model code.
+    import torch
+    from transformers import AutoModelForCausalLM
+
     # Only the configuration is read for this: a wrong teacher is refused before weights are loaded.
     _check_architecture(config)
     model = _load(AutoModelForCausalLM, config, "a model", dtype=getattr(torch, config.dtype))
@@ -64,6 +71,8 @@ def teacher_hash(config: Teacher) -> str:
 
 
 def _check_architecture(config: Teacher) -> None:
+    from xlstm_distill.models.families import family_of
+
     _check_path(config)
     family_of(_load(AutoConfig, config, "a model").model_type)
 

@@ -19,6 +19,7 @@ from xlstm_distill.recipe.fields import (
     Positive,
     Section,
     ShareOfAll,
+    Switch,
     shape_of,
 )
 
@@ -283,7 +284,10 @@ class Distill(Optimization):
 
 
 class Training(Section):
-    """Checkpoints and figures of the trainings. Nothing here changes the weights."""
+    """How trainings run: checkpoints, figures, speed. Nothing here changes what is computed.
+
+    `compile` and `reduce` change how sums are rounded.
+    """
 
     checkpoint_steps: Count | None = Field(
         default=500,
@@ -297,6 +301,11 @@ class Training(Section):
         default=500,
         description="Optimiser steps from one validation on held-out rows to the next; null means "
         "before and after training only.",
+    )
+    compile: Switch = Field(
+        default="auto",
+        description="Compile each decoder layer with torch.compile (stage I: each mixer). `auto` "
+        "is `on` on CUDA and `off` on a CPU.",
     )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         default=(),

@@ -44,6 +44,19 @@ class Layout:
         return f"{name}{sharding} on {self.processes} processes"
 
 
+def parse_share(text: str) -> tuple[int, int]:
+    """Read `I/N`, the share of a task in a job array.
+
+    Raises:
+        UserError: it is not of this form, or I is not below N.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    # A Slurm array counts from 0, so I/N is 0/8 to 7/8.
+    if match and int(match[1]) < int(match[2]):
+        return int(match[1]), int(match[2])
+    raise UserError(f"--shard: {text!r} must be I/N with I from 0 to N - 1, for example 0/8.")
+
+
 def asked_layout(environment: Mapping[str, str] = os.environ) -> Layout:
     """Return what a launcher asked for.
 

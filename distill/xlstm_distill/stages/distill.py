@@ -23,9 +23,10 @@ from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import process_count
 from xlstm_distill.stages.capture import STORE
 from xlstm_distill.stages.lineage import Lineage
-from xlstm_distill.stages.prepare import prepare
+from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
     architecture_of,
+    choose_kernels,
     keep_training,
     load_student,
     open_domains,
@@ -91,7 +92,7 @@ def _expert(lineage: Lineage, run: Run, name: str, console: Console) -> Artifact
     # What it builds on is looked for first: a missing seed student is said before rows are made.
     aligned = run.need(lineage.request("align"))
     targets = _captured(lineage, run, name)
-    data = prepare(lineage, run, expert_rows(lineage.recipe, name), console)
+    data = prepare_rows(lineage, run, expert_rows(lineage.recipe, name), console)
     material = Material(aligned, targets, data)
 
     def build(draft: Draft) -> None:
@@ -109,6 +110,7 @@ def _train(
     # the same seed weights).
     torch.manual_seed(recipe.seed)
     student = _trainable_student(recipe, material.aligned)
+    draft.results["backend"] = choose_kernels(student, recipe, accelerator.device)
     source = _targets(lineage, material.targets, accelerator.device)
     weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
     objective = DistillObjective(student, source, weights)

@@ -16,8 +16,8 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.lineage import TEACHER, Lineage
-from xlstm_distill.stages.prepare import prepare
-from xlstm_distill.stages.workbench import load_student, open_domains
+from xlstm_distill.stages.prepare import prepare_rows
+from xlstm_distill.stages.workbench import choose_kernels, load_student, open_domains
 from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
 from xlstm_eval.records import EvalError
@@ -38,7 +38,7 @@ def evaluate(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
     requests = {name: lineage.request(f"evaluate/{name}") for name in sources}
     # The ranks agree on each answer, so that all stop asking at the same one.
     done = all(run.has(request) for request in requests.values())
-    data = {} if done else prepare(lineage, run, recipe.data.domains, console)
+    data = {} if done else prepare_rows(lineage, run, recipe.data.domains, console)
 
     @functools.cache  # takes seconds: only when something is to be scored
     def suite() -> LoadedSuite:
@@ -52,6 +52,7 @@ def evaluate(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
         else:
             # In the teacher's dtype, so that rounding favours neither side of the comparison.
             model = load_student(source, getattr(torch, recipe.teacher.dtype), device)
+            draft.results["backend"] = choose_kernels(model, recipe, device)
         _score(model.eval(), lineage, suite(), name, draft, console)
         # A teacher has no gates.
         if source is not None:

@@ -7,27 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Draft
 from xlstm_distill.data.budget import held_out_span
 from xlstm_distill.data.rows import DomainRows
+from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices off the terminal; errors still appear."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+from xlstm_kernels import dispatch
 
 
 def open_domains(
@@ -48,6 +41,25 @@ def architecture_of(model: CausalLM) -> Architecture:
     return read_architecture(config, "config")
 
 
+def choose_kernels(student: CausalLM, recipe: Recipe, device: torch.device) -> str:
+    """Set the kernels that the recipe asks for in every mixer; return those that will run.
+
+    Raises:
+        UserError: they cannot run this student on this device.
+    """
+    asked = recipe.student.backend
+    for mixer in student.mixers():
+        mixer.backend = asked
+    chosen: str = dispatch.AUTO if asked == "auto" else asked
+    if chosen == "triton":
+        for mixer in student.mixers():
+            probe = torch.empty(0, device=device)
+            objection = dispatch.triton_refuses((probe,), mixer.kernel_dims, mixer.sinks)
+            if objection:
+                raise UserError(f"student.backend: 'triton' {objection}.")
+    return chosen
+
+
 def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: TrainingResult) -> None:
     """Note a training's result in its artifact, and keep its log."""
     draft.earlier_seconds = result.earlier_seconds
@@ -55,6 +67,7 @@ def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: Training
         "steps": plan.steps,
         "last": result.last,
         "skipped_steps": result.skipped_steps,
+        "compiled": result.compiled,
         "validation_before": result.before,
         "validation_after": result.after,
         "inexact_restarts": list(result.inexact),

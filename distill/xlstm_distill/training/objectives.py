@@ -57,6 +57,10 @@ class Objective(nn.Module, abc.ABC):
         """
         return means
 
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return modules with the name of the method that takes their time, for compiling."""
+        return []
+
 
 class AlignObjective(Objective):
     """Stage I: every mixer regresses its teacher layer's heads (paper, Eq. 12).
@@ -111,6 +115,10 @@ class AlignObjective(Objective):
             return means
         relative = means["squared_error"] / means["teacher_power"]
         return {**means, "relative_error": relative}
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return the mixers; the teacher's layers have hooks inside, which would break graphs."""
+        return [(mixer, "mix") for mixer in self.mixers]
 
 
 @dataclass
@@ -198,3 +206,7 @@ class DistillObjective(Objective):
         labels = batch.labels[batch.labels != IGNORE_INDEX]
         loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})
+
+    def hot_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return the student's decoder layers."""
+        return [(layer, "forward") for layer in self.student.model.layers]

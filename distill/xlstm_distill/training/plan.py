@@ -77,3 +77,4 @@ class TrainingResult:
     skipped_steps: int = 0
     earlier_seconds: float = 0.0
     inexact: tuple[str, ...] = ()
+    compiled: bool = False

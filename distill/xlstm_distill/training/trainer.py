@@ -26,6 +26,7 @@ from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.runtime.ranks import gathered
 from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
 from xlstm_distill.training.checkpoints import Checkpoint, Checkpoints
+from xlstm_distill.training.compilation import compile_parts, kernels_of, should_compile
 from xlstm_distill.training.feed import Feed, StepBatches
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
@@ -80,6 +81,9 @@ class Trainer:
             micro_batch=plan.micro_batch,
             clip=plan.optim.clip,
         )
+        self.compiled = should_compile(plan.settings.compile, accelerator.device)
+        if self.compiled:
+            compile_parts(objective)
         self.state = TrainingState(objective, self.optimizer)
         self.feed = Feed(
             plan=plan,
@@ -98,7 +102,11 @@ class Trainer:
         self.saved_step: int | None = None
         self.started, self.earlier_seconds = time.monotonic(), 0.0
         # Of all ranks: nodes of a cluster can have different processors.
-        self.arithmetic = gathered(arithmetic(accelerator.device))
+        computed = {
+            "kernels": kernels_of(objective),
+            "layers": "compiled" if self.compiled else "plain",
+        }
+        self.arithmetic = gathered(arithmetic(accelerator.device) | computed)
         self.inexact: list[str] = []
 
     def run(self) -> TrainingResult:
@@ -136,7 +144,13 @@ class Trainer:
                 self._stop(self.plan.steps, before, stop)
             last, skipped = (log.last, log.skipped) if log is not None else ({}, 0)
             return TrainingResult(
-                last, before, after, skipped, self.earlier_seconds, tuple(self.inexact)
+                last=last,
+                before=before,
+                after=after,
+                skipped_steps=skipped,
+                earlier_seconds=self.earlier_seconds,
+                inexact=tuple(self.inexact),
+                compiled=self.compiled,
             )
 
     @contextlib.contextmanager

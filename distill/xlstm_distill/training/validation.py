@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xlstm_distill.data.rows import DomainRows, Row
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.training.accelerator import reshard
+from xlstm_distill.training.compilation import eagerly
 from xlstm_distill.training.objectives import Objective
 
 
@@ -30,7 +31,8 @@ def validate(
     """
     totals: dict[str, Tensor] = {}
     wrapped.eval()
-    with GateMeter(wrapped) as meter:
+    # The meter hooks into modules that may be inside of compiled parts.
+    with eagerly(), GateMeter(wrapped) as meter:
         processes, rank = accelerator.num_processes, accelerator.process_index
         for part, counts in rank_batches(domains, rows, processes=processes, rank=rank):
             read = objective.load(domains, part)
