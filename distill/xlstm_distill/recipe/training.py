@@ -309,6 +309,12 @@ class Training(Section):
         description="Compile each decoder layer with torch.compile (stage I: each mixer). `auto` "
         "is `on` on CUDA and `off` on a CPU.",
     )
+    reduce: Literal["auto", "every", "last"] = Field(
+        default="auto",
+        description="When FSDP2 reduces gradients over the GPUs: at `every` micro-batch; at the "
+        "`last` of a step, which takes 4 bytes a trained parameter on every GPU; or `auto`: `last` "
+        "where the memory measured in the first step leaves room for that.",
+    )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         default=(),
         description="Where training figures go besides the log; each needs its own package.",

@@ -18,7 +18,7 @@ from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.models.mixer import HybridMixer
+from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
 from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
 
@@ -60,6 +60,10 @@ class Objective(nn.Module, abc.ABC):
 
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return modules with the name of the method that takes their time, for compiling."""
+        return []
+
+    def whole_modules(self) -> list[nn.Module]:
+        """Return modules whose weights FSDP2 leaves whole on every rank."""
         return []
 
 
@@ -116,6 +120,15 @@ class AlignObjective(Objective):
             return means
         relative = means["squared_error"] / means["teacher_power"]
         return {**means, "relative_error": relative}
+
+    def whole_modules(self) -> list[nn.Module]:
+        """Return the projections: the teacher holds the same tensors, whole on every rank."""
+        return [
+            child
+            for mixer in self.mixers
+            for name, child in mixer.named_children()
+            if name not in NEW_MODULES
+        ]
 
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the mixers; the teacher's layers have hooks inside, which would break graphs."""
@@ -211,6 +224,16 @@ class DistillObjective(Objective):
         labels = batch.labels.flatten().index_select(0, batch.kept)
         loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})
+
+    # accelerate asks for these two and gives each an FSDP2 unit of its own. In the root they would
+    # stay gathered through all layers: 1 GB each for Llama-3.1-8B, and their gradients.
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the student's embedding."""
+        return self.student.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the student's head."""
+        return self.student.lm_head
 
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the student's decoder layers."""

@@ -88,7 +88,11 @@ def test_alignment_does_not_depend_on_the_scale_of_values(root: Path, batches: R
 def test_alignment_of_a_layer_of_8b_shape_does_not_depend_on_the_scale_of_values(
     batches: Rows,
 ) -> None:
-    """H = 32, G = 8, D = 128: here a mean over features left the feature maps untrained."""
+    """H = 32, G = 8, D = 128: here a mean over features leaves the feature maps untrained.
+
+    The mLSTM alone, so that the maps must do the work. With the mean and eps 1e-8 the relative
+    error at value RMS 0.02 is twice that at 0.5.
+    """
     ids = np.random.default_rng(0).integers(0, 512, (4, 32))
     rows = batches(ids.tolist(), 32, 512)
     torch.manual_seed(0)
@@ -108,7 +112,8 @@ def test_alignment_of_a_layer_of_8b_shape_does_not_depend_on_the_scale_of_values
     for value_rms in (0.02, 0.1, 0.5):
         with torch.no_grad():
             weight.copy_(value_rms * unscaled)
-        mixer = MixerConfig(window=8, sinks=2)
-        found.append(align(teacher, mixer, rows, Align(tokens=1, batch=1), steps=120))
-    assert max(found) < 0.9
+        # 32 tokens a step are too few for the paper's rate of 1e-2.
+        optim = Align(tokens=1, batch=1, lr=1e-3)
+        found.append(align(teacher, MixerConfig(branches=("mlstm",)), rows, optim, steps=120))
+    assert max(found) < 0.2
     assert found == pytest.approx([found[0]] * 3, rel=0.05)
