@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
+from xlstm_distill.errors import RunError
 from xlstm_distill.runtime.launcher import is_true
 
 LONGEST_WAIT = timedelta(days=7)
 """How long ranks wait for rank 0 to capture, merge or evaluate; in training torch's limits hold."""
+
+PATIENCE_SECONDS = 30.0
+"""How long a rank waits to be ended by the launcher when another rank has failed (seconds)."""
 
 
 def on_cpu() -> bool:
@@ -56,6 +64,46 @@ def all_agree(mine: bool) -> bool:
     answer = torch.tensor([int(mine)])
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=waiting_group())
     return bool(answer.item())
+
+
+@contextlib.contextmanager
+def failing_with_another() -> Iterator[None]:
+    """Leave the error message to another rank that failed while this one waited for it.
+
+    Raises:
+        RunError: the launcher has not ended this process because of that.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo: connection closed by peer
+        # The launcher sends SIGTERM as soon as the other rank has ended, and that one has said why.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE_SECONDS)
+        raise RunError("another process has failed, and said why; this one ends too.") from error
+
+
+def scatter_object(values: Sequence[Any] | None) -> Any:
+    """Return this rank's value of rank 0's list; the others pass None. All ranks must call."""
+    if process_count() == 1:
+        assert values is not None
+        return values[0]
+    import torch
+
+    received: list[Any] = [None]
+    sent = None if values is None else list(values)
+    torch.distributed.scatter_object_list(received, sent, src=0, group=waiting_group())
+    return received[0]
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """Return the values of all ranks on rank 0, None elsewhere. All ranks must call."""
+    if process_count() == 1:
+        return [value]
+    import torch
+
+    gathered: list[Any] | None = [None] * process_count() if is_main_process() else None
+    torch.distributed.gather_object(value, gathered, dst=0, group=waiting_group())
+    return gathered
 
 
 @functools.cache

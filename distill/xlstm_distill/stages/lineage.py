@@ -26,6 +26,7 @@ from xlstm_distill.data.budget import (
     rows_to_align,
 )
 from xlstm_distill.recipe import Recipe
+from xlstm_eval.answering.batches import PROTOCOL
 
 if TYPE_CHECKING:
     from xlstm_distill.targets.store import Identity
@@ -126,6 +127,7 @@ class Lineage:
             case "evaluate":
                 return {
                     "evaluate": part(recipe.evaluate, "include", "experts"),
+                    "protocol": PROTOCOL,
                     "dtype": recipe.teacher.dtype,
                     "seed": recipe.seed,
                 }
@@ -144,7 +146,7 @@ class Lineage:
             "align": {"mixer": "student.mixer"},
             "distill": {"expert": f"distill.experts.{name}"},
             "merge": {"method": "merge.method", "weights": "merge.weights"},
-            "evaluate": {"dtype": "teacher.dtype"},
+            "evaluate": {"dtype": "teacher.dtype", "protocol": "the evaluation's protocol"},
             "report": {"recipe": ""},
         }[stage]
 
