@@ -51,7 +51,7 @@ def evaluate(
     Each model has an artifact of its own, so that a new merge redoes only its own evaluation.
     """
     recipe = lineage.recipe
-    names = choose(lineage.evaluated_models(), model, "--model", "models to evaluate")
+    names = choose(lineage.evaluated_models(), model, "--model", "the recipe's models")
     sources = _sources(lineage, run, names)
     requests = {name: lineage.request(f"evaluate/{name}") for name in names}
     # The ranks agree on each answer, so that all stop asking at the same one.
@@ -209,7 +209,7 @@ def _score(
 ) -> None:
     """Run lm-eval; write results, samples, and hashes that show what the model was asked."""
     with console.progress(f"evaluate/{name}", None, unit="requests") as progress:
-        session = replace(session, progress=_Bar(progress))
+        session = replace(session, progress=Bar(progress))
         result = evaluate_model(model, lineage.tokenizer, suite, session, seed=lineage.recipe.seed)
     for warning in result.warnings:
         console.line(f"evaluate/{name}: {warning}")
@@ -225,7 +225,7 @@ def _score(
     }
 
 
-class _Bar:
+class Bar:
     """Shows a tally, which counts from the evaluation's beginning, on a bar, which counts on."""
 
     def __init__(self, progress: Progress) -> None:
