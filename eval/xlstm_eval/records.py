@@ -19,6 +19,8 @@ class EvalError(ValueError):
 
 # Strict, since pydantic would read the text "0.4" as a number, and true as 1.
 Score = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+# A score that is not reported may be of any sign.
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Name = Annotated[str, Field(strict=True, min_length=1)]
 
@@ -34,11 +36,14 @@ class TaskResult(Frozen):
 
     ``correct`` is the number of right answers if the metric is a mean of zeros and ones, else None.
     Comparisons prefer it to the rounded ``score``, so that a teacher always ties with itself.
+    ``metrics`` has every score that lm-eval reports for the task, by its key ("acc_norm,none"), so
+    that choosing another metric later needs no new evaluation. Older results have none.
     """
 
     task: Name
     metric: Name
     score: Score
+    metrics: dict[Name, Finite] = Field(default_factory=dict)
     stderr: Score | None = None
     domain: Name | None = None
     higher_is_better: bool = True

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ def task_result(
             task=entry.name,
             metric=f"{metric},{filter_name}",
             score=float(score),
+            metrics=all_metrics(scores),
             stderr=standard_error(values) if is_mean else None,
             domain=entry.domain,
             higher_is_better=bool(higher_is_better.get(metric, True)),
@@ -147,6 +149,22 @@ def task_result(
     except ValidationError as error:
         reason = one_line(error, TaskResult, whole="result")
         raise EvalError(f"{entry.name}: {reason}") from None
+
+
+def all_metrics(scores: Row) -> dict[str, float]:
+    """Return every finite score of a task by lm-eval's key ("metric,filter"), sorted.
+
+    Standard errors and what is no score (the task's name, its number of items) are left out.
+    """
+    found = {}
+    for key in sorted(scores):
+        name, comma, _ = key.partition(",")
+        value = scores[key]
+        # lm-eval writes "N/A" where a task has no such score; numpy's numbers count too.
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if comma and not name.endswith("_stderr") and is_number and math.isfinite(value):
+            found[key] = float(value)
+    return found
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,7 +22,7 @@ from xlstm_eval.harness import Session, check_suite, evaluate_model
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.metrics import compare, pair_results
 from xlstm_eval.records import EvalError
-from xlstm_eval.results import pick_metric, require_same_requests, write_samples
+from xlstm_eval.results import all_metrics, pick_metric, require_same_requests, write_samples
 from xlstm_eval.suites import Suite, SuiteTask, paper_suite
 
 ITEMS = 24
@@ -163,6 +164,11 @@ def test_scores_equal_decoding_one_item_at_a_time(result: Any) -> None:
     assert (second.correct, second.score, second.domain) == (6, 0.25, "code")
     assert first.stderr == pytest.approx((0.75 * 0.25 / (ITEMS - 1)) ** 0.5)
     assert (choice.metric, choice.samples) == ("acc_norm,none", ITEMS)
+    # The other metric is kept beside the one that counts.
+    assert set(choice.metrics) == {"acc,none", "acc_norm,none"}
+    assert choice.metrics["acc_norm,none"] == choice.score
+    accuracy = [row["acc"] for row in result.samples["choice"]]
+    assert choice.metrics["acc,none"] == pytest.approx(sum(accuracy) / ITEMS)
     assert result.warnings == ()
     assert result.seconds > 0
 
@@ -355,6 +361,19 @@ def test_the_rule_that_picks_the_score(
     assert (
         pick_metric(SuiteTask(name="t", **entry), {"name": "t", "sample_len": 3} | scores) == picked
     )
+
+
+def test_all_scores_are_kept_and_nothing_else() -> None:
+    scores = {
+        "name": "t",
+        "sample_len": 3,
+        "acc_norm,none": np.float32(0.5),
+        "acc,none": 0.25,
+        "acc_stderr,none": 0.1,
+        "word_perplexity,none": float("nan"),
+        "f1,none": "N/A",
+    }
+    assert list(all_metrics(scores).items()) == [("acc,none", 0.25), ("acc_norm,none", 0.5)]
 
 
 def test_several_unknown_metrics_need_a_name() -> None:

@@ -22,6 +22,7 @@ app = typer.Typer(
 # In the order of --help: the whole run, its stages, and what looks without changing anything.
 for command in (
     run.run,
+    run.prepare,
     run.capture,
     run.align,
     run.distill,

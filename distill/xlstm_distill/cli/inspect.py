@@ -76,7 +76,7 @@ def plan(
         ),
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="Kernels: auto (what the stages take), torch or triton.")
+        str, typer.Option(help="Kernels: auto (the recipe's student.backend), torch or triton.")
     ] = "auto",
     mfu: Annotated[
         float | None,
@@ -109,8 +109,9 @@ def plan(
         from xlstm_distill.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
+        kernels = loaded.student.backend if backend == "auto" else backend
         machine = make_machine(
-            gpu, gpus, sharding, backend, gpu_memory=gpu_memory, mfu=mfu, price=price
+            gpu, gpus, sharding, kernels, gpu_memory=gpu_memory, mfu=mfu, price=price
         )
         # The recipe's folder: sizes of known teachers may lie beside it.
         made = plan_recipe(loaded, recipe.resolve().parent, machine, config=config, run=run_dir)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from xlstm_distill.artifacts import Draft
-from xlstm_distill.artifacts.files import remove_partials, written_whole
+from xlstm_distill.artifacts.files import remove_partials, write_text, written_whole
 from xlstm_distill.data.mixture import Mixture, SourceProgress
-from xlstm_distill.data.packing import OPEN_ROWS, Packer
+from xlstm_distill.data.packing import Packer
 from xlstm_distill.data.shards import RowShardWriter, check_shard
 from xlstm_distill.data.tokenization import (
     ChunkTokenizer,
@@ -30,9 +31,11 @@ from xlstm_distill.data.tokenization import (
 from xlstm_distill.data.workers import tokenizing
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.runtime.console import Console, Progress
+from xlstm_distill.runtime.console import Console, Progress, short
 
 CHECKPOINT = "checkpoint.npz"
+PROGRESS = "progress.json"
+"""For `status`: rows there and needed, and rows made a second."""
 WORTH_WORKERS = 50_000_000
 """Tokens from which worker processes save more time than they take to start."""
 MOST_WORKERS = 16
@@ -52,10 +55,11 @@ def clean(folder: Path) -> None:
 
 
 class Preparation:
-    """Make the rows of one domain in a folder that outlives the process, then publish them.
+    """Make the rows of one domain in a folder that outlives the process.
 
     After every shard the folder holds all that is needed to go on: the finished shards, how far
-    each source has been read, and the rows that are still open.
+    each source has been read, and the rows that are still open. At the end it holds all of the
+    artifact but its manifest; `Run.make` publishes it with one rename.
     """
 
     def __init__(
@@ -74,16 +78,17 @@ class Preparation:
         pad = tokenizer.pad_token_id
         if pad is None:
             pad = tokenizer.eos_token_id
-        # A small domain would leave much of its text in open rows.
-        open_rows = min(OPEN_ROWS, max(16, needed // 32))
-        self.packer = Packer(recipe.data.context, pad, open_rows)
+        self.packer = Packer(recipe.data.context, pad)
         # Not `len(tokenizer)`: ids may have gaps.
         vocabulary = max(tokenizer.get_vocab().values()) + 1
         self.writer = RowShardWriter(folder, recipe.data.context, vocabulary)
         self.progress = [SourceProgress() for _ in self.domain.sources]
+        # Whether all rows are there; and the time that they took, in all processes (seconds).
+        self.complete, self.seconds = False, 0.0
+        self._started, self._rows_before = time.monotonic(), 0
 
-    def build(self, draft: Draft) -> None:
-        """Make the rows, or those that are missing, and move them into the draft.
+    def gather(self) -> None:
+        """Make the rows, or those that are missing.
 
         Raises:
             UserError: a source cannot be used, or there are too few documents.
@@ -94,24 +99,36 @@ class Preparation:
         remove_partials(self.folder)
         try:
             self._make()
-            draft.results |= self._results()
-            self._warn(draft.results)
-            # The work directory becomes the draft, so that no row is copied.
-            draft.path.rmdir()
-            self.folder.rename(draft.path)
-            # After the rename: a process that dies before it still finds the checkpoint.
-            (draft.path / CHECKPOINT).unlink(missing_ok=True)
         finally:
             # Without a checkpoint there is nothing to go on from.
             if not (self.folder / CHECKPOINT).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
 
+    def describe(self, draft: Draft) -> None:
+        """Add the figures of the gathered rows to their artifact, and print them."""
+        # The index has the checksum of every shard, and the manifest that of the index.
+        draft.self_checked, draft.temporary = ("rows-*.arrow",), (CHECKPOINT, PROGRESS)
+        draft.earlier_seconds = self.seconds + time.monotonic() - self._started
+        draft.results |= self._results()
+        self._warn(draft.results)
+        size = sum(shard["bytes"] for shard in self.writer.shards)
+        self.console.line(
+            f"{self.label}: {draft.results['rows']} rows, {short(draft.results['tokens'])} tokens, "
+            f"fill {draft.results['fill']:.2%}, {size / 1e6:,.1f} MB"
+        )
+
     def _make(self) -> None:
+        self._started = time.monotonic()
         self._restore()
-        if self.writer.rows < self.needed:
+        self._rows_before = self.writer.rows
+        if not self.complete:
+            self._note()
             self._fill()
         self.writer.close()
         self._check_enough()
+        # What follows is one rename: a process that dies before it redoes no row.
+        self.complete = True
+        self.save()
 
     def _check_enough(self) -> None:
         """Refuse a domain with no rows to train on, and say what its sources lost."""
@@ -186,6 +203,8 @@ class Preparation:
     def save(self) -> None:
         """Write the checkpoint; the shards that it names are on the disk already."""
         state = {
+            "complete": self.complete,
+            "seconds": self.seconds + time.monotonic() - self._started,
             "shards": self.writer.shards,
             "totals": self.writer.totals,
             "progress": [asdict(progress) for progress in self.progress],
@@ -197,6 +216,18 @@ class Preparation:
         np.savez(content, **arrays)
         with written_whole(self.folder / CHECKPOINT) as file:
             file.write(content.getbuffer())
+        self._note()
+
+    def _note(self) -> None:
+        """Say for `status` how far the rows are."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        made = (self.writer.rows - self._rows_before) * self.recipe.data.context
+        facts = {
+            "rows": self.writer.rows,
+            "needed": self.needed,
+            "tokens_per_second": made / seconds,
+        }
+        write_text(self.folder / PROGRESS, json.dumps(facts) + "\n")
 
     def _restore(self) -> None:
         """Go on from the checkpoint, if there is one and its shards are whole."""
@@ -208,14 +239,17 @@ class Preparation:
                 state = json.loads(saved["state"].tobytes())
                 for shard in state["shards"]:
                     check_shard(self.folder, shard)
+                complete, seconds = state["complete"], state["seconds"]
+                progress = [SourceProgress(**own) for own in state["progress"]]
+                # Last: a packer that is half restored could not start over.
                 self.packer.restore(saved)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, RunError) as error:
             self.console.line(
                 f"{self.label}: {self.folder} cannot be used ({error}); starting over."
             )
             return
+        self.complete, self.seconds, self.progress = complete, seconds, progress
         self.writer.shards, self.writer.totals = state["shards"], state["totals"]
-        self.progress = [SourceProgress(**progress) for progress in state["progress"]]
         self.console.line(f"{self.label}: going on after {self.writer.rows} of {self.needed} rows.")
 
     def _results(self) -> dict[str, Any]:

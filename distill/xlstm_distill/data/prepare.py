@@ -6,17 +6,17 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts import Artifact, Request, Run
 from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.artifacts.locks import wait_for
 from xlstm_distill.data import sources
 from xlstm_distill.data.budget import held_out_span, keys_of_rows, notes_of_rows, rows_needed
-from xlstm_distill.data.preparation import Preparation, clean
+from xlstm_distill.data.preparation import CHECKPOINT, PROGRESS, Preparation, clean
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
-from xlstm_distill.runtime.ranks import is_main_process
+from xlstm_distill.runtime.ranks import from_rank_zero, is_main_process
 
-ROWS_FORMAT = 3
+ROWS_FORMAT = 4
 """Raised when rows change meaning, so that those made before are made anew."""
 
 
@@ -25,12 +25,15 @@ def prepare_domain(
 ) -> Artifact:
     """Tokenise and pack a domain's documents into rows, once; the artifact is `data/<domain>`.
 
-    A preparation that was killed goes on from its last finished shard and ends with the same rows.
-    Of several runs of the command on one run directory the first prepares; the others wait.
+    A preparation that was killed goes on from its last finished shard and ends with the same rows,
+    also one that was killed while it published them. Of several runs of the command on one run
+    directory the first prepares; the others wait.
     """
     needed = rows_needed(recipe, name)
     # Rows that are there stay, also where this recipe needs fewer of them.
-    needed = max(needed, _rows_there(recipe, run, name, tokenizer_hash))
+    # As rank 0 sees them: ranks that ask for other rows would wait for each other.
+    there = from_rank_zero(lambda: _rows_there(recipe, run, name, tokenizer_hash))
+    needed = max(needed, there)
     request = replace(
         data_request(recipe, name, tokenizer_hash, rows=needed),
         identity=data_identity(recipe, name, tokenizer_hash),
@@ -38,21 +41,38 @@ def prepare_domain(
         notes=notes_of_rows(recipe, name),
     )
     folder = run.work_directory(request)
+    preparation = Preparation(recipe, name, needed, tokenizer, folder, console)
 
-    def build(draft: Draft) -> None:
-        Preparation(recipe, name, needed, tokenizer, folder, console).build(draft)
+    def publish() -> Artifact:
+        return run.make(request, preparation.describe, gathered=folder)
 
     # Only rank 0 prepares, so only it asks for the lock; the others wait at the barrier in `make`.
-    if not is_main_process() or run.find(request):
-        return run.make(request, build, console=console)
+    if not is_main_process():
+        return publish()
+    if run.find(request):
+        return _tidied(publish())
 
     def say_waiting() -> None:
         console.line(f"{request.label}: another process prepares it; waiting.")
 
     # Outside of `make`: its lock is held for the moment of publishing, this one for hours.
     with wait_for(folder.with_name(f"data-{name}.lock"), say_waiting):
-        artifact = run.make(request, build, console=console)
+        if not run.find(request):
+            run.say_why(request, console)
+            with run.working(request.label):
+                preparation.gather()
+        artifact = _tidied(publish())
         clean(folder)
+    return artifact
+
+
+def _tidied(artifact: Artifact) -> Artifact:
+    """Remove what the rows were gathered with.
+
+    After they are published: a process that dies before that still finds its checkpoint.
+    """
+    for name in (CHECKPOINT, PROGRESS):
+        (artifact.path / name).unlink(missing_ok=True)
     return artifact
 
 
@@ -85,16 +105,19 @@ def data_request(recipe: Recipe, name: str, tokenizer_hash: str, **counts: int) 
 
 
 def _rows_there(recipe: Recipe, run: Run, name: str, tokenizer_hash: str) -> int:
-    """Return the rows asked for when the published artifact was made.
+    """Return the rows asked for when the published artifact, or one that is kept, was made.
 
-    It is 0 if there is none, or if it does not hold this recipe's rows.
+    It is 0 if there is none, or if none holds this recipe's rows.
     """
-    published = run.load(f"data/{name}")
-    if published is None:
-        return 0
-    rows = published.manifest["recipe"].get("rows", 0)
-    same = data_request(recipe, name, tokenizer_hash, rows=rows)
-    return rows if same.fingerprint == published.fingerprint else 0
+    label = f"data/{name}"
+    published = [artifact for artifact in (run.load(label), *run.kept(label)) if artifact]
+    most = 0
+    for artifact in published:
+        rows = artifact.manifest["recipe"].get("rows", 0)
+        same = data_request(recipe, name, tokenizer_hash, rows=rows)
+        if same.fingerprint == artifact.fingerprint:
+            most = max(most, rows)
+    return most
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

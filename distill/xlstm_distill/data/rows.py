@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.data.packing import PackedRow
 from xlstm_distill.data.shards import ShardReader
+from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.segments import positions_in_documents
 
 # torch's own default for labels that do not count.
@@ -21,13 +22,21 @@ IGNORE_INDEX = -100
 Row = tuple[str, int]
 """A row's domain and its index there."""
 
+NOT_FOUND = torch.empty(0, dtype=torch.int64)
+"""Stands for a batch's kept tokens until they are looked for."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """Rows ready for a model; tensors are (B, T), int64 except `real`.
 
     `labels` holds the next token where it is supervised and of the same document, else
-    IGNORE_INDEX. `real` is False on padding.
+    IGNORE_INDEX. `real` is False on padding. `targets` are the stored targets of the tokens with a
+    label, where they were read with the rows.
+
+    The rest is found on the host, where the batch is made: to ask a GPU for it, training would wait
+    for the GPU. `kept` (K,) int64 are the places of the labels in the flattened rows, `tokens` is
+    the number of tokens that are no padding, and `packed` says whether a row has several documents.
     """
 
     input_ids: Tensor
@@ -36,13 +45,42 @@ class Batch:
     labels: Tensor
     real: Tensor
     rows: tuple[Row, ...]
+    targets: SparseTargets | None = None
+    kept: Tensor = field(default=NOT_FOUND)
+    tokens: int = 0
+    packed: bool = True
+
+    def __post_init__(self) -> None:
+        """Find `kept`, `tokens` and `packed` where they are not given."""
+        if self.kept is not NOT_FOUND:
+            return
+        documents = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
+        found = {
+            "kept": (self.labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
+            "tokens": int(self.real.sum()),
+            "packed": bool(documents.any()),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)  # the class is frozen
 
     def to(self, device: torch.device) -> Batch:
-        """Move all tensors."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if name != "rows"
+        """Move all tensors; a copy of pinned memory to a GPU does not make the host wait."""
+        # Only towards a GPU: a copy to the host that is not waited for is not there yet.
+        ahead = device.type == "cuda"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=ahead))
+
+    def pinned(self) -> Batch:
+        """Copy all tensors into pinned memory, from which a GPU copies by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        if self.targets is not None:
+            of_targets = {name: change(value) for name, value in vars(self.targets).items()}
+            changed["targets"] = SparseTargets(**of_targets)
+        return replace(self, **changed)
 
 
 class DomainRows:

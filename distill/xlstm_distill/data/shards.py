@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ class RowShardWriter:
     """Write rows of `context` tokens into shards; the caller decides when a shard ends.
 
     A token's id takes 2 bytes where the vocabulary allows it, else 4. Whether it is supervised
-    takes 1 bit. A document's length takes 4 bytes.
+    takes 1 bit. A document's length takes 4 bytes, and a row's checksum 4.
     """
 
     folder: Path
@@ -37,14 +39,15 @@ class RowShardWriter:
     vocabulary: int
     shards: list[dict[str, Any]] = field(default_factory=list)
     totals: dict[str, int] = field(
-        default_factory=lambda: {"tokens": 0, "supervised": 0, "documents": 0}
+        default_factory=lambda: {"rows": 0, "tokens": 0, "supervised": 0, "documents": 0}
     )
     _rows: list[PackedRow] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
         """Rows added, including those of finished shards."""
-        return sum(shard["rows"] for shard in self.shards) + len(self._rows)
+        # Asked for several times a document, so it must not go through all shards.
+        return self.totals["rows"] + len(self._rows)
 
     @property
     def is_full(self) -> bool:
@@ -73,6 +76,7 @@ class RowShardWriter:
             }
         )
         # Totals count finished shards only: they are saved with the shards for a later process.
+        self.totals["rows"] += len(self._rows)
         for row in self._rows:
             self.totals["tokens"] += row.used
             self.totals["supervised"] += int(row.supervised.sum())
@@ -88,10 +92,16 @@ class RowShardWriter:
         bits = pa.py_buffer(np.packbits(flags, bitorder="little"))
         supervised = pa.Array.from_buffers(pa.bool_(), len(flags), [None, bits])
         lengths = [row.lengths for row in self._rows]
+        stored = ids.reshape(-1, self.context)
+        checksums = [
+            _checksum(own, row.supervised, np.array(row.lengths, dtype=np.int32))
+            for own, row in zip(stored, self._rows, strict=True)
+        ]
         columns = {
             "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids), self.context),
             "supervised": pa.FixedSizeListArray.from_arrays(supervised, self.context),
             "lengths": pa.array(lengths, type=pa.list_(pa.int32())),
+            "checksum": pa.array(checksums, type=pa.uint32()),
         }
         return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
 
@@ -117,16 +127,17 @@ class _MappedShard:
     """Memory-mapped arrays of a shard.
 
     ids (R, T); bits (R * T / 8,) uint8, one bit a token: supervised or not; lengths of all
-    documents, those of row r at offsets[r] to offsets[r + 1].
+    documents, those of row r at offsets[r] to offsets[r + 1]; checksums (R,) of the rows.
     """
 
     ids: np.ndarray
     bits: np.ndarray
     lengths: np.ndarray
     offsets: np.ndarray
+    checksums: np.ndarray
 
-    def row(self, index: int) -> PackedRow:
-        """Read the row at this place of the shard."""
+    def row(self, index: int) -> PackedRow | None:
+        """Read the row at this place of the shard; None if its bytes are not those written."""
         context = self.ids.shape[1]
         # A row can start and end inside a byte, because its bits follow those of the row before.
         first_byte, skipped = divmod(index * context, 8)
@@ -134,17 +145,22 @@ class _MappedShard:
         bits = np.unpackbits(self.bits[first_byte : first_byte + bytes_read], bitorder="little")
         supervised = bits[skipped : skipped + context].astype(bool)
         documents = slice(self.offsets[index], self.offsets[index + 1])
-        lengths = self.lengths[documents].tolist()
-        return PackedRow(self.ids[index], supervised, lengths, used=sum(lengths))
+        lengths = self.lengths[documents]
+        if _checksum(self.ids[index], supervised, lengths) != self.checksums[index]:
+            return None
+        of_documents = lengths.tolist()
+        return PackedRow(self.ids[index], supervised, of_documents, used=sum(of_documents))
 
 
 class ShardReader:
     """Read any row of a folder of shards, memory-mapped; the `most_open` last used stay mapped.
 
-    A shard's checksum is compared when the shard is opened for the first time.
+    Each row is compared with its own checksum when it is read: reading whole shards for theirs
+    would take minutes before the first step, since training reads rows in random order.
 
     Raises:
-        RunError: the index or a shard is missing, cut short or damaged; the message names the file.
+        RunError: the index, a shard or a row is missing, cut short or damaged; the message names
+            the file.
     """
 
     def __init__(self, folder: Path, most_open: int = OPEN_SHARDS) -> None:
@@ -156,11 +172,12 @@ class ShardReader:
             self._ends = np.cumsum([shard["rows"] for shard in self.shards])
         except (OSError, ValueError, KeyError) as error:
             raise _damaged(folder / INDEX_FILE, error) from error
-        # Sizes cost nothing to compare; checksums wait until a shard is read.
+        # Sizes cost nothing to compare; checksums wait until a row is read.
         for shard in self.shards:
             check_size(folder, shard)
         self.mapped: OrderedDict[int, _MappedShard] = OrderedDict()
-        self._checked: set[int] = set()
+        # A training reads ahead in one thread while another validates.
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -171,14 +188,17 @@ class ShardReader:
             raise IndexError(f"{self.folder}: row {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[number]) - self.shards[number]["rows"]
-        return self._shard(number).row(index - first)
+        with self._lock:
+            shard = self._shard(number)
+        row = shard.row(index - first)
+        if row is None:
+            path = self.folder / self.shards[number]["file"]
+            raise _damaged(path, f"row {index} has not the checksum it was written with")
+        return row
 
     def _shard(self, number: int) -> _MappedShard:
-        """Return a shard, mapped; check it first if it was never opened."""
+        """Return a shard, mapped."""
         if number not in self.mapped:
-            if number not in self._checked:
-                check_shard(self.folder, self.shards[number])
-                self._checked.add(number)
             self.mapped[number] = self._map(self.folder / self.shards[number]["file"])
             if len(self.mapped) > self.most_open:
                 self.mapped.popitem(last=False)
@@ -198,9 +218,17 @@ class ShardReader:
                 bits=np.frombuffer(bits, dtype=np.uint8),
                 lengths=lengths.values.to_numpy(),
                 offsets=lengths.offsets.to_numpy(),
+                checksums=batch.column("checksum").to_numpy(),
             )
         except (OSError, ValueError, KeyError, StopIteration) as error:
             raise _damaged(path, error) from error
+
+
+def _checksum(ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray) -> int:
+    """Checksum of a row: its ids as they are stored (T,), supervised (T,), lengths of documents."""
+    value = zlib.crc32(np.ascontiguousarray(ids))
+    value = zlib.crc32(np.ascontiguousarray(supervised), value)
+    return zlib.crc32(np.ascontiguousarray(lengths), value)
 
 
 def check_shard(folder: Path, shard: Mapping[str, Any]) -> None:

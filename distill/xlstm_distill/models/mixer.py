@@ -72,6 +72,8 @@ class HybridMixer(nn.Module):
         self.scale: float = attention.scaling
         self.backend: Backend = "auto"
         self.family, self.mixer_config = family, config
+        # Looked up once: an import in every layer and token costs time, and breaks graphs.
+        self.apply_rotary = family.apply_rotary
         # Some families limit the reach of single layers; a student sees no further than they do.
         reach = getattr(attention, "sliding_window", None)
         self.window: int = config.window if reach is None else min(config.window, reach)
@@ -92,6 +94,12 @@ class HybridMixer(nn.Module):
             self.forget_gate = ScalarGate(hidden, heads, config.forget_bias)
         if self.has_mlstm and self.has_window:
             self.output_gate = OutputGate(heads, self.head_dim, config.output_gate_bias)
+
+    @property
+    def kernel_dims(self) -> dict[str, int]:
+        """Widths of the heads that kernels must have, by their letter."""
+        dims = {"D": self.head_dim}
+        return dims | ({"Dk": self.feature_map_q.out_features} if self.has_mlstm else {})
 
     def forward(
         self,
@@ -125,7 +133,7 @@ class HybridMixer(nn.Module):
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
         gate = self.output_gate(q, k, v) if self.has_mlstm and self.has_window else None
         # RoPE is kept (paper): both branches read rotated queries and keys.
-        q, k = self.family.apply_rotary(q, k, *position_embeddings)
+        q, k = self.apply_rotary(q, k, *position_embeddings)
         # Under autocast, projections are bf16 and rotary positions fp32.
         q, k = q.to(v.dtype), k.to(v.dtype)
         memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None

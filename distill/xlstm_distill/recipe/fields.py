@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -122,6 +123,14 @@ ShareOfAll = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False
 # Below 1: an AdamW moment that decays by 1 would never take in a gradient.
 BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
 Mixture = Annotated[dict[str, Positive], Field(min_length=1)]
+
+
+def _switch(value: Any) -> Any:
+    """Undo what YAML 1.1 makes of the words `on` and `off`."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 
 
 def shape_of(value: Any) -> str:

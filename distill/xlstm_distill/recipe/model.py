@@ -91,3 +91,10 @@ class Student(Section):
     """The student: the teacher with other mixers."""
 
     mixer: MixerConfig = Field(default_factory=MixerConfig, description="The mixer of every layer.")
+    # Backends round differently and compute the same function, so no artifact is remade for it.
+    backend: Literal["auto", "torch", "triton"] = Field(
+        default="auto",
+        description="Kernels of the mixers, in every stage: `auto` (docs/kernels.md says which), "
+        "plain `torch`, or `triton` (needs CUDA). Another one rounds differently; it makes nothing "
+        "again.",
+    )

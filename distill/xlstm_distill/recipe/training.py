@@ -19,6 +19,7 @@ from xlstm_distill.recipe.fields import (
     Positive,
     Section,
     ShareOfAll,
+    Switch,
     shape_of,
 )
 
@@ -30,6 +31,9 @@ FINAL_LR = (
     "Learning rate at the last step. null means that the rate falls towards 0 and would reach it "
     "one step after the last."
 )
+
+EPS = "AdamW's divisor is the root of the second moment plus this."
+CLIP = "Largest norm of the gradient; null means no clipping."
 
 
 class Capture(Section):
@@ -112,10 +116,10 @@ class Optimization(Section):
     betas: tuple[BelowOne, BelowOne] = Field(
         default=(0.9, 0.95), description="AdamW's decay rates of the two moments."
     )
-    # The paper clips at 1.0 in stage II. Here stage I clips too.
-    clip: Positive | None = Field(
-        default=1.0, description="Largest norm of the gradient; null means no clipping."
-    )
+    # The paper gives none; this is torch's own.
+    eps: Positive = Field(default=1e-8, description=EPS)
+    # The paper clips at 1.0 in stage II.
+    clip: Positive | None = Field(default=1.0, description=CLIP)
     non_finite: Literal["stop", "skip"] = Field(
         default="stop",
         description="What happens when a loss or gradient is not finite: `stop` ends the training; "
@@ -155,6 +159,11 @@ class Align(Optimization):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="cosine", description="Course of the learning rate after warm-up."
     )
+    # Not 1e-8: gradients have the scale of the teacher's values, and those of feature maps would
+    # be below it at 8B shapes, while weight decay keeps its force (docs/losses.md).
+    eps: Positive = Field(default=1e-15, description=EPS)
+    # A norm to clip at would act at every step of one teacher and at none of another.
+    clip: Positive | None = Field(default=None, description=CLIP)
     domains: Mixture | None = Field(
         default=None,
         description="Share of each domain in the tokens, relative; null means equal shares.",
@@ -277,7 +286,10 @@ class Distill(Optimization):
 
 
 class Training(Section):
-    """Checkpoints and figures of the trainings. Nothing here changes the weights."""
+    """How trainings run: checkpoints, figures, speed. Nothing here changes what is computed.
+
+    `compile` and `reduce` change how sums are rounded.
+    """
 
     checkpoint_steps: Count | None = Field(
         default=500,
@@ -291,6 +303,17 @@ class Training(Section):
         default=500,
         description="Optimiser steps from one validation on held-out rows to the next; null means "
         "before and after training only.",
+    )
+    compile: Switch = Field(
+        default="auto",
+        description="Compile each decoder layer with torch.compile (stage I: each mixer). `auto` "
+        "is `on` on CUDA and `off` on a CPU.",
+    )
+    reduce: Literal["auto", "every", "last"] = Field(
+        default="auto",
+        description="When FSDP2 reduces gradients over the GPUs: at `every` micro-batch; at the "
+        "`last` of a step, which takes 4 bytes a trained parameter on every GPU; or `auto`: `last` "
+        "where the memory measured in the first step leaves room for that.",
     )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         default=(),

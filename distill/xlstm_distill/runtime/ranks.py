@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import os
-import signal
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from xlstm_distill.errors import RunError
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime.launcher import is_true
+
+T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=7)
 """How long ranks wait for rank 0 to capture, merge or evaluate; in training torch's limits hold."""
-
-PATIENCE_SECONDS = 30.0
-"""How long a rank waits to be ended by the launcher when another rank has failed (seconds)."""
 
 
 def on_cpu() -> bool:
@@ -66,22 +62,6 @@ def all_agree(mine: bool) -> bool:
     return bool(answer.item())
 
 
-@contextlib.contextmanager
-def failing_with_another() -> Iterator[None]:
-    """Leave the error message to another rank that failed while this one waited for it.
-
-    Raises:
-        RunError: the launcher has not ended this process because of that.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # gloo: connection closed by peer
-        # The launcher sends SIGTERM as soon as the other rank has ended, and that one has said why.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(PATIENCE_SECONDS)
-        raise RunError("another process has failed, and said why; this one ends too.") from error
-
-
 def scatter_object(values: Sequence[Any] | None) -> Any:
     """Return this rank's value of rank 0's list; the others pass None. All ranks must call."""
     if process_count() == 1:
@@ -104,6 +84,49 @@ def gather_objects(value: Any) -> list[Any] | None:
     gathered: list[Any] | None = [None] * process_count() if is_main_process() else None
     torch.distributed.gather_object(value, gathered, dst=0, group=waiting_group())
     return gathered
+
+
+def from_rank_zero(compute: Callable[[], T]) -> T:
+    """Return what `compute` gives on rank 0, on every rank; all ranks must ask.
+
+    The others wait, however long it takes. What it raises on rank 0, a UserError or a RunError, is
+    raised on all ranks; the answer must be made of plain values.
+    """
+    if process_count() == 1:
+        return compute()
+    import torch
+
+    # Before rank 0 is busy: the ranks find each other within torch's time limit, which is shorter.
+    group = waiting_group()
+    answer: list[Any] = [None, None]
+    error: BaseException | None = None
+    if is_main_process():
+        try:
+            answer = ["done", compute()]
+        except BaseException as raised:
+            # Told before it is raised: the others would wait for an answer that never comes.
+            error = raised
+            answer = ["input" if isinstance(raised, UserError) else "failed", str(raised)]
+    torch.distributed.broadcast_object_list(answer, src=0, group=group)
+    if error is not None:
+        error.speaks = True  # type: ignore[attr-defined]  # one rank prints it: this one
+        raise error
+    if answer[0] == "done":
+        return cast("T", answer[1])
+    told = UserError(answer[1]) if answer[0] == "input" else RunError(answer[1])
+    told.speaks = False  # type: ignore[union-attr]
+    raise told
+
+
+def gathered(mine: Any) -> list[Any]:
+    """Return every rank's value, in the order of ranks; all ranks must ask. For small values."""
+    if process_count() == 1:
+        return [mine]
+    import torch
+
+    values: list[Any] = [None] * process_count()
+    torch.distributed.all_gather_object(values, mine, group=waiting_group())
+    return values
 
 
 @functools.cache

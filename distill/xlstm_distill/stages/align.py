@@ -16,9 +16,10 @@ from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.planning.flops import align_flops
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.stages.lineage import Lineage
-from xlstm_distill.stages.prepare import prepare
+from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
     architecture_of,
+    choose_kernels,
     keep_training,
     open_domains,
     save_model,
@@ -35,7 +36,9 @@ def align(lineage: Lineage, run: Run, console: Console) -> Artifact:
     check_trackers(lineage.recipe.training.trackers)
     request = lineage.request("align")
     # Whoever finds the artifact does not need the rows.
-    data = {} if run.has(request) else prepare(lineage, run, lineage.aligned_domains(), console)
+    data = (
+        {} if run.has(request) else prepare_rows(lineage, run, lineage.aligned_domains(), console)
+    )
 
     def build(draft: Draft) -> None:
         _align(lineage, run, data, draft, console)
@@ -62,6 +65,7 @@ def _align(
         return
     for _, parameter in student.new_parameters():
         parameter.data = parameter.data.float()  # small steps would be lost in bf16
+    draft.results["backend"] = choose_kernels(student, recipe, accelerator.device)
     domains = open_domains(recipe, data, lineage.aligned_rows())
     plan = _plan(lineage, teacher, domains)
     work = run.work_directory(lineage.request("align"))
@@ -73,7 +77,7 @@ def _align(
     if accelerator.is_main_process:
         save_model(student, lineage.tokenizer, draft.path / "model", trained)
     # Relative to the teacher's power: a squared error alone says nothing across models.
-    before, after = (held["mse"] / held["teacher_power"] for held in (result.before, result.after))
+    before, after = (held.get("relative_error", math.nan) for held in (result.before, result.after))
     console.line(f"align: held-out relative error {before:.3f} -> {after:.3f}")
 
 

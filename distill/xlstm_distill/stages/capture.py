@@ -26,6 +26,7 @@ from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.runtime.console import Console, Progress, short
+from xlstm_distill.runtime.launcher import parse_share
 from xlstm_distill.runtime.ranks import (
     all_agree,
     is_main_process,
@@ -34,7 +35,7 @@ from xlstm_distill.runtime.ranks import (
     wait_for_everyone,
 )
 from xlstm_distill.stages.lineage import Lineage
-from xlstm_distill.stages.prepare import prepare
+from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import open_domains
 from xlstm_distill.targets.providers import (
     OnlineTargets,
@@ -103,7 +104,7 @@ def capture(
         loaded = load_teacher(recipe.teacher, make_accelerator(recipe).device)
         return OnlineTargets(loaded, recipe.capture.top_k)
 
-    rows = open_domains(recipe, prepare(lineage, run, limits, console), limits)
+    rows = open_domains(recipe, prepare_rows(lineage, run, limits, console), limits)
     found: list[Artifact | None] = []
     for name, request in requests.items():
         domain = DomainCapture(
@@ -117,19 +118,6 @@ def capture(
         )
         found.append(domain.work(share))
     return found
-
-
-def parse_share(text: str) -> tuple[int, int]:
-    """Read `I/N`.
-
-    Raises:
-        UserError: it is not of this form, or I is not below N.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    # A Slurm array counts from 0, so I/N is 0/8 to 7/8.
-    if match and int(match[1]) < int(match[2]):
-        return int(match[1]), int(match[2])
-    raise UserError(f"--shard: {text!r} must be I/N with I from 0 to N - 1, for example 0/8.")
 
 
 def plan_shards(rows: int, context: int) -> list[ShardRows]:
@@ -171,12 +159,10 @@ class DomainCapture:
 
     def work(self, share: tuple[int, int]) -> Artifact | None:
         """Write the missing shards of this share; publish the store if no shard is missing then."""
-        wait_for_everyone()
         started = time.monotonic()
         # All ranks, or none: where another run publishes at this moment, some ranks may see it and
         # others not, and those would wait at the barrier below for ever.
-        done = self.run.find(self.request)
-        if all_agree(done is not None) and done:
+        if done := self.run.look(self.request):
             return done
         part, parts = share
         # Every rank of every share is one worker of the whole job.
@@ -263,6 +249,9 @@ class DomainCapture:
     def _publish(self, draft: Draft, started: float) -> None:
         """Complete the gathered shards to a store, test it, and say what it costs."""
         draft.earlier_seconds = time.monotonic() - started
+        # Each row has a checksum, the index has that of all shards' headers, the manifest that of
+        # the index. So nobody reads 700 GB once more to publish them.
+        draft.self_checked = (f"{STORE}/targets-*.bin",)
         figures = write_index(draft.path / STORE, self.identity).means()
         store = Store(draft.path / STORE, self.identity)
         stored = StoredTargets({self.rows.name: store})
@@ -289,7 +278,7 @@ class DomainCapture:
         for row in rows:
             batch = self._load([row]).to(teacher.device)
             # A row of a masked prompt alone has no targets.
-            if not (batch.labels != IGNORE_INDEX).any():
+            if not len(batch.kept):
                 continue
             targets = stored(batch)
             with torch.no_grad():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.data.budget import expert_rows
@@ -14,6 +15,7 @@ from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.planning.flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
@@ -21,10 +23,11 @@ from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import process_count
 from xlstm_distill.stages.capture import STORE
 from xlstm_distill.stages.lineage import Lineage
-from xlstm_distill.stages.prepare import prepare
+from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
     architecture_of,
     choose,
+    choose_kernels,
     keep_training,
     load_student,
     open_domains,
@@ -39,7 +42,6 @@ from xlstm_distill.training.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.training.log import check_trackers
-from xlstm_distill.training.lora import add_lora, merged_state
 from xlstm_distill.training.objectives import DistillObjective
 from xlstm_distill.training.plan import Stretch, TrainingPlan
 from xlstm_distill.training.trainer import Trainer
@@ -80,7 +82,7 @@ def _expert(lineage: Lineage, run: Run, name: str, console: Console) -> Artifact
     # What it builds on is looked for first: a missing seed student is said before rows are made.
     aligned = run.need(lineage.request("align"))
     targets = _captured(lineage, run, name)
-    data = prepare(lineage, run, expert_rows(lineage.recipe, name), console)
+    data = prepare_rows(lineage, run, expert_rows(lineage.recipe, name), console)
     material = Material(aligned, targets, data)
 
     def build(draft: Draft) -> None:
@@ -98,7 +100,8 @@ def _train(
     # the same seed weights).
     torch.manual_seed(recipe.seed)
     student = _trainable_student(recipe, material.aligned)
-    source = _targets(lineage, material.targets, accelerator.device)
+    draft.results["backend"] = choose_kernels(student, recipe, accelerator.device)
+    source = _targets(lineage, material.targets, accelerator)
     weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
     objective = DistillObjective(student, source, weights)
     domains = open_domains(recipe, material.data, expert_rows(recipe, name))
@@ -154,13 +157,13 @@ def _captured(lineage: Lineage, run: Run, name: str) -> dict[str, Artifact]:
 
 
 def _targets(
-    lineage: Lineage, captured: Mapping[str, Artifact], device: torch.device
+    lineage: Lineage, captured: Mapping[str, Artifact], accelerator: Accelerator
 ) -> TargetSource:
     kept, teacher = lineage.recipe.capture, lineage.recipe.teacher
     if kept.targets == "online":
-        model = load_teacher(teacher, device)
+        model = load_teacher(teacher, accelerator.device)
         if kept.shard_teacher and process_count() > 1:
-            shard_teacher(model)
+            shard_teacher(model, accelerator)
         return OnlineTargets(model, kept.top_k, kept.mass, kept.min_k)
     stores = {}
     for domain, artifact in captured.items():

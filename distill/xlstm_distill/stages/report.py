@@ -14,7 +14,8 @@ from typing import Any
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.artifacts.files import replace_directory
-from xlstm_distill.artifacts.run import MANIFEST, versions
+from xlstm_distill.artifacts.manifest import MANIFEST
+from xlstm_distill.artifacts.run import versions
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.shown import shown_recipe, teacher_name
 from xlstm_distill.runtime.console import Console
@@ -27,7 +28,11 @@ from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
 from xlstm_eval.results import require_same_requests
 
 CURVE_POINTS = 200
-UNITS = {"mse": "squared error", "ce": "nats per token", "kl": "nats per token"}
+UNITS = {
+    "relative_error": "squared error / teacher's power",
+    "ce": "nats per token",
+    "kl": "nats per token",
+}
 FOLDER = "report"
 
 
@@ -121,7 +126,7 @@ def _finished(artifact: Artifact) -> int:
 
 def _losses(recipe: Recipe, sources: Mapping[str, Artifact]) -> dict[str, dict[str, Curve]]:
     """Training curves of alignment and of every expert."""
-    series: dict[str, tuple[str, ...]] = {"align": ("mse",)}
+    series: dict[str, tuple[str, ...]] = {"align": ("relative_error",)}
     for name in recipe.distill.experts:
         series[f"distill/{name}"] = ("ce", "kl")
     curves: dict[str, dict[str, Curve]] = {}

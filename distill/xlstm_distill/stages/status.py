@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from xlstm_distill.artifacts.artifact import FORMAT
 from xlstm_distill.artifacts.changes import in_a_line
 from xlstm_distill.artifacts.locks import is_held, training_lock
+from xlstm_distill.artifacts.manifest import FORMAT
 from xlstm_distill.artifacts.run import RECIPE_FILE
+from xlstm_distill.artifacts.shelf import KEPT
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import clock_time, short
@@ -47,6 +48,8 @@ DAMAGE = (
 )
 """What reading half-written or foreign files can raise."""
 UNDER_WAY = ("running", "silent")
+ROW_FIGURES = ("rows", "tokens", "fill", "bytes_per_token")
+"""Figures of prepared rows, by their names in the manifest."""
 LARGEST_RECIPE = 2**22
 """Bytes from which a saved recipe is none that this program wrote."""
 
@@ -57,7 +60,8 @@ class StageStatus:
 
     `state` is `done`, `outdated` (made from other settings than the saved recipe's; `why` names
     them), `running`, `silent` (running, but its log does not grow), `stopped`, `waiting` (not
-    begun) or `unreadable` (`path` names the file, from the run directory on).
+    begun) or `unreadable` (`path` names the file, from the run directory on). Steps of `data/NAME`
+    are its rows.
     """
 
     label: str
@@ -88,10 +92,12 @@ def read_status(run: Path) -> list[StageStatus]:
         )
     manifests = _manifests(run)
     found = _published(run, manifests)
-    for status in (*_trainings(run, manifests), *_working(run)):
+    for status in (*_trainings(run, manifests), *_preparations(run, manifests), *_working(run)):
         earlier = found.get(status.label)
         # A process at work replaces an earlier result, and also what a stopped one left.
         if earlier is None or earlier.state not in UNDER_WAY:
+            if earlier is not None and stage_of(status.label) == "data":
+                status = _with_rows(status, earlier)
             found[status.label] = status
     try:
         lineage = _saved_lineage(run)
@@ -112,7 +118,8 @@ def _manifests(run: Path) -> dict[str, Path]:
     for path in sorted(paths, key=_modified):
         folder = path.parent.relative_to(artifacts)
         # Drafts and gathered shards lie in hidden folders beside the artifacts.
-        if not any(name.startswith(".") for name in folder.parts):
+        hidden = any(name.startswith(".") for name in folder.parts)
+        if not hidden and not KEPT.fullmatch(folder.name):
             found[folder.as_posix()] = path
     return found
 
@@ -134,6 +141,45 @@ def _trainings(run: Path, manifests: Mapping[str, Path]) -> list[StageStatus]:
     headers = sorted((run / "training").glob("*/training.json"), key=_modified)
     found = [_read(read, header, run, header.parent.name) for header in headers]
     return [status for status in found if status]
+
+
+def _preparations(run: Path, manifests: Mapping[str, Path]) -> list[StageStatus]:
+    """Rows that were being made, by their progress files; `_working` knows which still are."""
+    published = {label: _modified(path) for label, path in manifests.items()}
+
+    def read(progress: Path) -> StageStatus | None:
+        status = _preparation(progress)
+        # Published, and killed before the progress file was removed; or made for another budget.
+        over = published.get(status.label, 0.0) > _modified(progress)
+        return None if over else status
+
+    files = sorted((run / "training").glob("data-*/progress.json"), key=_modified)
+    found = [_read(read, file, run, file.parent.name) for file in files]
+    return [status for status in found if status]
+
+
+def _preparation(progress: Path) -> StageStatus:
+    """Read how far a domain's rows are; a checkpoint is there after every shard."""
+    facts = json.loads(progress.read_text())
+    name, _, _ = progress.parent.name.removeprefix("data-").rpartition("-")
+    rows = int(_finite(facts["rows"]))
+    return StageStatus(
+        f"data/{name}",
+        "stopped",
+        step=rows,
+        steps=int(_finite(facts["needed"])),
+        tokens_per_second=_finite(facts["tokens_per_second"]),
+        seconds_since=time.time() - progress.stat().st_mtime,
+        checkpoint=rows,
+    )
+
+
+def _with_rows(work: StageStatus, rows: StageStatus) -> StageStatus:
+    """Say of rows that a process is making how far they are."""
+    if work.state not in UNDER_WAY or not (rows.steps and rows.step is not None):
+        return work
+    rate = rows.tokens_per_second
+    return replace(work, step=rows.step, steps=rows.steps, tokens_per_second=rate or None)
 
 
 def _working(run: Path) -> list[StageStatus]:
@@ -166,7 +212,12 @@ def _read(
 
 def _artifact(manifest: Path) -> StageStatus:
     facts = json.loads(manifest.read_text())
-    return StageStatus("", "done", seconds=_finite(facts["wall_seconds"]))
+    seconds = _finite(facts["wall_seconds"])
+    if facts.get("stage") != "data":
+        return StageStatus("", "done", seconds=seconds)
+    results = facts.get("results", {})
+    figures = {name: _finite(results[name]) for name in ROW_FIGURES if name in results}
+    return StageStatus("", "done", seconds=seconds, figures=figures or None)
 
 
 def _finite(value: Any) -> float:
@@ -390,10 +441,11 @@ def status_table(stages: list[StageStatus]) -> Table:
 
 
 SHOWN_FIGURES = (
+    *ROW_FIGURES,
     "loss",
     "ce",
     "kl",
-    "mse",
+    "relative_error",
     "grad_norm",
     "held_out_ce",
     "held_out_kl",
@@ -403,7 +455,7 @@ SHOWN_FIGURES = (
 
 def _cells(stage: StageStatus) -> tuple[str, ...]:
     known = stage.figures or {}
-    figures = [f"{name} {known[name]:.4g}" for name in SHOWN_FIGURES if name in known]
+    figures = [f"{name} {_written(known[name])}" for name in SHOWN_FIGURES if name in known]
     return (
         stage.label,
         _state_in_words(stage),
@@ -413,6 +465,11 @@ def _cells(stage: StageStatus) -> tuple[str, ...]:
         clock_time(stage.seconds_left) if stage.seconds_left is not None else "",
         ", ".join(figures),
     )
+
+
+def _written(figure: float) -> str:
+    # Counts of rows and tokens are large; losses never are.
+    return short(figure) if abs(figure) >= 1e5 else f"{figure:.4g}"
 
 
 def _state_in_words(stage: StageStatus) -> str:

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Draft
@@ -23,13 +21,7 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices off the terminal; errors still appear."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+from xlstm_kernels import dispatch
 
 
 def choose(names: Sequence[str], wanted: str | None, option: str, what: str) -> Sequence[str]:
@@ -71,6 +63,25 @@ def architecture_of(model: CausalLM) -> Architecture:
     return read_architecture(config, "config")
 
 
+def choose_kernels(student: CausalLM, recipe: Recipe, device: torch.device) -> str:
+    """Set the kernels that the recipe asks for in every mixer; return those that will run.
+
+    Raises:
+        UserError: they cannot run this student on this device.
+    """
+    asked = recipe.student.backend
+    for mixer in student.mixers():
+        mixer.backend = asked
+    chosen: str = dispatch.AUTO if asked == "auto" else asked
+    if chosen == "triton":
+        for mixer in student.mixers():
+            probe = torch.empty(0, device=device)
+            objection = dispatch.triton_refuses((probe,), mixer.kernel_dims, mixer.sinks)
+            if objection:
+                raise UserError(f"student.backend: 'triton' {objection}.")
+    return chosen
+
+
 def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: TrainingResult) -> None:
     """Note a training's result in its artifact, and keep its log."""
     draft.earlier_seconds = result.earlier_seconds
@@ -78,8 +89,10 @@ def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: Training
         "steps": plan.steps,
         "last": result.last,
         "skipped_steps": result.skipped_steps,
+        "compiled": result.compiled,
         "validation_before": result.before,
         "validation_after": result.after,
+        "inexact_restarts": list(result.inexact),
     }
     if is_main_process():
         shutil.copy(work / LOG_FILE, draft.path / LOG_FILE)
@@ -103,6 +116,13 @@ def save_model(
 def load_student(
     artifact: Artifact, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> CausalLM:
-    """Load the student an artifact holds."""
+    """Load the student an artifact holds; rank 0 compares its checksums first.
+
+    Raises:
+        RunError: a file of it is missing or changed.
+    """
+    # One rank for all: 64 of them would read 64 times 16 GB from the same disks.
+    if is_main_process():
+        artifact.check_content("model")
     student: CausalLM = AutoModelForCausalLM.from_pretrained(artifact.model_path, dtype=dtype)
     return student.to(device)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import struct
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -346,6 +347,8 @@ class Store:
         self.first_rows = np.array([header.first_row for header in self.headers])
         self.rows = sum(header.rows for header in self.headers)
         self.open: OrderedDict[int, TargetShard] = OrderedDict()
+        # A training reads ahead in one thread while another validates.
+        self._lock = threading.Lock()
 
     def _read_index(self) -> dict[str, Any]:
         path = self.directory / INDEX_FILE
@@ -375,7 +378,11 @@ class Store:
                 self.directory / INDEX_FILE, f"has {self.rows} rows, row {row} was asked for"
             )
         number = int(np.searchsorted(self.first_rows, row, side="right")) - 1
-        return self._shard(number).row(row)
+        with self._lock:
+            shard = self._shard(number)
+        # Outside of the lock: decoding takes a thousand times as long. A shard that is closed
+        # meanwhile stays mapped for as long as it is used.
+        return shard.row(row)
 
     def _shard(self, number: int) -> TargetShard:
         """Return a shard, opened; close the one that was used longest ago if too many are open."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from xlstm_distill.data.rows import Batch, Row
+from xlstm_distill.training.compilation import eagerly
 
 MOST_NAMED = 32
 """Rows that a message names."""
@@ -61,7 +62,7 @@ def first_bad_module(objective: nn.Module, batches: Sequence[Batch]) -> str | No
     # is blamed for what one of its parts did.
     handles = [watch(name, module) for name, module in objective.named_modules() if name]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eagerly():
             for batch in batches:
                 objective(batch)
     finally:

@@ -68,6 +68,7 @@ class TrainingResult:
 
     `last` and `skipped_steps` come from the main process's log, so they include steps before a
     restart; other ranks have none. `earlier_seconds` is the time spent before the last restart.
+    `inexact` names every restart after which the last bits are not those of an uninterrupted run.
     """
 
     last: dict[str, float]
@@ -75,3 +76,5 @@ class TrainingResult:
     after: dict[str, float]
     skipped_steps: int = 0
     earlier_seconds: float = 0.0
+    inexact: tuple[str, ...] = ()
+    compiled: bool = False

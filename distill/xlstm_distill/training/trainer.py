@@ -11,24 +11,31 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
+from xlstm_distill.data.rows import Batch, DomainRows, Row
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime import signals
+from xlstm_distill.runtime.arithmetic import arithmetic, differences
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.device import peak_bytes, published_peak
+from xlstm_distill.runtime.exchange import Agreed, exchange
+from xlstm_distill.runtime.prefetch import Prefetcher
+from xlstm_distill.runtime.ranks import gathered
 from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
-from xlstm_distill.training.checkpoints import Checkpoints
+from xlstm_distill.training.checkpoints import Checkpoint, Checkpoints
+from xlstm_distill.training.compilation import compile_parts, kernels_of, should_compile
+from xlstm_distill.training.feed import Feed, StepBatches
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.training.objectives import Objective
 from xlstm_distill.training.optim import learning_rate, make_optimizer
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
+from xlstm_distill.training.reduction import Reduction
 from xlstm_distill.training.skips import Skips
 from xlstm_distill.training.state import TrainingState
 from xlstm_distill.training.validation import validate
@@ -77,7 +84,19 @@ class Trainer:
             micro_batch=plan.micro_batch,
             clip=plan.optim.clip,
         )
+        self.compiled = should_compile(plan.settings.compile, accelerator.device)
+        if self.compiled:
+            compile_parts(objective)
+        self.reduction = Reduction(plan.settings.reduce, self.wrapped, accelerator)
         self.state = TrainingState(objective, self.optimizer)
+        self.feed = Feed(
+            plan=plan,
+            objective=objective,
+            domains=domains,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+            device=accelerator.device,
+        )
         self.checkpoints = Checkpoints(directory, plan.settings.keep_checkpoints)
         self.skips = Skips(
             self.console.line, tolerant=plan.optim.non_finite == "skip", steps=plan.steps
@@ -86,6 +105,13 @@ class Trainer:
         # Of the newest checkpoint, None without one: the same command goes on there.
         self.saved_step: int | None = None
         self.started, self.earlier_seconds = time.monotonic(), 0.0
+        # Of all ranks: nodes of a cluster can have different processors.
+        computed = {
+            "kernels": kernels_of(objective),
+            "layers": "compiled" if self.compiled else "plain",
+        }
+        self.arithmetic = gathered(arithmetic(accelerator.device) | computed)
+        self.inexact: list[str] = []
 
     def run(self) -> TrainingResult:
         """Train from the newest checkpoint, or from the start, to the end."""
@@ -100,26 +126,41 @@ class Trainer:
         with (
             self._deferred_signals(),
             self._log(start) as log,
+            self.feed.ahead(start) as feed,
             self.console.progress(self.plan.label, tokens) as bar,
         ):
             bar.skip(start * self.tokens_per_step)
+            read = feed.take(start)
+            agreed = exchange(self.accelerator, read.tokens)
             for step in range(start, self.plan.steps):
-                figures = self._step(step, before)
+                if agreed.stop is not None:
+                    self._stop(step, before, agreed.stop)
+                figures, read, agreed = self._step(step, read, agreed.tokens, feed)
+                self.reduction.decide()
                 if self._is_due(self.plan.settings.validate_steps, step + 1):
                     held_out = self.validate()
                     figures |= {f"held_out_{name}": value for name, value in held_out.items()}
                 if log is not None:
                     log.write(step, figures)
-                bar.update(self.tokens_per_step, loss=figures.get("loss", math.nan))
+                shown = self.objective.shown
+                bar.update(self.tokens_per_step, **{shown: figures.get(shown, math.nan)})
                 if self._is_due(self.plan.settings.checkpoint_steps, step + 1, at_end=True):
                     self._save(step + 1, before)
             after = self.validate()
             # The last validation can take minutes; a signal in it must not be lost.
-            _, stop = self._agree(0)
+            stop = exchange(self.accelerator, 0).stop
             if stop is not None:
                 self._stop(self.plan.steps, before, stop)
             last, skipped = (log.last, log.skipped) if log is not None else ({}, 0)
-            return TrainingResult(last, before, after, skipped, self.earlier_seconds)
+            return TrainingResult(
+                last=last,
+                before=before,
+                after=after,
+                skipped_steps=skipped,
+                earlier_seconds=self.earlier_seconds,
+                inexact=tuple(self.inexact),
+                compiled=self.compiled,
+            )
 
     @contextlib.contextmanager
     def _deferred_signals(self) -> Iterator[None]:
@@ -133,20 +174,6 @@ class Trainer:
                     f"{self.saved_step or 0} of {self.plan.steps}."
                 ) from None
 
-    def _agree(self, tokens: int) -> tuple[int, signal.Signals | None]:
-        """Sum the tokens over ranks and agree on a signal: one rank that got it stops all.
-
-        SIGTERM stands for any signal of a scheduler, which outweighs Ctrl-C.
-        """
-        pending = signals.pending()
-        # Tokens and signals in one reduction: a second one would cost every step a round trip.
-        mine = [tokens, int(pending in signals.SIGNALS), int(pending == signal.SIGINT)]
-        counted = torch.tensor(mine, device=self.accelerator.device)
-        total, terms, interrupts = self.accelerator.reduce(counted, "sum").tolist()
-        if terms:
-            return total, signal.SIGTERM
-        return total, signal.SIGINT if interrupts else None
-
     def _stop(self, step: int, before: dict[str, float], number: signal.Signals) -> NoReturn:
         """End before a step, with a checkpoint where the recipe has any."""
         kept = "no checkpoint (training.checkpoint_steps is null)"
@@ -154,9 +181,9 @@ class Trainer:
             if self.saved_step != step:
                 self._save(step, before)
             kept = "a checkpoint"
-        done = f"after step {step - 1}" if step else "before step 0"
+        # Finished steps, as `status` counts them.
         raise signals.stopped(
-            f"{done} of {self.plan.label}, with {kept}",
+            f"after {step} of {self.plan.steps} steps of {self.plan.label}, with {kept}",
             f"to go on at step {self.saved_step or 0} of {self.plan.steps}",
             interrupted=number == signal.SIGINT,
         )
@@ -175,21 +202,35 @@ class Trainer:
         exact = self.state.load(found)
         self.earlier_seconds = found.facts["seconds"]
         self.saved_step = found.step
-        note = ""
-        if not exact:
-            note = (
-                f"; {found.processes} processes wrote the checkpoint, so the result will differ in "
-                "the last bits"
-            )
-        self.console.line(
-            f"{self.plan.label}: goes on at step {found.step} of {self.plan.steps}{note}"
-        )
+        goes_on = f"goes on at step {found.step} of {self.plan.steps}"
+        self.reduction.restore(found.facts.get("waits"))
+        self.inexact = list(found.facts.get("inexact", []))
+        if changes := self._changed_since(found, exact):
+            goes_on += f"; {changes}, so the result will differ in the last bits"
+            self.inexact.append(f"at step {found.step}: {changes}")
+        self.console.line(f"{self.plan.label}: {goes_on}")
         return found.step, dict(found.facts["before"])
+
+    def _changed_since(self, found: Checkpoint, exact: bool) -> str:
+        """Say why going on from a checkpoint is not exact to the last bit; empty if it is."""
+        changes = differences(found.facts.get("arithmetic", []), self.arithmetic)
+        if not exact:
+            # Ranks are not the same ones then, so only their number is sure to have changed.
+            changes.insert(0, f"processes {found.processes} -> {self.accelerator.num_processes}")
+        return ", ".join(changes)
 
     def _save(self, step: int, before: dict[str, float]) -> None:
         """Write a checkpoint from which `step` is the next to do."""
         seconds = round(self.earlier_seconds + time.monotonic() - self.started, 3)
-        facts = {"before": before, "layout": self.state.layout(), "seconds": seconds}
+        facts = {
+            "before": before,
+            "layout": self.state.layout(),
+            "replicas": self.state.replicas(),
+            "waits": self.reduction.chosen(),
+            "seconds": seconds,
+            "arithmetic": self.arithmetic,
+            "inexact": self.inexact,
+        }
         self.checkpoints.save(step, self.state.tensors(), facts)
         self.saved_step = step
 
@@ -206,26 +247,22 @@ class Trainer:
         trackers = self.plan.settings.trackers
         return training_log(self.directory, self.plan.label, header, start, trackers)
 
-    def _step(self, step: int, before: dict[str, float]) -> dict[str, float]:
-        """Do one optimiser step and return its figures.
+    def _step(
+        self, step: int, read: StepBatches, tokens: int, feed: Prefetcher[StepBatches]
+    ) -> tuple[dict[str, float], StepBatches, Agreed]:
+        """Do one optimiser step on what was read for it; `tokens` are those of all ranks.
 
-        Raises:
-            Stopped: a signal came on some rank; the step is not done.
+        Returns its figures, and what was read and agreed on for the next step.
         """
         started = time.monotonic()
-        stretch, number = self.plan.stretch_of(step)
-        rows = stretch.schedule.rows(number, self.plan.batch)
-        batches = self._micro_batches(rows)
-        tokens, stop = self._agree(sum(self.objective.count(batch) for batch in batches))
-        if stop is not None:
-            self._stop(step, before, stop)
+        stretch, _ = self.plan.stretch_of(step)
         lr = learning_rate(self.plan.optim, self.plan.steps, step, stretch.lr)
         # Set at every step, not by a scheduler, whose state a checkpoint would have to hold.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        figures = self._optimize(step, rows, batches, tokens)
+        figures, following, agreed = self._optimize(step, read, tokens, feed)
         figures["lr"] = lr
-        return figures | self._speed(time.monotonic() - started)
+        return figures | self._speed(time.monotonic() - started), following, agreed
 
     def _speed(self, seconds: float) -> dict[str, float]:
         """Return tokens/s of all ranks, this rank's peak memory, and MFU where it is known."""
@@ -239,35 +276,33 @@ class Trainer:
             figures["mfu"] = self.plan.flops_per_token * rate_of_one / self.peak[0]
         return figures
 
-    def _micro_batches(self, rows: list[Row]) -> list[Batch]:
-        """Load this rank's share of a step's rows, in micro-batches."""
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        size = self.plan.micro_batch
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [load_batch(self.domains, part).to(self.accelerator.device) for part in parts]
-
     def _optimize(
-        self, step: int, rows: list[Row], batches: list[Batch], tokens: int
-    ) -> dict[str, float]:
-        """Update the weights; returns loss parts per token and the gradient's norm.
+        self, step: int, read: StepBatches, tokens: int, feed: Prefetcher[StepBatches]
+    ) -> tuple[dict[str, float], StepBatches, Agreed]:
+        """Update the weights; returns loss parts per token and the gradient's norm, and the rest.
 
-        `rows` and `tokens` are those of all ranks, `batches` are this rank's. A step without a
-        supervised token, or with a figure that is not finite, changes no weight.
+        A step without a supervised token, or with a figure that is not finite, changes no weight.
         """
         where = f"{self.plan.label}: step {step}"
         if tokens == 0:
-            self.skips.no_supervised_token(where, row_names(rows))
-            return {"skipped": 1.0}
+            self.skips.no_supervised_token(where, row_names(read.rows))
+            following = feed.take(step + 1)
+            return {"skipped": 1.0}, following, exchange(self.accelerator, following.tokens)
         self.skips.has_tokens()
-        figures, losses = self._backward(batches, tokens)
+        totals, losses = self._backward(read.batches, tokens)
         norm = clip_gradients(self.accelerator, self.wrapped, self.plan.optim.clip)
-        figures["grad_norm"] = norm
+        following = feed.take(step + 1)
+        # The host waits for the device here, and nowhere else in a step.
+        agreed = exchange(self.accelerator, following.tokens, totals, norm)
+        means = {name: value / tokens for name, value in agreed.sums.items()}
+        figures = self.objective.figures(means)
+        figures["grad_norm"] = cast(float, agreed.norm)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
         if bad:
-            origin, blamed = self._find_origin(bad[0], losses, batches)
+            origin, blamed = self._find_origin(bad[0], losses, read.batches)
             self.skips.bad_figure(
                 f"{where}: {bad[0]} is {figures[bad[0]]}, first at {origin or 'the loss'} "
-                f"(rows {row_names(blamed or rows)})"
+                f"(rows {row_names(blamed or read.rows)})"
             )
             # JSON has no NaN: the log leaves such figures out.
             finite = {name: value for name, value in figures.items() if math.isfinite(value)}
@@ -277,38 +312,39 @@ class Trainer:
             self.optimizer.step()
         # Also after a skipped step: its gradient must not add to that of the next.
         self.optimizer.zero_grad()
-        return figures
+        return figures, following, agreed
 
     def _backward(
         self, batches: list[Batch], tokens: int
-    ) -> tuple[dict[str, float], list[torch.Tensor]]:
-        """Run the micro-batches forward and backward.
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Run the micro-batches forward and backward, without waiting for the device.
 
-        Returns the loss and its parts per token of the whole step, and the loss sum of each of this
-        rank's micro-batches.
+        Returns this rank's sums of the loss and its parts, and the loss sum of each micro-batch.
         """
         accelerator = self.accelerator
         totals: dict[str, torch.Tensor] = {}
         losses = []
         for n, batch in enumerate(batches):
-            with micro_step(accelerator, self.wrapped, last=n == len(batches) - 1):
-                sums = self.wrapped(batch)
+            last, wait = n == len(batches) - 1, self.reduction.waits
+            with micro_step(accelerator, self.wrapped, last=last, wait=wait):
+                # Moved one by one: the targets of all would take as much of the GPU as they do
+                # of the host.
+                sums = self.wrapped(batch.to(accelerator.device))
                 # Gradients are averaged over ranks afterwards; the factor turns that mean back
                 # into a sum.
                 accelerator.backward(sums.loss * (accelerator.num_processes / tokens))
             losses.append(sums.loss.detach())
             for name, value in {"loss": losses[-1], **sums.parts}.items():
                 totals[name] = totals.get(name, 0) + value.float()
-        # One reduction for all parts: each would wait for the slowest rank.
-        stacked = accelerator.reduce(torch.stack(list(totals.values())), "sum") / tokens
-        return dict(zip(totals, stacked.tolist(), strict=True)), losses
+        return totals, losses
 
     def _find_origin(
         self, figure: str, losses: list[torch.Tensor], batches: list[Batch]
     ) -> tuple[str | None, list[Row]]:
         """Find the module or parameter where a figure stopped being finite, and the rows."""
         if figure == "loss":
-            origin = first_bad_module(self.wrapped, batches)
+            on_device = [batch.to(self.accelerator.device) for batch in batches]
+            origin = first_bad_module(self.wrapped, on_device)
         else:
             origin = first_bad_gradient(self.objective)
         return blame(origin, losses, batches)
@@ -316,7 +352,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Return the held-out figures of the objective as it is now."""
         rows = self.plan.validation_rows(self.accelerator.num_processes)
-        return validate(self.wrapped, self.objective.count, self.domains, rows, self.accelerator)
+        return validate(self.wrapped, self.objective, self.domains, rows, self.accelerator)
 
 
 def _refuse_uneven_batch(plan: TrainingPlan, processes: int) -> None:

@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
+from xlstm_distill.data.rows import DomainRows, Row
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.training.accelerator import reshard
+from xlstm_distill.training.compilation import eagerly
+from xlstm_distill.training.objectives import Objective
 
 
 @torch.no_grad()
 def validate(
     wrapped: nn.Module,
-    count: Callable[[Batch], int],
+    objective: Objective,
     domains: Mapping[str, DomainRows],
     rows: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Return mean loss parts per token over the validation rows, and `gate`.
 
-    `gate` is the mean output gate over real tokens; it is missing where the module has no gates. At
-    most `rows` rows run at a time on each rank. All ranks must call this; all get the same figures.
+    `wrapped` is the objective as Accelerate prepared it. `gate` is the mean output gate over real
+    tokens; it is missing where the module has no gates. At most `rows` rows run at a time on each
+    rank. All ranks must call this; all get the same figures.
     """
     totals: dict[str, Tensor] = {}
     wrapped.eval()
-    with GateMeter(wrapped) as meter:
+    # The meter hooks into modules that may be inside of compiled parts.
+    with eagerly(), GateMeter(wrapped) as meter:
         processes, rank = accelerator.num_processes, accelerator.process_index
         for part, counts in rank_batches(domains, rows, processes=processes, rank=rank):
-            batch = load_batch(domains, part).to(accelerator.device)
+            read = objective.load(domains, part)
+            batch = read.to(accelerator.device)
             meter.expect(batch.real & counts)
             sums = wrapped(batch)
-            figures = {"tokens": torch.tensor(count(batch)), **sums.parts}
-            for name, value in figures.items():
+            counted = torch.full((), objective.count(read), device=accelerator.device)
+            for name, value in {"tokens": counted, **sums.parts}.items():
                 # float64: the sums run over all validation tokens.
-                part_sum = value.double().to(accelerator.device) * counts
+                part_sum = value.double() * counts
                 totals[name] = totals.get(name, 0.0) + part_sum
     reshard(wrapped)
     wrapped.train()
-    gates = torch.tensor(meter.tokens), meter.total()
+    gates = meter.tokens, meter.total()
     sums_of_gates = [value.double().to(accelerator.device) for value in gates]
     stacked = torch.stack([*totals.values(), *sums_of_gates])
     *values, real, opened = accelerator.reduce(stacked, "sum").tolist()
     sums_by_name = dict(zip(totals, values, strict=True))
     tokens = max(sums_by_name.pop("tokens"), 1)
-    means = {name: value / tokens for name, value in sums_by_name.items()}
+    means = objective.figures({name: value / tokens for name, value in sums_by_name.items()})
     return means | ({"gate": opened / real} if meter.gates else {})
 
 

@@ -16,6 +16,7 @@ Call = Callable[..., Result]
 
 COMMANDS = (
     "run",
+    "prepare",
     "capture",
     "align",
     "distill",

@@ -9,14 +9,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from xlstm_distill.artifacts import Run, files
+from xlstm_distill.artifacts import Draft, Run, files, shelf
 from xlstm_distill.data import preparation, shards
 from xlstm_distill.data.budget import rows_needed
 from xlstm_distill.data.prepare import data_identity, prepare_domain, tokenizer_hash
@@ -145,6 +148,30 @@ def test_an_interrupted_preparation_ends_with_the_same_rows(
     assert not leftovers(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("moment", ["the manifest", "the rename"])
+def test_rows_that_are_all_there_survive_a_kill_while_they_are_published(
+    moment, sources, tokenizer, tmp_path, monkeypatch
+):
+    recipe = recipe_of(*sources)
+    whole = prepared(recipe, tokenizer, tmp_path / "whole")
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        if moment == "the manifest":
+            patched.setattr(Draft, "write_json", killed)
+        else:
+            patched.setattr(shelf, "replace_directory", killed)
+        prepared(recipe, tokenizer, tmp_path / "cut")
+    # No row is made again.
+    monkeypatch.setattr(preparation.Preparation, "_fill", killed)
+    published = prepared(recipe, tokenizer, tmp_path / "cut")
+    assert content(published) == content(whole)
+    assert published.manifest["results"] == whole.manifest["results"]
+    assert not leftovers(tmp_path / "cut")
+
+
 @pytest.mark.multi_process
 def test_a_killed_process_is_gone_on_from_with_other_workers(sources, tokenizer, tmp_path):
     recipe = recipe_of(*sources, rows=600)
@@ -254,6 +281,30 @@ def test_fewer_rows_are_the_first_of_more_and_are_not_made_again(sources, tokeni
     assert (again.reused, again.fingerprint) == (True, long.fingerprint)
     grown = prepared(many, tokenizer, tmp_path / "few")
     assert (grown.reused, content(grown)) == (False, content(long))
+
+
+@pytest.fixture(scope="module")
+def most_rows(tokenizer, tmp_path_factory):
+    """A source, and all the rows that it fills; the last are those that were left open."""
+    folder = tmp_path_factory.mktemp("many")
+    texts = [f"sun {n} fog " * (n * 7 % 23 + 1) for n in range(1200)]
+    source = {"path": write(folder / "many.jsonl", texts)}
+    whole = prepared(recipe_of(source, rows=10_000), tokenizer, folder)
+    rows = DomainRows("x", whole, 0)
+    return source, [rows.row(n) for n in range(len(rows))]
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.data())
+def test_any_number_of_rows_are_the_first_of_any_larger_number(most_rows, tokenizer, data):
+    source, rows = most_rows
+    needed = data.draw(st.integers(5, len(rows) + 20))
+    with tempfile.TemporaryDirectory() as folder:
+        few = DomainRows("x", prepared(recipe_of(source, rows=needed), tokenizer, folder), 0)
+        assert len(few) == min(needed, len(rows))
+        for number in range(len(few)):
+            assert (few.row(number).ids == rows[number].ids).all()
+            assert few.row(number).lengths == rows[number].lengths
 
 
 def test_figures_count_what_was_read(sources, tokenizer, tmp_path):

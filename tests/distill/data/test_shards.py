@@ -91,7 +91,7 @@ def test_the_datasets_library_reads_a_shard(tmp_path):
     rows = random_rows(5, 16, 100)
     write_rows(tmp_path, rows, 16, 100)
     found = datasets.Dataset.from_file(str(tmp_path / "rows-00000.arrow"))
-    assert found.column_names == ["input_ids", "supervised", "lengths"]
+    assert found.column_names == ["input_ids", "supervised", "lengths", "checksum"]
     assert found[4]["input_ids"] == rows[4].ids.tolist()
     assert found[4]["lengths"] == rows[4].lengths
 
@@ -115,8 +115,27 @@ def test_a_damaged_file_names_itself(damage, tmp_path):
     with pytest.raises(
         RunError, match=rf"{name}: cannot be read .* run the command again to make it anew"
     ) as caught:
-        ShardReader(tmp_path).row(0)
+        reader = ShardReader(tmp_path)
+        for row in range(8):
+            reader.row(row)
     assert "\n" not in str(caught.value)
+
+
+def test_every_damaged_byte_is_found_by_its_row_alone(tmp_path):
+    """A training opens at once: no row but those it reads is compared with its checksum."""
+    rows = random_rows(8, 16, 100)
+    write_rows(tmp_path, rows, 16, 100)
+    shard = tmp_path / "rows-00000.arrow"
+    whole = shard.read_bytes()
+    kept = [rows[5].ids.astype(np.uint16).tobytes(), np.array(rows[5].lengths, "<i4").tobytes()]
+    for part in kept:
+        place = whole.index(part)
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        reader = ShardReader(tmp_path)
+        for other in (0, 4, 6, 7):
+            assert_same(reader.row(other), rows[other])
+        with pytest.raises(RunError, match="row 5 has not the checksum it was written with"):
+            reader.row(5)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

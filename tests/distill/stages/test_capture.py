@@ -26,7 +26,7 @@ from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import capture, distill
 from xlstm_distill.stages.distill import _targets
 from xlstm_distill.stages.lineage import Lineage
-from xlstm_distill.stages.prepare import prepare
+from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import open_domains
 from xlstm_distill.targets.providers import OnlineTargets
 
@@ -83,7 +83,7 @@ def opened(directory):
     loaded = load_recipe(Path(RECIPE), SETTINGS)
     run = Run.open(directory, loaded)
     lineage = Lineage(loaded)
-    return lineage, run, prepare(lineage, run, ["math", "chat"], QuietConsole())
+    return lineage, run, prepare_rows(lineage, run, ["math", "chat"], QuietConsole())
 
 
 def captured(run):

@@ -180,7 +180,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(
     assert step == len(steps_logged(tmp_path))
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     expected = (
-        f"stopped by {name} after step {step - 1} of test, with a checkpoint; "
+        f"stopped by {name} after {step} of {STEPS} steps of test, with a checkpoint; "
         f"run the same command again to go on at step {step} of {STEPS}."
     )
     assert messages(tmp_path, processes) == [expected] * processes

@@ -55,8 +55,8 @@ def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(
     start_far_off(objective.mixers)
     before = {n: p.detach().clone() for n, p in objective.mixers.named_parameters()}
     result = trainer(objective, tmp_path, steps=30).run()
-    assert result.after["mse"] < 0.8 * result.before["mse"]
-    assert result.after == validate(objective, objective.count, domains, 4, Accelerator(cpu=True))
+    assert result.after["relative_error"] < 0.8 * result.before["relative_error"]
+    assert result.after == validate(objective, objective, domains, 4, Accelerator(cpu=True))
     parameters = objective.mixers.named_parameters()
     changed = {name for name, p in parameters if not torch.equal(before[name], p)}
     assert changed
@@ -155,6 +155,33 @@ def test_a_resumed_training_trains_in_training_mode_and_keeps_its_last_figures(
     assert modes == [True] * 4
     assert again.last == result.last
     assert again.last["loss"] > 0
+
+
+def test_going_on_with_other_threads_is_said_and_kept_for_the_manifest(
+    align_objective, trainer, tmp_path
+):
+    settings = Training(checkpoint_steps=1, validate_steps=None)
+
+    def go_on(steps, threads):
+        torch.set_num_threads(threads)
+        console = QuietConsole()
+        made = trainer(align_objective(), tmp_path, steps=steps, settings=settings, console=console)
+        return made.run(), console.lines[0]
+
+    try:
+        go_on(1, 1)
+        same, said = go_on(2, 1)
+        assert (same.inexact, said) == ((), "test: goes on at step 1 of 2")
+        other, said = go_on(3, 2)
+        change = "threads 1 -> 2"
+        assert other.inexact == (f"at step 2: {change}",)
+        assert said == (
+            f"test: goes on at step 2 of 3; {change}, so the result will differ in the last bits"
+        )
+        # It stays true of the weights, also where the next restart is exact.
+        assert go_on(4, 2)[0].inexact == other.inexact
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(("micro_batch", "processes", "rows"), [(None, 2, 3), (2, 1, 2)])

@@ -71,6 +71,7 @@ def test_json_lists_the_models_with_their_figures(data: ReportData, files: dict[
     middle = sorted(max(0.0, 1 - ratio) for ratio in ratios.values())[len(ratios) // 2]
     assert merged["critical_tolerance"] == pytest.approx(middle)
     assert merged["stderr"]["add"] == data.models[0].results[0].stderr
+    assert set(merged["metrics"]) == set(values["teacher"]["metrics"]) == set(teacher)
 
 
 def test_html_is_self_contained_and_its_ids_are_unique(

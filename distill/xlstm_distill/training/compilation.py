@@ -1,0 +1,61 @@
+"""Compile the parts of an objective where its time goes: decoder layers, in stage I mixers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+
+from xlstm_distill.models.mixer import HybridMixer
+from xlstm_distill.training.objectives import Objective
+from xlstm_kernels.dispatch import AUTO
+
+
+def should_compile(choice: Literal["auto", "on", "off"], device: torch.device) -> bool:
+    """Say whether parts are compiled: `auto` means on CUDA.
+
+    On a CPU, compiling takes minutes and saves little.
+    """
+    return device.type == "cuda" if choice == "auto" else choice == "on"
+
+
+def compile_parts(objective: Objective, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile an objective's parts in place; the first pass through them takes minutes.
+
+    Call it after `prepare`: FSDP2 gives each layer a class of its own, and a method of the class
+    before would skip activation checkpointing. A method is compiled, and not the module's call:
+    FSDP2 gathers and cuts weights in hooks around the method, which must stay outside of the graph.
+    """
+    # Graphs of an earlier training in this process would count towards dynamo's limit.
+    torch.compiler.reset()
+    for module, method in objective.hot_methods():
+        compiled = torch.compile(
+            getattr(module, method),
+            backend=backend,
+            # A break would fall back to Python in silence; so would too many graphs.
+            fullgraph=True,
+            # One graph for each shape. Dynamo's own choice depends on the shapes seen before, so a
+            # resumed training could get another graph than an uninterrupted one.
+            dynamic=False,
+        )
+        setattr(module, method, compiled)
+
+
+def kernels_of(objective: Objective) -> str:
+    """Name the kernels of an objective's mixers, with what `auto` stands for."""
+    asked = {m.backend for m in objective.modules() if isinstance(m, HybridMixer)}
+    return " and ".join(sorted(AUTO if name == "auto" else name for name in asked))
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled parts as plain Python, so that hooks on modules inside of them act."""
+    # Nothing was compiled before dynamo was imported, which takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,106 @@
+"""`prepare`: shares of domains, without the teacher's weights, found by every later stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from xlstm_distill.artifacts import Run
+from xlstm_distill.data import preparation
+from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import QuietConsole
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.prepare import deal, prepare, prepare_rows
+from xlstm_distill.stages.status import read_status, status_table
+
+TEACHER = Path(__file__).parents[3] / "recipes" / "quickstart" / "teacher"
+DOMAINS = ("math", "code", "chat")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Three domains, and a teacher's folder without weights."""
+    teacher = tmp_path_factory.mktemp("teacher") / "teacher"
+    shutil.copytree(TEACHER, teacher, ignore=shutil.ignore_patterns("*.safetensors*"))
+    sources = {name: {"sources": [{"generator": name, "documents": 400}]} for name in DOMAINS}
+    phase = {"domain": "math", "tokens": 64 * 60}
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "teacher": {"path": str(teacher), "dtype": "float32"},
+            "student": {"mixer": {"window": 32}},
+            "data": {"context": 64, "validation_rows": 4, "domains": sources},
+            "align": {"tokens": 64 * 30, "batch": 1, "warmup_steps": 0},
+            "distill": {"lr": 1e-3, "batch": 1, "experts": {"math": {"phases": [phase]}}},
+            "evaluate": {"tasks": [{"name": "t"}]},
+        }
+    )
+
+
+def files_of(artifact):
+    return {p.name: p.read_bytes() for p in artifact.path.iterdir() if p.suffix != ".json"}
+
+
+def test_shares_make_the_rows_of_one_process_and_later_stages_find_them(recipe, tmp_path):
+    whole = Run.open(tmp_path / "whole", recipe)
+    console = QuietConsole()
+    alone = prepare(Lineage(recipe), whole, console)
+    assert [artifact.manifest["name"] for artifact in alone] == list(DOMAINS)
+    for artifact in alone:
+        results = artifact.manifest["results"]
+        line = f"data/{artifact.manifest['name']}: {results['rows']} rows, "
+        assert any(said.startswith(line) and "fill" in said for said in console.lines)
+    shared = Run.open(tmp_path / "shared", recipe)
+    made = []
+    for part in range(5):  # two shares have nothing to do
+        made += prepare(Lineage(recipe), shared, QuietConsole(), f"{part}/5")
+    assert Counter(artifact.manifest["name"] for artifact in made) == Counter(DOMAINS)
+    found = prepare_rows(Lineage(recipe), shared, DOMAINS, QuietConsole())
+    for artifact in alone:
+        other = found[artifact.manifest["name"]]
+        assert other.reused
+        assert other.fingerprint == artifact.fingerprint
+        assert files_of(other) == files_of(artifact)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 9])
+def test_every_domain_is_in_one_share_and_shares_are_even(parts):
+    rows = {"a": 50, "b": 10, "c": 40, "d": 30, "e": 20}
+    shares = deal(rows, parts)
+    assert sorted(name for share in shares for name in share) == list(rows)
+    totals = [sum(rows[name] for name in share) for share in shares]
+    assert max(totals) <= max(sum(rows.values()) / parts + max(rows.values()) / 2, 50)
+
+
+def test_status_says_how_far_the_rows_are(recipe, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    run = Run.open(tmp_path, recipe)
+    run.keep_recipe()
+    states = []
+
+    def save(self):
+        saved(self)
+        states.append({status.label: status for status in read_status(tmp_path)}["data/math"])
+        raise Killed
+
+    saved = preparation.Preparation.save
+    monkeypatch.setattr("xlstm_distill.data.shards.SHARD_TOKENS", 64 * 20)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(preparation.Preparation, "save", save)
+        prepare(Lineage(recipe), run, QuietConsole())
+    assert (states[0].state, states[0].step, states[0].steps) == ("running", 20, 64)
+    stopped = {status.label: status for status in read_status(tmp_path)}["data/math"]
+    assert (stopped.state, stopped.step, stopped.checkpoint) == ("stopped", 20, 20)
+    assert status_table([stopped]).row_count == 1
+    prepare(Lineage(recipe), run, QuietConsole())
+    done = {status.label: status for status in read_status(tmp_path)}["data/math"]
+    manifest = json.loads((run.path("data/math") / "manifest.json").read_text())
+    assert done.state == "done"
+    assert done.figures["rows"] == manifest["results"]["rows"] == 64
+    assert 0.9 < done.figures["fill"] <= 1

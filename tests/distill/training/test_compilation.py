@@ -1,0 +1,109 @@
+"""Compiled decoder layers and mixers: one graph for all, and the gradients of plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+from xlstm_distill.data.rows import load_batch
+from xlstm_distill.models.gates import GateMeter
+from xlstm_distill.recipe import Training
+from xlstm_distill.training.accelerator import checkpoint_activations
+from xlstm_distill.training.compilation import compile_parts, eagerly, should_compile
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+class Graphs:
+    """A backend that runs graphs as they are and keeps what they hold: no compiler is needed."""
+
+    def __init__(self) -> None:
+        self.found: list[list[str]] = []
+        self.backend: Any = aot_autograd(fw_compiler=self._keep)
+
+    def _keep(self, graph: torch.fx.GraphModule, _: object) -> Any:
+        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+        self.found.append([str(node.target) for node in calls])
+        return make_boxed_func(graph.forward)
+
+
+def gradients(objective: Any, batch: Any) -> tuple[float, dict[str, torch.Tensor], int]:
+    """Loss and gradients of one pass, and the bytes that it saved."""
+    saved = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal saved
+        # Parameters are inputs of a compiled graph, and no memory of the pass.
+        saved += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = objective(batch).loss
+    loss.backward()
+    named = objective.named_parameters()
+    return loss.item(), {n: p.grad.clone() for n, p in named if p.grad is not None}, saved
+
+
+@pytest.mark.parametrize(
+    "stage", ["align", pytest.param("distill", marks=pytest.mark.slow), "distill-checkpointed"]
+)
+def test_compiled_parts_have_one_graph_and_plain_gradients(
+    stage: str,
+    align_objective: Callable[[], Any],
+    distill_objective: Callable[[], Any],
+    domains: Any,
+) -> None:
+    objective = align_objective() if stage == "align" else distill_objective()
+    if stage == "distill-checkpointed":
+        checkpoint_activations(objective.student)
+    batch = load_batch(domains, [("a", 5), ("b", 6)])
+    assert batch.segment_ids.unique().numel() > 1  # packed documents
+    objective.train()
+    loss, expected, plain_bytes = gradients(objective, batch)
+    objective.zero_grad()
+    graphs = Graphs()
+    compile_parts(objective, graphs.backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled_loss, found, saved = gradients(objective, batch)
+    # One graph forward and one backward, shared by all layers; `fullgraph` refuses any break.
+    assert len(graphs.found) == 2
+    assert compiled_loss == loss
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    # Recomputation is still on: a compiled layer may not keep what a plain one drops.
+    assert saved < 1.5 * plain_bytes
+    # Hooks inside of compiled parts act, and no other graph is made.
+    with torch.no_grad(), eagerly(), GateMeter(objective) as meter:
+        meter.expect(batch.real)
+        objective(batch)
+    assert len(meter.means()) == 2
+    assert len(graphs.found) == 2
+
+
+def test_auto_compiles_on_cuda_alone() -> None:
+    assert should_compile("auto", CUDA)
+    assert not should_compile("auto", CPU)
+    assert should_compile("on", CPU)
+    assert not should_compile("off", CUDA)
+
+
+@pytest.mark.parametrize(("written", "meant"), [(True, "on"), (False, "off"), ("auto", "auto")])
+def test_yaml_reads_on_and_off_as_truth_values(written: object, meant: str) -> None:
+    assert Training(compile=written).compile == meant
+
+
+def test_the_trainer_compiles_what_it_trains(
+    trainer: Callable[..., Any], distill_objective: Callable[[], Any], tmp_path: Path
+) -> None:
+    objective = distill_objective()
+    plain = objective.student.model.layers[0].forward
+    made = trainer(objective, tmp_path, settings=Training(compile="on"))
+    assert made.compiled
+    assert objective.student.model.layers[0].forward != plain
+    assert not trainer(distill_objective(), tmp_path / "off").compiled
