@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.losses.plain import LossWeights
+from xlstm_distill.models.loading import empty_student
 from xlstm_distill.recipe import Align
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.distill import choose_trainable
@@ -35,7 +39,6 @@ from xlstm_distill.training.accelerator import (
 )
 from xlstm_distill.training.lora import add_lora, merged_state
 from xlstm_distill.training.objectives import AlignObjective, DistillObjective, Objective
-from xlstm_distill.training.optim import make_optimizer
 
 ROWS, MICRO_BATCH, TOKENS, STEPS = 8, 2, 32, 4
 
@@ -58,8 +61,8 @@ def batch(ids: torch.Tensor) -> Batch:
     )
 
 
-def make_objective(options: dict[str, Any]) -> tuple[Objective, Any]:
-    """Make an objective and the student it trains."""
+def make_objective(options: dict[str, Any], saved: Path | None) -> tuple[Objective, Any]:
+    """Make an objective and the student it trains; `saved` is a folder to load it from by shards."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -69,6 +72,10 @@ def make_objective(options: dict[str, Any]) -> tuple[Objective, Any]:
     teacher = LlamaForCausalLM(config).eval()
     align = options.get("stage") == "align"
     student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=align)
+    if saved is not None:
+        student.save_pretrained(saved)
+        # To forget the weights is to see that they are read again.
+        student = empty_student(saved, torch.float32)
     if options.get("checkpoint"):
         checkpoint_activations(student)
     if align:
@@ -79,7 +86,8 @@ def make_objective(options: dict[str, Any]) -> tuple[Objective, Any]:
         choose_trainable(student, options.get("trainable", "all"))
     if options.get("shard_teacher"):
         shard_teacher(teacher)
-    return DistillObjective(student, OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)), student
+    targets, weights = OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)
+    return DistillObjective(student, targets, weights, saved), student
 
 
 def reduction(wrapped: Any) -> torch.dtype:
@@ -100,12 +108,13 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     """Train once; returns weights and figures, on the main process."""
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype=options.get("dtype", "float32")))
     accelerator = make_accelerator(recipe)
-    objective, student = make_objective(options)
-    optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
-    optimizer = make_optimizer(objective.named_parameters(), optim)
-    wrapped, optimizer = prepare(
-        accelerator, objective, optimizer, micro_batch=MICRO_BATCH, clip=1.0
-    )
+    by_shards = accelerator.distributed_type == DistributedType.FSDP and options.get("by_shards")
+    with tempfile.TemporaryDirectory() as folder:
+        objective, student = make_objective(options, Path(folder) if by_shards else None)
+        optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
+        wrapped, optimizer = prepare(
+            accelerator, objective, optim, micro_batch=MICRO_BATCH, clip=1.0
+        )
     figures = []
     with torch.no_grad():  # as validation before training does
         wrapped(batch(rows(100)))

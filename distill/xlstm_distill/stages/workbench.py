@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Draft
@@ -15,6 +17,7 @@ from xlstm_distill.data.budget import held_out_span
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.loading import empty_student
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.ranks import is_main_process
@@ -89,6 +92,23 @@ def save_model(
     # save_pretrained empties the dictionary that it is given.
     model.save_pretrained(directory, state_dict=dict(weights) if weights else None)
     tokenizer.save_pretrained(directory)
+
+
+def start_student(artifact: Artifact, accelerator: Accelerator) -> tuple[CausalLM, Path | None]:
+    """Make the student to train from, in fp32: whole on the CPU, or without weights under FSDP2.
+
+    Returns also the folder from which the weights are still to be read (`load_shards`); None where
+    they are there.
+
+    Raises:
+        RunError: a file of it is missing or changed.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        # What is not sharded is whole on every rank's device in any case.
+        return load_student(artifact, torch.float32), None
+    if is_main_process():
+        artifact.check_content("model")
+    return empty_student(artifact.model_path, torch.float32), artifact.model_path
 
 
 def load_student(
