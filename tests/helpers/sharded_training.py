@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.loading import empty_student
 from xlstm_distill.recipe import Align
-from xlstm_distill.runtime.ranks import is_main_process
+from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone
 from xlstm_distill.stages.distill import choose_trainable
 from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.training.accelerator import (
@@ -62,7 +61,7 @@ def batch(ids: torch.Tensor) -> Batch:
 
 
 def make_objective(options: dict[str, Any], saved: Path | None) -> tuple[Objective, Any]:
-    """Make an objective and the student it trains; `saved` is a folder to load it from by shards."""
+    """Make an objective and the student it trains, loaded by shards from the folder `saved`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -73,8 +72,9 @@ def make_objective(options: dict[str, Any], saved: Path | None) -> tuple[Objecti
     align = options.get("stage") == "align"
     student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=align)
     if saved is not None:
-        student.save_pretrained(saved)
-        # To forget the weights is to see that they are read again.
+        if is_main_process():
+            student.save_pretrained(saved)
+        wait_for_everyone()
         student = empty_student(saved, torch.float32)
     if options.get("checkpoint"):
         checkpoint_activations(student)
@@ -109,12 +109,10 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype=options.get("dtype", "float32")))
     accelerator = make_accelerator(recipe)
     by_shards = accelerator.distributed_type == DistributedType.FSDP and options.get("by_shards")
-    with tempfile.TemporaryDirectory() as folder:
-        objective, student = make_objective(options, Path(folder) if by_shards else None)
-        optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
-        wrapped, optimizer = prepare(
-            accelerator, objective, optim, micro_batch=MICRO_BATCH, clip=1.0
-        )
+    saved = Path(sys.argv[1]).with_name(options["by_shards"]) if by_shards else None
+    objective, student = make_objective(options, saved)
+    optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
+    wrapped, optimizer = prepare(accelerator, objective, optim, micro_batch=MICRO_BATCH, clip=1.0)
     figures = []
     with torch.no_grad():  # as validation before training does
         wrapped(batch(rows(100)))

@@ -122,5 +122,7 @@ def load_student(
     # One rank for all: 64 of them would read 64 times 16 GB from the same disks.
     if is_main_process():
         artifact.check_content("model")
-    student: CausalLM = AutoModelForCausalLM.from_pretrained(artifact.model_path, dtype=dtype)
-    return student.to(device)
+    student: CausalLM = AutoModelForCausalLM.from_pretrained(
+        artifact.model_path, dtype=dtype, device_map={"": torch.device(device)}
+    )
+    return student
