@@ -111,6 +111,7 @@ class Lab:
             shutil.copytree(RECIPE.parent / "quickstart" / "teacher", place)
         self.reference: dict[str, str] = {}
         self.operations: dict[tuple[str, bool], list[str]] = {}
+        self.cost: dict[str, float] = {}
         self._make_references()
 
     def close(self) -> None:
@@ -155,7 +156,9 @@ class Lab:
                 work = self.base / f"clean-{stage}-{remade}"
                 shutil.copytree(before, work)
                 journal = self.base / f"{stage}-{remade}.journal"
+                spent = self.seconds
                 self._succeed(work, self.words(stage, work), journal=str(journal), learn=True)
+                self.cost[stage] = self.seconds - spent
                 self.operations[stage, remade] = journal.read_text().splitlines()
             shutil.rmtree(run, ignore_errors=True)
             work.rename(run)
@@ -291,7 +294,9 @@ def litter(run: Path) -> Iterator[str]:
     for path in run.rglob("*"):
         if path.name.endswith((".partial", ".old", ".shards")) or path.name.startswith(".tmp"):
             yield str(path.relative_to(run))
-    yield from (str(path.relative_to(run)) for path in (run / "training").glob("*"))
+    for path in (run / "training").glob("*"):
+        if path.suffix != ".lock":
+            yield str(path.relative_to(run))
 
 
 def wrong_ending(fault: str, answer: dict[str, Any]) -> list[str]:
@@ -345,8 +350,11 @@ def chosen(lab: Lab, count: int, seed: int) -> list[Injection]:
     injections = list(steps.values())
     draw.shuffle(injections)
     injections = injections[:count]
+    cases = list(lab.operations)
+    # Cheap stages are disturbed more often.
+    weights = [1 / lab.cost[stage] for stage, _ in cases]
     while len(injections) < count:
-        stage, remade = draw.choice(list(lab.operations))
+        stage, remade = draw.choices(cases, weights)[0]
         operations = lab.operations[stage, remade]
         fault, at = draw.choice(list(FAULTS)), draw.randrange(len(operations))
         afterwards = draw.choice(AFTERWARDS) if draw.random() < 0.5 else "same"

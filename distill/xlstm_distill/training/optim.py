@@ -38,7 +38,7 @@ def make_optimizer(
     kinds = {p.device.type for p in decayed + plain} if device is None else {device.type}
     on_cuda = kinds == {"cuda"}
     # None, not False, leaves the choice to torch; False would also rule out its foreach version.
-    return AdamW(used, lr=config.lr, betas=config.betas, fused=on_cuda or None)
+    return AdamW(used, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_cuda or None)
 
 
 def learning_rate(config: Optimization, steps: int, step: int, peak: float) -> float:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.errors import RunError
 from xlstm_distill.models.loading import empty_student, load_shards
-from xlstm_distill.training.lora import add_lora
+from xlstm_distill.models.lora import add_lora
 
 CPU = torch.device("cpu")
 
