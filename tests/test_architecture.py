@@ -82,6 +82,7 @@ LIGHT = (
     "xlstm_distill/runtime/launcher.py",
     "xlstm_distill/runtime/ranks.py",
     "xlstm_distill/runtime/signals.py",
+    "xlstm_distill/runtime/watch.py",
     "xlstm_distill/stages/status.py",
     "xlstm_eval/metrics.py",
     "xlstm_eval/problems.py",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from processes import process_environment, run_python
 
@@ -243,3 +245,38 @@ def test_a_second_ctrl_c_ends_all_processes_at_once(prepared):
     assert [line.startswith(expected) for line in lines[1:]] == [True], errors
     assert logged_steps(prepared) == 0
     assert not list(prepared.glob("training/*/step-*"))
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that a launcher has started for the command line."""
+    children = psutil.Process(launcher.pid).children()
+    return [child for child in children if "xlstm_distill" in child.cmdline()]
+
+
+@pytest.mark.slow
+def test_a_second_run_is_told_who_trains_and_a_killed_launcher_leaves_nobody(prepared):
+    sets = ("align.batch=4", "training.checkpoint_steps=2")
+    with training(prepared, *sets) as process:
+        wait_for(process, lambda: logged_steps(prepared) >= 3)
+        ranks = ranks_of(process)
+        assert len(ranks) == 2
+        again = words("align", prepared, sets=("align.tokens=4000000", *SETS[1:], *sets))
+        refused = cli(*again)
+        assert refused.returncode == 1
+        holder = re.search(
+            r"another process \(pid (\d+) on (.*)\) is at this training", refused.stderr
+        )
+        assert int(holder[1]) in [rank.pid for rank in ranks], refused.stderr
+        assert holder[2] == platform.node()
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=10)
+        assert not alive
+        _, errors = process.communicate(timeout=10)
+        assert errors.count("is gone, so this run ends; run the same command again") == 1, errors
+    before = logged_steps(prepared)
+    # The lock is free, and the training goes on.
+    with training(prepared, *sets) as process:
+        wait_for(process, lambda: logged_steps(prepared) > before)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=100)
+    assert process.returncode == 130

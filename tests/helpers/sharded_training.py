@@ -120,7 +120,7 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
                 loss = wrapped(batch(part)).loss
                 accelerator.backward(loss * (accelerator.num_processes / (ROWS * TOKENS)))
             total += loss.detach()
-        norm = clip_gradients(accelerator, wrapped, 1.0)
+        norm = float(clip_gradients(accelerator, wrapped, 1.0))
         optimizer.step()
         optimizer.zero_grad()
         loss_of_step = float(accelerator.reduce(total, "sum")) / (ROWS * TOKENS)

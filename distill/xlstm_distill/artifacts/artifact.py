@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from xlstm_distill.artifacts.changes import CHANGED_INPUTS, changed_inputs, changed_settings
 from xlstm_distill.artifacts.hashing import digest
+from xlstm_distill.artifacts.manifest import FORMAT, changed, check_sizes, content_problems
 
-FORMAT = 2
-"""Raised when a stage's output changes meaning, so that older artifacts are made anew."""
+KEPT_CHARACTERS = 12
+"""Characters of the fingerprint in the name of an artifact that was kept."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,35 @@ class Artifact:
         return self.manifest["identity"]
 
     @property
+    def files(self) -> Mapping[str, Mapping[str, Any]]:
+        """Size and SHA-256 of each file, by its path in the artifact.
+
+        Shards of rows and targets have no SHA-256: they carry checksums of their own.
+        """
+        return self.manifest.get("files", {})
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files on the disk."""
+        if "files" in self.manifest:
+            return sum(fact["size"] for fact in self.files.values())
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    def check_sizes(self) -> None:
+        """Compare the sizes of the files with the manifest; raises RunError, reads none of them."""
+        check_sizes(self.path, self.files)
+
+    def check_content(self, folder: str = "") -> None:
+        """Compare the checksums of the files in a folder of the artifact with the manifest.
+
+        A process reads them once. Several ranks need one that asks.
+
+        Raises:
+            RunError: a file is missing or changed.
+        """
+        _check_content(self.path, self.fingerprint, folder, json.dumps(dict(self.files)))
+
+    @property
     def model_path(self) -> Path:
         """Hugging Face directory of the model inside the artifact."""
         return self.path / "model"
@@ -47,17 +78,33 @@ class Artifact:
         return json.loads((self.path / name).read_text())
 
 
+@functools.cache
+def _check_content(path: Path, fingerprint: str, folder: str, files: str) -> None:
+    # Cached on values: a merge and an evaluation in one process load the same expert.
+    inside = {}
+    for name, fact in json.loads(files).items():
+        if PurePosixPath(name).is_relative_to(folder):
+            inside[name] = fact
+    for name, problem in content_problems(path, inside).items():
+        raise changed(path, name, problem)
+
+
 @dataclass
 class Draft:
     """An artifact that is being written.
 
     `path` is a temporary directory that becomes the artifact when all went well.
     `earlier_seconds` is time spent before: gathering the files, or a training that was cut short.
+    `self_checked` are patterns (`rows-*.arrow`) of files with checksums of their own: the manifest
+    holds their sizes only, and `xlstm-distill verify` lets their readers check them. `temporary`
+    are files that go once the artifact is published.
     """
 
     path: Path
     earlier_seconds: float = 0.0
     results: dict[str, Any] = field(default_factory=dict)
+    self_checked: tuple[str, ...] = ()
+    temporary: tuple[str, ...] = ()
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file into the artifact."""
@@ -99,6 +146,15 @@ class Request:
             {"format": FORMAT, "stage": self.label, "parts": self.parts, "inputs": self.inputs}
         )
 
+    def covers(self, earlier: Artifact) -> bool:
+        """Whether what is made now holds all that an earlier artifact held.
+
+        So it is with rows and targets of which there will be more: the first ones are the same.
+        """
+        rows, earlier_rows = self.parts.get("rows"), earlier.manifest["recipe"].get("rows")
+        same = self.identity is not None and self.identity == earlier.identity
+        return same and rows is not None and earlier_rows is not None and rows >= earlier_rows
+
     def changes_since(self, earlier: Artifact) -> list[str]:
         """Say what has changed since an artifact of this label was made; empty if nothing has."""
         manifest = earlier.manifest
@@ -114,6 +170,7 @@ class Request:
             found += named
         found += inputs
         if manifest.get("format") != FORMAT:
-            found.append("another version of the program made it")
+            made, now = manifest.get("format"), FORMAT
+            found.append(f"another version of the program made it (format {made}, now {now})")
         # Never empty here: callers take an empty list for `nothing has changed`.
         return found or ["made from something else"]

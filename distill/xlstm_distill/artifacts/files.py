@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
+
+FLUSH_THREADS = 8
+NO_DIRECTORY_FLUSH = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+)
+"""What file systems answer that cannot flush a directory by itself."""
 
 
 @contextlib.contextmanager
@@ -53,21 +67,68 @@ def flush(path: Path) -> None:
 
 
 def flush_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk, where the file system can do that."""
+    """Wait until the names in a directory are on the disk, where the file system can do that.
+
+    Raises:
+        OSError: the disk failed or is full.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        # Only these: EIO and ENOSPC mean that names are lost.
+        if error.errno not in NO_DIRECTORY_FLUSH:
+            raise
     finally:
         os.close(descriptor)
 
 
-def replace_directory(source: Path, final: Path) -> None:
-    """Rename a complete directory into place; a directory that was there is removed afterwards."""
+def flush_tree(folder: Path) -> None:
+    """Wait until all files and names below a folder, and the folder's own, are on the disk."""
+    files: list[Path] = []
+    folders: list[Path] = []
+    for here, _, names in os.walk(folder):
+        folders.append(Path(here))
+        files += [Path(here) / name for name in names]
+    with ThreadPoolExecutor(FLUSH_THREADS) as pool:
+        for _ in pool.map(flush, files):  # raises what a thread raised
+            pass
+    # From below: a folder is only whole when those in it are.
+    for path in reversed(folders):
+        flush_directory(path)
+
+
+def flush_upwards(folder: Path, top: Path) -> None:
+    """Flush a folder and those above it up to `top`: any of them may have just been made."""
+    flush_directory(folder)
+    while folder != top and folder != folder.parent:
+        folder = folder.parent
+        flush_directory(folder)
+
+
+def replace_directory(source: Path, final: Path, kept: Path | None = None) -> None:
+    """Rename a complete directory into place, on the disk; a failure leaves both as they were.
+
+    A directory that was there moves to `kept`, beside it, or is removed when the new one is on the
+    disk.
+    """
+    flush_tree(source)
     # Two renames, since one cannot replace a folder that holds files. Between them there is no
-    # artifact: a process that dies there has it made again.
+    # artifact: a process that dies there has it made again, or finds it at `kept`.
     old = final.parent / f".{final.name}.{uuid.uuid4().hex[:12]}.old"
-    if final.exists():
-        final.rename(old)
-    source.rename(final)
+    if kept is not None and kept.exists():
+        # An earlier one of the same fingerprint: the newer of two equals stays.
+        shutil.rmtree(kept)
+    moved = final.exists()
+    if moved:
+        final.rename(old if kept is None else kept)
+    try:
+        source.rename(final)
+    except OSError:
+        if moved:
+            (old if kept is None else kept).rename(final)
+        raise
+    flush_directory(final.parent)
+    if source.parent != final.parent:
+        flush_directory(source.parent)
     shutil.rmtree(old, ignore_errors=True)

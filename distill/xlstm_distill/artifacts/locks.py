@@ -6,12 +6,14 @@ The system frees the locks of a process that dies. Some file systems have no loc
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -37,6 +39,39 @@ def training_lock(run: Path, work: Path) -> Path:
     return run / ".locks" / f"training-{work.name}"
 
 
+def open_lock(path: Path, *, new: bool = False) -> IO[str]:
+    """Open a lock file, and make it where there is none; what it holds stays.
+
+    `new` asks for a file that was not there. Links are not followed and nothing is cut: a link that
+    somebody laid there must not cost the file behind it.
+
+    Raises:
+        RunError: it is a link, or no plain file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags | (os.O_EXCL if new else 0), 0o666)
+    except OSError as error:
+        # FreeBSD says EMLINK where the others say ELOOP.
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO):
+            raise _no_lock(path) from None
+        raise
+    facts = os.fstat(descriptor)
+    # A hard link is a plain file too; whoever holds a lock may write its name over it.
+    if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1:
+        os.close(descriptor)
+        raise _no_lock(path)
+    return os.fdopen(descriptor, "a")
+
+
+def _no_lock(path: Path) -> RunError:
+    return RunError(
+        f"{path}: is a link or no plain file, and a lock must be one; remove it and run the "
+        "command again."
+    )
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of a training, `what`: two at once would overwrite each other's files.
@@ -46,12 +81,12 @@ def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[No
     Raises:
         RunError: another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
+    with open_lock(path) as stream:
         try:
             _lock_soon(stream)
+            _sign(stream)
         except BlockingIOError:
-            raise busy(what) from None
+            raise busy(what, path) from None
         except OSError as error:
             say(
                 f"{path}: cannot be locked ({error.strerror}); "
@@ -81,9 +116,25 @@ def _modified(path: Path) -> float:
         return time.time()
 
 
-def busy(what: Path) -> RunError:
-    """The error where another process is at the same training."""
-    return RunError(f"{what}: another process is at this training; wait for it, or stop it.")
+def _sign(stream: IO[str]) -> None:
+    """Note in a lock file who holds it; it is for messages only, so a full disk does no harm."""
+    with contextlib.suppress(OSError):
+        facts = json.dumps({"pid": os.getpid(), "host": platform.node()})
+        stream.truncate(0)
+        # Not through the stream: it would try again to write what failed when it is closed.
+        os.write(stream.fileno(), f"{facts}\n".encode())
+
+
+def busy(what: Path, lock: Path) -> RunError:
+    """The error where another process is at the same training; it names the holder of the lock."""
+    holder = ""
+    # Written by other processes, perhaps at this moment, and perhaps by another version.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        facts = json.loads(lock.read_text())
+        holder = f" (pid {int(facts['pid'])} on {facts['host']})"
+    return RunError(
+        f"{what}: another process{holder} is at this training; wait for it, or stop it."
+    )
 
 
 @contextlib.contextmanager
@@ -93,8 +144,7 @@ def wait_for(path: Path, say_waiting: Callable[[], None] | None = None) -> Itera
     `say_waiting` is called once, before the wait, if there is one. Where the file system has no
     locks every process goes on without: work may then be done twice.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -107,10 +157,14 @@ def wait_for(path: Path, say_waiting: Callable[[], None] | None = None) -> Itera
 
 
 @contextlib.contextmanager
-def marked(path: Path) -> Iterator[None]:
+def marked(path: Path, text: str = "") -> Iterator[None]:
     """Hold a lock file of one's own, which tells others that this process lives; then remove it."""
-    with wait_for(path):
+    with open_lock(path, new=True) as file:
+        with contextlib.suppress(OSError):  # the file system has no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
+            file.write(text)
+            file.flush()
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -127,21 +181,26 @@ def working(locks: Path, label: str) -> Iterator[None]:
     # A name of its own: several shares of a capture may be at one label.
     path = locks / f"{stem}-{uuid.uuid4().hex[:12]}.json"
     facts = {"label": label, "host": platform.node(), "pid": os.getpid(), "started": time.time()}
-    with marked(path):
-        path.write_text(json.dumps(facts) + "\n")
+    with marked(path, json.dumps(facts) + "\n"):
         yield
 
 
 def is_held(path: Path) -> bool | None:
     """Whether a process holds a lock file; None if there is no such file, or there are no locks."""
     try:
-        with path.open("rb") as stream:
-            # Shared, so that two `status` commands do not see each other's lock.
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # Not made where there is none: `status` touches nothing.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        # Shared, so that two `status` commands do not see each other's lock.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return None
+    finally:
+        os.close(descriptor)
     return False
 
 
@@ -159,8 +218,8 @@ def remove_leftovers(final: Path, marks: Path) -> None:
 
 def _remove_unheld(directory: Path, mark: Path) -> None:
     """Remove what the holder of `mark` was writing, and the mark, unless that process lives."""
-    # Opened for appending, which makes the mark where a draft has none.
-    with mark.open("a") as file:
+    # Which makes the mark where a draft has none.
+    with open_lock(mark) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # it lives, or nobody can know

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.metadata
-import json
 import platform
 import shutil
 import sys
@@ -16,26 +15,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xlstm_distill.artifacts.artifact import FORMAT, Artifact, Draft, Request
+from xlstm_distill.artifacts.artifact import Artifact, Draft, Request
 from xlstm_distill.artifacts.changes import in_a_line
-from xlstm_distill.artifacts.files import replace_directory, write_text
+from xlstm_distill.artifacts.files import flush_tree, write_text
+from xlstm_distill.artifacts.hashing import remember_hashes
 from xlstm_distill.artifacts.locks import (
     busy,
     exclusive,
     marked,
     remove_leftovers,
     training_lock,
-    wait_for,
     working,
 )
+from xlstm_distill.artifacts.manifest import FORMAT, MANIFEST, facts_of_files
+from xlstm_distill.artifacts.shared import is_shared
+from xlstm_distill.artifacts.shelf import Shelf
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.load import recipe_to_yaml
-from xlstm_distill.runtime.console import Console, QuietConsole
-from xlstm_distill.runtime.ranks import all_agree, is_main_process, wait_for_everyone
+from xlstm_distill.runtime.console import Console, QuietConsole, byte_size
+from xlstm_distill.runtime.ranks import (
+    all_agree,
+    from_rank_zero,
+    is_main_process,
+    wait_for_everyone,
+)
 
-MANIFEST = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
+HASHES_FILE = ".hashes.json"
+SHARED_SECONDS = 60.0
+"""How long to look again for what another machine published: caches of NFS are that old at most."""
+LOOK_SECONDS = 1.0
 PACKAGES = (
     "xlstm-distill",
     "torch",
@@ -48,15 +58,35 @@ PACKAGES = (
 )
 
 
-class Run:
-    """A run directory and the recipe it carries out."""
+class Run(Shelf):
+    """A run directory and the recipe it carries out.
 
-    def __init__(self, directory: Path, recipe: Recipe) -> None:
-        self.directory, self.recipe = directory, recipe
+    `patience` is how long `need` looks again for what is missing:
+    seconds, by default a minute on a file system that machines share and 0 on others.
+    `rank_patience` is how long the other ranks look for what rank 0 sees.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        recipe: Recipe,
+        console: Console | None = None,
+        *,
+        drop_replaced: bool = False,
+        patience: float | None = None,
+        rank_patience: float = SHARED_SECONDS,
+    ) -> None:
+        super().__init__(directory, console or QuietConsole(), drop_replaced=drop_replaced)
+        self.recipe = recipe
+        if patience is None:
+            patience = SHARED_SECONDS if is_shared(directory) else 0.0
+        self.patience, self.rank_patience = patience, rank_patience
 
     @classmethod
-    def open(cls, directory: Path | str, recipe: Recipe) -> Run:
-        """Create or reopen a run directory.
+    def open(
+        cls, directory: Path | str, recipe: Recipe, console: Console | None = None, **options: Any
+    ) -> Run:
+        """Create or reopen a run directory; `options` are those of the class.
 
         Raises:
             UserError: the path is a file or cannot be written.
@@ -70,16 +100,14 @@ class Run:
             raise UserError(
                 f"--run: {directory} cannot be used as a run directory ({error.strerror})."
             ) from None
-        return cls(directory, recipe)
+        # A teacher of 16 GB is read once for its hash, and not by every command.
+        remember_hashes(directory / HASHES_FILE)
+        return cls(directory, recipe, console, **options)
 
     def keep_recipe(self) -> None:
         """Write the recipe into the run directory, defaults included; `status` compares with it."""
         if is_main_process():
             write_text(self.directory / RECIPE_FILE, recipe_to_yaml(self.recipe))
-
-    def path(self, label: str) -> Path:
-        """Where the artifact of a stage (`stage` or `stage/name`) lies."""
-        return self.directory / "artifacts" / label
 
     def work_directory(self, request: Request) -> Path:
         """Where checkpoints, the log and prepared rows lie until an artifact is published."""
@@ -87,40 +115,29 @@ class Run:
         name = f"{request.label.replace('/', '-')}-{request.fingerprint[:12]}"
         return self.directory / "training" / name
 
-    def find(self, request: Request) -> Artifact | None:
-        """Return the published artifact if it was made from exactly this, else None."""
-        artifact = self.load(request.label)
-        if artifact is None or artifact.fingerprint != request.fingerprint:
-            return None
-        return artifact
+    def look(self, request: Request) -> Artifact | None:
+        """Return the artifact made from exactly this, on all ranks, as rank 0 sees it.
+
+        All ranks must ask. One that was kept when other settings replaced it is put back.
+
+        Raises:
+            RunError: a rank does not see what rank 0 sees; a file is missing or has another size.
+        """
+        mine: list[Artifact] = []
+
+        def find() -> bool:
+            mine.extend(found for found in [self.find_or_restore(request)] if found)
+            return bool(mine)
+
+        return self._agreed(request, mine) if from_rank_zero(find) else None
 
     def has(self, request: Request) -> bool:
         """Whether the artifact made from exactly this is published.
 
-        All ranks ask, and all get the same answer.
+        All ranks ask, and all get rank 0's answer: a rank that skips its work would leave the
+        others waiting in their next collective.
         """
-        # All ranks must agree before a stage goes on: a rank that skips its work would leave the
-        # others waiting in their next collective.
-        return all_agree(self.find(request) is not None)
-
-    def load(self, label: str) -> Artifact | None:
-        """Return the published artifact whatever it was made from, or None.
-
-        Raises:
-            UserError: the manifest is damaged.
-        """
-        manifest = self.path(label) / MANIFEST
-        if not manifest.is_file():
-            return None
-        try:
-            content = json.loads(manifest.read_text())
-            if not content["fingerprint"]:
-                return None
-            return Artifact(self.path(label), content, reused=True)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{manifest}: not a manifest; delete {self.path(label)} to make it again."
-            ) from None
+        return from_rank_zero(lambda: self.find_or_restore(request) is not None)
 
     def make(
         self,
@@ -144,15 +161,15 @@ class Run:
         Raises:
             RunError: another run of the program is at the same training (`together`).
         """
-        console = console or QuietConsole()
-        wait_for_everyone()  # so that all ranks see the same answer
-        if done := self._find_everywhere(request):
+        console = console or self.console
+        if done := self.look(request):
             return done
-        self.say_why(request, console)
+        if gathered is None:  # else whoever gathered the files has said it
+            self.say_why(request, console)
         # Before the build: two trainings in one work directory would write the same checkpoints.
         with self._training(request, console) if together else contextlib.nullcontext():
             # Another run may have published it, and removed the work directory, a moment ago.
-            if together and (done := self._find_everywhere(request)):
+            if together and (done := self.look(request)):
                 return done
             if is_main_process() or together:
                 if gathered is None:
@@ -162,38 +179,74 @@ class Run:
             wait_for_everyone()
             artifact = self.need(request)
             if is_main_process():
+                # Checkpoints go last: the artifact is on the disk by now.
                 shutil.rmtree(self.work_directory(request), ignore_errors=True)
         return replace(artifact, reused=False)
 
     def say_why(self, request: Request, console: Console) -> None:
-        """Say in one line why a published artifact is made again; nothing if there is none."""
-        earlier = self.load(request.label)
+        """Say in one line why a published artifact is made again, and what becomes of the earlier.
+
+        Nothing is said if there is none.
+        """
+        earlier = self.load(request.label) if is_main_process() else None
         if earlier is None:
             return
-        if changes := request.changes_since(earlier):
-            console.line(f"{request.label} is made again: {in_a_line(changes)}")
+        changes = request.changes_since(earlier)
+        if not changes:
+            return
+        kept = self.keep_at(request, earlier)
+        ending = f"the earlier one ({byte_size(earlier.bytes)}) is kept in {kept}"
+        if request.covers(earlier):
+            ending = "it will hold the earlier one"
+        elif kept is None:
+            ending = f"the earlier one ({byte_size(earlier.bytes)}) is then removed (--replace)"
+        console.line(f"{request.label} is made again: {in_a_line(changes)}; {ending}")
 
-    def _find_everywhere(self, request: Request) -> Artifact | None:
-        """Find an artifact that all ranks see; all of them must ask."""
-        done = self.find(request)
-        return done if all_agree(done is not None) else None
+    def _agreed(self, request: Request, mine: list[Artifact]) -> Artifact:
+        """Wait until all ranks see what rank 0, which has `mine`, sees; all of them come here."""
+        found = mine[0] if mine else self._follow(request)
+        if not all_agree(found is not None) or found is None:
+            raise RunError(
+                f"{self.path(request.label)}: rank 0 sees it, and another rank does not after "
+                f"{self.rank_patience:.0f} s; the run directory must lie on a file system that all "
+                "machines share."
+            )
+        return found
+
+    def _follow(self, request: Request) -> Artifact | None:
+        """Find what rank 0 has found; on NFS that may take a minute."""
+        end = time.monotonic() + self.rank_patience
+        while True:
+            # Sizes are rank 0's to compare: 64 ranks would ask the server 64 times.
+            found = self.load(request.label)
+            if found is not None and found.fingerprint == request.fingerprint:
+                return found
+            if time.monotonic() >= end:
+                return None
+            self._look_anew(request, end)
+
+    def _look_anew(self, request: Request, end: float) -> None:
+        """Wait a moment, and make the file system ask its server again."""
+        time.sleep(max(0.0, min(LOOK_SECONDS, end - time.monotonic())))
+        # NFS remembers for a while that a name is missing; opening its folder makes it look.
+        with contextlib.suppress(OSError):
+            next(self.path(request.label).parent.iterdir(), None)
 
     @contextlib.contextmanager
     def _training(self, request: Request, console: Console) -> Iterator[None]:
         """Hold a training on rank 0; no rank goes on without."""
         work, refused = self.work_directory(request), None
+        lock = training_lock(self.directory, work)
         with contextlib.ExitStack() as stack:
             if is_main_process():
                 try:
-                    stack.enter_context(
-                        exclusive(training_lock(self.directory, work), work, console.line)
-                    )
+                    stack.enter_context(exclusive(lock, work, console.line))
                 except RunError as error:
                     refused = error
             # The other ranks cannot know: rank 0 alone asks for the lock. They must refuse too, and
             # not wait.
             if not all_agree(refused is None):
-                raise refused or busy(work)
+                raise refused or busy(work, lock)
             yield
 
     def _build(self, request: Request, build: Callable[[Draft], None], *, mark: bool) -> None:
@@ -205,16 +258,18 @@ class Run:
             if mark:
                 stack.enter_context(self.working(request.label))
             # Under the lock: a draft whose mark is not held yet looks like one of a dead process.
-            with self._lock(request):
-                remove_leftovers(final, self._locks)
-                stack.enter_context(marked(self._locks / draft.path.name))
+            with self.lock(request):
+                remove_leftovers(final, self.locks)
+                stack.enter_context(marked(self.locks / draft.path.name))
                 draft.path.mkdir()
             try:
                 self._fill(request, build, draft)
                 if is_main_process():
-                    with self._lock(request):
+                    # Before the lock: 16 GB take a while to reach the disk.
+                    flush_tree(draft.path)
+                    with self.lock(request):
                         if self.find(request) is None:  # else another run of the program was first
-                            replace_directory(draft.path, final)
+                            self.publish(draft.path, request)
             finally:
                 shutil.rmtree(draft.path, ignore_errors=True)
 
@@ -222,38 +277,27 @@ class Run:
         """Show other shells that this process is at an artifact; trainings have their lock."""
         if not is_main_process():  # one mark speaks for all ranks
             return contextlib.nullcontext()
-        return working(self._locks, label)
+        return working(self.locks, label)
 
     def _complete(self, request: Request, build: Callable[[Draft], None], gathered: Path) -> None:
         """Complete and publish a gathered directory, unless another run has done so meanwhile."""
-        final = self.path(request.label)
-        with self.working(request.label), self._lock(request):
+        with self.working(request.label), self.lock(request):
             # Asked again under the lock: several shares of a capture can end together.
             if self.find(request) is None:
                 self._fill(request, build, Draft(gathered))
-                final.parent.mkdir(parents=True, exist_ok=True)
-                replace_directory(gathered, final)
+                self.publish(gathered, request)
         shutil.rmtree(gathered, ignore_errors=True)
 
     def _fill(self, request: Request, build: Callable[[Draft], None], draft: Draft) -> None:
         started = time.monotonic()
         build(draft)
+        if not is_main_process():  # its files are dropped
+            return
         # Not the wall clock: the system may set it while a stage runs.
         seconds = draft.earlier_seconds + time.monotonic() - started
+        files = facts_of_files(draft.path, draft.self_checked, draft.temporary)
         # Last: a directory without a manifest is no artifact.
-        draft.write_json(MANIFEST, self._manifest(request, draft, seconds))
-
-    @property
-    def _locks(self) -> Path:
-        return self.directory / ".locks"
-
-    def _lock(self, request: Request) -> contextlib.AbstractContextManager[None]:
-        """Hold the right to publish this artifact; a process that dies loses it.
-
-        A file system without locks gives it to everyone. Then two runs can only disturb each other
-        when they publish at the very same moment.
-        """
-        return wait_for(self._locks / request.label.replace("/", "-"))
+        draft.write_json(MANIFEST, {**self._manifest(request, draft, seconds), "files": files})
 
     def _manifest(self, request: Request, draft: Draft, seconds: float) -> dict[str, Any]:
         return {
@@ -274,22 +318,32 @@ class Run:
         }
 
     def need(self, request: Request) -> Artifact:
-        """Return an artifact that a stage builds on.
+        """Return an artifact that a stage builds on; all ranks must ask.
+
+        On a shared file system it is looked for again for `patience` seconds: another machine may
+        just have published it.
 
         Raises:
             RunError: it is missing, or was made from other settings than the recipe now names.
         """
-        artifact = self.load(request.label)
-        path = self.path(request.label)
-        if artifact is None:
-            raise RunError(f"{path}: not there yet; run the stage '{request.stage}' first.")
-        # An artifact of other settings is never used in silence.
-        if changes := request.changes_since(artifact):
-            raise RunError(
-                f"{path}: made from other settings than this recipe's ({in_a_line(changes)}); "
-                f"run '{request.stage}' again."
+        mine: list[Artifact] = []
+        from_rank_zero(lambda: mine.append(self._wait_for(request)))
+        return self._agreed(request, mine)
+
+    def _wait_for(self, request: Request) -> Artifact:
+        found = self.find_or_restore(request)
+        if found is None and self.patience > 0:
+            self.console.line(
+                f"{self.path(request.label)}: not there yet; looking again for "
+                f"{self.patience:.0f} s, as another machine may have just published it"
             )
-        return artifact
+            end = time.monotonic() + self.patience
+            while found is None and time.monotonic() < end:
+                self._look_anew(request, end)
+                found = self.find_or_restore(request)
+        if found is None:
+            raise self.not_there(request)
+        return found
 
 
 def _arithmetic() -> dict[str, str | int]:

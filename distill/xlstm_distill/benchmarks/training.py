@@ -101,9 +101,8 @@ class PlainObjective(DistillObjective):
     def forward(self, batch: Batch) -> Sums:
         """Weighted loss summed over kept tokens."""
         logits = kept_logits(self.student, batch, segment_ids=batch.segment_ids)
-        parts = distill_loss(
-            logits, batch.labels[batch.labels != IGNORE_INDEX], self.targets(batch)
-        )
+        labels = batch.labels.flatten()[batch.kept]
+        parts = distill_loss(logits, labels, self.targets(batch))
         loss = self.weights.cross_entropy * parts.cross_entropy + self.weights.kl * parts.kl
         return Sums(loss, {"ce": parts.cross_entropy.detach(), "kl": parts.kl.detach()})
 
@@ -160,9 +159,10 @@ def make_model(variant: Variant, options: argparse.Namespace) -> tuple[CausalLM,
 def make_objective(variant: Variant, options: argparse.Namespace, batch: Batch) -> DistillObjective:
     """The objective that a variant trains."""
     model, teacher = make_model(variant, options)
-    kept = int((batch.labels != IGNORE_INDEX).sum())
     source: TargetSource = FixedTargets(
-        random_targets(kept, MODELS[options.model]["vocab_size"], options.top_k, options.device)
+        random_targets(
+            len(batch.kept), MODELS[options.model]["vocab_size"], options.top_k, options.device
+        )
     )
     if teacher is not None:
         source = OnlineTargets(teacher, options.top_k)

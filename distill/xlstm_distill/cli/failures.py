@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import typer
 
 from xlstm_distill.errors import RunError, UserError
-from xlstm_distill.runtime import signals
+from xlstm_distill.runtime import signals, watch
 from xlstm_distill.runtime.ranks import is_main_process
 
 USER_ERROR, RUN_ERROR = 2, 1
@@ -23,11 +23,13 @@ FINISHED_STAGES = "Finished stages are kept: run the command again to go on."
 def one_line_errors(debug: bool) -> Iterator[None]:
     """Turn an error into plain lines on stderr, one for each problem, and an exit code.
 
+    Of several ranks the first that fails speaks, and the others end with it within seconds.
     2 means bad input, 1 a failure at run time, 130 or 75 that the run was stopped. This is the
     outermost frame, so it catches every exception: what is not bad input is a failure of the run.
     """
     # Before anything else: a scheduler may send its signal while torch is still loading.
     signals.listen()
+    watch.start()
     try:
         yield
     # It is an exception too, and carries the exit code of a command that is done.
@@ -42,14 +44,24 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         # itself.
         if is_main_process() or not stopped.agreed:
             typer.echo(str(stopped), err=True)
+        if not stopped.agreed:
+            watch.fail(stopped.exit_code)
         raise typer.Exit(stopped.exit_code) from None
     except Exception as error:
         if debug:
             traceback.print_exc()
         code, problems = _explain(error)
-        for problem in problems:
-            typer.echo("error: " + " ".join(problem.split()), err=True)
+        # Before the words: the other ranks wait for this one, and must end too.
+        first, code = watch.fail(code)
+        # An error of rank 0 that all ranks raise is rank 0's to say (`ranks.from_rank_zero`).
+        speaks = getattr(error, "speaks", None)
+        if first if speaks is None else speaks:
+            for problem in problems:
+                typer.echo("error: " + " ".join(problem.split()), err=True)
         raise typer.Exit(code) from None
+    finally:
+        # Unless this rank failed: from here on the others may be gone because all is done.
+        watch.stop()
 
 
 def _explain(error: Exception) -> tuple[int, Sequence[str]]:

@@ -28,6 +28,7 @@ import typer
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.launcher import adopt_slurm, asked_layout
 from xlstm_distill.runtime.signals import EXIT_CODE, INTERRUPTED, SIGNALS
+from xlstm_distill.runtime.watch import LAUNCHER
 
 if TYPE_CHECKING:
     from xlstm_distill.recipe import Recipe
@@ -129,6 +130,8 @@ def start(
         ) from None
     launcher = parse_launcher(config, [*words, "-m", MODULE, *arguments])
     check(launcher.num_processes)
+    # They end when this process is gone, also when it dies before they can ask who started them.
+    os.environ[LAUNCHER] = str(os.getpid())
     # The launcher logs every process that failed. Each has printed its own error already.
     logging.disable(logging.ERROR)
     ended = LauncherResult()
@@ -156,6 +159,7 @@ def start(
         # A caller of `start` gets its own handlers back.
         for number, handler in before.items():
             signal.signal(number, handler)
+        del os.environ[LAUNCHER]
     return ended.exit_code(
         asked=any(number in SIGNALS for number in received),
         interrupts=received.count(signal.SIGINT),

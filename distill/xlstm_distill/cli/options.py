@@ -33,5 +33,12 @@ Overrides = Annotated[
         autocompletion=completion.recipe_keys,
     ),
 ]
+Replace = Annotated[
+    bool,
+    typer.Option(
+        "--replace",
+        help="Remove what a changed setting replaces; by default it is kept beside the new one.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

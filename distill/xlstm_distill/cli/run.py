@@ -15,7 +15,7 @@ import typer
 from xlstm_distill.cli import completion
 from xlstm_distill.cli.failures import one_line_errors
 from xlstm_distill.cli.launch import LaunchArgs, LaunchConfig, dispatch
-from xlstm_distill.cli.options import Debug, Overrides, RecipePath, RunPath
+from xlstm_distill.cli.options import Debug, Overrides, RecipePath, Replace, RunPath
 from xlstm_distill.cli.preflight import check_batches
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.libraries import quiet_libraries
@@ -41,6 +41,7 @@ class Invocation:
     overrides: Sequence[str] | None
     launch: Path | None = None
     launch_args: str = ""
+    replace: bool = False
 
     def directory(self, recipe: Recipe) -> Path:
         """Return the run directory: the one given, or that of the recipe's name."""
@@ -65,11 +66,12 @@ def run(
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
+    replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Run all stages, from teacher to report; finished stages are skipped."""
     with one_line_errors(debug):
-        asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+        asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
         check = asked.check(STAGES)
         asked.dispatch(check)
         console = make_console()
@@ -99,10 +101,12 @@ def prepare(
     run_dir: RunPath = None,
     shard: Share = None,
     overrides: Overrides = None,
+    replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Tokenise and pack the text of all domains, on CPUs alone; the other stages find it."""
-    _one_stage("prepare", Invocation(recipe, run_dir, overrides), debug, shard=shard)
+    asked = Invocation(recipe, run_dir, overrides, replace=replace)
+    _one_stage("prepare", asked, debug, shard=shard)
 
 
 def capture(
@@ -112,10 +116,11 @@ def capture(
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
+    replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Store the teacher's sparse next-token targets."""
-    asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
     _one_stage("capture", asked, debug, shard=shard)
 
 
@@ -125,10 +130,11 @@ def align(
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
+    replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Teach each mixer its teacher layer's attention output (stage I)."""
-    asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
     _one_stage("align", asked, debug)
 
 
@@ -147,18 +153,23 @@ def distill(
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
+    replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Train the experts from the aligned student (stage II)."""
-    asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
     _one_stage("distill", asked, debug, expert=expert)
 
 
 def merge(
-    recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    overrides: Overrides = None,
+    replace: Replace = False,
+    debug: Debug = False,
 ) -> None:
     """Merge the experts into one student (stage III)."""
-    _one_stage("merge", Invocation(recipe, run_dir, overrides), debug)
+    _one_stage("merge", Invocation(recipe, run_dir, overrides, replace=replace), debug)
 
 
 def evaluate(
@@ -167,20 +178,25 @@ def evaluate(
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
+    replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Measure teacher and students on the recipe's tasks."""
-    asked = Invocation(recipe, run_dir, overrides, launch, launch_args)
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
     _one_stage("evaluate", asked, debug)
 
 
 def report(
-    recipe: RecipePath, run_dir: RunPath = None, overrides: Overrides = None, debug: Debug = False
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    overrides: Overrides = None,
+    replace: Replace = False,
+    debug: Debug = False,
 ) -> None:
     """Write the report of a run and show its summary."""
     with one_line_errors(debug):
         console = make_console()
-        lineage, opened = _open(Invocation(recipe, run_dir, overrides), console)
+        lineage, opened = _open(Invocation(recipe, run_dir, overrides, replace=replace), console)
         _run_stage("report", lineage, opened, console)
         _print_summary(opened.directory, console)
 
@@ -215,10 +231,12 @@ def _open(asked: Invocation, console: Console, check: Check | None = None) -> tu
     from xlstm_distill.artifacts import Run
     from xlstm_distill.stages.lineage import Lineage
 
-    opened = Run.open(directory, recipe)
+    opened = Run.open(directory, recipe, console, drop_replaced=asked.replace)
     # Before the first stage, so that `status` can compare from the beginning.
     opened.keep_recipe()
-    return Lineage(recipe), opened
+    lineage = Lineage(recipe)
+    lineage.share_hashes()
+    return lineage, opened
 
 
 def _stage_module(stage: str) -> Any:

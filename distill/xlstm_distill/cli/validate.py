@@ -78,7 +78,7 @@ def validate(
 def examine(recipe: Recipe) -> Findings:
     """Check a recipe's teacher, data and tasks; the problems are collected, not raised."""
     from xlstm_distill.data.preview import preview_sources
-    from xlstm_distill.models.families import family_of
+    from xlstm_distill.models.teacher import check_teacher
     from xlstm_distill.runtime.libraries import quiet_libraries
     from xlstm_distill.stages.lineage import Lineage
 
@@ -88,7 +88,7 @@ def examine(recipe: Recipe) -> Findings:
     try:
         tokenizer = lineage.tokenizer
         family = _teacher_config(recipe).model_type
-        family_of(family)
+        check_teacher(recipe.teacher)
     except (UserError, OSError) as error:
         # Without a tokenizer there is nothing to prepare examples with, or to measure tasks by.
         findings.problems.append(str(error))

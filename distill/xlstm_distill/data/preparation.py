@@ -106,6 +106,8 @@ class Preparation:
 
     def describe(self, draft: Draft) -> None:
         """Add the figures of the gathered rows to their artifact, and print them."""
+        # The index has the checksum of every shard, and the manifest that of the index.
+        draft.self_checked, draft.temporary = ("rows-*.arrow",), (CHECKPOINT, PROGRESS)
         draft.earlier_seconds = self.seconds + time.monotonic() - self._started
         draft.results |= self._results()
         self._warn(draft.results)

@@ -14,7 +14,7 @@ from xlstm_distill.data.budget import held_out_span, keys_of_rows, notes_of_rows
 from xlstm_distill.data.preparation import CHECKPOINT, PROGRESS, Preparation, clean
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
-from xlstm_distill.runtime.ranks import is_main_process
+from xlstm_distill.runtime.ranks import from_rank_zero, is_main_process
 
 ROWS_FORMAT = 4
 """Raised when rows change meaning, so that those made before are made anew."""
@@ -31,7 +31,9 @@ def prepare_domain(
     """
     needed = rows_needed(recipe, name)
     # Rows that are there stay, also where this recipe needs fewer of them.
-    needed = max(needed, _rows_there(recipe, run, name, tokenizer_hash))
+    # As rank 0 sees them: ranks that ask for other rows would wait for each other.
+    there = from_rank_zero(lambda: _rows_there(recipe, run, name, tokenizer_hash))
+    needed = max(needed, there)
     request = replace(
         data_request(recipe, name, tokenizer_hash, rows=needed),
         identity=data_identity(recipe, name, tokenizer_hash),
@@ -103,16 +105,19 @@ def data_request(recipe: Recipe, name: str, tokenizer_hash: str, **counts: int) 
 
 
 def _rows_there(recipe: Recipe, run: Run, name: str, tokenizer_hash: str) -> int:
-    """Return the rows asked for when the published artifact was made.
+    """Return the rows asked for when the published artifact, or one that is kept, was made.
 
-    It is 0 if there is none, or if it does not hold this recipe's rows.
+    It is 0 if there is none, or if none holds this recipe's rows.
     """
-    published = run.load(f"data/{name}")
-    if published is None:
-        return 0
-    rows = published.manifest["recipe"].get("rows", 0)
-    same = data_request(recipe, name, tokenizer_hash, rows=rows)
-    return rows if same.fingerprint == published.fingerprint else 0
+    label = f"data/{name}"
+    published = [artifact for artifact in (run.load(label), *run.kept(label)) if artifact]
+    most = 0
+    for artifact in published:
+        rows = artifact.manifest["recipe"].get("rows", 0)
+        same = data_request(recipe, name, tokenizer_hash, rows=rows)
+        if same.fingerprint == artifact.fingerprint:
+            most = max(most, rows)
+    return most
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

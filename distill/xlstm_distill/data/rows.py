@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ IGNORE_INDEX = -100
 Row = tuple[str, int]
 """A row's domain and its index there."""
 
+NOT_FOUND = torch.empty(0, dtype=torch.int64)
+"""Stands for a batch's kept tokens until they are looked for."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -30,6 +33,10 @@ class Batch:
     `labels` holds the next token where it is supervised and of the same document, else
     IGNORE_INDEX. `real` is False on padding. `targets` are the stored targets of the tokens with a
     label, where they were read with the rows.
+
+    The rest is found on the host, where the batch is made: to ask a GPU for it, training would wait
+    for the GPU. `kept` (K,) int64 are the places of the labels in the flattened rows, `tokens` is
+    the number of tokens that are no padding, and `packed` says whether a row has several documents.
     """
 
     input_ids: Tensor
@@ -39,6 +46,22 @@ class Batch:
     real: Tensor
     rows: tuple[Row, ...]
     targets: SparseTargets | None = None
+    kept: Tensor = field(default=NOT_FOUND)
+    tokens: int = 0
+    packed: bool = True
+
+    def __post_init__(self) -> None:
+        """Find `kept`, `tokens` and `packed` where they are not given."""
+        if self.kept is not NOT_FOUND:
+            return
+        documents = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
+        found = {
+            "kept": (self.labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
+            "tokens": int(self.real.sum()),
+            "packed": bool(documents.any()),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)  # the class is frozen
 
     def to(self, device: torch.device) -> Batch:
         """Move all tensors; a copy of pinned memory to a GPU does not make the host wait."""

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from xlstm_distill import embedded
-from xlstm_distill.artifacts.hashing import digest, hash_path
+from xlstm_distill.artifacts.hashing import digest, hash_if_there
 from xlstm_distill.data.readers import (
     BATCH_RECORDS,
     FORMATS,
@@ -81,8 +81,8 @@ def identity(source: Source) -> dict[str, Any]:
     settings = source.model_dump(mode="json")
     if source.generator is not None:
         settings["code"] = generators_hash()
-    elif source.path is not None and (path := Path(source.path)).exists():
-        settings["path"] = hash_path(path)
+    elif source.path is not None and (content := hash_if_there(Path(source.path))):
+        settings["path"] = content
     return settings
 
 

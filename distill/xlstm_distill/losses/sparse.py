@@ -36,11 +36,14 @@ class SparseTargets:
         """Take the targets of some of the K tokens."""
         return SparseTargets(self.ids[piece], self.log_probs[piece], self.tail[piece])
 
-    def keep_mass(self, mass: float | None, min_k: int = 1) -> SparseTargets:
+    def keep_mass(
+        self, mass: float | None, min_k: int = 1, *, narrow: bool = True
+    ) -> SparseTargets:
         """Keep in each row the fewest tokens that hold `mass` of the full distribution.
 
         At least `min_k` tokens stay. The entries of a row must be sorted, most likely first. With
-        None, or where the row's entries hold less than `mass`, all of them stay.
+        None, or where the row's entries hold less than `mass`, all of them stay. `narrow` cuts the
+        tensors to the widest row, for which it waits for the device.
         """
         if mass is None:
             return self
@@ -50,7 +53,9 @@ class SparseTargets:
         wanted = torch.arange(probs.shape[-1], device=probs.device) < min_k
         # Rounding may bring `before` to 1 too early, hence the case of its own for `mass` 1.
         keep = ((before < mass) | wanted | (mass >= 1)) & (probs > 0)
-        width = int(keep.sum(dim=-1).max()) if len(keep) else 0
+        width = probs.shape[-1]
+        if narrow:
+            width = int(keep.sum(dim=-1).max()) if len(keep) else 0
         dropped = probs.masked_fill(keep, 0).sum(dim=-1)
         return SparseTargets(
             self.ids.masked_fill(~keep, 0)[:, :width],

@@ -72,7 +72,7 @@ class GateMeter:
     def __init__(self, model: nn.Module) -> None:
         self.gates = [module for module in model.modules() if isinstance(module, OutputGate)]
         self.sums: dict[int, Tensor] = {}
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.int64)
         self.real: Tensor | None = None
 
     def __enter__(self) -> Self:
@@ -92,7 +92,8 @@ class GateMeter:
         """Announce the batch that runs next: real (B, T) bool is False at its padding."""
         # The hook sees a gate's output alone, so the mask must be there before.
         self.real = real
-        self.tokens += int(real.sum())
+        # Left on the device, which need not be waited for.
+        self.tokens = self.tokens + real.sum()
 
     def _record(self, number: int, output: Tensor) -> None:
         """Add the output (B, H, T, 1) of gate `number`."""

@@ -51,6 +51,8 @@ def chunk_documents(
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     past: RowEnds | None = None,
+    *,
+    wait: bool = True,
 ) -> Documents:
     """Find a chunk's documents and positions.
 
@@ -59,8 +61,8 @@ def chunk_documents(
     rows before the chunk ended, decides whether its first tokens continue a document. Positions
     that were not given count from the document's first token.
 
-    shape is (B, T) of the chunk; the tensors are (B, T) or None. With T = 1 nothing waits for the
-    device.
+    shape is (B, T) of the chunk; the tensors are (B, T) or None. With T = 1, or with neither a mask
+    nor `wait`, nothing waits for the device; then segments are returned also where they are all 0.
 
     Raises:
         ValueError: the cache has another number of rows; segment ids have another shape, or were
@@ -81,8 +83,8 @@ def chunk_documents(
         first = starts.expand(batch)
         rest = first.new_zeros(batch, tokens - 1) if ends is None else ends.expand(batch, -1)
         changes = torch.cat([first[:, None], rest], dim=1)
-        # `any` waits for the device, which a decoding step must not.
-        if tokens == 1 or bool(changes.any()):
+        # `any` waits for the device, which a decoding step and training must not.
+        if tokens == 1 or not wait or bool(changes.any()):
             segments = changes.long().cumsum(dim=1)
     positions = position_ids
     if positions is None:

@@ -119,8 +119,17 @@ def _prepare_inputs(
     # it ends its row's document.
     if cache is not None and shape[1] > 1 and ends_in_padding(mask, past):
         raise ValueError("attention_mask: padding on the right cannot be cached; pad on the left.")
+    segment_ids = kwargs.get("segment_ids")
     found = chunk_documents(
-        shape, given.device, kwargs.get("segment_ids"), kwargs.get("position_ids"), mask, past
+        shape,
+        given.device,
+        segment_ids,
+        kwargs.get("position_ids"),
+        mask,
+        past,
+        # Training gives segment ids and has no cache. Without them, a pass without documents is
+        # worth the question: it may run on any backend.
+        wait=cache is not None or segment_ids is None,
     )
     if cache is not None:
         cache.end_rows(found.ends)

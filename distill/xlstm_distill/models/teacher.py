@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from xlstm_distill.artifacts.hashing import digest, hash_path
+from xlstm_distill.artifacts.hashing import digest, hash_files
 from xlstm_distill.errors import UserError
+from xlstm_distill.models.teacher_files import model_files, weight_files
 from xlstm_distill.recipe import Teacher
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalL
     from transformers import AutoModelForCausalLM
 
     # Only the configuration is read for this: a wrong teacher is refused before weights are loaded.
-    _check_architecture(config)
-    model = _load(AutoModelForCausalLM, config, "a model", dtype=getattr(torch, config.dtype))
+    check_teacher(config)
+    # Never a pickle, from the hub neither: it can run code when it is loaded.
+    options = {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
+    model = _load(AutoModelForCausalLM, config, "a model", **options)
     return model.eval().to(device)
 
 
@@ -61,19 +64,29 @@ def load_tokenizer(config: Teacher) -> Any:
 def teacher_hash(config: Teacher) -> str:
     """Hash the recipe's settings of the teacher and, where the teacher is local, its files.
 
-    A teacher of the hub is identified by its name and revision.
+    Only the files it is made of count (`teacher_files.model_files`): a changed README makes nothing
+    anew. A teacher of the hub is identified by its name and revision.
     """
     settings = config.model_dump(mode="json")
+    folder = Path(config.path)
     # By content: the same teacher in another place is the same teacher.
-    if Path(config.path).exists():
-        settings["path"] = hash_path(Path(config.path))
+    if folder.is_dir():
+        settings["path"] = hash_files(folder, model_files(folder, code=config.trust_remote_code))
     return digest(settings)
 
 
-def _check_architecture(config: Teacher) -> None:
+def check_teacher(config: Teacher) -> None:
+    """Refuse a teacher that cannot be distilled, from its files' names and its configuration.
+
+    Raises:
+        UserError: the path is missing, holds no weights but pickles, or the architecture is not
+            supported.
+    """
     from xlstm_distill.models.families import family_of
 
     _check_path(config)
+    if Path(config.path).is_dir():
+        weight_files(Path(config.path))
     family_of(_load(AutoConfig, config, "a model").model_type)
 
 

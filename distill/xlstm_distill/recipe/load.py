@@ -15,12 +15,25 @@ from xlstm_distill.recipe.fields import Section
 from xlstm_distill.recipe.problems import kind_of, problem_lines
 from xlstm_distill.recipe.recipe import Recipe, broken_between
 
+MOST_VALUES = 100_000
+"""Values that aliases (`*name`) may make of a recipe; the largest recipe here has 300."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key that is not a word, and a key that is given twice.
 
-    YAML itself would keep the last of two equal keys and say nothing.
+    YAML itself would keep the last of two equal keys and say nothing. It also refuses aliases that
+    make millions of values of a few lines: everything that walks the recipe would hang.
     """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        counts: dict[int, int] = {}
+        if node is not None and _count_values(node, counts) > max(MOST_VALUES, len(counts)):
+            raise _key_error(
+                node, f"its aliases (*name) make more than {MOST_VALUES} values of it; write fewer"
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -34,6 +47,24 @@ class _Loader(yaml.SafeLoader):
             if key.tag != "tag:yaml.org,2002:merge":
                 seen[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Count a node and all below it, each as often as aliases name it; inside itself, endless."""
+    known = counts.get(id(node))
+    if known is not None:
+        return known
+    # Met again below before it is counted, it holds itself.
+    counts[id(node)] = MOST_VALUES + 1
+    total = 1
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            total += _count_values(key, counts) + _count_values(value, counts)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            total += _count_values(item, counts)
+    counts[id(node)] = total
+    return total
 
 
 def _kind_of_node(key: yaml.Node) -> str:

@@ -30,12 +30,17 @@ def teacher_name(teacher: Teacher) -> str:
 
 def shown_recipe(recipe: Recipe) -> str:
     """Return a recipe with all its values as YAML, with local paths shortened to names."""
+    return yaml.safe_dump(shown_values(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def shown_values(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's values as JSON, with local paths shortened to names."""
     values = recipe.model_dump(mode="json")
     places = list(_local_paths(values))
     names = short_names(section[key] for section, key in places)
     for section, key in places:
         section[key] = names[section[key]]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    return values
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

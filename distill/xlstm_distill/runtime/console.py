@@ -243,6 +243,14 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+def byte_size(number: float) -> str:
+    """Write a number of bytes: 16.1 GB."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size * 0.9995:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} bytes"
+
+
 def clock_time(seconds: float) -> str:
     """Write a duration as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)

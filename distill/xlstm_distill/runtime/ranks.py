@@ -5,10 +5,14 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime.launcher import is_true
+
+T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=7)
 """How long ranks wait for rank 0 to capture, merge or evaluate; in training torch's limits hold."""
@@ -56,6 +60,38 @@ def all_agree(mine: bool) -> bool:
     answer = torch.tensor([int(mine)])
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=waiting_group())
     return bool(answer.item())
+
+
+def from_rank_zero(compute: Callable[[], T]) -> T:
+    """Return what `compute` gives on rank 0, on every rank; all ranks must ask.
+
+    The others wait, however long it takes. What it raises on rank 0, a UserError or a RunError, is
+    raised on all ranks; the answer must be made of plain values.
+    """
+    if process_count() == 1:
+        return compute()
+    import torch
+
+    # Before rank 0 is busy: the ranks find each other within torch's time limit, which is shorter.
+    group = waiting_group()
+    answer: list[Any] = [None, None]
+    error: BaseException | None = None
+    if is_main_process():
+        try:
+            answer = ["done", compute()]
+        except BaseException as raised:
+            # Told before it is raised: the others would wait for an answer that never comes.
+            error = raised
+            answer = ["input" if isinstance(raised, UserError) else "failed", str(raised)]
+    torch.distributed.broadcast_object_list(answer, src=0, group=group)
+    if error is not None:
+        error.speaks = True  # type: ignore[attr-defined]  # one rank prints it: this one
+        raise error
+    if answer[0] == "done":
+        return cast("T", answer[1])
+    told = UserError(answer[1]) if answer[0] == "input" else RunError(answer[1])
+    told.speaks = False  # type: ignore[union-attr]
+    raise told
 
 
 def gathered(mine: Any) -> list[Any]:

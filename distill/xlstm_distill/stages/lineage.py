@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlstm_distill.artifacts import Request
 from xlstm_distill.artifacts.changes import changed_settings
-from xlstm_distill.artifacts.hashing import hash_path
+from xlstm_distill.artifacts.hashing import hash_if_there, take_hashes
 from xlstm_distill.data.budget import (
     captured_rows,
     expert_rows,
@@ -26,6 +26,8 @@ from xlstm_distill.data.budget import (
     rows_to_align,
 )
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.recipe.shown import shown_values
+from xlstm_distill.runtime.ranks import from_rank_zero, process_count
 
 if TYPE_CHECKING:
     from xlstm_distill.targets.store import Identity
@@ -132,7 +134,8 @@ class Lineage:
                     "seed": recipe.seed,
                 }
             case "report":
-                return {"report": part(recipe.report), "recipe": part(recipe)}
+                # As the report shows it, without folders: a run and its teacher may move.
+                return {"report": part(recipe.report), "recipe": shown_values(recipe)}
         raise ValueError(f"{label!r} is no artifact of a run")
 
     def recipe_keys(self, label: str) -> dict[str, str]:
@@ -213,6 +216,29 @@ class Lineage:
         return [TEACHER, MERGED, *experts]
 
     # --- with the teacher's, the tokenizer's and the data's hashes ---------------------------
+
+    def share_hashes(self) -> None:
+        """Take all hashes of files from rank 0; all ranks call it before they ask for a request.
+
+        64 ranks would else read a teacher of 16 GB 64 times, and the answer would be another one
+        where a machine's own copy differs.
+        """
+        if process_count() == 1:
+            return
+        shared = from_rank_zero(self._hashes)
+        # A cached property is set like any attribute.
+        self.teacher_hash, self.tokenizer_hash = shared["teacher"], shared["tokenizer"]
+        take_hashes(shared["paths"])
+
+    def _hashes(self) -> dict[str, Any]:
+        paths: list[str] = [str(self.recipe.evaluate.include or "")]
+        for domain in self.recipe.data.domains.values():
+            paths += [source.path for source in domain.sources if source.path is not None]
+        return {
+            "teacher": self.teacher_hash,
+            "tokenizer": self.tokenizer_hash,
+            "paths": {path: hash_if_there(Path(path)) for path in paths if path},
+        }
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -297,7 +323,8 @@ class Lineage:
 
     @functools.cached_property
     def _tasks_hash(self) -> str:
-        return hash_path(Path(str(self.recipe.evaluate.include)))
+        # Validation has seen to it that the folder is there, on rank 0 at least.
+        return str(hash_if_there(Path(str(self.recipe.evaluate.include))))
 
     def model_label(self, model: str) -> str:
         """Label of the artifact that holds an evaluated student."""

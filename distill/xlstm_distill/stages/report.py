@@ -14,7 +14,8 @@ from typing import Any
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.artifacts.files import replace_directory
-from xlstm_distill.artifacts.run import MANIFEST, versions
+from xlstm_distill.artifacts.manifest import MANIFEST
+from xlstm_distill.artifacts.run import versions
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.shown import shown_recipe, teacher_name
 from xlstm_distill.runtime.console import Console

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from xlstm_distill.artifacts.artifact import FORMAT
 from xlstm_distill.artifacts.changes import in_a_line
 from xlstm_distill.artifacts.locks import is_held, training_lock
+from xlstm_distill.artifacts.manifest import FORMAT
 from xlstm_distill.artifacts.run import RECIPE_FILE
+from xlstm_distill.artifacts.shelf import KEPT
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import clock_time, short
@@ -117,7 +118,8 @@ def _manifests(run: Path) -> dict[str, Path]:
     for path in sorted(paths, key=_modified):
         folder = path.parent.relative_to(artifacts)
         # Drafts and gathered shards lie in hidden folders beside the artifacts.
-        if not any(name.startswith(".") for name in folder.parts):
+        hidden = any(name.startswith(".") for name in folder.parts)
+        if not hidden and not KEPT.fullmatch(folder.name):
             found[folder.as_posix()] = path
     return found
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xlstm_distill.data.rows import IGNORE_INDEX, Batch
+from xlstm_distill.data.rows import Batch
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.codec import TargetRow
 from xlstm_distill.targets.store import INDEX_FILE, Store, refusal
 
@@ -33,7 +34,8 @@ def kept_hidden(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
     hidden = model.model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
     ).last_hidden_state
-    return hidden[batch.labels != IGNORE_INDEX]
+    # By index and not by mask: how many tokens a mask keeps, only the device knows.
+    return hidden.flatten(0, 1).index_select(0, batch.kept)
 
 
 def kept_logits(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
@@ -61,9 +63,17 @@ class OnlineTargets:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> SparseTargets:
-        # Cut by mass as the store cuts, so that both sources keep the same ids.
-        found = self.head.targets(kept_hidden(self.teacher, batch), self.top_k)
-        return found.keep_mass(self.mass, self.min_k)
+        hidden = teacher_hidden(
+            self.teacher,
+            batch.input_ids,
+            batch.position_ids,
+            batch.segment_ids,
+            packed=batch.packed,
+        )
+        kept = hidden.flatten(0, 1).index_select(0, batch.kept)
+        # Cut by mass as the store cuts, so that both sources keep the same ids. Not narrowed: the
+        # widest row is known to the device alone, and padding costs little beside the logits.
+        return self.head.targets(kept, self.top_k).keep_mass(self.mass, self.min_k, narrow=False)
 
 
 def text_checksums(batch: Batch) -> list[int]:
@@ -78,7 +88,10 @@ def text_checksums(batch: Batch) -> list[int]:
 
 
 class StoredTargets:
-    """Read the targets of any rows from the stores of several domains."""
+    """Read the targets of any rows from the stores of several domains.
+
+    A batch is best on the host then: the text of its rows is compared with the stored one.
+    """
 
     def __init__(self, stores: Mapping[str, Store]) -> None:
         self.stores = dict(stores)

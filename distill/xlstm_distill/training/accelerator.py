@@ -188,13 +188,17 @@ def micro_step(accelerator: Accelerator, wrapped: nn.Module, *, last: bool) -> I
         yield
 
 
-def clip_gradients(accelerator: Accelerator, wrapped: nn.Module, clip: float | None) -> float:
-    """Clip the gradient and return its norm over all ranks, before clipping.
+def clip_gradients(accelerator: Accelerator, wrapped: nn.Module, clip: float | None) -> Tensor:
+    """Clip the gradient and return its norm over all ranks, before clipping, on the device.
 
     Under DeepSpeed the optimiser has already stepped then, and clipped by itself.
     """
     limit = float("inf") if clip is None else clip
-    return float(accelerator.clip_grad_norm_(wrapped.parameters(), limit))
+    norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit)
+    if isinstance(norm, DTensor):
+        return norm.full_tensor()
+    # DeepSpeed's is a number.
+    return torch.as_tensor(norm, device=accelerator.device)
 
 
 def reshard(wrapped: nn.Module) -> None:

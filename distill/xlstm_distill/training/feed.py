@@ -40,9 +40,13 @@ class Feed:
     def step(self, number: int) -> StepBatches:
         """Load a step's rows of this rank, with the stored targets that the objective reads.
 
+        There are none after the last step.
+
         Raises:
             RunError: a row or its targets are missing, damaged, or of another text.
         """
+        if number == self.plan.steps:
+            return StepBatches([], [], 0)
         stretch, place = self.plan.stretch_of(number)
         rows = stretch.schedule.rows(place, self.plan.batch)
         mine = rows[self.rank :: self.ranks]
@@ -52,14 +56,14 @@ class Feed:
             batch = self.objective.load(self.domains, mine[start : start + size])
             # Pinned, so that the copy to the GPU runs beside its work and not between.
             batches.append(batch.pinned() if self.device.type == "cuda" else batch)
-        # Counted here: on the GPU, each count would make the host wait for it.
         tokens = sum(self.objective.count(batch) for batch in batches)
         return StepBatches(rows, batches, tokens)
 
     def ahead(self, first: int) -> Prefetcher[StepBatches]:
         """Make the steps from `first` on in a thread, one ahead of the training.
 
-        A rank's batches of two steps lie in host memory. For 8 rows of 4096 tokens with 256 ids
-        each that is 2 x 102 MB.
+        At the end of a step, a rank's batches of three steps lie in host memory. For 8 rows of 4096
+        tokens with 256 ids each that is 3 x 102 MB.
         """
-        return Prefetcher(self.step, first, self.plan.steps)
+        # The ranks tell each other a step's tokens one step before: so there is one after the last.
+        return Prefetcher(self.step, first, self.plan.steps + 1)

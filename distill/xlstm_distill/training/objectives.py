@@ -14,11 +14,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, Row, load_batch
+from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.mixer import HybridMixer
+from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
 
 
@@ -39,7 +40,7 @@ class Objective(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def count(self, batch: Batch) -> int:
-        """Count the tokens of a batch that the loss is averaged over."""
+        """Count the tokens of a batch that the loss is averaged over, without asking a device."""
 
     @abc.abstractmethod
     def forward(self, batch: Batch) -> Sums:
@@ -69,7 +70,7 @@ class AlignObjective(Objective):
 
     def count(self, batch: Batch) -> int:
         """Count all tokens but padding."""
-        return int(batch.real.sum())
+        return batch.tokens
 
     def forward(self, batch: Batch) -> Sums:
         """Sum squared errors per head element over layers and tokens.
@@ -134,8 +135,12 @@ class TeacherObserver:
                 attention.o_proj.register_forward_pre_hook(record_heads),
             ]
         try:
-            self.teacher.model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            teacher_hidden(
+                self.teacher,
+                batch.input_ids,
+                batch.position_ids,
+                batch.segment_ids,
+                packed=batch.packed,
             )
         finally:
             for handle in handles:
@@ -170,14 +175,14 @@ class DistillObjective(Objective):
 
     def count(self, batch: Batch) -> int:
         """Count the supervised tokens."""
-        return int((batch.labels != IGNORE_INDEX).sum())
+        return len(batch.kept)
 
     def forward(self, batch: Batch) -> Sums:
         """Sum the weighted loss and its two parts over the supervised tokens."""
         targets = self.targets(batch) if batch.targets is None else batch.targets
         # Only supervised positions reach the head, whose logits are the largest tensor of a step.
         hidden = kept_hidden(self.student, batch, segment_ids=batch.segment_ids)
-        labels = batch.labels[batch.labels != IGNORE_INDEX]
+        labels = batch.labels.flatten().index_select(0, batch.kept)
         loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})
 

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,8 @@ from xlstm_distill.runtime import signals
 from xlstm_distill.runtime.arithmetic import arithmetic, differences
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.device import peak_bytes, published_peak
+from xlstm_distill.runtime.exchange import Agreed, exchange
+from xlstm_distill.runtime.prefetch import Prefetcher
 from xlstm_distill.runtime.ranks import gathered
 from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
 from xlstm_distill.training.checkpoints import Checkpoint, Checkpoints
@@ -126,8 +128,12 @@ class Trainer:
             self.console.progress(self.plan.label, tokens) as bar,
         ):
             bar.skip(start * self.tokens_per_step)
+            read = feed.take(start)
+            agreed = exchange(self.accelerator, read.tokens)
             for step in range(start, self.plan.steps):
-                figures = self._step(step, feed.take(step), before)
+                if agreed.stop is not None:
+                    self._stop(step, before, agreed.stop)
+                figures, read, agreed = self._step(step, read, agreed.tokens, feed)
                 if self._is_due(self.plan.settings.validate_steps, step + 1):
                     held_out = self.validate()
                     figures |= {f"held_out_{name}": value for name, value in held_out.items()}
@@ -138,7 +144,7 @@ class Trainer:
                     self._save(step + 1, before)
             after = self.validate()
             # The last validation can take minutes; a signal in it must not be lost.
-            _, stop = self._agree(0)
+            stop = exchange(self.accelerator, 0).stop
             if stop is not None:
                 self._stop(self.plan.steps, before, stop)
             last, skipped = (log.last, log.skipped) if log is not None else ({}, 0)
@@ -163,20 +169,6 @@ class Trainer:
                     f"Run the same command again: {self.plan.label} goes on at step "
                     f"{self.saved_step or 0} of {self.plan.steps}."
                 ) from None
-
-    def _agree(self, tokens: int) -> tuple[int, signal.Signals | None]:
-        """Sum the tokens over ranks and agree on a signal: one rank that got it stops all.
-
-        SIGTERM stands for any signal of a scheduler, which outweighs Ctrl-C.
-        """
-        pending = signals.pending()
-        # Tokens and signals in one reduction: a second one would cost every step a round trip.
-        mine = [tokens, int(pending in signals.SIGNALS), int(pending == signal.SIGINT)]
-        counted = torch.tensor(mine, device=self.accelerator.device)
-        total, terms, interrupts = self.accelerator.reduce(counted, "sum").tolist()
-        if terms:
-            return total, signal.SIGTERM
-        return total, signal.SIGINT if interrupts else None
 
     def _stop(self, step: int, before: dict[str, float], number: signal.Signals) -> NoReturn:
         """End before a step, with a checkpoint where the recipe has any."""
@@ -248,24 +240,22 @@ class Trainer:
         trackers = self.plan.settings.trackers
         return training_log(self.directory, self.plan.label, header, start, trackers)
 
-    def _step(self, step: int, read: StepBatches, before: dict[str, float]) -> dict[str, float]:
-        """Do one optimiser step and return its figures.
+    def _step(
+        self, step: int, read: StepBatches, tokens: int, feed: Prefetcher[StepBatches]
+    ) -> tuple[dict[str, float], StepBatches, Agreed]:
+        """Do one optimiser step on what was read for it; `tokens` are those of all ranks.
 
-        Raises:
-            Stopped: a signal came on some rank; the step is not done.
+        Returns its figures, and what was read and agreed on for the next step.
         """
         started = time.monotonic()
-        tokens, stop = self._agree(read.tokens)
-        if stop is not None:
-            self._stop(step, before, stop)
         stretch, _ = self.plan.stretch_of(step)
         lr = learning_rate(self.plan.optim, self.plan.steps, step, stretch.lr)
         # Set at every step, not by a scheduler, whose state a checkpoint would have to hold.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        figures = self._optimize(step, read.rows, read.batches, tokens)
+        figures, following, agreed = self._optimize(step, read, tokens, feed)
         figures["lr"] = lr
-        return figures | self._speed(time.monotonic() - started)
+        return figures | self._speed(time.monotonic() - started), following, agreed
 
     def _speed(self, seconds: float) -> dict[str, float]:
         """Return tokens/s of all ranks, this rank's peak memory, and MFU where it is known."""
@@ -280,27 +270,31 @@ class Trainer:
         return figures
 
     def _optimize(
-        self, step: int, rows: list[Row], batches: list[Batch], tokens: int
-    ) -> dict[str, float]:
-        """Update the weights; returns loss parts per token and the gradient's norm.
+        self, step: int, read: StepBatches, tokens: int, feed: Prefetcher[StepBatches]
+    ) -> tuple[dict[str, float], StepBatches, Agreed]:
+        """Update the weights; returns loss parts per token and the gradient's norm, and the rest.
 
-        `rows` and `tokens` are those of all ranks, `batches` are this rank's. A step without a
-        supervised token, or with a figure that is not finite, changes no weight.
+        A step without a supervised token, or with a figure that is not finite, changes no weight.
         """
         where = f"{self.plan.label}: step {step}"
         if tokens == 0:
-            self.skips.no_supervised_token(where, row_names(rows))
-            return {"skipped": 1.0}
+            self.skips.no_supervised_token(where, row_names(read.rows))
+            following = feed.take(step + 1)
+            return {"skipped": 1.0}, following, exchange(self.accelerator, following.tokens)
         self.skips.has_tokens()
-        figures, losses = self._backward(batches, tokens)
+        totals, losses = self._backward(read.batches, tokens)
         norm = clip_gradients(self.accelerator, self.wrapped, self.plan.optim.clip)
-        figures["grad_norm"] = norm
+        following = feed.take(step + 1)
+        # The host waits for the device here, and nowhere else in a step.
+        agreed = exchange(self.accelerator, following.tokens, totals, norm)
+        figures = {name: value / tokens for name, value in agreed.sums.items()}
+        figures["grad_norm"] = cast(float, agreed.norm)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
         if bad:
-            origin, blamed = self._find_origin(bad[0], losses, batches)
+            origin, blamed = self._find_origin(bad[0], losses, read.batches)
             self.skips.bad_figure(
                 f"{where}: {bad[0]} is {figures[bad[0]]}, first at {origin or 'the loss'} "
-                f"(rows {row_names(blamed or rows)})"
+                f"(rows {row_names(blamed or read.rows)})"
             )
             # JSON has no NaN: the log leaves such figures out.
             finite = {name: value for name, value in figures.items() if math.isfinite(value)}
@@ -310,15 +304,14 @@ class Trainer:
             self.optimizer.step()
         # Also after a skipped step: its gradient must not add to that of the next.
         self.optimizer.zero_grad()
-        return figures
+        return figures, following, agreed
 
     def _backward(
         self, batches: list[Batch], tokens: int
-    ) -> tuple[dict[str, float], list[torch.Tensor]]:
-        """Run the micro-batches forward and backward.
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Run the micro-batches forward and backward, without waiting for the device.
 
-        Returns the loss and its parts per token of the whole step, and the loss sum of each of this
-        rank's micro-batches.
+        Returns this rank's sums of the loss and its parts, and the loss sum of each micro-batch.
         """
         accelerator = self.accelerator
         totals: dict[str, torch.Tensor] = {}
@@ -334,9 +327,7 @@ class Trainer:
             losses.append(sums.loss.detach())
             for name, value in {"loss": losses[-1], **sums.parts}.items():
                 totals[name] = totals.get(name, 0) + value.float()
-        # One reduction for all parts: each would wait for the slowest rank.
-        stacked = accelerator.reduce(torch.stack(list(totals.values())), "sum") / tokens
-        return dict(zip(totals, stacked.tolist(), strict=True)), losses
+        return totals, losses
 
     def _find_origin(
         self, figure: str, losses: list[torch.Tensor], batches: list[Batch]

@@ -39,14 +39,14 @@ def validate(
             batch = read.to(accelerator.device)
             meter.expect(batch.real & counts)
             sums = wrapped(batch)
-            figures = {"tokens": torch.tensor(objective.count(read)), **sums.parts}
-            for name, value in figures.items():
+            counted = torch.full((), objective.count(read), device=accelerator.device)
+            for name, value in {"tokens": counted, **sums.parts}.items():
                 # float64: the sums run over all validation tokens.
-                part_sum = value.double().to(accelerator.device) * counts
+                part_sum = value.double() * counts
                 totals[name] = totals.get(name, 0.0) + part_sum
     reshard(wrapped)
     wrapped.train()
-    gates = torch.tensor(meter.tokens), meter.total()
+    gates = meter.tokens, meter.total()
     sums_of_gates = [value.double().to(accelerator.device) for value in gates]
     stacked = torch.stack([*totals.values(), *sums_of_gates])
     *values, real, opened = accelerator.reduce(stacked, "sum").tolist()

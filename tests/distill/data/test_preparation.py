@@ -19,8 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlstm_distill.artifacts import Draft, Run, files
-from xlstm_distill.artifacts import run as runs
+from xlstm_distill.artifacts import Draft, Run, files, shelf
 from xlstm_distill.data import preparation, shards
 from xlstm_distill.data.budget import rows_needed
 from xlstm_distill.data.prepare import data_identity, prepare_domain, tokenizer_hash
@@ -163,7 +162,7 @@ def test_rows_that_are_all_there_survive_a_kill_while_they_are_published(
         if moment == "the manifest":
             patched.setattr(Draft, "write_json", killed)
         else:
-            patched.setattr(runs, "replace_directory", killed)
+            patched.setattr(shelf, "replace_directory", killed)
         prepared(recipe, tokenizer, tmp_path / "cut")
     # No row is made again.
     monkeypatch.setattr(preparation.Preparation, "_fill", killed)

@@ -28,6 +28,9 @@ def test_one_document_needs_no_segments():
     assert document_segments(row(4, 4, 4), row(0, 1, 2), row(1, 1, 1)) is None
     assert document_segments(position_ids=row(7, 8, 9)) is None
     assert document_segments(row(5)) is None
+    # Whoever must not wait for the device gets the same documents, as numbers.
+    same = chunk_documents((1, 3), torch.device("cpu"), row(4, 4, 4), wait=False)
+    assert same.segments.tolist() == [[0, 0, 0]]
 
 
 def test_each_of_the_three_ends_a_document():

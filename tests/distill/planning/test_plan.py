@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from xlstm_distill.artifacts.run import MANIFEST
+from xlstm_distill.artifacts.manifest import MANIFEST, REQUIRED
 from xlstm_distill.data.budget import captured_rows
 from xlstm_distill.planning.flops import recomputed_flops
 from xlstm_distill.planning.machine import make_machine
@@ -207,9 +207,8 @@ def test_measured_size_of_targets_replaces_the_goal(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
     folder = tmp_path / "artifacts" / "capture" / "math"
     folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text(
-        json.dumps({"fingerprint": "x", "results": {"bytes_per_token": 72.5}})
-    )
+    manifest = {**dict.fromkeys(REQUIRED, "x"), "results": {"bytes_per_token": 72.5}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     machine = make_machine("l40s-48gb", 1, None, "torch")
     plans = [plan_recipe(recipe, ROOT / "recipes", machine, run=run) for run in (None, tmp_path)]
     assert [plan.measured for plan in plans] == [False, True]

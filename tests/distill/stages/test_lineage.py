@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from xlstm_distill.artifacts.manifest import FORMAT
 from xlstm_distill.models import teacher as teachers
 from xlstm_distill.recipe import Recipe, load_recipe
 from xlstm_distill.stages.lineage import Lineage, stage_of
@@ -105,7 +106,7 @@ def test_what_changed_is_named_by_its_recipe_key(root, recipe):
             before, after = old.request(label), new.request(label)
             manifest = {
                 "fingerprint": before.fingerprint,
-                "format": 2,
+                "format": FORMAT,
                 "recipe": json.loads(json.dumps(before.parts)),
                 "inputs": before.inputs,
             }

@@ -1,0 +1,407 @@
+"""Disturb every stage at its file operations and compare with undisturbed runs.
+
+`python tests/helpers/fault_lab.py docs/reports/NAME.md` runs the injections of test_faults.py and
+writes their table.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from processes import ROOT, process_environment
+
+HELPERS = Path(__file__).parent
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+STAGES = ("prepare", "capture", "align", "distill", "merge", "evaluate", "report")
+SETS = (
+    "data.context=64", "data.validation_rows=2", "data.workers=0", "student.mixer.window=8",
+    "data.domains={math: {sources: [{generator: math, documents: 100}]},"
+    " chat: {sources: [{generator: chat, documents: 100}]}}",
+    "align.tokens=768", "align.batch=4", "align.warmup_steps=1", "training.checkpoint_steps=2",
+    "training.validate_steps=null",
+    "distill.batch=4", "distill.warmup_steps=1",
+    "distill.experts={math: {phases: [{domain: math, tokens: 768}]},"
+    " chat: {phases: [{domain: chat, tokens: 512}]}}",
+    "evaluate.limit=2", "evaluate.tasks=[{name: qs_math_add, domain: math}]",
+)  # fmt: skip
+CHANGED = {
+    "prepare": "seed=1", "capture": "capture.top_k=32", "align": "align.lr=0.01",
+    "distill": "distill.lr=0.0001", "merge": "merge.weights={math: 0.25, chat: 0.75}",
+    "evaluate": "evaluate.limit=1", "report": "report.title=Another",
+}  # fmt: skip
+"""A setting of each stage: an artifact made with it is there when the stage runs again."""
+FAULTS: dict[str, tuple[str, int]] = {
+    "ENOSPC": ("full", errno.ENOSPC),
+    "EDQUOT": ("full", errno.EDQUOT),
+    "EIO": ("fail", errno.EIO),
+    "ESTALE": ("fail", errno.ESTALE),
+    "SIGKILL": ("kill", 0),
+    "SIGKILL in a write": ("tear", 0),
+    "clock set back": ("clock", 0),
+    "watched": ("stop", 0),
+}
+"""What happens at an operation: `full` lasts to the end of the process, the others happen once."""
+CORE = ("ENOSPC", "EIO", "SIGKILL")
+"""Faults that meet every publishing step of every stage."""
+AFTERWARDS = ("same", "clock", "moved", "teacher")
+DAY = 86400
+
+
+@dataclass(frozen=True)
+class Injection:
+    """A fault at an operation of a stage, and under what the next run goes on.
+
+    `remade`: an artifact of other settings is there already. `afterwards`: `same`; `clock`, a day
+    back; `moved`, the run directory; `teacher`, the teacher's folder.
+    """
+
+    stage: str
+    fault: str
+    at: int
+    operation: str
+    remade: bool = False
+    afterwards: str = "same"
+
+
+@dataclass
+class Outcome:
+    """What an injection left, and what is wrong with that; `state` is `whole` or `absent`."""
+
+    injection: Injection
+    state: str = "absent"
+    same: bool = False
+    reached: bool = True
+    seconds: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+
+class Lab:
+    """A tiny run, stage by stage, and a server that disturbs copies of it."""
+
+    def __init__(self, base: Path) -> None:
+        self.base, self.numbered = base, 0
+        library = base / "faults.so"
+        source = HELPERS / "faults.c"
+        command = ["cc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"]
+        subprocess.run([*map(str, command)], check=True)
+        self.server = subprocess.Popen(
+            [sys.executable, str(HELPERS / "fault_server.py")],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=process_environment(LD_PRELOAD=str(library)),
+            cwd=ROOT,
+        )
+        self.seconds = 0.0
+        self.teachers = [base / "teacher", base / "moved-teacher"]
+        for place in self.teachers:
+            shutil.copytree(RECIPE.parent / "quickstart" / "teacher", place)
+        self.reference: dict[str, str] = {}
+        self.operations: dict[tuple[str, bool], list[str]] = {}
+        self.cost: dict[str, float] = {}
+        self._make_references()
+
+    def close(self) -> None:
+        """End the server."""
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(timeout=60)
+
+    def ask(self, run: Path, words: Sequence[str | Path], **request: Any) -> dict[str, Any]:
+        """Run a command line with a fault below `run`."""
+        request |= {"words": [str(word) for word in words], "folder": str(run)}
+        return self._send(request)
+
+    def _send(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        answer = json.loads(self.server.stdout.readline())
+        self.seconds += answer.get("seconds", 0.0)
+        return answer
+
+    def words(self, stage: str, run: Path, *sets: str, teacher: int = 0) -> list[str | Path]:
+        """The command line of a stage."""
+        chosen = [*SETS, f"teacher.path={self.teachers[teacher]}", *sets]
+        overrides = [word for value in chosen for word in ("--set", value)]
+        return [stage, RECIPE, "--run", run, *overrides]
+
+    def _make_references(self) -> None:
+        """Run every stage undisturbed; keep the run before each, also with an older artifact."""
+        run = self.base / "run"
+        for stage in STAGES:
+            if run.exists():
+                shutil.copytree(run, self._before(stage, False))
+            else:
+                self._before(stage, False).mkdir()
+            for remade in (True, False):
+                before = self._before(stage, remade)
+                if remade:
+                    shutil.copytree(self._before(stage, False), before)
+                    self._succeed(before, self.words(stage, before, CHANGED[stage]))
+                work = self.base / f"clean-{stage}-{remade}"
+                shutil.copytree(before, work)
+                journal = self.base / f"{stage}-{remade}.journal"
+                spent = self.seconds
+                self._succeed(work, self.words(stage, work), journal=str(journal), learn=True)
+                self.cost[stage] = self.seconds - spent
+                self.operations[stage, remade] = journal.read_text().splitlines()
+            shutil.rmtree(run, ignore_errors=True)
+            work.rename(run)
+            self.reference |= {
+                label: content for label, content in contents(run).items()
+                if label not in self.reference
+            }  # fmt: skip
+
+    def _succeed(self, run: Path, words: Sequence[str | Path], **more: Any) -> None:
+        answer = self.ask(run, words, **more)
+        assert answer["code"] == 0, (words, answer)
+
+    def _before(self, stage: str, remade: bool) -> Path:
+        return self.base / f"before-{stage}-{'remade' if remade else 'first'}"
+
+    def inject(self, injection: Injection) -> Outcome:
+        """Disturb a stage, look at what is left, run it again and compare."""
+        started = self.seconds
+        outcome = Outcome(injection)
+        self.numbered += 1
+        run = self.base / f"injection-{self.numbered}"
+        before = self._before(injection.stage, injection.remade)
+        shutil.copytree(before, run)
+        earlier = contents(run)
+        words = self.words(injection.stage, run)
+        kind, number = FAULTS[injection.fault]
+        answer = self.ask(run, words, kind=kind, at=injection.at, error=number)
+        if answer["code"] is None:
+            self._watch(run, words, outcome)
+            answer = self._send({"go_on": answer["pid"]})
+        outcome.wrong += wrong_ending(injection.fault, answer)
+        outcome.reached = not (kind in ("kill", "tear") and answer["code"] == 0)
+        self._compare(run, earlier, outcome)
+        self._look(run, outcome)
+        self._go_on(run, outcome)
+        outcome.seconds = self.seconds - started
+        if not outcome.wrong:
+            shutil.rmtree(self.base / f"injection-{self.numbered}", ignore_errors=True)
+            shutil.rmtree(self.base / f"moved-{self.numbered}", ignore_errors=True)
+        return outcome
+
+    def _look(self, run: Path, outcome: Outcome) -> None:
+        """What `status` and `verify` say of what is left."""
+        for command in ("status", "verify"):
+            answer = self.ask(run, [command, run])
+            if answer["code"] != 0 or "unreadable" in answer["out"]:
+                outcome.wrong.append(f"{command}: {answer['out'][-400:]}{answer['err'][-400:]}")
+
+    def _watch(self, run: Path, words: Sequence[str | Path], outcome: Outcome) -> None:
+        """Look at a run that a process is at, and try to start the same once more."""
+        self._look(run, outcome)
+        if outcome.injection.stage in ("align", "distill"):
+            answer = self.ask(run, words)
+            # Before the training holds its lock, and when all is published, it may go through.
+            if answer["code"] not in (0, 1) or "Traceback" in answer["err"]:
+                outcome.wrong.append(f"a second run: {answer}")
+
+    def _compare(self, run: Path, earlier: dict[str, str], outcome: Outcome) -> None:
+        """Every artifact is the earlier one, whole and new, or absent."""
+        found = contents(run)
+        for label, content in found.items():
+            if content == self.reference[label]:
+                outcome.state = "whole" if earlier.get(label) != content else outcome.state
+            elif content != earlier.get(label):
+                outcome.wrong.append(f"{label}: neither the earlier artifact nor the new one")
+        own = stage_labels(self.reference, outcome.injection.stage)
+        if not all(found.get(label) == self.reference[label] for label in own):
+            outcome.state = "absent"
+        for label in earlier:
+            if label not in own and label not in found:
+                outcome.wrong.append(f"{label}: lost")
+
+    def _go_on(self, run: Path, outcome: Outcome) -> None:
+        """Run the same command again, and compare with the undisturbed run."""
+        injection, more, teacher = outcome.injection, {}, 0
+        if injection.afterwards == "moved":
+            run = run.rename(self.base / f"moved-{self.numbered}")
+        elif injection.afterwards == "clock":
+            more["clock"] = -DAY
+        elif injection.afterwards == "teacher":
+            teacher = 1
+        answer = self.ask(run, self.words(injection.stage, run, teacher=teacher), **more)
+        if answer["code"] != 0:
+            outcome.wrong.append(f"the next run: {answer['code']} {answer['err'][-600:]}")
+            return
+        found = contents(run)
+        expected = {
+            label: self.reference[label]
+            for label in (*stage_labels(self.reference, injection.stage), *found)
+        }
+        outcome.same = found == expected
+        if not outcome.same:
+            names = [label for label in expected if found.get(label) != expected[label]]
+            outcome.wrong.append(f"other content after the next run: {', '.join(names)}")
+        outcome.wrong += [f"litter: {name}" for name in litter(run)]
+
+
+def stage_labels(labels: Sequence[str] | dict[str, str], stage: str) -> list[str]:
+    """The artifacts that a stage makes."""
+    folder = "data" if stage == "prepare" else stage
+    return [label for label in labels if label.split("/")[0] == folder]
+
+
+def contents(run: Path) -> dict[str, str]:
+    """A hash of every published artifact's content; the manifest counts by its fingerprint."""
+    found = {}
+    for manifest in sorted((run / "artifacts").glob("**/manifest.json")):
+        folder = manifest.parent.relative_to(run / "artifacts")
+        if not any(part.startswith(".") for part in folder.parts):
+            found[folder.as_posix()] = hash_of(manifest.parent)
+    return found
+
+
+def hash_of(artifact: Path) -> str:
+    """Hash an artifact's files, without what tells times."""
+    total = hashlib.sha256()
+    try:
+        facts = json.loads((artifact / "manifest.json").read_text())
+        total.update(f"{facts['fingerprint']} {facts['identity']}".encode())
+    except (ValueError, KeyError):
+        return "no manifest"
+    for file in sorted(path for path in artifact.rglob("*") if path.is_file()):
+        # The report shows how long the stages took; its fingerprint names the scores.
+        if file.name in ("manifest.json", "log.jsonl") or artifact.name == "report":
+            total.update(file.name.encode())
+            continue
+        total.update(f"{file.relative_to(artifact)}\0".encode() + file.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def litter(run: Path) -> Iterator[str]:
+    """Names that no finished run leaves."""
+    for path in run.rglob("*"):
+        if path.name.endswith((".partial", ".old", ".shards")) or path.name.startswith(".tmp"):
+            yield str(path.relative_to(run))
+    for path in (run / "training").glob("*"):
+        if path.suffix != ".lock":
+            yield str(path.relative_to(run))
+
+
+def wrong_ending(fault: str, answer: dict[str, Any]) -> list[str]:
+    """What is wrong with how a disturbed command ended."""
+    code, err = answer["code"], answer["err"]
+    lines = [line for line in err.splitlines() if line.strip()]
+    if code == -9:
+        return [] if FAULTS[fault][0] in ("kill", "tear") else [f"killed: {err[-300:]}"]
+    if code == 0:
+        return []
+    wrong = []
+    if code != 1:
+        wrong.append(f"exit code {code}: {err[-600:]}")
+    elif len(lines) != 1 or not lines[0].startswith("error: "):
+        wrong.append(f"not one line: {err[-600:]}")
+    elif FAULTS[fault][0] == "full" and "disk full" not in lines[0]:
+        wrong.append(f"does not say that the disk is full: {lines[0]}")
+    elif "(--debug shows where)" in lines[0]:
+        wrong.append(f"not in plain words: {lines[0]}")
+    return wrong
+
+
+def is_publishing(operations: Sequence[str], index: int) -> bool:
+    """Whether an operation belongs to an artifact's publishing: its manifest, renames, flushes."""
+    what, _, path = operations[index].partition(" ")
+    place = Path(path)
+    if place.name == "manifest.json":
+        return what in ("open", "write", "rename")
+    visible = not any(part.startswith(".") for part in place.parts)
+    if what == "rename" and path.startswith("/artifacts") and visible:
+        return True
+    before = operations[index - 1].partition(" ") if index else ("", "", "")
+    return what == "fsync" and before[0] == "rename" and "/artifacts" in before[2]
+
+
+def chosen(lab: Lab, count: int, seed: int) -> list[Injection]:
+    """Every publishing step with each of CORE, and others drawn at random, `count` in all."""
+    draw = random.Random(seed)
+    steps: dict[tuple[str, str, str, str], Injection] = {}
+    for (stage, remade), operations in lab.operations.items():
+        for index, operation in enumerate(operations):
+            if not is_publishing(operations, index):
+                continue
+            what, _, path = operation.partition(" ")
+            for fault in CORE:
+                # One of those that differ by the artifact's name alone.
+                key = (stage, fault, what, "manifest" if "manifest" in path else "folder")
+                injection = Injection(stage, fault, index, operation, remade)
+                if key not in steps or draw.random() < 0.5:
+                    steps[key] = injection
+    injections = list(steps.values())
+    draw.shuffle(injections)
+    injections = injections[:count]
+    cases = list(lab.operations)
+    # Cheap stages are disturbed more often.
+    weights = [1 / lab.cost[stage] for stage, _ in cases]
+    while len(injections) < count:
+        stage, remade = draw.choices(cases, weights)[0]
+        operations = lab.operations[stage, remade]
+        fault, at = draw.choice(list(FAULTS)), draw.randrange(len(operations))
+        afterwards = draw.choice(AFTERWARDS) if draw.random() < 0.5 else "same"
+        injections.append(Injection(stage, fault, at, operations[at], remade, afterwards))
+    return injections
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes by stage and fault: injections, whole, absent, same content after the next."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for outcome in outcomes:
+        key = outcome.injection.stage, outcome.injection.fault
+        counts[*key, "all"] += 1
+        counts[*key, outcome.state] += 1
+        counts[*key, "same"] += outcome.same
+    lines = ["| stage | fault | injections | whole | absent | same after the next run |"]
+    lines.append("|---|---|---|---|---|---|")
+    for stage in STAGES:
+        for fault in FAULTS:
+            found = [counts[stage, fault, name] for name in ("all", "whole", "absent", "same")]
+            if found[0]:
+                lines.append(f"| {stage} | {fault} | " + " | ".join(map(str, found)) + " |")
+    totals = [len(outcomes), *(sum(o.state == s for o in outcomes) for s in ("whole", "absent"))]
+    totals.append(sum(outcome.same for outcome in outcomes))
+    lines.append("| all | | " + " | ".join(map(str, totals)) + " |")
+    return "\n".join(lines)
+
+
+def run_injections(base: Path, count: int = 200, seed: int = 0) -> tuple[list[Outcome], Lab]:
+    """Disturb `count` times."""
+    lab = Lab(base)
+    try:
+        outcomes = []
+        for injection in chosen(lab, count, seed):
+            outcomes.append(lab.inject(injection))
+            if outcomes[-1].wrong:
+                print(outcomes[-1], flush=True)
+        return outcomes, lab
+    finally:
+        lab.close()
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 200
+    seed = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        outcomes, lab = run_injections(Path(name), count, seed)
+    print(table(outcomes))
+    print(sum(bool(o.wrong) for o in outcomes), "wrong;", round(lab.seconds), "s of processor")
