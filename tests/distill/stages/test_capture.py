@@ -71,9 +71,9 @@ def written(monkeypatch):
     numbers = []
     write = capture.DomainCapture._write_shard
 
-    def noted(self, shard, progress):
+    def noted(self, shard, *rest):
         numbers.append((self.rows.name, shard.number))
-        write(self, shard, progress)
+        write(self, shard, *rest)
 
     monkeypatch.setattr(capture.DomainCapture, "_write_shard", noted)
     return numbers
