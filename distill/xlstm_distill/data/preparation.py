@@ -234,15 +234,17 @@ class Preparation:
                 state = json.loads(saved["state"].tobytes())
                 for shard in state["shards"]:
                     check_shard(self.folder, shard)
+                complete, seconds = state["complete"], state["seconds"]
+                progress = [SourceProgress(**own) for own in state["progress"]]
+                # Last: a packer that is half restored could not start over.
                 self.packer.restore(saved)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, RunError) as error:
             self.console.line(
                 f"{self.label}: {self.folder} cannot be used ({error}); starting over."
             )
             return
-        self.complete, self.seconds = state["complete"], state["seconds"]
+        self.complete, self.seconds, self.progress = complete, seconds, progress
         self.writer.shards, self.writer.totals = state["shards"], state["totals"]
-        self.progress = [SourceProgress(**progress) for progress in state["progress"]]
         self.console.line(f"{self.label}: going on after {self.writer.rows} of {self.needed} rows.")
 
     def _results(self) -> dict[str, Any]:

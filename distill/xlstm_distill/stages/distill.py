@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.data.budget import expert_rows
@@ -16,6 +17,7 @@ from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.planning.flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
@@ -41,7 +43,6 @@ from xlstm_distill.training.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.training.log import check_trackers
-from xlstm_distill.training.lora import add_lora, merged_state
 from xlstm_distill.training.objectives import DistillObjective
 from xlstm_distill.training.plan import Stretch, TrainingPlan
 from xlstm_distill.training.trainer import Trainer
@@ -111,7 +112,7 @@ def _train(
     torch.manual_seed(recipe.seed)
     student = _trainable_student(recipe, material.aligned)
     draft.results["backend"] = choose_kernels(student, recipe, accelerator.device)
-    source = _targets(lineage, material.targets, accelerator.device)
+    source = _targets(lineage, material.targets, accelerator)
     weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
     objective = DistillObjective(student, source, weights)
     domains = open_domains(recipe, material.data, expert_rows(recipe, name))
@@ -167,13 +168,13 @@ def _captured(lineage: Lineage, run: Run, name: str) -> dict[str, Artifact]:
 
 
 def _targets(
-    lineage: Lineage, captured: Mapping[str, Artifact], device: torch.device
+    lineage: Lineage, captured: Mapping[str, Artifact], accelerator: Accelerator
 ) -> TargetSource:
     kept, teacher = lineage.recipe.capture, lineage.recipe.teacher
     if kept.targets == "online":
-        model = load_teacher(teacher, device)
+        model = load_teacher(teacher, accelerator.device)
         if kept.shard_teacher and process_count() > 1:
-            shard_teacher(model)
+            shard_teacher(model, accelerator)
         return OnlineTargets(model, kept.top_k, kept.mass, kept.min_k)
     stores = {}
     for domain, artifact in captured.items():

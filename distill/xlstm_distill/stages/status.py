@@ -445,7 +445,7 @@ SHOWN_FIGURES = (
     "loss",
     "ce",
     "kl",
-    "mse",
+    "relative_error",
     "grad_norm",
     "held_out_ce",
     "held_out_kl",

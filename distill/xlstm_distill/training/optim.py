@@ -28,7 +28,7 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Optim
     used = [group for group in groups if group["params"]]
     on_cuda = all(parameter.device.type == "cuda" for parameter in decayed + plain)
     # None, not False, leaves the choice to torch; False would also rule out its foreach version.
-    return AdamW(used, lr=config.lr, betas=config.betas, fused=on_cuda or None)
+    return AdamW(used, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_cuda or None)
 
 
 def learning_rate(config: Optimization, steps: int, step: int, peak: float) -> float:
