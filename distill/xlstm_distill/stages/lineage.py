@@ -28,6 +28,7 @@ from xlstm_distill.data.budget import (
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.shown import shown_values
 from xlstm_distill.runtime.ranks import from_rank_zero, process_count
+from xlstm_eval.answering.batches import PROTOCOL
 
 if TYPE_CHECKING:
     from xlstm_distill.targets.store import Identity
@@ -130,6 +131,7 @@ class Lineage:
             case "evaluate":
                 return {
                     "evaluate": part(recipe.evaluate, "include", "experts"),
+                    "protocol": PROTOCOL,
                     "dtype": recipe.teacher.dtype,
                     "seed": recipe.seed,
                 }
@@ -149,7 +151,7 @@ class Lineage:
             "align": {"mixer": "student.mixer"},
             "distill": {"expert": f"distill.experts.{name}"},
             "merge": {"method": "merge.method", "weights": "merge.weights"},
-            "evaluate": {"dtype": "teacher.dtype"},
+            "evaluate": {"dtype": "teacher.dtype", "protocol": "the evaluation's protocol"},
             "report": {"recipe": ""},
         }[stage]
 
