@@ -86,6 +86,7 @@ LIGHT = (
     "xlstm_distill/runtime/signals.py",
     "xlstm_distill/runtime/watch.py",
     "xlstm_distill/stages/status.py",
+    "xlstm_distill/stages/upkeep.py",
     "xlstm_eval/metrics.py",
     "xlstm_eval/problems.py",
     "xlstm_eval/records.py",

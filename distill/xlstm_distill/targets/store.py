@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import struct
 import threading
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -335,6 +336,31 @@ def write_index(directory: Path, identity: Identity) -> Figures:
     }
     write_text(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     return figures
+
+
+def shard_checks(directory: Path) -> dict[str, Callable[[], None]]:
+    """By file, a function that reads a shard of a store and compares all its checksums.
+
+    It raises RunError where the shard is missing, cut short or damaged.
+    """
+    index = json.loads((directory / INDEX_FILE).read_text())
+    checks: dict[str, Callable[[], None]] = {}
+    for entry in index["shards"]:
+        path = directory / entry["file"]
+        checks[entry["file"]] = functools.partial(_check_shard, path, entry["checksum"])
+    return checks
+
+
+def _check_shard(path: Path, checksum: int) -> None:
+    header = read_header(path)
+    if header.checksum != checksum:
+        raise refusal(path, "it is another shard than the index names (wrong checksum)")
+    shard = TargetShard(path, header)
+    for number, entry in enumerate(shard.index):
+        start = int(entry["offset"])
+        row = shard.bytes[start : start + int(entry["bytes"])].data
+        if zlib.crc32(row) != int(entry["checksum"]):
+            raise refusal(path, f"row {header.first_row + number} is damaged (wrong checksum)")
 
 
 class TargetShard:

@@ -24,6 +24,7 @@ from xlstm_distill.targets.store import (
     Identity,
     Store,
     read_header,
+    shard_checks,
     write_index,
     write_shard,
 )
@@ -286,3 +287,20 @@ def test_shards_hold_the_codec_s_bytes_whoever_codes_them(mass, tmp_path):
     sampled = [count for number, count in enumerate(counts, 3) if number % MEASURED_ROWS == 0]
     assert (header.figures.tokens, header.figures.measured) == (sum(counts), sum(sampled))
     assert header.figures.kl_error == pytest.approx(sum(errors))
+
+
+@pytest.mark.parametrize("place", [HEADER_BYTES + 1, 40, -1])
+def test_every_changed_byte_of_a_shard_is_found_by_its_check(directory, place):
+    checks = shard_checks(directory)
+    assert sorted(checks) == ["targets-00000.bin", "targets-00001.bin", "targets-00002.bin"]
+    for check in checks.values():
+        check()
+    path = directory / "targets-00001.bin"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"targets-00001\.bin"):
+        checks["targets-00001.bin"]()
+    path.write_bytes((directory / "targets-00002.bin").read_bytes())  # whole, but another one
+    with pytest.raises(RunError, match="another shard"):
+        checks["targets-00001.bin"]()
