@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.data.budget import expert_rows
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
-from xlstm_distill.errors import UserError
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.lora import add_lora, merged_state
@@ -29,6 +27,7 @@ from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
     architecture_of,
+    choose,
     choose_kernels,
     keep_training,
     open_domains,
@@ -64,17 +63,7 @@ def choose_experts(names: Sequence[str], wanted: str | None) -> Sequence[str]:
     Raises:
         UserError: there is none of this name or index.
     """
-    if wanted is None:
-        return names
-    # By name first: an expert may be called `0`.
-    if wanted in names:
-        return [wanted]
-    if re.fullmatch(r"[0-9]{1,9}", wanted) and int(wanted) < len(names):
-        return [names[int(wanted)]]
-    raise UserError(
-        f"--expert: {wanted!r} is not in the recipe's distill.experts; it has {', '.join(names)} "
-        f"(or by index: 0 to {len(names) - 1})."
-    )
+    return choose(names, wanted, "--expert", "the recipe's distill.experts")
 
 
 @dataclass(frozen=True)

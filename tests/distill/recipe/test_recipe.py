@@ -484,6 +484,12 @@ def test_bad_override_gives_one_line(small: Path, override: str, expected: str) 
     assert message(small, override).startswith(expected)
 
 
+# Ten lines of ten aliases each: ten thousand million values.
+LAUGHS = "l0: &l0 [1]\n" + "".join(
+    f"l{n + 1}: &l{n + 1} [{', '.join([f'*l{n}'] * 10)}]\n" for n in range(10)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -508,6 +514,8 @@ def test_bad_override_gives_one_line(small: Path, override: str, expected: str) 
         ("- 1\n", ": contains a list; a recipe is a mapping of sections"),
         ("", ": contains nothing; a recipe is a mapping of sections"),
         ("a: \x00\n", ": not valid YAML"),
+        (LAUGHS, ", line 1, column 1: not valid YAML: its aliases (*name) make more than 100000 "),
+        ("a: &a [*a]\n", ", line 1, column 1: not valid YAML: its aliases (*name) make more than"),
     ],
 )
 def test_bad_file_gives_one_line(tmp_path: Path, text: str, expected: str) -> None:
