@@ -68,6 +68,12 @@ class Capture(Section):
         description="Minimum number of tokens to keep with `mass` (at most `top_k`).",
     )
     batch: Count = Field(default=8, description="Rows per forward pass of the teacher (rows).")
+    workers: CountOrZero | None = Field(
+        default=None,
+        description="Processes that code targets beside the teacher's forward pass; 0 means none. "
+        "null means, on a GPU, one per free core (at most 8), and none on a CPU. The targets are "
+        "the same for any number.",
+    )
     shard_teacher: Flag = Field(
         default=False,
         description="Spread the layers of an online teacher over the processes, as FSDP2 does.",
@@ -79,6 +85,10 @@ class Capture(Section):
             yield FieldError(
                 "shard_teacher",
                 "true has no effect with targets 'stored'; set targets to 'online'.",
+            )
+        if self.workers is not None and self.targets == "online":
+            yield FieldError(
+                "workers", "has no effect with targets 'online'; set it to null or leave it out."
             )
         # A recipe written out in full names min_k even where it is not used.
         if self.min_k == type(self).model_fields["min_k"].default:

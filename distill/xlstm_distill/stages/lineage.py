@@ -39,6 +39,8 @@ STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
 """What an artifact's label begins with, in the order in which stages follow each other."""
 NOT_IN_FINGERPRINT = ("micro_batch", "non_finite")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
+NOT_IN_TARGETS = ("batch", "shard_teacher", "workers")
+"""Keys of the capture that do not change what is captured."""
 
 
 class Lineage:
@@ -107,7 +109,7 @@ class Lineage:
                     "rows": rows_needed(recipe, name, self.captured),
                 }
             case "capture":
-                kept = part(recipe.capture, "batch", "targets", "shard_teacher")
+                kept = part(recipe.capture, *NOT_IN_TARGETS, "targets")
                 return {**kept, "rows": self.captured[name]}
             case "align":
                 return {
@@ -121,7 +123,7 @@ class Lineage:
                         recipe.distill, "experts", *NOT_IN_FINGERPRINT, "activation_checkpointing"
                     ),
                     "expert": part(recipe.distill.experts[name]),
-                    "capture": part(recipe.capture, "batch", "shard_teacher"),
+                    "capture": part(recipe.capture, *NOT_IN_TARGETS),
                     "seed": recipe.seed,
                 }
             case "merge":
@@ -348,7 +350,7 @@ class Lineage:
     def _capture_request(self, domain: str, **counts: int) -> Request:
         from xlstm_distill.targets.store import VERSION
 
-        kept = part(self.recipe.capture, "batch", "targets", "shard_teacher")
+        kept = part(self.recipe.capture, *NOT_IN_TARGETS, "targets")
         return Request(
             "capture",
             name=domain,

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Draft
@@ -16,6 +18,7 @@ from xlstm_distill.data.budget import held_out_span
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.loading import empty_student
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.ranks import is_main_process
@@ -113,6 +116,23 @@ def save_model(
     tokenizer.save_pretrained(directory)
 
 
+def start_student(artifact: Artifact, accelerator: Accelerator) -> tuple[CausalLM, Path | None]:
+    """Make the student to train from, in fp32: whole on the CPU, or without weights under FSDP2.
+
+    Returns also the folder from which the weights are still to be read (`load_shards`); None where
+    they are there.
+
+    Raises:
+        RunError: a file of it is missing or changed.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        # What is not sharded is whole on every rank's device in any case.
+        return load_student(artifact, torch.float32), None
+    if is_main_process():
+        artifact.check_content("model")
+    return empty_student(artifact.model_path, torch.float32), artifact.model_path
+
+
 def load_student(
     artifact: Artifact, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> CausalLM:
@@ -124,5 +144,7 @@ def load_student(
     # One rank for all: 64 of them would read 64 times 16 GB from the same disks.
     if is_main_process():
         artifact.check_content("model")
-    student: CausalLM = AutoModelForCausalLM.from_pretrained(artifact.model_path, dtype=dtype)
-    return student.to(device)
+    student: CausalLM = AutoModelForCausalLM.from_pretrained(
+        artifact.model_path, dtype=dtype, device_map={"": torch.device(device)}
+    )
+    return student

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.loading import load_shards
 from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
 from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
@@ -38,6 +40,9 @@ class Objective(nn.Module, abc.ABC):
     """
 
     shown = "loss"
+
+    def load_weights(self, device: torch.device) -> None:
+        """Read the weights that are still on the meta device, once they are sharded."""
 
     def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
         """Read rows into a batch on the host, with all that `forward` needs of the disk."""
@@ -191,6 +196,7 @@ class DistillObjective(Objective):
     """Stage II: γ · cross-entropy + β · sparse KL, on supervised tokens (paper, Eq. 13).
 
     The student's head becomes a `FusedHead`, which computes the loss without the tensor of logits.
+    A student from `empty_student` gets its weights from the folder `saved` after it is wrapped.
     """
 
     def __init__(
@@ -198,12 +204,19 @@ class DistillObjective(Objective):
         student: CausalLM,
         targets: TargetSource,
         weights: LossWeights,
+        saved: Path | None = None,
     ) -> None:
         super().__init__()
         fuse_head(student)
         self.student = student
         self.targets = targets
         self.weights = weights
+        self.saved = saved
+
+    def load_weights(self, device: torch.device) -> None:
+        """Read this rank's shards of the student, if that was left for now."""
+        if self.saved is not None:
+            load_shards(self.student, self.saved, device)
 
     def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
         """Read rows, and their targets where these are stored."""

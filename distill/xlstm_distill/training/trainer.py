@@ -33,7 +33,7 @@ from xlstm_distill.training.feed import Feed, StepBatches
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.training.objectives import Objective
-from xlstm_distill.training.optim import learning_rate, make_optimizer
+from xlstm_distill.training.optim import learning_rate
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
 from xlstm_distill.training.reduction import Reduction
 from xlstm_distill.training.skips import Skips
@@ -76,11 +76,10 @@ class Trainer:
         self.accelerator = accelerator
         self.console = console or QuietConsole()
         self.tokens_per_step = plan.batch * next(iter(domains.values())).context
-        optimizer = make_optimizer(objective.named_parameters(), plan.optim)
         self.wrapped, self.optimizer = prepare(
             accelerator,
             objective,
-            optimizer,
+            plan.optim,
             micro_batch=plan.micro_batch,
             clip=plan.optim.clip,
         )
