@@ -14,15 +14,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.losses.plain import LossWeights
+from xlstm_distill.models.loading import empty_student
 from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.recipe import Align
-from xlstm_distill.runtime.ranks import is_main_process
+from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone
 from xlstm_distill.stages.distill import choose_trainable
 from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.training.accelerator import (
@@ -38,7 +40,6 @@ from xlstm_distill.training.accelerator import (
 from xlstm_distill.training.checkpoints import Checkpoints
 from xlstm_distill.training.compilation import compile_parts
 from xlstm_distill.training.objectives import AlignObjective, DistillObjective, Objective
-from xlstm_distill.training.optim import make_optimizer
 from xlstm_distill.training.state import TrainingState
 
 ROWS, MICRO_BATCH, TOKENS, STEPS = 8, 2, 32, 4
@@ -73,6 +74,13 @@ def make_objective(options: dict[str, Any], accelerator: Any) -> tuple[Objective
     teacher = LlamaForCausalLM(config).eval()
     align = options.get("stage") == "align"
     student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=align)
+    saved = None
+    if "by_shards" in options and accelerator.distributed_type == DistributedType.FSDP:
+        saved = Path(sys.argv[1]).with_name(options["by_shards"])
+        if is_main_process():
+            student.save_pretrained(saved)
+        wait_for_everyone()
+        student = empty_student(saved, torch.float32)
     if options.get("checkpoint"):
         checkpoint_activations(student)
     if align:
@@ -83,7 +91,8 @@ def make_objective(options: dict[str, Any], accelerator: Any) -> tuple[Objective
         choose_trainable(student, options.get("trainable", "all"))
     if options.get("shard_teacher"):
         shard_teacher(teacher, accelerator)
-    return DistillObjective(student, OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)), student
+    targets, weights = OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)
+    return DistillObjective(student, targets, weights, saved), student
 
 
 def reduction(wrapped: Any) -> torch.dtype:
@@ -153,10 +162,7 @@ def prepared(options: dict[str, Any], accelerator: Any) -> tuple[Any, Any, Any, 
     """Make and wrap an objective and its optimiser, compiled where the options say so."""
     objective, student = make_objective(options, accelerator)
     optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
-    optimizer = make_optimizer(objective.named_parameters(), optim)
-    wrapped, optimizer = prepare(
-        accelerator, objective, optimizer, micro_batch=MICRO_BATCH, clip=1.0
-    )
+    wrapped, optimizer = prepare(accelerator, objective, optim, micro_batch=MICRO_BATCH, clip=1.0)
     if options.get("compile"):
         compile_parts(objective, backend="aot_eager")
     return objective, student, wrapped, optimizer

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.recipe import Recipe
+from xlstm_distill.recipe import Optimization, Recipe
 from xlstm_distill.runtime.launcher import CONFIGS, Layout, asked_layout
 from xlstm_distill.runtime.ranks import on_cpu, process_count, wait_for_everyone
 from xlstm_distill.training.objectives import Objective
+from xlstm_distill.training.optim import make_optimizer
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -128,16 +129,15 @@ def refuse_difference(asked: Layout, running: Layout, precision: str) -> None:
 def prepare(
     accelerator: Accelerator,
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
+    optim: Optimization,
     *,
     micro_batch: int,
     clip: float | None,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Wrap an objective and its optimiser.
+    """Wrap an objective, read its weights if that is still to do, and make its optimiser.
 
     FSDP2 gathers the decoder layers, the embedding and the head one by one. `micro_batch` (rows)
-    and `clip` go into DeepSpeed's
-    configuration.
+    and `clip` go into DeepSpeed's configuration.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
@@ -149,10 +149,19 @@ def prepare(
                     checkpoint_activations(model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, micro_batch, clip)
-    # In one call, since FSDP2 and DeepSpeed replace the optimiser's parameters.
-    wrapped, prepared = accelerator.prepare(objective, optimizer)
+    device = accelerator.device
     if accelerator.distributed_type == DistributedType.FSDP:
+        # accelerate wants an optimiser beside the model, to replace its parameters by the shards.
+        # It knows them by their addresses, which parameters on the meta device do not have. So the
+        # one it gets is empty, and the real one is made of the shards.
+        wrapped, _ = accelerator.prepare(objective, torch.optim.AdamW([{"params": []}]))
         _refuse_other_mesh(wrapped, asked_layout())
+        objective.load_weights(device)
+        optimizer = make_optimizer(objective.named_parameters(), optim, device)
+        return wrapped, accelerator.prepare_optimizer(optimizer)
+    optimizer = make_optimizer(objective.named_parameters(), optim, device)
+    # In one call, since DeepSpeed replaces the optimiser's parameters.
+    wrapped, prepared = accelerator.prepare(objective, optimizer)
     return wrapped, prepared
 
 

@@ -33,7 +33,7 @@ from xlstm_distill.training.feed import Feed, StepBatches
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.training.objectives import Objective
-from xlstm_distill.training.optim import learning_rate, make_optimizer
+from xlstm_distill.training.optim import learning_rate
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
 from xlstm_distill.training.reduction import Reduction
 from xlstm_distill.training.skips import Skips
@@ -76,11 +76,10 @@ class Trainer:
         self.accelerator = accelerator
         self.console = console or QuietConsole()
         self.tokens_per_step = plan.batch * next(iter(domains.values())).context
-        optimizer = make_optimizer(objective.named_parameters(), plan.optim)
         self.wrapped, self.optimizer = prepare(
             accelerator,
             objective,
-            optimizer,
+            plan.optim,
             micro_batch=plan.micro_batch,
             clip=plan.optim.clip,
         )
@@ -142,7 +141,8 @@ class Trainer:
                     figures |= {f"held_out_{name}": value for name, value in held_out.items()}
                 if log is not None:
                     log.write(step, figures)
-                bar.update(self.tokens_per_step, loss=figures.get("loss", math.nan))
+                shown = self.objective.shown
+                bar.update(self.tokens_per_step, **{shown: figures.get(shown, math.nan)})
                 if self._is_due(self.plan.settings.checkpoint_steps, step + 1, at_end=True):
                     self._save(step + 1, before)
             after = self.validate()
@@ -293,7 +293,8 @@ class Trainer:
         following = feed.take(step + 1)
         # The host waits for the device here, and nowhere else in a step.
         agreed = exchange(self.accelerator, following.tokens, totals, norm)
-        figures = {name: value / tokens for name, value in agreed.sums.items()}
+        means = {name: value / tokens for name, value in agreed.sums.items()}
+        figures = self.objective.figures(means)
         figures["grad_norm"] = cast(float, agreed.norm)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
         if bad:

@@ -55,10 +55,10 @@ KINDS = [
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
     "distill": {},
-    "spared": {"shard_teacher": True, "checkpoint": True},
+    "spared": {"shard_teacher": True, "checkpoint": True, "by_shards": "seed-spared"},
     "align": {"stage": "align"},
-    "tied-mixer": {"tied": True, "trainable": "mixer"},
-    **({"lora": {"trainable": "lora"}} if has_peft else {}),
+    "tied-mixer": {"tied": True, "trainable": "mixer", "by_shards": "seed-tied"},
+    **({"lora": {"trainable": "lora", "by_shards": "seed-lora"}} if has_peft else {}),
 }
 Trained = dict[str, dict[str, Any]]
 
