@@ -77,7 +77,7 @@ def test_the_papers_run_fits_on_eight_h100_with_advice_that_holds() -> None:
 def test_more_gpus_are_named_where_no_setting_is_enough() -> None:
     plan = planned(ROOT / "recipes" / "llama3.1-8b.yaml", gpu="a100-80gb", gpus=1)
     (problem,) = [p for p in plan.problems if p.startswith("distill:")]
-    assert "--gpus 4 --sharding fsdp2" in problem or "--gpus 8 --sharding fsdp2" in problem
+    assert "--gpus 2 --sharding fsdp2" in problem
 
 
 def test_advice_names_a_smaller_pass_that_fits() -> None:
