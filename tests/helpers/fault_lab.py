@@ -1,7 +1,6 @@
 """Disturb every stage at its file operations and compare with undisturbed runs.
 
-`python tests/helpers/fault_lab.py docs/reports/NAME.md` runs the injections of test_faults.py and
-writes their table.
+test_faults.py does that, and fault_report.py, which writes a page.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from processes import ROOT, process_environment
+
+from xlstm_distill.cli.app import app
 
 HELPERS = Path(__file__).parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -58,6 +56,9 @@ CORE = ("ENOSPC", "EIO", "SIGKILL")
 """Faults that meet every publishing step of every stage."""
 AFTERWARDS = ("same", "clock", "moved", "teacher")
 DAY = 86400
+COMMANDS = {command.callback.__name__ for command in app.registered_commands if command.callback}
+LOOKS = [name for name in ("status", "verify") if name in COMMANDS]
+"""Commands that must work on whatever a fault leaves."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,7 @@ class Lab:
                 self.operations[stage, remade] = journal.read_text().splitlines()
             shutil.rmtree(run, ignore_errors=True)
             work.rename(run)
-            self.reference |= {
-                label: content for label, content in contents(run).items()
-                if label not in self.reference
-            }  # fmt: skip
+            self.reference |= contents(run)
 
     def _succeed(self, run: Path, words: Sequence[str | Path], **more: Any) -> None:
         answer = self.ask(run, words, **more)
@@ -193,7 +191,7 @@ class Lab:
         outcome.reached = not (kind in ("kill", "tear") and answer["code"] == 0)
         self._compare(run, earlier, outcome)
         self._look(run, outcome)
-        self._go_on(run, outcome)
+        self._go_on(run, earlier, outcome)
         outcome.seconds = self.seconds - started
         if not outcome.wrong:
             shutil.rmtree(self.base / f"injection-{self.numbered}", ignore_errors=True)
@@ -202,7 +200,7 @@ class Lab:
 
     def _look(self, run: Path, outcome: Outcome) -> None:
         """What `status` and `verify` say of what is left."""
-        for command in ("status", "verify"):
+        for command in LOOKS:
             answer = self.ask(run, [command, run])
             if answer["code"] != 0 or "unreadable" in answer["out"]:
                 outcome.wrong.append(f"{command}: {answer['out'][-400:]}{answer['err'][-400:]}")
@@ -217,21 +215,18 @@ class Lab:
                 outcome.wrong.append(f"a second run: {answer}")
 
     def _compare(self, run: Path, earlier: dict[str, str], outcome: Outcome) -> None:
-        """Every artifact is the earlier one, whole and new, or absent."""
+        """Every artifact is the earlier one, whole and new, or absent; no earlier one is lost."""
         found = contents(run)
-        for label, content in found.items():
-            if content == self.reference[label]:
-                outcome.state = "whole" if earlier.get(label) != content else outcome.state
-            elif content != earlier.get(label):
-                outcome.wrong.append(f"{label}: neither the earlier artifact nor the new one")
         own = stage_labels(self.reference, outcome.injection.stage)
-        if not all(found.get(label) == self.reference[label] for label in own):
-            outcome.state = "absent"
-        for label in earlier:
-            if label not in own and label not in found:
-                outcome.wrong.append(f"{label}: lost")
+        if all(found.get(label) == self.reference[label] for label in own):
+            outcome.state = "whole"
+        for label, content in found.items():
+            known = {self.reference.get(label), earlier.get(label), earlier.get(kept_of(label))}
+            if content not in known:
+                outcome.wrong.append(f"{label}: neither the earlier artifact nor the new one")
+        outcome.wrong += [f"{label}: lost" for label in lost(earlier, found)]
 
-    def _go_on(self, run: Path, outcome: Outcome) -> None:
+    def _go_on(self, run: Path, earlier: dict[str, str], outcome: Outcome) -> None:
         """Run the same command again, and compare with the undisturbed run."""
         injection, more, teacher = outcome.injection, {}, 0
         if injection.afterwards == "moved":
@@ -245,14 +240,12 @@ class Lab:
             outcome.wrong.append(f"the next run: {answer['code']} {answer['err'][-600:]}")
             return
         found = contents(run)
-        expected = {
-            label: self.reference[label]
-            for label in (*stage_labels(self.reference, injection.stage), *found)
-        }
-        outcome.same = found == expected
-        if not outcome.same:
-            names = [label for label in expected if found.get(label) != expected[label]]
-            outcome.wrong.append(f"other content after the next run: {', '.join(names)}")
+        published = {label for label in found if kept_of(label) == label}
+        labels = sorted({*published, *stage_labels(self.reference, injection.stage)})
+        other = [label for label in labels if found.get(label) != self.reference[label]]
+        outcome.same = not other
+        outcome.wrong += [f"{label}: other content after the next run" for label in other]
+        outcome.wrong += [f"{label}: lost by the next run" for label in lost(earlier, found)]
         outcome.wrong += [f"litter: {name}" for name in litter(run)]
 
 
@@ -260,6 +253,17 @@ def stage_labels(labels: Sequence[str] | dict[str, str], stage: str) -> list[str
     """The artifacts that a stage makes."""
     folder = "data" if stage == "prepare" else stage
     return [label for label in labels if label.split("/")[0] == folder]
+
+
+def kept_of(label: str) -> str:
+    """The label of an artifact that was kept when another took its place; its own otherwise."""
+    return label.partition(".kept-")[0]
+
+
+def lost(earlier: dict[str, str], found: dict[str, str]) -> list[str]:
+    """The labels whose earlier artifact is neither in its place nor kept beside it."""
+    there = {(kept_of(label), content) for label, content in found.items()}
+    return [label for label, content in earlier.items() if (label, content) not in there]
 
 
 def contents(run: Path) -> dict[str, str]:
@@ -362,46 +366,16 @@ def chosen(lab: Lab, count: int, seed: int) -> list[Injection]:
     return injections
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes by stage and fault: injections, whole, absent, same content after the next."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for outcome in outcomes:
-        key = outcome.injection.stage, outcome.injection.fault
-        counts[*key, "all"] += 1
-        counts[*key, outcome.state] += 1
-        counts[*key, "same"] += outcome.same
-    lines = ["| stage | fault | injections | whole | absent | same after the next run |"]
-    lines.append("|---|---|---|---|---|---|")
-    for stage in STAGES:
-        for fault in FAULTS:
-            found = [counts[stage, fault, name] for name in ("all", "whole", "absent", "same")]
-            if found[0]:
-                lines.append(f"| {stage} | {fault} | " + " | ".join(map(str, found)) + " |")
-    totals = [len(outcomes), *(sum(o.state == s for o in outcomes) for s in ("whole", "absent"))]
-    totals.append(sum(outcome.same for outcome in outcomes))
-    lines.append("| all | | " + " | ".join(map(str, totals)) + " |")
-    return "\n".join(lines)
-
-
-def run_injections(base: Path, count: int = 200, seed: int = 0) -> tuple[list[Outcome], Lab]:
-    """Disturb `count` times."""
+def run_injections(base: Path, count: int = 200, seed: int = 0) -> tuple[list[Outcome], float]:
+    """Disturb `count` times; returns also the seconds of processor time."""
     lab = Lab(base)
+    outcomes = []
     try:
-        outcomes = []
         for injection in chosen(lab, count, seed):
             outcomes.append(lab.inject(injection))
+            # At once: all of them take minutes.
             if outcomes[-1].wrong:
                 print(outcomes[-1], flush=True)
-        return outcomes, lab
     finally:
         lab.close()
-
-
-if __name__ == "__main__":
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 200
-    seed = int(sys.argv[3]) if len(sys.argv) > 3 else 0
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
-        outcomes, lab = run_injections(Path(name), count, seed)
-    print(table(outcomes))
-    print(sum(bool(o.wrong) for o in outcomes), "wrong;", round(lab.seconds), "s of processor")
+    return outcomes, lab.seconds
