@@ -277,27 +277,36 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def hash_of(artifact: Path) -> str:
-    """Hash an artifact's files, without what tells times."""
+    """Hash the files that an artifact's manifest names, without those that tell times."""
     total = hashlib.sha256()
     try:
         facts = json.loads((artifact / "manifest.json").read_text())
         total.update(f"{facts['fingerprint']} {facts['identity']}".encode())
-    except (ValueError, KeyError):
-        return "no manifest"
-    for file in sorted(path for path in artifact.rglob("*") if path.is_file()):
-        # The report shows how long the stages took; its fingerprint names the scores.
-        if file.name in ("manifest.json", "log.jsonl") or artifact.name == "report":
-            total.update(file.name.encode())
-            continue
-        total.update(f"{file.relative_to(artifact)}\0".encode() + file.read_bytes())
+        for name in sorted(facts["files"]):
+            total.update(f"{name}\0".encode())
+            # The report shows how long the stages took; its fingerprint names the scores.
+            if name != "log.jsonl" and kept_of(artifact.name) != "report":
+                total.update((artifact / name).read_bytes())
+    except (OSError, ValueError, KeyError) as error:
+        return f"damaged: {error}"
     return total.hexdigest()[:16]
 
 
 def litter(run: Path) -> Iterator[str]:
     """Names that no finished run leaves."""
     for path in run.rglob("*"):
+        inside = path.relative_to(run)
+        # The mark of a killed process is an empty file, which the next process at that label takes.
+        if inside.parts[0] == ".locks":
+            continue
         if path.name.endswith((".partial", ".old", ".shards")) or path.name.startswith(".tmp"):
-            yield str(path.relative_to(run))
+            yield str(inside)
+    for manifest in run.glob("artifacts/**/manifest.json"):
+        named = {"manifest.json", *json.loads(manifest.read_text())["files"]}
+        for path in manifest.parent.rglob("*"):
+            inside = path.relative_to(manifest.parent)
+            if path.is_file() and inside.as_posix() not in named:
+                yield str(path.relative_to(run))
     for path in (run / "training").glob("*"):
         if path.suffix != ".lock":
             yield str(path.relative_to(run))

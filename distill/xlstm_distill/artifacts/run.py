@@ -163,6 +163,7 @@ class Run(Shelf):
         """
         console = console or self.console
         if done := self.look(request):
+            self._clear_work(request)
             return done
         if gathered is None:  # else whoever gathered the files has said it
             self.say_why(request, console)
@@ -178,10 +179,17 @@ class Run(Shelf):
                     self._complete(request, build, gathered)
             wait_for_everyone()
             artifact = self.need(request)
-            if is_main_process():
-                # Checkpoints go last: the artifact is on the disk by now.
-                shutil.rmtree(self.work_directory(request), ignore_errors=True)
         return replace(artifact, reused=False)
+
+    def _clear_work(self, request: Request) -> None:
+        """Remove a published artifact's checkpoints.
+
+        They go last, when the artifact is on the disk. A process that dies before that leaves them
+        to whoever looks for the artifact next.
+        """
+        work = self.work_directory(request)
+        if is_main_process() and work.is_dir():
+            shutil.rmtree(work, ignore_errors=True)
 
     def say_why(self, request: Request, console: Console) -> None:
         """Say in one line why a published artifact is made again, and what becomes of the earlier.
@@ -328,7 +336,9 @@ class Run(Shelf):
         """
         mine: list[Artifact] = []
         from_rank_zero(lambda: mine.append(self._wait_for(request)))
-        return self._agreed(request, mine)
+        found = self._agreed(request, mine)
+        self._clear_work(request)
+        return found
 
     def _wait_for(self, request: Request) -> Artifact:
         found = self.find_or_restore(request)

@@ -121,8 +121,9 @@ def test_a_training_is_held_until_it_is_published_and_its_checkpoints_are_gone(r
             )
 
     def remove(path, ignore_errors=False):
+        first = path not in removed
         removed.append(path)
-        if path == run.work_directory(request_()):
+        if path == run.work_directory(request_()) and first:
             assert other.make(
                 request_(), lambda draft: pytest.fail("built again"), together=True
             ).reused
@@ -130,12 +131,26 @@ def test_a_training_is_held_until_it_is_published_and_its_checkpoints_are_gone(r
 
     def build(draft):
         refused()
+        run.work_directory(request_()).mkdir(parents=True)
         write("a")(draft)
 
     rmtree = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", remove)
     assert not run.make(request_(), build, together=True).reused
     assert run.work_directory(request_()) in removed
+
+
+def test_checkpoints_and_marks_that_a_killed_process_left_go_with_the_next_look(run):
+    """It died between the rename that published its artifact and the removal of the rest."""
+    made = run.make(request_(), write("a"))
+    work, mark = run.work_directory(request_()), run.locks / ".stage.0123456789ab.partial"
+    for look in (lambda: run.need(request_()), lambda: run.make(request_(), write("b"))):
+        (work / "step-00000002").mkdir(parents=True)
+        assert look().fingerprint == made.fingerprint
+        assert not work.exists()
+    mark.touch()
+    run.make(request_(2), write("b"))
+    assert not mark.exists()
 
 
 def test_a_run_that_was_waiting_for_the_lock_looks_again(run, monkeypatch):
@@ -255,6 +270,7 @@ def test_all_is_flushed_before_and_after_the_rename(run, monkeypatch):
     def build(draft):
         (draft.path / "model").mkdir()
         (draft.path / "model" / "weights").write_text("a")
+        run.work_directory(request_()).mkdir(parents=True)
 
     run.make(request_(), build)
     final, work = run.path("stage"), run.work_directory(request_())
