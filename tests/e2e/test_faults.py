@@ -9,7 +9,8 @@ import shutil
 import sys
 
 import pytest
-from fault_lab import CORE, STAGES, run_injections
+from fault_lab import run_injections
+from fault_plan import CORE, STAGES
 from fault_report import table
 
 pytestmark = [

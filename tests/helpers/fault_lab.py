@@ -5,10 +5,8 @@ test_faults.py does that, and fault_report.py, which writes a page.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -17,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fault_plan import FAULTS, STAGES, Injection, chosen
 from processes import ROOT, process_environment
 
 from xlstm_distill.cli.app import app
 
 HELPERS = Path(__file__).parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
-STAGES = ("prepare", "capture", "align", "distill", "merge", "evaluate", "report")
 SETS = (
     "data.context=64", "data.validation_rows=2", "data.workers=0", "student.mixer.window=8",
     "data.domains={math: {sources: [{generator: math, documents: 100}]},"
@@ -41,40 +39,10 @@ CHANGED = {
     "evaluate": "evaluate.limit=1", "report": "report.title=Another",
 }  # fmt: skip
 """A setting of each stage: an artifact made with it is there when the stage runs again."""
-FAULTS: dict[str, tuple[str, int]] = {
-    "ENOSPC": ("full", errno.ENOSPC),
-    "EDQUOT": ("full", errno.EDQUOT),
-    "EIO": ("fail", errno.EIO),
-    "ESTALE": ("fail", errno.ESTALE),
-    "SIGKILL": ("kill", 0),
-    "SIGKILL in a write": ("tear", 0),
-    "clock set back": ("clock", 0),
-    "watched": ("stop", 0),
-}
-"""What happens at an operation: `full` lasts to the end of the process, the others happen once."""
-CORE = ("ENOSPC", "EIO", "SIGKILL")
-"""Faults that meet every publishing step of every stage."""
-AFTERWARDS = ("same", "clock", "moved", "teacher")
 DAY = 86400
 COMMANDS = {command.callback.__name__ for command in app.registered_commands if command.callback}
 LOOKS = [name for name in ("status", "verify") if name in COMMANDS]
 """Commands that must work on whatever a fault leaves."""
-
-
-@dataclass(frozen=True)
-class Injection:
-    """A fault at an operation of a stage, and under what the next run goes on.
-
-    `remade`: an artifact of other settings is there already. `afterwards`: `same`; `clock`, a day
-    back; `moved`, the run directory; `teacher`, the teacher's folder.
-    """
-
-    stage: str
-    fault: str
-    at: int
-    operation: str
-    remade: bool = False
-    afterwards: str = "same"
 
 
 @dataclass
@@ -112,7 +80,6 @@ class Lab:
             shutil.copytree(RECIPE.parent / "quickstart" / "teacher", place)
         self.reference: dict[str, str] = {}
         self.operations: dict[tuple[str, bool], list[str]] = {}
-        self.cost: dict[str, float] = {}
         self._make_references()
 
     def close(self) -> None:
@@ -153,13 +120,12 @@ class Lab:
                 before = self._before(stage, remade)
                 if remade:
                     shutil.copytree(self._before(stage, False), before)
-                    self._succeed(before, self.words(stage, before, CHANGED[stage]))
+                    # It also teaches the server what to load before it forks the next ones.
+                    self._succeed(before, self.words(stage, before, CHANGED[stage]), learn=True)
                 work = self.base / f"clean-{stage}-{remade}"
                 shutil.copytree(before, work)
                 journal = self.base / f"{stage}-{remade}.journal"
-                spent = self.seconds
-                self._succeed(work, self.words(stage, work), journal=str(journal), learn=True)
-                self.cost[stage] = self.seconds - spent
+                self._succeed(work, self.words(stage, work), journal=str(journal))
                 self.operations[stage, remade] = journal.read_text().splitlines()
             shutil.rmtree(run, ignore_errors=True)
             work.rename(run)
@@ -332,55 +298,12 @@ def wrong_ending(fault: str, answer: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def is_publishing(operations: Sequence[str], index: int) -> bool:
-    """Whether an operation belongs to an artifact's publishing: its manifest, renames, flushes."""
-    what, _, path = operations[index].partition(" ")
-    place = Path(path)
-    if place.name == "manifest.json":
-        return what in ("open", "write", "rename")
-    visible = not any(part.startswith(".") for part in place.parts)
-    if what == "rename" and path.startswith("/artifacts") and visible:
-        return True
-    before = operations[index - 1].partition(" ") if index else ("", "", "")
-    return what == "fsync" and before[0] == "rename" and "/artifacts" in before[2]
-
-
-def chosen(lab: Lab, count: int, seed: int) -> list[Injection]:
-    """Every publishing step with each of CORE, and others drawn at random, `count` in all."""
-    draw = random.Random(seed)
-    steps: dict[tuple[str, str, str, str], Injection] = {}
-    for (stage, remade), operations in lab.operations.items():
-        for index, operation in enumerate(operations):
-            if not is_publishing(operations, index):
-                continue
-            what, _, path = operation.partition(" ")
-            for fault in CORE:
-                # One of those that differ by the artifact's name alone.
-                key = (stage, fault, what, "manifest" if "manifest" in path else "folder")
-                injection = Injection(stage, fault, index, operation, remade)
-                if key not in steps or draw.random() < 0.5:
-                    steps[key] = injection
-    injections = list(steps.values())
-    draw.shuffle(injections)
-    injections = injections[:count]
-    cases = list(lab.operations)
-    # Cheap stages are disturbed more often.
-    weights = [1 / lab.cost[stage] for stage, _ in cases]
-    while len(injections) < count:
-        stage, remade = draw.choices(cases, weights)[0]
-        operations = lab.operations[stage, remade]
-        fault, at = draw.choice(list(FAULTS)), draw.randrange(len(operations))
-        afterwards = draw.choice(AFTERWARDS) if draw.random() < 0.5 else "same"
-        injections.append(Injection(stage, fault, at, operations[at], remade, afterwards))
-    return injections
-
-
 def run_injections(base: Path, count: int = 200, seed: int = 0) -> tuple[list[Outcome], float]:
     """Disturb `count` times; returns also the seconds of processor time."""
     lab = Lab(base)
     outcomes = []
     try:
-        for injection in chosen(lab, count, seed):
+        for injection in chosen(lab.operations, count, seed):
             outcomes.append(lab.inject(injection))
             # At once: all of them take minutes.
             if outcomes[-1].wrong:

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fault_lab import AFTERWARDS, FAULTS, LOOKS, STAGES, Outcome, run_injections
+from fault_lab import LOOKS, Outcome, run_injections
+from fault_plan import AFTERWARDS, FAULTS, STAGES
 
 from xlstm_distill.runtime.arithmetic import arithmetic
 
