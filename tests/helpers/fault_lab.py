@@ -166,7 +166,8 @@ class Lab:
 
     def _look(self, run: Path, outcome: Outcome) -> None:
         """What `status` and `verify` say of what is left."""
-        for command in LOOKS:
+        # A run that ended before it made its directory is none yet.
+        for command in LOOKS if (run / "artifacts").is_dir() else ():
             answer = self.ask(run, [command, run])
             if answer["code"] != 0 or "unreadable" in answer["out"]:
                 outcome.wrong.append(f"{command}: {answer['out'][-400:]}{answer['err'][-400:]}")
@@ -213,6 +214,12 @@ class Lab:
         outcome.wrong += [f"{label}: other content after the next run" for label in other]
         outcome.wrong += [f"{label}: lost by the next run" for label in lost(earlier, found)]
         outcome.wrong += [f"litter: {name}" for name in litter(run)]
+        if injection.stage == "report":
+            made, shown = run / "artifacts" / "report" / "report", run / "report"
+            if [p.read_bytes() for p in sorted(made.iterdir())] != [
+                p.read_bytes() for p in sorted(shown.iterdir())
+            ]:
+                outcome.wrong.append("the report that is shown is not the one that was made")
 
 
 def stage_labels(labels: Sequence[str] | dict[str, str], stage: str) -> list[str]:
@@ -265,7 +272,9 @@ def litter(run: Path) -> Iterator[str]:
         # The mark of a killed process is an empty file, which the next process at that label takes.
         if inside.parts[0] == ".locks":
             continue
-        if path.name.endswith((".partial", ".old", ".shards")) or path.name.startswith(".tmp"):
+        if path.name.endswith((".partial", ".old", ".shards")) or path.name.startswith(
+            (".tmp", "tmp")
+        ):
             yield str(inside)
     for manifest in run.glob("artifacts/**/manifest.json"):
         named = {"manifest.json", *json.loads(manifest.read_text())["files"]}

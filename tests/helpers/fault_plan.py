@@ -89,5 +89,7 @@ def chosen(
         lines = operations[stage, remade]
         fault, at = draw.choice(list(FAULTS)), draw.randrange(len(lines))
         afterwards = draw.choice(AFTERWARDS) if draw.random() < 0.5 else "same"
+        if stage == "report" and afterwards == "teacher":
+            afterwards = "moved"  # the report shows the teacher's place, so it would be another
         injections.append(Injection(stage, fault, at, lines[at], remade, afterwards))
     return injections
