@@ -88,6 +88,9 @@ def _explain(error: Exception) -> tuple[int, Sequence[str]]:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return RUN_ERROR, [where + error.strerror]
+    # Libraries in Rust (safetensors) put the system's error into their own text.
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return RUN_ERROR, [f"a file cannot be read or written: {os.strerror(int(found[1]))}"]
     return RUN_ERROR, [f"{type(error).__name__}: {error} (--debug shows where)"]
 
 

@@ -54,11 +54,11 @@ def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
     target = run.directory / FOLDER
     if is_main_process():
         with run.lock(lineage.request("report")):
-            _show(artifact.path / FOLDER, target, run.locks)
+            show(artifact.path / FOLDER, target, run.locks)
     return artifact
 
 
-def _show(made: Path, target: Path, marks: Path) -> None:
+def show(made: Path, target: Path, marks: Path) -> None:
     """Copy a report to where users look for it, unless it is there; the lock must be held."""
     remove_leftovers(target, marks)
     # Compared and not remembered: a process may have died before it could copy.

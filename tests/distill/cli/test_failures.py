@@ -95,6 +95,11 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
             1,
             "error: disk full: free some space",
         ),
+        (
+            RuntimeError("Error while serializing: I/O error: Input/output error (os error 5)"),
+            1,
+            "error: a file cannot be read or written: Input/output error",
+        ),
         (TypeError("bad operand"), 1, "error: TypeError: bad operand (--debug shows where)"),
         (
             KeyboardInterrupt(),
