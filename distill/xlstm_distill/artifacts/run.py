@@ -163,7 +163,6 @@ class Run(Shelf):
         """
         console = console or self.console
         if done := self.look(request):
-            self._clear_work(request)
             return done
         if gathered is None:  # else whoever gathered the files has said it
             self.say_why(request, console)
@@ -178,18 +177,9 @@ class Run(Shelf):
                 else:
                     self._complete(request, build, gathered)
             wait_for_everyone()
+            # Found, and on the disk: the work directory with its checkpoints goes last, in here.
             artifact = self.need(request)
         return replace(artifact, reused=False)
-
-    def _clear_work(self, request: Request) -> None:
-        """Remove a published artifact's checkpoints.
-
-        They go last, when the artifact is on the disk. A process that dies before that leaves them
-        to whoever looks for the artifact next.
-        """
-        work = self.work_directory(request)
-        if is_main_process() and work.is_dir():
-            shutil.rmtree(work, ignore_errors=True)
 
     def say_why(self, request: Request, console: Console) -> None:
         """Say in one line why a published artifact is made again, and what becomes of the earlier.
@@ -219,6 +209,10 @@ class Run(Shelf):
                 f"{self.rank_patience:.0f} s; the run directory must lie on a file system that all "
                 "machines share."
             )
+        work = self.work_directory(request)
+        if is_main_process() and work.exists():
+            # Checkpoints go last; a process that died before that leaves them: hundreds of GB.
+            shutil.rmtree(work, ignore_errors=True)
         return found
 
     def _follow(self, request: Request) -> Artifact | None:
@@ -336,9 +330,7 @@ class Run(Shelf):
         """
         mine: list[Artifact] = []
         from_rank_zero(lambda: mine.append(self._wait_for(request)))
-        found = self._agreed(request, mine)
-        self._clear_work(request)
-        return found
+        return self._agreed(request, mine)
 
     def _wait_for(self, request: Request) -> Artifact:
         found = self.find_or_restore(request)

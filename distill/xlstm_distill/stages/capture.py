@@ -29,7 +29,7 @@ from xlstm_distill.runtime.console import Console, Progress, short
 from xlstm_distill.runtime.launcher import parse_share
 from xlstm_distill.runtime.pool import free_cores
 from xlstm_distill.runtime.ranks import (
-    all_agree,
+    from_rank_zero,
     is_main_process,
     on_cpu,
     process_count,
@@ -183,9 +183,8 @@ class DomainCapture:
             # No collective in there: ranks have different numbers of shards.
             self._write(self.shards[worker::workers])
         wait_for_everyone()
-        missing = [shard.number for shard in self.shards if not self._finished(shard)]
-        # The store may be published since: then the gathered shards are gone, and none is missing.
-        if not all_agree(not missing or self._published()):
+        # As rank 0 sees it: ranks that see others would part here and wait for each other.
+        if missing := from_rank_zero(lambda: self._missing(share)):
             named = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
             self.console.line(
                 f"{self.request.label}: this share is done; {len(missing)} of {len(self.shards)} "
@@ -205,6 +204,22 @@ class DomainCapture:
         for path in self.directory.parent.iterdir():
             if pattern.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _missing(self, share: tuple[int, int]) -> list[int]:
+        """Shards that are not there; none if the store is published, as then they are gone.
+
+        This share's are all written. On NFS another machine's may show a minute late.
+        """
+        part, parts = share
+        ranks = range(part * process_count(), (part + 1) * process_count())
+        end = time.monotonic() + self.run.rank_patience
+        while not self._published():
+            missing = [shard.number for shard in self.shards if not self._finished(shard)]
+            own = [n for n in missing if n % (parts * process_count()) in ranks]
+            if not own or time.monotonic() >= end:
+                return missing
+            time.sleep(1.0)
+        return []
 
     def _published(self) -> bool:
         return self.run.find(self.request) is not None
