@@ -213,13 +213,13 @@ def _storage(parameter: nn.Parameter) -> int:
 
 def _plan(case: Case, domains: dict[str, DomainRows]) -> TrainingPlan:
     schedule = RowSchedule(domains, {"text": 1.0}, 0, STEPS * case.batch)
-    shared = {"batch": case.batch, "micro_batch": case.micro_batch}
-    expert = {"phases": [{"domain": "text", "tokens": case.batch * case.context}]}
+    shared: dict[str, Any] = {"batch": case.batch, "micro_batch": case.micro_batch}
+    expert: Any = {"phases": [{"domain": "text", "tokens": case.batch * case.context}]}
     if case.stage == "align":
         optim: Any = Align(tokens=case.batch * case.context, **shared)
     else:
         optim = Distill(experts={"text": expert}, lr=1e-5, **shared)
-    reduce = "last" if case.waits else "every"
+    reduce: Literal["every", "last"] = "last" if case.waits else "every"
     settings = Training(checkpoint_steps=None, validate_steps=None, reduce=reduce)
     # The optimiser makes its moments at the end of the first step: the second has them.
     return TrainingPlan(case.stage, (Stretch(schedule, STEPS, 1e-5),), optim, settings)
