@@ -1,96 +1,82 @@
-"""Run a loaded model through lm-eval on a suite.
+"""Run a loaded model through lm-eval on a suite, on one or several ranks.
 
-No other module imports lm_eval. Its import takes seconds, so it happens inside the functions.
-With local task files nothing is downloaded.
+This module, `loading` and `answering` alone import lm_eval. Its import takes seconds, so it happens
+inside the functions.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlstm_eval.problems import did_you_mean
+from xlstm_eval.answering.batches import PROTOCOL
+from xlstm_eval.answering.coordinator import Coordinator, OneRank, Progress, Ranks, Tally
+from xlstm_eval.answering.journal import Answered, Journal
+from xlstm_eval.answering.sizes import BatchSizes
+from xlstm_eval.loading import LoadedSuite, leaves_of, load_suite
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
-from xlstm_eval.terminal import Progress, ProgressHook, quiet
+from xlstm_eval.terminal import quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FILE_BUILDERS = ("json", "csv", "parquet", "text")
-"""What a task file names as ``dataset_path`` to read its own ``data_files``."""
-
 
 @dataclass(frozen=True)
-class LoadedSuite:
-    """Hold a suite's lm-eval task objects, loaded once and used for every model."""
+class Session:
+    """Where an evaluation runs and what it keeps.
 
-    suite: Suite
-    tasks: dict[str, Any]  # name -> lm_eval Task or Group
-    manager: Any
-
-    def leaves(self) -> Iterator[tuple[SuiteTask, Any]]:
-        """Yield each lm-eval task with the suite's entry; the members of a group share one."""
-        for entry in self.suite.tasks:
-            for leaf in _leaves(self.tasks[entry.name]):
-                yield entry, leaf
-
-    def count_requests(self) -> int:
-        """Return how many requests lm-eval has built for the suite so far."""
-        total = 0
-        for _, leaf in self.leaves():
-            total += sum(instance.repeats for instance in leaf.instances or ())
-        return total
-
-
-def load_suite(suite: Suite) -> LoadedSuite:
-    """Find the suite's tasks, apply its overrides, and read their data.
-
-    Relative ``data_files`` are taken from the folder of the task file that names them.
-    Raises EvalError: no such folder, unknown task, data that cannot be loaded.
+    ``journal`` is a folder for answers until they are published, ``identity`` says which model is
+    asked what: answers under another identity are not used. ``batch_size`` is the rows of a forward
+    pass; None finds it, and keeps it in ``sizes`` for the models that are compared.
     """
-    with quiet():
-        manager = _find_tasks(suite)
-        tasks = {task.name: _load_task(manager, task.name) for task in suite.tasks}
-        loaded = LoadedSuite(suite, tasks, manager)
-        for entry, leaf in loaded.leaves():
-            _override(entry, leaf)
-    return loaded
+
+    batch_size: int | None = None
+    sizes: Path | None = None
+    journal: Path | None = None
+    identity: str = ""
+    ranks: Ranks = field(default_factory=OneRank)
+    progress: Progress | None = None
 
 
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     suite: Suite | LoadedSuite,
+    session: Session,
     *,
-    batch_size: int,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> EvaluationResult:
-    """Score a causal LM on every task of a suite, by lm-eval.
+    """Score a causal LM on every task of a suite, by lm-eval (rank 0).
 
-    ``progress(done, total)`` is called as requests finish. A LoadedSuite is not read again.
-    Raises EvalError: a task that needs a longer context than the model has, unsafe code that is not
-    confirmed, an unknown metric or filter, a score that is not finite.
+    The other ranks must call `help_to_evaluate` meanwhile. A LoadedSuite is not read again. Raises
+    EvalError: a task that needs a longer context than the model has, unsafe code that is not
+    confirmed, an unknown metric or filter, a score that is not finite, a request that does not fit
+    the device's memory.
     """
+    from xlstm_eval.answering.language_model import AskedModel
+
     started = time.perf_counter()
     loaded = suite if isinstance(suite, LoadedSuite) else load_suite(suite)
-    was_training, stderr = model.training, sys.stderr
-    with quiet() as warnings:
-        lm = _language_model(model, tokenizer, batch_size)
+    sizes = BatchSizes(session.batch_size, session.sizes)
+    progress = _on_terminal(session.progress, sys.stderr)
+    with _in_evaluation(model), quiet() as warnings:
+        lm = AskedModel(model, tokenizer, warnings, sizes, seed)
         _check(loaded, lm)
-        if progress is not None:
-            lm.set_cache_hook(ProgressHook(progress, loaded.count_requests, stderr))
+        lm.coordinator = Coordinator(
+            lm.compute, _journal(session), session.ranks, progress, loaded.count_requests
+        )
         raw = _run_all(lm, loaded, seed)
-    # lm-eval leaves the model in evaluation mode.
-    model.train(was_training)
+        lm.coordinator.finish()
+    batches = lm.coordinator.results()
+    said = [message for batch in batches for message in batch.warnings]
     samples = {leaf.task_name: raw["samples"][leaf.task_name] for _, leaf in loaded.leaves()}
     # Where the task files lie does not change what is asked.
     settings = loaded.suite.model_dump(mode="json", exclude={"include"})
@@ -100,8 +86,59 @@ def evaluate_model(
         seconds=time.perf_counter() - started,
         requests_hash=hash_requests(samples),
         settings_hash=hash_value([settings, seed]),
-        warnings=tuple(dict.fromkeys(warnings)),
+        # First those of the batches, in their order: also of other ranks and of earlier runs.
+        warnings=tuple(dict.fromkeys([*said, *warnings])),
+        protocol=_protocol(sizes, batches),
     )
+
+
+def help_to_evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, session: Session
+) -> None:
+    """Answer what rank 0 deals out while it is in `evaluate_model` (all other ranks)."""
+    from xlstm_eval.answering.language_model import BatchModel
+
+    with _in_evaluation(model), quiet() as warnings:
+        lm = BatchModel(model, tokenizer, warnings)
+        Coordinator(lm.compute, _journal(session), session.ranks).follow()
+
+
+def _journal(session: Session) -> Journal:
+    return Journal(session.journal, session.identity, session.ranks.index)
+
+
+def _protocol(sizes: BatchSizes, batches: Sequence[Answered]) -> dict[str, Any]:
+    """Say how the answers were made, as far as the suite does not: it goes into the results."""
+    return {
+        "version": PROTOCOL,
+        "batch": dict(sizes.used),
+        # Batches that did not fit the memory: their answers may differ in the last digits.
+        "halved": sum(batch.pieces > 1 for batch in batches),
+        "answer_seconds": round(sum(batch.seconds for batch in batches), 3),
+        "tokens": sum(batch.tokens for batch in batches),
+    }
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode for the block: lm-eval leaves it there."""
+    was_training = model.training
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _on_terminal(progress: Progress | None, stderr: Any) -> Callable[[Tally], None] | None:
+    """Give a caller's bar the terminal that `quiet` takes away."""
+    if progress is None:
+        return None
+
+    def report(tally: Tally) -> None:
+        with contextlib.redirect_stderr(stderr):
+            progress(tally)
+
+    return report
 
 
 def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -117,95 +154,6 @@ def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTok
         raw = _run_all(lm, loaded, seed=0)
     for entry in suite.tasks:
         pick_metric(entry, raw["results"][entry.name])
-
-
-def _find_tasks(suite: Suite) -> Any:
-    """Return lm-eval's index of tasks that knows every task of the suite."""
-    from lm_eval.tasks import TaskManager
-
-    folder = suite.include
-    if folder is not None and not folder.is_dir():
-        raise EvalError(f"suite.include: {folder} is not a folder. Give a folder of task files.")
-    path = None if folder is None else str(folder.resolve())
-    # lm-eval's own index takes seconds to read, so it is read only for a name that is not local.
-    manager = TaskManager(include_path=path, include_defaults=False)
-    local = manager.all_tasks
-    missing = [task.name for task in suite.tasks if task.name not in local]
-    if not missing:
-        return manager
-    manager = _with_defaults(path)
-    for name in missing:
-        if name not in manager.all_tasks:
-            hint = did_you_mean(name, local or manager.all_tasks)
-            raise EvalError(f"suite.tasks: unknown task {name!r}. {hint}")
-    return manager
-
-
-@functools.lru_cache(maxsize=4)
-def _with_defaults(path: str | None) -> Any:
-    """Read lm-eval's 14,000 own tasks and those of a folder: 8 seconds, so once a process."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=path, include_defaults=True)
-
-
-def _load_task(manager: Any, name: str) -> Any:
-    """Load one task or group; make a task file's relative data files absolute first."""
-    from datasets.exceptions import DatasetsError
-
-    spec = _task_spec(manager.task_index[name])
-    try:
-        loaded = manager.load([spec])
-    except (OSError, ValueError, KeyError, ImportError, DatasetsError) as error:
-        raise EvalError(f"suite.tasks: {name} cannot be loaded: {_first_line(error)}") from error
-    return loaded["groups"].get(name) or loaded["tasks"][name]
-
-
-def _task_spec(entry: Any) -> str | dict[str, Any]:
-    """Return what lm-eval loads a task from: its name, or its settings with absolute data files."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    if entry.yaml_path is None:
-        return str(entry.name)
-    config: dict[str, Any] = load_yaml(entry.yaml_path)
-    settings = config.get("dataset_kwargs") or {}
-    if config.get("dataset_path") not in FILE_BUILDERS or settings.get("data_files") is None:
-        return str(entry.name)
-    # lm-eval would take the paths from the working directory.
-    absolute = _absolute(settings["data_files"], Path(entry.yaml_path).parent)
-    return config | {"dataset_kwargs": settings | {"data_files": absolute}}
-
-
-def _absolute(files: Any, folder: Path) -> Any:
-    """Make ``data_files`` absolute: a path, a list of them, or a mapping by split."""
-    if isinstance(files, dict):
-        return {split: _absolute(value, folder) for split, value in files.items()}
-    if isinstance(files, list):
-        return [_absolute(value, folder) for value in files]
-    if "://" in files:
-        return files
-    path = (folder / files).resolve()
-    is_pattern = any(mark in files for mark in "*?[")
-    if not is_pattern and not path.exists():
-        raise EvalError(
-            f"data_files: {files} is not in {folder}. Paths are relative to the task file."
-        )
-    return str(path)
-
-
-def _override(entry: SuiteTask, leaf: Any) -> None:
-    """Apply the suite's settings of one task to lm-eval's task object."""
-    shots = entry.shots
-    if shots is None:
-        shots = leaf.get_config("num_fewshot") or 0
-    # Set even where it is the task's own number, so that the task object says what is run.
-    leaf.set_config(key="num_fewshot", value=shots)
-    # Only what the suite names changes; a task's stop sequences stay.
-    changes: dict[str, Any] = dict(entry.generation)
-    if entry.max_gen_tokens is not None:
-        changes["max_gen_toks"] = entry.max_gen_tokens
-    if changes and leaf.get_config("output_type") == "generate_until":
-        leaf.set_config(key="generation_kwargs", value=changes, update=True)
 
 
 def _check(loaded: LoadedSuite, lm: Any) -> None:
@@ -226,14 +174,6 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
                 f"{entry.name}.max_gen_tokens: {budget} leaves no room for a prompt; the model's "
                 f"context is {lm.max_length}. Give fewer."
             )
-
-
-def _language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -314,17 +254,7 @@ def _run(
 
 def _result_of(entry: SuiteTask, loaded: LoadedSuite, raw: dict[str, dict[str, Any]]) -> TaskResult:
     rows = []
-    for leaf in _leaves(loaded.tasks[entry.name]):
+    for leaf in leaves_of(loaded.tasks[entry.name]):
         rows.extend(raw["samples"][leaf.task_name])
     higher_is_better = raw["higher_is_better"].get(entry.name) or {}
     return task_result(entry, raw["results"][entry.name], rows, higher_is_better)
-
-
-def _leaves(task: Any) -> list[Any]:
-    from lm_eval.api.group import Group
-
-    return list(task.get_all_tasks()) if isinstance(task, Group) else [task]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

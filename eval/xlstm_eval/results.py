@@ -39,7 +39,7 @@ class EvaluationResult:
 
     ``requests_hash`` covers every request in order: task, item, prompt, generation settings. Two
     models with equal hashes were asked exactly the same. ``warnings`` are lm-eval's on truncated
-    prompts.
+    prompts. ``protocol`` is how they were answered (`harness._protocol`).
     """
 
     tasks: tuple[TaskResult, ...]
@@ -48,6 +48,7 @@ class EvaluationResult:
     requests_hash: str
     settings_hash: str
     warnings: tuple[str, ...] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
 
 def require_same_requests(hashes: Mapping[str, str], teacher: str = "teacher") -> None:

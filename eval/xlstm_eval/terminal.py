@@ -1,36 +1,11 @@
-"""Keep lm-eval's output off the terminal, and count its requests instead."""
+"""Keep lm-eval's output off the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator
-from typing import TextIO
-
-Progress = Callable[[int, int], None]
-"""Takes the requests that are done, and all of them."""
-
-
-class ProgressHook:
-    """Count finished requests: lm-eval calls its cache hook once for each.
-
-    ``count`` returns how many requests have been built so far, ``stderr`` is the terminal.
-    """
-
-    def __init__(self, progress: Progress, count: Callable[[], int], stderr: TextIO) -> None:
-        self._progress, self._count, self._stderr = progress, count, stderr
-        self._done = self._total = 0
-
-    def add_partial(self, *_: object) -> None:
-        # lm-eval builds the requests of one call before it runs the first. So all known ones are
-        # done at the very first request, and again when a second call has built its own.
-        if self._done == self._total:
-            self._total = self._count()
-        self._done += 1
-        # `quiet` has taken the terminal away; the caller's bar needs it back.
-        with contextlib.redirect_stderr(self._stderr):
-            self._progress(self._done, self._total)
+from collections.abc import Iterator
 
 
 class _Collect(logging.Handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
+from xlstm_eval.answering.coordinator import OneRank, Tally
+from xlstm_eval.harness import Session, check_suite, evaluate_model
+from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.metrics import compare, pair_results
 from xlstm_eval.records import EvalError
 from xlstm_eval.results import all_metrics, pick_metric, require_same_requests, write_samples
@@ -147,7 +150,7 @@ def loaded(folder: Path) -> LoadedSuite:
 
 @pytest.fixture(scope="module")
 def result(model: Any, tokenizer: Any, loaded: LoadedSuite) -> Any:
-    return evaluate_model(model, tokenizer, loaded, batch_size=16)
+    return evaluate_model(model, tokenizer, loaded, Session(batch_size=16))
 
 
 def test_scores_equal_decoding_one_item_at_a_time(result: Any) -> None:
@@ -187,12 +190,12 @@ def test_multiple_choice_equals_log_likelihoods_by_hand(
 
 
 def test_every_model_is_asked_the_same(tokenizer: Any, loaded: LoadedSuite, result: Any) -> None:
-    other = evaluate_model(tiny_model(1), tokenizer, loaded, batch_size=8)
+    other = evaluate_model(tiny_model(1), tokenizer, loaded, Session(batch_size=8))
     require_same_requests({"teacher": result.requests_hash, "student": other.requests_hash})
     assert other.settings_hash == result.settings_hash
     assert other.tasks != result.tasks
     fewer = Suite(include=loaded.suite.include, tasks=loaded.suite.tasks[:2], limit=5)
-    short = evaluate_model(tiny_model(1), tokenizer, fewer, batch_size=8)
+    short = evaluate_model(tiny_model(1), tokenizer, fewer, Session(batch_size=8))
     assert [task.samples for task in short.tasks] == [5, 5]
     with pytest.raises(EvalError, match="student: its requests differ from the teacher's"):
         require_same_requests({"teacher": result.requests_hash, "student": short.requests_hash})
@@ -201,7 +204,7 @@ def test_every_model_is_asked_the_same(tokenizer: Any, loaded: LoadedSuite, resu
 def test_the_same_model_ties_with_itself_at_another_batch_size(
     model: Any, tokenizer: Any, loaded: LoadedSuite, result: Any
 ) -> None:
-    again = evaluate_model(model, tokenizer, loaded, batch_size=5)
+    again = evaluate_model(model, tokenizer, loaded, Session(batch_size=5))
     found = compare("again", pair_results(result.tasks, again.tasks))
     assert (found.critical_tolerance, found.worst_drop, found.lossless) == (0.0, 0.0, True)
 
@@ -211,13 +214,13 @@ def test_tasks_resolve_from_any_folder_and_relative_path(
 ) -> None:
     monkeypatch.chdir(folder.parent)
     suite = Suite(include=Path(folder.name), tasks=(SuiteTask(name="first"),), limit=3)
-    assert evaluate_model(model, tokenizer, suite, batch_size=4).tasks[0].samples == 3
+    assert evaluate_model(model, tokenizer, suite, Session(batch_size=4)).tasks[0].samples == 3
 
 
 def test_overrides_reach_the_requests(folder: Path, model: Any, tokenizer: Any) -> None:
     task = SuiteTask(name="first", max_gen_tokens=2, generation={"until": "w0"})
     got = evaluate_model(
-        model, tokenizer, Suite(include=folder, tasks=(task,), limit=4), batch_size=4
+        model, tokenizer, Suite(include=folder, tasks=(task,), limit=4), Session(batch_size=4)
     )
     for row in got.samples["first"]:
         assert row["arguments"][0][1] == {"until": "w0", "max_gen_toks": 2, "do_sample": False}
@@ -229,23 +232,23 @@ def test_progress_counts_to_the_end_and_the_terminal_stays_clean(
 ) -> None:
     seen: list[tuple[int, int]] = []
     model.train()
-    evaluate_model(
-        model,
-        tokenizer,
-        loaded,
-        batch_size=16,
-        progress=lambda done, total: seen.append((done, total)),
-    )
+
+    def progress(tally: Tally) -> None:
+        seen.append((tally.done, tally.total))
+
+    evaluate_model(model, tokenizer, loaded, Session(batch_size=16, progress=progress))
     assert model.training
     model.eval()
     total = ITEMS * (1 + 1 + 3)
-    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert seen[0] == (0, total)
+    assert seen[-1] == (total, total)
+    assert seen == sorted(seen)
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_truncated_prompt_is_told(folder: Path, model: Any, tokenizer: Any) -> None:
     suite = Suite(include=folder, tasks=(SuiteTask(name="first", max_gen_tokens=60),), limit=4)
-    result = evaluate_model(model, tokenizer, suite, batch_size=4)
+    result = evaluate_model(model, tokenizer, suite, Session(batch_size=4))
     assert result.warnings
     assert all("truncat" in message.lower() for message in result.warnings)
 
@@ -294,7 +297,7 @@ def test_bad_suites_get_one_line(
 ) -> None:
     suite = Suite(**({"include": folder, "tasks": (SuiteTask(**task),), "limit": 2} | change))
     with pytest.raises(EvalError) as caught:
-        evaluate_model(model, tokenizer, suite, batch_size=2)
+        evaluate_model(model, tokenizer, suite, Session(batch_size=2))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     with pytest.raises(EvalError) as without_model:
@@ -333,7 +336,7 @@ def test_missing_data_and_unsafe_code_are_refused(
     (tmp_path / "code.yaml").write_text(GENERATE.format(name="code") + "unsafe_code: true\n")
     suite = Suite(include=tmp_path, tasks=(SuiteTask(name="code"),))
     with pytest.raises(EvalError, match=r"code: runs generated code\. Set confirm_run_unsafe_code"):
-        evaluate_model(model, tokenizer, suite, batch_size=2)
+        evaluate_model(model, tokenizer, suite, Session(batch_size=2))
     with pytest.raises(EvalError, match=r"code: runs generated code\. Set confirm_run_unsafe_code"):
         check_suite(suite, model.config, tokenizer)
 
@@ -384,3 +387,123 @@ def test_every_task_of_the_papers_suites_is_known_to_lm_eval() -> None:
     known = set(TaskManager().all_tasks)
     tasks = [*paper_suite("base").tasks, *paper_suite("instruct").tasks]
     assert {task.name for task in tasks} <= known
+
+
+class TwoRanks(OneRank):
+    """Rank 0 of two; the other one, a model of its own, computes when it gets its share."""
+
+    count = 2
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        from xlstm_eval.answering.language_model import BatchModel
+
+        self.other, self.made = BatchModel(model, tokenizer, []), 0
+
+    def scatter(self, values: Any) -> Any:
+        self.share = values[1] or []
+        self.made += len(self.share)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, [self.other.compute(batch) for batch in self.share]]
+
+
+@pytest.fixture(scope="module")
+def everything(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedSuite:
+    """Load tasks of every kind: greedy, drawn at random three times, choices, whole texts."""
+    root = tmp_path_factory.mktemp("everything")
+    greedy = (folder / "first.yaml").read_text().replace("data/", f"{folder}/data/")
+    drawn = greedy.replace("task: first", "task: drawn").replace(
+        "do_sample: false}", "do_sample: true, temperature: 0.9, top_k: 20}\nrepeats: 3"
+    )
+    choice = CHOICE.replace("data/", f"{folder}/data/")
+    texts = choice.partition("metric_list")[0].replace("task: choice", "task: texts")
+    texts = texts.replace("multiple_choice", "loglikelihood_rolling")
+    texts = texts.replace("doc_to_target: answer\ndoc_to_choice: choices\n", "")
+    texts = texts.replace("doc_to_text: question", 'doc_to_text: ""\ndoc_to_target: question')
+    texts += "metric_list:\n  - {metric: word_perplexity}\n"
+    for name, text in (("first", greedy), ("drawn", drawn), ("choice", choice), ("texts", texts)):
+        (root / f"{name}.yaml").write_text(text)
+    tasks = tuple(SuiteTask(name=name) for name in ("first", "drawn", "choice", "texts"))
+    return load_suite(Suite(include=root, tasks=tasks))
+
+
+class Interrupted(BaseException):
+    """Stands for a kill in the middle of an evaluation."""
+
+
+def test_one_rank_two_ranks_and_an_interrupted_evaluation_give_the_same_bits(
+    model: Any, tokenizer: Any, everything: LoadedSuite, tmp_path: Path
+) -> None:
+    whole = evaluate_model(model, tokenizer, everything, Session(batch_size=7))
+    ranks = TwoRanks(tiny_model(0), tokenizer)
+    shared = evaluate_model(model, tokenizer, everything, Session(batch_size=7, ranks=ranks))
+    assert ranks.made > 3
+    first: list[Tally] = []
+
+    def die(tally: Tally) -> None:
+        first.append(tally)
+        if tally.done > 60:
+            raise Interrupted
+
+    kept = Session(batch_size=7, journal=tmp_path, identity="m", progress=die)
+    with pytest.raises(Interrupted):
+        evaluate_model(model, tokenizer, everything, kept)
+    seen: list[Tally] = []
+    on = dataclasses.replace(kept, progress=seen.append)
+    resumed = evaluate_model(model, tokenizer, everything, on)
+    assert seen[-1].kept == first[-1].done > 60
+    assert seen[-1].done == seen[-1].total
+    for other in (shared, resumed):
+        assert other.samples == whole.samples
+        assert other.tasks == whole.tasks
+        assert other.requests_hash == whole.requests_hash
+    answers = [tuple(row["resps"][0]) for row in whole.samples["drawn"]]
+    assert all(len(given) == 3 for given in answers)
+    assert len({text for given in answers for text in given}) > len(answers)
+    assert whole.protocol["batch"] == {
+        "generate_until": 7,
+        "loglikelihood": 7,
+        "loglikelihood_rolling": 7,
+    }
+
+
+def test_drawn_answers_depend_on_the_question_alone(
+    model: Any, tokenizer: Any, everything: LoadedSuite
+) -> None:
+    (entry,) = (task for task in everything.suite.tasks if task.name == "drawn")
+    alone = Suite(include=everything.suite.include, tasks=(entry,), limit=5)
+    found = evaluate_model(model, tokenizer, alone, Session(batch_size=3))
+    several = evaluate_model(model, tokenizer, everything, Session(batch_size=7))
+    for row, other in zip(found.samples["drawn"], several.samples["drawn"], strict=False):
+        assert row["resps"] == other["resps"]
+    other_seed = evaluate_model(model, tokenizer, alone, Session(batch_size=3), seed=1)
+    assert other_seed.samples["drawn"] != found.samples["drawn"]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said(
+    model: Any, tokenizer: Any, loaded: LoadedSuite
+) -> None:
+    from xlstm_eval.answering.batches import Measured, form_batches, make_questions
+    from xlstm_eval.answering.language_model import BatchModel
+
+    class SmallMemory(BatchModel):
+        most = 3
+
+        def answer_at_once(self, batch: Any) -> list[Any]:
+            if len(batch.questions) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return super().answer_at_once(batch)
+
+    pairs = [(f"w{n} w{n + 1}", " w3 w4") for n in range(8)]
+    questions = make_questions("loglikelihood", pairs)
+    (batch,) = form_batches([Measured(q, 2, 2) for q in questions], 8)
+    small = SmallMemory(model, tokenizer, [])
+    halved, whole = small.compute(batch), BatchModel(model, tokenizer, []).compute(batch)
+    assert (halved.pieces, whole.pieces) == (4, 1)
+    for (value, greedy), (expected, same) in zip(halved.answers, whole.answers, strict=True):
+        assert value == pytest.approx(expected, abs=1e-5)
+        assert greedy == same
+    small.most = 0
+    with pytest.raises(EvalError, match=r"evaluate\.batch: one request of 4 tokens does not fit"):
+        small.compute(batch)

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.losses.plain import LossWeights
+from xlstm_distill.models.loading import empty_student
+from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.recipe import Align
-from xlstm_distill.runtime.ranks import is_main_process
+from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone
 from xlstm_distill.stages.distill import choose_trainable
 from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.training.accelerator import (
@@ -33,9 +37,10 @@ from xlstm_distill.training.accelerator import (
     reshard,
     shard_teacher,
 )
-from xlstm_distill.training.lora import add_lora, merged_state
+from xlstm_distill.training.checkpoints import Checkpoints
+from xlstm_distill.training.compilation import compile_parts
 from xlstm_distill.training.objectives import AlignObjective, DistillObjective, Objective
-from xlstm_distill.training.optim import make_optimizer
+from xlstm_distill.training.state import TrainingState
 
 ROWS, MICRO_BATCH, TOKENS, STEPS = 8, 2, 32, 4
 
@@ -58,7 +63,7 @@ def batch(ids: torch.Tensor) -> Batch:
     )
 
 
-def make_objective(options: dict[str, Any]) -> tuple[Objective, Any]:
+def make_objective(options: dict[str, Any], accelerator: Any) -> tuple[Objective, Any]:
     """Make an objective and the student it trains."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -69,6 +74,13 @@ def make_objective(options: dict[str, Any]) -> tuple[Objective, Any]:
     teacher = LlamaForCausalLM(config).eval()
     align = options.get("stage") == "align"
     student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=align)
+    saved = None
+    if "by_shards" in options and accelerator.distributed_type == DistributedType.FSDP:
+        saved = Path(sys.argv[1]).with_name(options["by_shards"])
+        if is_main_process():
+            student.save_pretrained(saved)
+        wait_for_everyone()
+        student = empty_student(saved, torch.float32)
     if options.get("checkpoint"):
         checkpoint_activations(student)
     if align:
@@ -78,8 +90,9 @@ def make_objective(options: dict[str, Any]) -> tuple[Objective, Any]:
     else:
         choose_trainable(student, options.get("trainable", "all"))
     if options.get("shard_teacher"):
-        shard_teacher(teacher)
-    return DistillObjective(student, OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)), student
+        shard_teacher(teacher, accelerator)
+    targets, weights = OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)
+    return DistillObjective(student, targets, weights, saved), student
 
 
 def reduction(wrapped: Any) -> torch.dtype:
@@ -100,23 +113,30 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     """Train once; returns weights and figures, on the main process."""
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype=options.get("dtype", "float32")))
     accelerator = make_accelerator(recipe)
-    objective, student = make_objective(options)
-    optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
-    optimizer = make_optimizer(objective.named_parameters(), optim)
-    wrapped, optimizer = prepare(
-        accelerator, objective, optimizer, micro_batch=MICRO_BATCH, clip=1.0
-    )
+    objective, student, wrapped, optimizer = prepared(options, accelerator)
+    units = [name for name, module in wrapped.named_modules() if isinstance(module, FSDPModule)]
     figures = []
     with torch.no_grad():  # as validation before training does
         wrapped(batch(rows(100)))
         reshard(wrapped)
     for step in range(STEPS):
+        if step == options.get("resume_at"):
+            state = TrainingState(objective, optimizer)
+            checkpoints = Checkpoints(Path(sys.argv[1]).parent / "checkpoints", keep=1)
+            facts = {"layout": state.layout(), "replicas": state.replicas()}
+            checkpoints.save(step, state.tensors(), facts)
+            accelerator = make_accelerator(recipe)  # as another start of the command
+            objective, student, wrapped, optimizer = prepared(options, accelerator)
+            found = checkpoints.latest(print)
+            assert found is not None
+            assert TrainingState(objective, optimizer).load(found)  # exact
         wrapped.train()
         mine = rows(step)[accelerator.process_index :: accelerator.num_processes]
-        parts = mine.split(MICRO_BATCH)
+        parts = mine.split(options.get("micro_batch", MICRO_BATCH))
         total = torch.zeros(())
         for n, part in enumerate(parts):
-            with micro_step(accelerator, wrapped, last=n == len(parts) - 1):
+            last, wait = n == len(parts) - 1, options.get("wait", False)
+            with micro_step(accelerator, wrapped, last=last, wait=wait):
                 loss = wrapped(batch(part)).loss
                 accelerator.backward(loss * (accelerator.num_processes / (ROWS * TOKENS)))
             total += loss.detach()
@@ -124,7 +144,7 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         loss_of_step = float(accelerator.reduce(total, "sum")) / (ROWS * TOKENS)
-        figures.append((loss_of_step, norm))
+        figures.append((loss_of_step, float(norm)))
     weights = full_state_dict(accelerator, student)
     if accelerator.is_main_process and options.get("trainable") == "lora":
         weights = merged_state(weights, rank=4, alpha=8)
@@ -132,8 +152,20 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
         "weights": weights,
         "figures": figures,
         "kind": accelerator.distributed_type.name,
+        "replicas": TrainingState(objective, optimizer).replicas(),
+        "units": units,
         "reduction": str(reduction(wrapped)),
     }
+
+
+def prepared(options: dict[str, Any], accelerator: Any) -> tuple[Any, Any, Any, Any]:
+    """Make and wrap an objective and its optimiser, compiled where the options say so."""
+    objective, student = make_objective(options, accelerator)
+    optim = Align(tokens=4096, batch=ROWS, lr=1e-2)
+    wrapped, optimizer = prepare(accelerator, objective, optim, micro_batch=MICRO_BATCH, clip=1.0)
+    if options.get("compile"):
+        compile_parts(objective, backend="aot_eager")
+    return objective, student, wrapped, optimizer
 
 
 if __name__ == "__main__":

@@ -106,6 +106,16 @@ def flush_upwards(folder: Path, top: Path) -> None:
         flush_directory(folder)
 
 
+def remove_directory(path: Path, name: str) -> None:
+    """Remove a directory under another name, so that a killed process leaves no half of it.
+
+    `name` is that of the artifact, whose next publishing removes what is left.
+    """
+    going = path.with_name(f".{name}.{uuid.uuid4().hex[:12]}.old")
+    path.rename(going)
+    shutil.rmtree(going)
+
+
 def replace_directory(source: Path, final: Path, kept: Path | None = None) -> None:
     """Rename a complete directory into place, on the disk; a failure leaves both as they were.
 

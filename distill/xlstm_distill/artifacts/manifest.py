@@ -35,7 +35,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not a manifest; delete {folder} to make it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a manifest; delete {folder} to make it again.")
-    needed = REQUIRED
+    needed: tuple[str, ...] = REQUIRED
     if isinstance(content.get("format"), int) and content["format"] >= FILES_SINCE:
         needed = (*REQUIRED, "files", "results")
     for key in needed:

@@ -177,10 +177,8 @@ class Run(Shelf):
                 else:
                     self._complete(request, build, gathered)
             wait_for_everyone()
+            # Found, and on the disk: the work directory with its checkpoints goes last, in here.
             artifact = self.need(request)
-            if is_main_process():
-                # Checkpoints go last: the artifact is on the disk by now.
-                shutil.rmtree(self.work_directory(request), ignore_errors=True)
         return replace(artifact, reused=False)
 
     def say_why(self, request: Request, console: Console) -> None:
@@ -211,6 +209,10 @@ class Run(Shelf):
                 f"{self.rank_patience:.0f} s; the run directory must lie on a file system that all "
                 "machines share."
             )
+        work = self.work_directory(request)
+        if is_main_process() and work.exists():
+            # Checkpoints go last; a process that died before that leaves them: hundreds of GB.
+            shutil.rmtree(work, ignore_errors=True)
         return found
 
     def _follow(self, request: Request) -> Artifact | None:

@@ -10,12 +10,42 @@ from xlstm_distill.artifacts.artifact import KEPT_CHARACTERS, Artifact, Request
 from xlstm_distill.artifacts.changes import in_a_line
 from xlstm_distill.artifacts.files import flush_upwards, replace_directory
 from xlstm_distill.artifacts.locks import wait_for
-from xlstm_distill.artifacts.manifest import read_manifest
-from xlstm_distill.errors import RunError
+from xlstm_distill.artifacts.manifest import MANIFEST, read_manifest
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime.console import Console, byte_size
 
 KEPT = re.compile(rf"(.+)\.kept-[0-9a-f]{{{KEPT_CHARACTERS}}}")
 """Names of folders with artifacts of other settings; the group is the artifact's own name."""
+
+
+def folders_of(run: Path) -> list[tuple[str, Path]]:
+    """Label and folder of all artifacts of a run, also of those that are kept, by name.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    artifacts = run / "artifacts"
+    if not artifacts.is_dir():
+        raise UserError(
+            f"RUN: {run} is no run directory (it has no folder 'artifacts'); "
+            "give the one that 'run' wrote."
+        )
+    found: list[tuple[str, Path]] = []
+    # `stage` or `stage/name`: deeper folders hold shards and samples by the thousand.
+    paths = [*artifacts.glob(f"*/{MANIFEST}"), *artifacts.glob(f"*/*/{MANIFEST}")]
+    for path in sorted(paths):
+        folder = path.parent.relative_to(artifacts)
+        # Drafts and gathered shards lie in hidden folders beside the artifacts.
+        if not any(name.startswith(".") for name in folder.parts):
+            kept = KEPT.fullmatch(folder.name)
+            label = folder.with_name(kept[1]) if kept else folder
+            found.append((label.as_posix(), path.parent))
+    return found
+
+
+def lock_file(run: Path, label: str) -> Path:
+    """The lock that gives the right to publish an artifact, or to move it."""
+    return run / ".locks" / label.replace("/", "-")
 
 
 class Shelf:
@@ -123,7 +153,7 @@ class Shelf:
         A file system without locks gives it to everyone. Then two runs can only disturb each other
         when they publish at the very same moment.
         """
-        return wait_for(self.locks / request.label.replace("/", "-"))
+        return wait_for(lock_file(self.directory, request.label))
 
     def not_there(self, request: Request) -> RunError:
         """The error for an artifact that is missing, or made from other settings."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from xlstm_distill.cli import inspect, recipes, run, validate
+from xlstm_distill.cli import inspect, recipes, run, upkeep, validate
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(
@@ -32,6 +32,8 @@ for command in (
     validate.validate,
     inspect.plan,
     inspect.status,
+    upkeep.verify,
+    upkeep.clean,
     inspect.score,
     inspect.schema,
 ):

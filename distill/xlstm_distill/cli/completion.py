@@ -64,6 +64,16 @@ def experts(context: typer.Context, incomplete: str) -> list[str]:
     return [name for name in recipe.distill.experts if name.startswith(incomplete)]
 
 
+def models(context: typer.Context, incomplete: str) -> list[str]:
+    """Models that the recipe on the command line evaluates."""
+    from xlstm_distill.stages.lineage import Lineage
+
+    recipe = _recipe(context)
+    if recipe is None:
+        return []
+    return [name for name in Lineage(recipe).evaluated_models() if name.startswith(incomplete)]
+
+
 def gpus(incomplete: str) -> list[str]:
     """GPUs that `plan` knows."""
     from xlstm_distill.planning.machine import GPUS

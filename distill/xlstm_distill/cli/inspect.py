@@ -24,12 +24,16 @@ def status(
     with one_line_errors(debug):
         # Inside the function, as in every command: `--help` imports this module.
         from xlstm_distill.stages.status import read_status, status_table, to_json
+        from xlstm_distill.stages.upkeep import kept_lines, read_kept
 
-        stages = read_status(run_dir)
+        stages, kept = read_status(run_dir), read_kept(run_dir)
         if as_json:
-            typer.echo(to_json(stages))
+            typer.echo(to_json(stages, kept))
         else:
-            Console().rich().print(status_table(stages))
+            console = Console()
+            console.rich().print(status_table(stages))
+            for line in kept_lines(kept):
+                console.line(line)
 
 
 def score(

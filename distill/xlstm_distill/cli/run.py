@@ -175,6 +175,15 @@ def merge(
 def evaluate(
     recipe: RecipePath,
     run_dir: RunPath = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Measure this model alone: teacher, merged or an expert (or its index, from 0).",
+            show_default="all, one by one",
+            autocompletion=completion.models,
+        ),
+    ] = None,
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
@@ -183,7 +192,7 @@ def evaluate(
 ) -> None:
     """Measure teacher and students on the recipe's tasks."""
     asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
-    _one_stage("evaluate", asked, debug)
+    _one_stage("evaluate", asked, debug, model=model)
 
 
 def report(

@@ -49,6 +49,11 @@ class SourceProgress:
     )
     reason: str | None = None
 
+    def __post_init__(self) -> None:
+        # Read from a checkpoint: an earlier version's order of reading is another one.
+        if self.position.keys() != asdict(Position()).keys():
+            raise ValueError("another version of this package wrote how far the sources are read")
+
     @property
     def documents(self) -> int:
         """Documents used so far, including those left out."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import time
 import zipfile
@@ -32,6 +31,7 @@ from xlstm_distill.data.workers import tokenizing
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console, Progress, short
+from xlstm_distill.runtime.pool import free_cores
 
 CHECKPOINT = "checkpoint.npz"
 PROGRESS = "progress.json"
@@ -156,12 +156,7 @@ class Preparation:
         # Each worker imports transformers, which takes seconds.
         if (self.needed - self.writer.rows) * self.recipe.data.context < WORTH_WORKERS:
             return 0
-        if hasattr(os, "sched_getaffinity"):
-            # A Slurm job may use fewer cores than the machine has.
-            cores = len(os.sched_getaffinity(0))
-        else:
-            cores = os.cpu_count() or 1
-        return min(cores - 1, MOST_WORKERS)
+        return min(free_cores(), MOST_WORKERS)
 
     def _fill(self) -> None:
         """Read, pack and write until there are enough rows or the sources are dry."""
@@ -239,15 +234,17 @@ class Preparation:
                 state = json.loads(saved["state"].tobytes())
                 for shard in state["shards"]:
                     check_shard(self.folder, shard)
+                complete, seconds = state["complete"], state["seconds"]
+                progress = [SourceProgress(**own) for own in state["progress"]]
+                # Last: a packer that is half restored could not start over.
                 self.packer.restore(saved)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, RunError) as error:
             self.console.line(
                 f"{self.label}: {self.folder} cannot be used ({error}); starting over."
             )
             return
-        self.complete, self.seconds = state["complete"], state["seconds"]
+        self.complete, self.seconds, self.progress = complete, seconds, progress
         self.writer.shards, self.writer.totals = state["shards"], state["totals"]
-        self.progress = [SourceProgress(**progress) for progress in state["progress"]]
         self.console.line(f"{self.label}: going on after {self.writer.rows} of {self.needed} rows.")
 
     def _results(self) -> dict[str, Any]:

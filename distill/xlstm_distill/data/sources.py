@@ -35,6 +35,8 @@ STYLES = (("messages",), ("prompt", "response"), ("text",))
 """Roles of the columns of each style, in the order in which they are looked for."""
 ROLES = ("messages", "system", "prompt", "response", "text")
 NAME_COLUMNS = "Name the right ones with messages, prompt and response, or text."
+TABLES = {"parquet", "arrow"}
+"""Formats that are read a row group at a time."""
 LIST_ERRORS = (
     OSError,
     ValueError,
@@ -46,19 +48,23 @@ LIST_ERRORS = (
 )
 """What `datasets` raises, besides its own errors, on a data set or folder that it cannot read."""
 Document = Mapping[str, Any]
+HEAD_RECORDS = 1024
+"""Records at the start of each file that are read before any file is read whole."""
+HEAD_RECORDS_OF_TABLES = 8192
+"""The same of Parquet and Arrow, which are read a row group at a time: often 1,000 rows to all."""
 
 
 @dataclass(frozen=True)
 class Position:
     """A place between two documents of a source, as JSON values; reading goes on from it exactly.
 
-    file: number of the file, in the order of reading.
-    record: records of this file before the place.
+    visit: number of the visit to a file, in the order of reading.
+    record: records of its file before the place.
     read: documents of the source before the place.
     state: state of the file's reader.
     """
 
-    file: int = 0
+    visit: int = 0
     record: int = 0
     read: int = 0
     state: dict[str, Any] | None = None
@@ -71,6 +77,36 @@ class _File:
     label: str
     read: Reader
     remote: bool = False
+    head: int = HEAD_RECORDS_OF_TABLES
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """Records of a file that are read in one go: from `first` up to `stop`, or to the end."""
+
+    file: _File
+    first: int = 0
+    stop: int | None = None
+
+    def take(self, records: list[Document], number: int) -> list[Document]:
+        """Take this visit's share of records, the first of which has this number."""
+        stop = None if self.stop is None else self.stop - number
+        return records[max(0, self.first - number) : stop]
+
+
+def _visits(files: Sequence[_File], seed: int) -> list[_Visit]:
+    """Order the reading of files: first the head of every file, then the rest of every file.
+
+    Both in the same order, drawn from the seed. A few percent of a large data set thus come from
+    files from everywhere, where whole files would be a handful.
+    """
+    if len(files) == 1:
+        return [_Visit(files[0])]
+    # From the seed alone, so that reading goes on in the same order after a restart.
+    order = np.random.default_rng(seed).permutation(len(files))
+    shuffled = [files[number] for number in order]
+    heads = [_Visit(file, stop=file.head) for file in shuffled]
+    return heads + [_Visit(file, first=file.head) for file in shuffled]
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -98,8 +134,9 @@ class SourceReader:
     """Read a source in chunks of documents.
 
     A document has the columns `messages`; `prompt`, `response` and perhaps `system`; or `text`.
-    Files are read in an order drawn from the seed: a budget that ends early has then seen files
-    from everywhere. `field` is the source's dotted path, for messages.
+    Of several files, the head of each is read first, then the rest of each, in an order drawn from
+    the seed: a budget that ends early has then seen files from everywhere. `field` is the source's
+    dotted path, for messages.
     """
 
     def __init__(self, source: Source, field: str, seed: int) -> None:
@@ -121,23 +158,22 @@ class SourceReader:
         if self.source.generator is not None:
             yield from self._generated(start)
             return
-        files = self._files()
-        # From the seed alone, so that reading goes on in the same order after a restart.
-        order = np.random.default_rng(self.seed).permutation(len(files))
+        visits = _visits(self._files(), self.seed)
         self._columns = self._named_columns()
         # The file to go on with may have other columns than the one that the choice was made by.
         if start.read and not self._columns:
-            self._settle_columns([files[number] for number in order])
+            self._settle_columns(visits)
         here, read = start, start.read
-        for number in order[start.file :]:
-            for position, documents in self._records(files[number], here):
+        for visit in visits[start.visit :]:
+            for position, documents in self._records(visit, here):
                 if self.source.documents is not None:
                     documents = documents[: self.source.documents - position.read]
                 if not documents:
                     return
-                yield position, Chunk(documents, self.field, files[number].label, position.record)
+                number = max(position.record, visit.first)
+                yield position, Chunk(documents, self.field, visit.file.label, number)
                 read = position.read + len(documents)
-            here = Position(file=here.file + 1, read=read)
+            here = Position(visit=here.visit + 1, read=read)
         if read == 0:
             raise UserError(
                 f"{self.field}: {self.source.path!r}, split {self.source.split!r}, has no "
@@ -159,11 +195,11 @@ class SourceReader:
             done = position.record + len(batch)
             position = Position(record=done, read=done)
 
-    def _records(self, file: _File, start: Position) -> Iterator[tuple[Position, list[Document]]]:
-        """Yield a file's documents in batches, and where they begin."""
-        position = start
+    def _records(self, visit: _Visit, start: Position) -> Iterator[tuple[Position, list[Document]]]:
+        """Yield a visit's documents in batches, and where they begin."""
+        position, file = start, visit.file
         batches = file.read(start.state)
-        while True:
+        while visit.stop is None or position.record < visit.stop:
             try:
                 found = next(batches, None)
             # Each format and decompressor has errors of its own. Nothing but reading can fail here.
@@ -172,11 +208,13 @@ class SourceReader:
             if found is None:
                 return
             batch, state = found
-            documents = self._documents(batch, file, position)
-            yield position, documents
+            records = self._documents(batch, file, position)
+            documents = visit.take(records, position.record)
+            if documents:
+                yield position, documents
             position = Position(
-                file=position.file,
-                record=position.record + len(documents),
+                visit=position.visit,
+                record=position.record + len(records),
                 read=position.read + len(documents),
                 state=state,
             )
@@ -235,11 +273,11 @@ class SourceReader:
             f"response, text; it has {', '.join(sorted(batch))}. {NAME_COLUMNS}"
         )
 
-    def _settle_columns(self, files: Sequence[_File]) -> None:
+    def _settle_columns(self, visits: Sequence[_Visit]) -> None:
         """Choose columns by the first file with a record, as reading from the beginning does."""
-        for file in files:
+        for visit in visits:
             # `_documents` has kept the choice by then.
-            if next(self._records(file, Position()), None):
+            if next(self._records(visit, Position()), None):
                 return
 
     def _files(self) -> list[_File]:
@@ -286,7 +324,8 @@ class SourceReader:
             )
         # Empty files have no format to check, and some libraries refuse them.
         sized = [file for file in files if file.stat().st_size]
-        return [_File(str(file), file_reader(file, sample_by)) for file in sized]
+        head = HEAD_RECORDS_OF_TABLES if formats.keys() & TABLES else HEAD_RECORDS
+        return [_File(str(file), file_reader(file, sample_by), head=head) for file in sized]
 
     def _hub_files(self) -> list[_File]:
         """List the files of hub data that our readers read, else the shards of `datasets`."""
@@ -305,7 +344,7 @@ class SourceReader:
         # File by file, so that a bad record is named by its file and line.
         if reader and addresses:
             return [
-                _File(f"{name}, {address}", reader(str(address)), remote=True)
+                _File(f"{name}, {address}", reader(str(address)), remote=True, head=HEAD_RECORDS)
                 for address in addresses
             ]
         data = builder.as_streaming_dataset(split=source.split)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from concurrent.futures import Future
 
 import transformers
 
 from xlstm_distill.data.tokenization import Chunk, ChunkTokenizer, Tokens
-from xlstm_distill.errors import RunError
+from xlstm_distill.runtime.pool import worker_pool
 
-SIGNAL_SECONDS = 0.5
-"""How far apart the processes of a job may get the same signal (seconds)."""
+DIED = (
+    "data: a process that tokenises has died, perhaps for lack of memory; run the command again "
+    "to go on from the last finished shard, with fewer data.workers if it happens again."
+)
 
 Submit = Callable[[Chunk], "Future[list[Tokens]]"]
 
@@ -39,22 +36,8 @@ def tokenizing(tokenizer: ChunkTokenizer, workers: int) -> Iterator[tuple[Submit
     if workers == 0:
         yield lambda chunk: _tokenize_here(tokenizer, chunk), 1
         return
-    # Spawned, because a fork of a process with threads or a device can hang.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer,))
-    try:
+    with worker_pool(workers, DIED, _start_worker, (tokenizer,)) as pool:
         yield lambda chunk: pool.submit(_tokenize_in_worker, chunk), 2 * workers
-    except BrokenProcessPool as error:
-        # The signal that ended the worker may be on its way to this process too. After this wait
-        # it has arrived and counts as a stop, not as an error.
-        time.sleep(SIGNAL_SECONDS)
-        raise RunError(
-            "data: a process that tokenises has died, perhaps for lack of memory; run the command "
-            "again to go on from the last finished shard, with fewer data.workers if it happens "
-            "again."
-        ) from error
-    finally:
-        # Also after an error: workers that are left would keep the program from ending.
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _tokenize_here(tokenizer: ChunkTokenizer, chunk: Chunk) -> Future[list[Tokens]]:
@@ -64,29 +47,13 @@ def _tokenize_here(tokenizer: ChunkTokenizer, chunk: Chunk) -> Future[list[Token
 
 
 def _start_worker(tokenizer: ChunkTokenizer) -> None:
-    """Prepare a worker process: quiet, on one core, and ended by its parent alone."""
+    """Prepare a worker process: quiet, and on one core."""
     global _tokenizer_of_worker
     # One core a worker: the pool has as many workers as there are free cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A terminal sends these to the whole process group. The parent handles them, finishes what is
-    # under way and ends its workers, by SIGTERM if need be.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     # Otherwise a warning for every document longer than the model's context.
     transformers.utils.logging.set_verbosity_error()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer_of_worker = tokenizer
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is gone.
-
-    A killed parent cannot end its workers. They would wait for work from it forever.
-    """
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _tokenize_in_worker(chunk: Chunk) -> list[Tokens]:

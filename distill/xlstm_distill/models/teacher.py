@@ -32,8 +32,11 @@ def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalL
     check_teacher(config)
     # Never a pickle, from the hub neither: it can run code when it is loaded.
     options = {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
-    model = _load(AutoModelForCausalLM, config, "a model", **options)
-    return model.eval().to(device)
+    # Each tensor goes from the mapped file to its device. Ranks of a node share the file's pages,
+    # and none holds a copy of the model in host memory.
+    place = {"": torch.device(device)}
+    model = _load(AutoModelForCausalLM, config, "a model", **options, device_map=place)
+    return model.eval()
 
 
 def load_tokenizer(config: Teacher) -> Any:

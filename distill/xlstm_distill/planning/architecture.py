@@ -136,7 +136,7 @@ def _new_parameters(a: Architecture, mixer: MixerConfig) -> int:
 
 
 def lora_parameters(a: Architecture, rank: int) -> int:
-    """Count adapters of a rank on every projection of every layer (`training.lora.add_lora`).
+    """Count adapters of a rank on every projection of every layer (`models.lora.add_lora`).
 
     An adapter of a projection from m to n numbers has rank * (m + n) parameters.
     """

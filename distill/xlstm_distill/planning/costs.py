@@ -237,7 +237,9 @@ def merge_cost(planner: Planner) -> StageCost:
 
 def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:
     """Cost an evaluation: memory alone, because hours depend on how long the answers are."""
-    rows = planner.recipe.evaluate.batch
+    batch = planner.recipe.evaluate.batch
+    # The evaluation itself looks for the number that fits: one row must.
+    rows = 1 if batch == "auto" else batch
     name = "student" if student else "teacher"
     memory = functools.partial(evaluation_memory, student=student)
     inputs = planner.memory_inputs(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field
 
@@ -51,7 +52,10 @@ class Evaluate(Section):
         default=None, description="Folder of lm-eval YAML tasks, relative to the recipe."
     )
     tasks: tuple[EvalTask, ...] = Field(min_length=1, description="The tasks.")
-    batch: Count = Field(default=8, description="Prompts per forward pass.")
+    batch: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Prompts per forward pass; auto tries what fits the memory, 32 on a CPU.",
+    )
     apply_chat_template: Flag = Field(
         default=False, description="Wrap prompts in the teacher's chat template."
     )

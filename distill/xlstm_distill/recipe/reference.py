@@ -41,6 +41,24 @@ xlstm-distill run mine/quickstart.yaml --set align.lr=0.003
 - Token budgets count all tokens of the rows, padding included. A budget is rounded up to whole
   optimiser steps.
 """
+CHOICES = """\
+## What the paper leaves open
+
+The recipes of the paper's models mark each line: "paper" or "chosen". These choices have no line:
+
+- **Prompts** are context and not learnt: stage II counts answers only. Eq. 13 sums over all tokens.
+- **Stage I** is done once for all experts. The paper may align each anew.
+- **The loss of stage I** is the mean over real tokens of the sum over layers, heads and features.
+  Eq. 12 sums over tokens too; AdamW does not see the difference.
+- **Weight decay** spares gates, norms and biases.
+- **Gates** have biases. The output gate reads queries, keys and values before RoPE.
+- **Initial values**: feature maps are the identity, gates are constant.
+- **A window** of W is W keys, the query's own included. A sink inside it counts once.
+- **Query and key maps** stay modules of their own. Fig. 2 draws them merged after stage I.
+- **Targets** are the top k of the teacher's distribution. Appendix B.2 speaks of sampled ones.
+- **Long documents** are split into rows.
+- **Metrics** of tasks are named by the paper's figures: [metric.md](metric.md).
+"""
 
 
 def json_schema() -> dict[str, Any]:
@@ -81,7 +99,7 @@ def reference(schema: Schema) -> str:
         text = " ".join(section.get("description", "").split())
         table = ["| Key | Value | Default | Meaning |", "|---|---|---|---|", *rows]
         parts.append("\n".join([title, "", text, "", *table, ""]))
-    return "\n".join(parts)
+    return "\n".join([*parts, CHOICES])
 
 
 def _sections(section: Schema, schema: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:

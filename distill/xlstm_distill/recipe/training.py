@@ -32,6 +32,9 @@ FINAL_LR = (
     "one step after the last."
 )
 
+EPS = "AdamW's divisor is the root of the second moment plus this."
+CLIP = "Largest norm of the gradient; null means no clipping."
+
 
 class Capture(Section):
     """How the teacher's next-token distributions reach the distill stage."""
@@ -65,6 +68,12 @@ class Capture(Section):
         description="Minimum number of tokens to keep with `mass` (at most `top_k`).",
     )
     batch: Count = Field(default=8, description="Rows per forward pass of the teacher (rows).")
+    workers: CountOrZero | None = Field(
+        default=None,
+        description="Processes that code targets beside the teacher's forward pass; 0 means none. "
+        "null means, on a GPU, one per free core (at most 8), and none on a CPU. The targets are "
+        "the same for any number.",
+    )
     shard_teacher: Flag = Field(
         default=False,
         description="Spread the layers of an online teacher over the processes, as FSDP2 does.",
@@ -76,6 +85,10 @@ class Capture(Section):
             yield FieldError(
                 "shard_teacher",
                 "true has no effect with targets 'stored'; set targets to 'online'.",
+            )
+        if self.workers is not None and self.targets == "online":
+            yield FieldError(
+                "workers", "has no effect with targets 'online'; set it to null or leave it out."
             )
         # A recipe written out in full names min_k even where it is not used.
         if self.min_k == type(self).model_fields["min_k"].default:
@@ -113,10 +126,10 @@ class Optimization(Section):
     betas: tuple[BelowOne, BelowOne] = Field(
         default=(0.9, 0.95), description="AdamW's decay rates of the two moments."
     )
-    # The paper clips at 1.0 in stage II. Here stage I clips too.
-    clip: Positive | None = Field(
-        default=1.0, description="Largest norm of the gradient; null means no clipping."
-    )
+    # The paper gives none; this is torch's own.
+    eps: Positive = Field(default=1e-8, description=EPS)
+    # The paper clips at 1.0 in stage II.
+    clip: Positive | None = Field(default=1.0, description=CLIP)
     non_finite: Literal["stop", "skip"] = Field(
         default="stop",
         description="What happens when a loss or gradient is not finite: `stop` ends the training; "
@@ -156,6 +169,11 @@ class Align(Optimization):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="cosine", description="Course of the learning rate after warm-up."
     )
+    # Not 1e-8: gradients have the scale of the teacher's values, and those of feature maps would
+    # be below it at 8B shapes, while weight decay keeps its force (docs/losses.md).
+    eps: Positive = Field(default=1e-15, description=EPS)
+    # A norm to clip at would act at every step of one teacher and at none of another.
+    clip: Positive | None = Field(default=None, description=CLIP)
     domains: Mixture | None = Field(
         default=None,
         description="Share of each domain in the tokens, relative; null means equal shares.",
@@ -300,6 +318,12 @@ class Training(Section):
         default="auto",
         description="Compile each decoder layer with torch.compile (stage I: each mixer). `auto` "
         "is `on` on CUDA and `off` on a CPU.",
+    )
+    reduce: Literal["auto", "every", "last"] = Field(
+        default="auto",
+        description="When FSDP2 reduces gradients over the GPUs: at `every` micro-batch; at the "
+        "`last` of a step, which takes 4 bytes a trained parameter on every GPU; or `auto`: `last` "
+        "where the memory measured in the first step leaves room for that.",
     )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         default=(),

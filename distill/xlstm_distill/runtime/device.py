@@ -26,6 +26,12 @@ def peak_bytes(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def usable_bytes(device: torch.device) -> int:
+    """Return the memory of a CUDA device that this process may have: what it holds and is free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
 def forget_peak() -> None:
     """Let `peak_bytes` begin again at what is held now; on macOS the peak cannot be forgotten."""
     if torch.cuda.is_initialized():

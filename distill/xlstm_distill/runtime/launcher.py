@@ -27,7 +27,8 @@ class Layout:
     """How a run is spread over processes: as a launcher asked for it, or as it runs.
 
     `sharding` is the version of FSDP or the stage of ZeRO; `precision` is None where none was
-    named.
+    named. With `replicas` above 1, FSDP shards over a group of processes (a node), and each group
+    holds a replica (HSDP).
     """
 
     kind: Kind
@@ -35,13 +36,22 @@ class Layout:
     sharding: int | None = None
     precision: str | None = None
     activation_checkpointing: bool = False
+    replicas: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Processes that a replica is cut over."""
+        return self.processes // self.replicas
 
     def __str__(self) -> str:
         if self.kind == "single":
             return "one process"
         name = {"ddp": "DDP", "fsdp": "FSDP", "deepspeed": "DeepSpeed ZeRO-"}[self.kind]
         sharding = "" if self.sharding is None else str(self.sharding)
-        return f"{name}{sharding} on {self.processes} processes"
+        groups = (
+            "" if self.replicas == 1 else f" ({self.replicas} replicas of {self.shards} shards)"
+        )
+        return f"{name}{sharding} on {self.processes} processes{groups}"
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -70,12 +80,47 @@ def asked_layout(environment: Mapping[str, str] = os.environ) -> Layout:
         # 1, as accelerate has it. `_refuse` lets 2 alone through where it is set.
         version = int(environment.get("FSDP_VERSION", "1"))
         checkpointing = is_true(environment, "FSDP_ACTIVATION_CHECKPOINTING")
-        return Layout("fsdp", processes, version, precision, checkpointing)
+        replicas = _replicas(environment, processes)
+        return Layout("fsdp", processes, version, precision, checkpointing, replicas)
+    if is_true(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise UserError(
+            "accelerate launch: parallelism_config is for distributed_type FSDP alone; remove it, "
+            f"or take {CONFIGS}hsdp.yaml."
+        )
     if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return Layout("deepspeed", processes, None if stage is None else int(stage), precision)
     # torchrun sets RANK for a single process too: that is DDP of one.
     return Layout("ddp" if "RANK" in environment else "single", processes, None, precision)
+
+
+def _replicas(environment: Mapping[str, str], processes: int) -> int:
+    """Return how many groups of processes hold a replica each; 1 is plain FSDP.
+
+    Raises:
+        UserError: the sizes do not fit the number of processes, or ask for another parallelism.
+    """
+    if not is_true(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return 1
+    names = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+    sizes = {
+        name: int(environment.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in names
+    }
+    for name in ("tp", "cp", "sp"):
+        if sizes[name] != 1:
+            raise UserError(
+                f"accelerate launch: parallelism_config_{name}_size: {sizes[name]} is not "
+                "supported, only 1."
+            )
+    replicas, shards = sizes["dp_replicate"], sizes["dp_shard"]
+    if shards < 2 or replicas * shards != processes:
+        raise UserError(
+            f"accelerate launch: parallelism_config: {replicas} replicas "
+            f"(parallelism_config_dp_replicate_size) of {shards} shards "
+            f"(parallelism_config_dp_shard_size) do not make {processes} processes; the product "
+            "must be num_processes, with at least 2 shards: the GPUs of a node."
+        )
+    return replicas
 
 
 def is_true(environment: Mapping[str, str], name: str) -> bool:

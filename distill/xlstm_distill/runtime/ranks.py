@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -60,6 +60,30 @@ def all_agree(mine: bool) -> bool:
     answer = torch.tensor([int(mine)])
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=waiting_group())
     return bool(answer.item())
+
+
+def scatter_object(values: Sequence[Any] | None) -> Any:
+    """Return this rank's value of rank 0's list; the others pass None. All ranks must call."""
+    if process_count() == 1:
+        assert values is not None
+        return values[0]
+    import torch
+
+    received: list[Any] = [None]
+    sent = None if values is None else list(values)
+    torch.distributed.scatter_object_list(received, sent, src=0, group=waiting_group())
+    return received[0]
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """Return the values of all ranks on rank 0, None elsewhere. All ranks must call."""
+    if process_count() == 1:
+        return [value]
+    import torch
+
+    gathered: list[Any] | None = [None] * process_count() if is_main_process() else None
+    torch.distributed.gather_object(value, gathered, dst=0, group=waiting_group())
+    return gathered
 
 
 def from_rank_zero(compute: Callable[[], T]) -> T:

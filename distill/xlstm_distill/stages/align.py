@@ -77,7 +77,7 @@ def _align(
     if accelerator.is_main_process:
         save_model(student, lineage.tokenizer, draft.path / "model", trained)
     # Relative to the teacher's power: a squared error alone says nothing across models.
-    before, after = (held["mse"] / held["teacher_power"] for held in (result.before, result.after))
+    before, after = (held.get("relative_error", math.nan) for held in (result.before, result.after))
     console.line(f"align: held-out relative error {before:.3f} -> {after:.3f}")
 
 

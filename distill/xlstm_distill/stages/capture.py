@@ -27,9 +27,11 @@ from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.runtime.console import Console, Progress, short
 from xlstm_distill.runtime.launcher import parse_share
+from xlstm_distill.runtime.pool import free_cores
 from xlstm_distill.runtime.ranks import (
-    all_agree,
+    from_rank_zero,
     is_main_process,
+    on_cpu,
     process_count,
     process_index,
     wait_for_everyone,
@@ -37,6 +39,7 @@ from xlstm_distill.runtime.ranks import (
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import open_domains
+from xlstm_distill.targets.coding import Coder, coding
 from xlstm_distill.targets.providers import (
     OnlineTargets,
     StoredTargets,
@@ -44,6 +47,7 @@ from xlstm_distill.targets.providers import (
     text_checksums,
 )
 from xlstm_distill.targets.store import (
+    MEASURED_ROWS,
     Identity,
     Store,
     read_header,
@@ -51,6 +55,7 @@ from xlstm_distill.targets.store import (
     write_index,
     write_shard,
 )
+from xlstm_distill.targets.transfer import HostTargets, to_host
 from xlstm_distill.training.accelerator import make_accelerator
 
 STORE = "store"
@@ -58,6 +63,10 @@ STORE = "store"
 SHARDS = 64
 SHARD_TOKENS = (2**16, 2**22)
 """A domain is cut into about SHARDS shards, none smaller or larger than this (tokens of text)."""
+MOST_WORKERS = 8
+"""Workers that code 100,000 tokens a second at the default mass (docs/targets.md)."""
+WORTH_WORKERS = 2_000_000
+"""Tokens of text from which worker processes save more time than they take to start."""
 SELF_TEST_ROWS, SPEED_ROWS = 4, 64
 SELF_TEST_LIMIT = 0.02
 """Largest mean KL (nats) of the teacher from a row's targets, and difference of their mass.
@@ -113,6 +122,7 @@ def capture(
             identity=lineage.store_identity(name),
             rows=rows[name],
             batch=recipe.capture.batch,
+            workers=recipe.capture.workers,
             teacher=teacher,
             console=console,
         )
@@ -139,6 +149,7 @@ class DomainCapture:
     identity: Identity
     rows: DomainRows
     batch: int
+    workers: int | None
     teacher: Callable[[], OnlineTargets]
     console: Console
 
@@ -172,9 +183,8 @@ class DomainCapture:
             # No collective in there: ranks have different numbers of shards.
             self._write(self.shards[worker::workers])
         wait_for_everyone()
-        missing = [shard.number for shard in self.shards if not self._finished(shard)]
-        # The store may be published since: then the gathered shards are gone, and none is missing.
-        if not all_agree(not missing or self._published()):
+        # As rank 0 sees it: ranks that see others would part here and wait for each other.
+        if missing := from_rank_zero(lambda: self._missing(share)):
             named = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
             self.console.line(
                 f"{self.request.label}: this share is done; {len(missing)} of {len(self.shards)} "
@@ -194,6 +204,22 @@ class DomainCapture:
         for path in self.directory.parent.iterdir():
             if pattern.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _missing(self, share: tuple[int, int]) -> list[int]:
+        """Shards that are not there; none if the store is published, as then they are gone.
+
+        This share's are all written. On NFS another machine's may show a minute late.
+        """
+        part, parts = share
+        ranks = range(part * process_count(), (part + 1) * process_count())
+        end = time.monotonic() + self.run.rank_patience
+        while not self._published():
+            missing = [shard.number for shard in self.shards if not self._finished(shard)]
+            own = [n for n in missing if n % (parts * process_count()) in ranks]
+            if not own or time.monotonic() >= end:
+                return missing
+            time.sleep(1.0)
+        return []
 
     def _published(self) -> bool:
         return self.run.find(self.request) is not None
@@ -215,7 +241,11 @@ class DomainCapture:
     def _write(self, shards: Sequence[ShardRows]) -> None:
         """Write shards, until all are there or another run has published the store."""
         total = sum(shard.count for shard in shards) * self.rows.context
-        with self.console.progress(self.request.label, total) as progress:
+        with (
+            self.console.progress(self.request.label, total) as progress,
+            # No process starts before a row is there to code.
+            coding(self._workers(total)) as coder,
+        ):
             for shard in shards:
                 if self._published():
                     return
@@ -224,24 +254,44 @@ class DomainCapture:
                     continue
                 (self.directory / STORE).mkdir(parents=True, exist_ok=True)
                 try:
-                    self._write_shard(shard, progress)
+                    self._write_shard(shard, progress, coder)
                 except FileNotFoundError:
                     # Another run of the program had all shards already and moved the folder away.
                     if not self._finished(shard) and not self._published():
                         raise
 
-    def _write_shard(self, shard: ShardRows, progress: Progress) -> None:
+    def _workers(self, tokens: int) -> int:
+        """Processes that code: the recipe's number, or one per core that this process leaves."""
+        if self.workers is not None:
+            return self.workers
+        # On the CPU the teacher itself uses all cores.
+        if on_cpu() or tokens < WORTH_WORKERS:
+            return 0
+        return min(free_cores(), MOST_WORKERS)
+
+    def _write_shard(self, shard: ShardRows, progress: Progress, coder: Coder) -> None:
         """Write one shard. Batches start with it, so its bytes do not depend on who writes it."""
         teacher, stop = self.teacher(), shard.first + shard.count
         vocabulary = teacher.teacher.config.vocab_size
+        waiting: tuple[list[int], list[int], HostTargets] | None = None
         with write_shard(
-            self.directory / STORE, self.identity, vocabulary, shard.number, shard.first
+            self.directory / STORE, self.identity, vocabulary, shard.number, shard.first, coder
         ) as writer:
             for start in range(shard.first, stop, self.batch):
                 batch = self._load(range(start, min(start + self.batch, stop)))
                 counts = (batch.labels != IGNORE_INDEX).sum(dim=1).tolist()
-                writer.add(counts, text_checksums(batch), teacher(batch.to(teacher.device)))
+                sources = text_checksums(batch)
+                if teacher.device.type == "cuda":
+                    batch = batch.pinned()
+                found = teacher(batch.to(teacher.device))
+                targets = to_host(found, self.identity.mass, self.identity.min_k)
+                # A GPU is at this batch from here on. Meanwhile the one before it is taken over.
+                if waiting is not None:
+                    writer.put(*waiting)
+                waiting = counts, sources, targets
                 progress.update(batch.input_ids.numel())
+            if waiting is not None:
+                writer.put(*waiting)
 
     def _load(self, rows: Iterable[int]) -> Batch:
         return load_batch({self.rows.name: self.rows}, [(self.rows.name, row) for row in rows])
@@ -260,11 +310,14 @@ class DomainCapture:
         chosen = np.random.default_rng(seed).permutation(len(self.rows))
         self._self_test(stored, sorted(chosen[:SELF_TEST_ROWS].tolist()))
         speed = self._read_speed(stored, sorted(chosen[:SPEED_ROWS].tolist()))
-        draft.results |= {**figures, "read_tokens_per_second": speed}
+        # Which rows the KL error is of: those whose number is a multiple of this.
+        measured = {"kl_error_every_row": MEASURED_ROWS}
+        draft.results |= {**figures, **measured, "read_tokens_per_second": speed}
         self.console.line(
             f"{self.request.label}: {short(figures['tokens'])} tokens "
             f"at {figures['bytes_per_token']:.1f} bytes, mean k {figures['mean_k']:.1f}, "
             f"KL error {figures['mean_kl_error']:.1e} nats "
+            f"(of {short(figures['kl_error_tokens'])} tokens) "
             f"(cut by mass: {figures['mean_cut']:.1e}), read at {short(speed)} tokens/s"
         )
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.data.budget import expert_rows
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
-from xlstm_distill.errors import UserError
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.planning.flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
@@ -26,11 +27,12 @@ from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
     architecture_of,
+    choose,
     choose_kernels,
     keep_training,
-    load_student,
     open_domains,
     save_model,
+    start_student,
 )
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, TargetSource
 from xlstm_distill.targets.store import Store
@@ -41,7 +43,6 @@ from xlstm_distill.training.accelerator import (
     shard_teacher,
 )
 from xlstm_distill.training.log import check_trackers
-from xlstm_distill.training.lora import add_lora, merged_state
 from xlstm_distill.training.objectives import DistillObjective
 from xlstm_distill.training.plan import Stretch, TrainingPlan
 from xlstm_distill.training.trainer import Trainer
@@ -62,17 +63,7 @@ def choose_experts(names: Sequence[str], wanted: str | None) -> Sequence[str]:
     Raises:
         UserError: there is none of this name or index.
     """
-    if wanted is None:
-        return names
-    # By name first: an expert may be called `0`.
-    if wanted in names:
-        return [wanted]
-    if re.fullmatch(r"[0-9]{1,9}", wanted) and int(wanted) < len(names):
-        return [names[int(wanted)]]
-    raise UserError(
-        f"--expert: {wanted!r} is not in the recipe's distill.experts; it has {', '.join(names)} "
-        f"(or by index: 0 to {len(names) - 1})."
-    )
+    return choose(names, wanted, "--expert", "the recipe's distill.experts")
 
 
 @dataclass(frozen=True)
@@ -109,11 +100,11 @@ def _train(
     # The same for every expert: they differ by their data alone (paper: trained independently from
     # the same seed weights).
     torch.manual_seed(recipe.seed)
-    student = _trainable_student(recipe, material.aligned)
+    student, saved = _trainable_student(recipe, material.aligned, accelerator)
     draft.results["backend"] = choose_kernels(student, recipe, accelerator.device)
-    source = _targets(lineage, material.targets, accelerator.device)
+    source = _targets(lineage, material.targets, accelerator)
     weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
-    objective = DistillObjective(student, source, weights)
+    objective = DistillObjective(student, source, weights, saved)
     domains = open_domains(recipe, material.data, expert_rows(recipe, name))
     plan = _plan(recipe, name, student, domains)
     work = run.work_directory(lineage.request(f"distill/{name}"))
@@ -131,18 +122,19 @@ def _train(
     )
 
 
-def _trainable_student(recipe: Recipe, aligned: Artifact) -> CausalLM:
-    """The seed student with the parameters that the recipe trains."""
+def _trainable_student(
+    recipe: Recipe, aligned: Artifact, accelerator: Accelerator
+) -> tuple[CausalLM, Path | None]:
+    """The seed student with the parameters that the recipe trains; see `start_student`."""
     settings = recipe.distill
-    # On the CPU and in float32: what is sharded moves to its device shard by shard.
-    student = load_student(aligned, torch.float32)
+    student, saved = start_student(aligned, accelerator)
     if settings.trainable == "lora":
         add_lora(student, settings.lora_rank, settings.lora_alpha)
     else:
         choose_trainable(student, settings.trainable)
     if settings.activation_checkpointing:
         checkpoint_activations(student)
-    return student
+    return student, saved
 
 
 def choose_trainable(student: CausalLM, which: str) -> None:
@@ -167,13 +159,13 @@ def _captured(lineage: Lineage, run: Run, name: str) -> dict[str, Artifact]:
 
 
 def _targets(
-    lineage: Lineage, captured: Mapping[str, Artifact], device: torch.device
+    lineage: Lineage, captured: Mapping[str, Artifact], accelerator: Accelerator
 ) -> TargetSource:
     kept, teacher = lineage.recipe.capture, lineage.recipe.teacher
     if kept.targets == "online":
-        model = load_teacher(teacher, device)
+        model = load_teacher(teacher, accelerator.device)
         if kept.shard_teacher and process_count() > 1:
-            shard_teacher(model)
+            shard_teacher(model, accelerator)
         return OnlineTargets(model, kept.top_k, kept.mass, kept.min_k)
     stores = {}
     for domain, artifact in captured.items():

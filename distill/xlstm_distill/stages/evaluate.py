@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
+from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.data.rows import DomainRows, Row, load_batch
+from xlstm_distill.errors import RunError
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.runtime.console import Console
-from xlstm_distill.runtime.ranks import is_main_process
+from xlstm_distill.runtime.console import Console, Progress
+from xlstm_distill.runtime.ranks import (
+    gather_objects,
+    is_main_process,
+    process_count,
+    process_index,
+    scatter_object,
+)
 from xlstm_distill.stages.lineage import TEACHER, Lineage
 from xlstm_distill.stages.prepare import prepare_rows
-from xlstm_distill.stages.workbench import choose_kernels, load_student, open_domains
+from xlstm_distill.stages.workbench import (
+    choose,
+    choose_kernels,
+    load_student,
+    open_domains,
+)
 from xlstm_distill.training.accelerator import make_accelerator
-from xlstm_eval.harness import LoadedSuite, check_suite, evaluate_model, load_suite
+from xlstm_eval.answering.coordinator import Tally
+from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate
+from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.records import EvalError
 from xlstm_eval.results import write_samples
 from xlstm_eval.suites import Suite
@@ -28,19 +47,24 @@ GATE_ROWS = 16
 """Held-out rows of each domain over which the output gates are averaged."""
 
 
-def evaluate(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
-    """Score every model under the same settings.
+def evaluate(
+    lineage: Lineage, run: Run, console: Console, model: str | None = None
+) -> list[Artifact]:
+    """Score one model, by name or index, or all of them, under the same settings.
 
     Each model has an artifact of its own, so that a new merge redoes only its own evaluation.
     """
     recipe = lineage.recipe
-    sources = _sources(lineage, run)
-    requests = {name: lineage.request(f"evaluate/{name}") for name in sources}
+    names = choose(lineage.evaluated_models(), model, "--model", "the recipe's models")
+    sources = _sources(lineage, run, names)
+    requests = {name: lineage.request(f"evaluate/{name}") for name in names}
     # The ranks agree on each answer, so that all stop asking at the same one.
-    done = all(run.has(request) for request in requests.values())
-    data = {} if done else prepare_rows(lineage, run, recipe.data.domains, console)
+    missing = [name for name, request in requests.items() if not run.has(request)]
+    # For gates alone, which a teacher does not have.
+    students = [name for name in missing if sources[name] is not None]
+    data = prepare_rows(lineage, run, recipe.data.domains, console) if students else {}
 
-    @functools.cache  # takes seconds: only when something is to be scored
+    @functools.cache  # takes seconds: only when something is to be scored, and on rank 0 alone
     def suite() -> LoadedSuite:
         return load_suite(_suite(recipe))
 
@@ -48,22 +72,65 @@ def evaluate(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
         device = make_accelerator(recipe).device
         source = sources[name]
         if source is None:
-            model = load_teacher(recipe.teacher, device)
+            loaded = load_teacher(recipe.teacher, device)
         else:
             # In the teacher's dtype, so that rounding favours neither side of the comparison.
-            model = load_student(source, getattr(torch, recipe.teacher.dtype), device)
-            draft.results["backend"] = choose_kernels(model, recipe, device)
-        _score(model.eval(), lineage, suite(), name, draft, console)
-        # A teacher has no gates.
-        if source is not None:
-            limits = dict.fromkeys(data, recipe.data.validation_rows)
-            held_out = open_domains(recipe, data, limits)
-            draft.write_json("gates.json", mean_gates(model, held_out, device))
+            loaded = load_student(source, getattr(torch, recipe.teacher.dtype), device)
+            draft.results["backend"] = choose_kernels(loaded, recipe, device)
+        session = _session(lineage, run, name)
+        with run.working(f"evaluate/{name}"):
+            if not is_main_process():
+                help_to_evaluate(loaded.eval(), lineage.tokenizer, session)
+                return
+            _score(loaded.eval(), lineage, suite(), name, session, draft, console)
+            if source is not None:
+                limits = dict.fromkeys(data, recipe.data.validation_rows)
+                held_out = open_domains(recipe, data, limits)
+                draft.write_json("gates.json", mean_gates(loaded, held_out, device))
 
     return [
-        run.make(request, functools.partial(build, name), console=console)
+        run.make(request, functools.partial(build, name), together=True, console=console)
         for name, request in requests.items()
     ]
+
+
+class AllRanks:
+    """The processes of this run, for an evaluation."""
+
+    @property
+    def index(self) -> int:
+        """Number of this rank."""
+        return process_index()
+
+    @property
+    def count(self) -> int:
+        """Number of ranks."""
+        return process_count()
+
+    def scatter(self, values: Sequence[Any] | None) -> Any:
+        """Return this rank's value of rank 0's list."""
+        return scatter_object(values)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return the values of all ranks on rank 0."""
+        return gather_objects(value)
+
+
+def _session(lineage: Lineage, run: Run, name: str) -> Session:
+    """Where one model's evaluation keeps its answers, and what they belong to."""
+    request = lineage.request(f"evaluate/{name}")
+    batch = lineage.recipe.evaluate.batch
+    # A batch size that is found once holds for every model with the same settings: teacher and
+    # students are compared, whatever task of a job array each of them is.
+    settings = digest(lineage.settings(request.label))[:12]
+    return Session(
+        batch_size=None if batch == "auto" else batch,
+        sizes=run.directory / "evaluation" / f"batch-{settings}",
+        # Removed when the evaluation has been published, and not before.
+        journal=run.work_directory(request),
+        identity=request.fingerprint,
+        ranks=AllRanks(),
+    )
 
 
 def check(lineage: Lineage, run: Run) -> None:
@@ -105,15 +172,26 @@ def find_evaluations(lineage: Lineage, run: Run) -> dict[str, Artifact]:
     Raises:
         RunError: one is missing, or was made from other settings.
     """
-    _sources(lineage, run)  # a missing student is said before its missing evaluation
     models = lineage.evaluated_models()
-    return {name: run.need(lineage.request(f"evaluate/{name}")) for name in models}
+    _sources(lineage, run, models)  # a missing student is said before its missing evaluation
+    requests = {name: lineage.request(f"evaluate/{name}") for name in models}
+    try:
+        # It looks again for a minute where another machine may have published a moment ago.
+        return {name: run.need(request) for name, request in requests.items()}
+    except RunError:
+        missing = [name for name, request in requests.items() if run.find(request) is None]
+        if len(missing) < 2:  # what was raised says more of a single one
+            raise
+    raise RunError(
+        f"{run.path('evaluate')}: evaluations of {', '.join(missing)} are not there yet, or were "
+        "made from other settings; run 'evaluate' (--model NAME does a single one)."
+    )
 
 
-def _sources(lineage: Lineage, run: Run) -> dict[str, Artifact | None]:
+def _sources(lineage: Lineage, run: Run, names: Sequence[str]) -> dict[str, Artifact | None]:
     """The artifact that holds each model; None for the teacher."""
     found: dict[str, Artifact | None] = {}
-    for name in lineage.evaluated_models():
+    for name in names:
         if name == TEACHER:
             found[name] = None
         else:
@@ -132,26 +210,14 @@ def _score(
     lineage: Lineage,
     suite: LoadedSuite,
     name: str,
+    session: Session,
     draft: Draft,
     console: Console,
 ) -> None:
     """Run lm-eval; write results, samples, and hashes that show what the model was asked."""
     with console.progress(f"evaluate/{name}", None, unit="requests") as progress:
-        counted = 0  # lm-eval tells how many are done in all; a bar wants how many more
-
-        def advance(done: int, total: int) -> None:
-            nonlocal counted
-            progress.update(done - counted, total=total)
-            counted = done
-
-        result = evaluate_model(
-            model,
-            lineage.tokenizer,
-            suite,
-            batch_size=lineage.recipe.evaluate.batch,
-            seed=lineage.recipe.seed,
-            progress=advance,
-        )
+        session = replace(session, progress=Bar(progress))
+        result = evaluate_model(model, lineage.tokenizer, suite, session, seed=lineage.recipe.seed)
     for warning in result.warnings:
         console.line(f"evaluate/{name}: {warning}")
     draft.write_json("results.json", [task.model_dump(mode="json") for task in result.tasks])
@@ -160,9 +226,29 @@ def _score(
     draft.results |= {
         "requests_hash": result.requests_hash,
         "settings_hash": result.settings_hash,
+        "protocol": dict(result.protocol),
         "warnings": list(result.warnings),
         "mean_score": sum(task.score for task in result.tasks) / len(result.tasks),
     }
+
+
+class Bar:
+    """Shows a tally, which counts from the evaluation's beginning, on a bar, which counts on."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._bar, self._started = progress, time.monotonic()
+        self._done = self._kept = 0
+
+    def __call__(self, tally: Tally) -> None:
+        if tally.kept > self._kept:
+            # Answered before this run of the program: no part of its speed.
+            self._bar.skip(tally.kept - self._kept)
+            self._kept = tally.kept
+        done = tally.done - tally.kept
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = {"tokens/s": tally.tokens / seconds} if tally.tokens else {}
+        self._bar.update(done - self._done, total=tally.total, **rate)
+        self._done = done
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from xlstm_distill.data.budget import (
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.shown import shown_values
 from xlstm_distill.runtime.ranks import from_rank_zero, process_count
+from xlstm_eval.answering.batches import PROTOCOL
 
 if TYPE_CHECKING:
     from xlstm_distill.targets.store import Identity
@@ -38,6 +39,8 @@ STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
 """What an artifact's label begins with, in the order in which stages follow each other."""
 NOT_IN_FINGERPRINT = ("micro_batch", "non_finite")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
+NOT_IN_TARGETS = ("batch", "shard_teacher", "workers")
+"""Keys of the capture that do not change what is captured."""
 
 
 class Lineage:
@@ -106,7 +109,7 @@ class Lineage:
                     "rows": rows_needed(recipe, name, self.captured),
                 }
             case "capture":
-                kept = part(recipe.capture, "batch", "targets", "shard_teacher")
+                kept = part(recipe.capture, *NOT_IN_TARGETS, "targets")
                 return {**kept, "rows": self.captured[name]}
             case "align":
                 return {
@@ -120,7 +123,7 @@ class Lineage:
                         recipe.distill, "experts", *NOT_IN_FINGERPRINT, "activation_checkpointing"
                     ),
                     "expert": part(recipe.distill.experts[name]),
-                    "capture": part(recipe.capture, "batch", "shard_teacher"),
+                    "capture": part(recipe.capture, *NOT_IN_TARGETS),
                     "seed": recipe.seed,
                 }
             case "merge":
@@ -128,6 +131,7 @@ class Lineage:
             case "evaluate":
                 return {
                     "evaluate": part(recipe.evaluate, "include", "experts"),
+                    "protocol": PROTOCOL,
                     "dtype": recipe.teacher.dtype,
                     "seed": recipe.seed,
                 }
@@ -147,7 +151,7 @@ class Lineage:
             "align": {"mixer": "student.mixer"},
             "distill": {"expert": f"distill.experts.{name}"},
             "merge": {"method": "merge.method", "weights": "merge.weights"},
-            "evaluate": {"dtype": "teacher.dtype"},
+            "evaluate": {"dtype": "teacher.dtype", "protocol": "the evaluation's protocol"},
             "report": {"recipe": ""},
         }[stage]
 
@@ -346,7 +350,7 @@ class Lineage:
     def _capture_request(self, domain: str, **counts: int) -> Request:
         from xlstm_distill.targets.store import VERSION
 
-        kept = part(self.recipe.capture, "batch", "targets", "shard_teacher")
+        kept = part(self.recipe.capture, *NOT_IN_TARGETS, "targets")
         return Request(
             "capture",
             name=domain,

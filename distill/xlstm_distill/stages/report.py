@@ -28,7 +28,11 @@ from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
 from xlstm_eval.results import require_same_requests
 
 CURVE_POINTS = 200
-UNITS = {"mse": "squared error", "ce": "nats per token", "kl": "nats per token"}
+UNITS = {
+    "relative_error": "squared error / teacher's power",
+    "ce": "nats per token",
+    "kl": "nats per token",
+}
 FOLDER = "report"
 
 
@@ -122,7 +126,7 @@ def _finished(artifact: Artifact) -> int:
 
 def _losses(recipe: Recipe, sources: Mapping[str, Artifact]) -> dict[str, dict[str, Curve]]:
     """Training curves of alignment and of every expert."""
-    series: dict[str, tuple[str, ...]] = {"align": ("mse",)}
+    series: dict[str, tuple[str, ...]] = {"align": ("relative_error",)}
     for name in recipe.distill.experts:
         series[f"distill/{name}"] = ("ce", "kl")
     curves: dict[str, dict[str, Curve]] = {}

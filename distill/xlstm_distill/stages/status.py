@@ -12,7 +12,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ import yaml
 
 from xlstm_distill.artifacts.changes import in_a_line
 from xlstm_distill.artifacts.locks import is_held, training_lock
-from xlstm_distill.artifacts.manifest import FORMAT
+from xlstm_distill.artifacts.manifest import FORMAT, MANIFEST, size_problem
 from xlstm_distill.artifacts.run import RECIPE_FILE
-from xlstm_distill.artifacts.shelf import KEPT
+from xlstm_distill.artifacts.shelf import KEPT, folders_of
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import clock_time, short
@@ -60,8 +60,8 @@ class StageStatus:
 
     `state` is `done`, `outdated` (made from other settings than the saved recipe's; `why` names
     them), `running`, `silent` (running, but its log does not grow), `stopped`, `waiting` (not
-    begun) or `unreadable` (`path` names the file, from the run directory on). Steps of `data/NAME`
-    are its rows.
+    begun), `unreadable` (`path` names the file, from the run directory on) or `damaged` (`why`
+    names a file that is missing or has another size). Steps of `data/NAME` are its rows.
     """
 
     label: str
@@ -85,11 +85,6 @@ def read_status(run: Path) -> list[StageStatus]:
     Raises:
         UserError: it is no run directory.
     """
-    if not (run / "artifacts").is_dir():
-        raise UserError(
-            f"RUN: {run} is no run directory (it has no folder 'artifacts'); "
-            "give the one that 'run' wrote."
-        )
     manifests = _manifests(run)
     found = _published(run, manifests)
     for status in (*_trainings(run, manifests), *_preparations(run, manifests), *_working(run)):
@@ -111,16 +106,11 @@ def read_status(run: Path) -> list[StageStatus]:
 
 def _manifests(run: Path) -> dict[str, Path]:
     """Manifests of the published artifacts by label, oldest first."""
-    artifacts = run / "artifacts"
     found: dict[str, Path] = {}
-    # `stage` or `stage/name`: deeper folders hold shards and samples by the thousand.
-    paths = [*artifacts.glob("*/manifest.json"), *artifacts.glob("*/*/manifest.json")]
+    paths = {folder / MANIFEST: label for label, folder in folders_of(run)}
     for path in sorted(paths, key=_modified):
-        folder = path.parent.relative_to(artifacts)
-        # Drafts and gathered shards lie in hidden folders beside the artifacts.
-        hidden = any(name.startswith(".") for name in folder.parts)
-        if not hidden and not KEPT.fullmatch(folder.name):
-            found[folder.as_posix()] = path
+        if not KEPT.fullmatch(path.parent.name):
+            found[paths[path]] = path
     return found
 
 
@@ -213,6 +203,9 @@ def _read(
 def _artifact(manifest: Path) -> StageStatus:
     facts = json.loads(manifest.read_text())
     seconds = _finite(facts["wall_seconds"])
+    for name, fact in facts.get("files", {}).items():
+        if problem := size_problem(manifest.parent, name, fact):
+            return StageStatus("", "damaged", seconds=seconds, why=f"{name} is {problem}")
     if facts.get("stage") != "data":
         return StageStatus("", "done", seconds=seconds)
     results = facts.get("results", {})
@@ -415,13 +408,13 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def to_json(stages: list[StageStatus]) -> str:
-    """Write the status as JSON, facts that do not apply left out."""
+def to_json(stages: list[StageStatus], kept: Sequence[Any] = ()) -> str:
+    """Write the status as JSON, facts that do not apply left out; `kept` are `upkeep.Kept`."""
     found = []
     for stage in stages:
         facts = asdict(stage)
         found.append({key: value for key, value in facts.items() if value is not None})
-    return json.dumps({"stages": found}, indent=1)
+    return json.dumps({"stages": found, "kept": [asdict(one) for one in kept]}, indent=1)
 
 
 def status_table(stages: list[StageStatus]) -> Table:
@@ -445,7 +438,7 @@ SHOWN_FIGURES = (
     "loss",
     "ce",
     "kl",
-    "mse",
+    "relative_error",
     "grad_norm",
     "held_out_ce",
     "held_out_kl",

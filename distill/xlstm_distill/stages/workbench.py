@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.artifacts import Artifact, Draft
@@ -15,12 +18,34 @@ from xlstm_distill.data.budget import held_out_span
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.loading import empty_student
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
 from xlstm_kernels import dispatch
+
+
+def choose(names: Sequence[str], wanted: str | None, option: str, what: str) -> Sequence[str]:
+    """All names, or the one that is wanted, else that of this index (of a task in a job array).
+
+    `option` and `what` word the message: the option that was given, and what the names are.
+
+    Raises:
+        UserError: there is none of this name or index.
+    """
+    if wanted is None:
+        return names
+    # By name first: one may be called `0`.
+    if wanted in names:
+        return [wanted]
+    if re.fullmatch(r"[0-9]{1,9}", wanted) and int(wanted) < len(names):
+        return [names[int(wanted)]]
+    raise UserError(
+        f"{option}: {wanted!r} is not in {what}; it has {', '.join(names)} "
+        f"(or by index: 0 to {len(names) - 1})."
+    )
 
 
 def open_domains(
@@ -91,6 +116,23 @@ def save_model(
     tokenizer.save_pretrained(directory)
 
 
+def start_student(artifact: Artifact, accelerator: Accelerator) -> tuple[CausalLM, Path | None]:
+    """Make the student to train from, in fp32: whole on the CPU, or without weights under FSDP2.
+
+    Returns also the folder from which the weights are still to be read (`load_shards`); None where
+    they are there.
+
+    Raises:
+        RunError: a file of it is missing or changed.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        # What is not sharded is whole on every rank's device in any case.
+        return load_student(artifact, torch.float32), None
+    if is_main_process():
+        artifact.check_content("model")
+    return empty_student(artifact.model_path, torch.float32), artifact.model_path
+
+
 def load_student(
     artifact: Artifact, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> CausalLM:
@@ -102,5 +144,7 @@ def load_student(
     # One rank for all: 64 of them would read 64 times 16 GB from the same disks.
     if is_main_process():
         artifact.check_content("model")
-    student: CausalLM = AutoModelForCausalLM.from_pretrained(artifact.model_path, dtype=dtype)
-    return student.to(device)
+    student: CausalLM = AutoModelForCausalLM.from_pretrained(
+        artifact.model_path, dtype=dtype, device_map={"": torch.device(device)}
+    )
+    return student

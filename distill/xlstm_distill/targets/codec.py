@@ -144,15 +144,24 @@ def arrange(counts: Ints, ids: Ints, log_probs: Floats, tail: Floats) -> TargetR
     ids and log_probs are (K, width), descending, padded behind `counts` (K,); tail is (K,).
     """
     mask = np.arange(ids.shape[1]) < counts[:, None]
-    flat_ids = ids[mask].astype(np.uint32)
-    flat_probs = log_probs[mask].astype(np.float32)
+    return in_stored_order(counts, ids[mask], log_probs[mask], tail)
+
+
+def in_stored_order(counts: Ints, ids: Ints, log_probs: Floats, tail: Floats) -> TargetRow:
+    """Put targets into the order in which they are stored.
+
+    ids (n,) and log_probs (n,) are descending within each token; counts (K,) and tail (K,).
+    """
+    counts = counts.astype(np.int64)
+    flat_ids = ids.astype(np.uint32)
+    flat_probs = log_probs.astype(np.float32)
     _, _, group = _per_id(counts)
     for _, size in GROUPS:
         places = np.flatnonzero(group == size).reshape(-1, size)
         order = np.argsort(flat_ids[places], axis=1)
         for values in (flat_ids, flat_probs):
             values[places] = np.take_along_axis(values[places], order, axis=1)
-    return TargetRow(counts.astype(np.int64), flat_ids, flat_probs, tail.astype(np.float32))
+    return TargetRow(counts, flat_ids, flat_probs, tail.astype(np.float32))
 
 
 def encode(row: TargetRow, vocabulary: int) -> bytes:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import struct
 import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +25,9 @@ import numpy as np
 from xlstm_distill.artifacts.files import remove_partials, write_text, written_whole
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.targets.codec import TargetRow, arrange, decode, encode, kl_error
+from xlstm_distill.targets.codec import TargetRow, decode
+from xlstm_distill.targets.coding import HERE, CodedRow, Coder, KeptRow
+from xlstm_distill.targets.transfer import HostTargets, to_host
 
 MAGIC = b"XLSTMTGT"
 VERSION = 1
@@ -40,6 +44,11 @@ ROW = np.dtype(
 `checksum` is that of the row's bytes, `source` that of the text that the row belongs to.
 """
 INDEX_FILE = "index.json"
+MEASURED_ROWS = 16
+"""The KL error of the coding is measured on every row whose number is a multiple of this.
+
+By number, so that it is the same rows whoever writes them.
+"""
 OPEN_SHARDS = 64
 """Shards kept open at most: each holds a file descriptor."""
 
@@ -72,9 +81,13 @@ class Identity:
 
 @dataclass
 class Figures:
-    """Sums over the tokens of a shard or of a store; both errors in nats (docs/targets.md)."""
+    """Sums over the tokens of a shard or of a store; both errors in nats (docs/targets.md).
+
+    `kl_error` is a sum over the `measured` tokens, the others over all `tokens`.
+    """
 
     tokens: int = 0
+    measured: int = 0
     kept: int = 0
     bytes: int = 0
     kl_error: float = 0.0
@@ -92,7 +105,8 @@ class Figures:
             "tokens": self.tokens,
             "mean_k": self.kept / tokens,
             "bytes_per_token": self.bytes / tokens,
-            "mean_kl_error": self.kl_error / tokens,
+            "mean_kl_error": self.kl_error / max(self.measured, 1),
+            "kl_error_tokens": self.measured,
             "mean_cut": self.cut / tokens,
         }
 
@@ -178,13 +192,25 @@ def shard_name(number: int) -> str:
 
 
 class TargetShardWriter:
-    """Write a shard's rows into an open file; `write_shard` makes one."""
+    """Write a shard's rows into an open file; `write_shard` makes one.
+
+    Rows are coded by `coder` and written in their order, so the bytes do not depend on it.
+    """
 
     def __init__(
-        self, file: BinaryIO, identity: Identity, vocabulary: int, number: int, first_row: int
+        self,
+        file: BinaryIO,
+        identity: Identity,
+        vocabulary: int,
+        number: int,
+        first_row: int,
+        coder: Coder = HERE,
     ) -> None:
         self.file, self.identity, self.vocabulary = file, identity, vocabulary
         self.number, self.first_row = number, first_row
+        self.coder = coder
+        # Rows under way, in order: coded or being coded, checksum of their text, sum of their cut.
+        self.under_way: deque[tuple[Future[CodedRow], int, float]] = deque()
         self.index: list[tuple[int, int, int, int, int]] = []
         self.offset = HEADER_BYTES
         self.figures = Figures()
@@ -200,42 +226,55 @@ class TargetShardWriter:
         Raises:
             RunError: the teacher's logits were not finite.
         """
-        kept = targets.keep_mass(self.identity.mass, self.identity.min_k)
-        cut = _log_mass(targets) - _log_mass(kept)
-        self.figures.cut += float(cut.sum())
-        ids = kept.ids.cpu().numpy()
-        log_probs = kept.log_probs.cpu().numpy()
-        tail = kept.tail.cpu().numpy()
-        # Padding is -inf (`keep_mass`), so the finite ones are those that are kept.
-        lengths = np.isfinite(log_probs).sum(axis=1)
+        self.put(counts, sources, to_host(targets, self.identity.mass, self.identity.min_k))
+
+    def put(self, counts: Sequence[int], sources: Sequence[int], targets: HostTargets) -> None:
+        """Append rows as `add` does, of targets that are cut already and perhaps still copied."""
+        ids, log_probs, lengths, tail, cut = targets.wait()
+        place = np.arange(ids.shape[1])
         start = 0
         for count, source in zip(counts, sources, strict=True):
             own = slice(start, start + count)
             start += count
+            number = self.first_row + len(self.index) + len(self.under_way)
             # A token always keeps an id, unless no log-probability of it is finite.
             if count and int(lengths[own].min()) == 0:
-                number = self.first_row + len(self.index)
                 raise RunError(
                     f"capture/{self.identity.domain}: the teacher's logits of row {number} are "
                     "not finite."
                 )
-            row = arrange(lengths[own], ids[own], log_probs[own], tail[own])
-            self._add_row(row, source)
+            # Flat from here on: what is padding here would be most of what a worker is sent.
+            kept = place < lengths[own, None]
+            row = KeptRow(
+                counts=lengths[own],
+                ids=ids[own][kept],
+                log_probs=log_probs[own][kept],
+                tail=tail[own],
+                vocabulary=self.vocabulary,
+                measured=number % MEASURED_ROWS == 0,
+            )
+            self.under_way.append((self.coder.submit(row), source, float(cut[own].sum())))
+            self._write(self.coder.ahead)
 
-    def _add_row(self, row: TargetRow, source: int) -> None:
-        data = encode(row, self.vocabulary)
-        tokens = len(row.counts)
-        # Decoded again, to measure what the coding loses.
-        decoded = decode(data, tokens, self.vocabulary)
-        self.figures.tokens += tokens
-        self.figures.kept += len(row.ids)
-        self.figures.kl_error += float(kl_error(row, decoded).sum())
-        self.index.append((self.offset, len(data), tokens, zlib.crc32(data), source))
-        self.file.write(data)
-        self.offset += len(data)
+    def _write(self, most: int) -> None:
+        """Write the oldest rows until no more than `most` are under way; waits for them."""
+        while len(self.under_way) > most:
+            future, source, cut = self.under_way.popleft()
+            row = future.result()
+            self.figures.tokens += row.tokens
+            self.figures.kept += row.kept
+            self.figures.cut += cut
+            if row.kl_error is not None:
+                self.figures.measured += row.tokens
+                self.figures.kl_error += row.kl_error
+            checksum = zlib.crc32(row.data)
+            self.index.append((self.offset, len(row.data), row.tokens, checksum, source))
+            self.file.write(row.data)
+            self.offset += len(row.data)
 
     def finish(self) -> None:
-        """Write the index and, last, the header."""
+        """Write the rows that are still under way, the index and, last, the header."""
+        self._write(0)
         index = np.array(self.index, ROW).tobytes()
         self.file.write(index)
         self.figures.bytes = self.offset + len(index)
@@ -254,19 +293,18 @@ class TargetShardWriter:
         self.file.write(header.to_bytes())
 
 
-def _log_mass(targets: SparseTargets) -> Any:
-    """Logarithm of each token's kept mass (K,), in double precision."""
-    # In double precision: the cut is the difference of two masses near 1.
-    return targets.log_probs.double().exp().sum(-1).log()
-
-
 @contextlib.contextmanager
 def write_shard(
-    directory: Path, identity: Identity, vocabulary: int, number: int, first_row: int
+    directory: Path,
+    identity: Identity,
+    vocabulary: int,
+    number: int,
+    first_row: int,
+    coder: Coder = HERE,
 ) -> Iterator[TargetShardWriter]:
     """Give a writer; the shard appears under its name when the block ends without an error."""
     with written_whole(directory / shard_name(number)) as file:
-        writer = TargetShardWriter(file, identity, vocabulary, number, first_row)
+        writer = TargetShardWriter(file, identity, vocabulary, number, first_row, coder)
         yield writer
         writer.finish()
 
@@ -298,6 +336,31 @@ def write_index(directory: Path, identity: Identity) -> Figures:
     }
     write_text(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     return figures
+
+
+def shard_checks(directory: Path) -> dict[str, Callable[[], None]]:
+    """By file, a function that reads a shard of a store and compares all its checksums.
+
+    It raises RunError where the shard is missing, cut short or damaged.
+    """
+    index = json.loads((directory / INDEX_FILE).read_text())
+    checks: dict[str, Callable[[], None]] = {}
+    for entry in index["shards"]:
+        path = directory / entry["file"]
+        checks[entry["file"]] = functools.partial(_check_shard, path, entry["checksum"])
+    return checks
+
+
+def _check_shard(path: Path, checksum: int) -> None:
+    header = read_header(path)
+    if header.checksum != checksum:
+        raise refusal(path, "it is another shard than the index names (wrong checksum)")
+    shard = TargetShard(path, header)
+    for number, entry in enumerate(shard.index):
+        start = int(entry["offset"])
+        row = shard.bytes[start : start + int(entry["bytes"])].data
+        if zlib.crc32(row) != int(entry["checksum"]):
+            raise refusal(path, f"row {header.first_row + number} is damaged (wrong checksum)")
 
 
 class TargetShard:

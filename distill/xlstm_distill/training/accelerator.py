@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.recipe import Recipe
+from xlstm_distill.recipe import Optimization, Recipe
 from xlstm_distill.runtime.launcher import CONFIGS, Layout, asked_layout
 from xlstm_distill.runtime.ranks import on_cpu, process_count, wait_for_everyone
+from xlstm_distill.training.objectives import Objective
+from xlstm_distill.training.optim import make_optimizer
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -96,7 +98,10 @@ def running_layout(accelerator: Accelerator) -> Layout:
         stage = accelerator.state.deepspeed_plugin.zero_stage
         return Layout("deepspeed", processes, stage, precision)
     if kind == DistributedType.FSDP:
-        return Layout("fsdp", processes, 2 if accelerator.is_fsdp2 else 1, precision)
+        version = 2 if accelerator.is_fsdp2 else 1
+        parallelism = accelerator.parallelism_config
+        replicas = parallelism.dp_replicate_size if parallelism else 1
+        return Layout("fsdp", processes, version, precision, replicas=replicas)
     return Layout("single" if kind == DistributedType.NO else "ddp", processes, None, precision)
 
 
@@ -106,7 +111,9 @@ def refuse_difference(asked: Layout, running: Layout, precision: str) -> None:
     Raises:
         UserError: kind, number of processes, FSDP version, ZeRO stage or precision differ.
     """
-    same = (asked.kind, asked.processes) == (running.kind, running.processes)
+    same = all(
+        getattr(asked, name) == getattr(running, name) for name in ("kind", "processes", "replicas")
+    )
     if not same or asked.sharding not in (None, running.sharding):
         hint = "FSDP and DeepSpeed need GPUs: " if on_cpu() else ""
         raise UserError(
@@ -121,28 +128,57 @@ def refuse_difference(asked: Layout, running: Layout, precision: str) -> None:
 
 def prepare(
     accelerator: Accelerator,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    optim: Optimization,
     *,
     micro_batch: int,
     clip: float | None,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Wrap an objective and its optimiser.
+    """Wrap an objective, read its weights if that is still to do, and make its optimiser.
 
-    FSDP2 shards by the models' decoder layers. `micro_batch` (rows) and `clip` go into DeepSpeed's
-    configuration.
+    FSDP2 gathers the decoder layers, the embedding and the head one by one. `micro_batch` (rows)
+    and `clip` go into DeepSpeed's configuration.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _layer_classes(objective)
+        plugin = accelerator.state.fsdp_plugin
+        plugin.transformer_cls_names_to_wrap = _layer_classes(objective)
+        plugin.ignored_modules = objective.whole_modules()
         if asked_layout().activation_checkpointing:
             for model in objective.children():
                 if isinstance(model, PreTrainedModel):
                     checkpoint_activations(model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, micro_batch, clip)
-    # In one call, since FSDP2 and DeepSpeed replace the optimiser's parameters.
+    device = accelerator.device
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # accelerate wants an optimiser beside the model, to replace its parameters by the shards.
+        # It knows them by their addresses, which parameters on the meta device do not have. So the
+        # one it gets is empty, and the real one is made of the shards.
+        wrapped, _ = accelerator.prepare(objective, torch.optim.AdamW([{"params": []}]))
+        _refuse_other_mesh(wrapped, asked_layout())
+        objective.load_weights(device)
+        optimizer = make_optimizer(objective.named_parameters(), optim, device)
+        return wrapped, accelerator.prepare_optimizer(optimizer)
+    optimizer = make_optimizer(objective.named_parameters(), optim, device)
+    # In one call, since DeepSpeed replaces the optimiser's parameters.
     wrapped, prepared = accelerator.prepare(objective, optimizer)
     return wrapped, prepared
+
+
+def _refuse_other_mesh(wrapped: nn.Module, asked: Layout) -> None:
+    """Compare the mesh on which weights lie with what was asked for.
+
+    Raises:
+        UserError: they are cut over more or fewer ranks than asked.
+    """
+    wanted = (asked.replicas, asked.shards) if asked.replicas > 1 else (asked.shards,)
+    for name, parameter in wrapped.named_parameters():
+        if isinstance(parameter, DTensor) and tuple(parameter.device_mesh.shape) != wanted:
+            raise UserError(
+                f"asked for {asked}, and {name} lies on a mesh of "
+                f"{tuple(parameter.device_mesh.shape)} instead of {wanted}; check accelerate's "
+                "parallelism_config."
+            )
 
 
 def _layer_classes(objective: nn.Module) -> list[str]:
@@ -174,16 +210,22 @@ def _configure_deepspeed(accelerator: Accelerator, micro_batch: int, clip: float
 
 
 @contextlib.contextmanager
-def micro_step(accelerator: Accelerator, wrapped: nn.Module, *, last: bool) -> Iterator[None]:
+def micro_step(
+    accelerator: Accelerator, wrapped: nn.Module, *, last: bool, wait: bool = False
+) -> Iterator[None]:
     """Surround forward and backward of one micro-batch; `last` is the last one of a step.
 
-    DDP reduces gradients once, at the last micro-batch.
+    DDP reduces gradients once, at the last micro-batch. DeepSpeed reduces at every one. So does
+    FSDP2, unless `wait` is set: every rank then holds the gradients of all parameters. HSDP cuts
+    gradients within a replica at every micro-batch and adds up replicas at the last one, as that
+    needs no more memory.
     """
     accelerator.sync_gradients = last
-    # These reduce at every micro-batch: to wait, every rank would have to hold the gradients of all
-    # parameters.
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    waits = not last and not sharded
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_all_reduce(last)
+        waits = wait and not last
+    else:
+        waits = not last and accelerator.distributed_type != DistributedType.DEEPSPEED
     with accelerator.no_sync(wrapped) if waits else contextlib.nullcontext():
         yield
 
@@ -250,8 +292,8 @@ def _whole(accelerator: Accelerator, source: Any, value: Tensor) -> Tensor:
     return value
 
 
-def shard_teacher(teacher: CausalLM) -> None:
-    """Spread the decoder layers of a frozen teacher over the ranks (FSDP2).
+def shard_teacher(teacher: CausalLM, accelerator: Accelerator) -> None:
+    """Spread the decoder layers of a frozen teacher over the ranks (FSDP2), with HSDP over a node.
 
     Each layer is gathered while it runs. Embeddings, final norm and head stay whole. A forward
     becomes collective: all ranks must make the same number of them.
@@ -259,13 +301,15 @@ def shard_teacher(teacher: CausalLM) -> None:
     if process_count() == 1:
         return
     wait_for_everyone()  # starts the process group if nothing else has
+    mesh = accelerator.torch_device_mesh if accelerator.parallelism_config else None
+    within = None if mesh is None else mesh["dp_shard"]
     body = teacher.model
     for layer in body.layers:
-        fully_shard(layer)
+        fully_shard(layer, mesh=within)
     inside = {id(p) for layer in body.layers for p in layer.parameters()}
     outside = {p for p in body.parameters() if id(p) not in inside}
     # The body is the root of the layers: FSDP2 orders their gathers by it.
-    fully_shard(body, ignored_params=outside)
+    fully_shard(body, mesh=within, ignored_params=outside)
 
 
 def checkpoint_activations(student: CausalLM) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xlstm_distill.artifacts.files import flush, flush_directory
+from xlstm_distill.artifacts.files import flush, flush_directory, flush_upwards
 from xlstm_distill.artifacts.hashing import crc32
 from xlstm_distill.errors import RunError
 from xlstm_distill.runtime.ranks import (
     all_agree,
+    gathered,
     is_main_process,
     process_count,
     process_index,
@@ -77,6 +78,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory, self.keep = directory, keep
+        self._reachable = False  # whether the folders above are known to be on the disk
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write a checkpoint with which `step` is next to do; drop the oldest beyond `keep`.
@@ -93,20 +95,22 @@ class Checkpoints:
         save_file(on_cpu, file)
         flush(file)
         # Each rank reads its own file again; rank 0 alone would read the whole checkpoint.
-        facts_of_file = {"bytes": file.stat().st_size, "crc32": crc32(file)}
-        file.with_suffix(".json").write_text(json.dumps(facts_of_file))
-        wait_for_everyone()
+        own = {"bytes": file.stat().st_size, "crc32": crc32(file)}
+        # Not through files: on NFS rank 0 may not see yet what another machine wrote.
+        all_files = gathered(own)
         if is_main_process():
-            self._publish(partial, step, facts)
+            files = {_file(process): known for process, known in enumerate(all_files)}
+            self._publish(partial, step, files, facts)
         wait_for_everyone()
 
-    def _publish(self, partial: Path, step: int, facts: Mapping[str, Any]) -> None:
+    def _publish(
+        self,
+        partial: Path,
+        step: int,
+        files: Mapping[str, Mapping[str, int]],
+        facts: Mapping[str, Any],
+    ) -> None:
         """Write the index, rename the folder into place and remove old checkpoints."""
-        files = {}
-        for process in range(process_count()):
-            note = (partial / _file(process)).with_suffix(".json")
-            files[_file(process)] = json.loads(note.read_text())
-            note.unlink()
         index = {
             "format": FORMAT,
             "step": step,
@@ -123,6 +127,10 @@ class Checkpoints:
         partial.rename(final)
         # The new name must be on the disk before an older checkpoint goes.
         flush_directory(self.directory)
+        if not self._reachable:
+            # The training made its own folder, and perhaps the one above (RUN/training).
+            flush_upwards(self.directory.parent, self.directory.parent.parent)
+            self._reachable = True
         for path in self._paths()[: -self.keep]:
             shutil.rmtree(path)
 

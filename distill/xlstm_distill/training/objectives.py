@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -18,7 +19,8 @@ from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.models.mixer import HybridMixer
+from xlstm_distill.models.loading import load_shards
+from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
 from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
 
@@ -32,7 +34,15 @@ class Sums:
 
 
 class Objective(nn.Module, abc.ABC):
-    """Sums a loss over the tokens of a batch, and counts the tokens that it is averaged over."""
+    """Sums a loss over the tokens of a batch, and counts the tokens that it is averaged over.
+
+    `shown` is the figure that the progress bar shows.
+    """
+
+    shown = "loss"
+
+    def load_weights(self, device: torch.device) -> None:
+        """Read the weights that are still on the meta device, once they are sharded."""
 
     def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
         """Read rows into a batch on the host, with all that `forward` needs of the disk."""
@@ -46,8 +56,19 @@ class Objective(nn.Module, abc.ABC):
     def forward(self, batch: Batch) -> Sums:
         """Sum the loss over a batch."""
 
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """Return what to log, of the loss and its parts per token over all ranks.
+
+        Ratios of parts are made here: the ratio of two sums is no sum of ratios.
+        """
+        return means
+
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return modules with the name of the method that takes their time, for compiling."""
+        return []
+
+    def whole_modules(self) -> list[nn.Module]:
+        """Return modules whose weights FSDP2 leaves whole on every rank."""
         return []
 
 
@@ -57,6 +78,8 @@ class AlignObjective(Objective):
     Each mixer gets the hidden states that reach the layer in the *teacher*. So layers do not depend
     on each other, and one forward of the teacher serves all. Only the new parameters train.
     """
+
+    shown = "relative_error"
 
     def __init__(self, student: CausalLM, teacher: CausalLM) -> None:
         super().__init__()
@@ -73,9 +96,10 @@ class AlignObjective(Objective):
         return batch.tokens
 
     def forward(self, batch: Batch) -> Sums:
-        """Sum squared errors per head element over layers and tokens.
+        """Sum squared errors over layers, heads, features and tokens (Eq. 12).
 
-        The parts `mse` and `teacher_power` give the relative error.
+        A sum over features, as in the paper, and no mean: at H * D = 4096 a mean would make the
+        gradients 4096 times smaller, near the eps of Adam, while weight decay keeps its force.
         """
         seen = self.observer[0](batch)
         errors, norms = [], []
@@ -85,11 +109,31 @@ class AlignObjective(Objective):
                 layer.hidden_states, layer.position_embeddings, segment_ids=batch.segment_ids
             )
             error, norm = alignment_error(mixed, layer.heads, batch.real)
-            errors.append(error / mixed.shape[-1])
-            norms.append(norm / mixed.shape[-1])
+            errors.append(error)
+            norms.append(norm)
         total = torch.stack(errors).sum()
-        parts = {"mse": total.detach(), "teacher_power": torch.stack(norms).sum()}
+        parts = {"squared_error": total.detach(), "teacher_power": torch.stack(norms).sum()}
         return Sums(total, parts)
+
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """Add the relative error: squared error over the teacher's power, both over all layers.
+
+        A squared error alone says nothing: its scale is that of the teacher's values.
+        """
+        # 0 means that all heads give zeros; a share of nothing is left out.
+        if not means.get("teacher_power"):
+            return means
+        relative = means["squared_error"] / means["teacher_power"]
+        return {**means, "relative_error": relative}
+
+    def whole_modules(self) -> list[nn.Module]:
+        """Return the projections: the teacher holds the same tensors, whole on every rank."""
+        return [
+            child
+            for mixer in self.mixers
+            for name, child in mixer.named_children()
+            if name not in NEW_MODULES
+        ]
 
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the mixers; the teacher's layers have hooks inside, which would break graphs."""
@@ -152,6 +196,7 @@ class DistillObjective(Objective):
     """Stage II: γ · cross-entropy + β · sparse KL, on supervised tokens (paper, Eq. 13).
 
     The student's head becomes a `FusedHead`, which computes the loss without the tensor of logits.
+    A student from `empty_student` gets its weights from the folder `saved` after it is wrapped.
     """
 
     def __init__(
@@ -159,12 +204,19 @@ class DistillObjective(Objective):
         student: CausalLM,
         targets: TargetSource,
         weights: LossWeights,
+        saved: Path | None = None,
     ) -> None:
         super().__init__()
         fuse_head(student)
         self.student = student
         self.targets = targets
         self.weights = weights
+        self.saved = saved
+
+    def load_weights(self, device: torch.device) -> None:
+        """Read this rank's shards of the student, if that was left for now."""
+        if self.saved is not None:
+            load_shards(self.student, self.saved, device)
 
     def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
         """Read rows, and their targets where these are stored."""
@@ -185,6 +237,16 @@ class DistillObjective(Objective):
         labels = batch.labels.flatten().index_select(0, batch.kept)
         loss, parts = self.student.lm_head.loss(hidden, labels, targets, self.weights)
         return Sums(loss, {"ce": parts.cross_entropy, "kl": parts.kl})
+
+    # accelerate asks for these two and gives each an FSDP2 unit of its own. In the root they would
+    # stay gathered through all layers: 1 GB each for Llama-3.1-8B, and their gradients.
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the student's embedding."""
+        return self.student.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the student's head."""
+        return self.student.lm_head
 
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the student's decoder layers."""

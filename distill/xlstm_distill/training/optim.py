@@ -6,14 +6,22 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import AdamW
 
 from xlstm_distill.recipe import Optimization
 
 
-def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Optimization) -> AdamW:
-    """Make AdamW, fused on CUDA, over what is trainable; gates, norms and biases do not decay."""
+def make_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: Optimization,
+    device: torch.device | None = None,
+) -> AdamW:
+    """Make AdamW, fused on CUDA, over what is trainable; gates, norms and biases do not decay.
+
+    `device` is where the parameters will be when it steps; by default, where they are.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in parameters:
@@ -26,9 +34,11 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Optim
         {"params": plain, "weight_decay": 0.0},
     ]
     used = [group for group in groups if group["params"]]
-    on_cuda = all(parameter.device.type == "cuda" for parameter in decayed + plain)
+    # A student waits on the CPU until it is wrapped: its parameters do not tell.
+    kinds = {p.device.type for p in decayed + plain} if device is None else {device.type}
+    on_cuda = kinds == {"cuda"}
     # None, not False, leaves the choice to torch; False would also rule out its foreach version.
-    return AdamW(used, lr=config.lr, betas=config.betas, fused=on_cuda or None)
+    return AdamW(used, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_cuda or None)
 
 
 def learning_rate(config: Optimization, steps: int, step: int, peak: float) -> float:

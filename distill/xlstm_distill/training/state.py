@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from xlstm_distill.errors import RunError
 from xlstm_distill.runtime.ranks import is_main_process, process_count, process_index
@@ -20,7 +20,8 @@ WEIGHT, MOMENT, GENERATOR = "weight", "optimizer", "generator"
 class TrainingState:
     """Reads and writes the state of a prepared objective and its optimiser.
 
-    Sharded tensors stay sharded: every rank writes and reads its own shards.
+    Sharded tensors stay sharded: every rank reads its own shards, and the ranks of the first
+    replica write theirs. With HSDP the others hold the same.
     """
 
     def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -29,7 +30,8 @@ class TrainingState:
         self.parameters = {name: p for name, p in trained if p.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return this rank's shards, and on the main process also all that is not sharded."""
+        """Return what this rank writes: its shards, and rank 0 also what is not sharded."""
+        writes_shards = process_index() < process_count() // self.replicas()
         named: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             held = {f"{WEIGHT}/{name}": parameter.detach()}
@@ -37,7 +39,7 @@ class TrainingState:
                 held[f"{MOMENT}/{name}/{key}"] = value
             for key, value in held.items():
                 # What is not sharded is the same on all ranks: one copy is enough.
-                if _is_sharded(value) or is_main_process():
+                if writes_shards if _is_sharded(value) else is_main_process():
                     named[key] = _local(value)
         return named | _generators()
 
@@ -45,6 +47,11 @@ class TrainingState:
         """Return the dimension along which each sharded parameter is cut."""
         sharded = {name: p for name, p in self.parameters.items() if _is_sharded(p)}
         return {name: _shard_dim(p, name) for name, p in sharded.items()}
+
+    def replicas(self) -> int:
+        """Return how many groups of ranks hold a replica of the shards each; 1 without HSDP."""
+        meshes = [p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor)]
+        return meshes[0].size(0) if meshes and meshes[0].ndim == 2 else 1
 
     def load(self, checkpoint: Checkpoint) -> bool:
         """Put a checkpoint back; returns whether that is exact.
@@ -55,8 +62,10 @@ class TrainingState:
             RunError: it does not hold what this training needs.
         """
         layout: Mapping[str, int] = checkpoint.facts["layout"]
+        replicas = self.replicas()
         exact = checkpoint.processes == process_count() and layout == self.layout()
-        pieces = _Pieces(checkpoint, exact)
+        exact = exact and checkpoint.facts.get("replicas", 1) == replicas
+        pieces = _Pieces(checkpoint, exact, process_index() % (process_count() // replicas))
         numbers = self._numbers()
         moments: dict[int, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
@@ -85,16 +94,18 @@ class TrainingState:
 class _Pieces:
     """The files of a checkpoint that this rank needs, and the tensors put together from them.
 
-    An exact restart needs this rank's own file and rank 0's, which has all that is not sharded. Any
-    other needs all files, to put the pieces together and cut them anew.
+    An exact restart needs this rank's own file, that of the rank which wrote its shards (`writer`),
+    and rank 0's, which has all that is not sharded. Any other needs all files, to put the pieces
+    together and cut them anew.
     """
 
     checkpoint: Checkpoint
     exact: bool
+    writer: int
 
     def __post_init__(self) -> None:
         processes = range(self.checkpoint.processes)
-        needed = {0, process_index()} if self.exact else set(processes)
+        needed = {0, process_index(), self.writer} if self.exact else set(processes)
         self.files = {n: self.checkpoint.tensors(n) for n in sorted(needed)}
 
     def keys(self, prefix: str) -> list[str]:
@@ -111,12 +122,14 @@ class _Pieces:
             RunError: the checkpoint has no such tensor.
         """
         try:
-            # A sharded parameter's step counter is one number, and on rank 0 alone.
-            was_cut = dim is not None and name in self.files[max(self.files)]
+            # A sharded parameter's step counter is one number, and not cut.
+            was_cut = dim is not None and self.files[0][name].ndim > 0
             if was_cut and self.exact and _is_sharded(like):
-                return _as_shard(self.files[process_index()][name], like)
+                return _as_shard(self.files[self.writer][name], like)
             if was_cut:
-                pieces = [self.files[n][name] for n in sorted(self.files)]
+                # In the order of ranks; those of other replicas wrote none.
+                held = [self.files[n] for n in sorted(self.files)]
+                pieces = [tensors[name] for tensors in held if name in tensors]
                 whole = torch.cat(pieces, dim=dim or 0)
             else:
                 whole = self.files[0][name]
@@ -161,15 +174,15 @@ def _shard_dim(parameter: Any, name: str) -> int:
     """Return the dimension along which FSDP2 cut a parameter.
 
     Raises:
-        RunError: it is placed in another way (hybrid sharding, tensor parallelism).
+        RunError: it is placed in another way (tensor parallelism).
     """
-    placements = parameter.placements
-    if len(placements) != 1 or not isinstance(placements[0], Shard):
+    *replicated, cut = parameter.placements
+    if len(replicated) > 1 or not all(p.is_replicate() for p in replicated) or not cut.is_shard():
         raise RunError(
-            f"{name}: placed as {placements}; checkpoints support full sharding over one mesh "
-            "dimension only."
+            f"{name}: placed as {parameter.placements}; checkpoints support sharding over one mesh "
+            "dimension, and replicas over another."
         )
-    return placements[0].dim
+    return cut.dim
 
 
 def _generators() -> dict[str, Tensor]:

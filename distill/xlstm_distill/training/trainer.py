@@ -33,8 +33,9 @@ from xlstm_distill.training.feed import Feed, StepBatches
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
 from xlstm_distill.training.objectives import Objective
-from xlstm_distill.training.optim import learning_rate, make_optimizer
+from xlstm_distill.training.optim import learning_rate
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
+from xlstm_distill.training.reduction import Reduction
 from xlstm_distill.training.skips import Skips
 from xlstm_distill.training.state import TrainingState
 from xlstm_distill.training.validation import validate
@@ -75,17 +76,17 @@ class Trainer:
         self.accelerator = accelerator
         self.console = console or QuietConsole()
         self.tokens_per_step = plan.batch * next(iter(domains.values())).context
-        optimizer = make_optimizer(objective.named_parameters(), plan.optim)
         self.wrapped, self.optimizer = prepare(
             accelerator,
             objective,
-            optimizer,
+            plan.optim,
             micro_batch=plan.micro_batch,
             clip=plan.optim.clip,
         )
         self.compiled = should_compile(plan.settings.compile, accelerator.device)
         if self.compiled:
             compile_parts(objective)
+        self.reduction = Reduction(plan.settings.reduce, self.wrapped, accelerator)
         self.state = TrainingState(objective, self.optimizer)
         self.feed = Feed(
             plan=plan,
@@ -134,12 +135,14 @@ class Trainer:
                 if agreed.stop is not None:
                     self._stop(step, before, agreed.stop)
                 figures, read, agreed = self._step(step, read, agreed.tokens, feed)
+                self.reduction.decide()
                 if self._is_due(self.plan.settings.validate_steps, step + 1):
                     held_out = self.validate()
                     figures |= {f"held_out_{name}": value for name, value in held_out.items()}
                 if log is not None:
                     log.write(step, figures)
-                bar.update(self.tokens_per_step, loss=figures.get("loss", math.nan))
+                shown = self.objective.shown
+                bar.update(self.tokens_per_step, **{shown: figures.get(shown, math.nan)})
                 if self._is_due(self.plan.settings.checkpoint_steps, step + 1, at_end=True):
                     self._save(step + 1, before)
             after = self.validate()
@@ -199,6 +202,7 @@ class Trainer:
         self.earlier_seconds = found.facts["seconds"]
         self.saved_step = found.step
         goes_on = f"goes on at step {found.step} of {self.plan.steps}"
+        self.reduction.restore(found.facts.get("waits"))
         self.inexact = list(found.facts.get("inexact", []))
         if changes := self._changed_since(found, exact):
             goes_on += f"; {changes}, so the result will differ in the last bits"
@@ -220,6 +224,8 @@ class Trainer:
         facts = {
             "before": before,
             "layout": self.state.layout(),
+            "replicas": self.state.replicas(),
+            "waits": self.reduction.chosen(),
             "seconds": seconds,
             "arithmetic": self.arithmetic,
             "inexact": self.inexact,
@@ -287,7 +293,8 @@ class Trainer:
         following = feed.take(step + 1)
         # The host waits for the device here, and nowhere else in a step.
         agreed = exchange(self.accelerator, following.tokens, totals, norm)
-        figures = {name: value / tokens for name, value in agreed.sums.items()}
+        means = {name: value / tokens for name, value in agreed.sums.items()}
+        figures = self.objective.figures(means)
         figures["grad_norm"] = cast(float, agreed.norm)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
         if bad:
@@ -317,7 +324,8 @@ class Trainer:
         totals: dict[str, torch.Tensor] = {}
         losses = []
         for n, batch in enumerate(batches):
-            with micro_step(accelerator, self.wrapped, last=n == len(batches) - 1):
+            last, wait = n == len(batches) - 1, self.reduction.waits
+            with micro_step(accelerator, self.wrapped, last=last, wait=wait):
                 # Moved one by one: the targets of all would take as much of the GPU as they do
                 # of the host.
                 sums = self.wrapped(batch.to(accelerator.device))

@@ -52,7 +52,7 @@ def validate(
     *values, real, opened = accelerator.reduce(stacked, "sum").tolist()
     sums_by_name = dict(zip(totals, values, strict=True))
     tokens = max(sums_by_name.pop("tokens"), 1)
-    means = {name: value / tokens for name, value in sums_by_name.items()}
+    means = objective.figures({name: value / tokens for name, value in sums_by_name.items()})
     return means | ({"gate": opened / real} if meter.gates else {})
 
 

@@ -121,8 +121,9 @@ def test_a_training_is_held_until_it_is_published_and_its_checkpoints_are_gone(r
             )
 
     def remove(path, ignore_errors=False):
+        first = path not in removed
         removed.append(path)
-        if path == run.work_directory(request_()):
+        if first and path == run.work_directory(request_()):
             assert other.make(
                 request_(), lambda draft: pytest.fail("built again"), together=True
             ).reused
@@ -130,6 +131,7 @@ def test_a_training_is_held_until_it_is_published_and_its_checkpoints_are_gone(r
 
     def build(draft):
         refused()
+        run.work_directory(request_()).mkdir(parents=True)
         write("a")(draft)
 
     rmtree = shutil.rmtree
@@ -253,6 +255,7 @@ def test_all_is_flushed_before_and_after_the_rename(run, monkeypatch):
     )
 
     def build(draft):
+        run.work_directory(request_()).mkdir(parents=True)
         (draft.path / "model").mkdir()
         (draft.path / "model" / "weights").write_text("a")
 
@@ -264,6 +267,14 @@ def test_all_is_flushed_before_and_after_the_rename(run, monkeypatch):
     assert before.index("weights") < before.index("model")
     after = [path for kind, path in events[published_at:gone] if kind == "flush"]
     assert {final.parent, run.directory} <= set(after)
+
+
+def test_checkpoints_that_a_killed_process_left_go_when_the_artifact_is_found(run):
+    published(run)
+    work = run.work_directory(request_())
+    work.mkdir(parents=True)
+    run.need(request_())
+    assert not work.exists()
 
 
 def test_a_failed_rename_leaves_the_earlier_artifact(run, monkeypatch):

@@ -97,7 +97,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             module.check = lambda lineage, run: check()  # type: ignore[attr-defined]
         return module
 
-    for name in STAGES:
+    for name in ("prepare", *STAGES):
         monkeypatch.setitem(sys.modules, f"xlstm_distill.stages.{name}", make(name))
     return state
 

@@ -26,6 +26,8 @@ COMMANDS = (
     "validate",
     "plan",
     "status",
+    "verify",
+    "clean",
     "score",
     "schema",
     "recipes",

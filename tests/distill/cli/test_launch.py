@@ -17,6 +17,7 @@ LAYOUTS = {
     "ddp": Layout("ddp", 8, None, "bf16"),
     "ddp-cpu": Layout("ddp", 2, None, "no"),
     "fsdp2": Layout("fsdp", 8, 2, "bf16"),
+    "hsdp": Layout("fsdp", 16, 2, "bf16", replicas=2),
     **{f"zero{stage}": Layout("deepspeed", 8, stage, "bf16") for stage in (1, 2, 3)},
 }
 
@@ -55,7 +56,10 @@ def environment_of(name: str, *words: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_shipped_configuration_asks_for_what_it_is_named_after(name):
     assert asked_layout(environment_of(name)) == LAYOUTS[name]
-    changed = asked_layout(environment_of(name, "--num_processes", "4", "--mixed_precision", "no"))
+    words = ["--num_processes", "4", "--mixed_precision", "no"]
+    if name == "hsdp":
+        words += ["--parallelism_config_dp_shard_size", "2"]
+    changed = asked_layout(environment_of(name, *words))
     assert (changed.kind, changed.processes, changed.precision) == (LAYOUTS[name].kind, 4, "no")
 
 

@@ -93,6 +93,17 @@ def test_distill_passes_the_expert(
     assert stages["calls"] == [("distill", {"expert": expert})]
 
 
+def test_shares_reach_the_stages_that_have_them(call: Call, stages: dict[str, Any]) -> None:
+    for stage in ("prepare", "capture"):
+        assert call(stage, "small.yaml", "--shard", "1/3").exit_code == 0
+    assert stages["calls"] == [("prepare", {"shard": "1/3"}), ("capture", {"shard": "1/3"})]
+
+
+def test_a_share_that_is_none_is_one_line(call: Call, error_of: ErrorOf) -> None:
+    line = error_of(call("prepare", "small.yaml", "--shard", "3/3"), 2)
+    assert line == ("error: --shard: '3/3' must be I/N with I from 0 to N - 1, for example 0/8.")
+
+
 def test_an_expert_is_chosen_by_name_or_index() -> None:
     from xlstm_distill.stages.distill import choose_experts
 

@@ -29,6 +29,11 @@ def write(path, texts):
     return str(path)
 
 
+def test_places_that_another_version_wrote_are_refused():
+    with pytest.raises(ValueError, match="another version of this package"):
+        SourceProgress(position={"file": 1, "record": 3, "read": 9, "state": None})
+
+
 @pytest.fixture(scope="module")
 def domain(tmp_path_factory):
     """Short documents, long ones and chats."""

@@ -13,10 +13,18 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import zstandard
 
 from xlstm_distill import embedded
 from xlstm_distill.data import readers
-from xlstm_distill.data.sources import Position, SourceReader, generators_hash, identity
+from xlstm_distill.data.sources import (
+    HEAD_RECORDS,
+    HEAD_RECORDS_OF_TABLES,
+    Position,
+    SourceReader,
+    generators_hash,
+    identity,
+)
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Source
 
@@ -48,6 +56,8 @@ def saved_as(form, folder):
         path.write_text(json.dumps(RECORDS))
     elif form == "jsonl.gz":
         path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in RECORDS).encode()))
+    elif form == "jsonl.zst":
+        path.write_bytes(zstandard.compress(lines(*RECORDS)))
     elif form == "parquet":
         data.to_parquet(path)
     elif form == "csv":
@@ -70,7 +80,7 @@ def texts(found):
     return [document["text"] for _, chunk in found for document in chunk.documents]
 
 
-FORMS = ["jsonl", "json", "jsonl.gz", "parquet", "csv", "txt", "arrow", "saved"]
+FORMS = ["jsonl", "json", "jsonl.gz", "jsonl.zst", "parquet", "csv", "txt", "arrow", "saved"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -100,6 +110,29 @@ def test_files_are_read_in_a_seeded_order_and_positions_hold_across_them(form, t
     assert texts(chunks(source, seed=1)) != whole
     for n, (position, _) in enumerate(found):
         assert texts(chunks(source, position)) == texts(found[n:])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_the_head_of_every_file_is_read_before_any_file_is_read_whole(form, tmp_path):
+    head = HEAD_RECORDS_OF_TABLES if form == "parquet" else HEAD_RECORDS
+    sizes = {"a": head + 70, "b": 10, "c": head + 1, "d": head}
+    for name, size in sizes.items():
+        part = datasets.Dataset.from_dict({"text": [f"{name}{m}" for m in range(size)]})
+        getattr(part, {"jsonl": "to_json"}.get(form, f"to_{form}"))(tmp_path / f"{name}.{form}")
+    source = Source(path=str(tmp_path))
+    found = chunks(source)
+    whole = texts(found)
+    assert len(whole) == len(set(whole)) == sum(sizes.values())
+    heads = [text for text in whole if int(text[1:]) < head]
+    assert whole[: len(heads)] == heads
+    order = list(dict.fromkeys(text[0] for text in heads))
+    assert order != sorted(order)
+    assert [text[0] for text in whole[len(heads) :: 70]] == [n for n in order if n in "ac"]
+    # Around each change of files, and at some places between.
+    changes = [n for n in range(1, len(found)) if found[n][0].visit != found[n - 1][0].visit]
+    for n in {*changes, *(n - 1 for n in changes), len(found) // 3, len(found) - 1}:
+        again = Position(**json.loads(json.dumps(asdict(found[n][0]))))
+        assert texts(chunks(source, again)) == texts(found[n:])
 
 
 def test_a_number_of_documents_is_not_exceeded(tmp_path):
@@ -208,11 +241,12 @@ class TestHub:
         ):
             list(reader)
 
-    @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz"])
+    @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "jsonl.zst"])
     def test_json_is_read_file_by_file_without_a_schema(self, form, served):
         later = lines(*RECORDS[100:], {"text": "last", "other": {"a": 1}, "more": [1]})
         contents = [lines(*RECORDS[:100]), later]
-        source = served(form, *(gzip.compress(c) if form.endswith("gz") else c for c in contents))
+        packed = {"jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}.get(form, bytes)
+        source = served(form, *map(packed, contents))
         found = chunks(source)
         assert sorted(texts(found)) == sorted([r["text"] for r in RECORDS] + ["last"])
         for n, (position, _) in enumerate(found):

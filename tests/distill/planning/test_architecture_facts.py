@@ -97,7 +97,7 @@ def test_parameters_of_every_family_with_biases(
 
 def test_adapters_are_counted_as_peft_makes_them(tiny_teacher: Make) -> None:
     pytest.importorskip("peft", reason="peft is not installed")
-    from xlstm_distill.training.lora import add_lora
+    from xlstm_distill.models.lora import add_lora
 
     teacher, mixer = tiny_teacher("qwen2"), MIXERS["softmax"]
     a = architecture_of(teacher)

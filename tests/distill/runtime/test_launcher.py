@@ -13,6 +13,12 @@ from xlstm_distill.runtime.launcher import Layout, adopt_slurm, asked_layout, fi
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 WORKER = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 FSDP = {**LAUNCHED, **WORKER, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+HSDP = {
+    **FSDP,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
 ZERO = {
     **LAUNCHED,
     **WORKER,
@@ -30,6 +36,7 @@ ZERO = {
         ({**LAUNCHED, **WORKER}, Layout("ddp", 4, None, "no")),
         (FSDP, Layout("fsdp", 4, 2, "no")),
         ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, Layout("fsdp", 4, 2, "no", True)),
+        (HSDP, Layout("fsdp", 4, 2, "no", replicas=2)),
         (ZERO, Layout("deepspeed", 4, 3, "no")),
     ],
 )
@@ -53,6 +60,10 @@ def test_what_was_asked_for(environment, layout):
             {**LAUNCHED, "ACCELERATE_MIXED_PRECISION": "fp16"},
             "mixed_precision: 'fp16' .* only 'no' or 'bf16'",
         ),
+        ({**HSDP, "WORLD_SIZE": "8"}, r"2 replicas .* of 2 shards .* do not make 8 processes"),
+        ({**HSDP, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "1"}, "at least 2 shards"),
+        ({**HSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "parallelism_config_tp_size: 2 is not"),
+        ({**HSDP, "ACCELERATE_USE_FSDP": "false"}, "parallelism_config is for .* FSDP alone"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_stage: '0'"),
         ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, "zero3_init_flag: 'true'"),
         (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from capture_process import SETTINGS, run_capture
 from processes import process_environment
 
@@ -71,9 +72,9 @@ def written(monkeypatch):
     numbers = []
     write = capture.DomainCapture._write_shard
 
-    def noted(self, shard, progress):
+    def noted(self, shard, *rest):
         numbers.append((self.rows.name, shard.number))
-        write(self, shard, progress)
+        write(self, shard, *rest)
 
     monkeypatch.setattr(capture.DomainCapture, "_write_shard", noted)
     return numbers
@@ -99,7 +100,7 @@ def test_the_store_reaches_the_goal_and_gives_the_loss_of_the_teacher_at_work(re
     assert figures["mean_k"] >= 4
     assert len(shards(reference)) > 2
     rows = open_domains(loaded, data, captured_rows(loaded))
-    stored = _targets(lineage, captured(run), torch.device("cpu"))
+    stored = _targets(lineage, captured(run), Accelerator(cpu=True))
     online = OnlineTargets(
         load_teacher(loaded.teacher), 256, loaded.capture.mass, loaded.capture.min_k
     )
@@ -184,7 +185,7 @@ def test_distillation_refuses_a_store_of_another_tokenizer(reference, monkeypatc
         RunError,
         match=r"index\.json: belongs to another run: its tokenizer is .*, here it is 'others'",
     ):
-        _targets(other, captured(run), torch.device("cpu"))
+        _targets(other, captured(run), Accelerator(cpu=True))
 
 
 def test_an_online_teacher_is_loaded_once(reference, monkeypatch):
@@ -193,7 +194,7 @@ def test_an_online_teacher_is_loaded_once(reference, monkeypatch):
     monkeypatch.setattr(
         distill, "load_teacher", lambda *given: loads.append(given) or load_teacher(*given)
     )
-    assert isinstance(_targets(Lineage(loaded), {}, torch.device("cpu")), OnlineTargets)
+    assert isinstance(_targets(Lineage(loaded), {}, Accelerator(cpu=True)), OnlineTargets)
     assert len(loads) == 1
 
 

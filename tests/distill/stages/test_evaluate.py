@@ -10,11 +10,16 @@ import torch
 from xlstm_distill.artifacts import Run
 from xlstm_distill.data.packing import PackedRow
 from xlstm_distill.data.rows import load_batch
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig, load_recipe
+from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import evaluate
 from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.workbench import choose
+from xlstm_eval.answering.coordinator import Tally
+from xlstm_eval.answering.scoring import Pair, score_pairs
 from xlstm_eval.records import EvalError
 
 
@@ -109,3 +114,68 @@ def test_the_check_passes_the_quickstart_and_is_left_out_once_the_teacher_was_ev
     other = load_recipe(root / "recipes" / "quickstart.yaml", ["evaluate.limit=3"])
     evaluate.check(Lineage(other), run)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("branches", [("mlstm", "window"), ("window",)])
+def test_a_student_scores_continuations_from_copies_of_its_cache_as_in_one_pass(
+    tiny_teacher, branches: tuple[str, ...]
+) -> None:
+    student = convert(tiny_teacher(), MixerConfig(window=4, sinks=2, branches=branches)).eval()
+    for _, parameter in student.new_parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.manual_seed(0))
+    random = torch.Generator().manual_seed(1)
+    pairs = []
+    # Contexts of other lengths than the window's, and continuations of one token and of more.
+    for length, answers in ((3, (1, 4, 2)), (17, (1, 1)), (30, (7,)), (1, (2, 1))):
+        context = tuple(torch.randint(3, 97, (length,), generator=random).tolist())
+        for tokens in answers:
+            answer = torch.randint(3, 97, (tokens,), generator=random).tolist()
+            pairs.append(Pair(context, tuple(answer)))
+    for model in (student, tiny_teacher()):
+        for pair, (value, greedy) in zip(pairs, score_pairs(model, pairs, 0), strict=True):
+            ids = torch.tensor([pair.context + pair.continuation])
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits
+            asked = logits[0, len(pair.context) - 1 : -1].log_softmax(-1)
+            wanted = torch.tensor(pair.continuation)
+            assert value == pytest.approx(float(asked.gather(1, wanted[:, None]).sum()), abs=2e-5)
+            assert greedy == bool((asked.argmax(-1) == wanted).all())
+
+
+def test_a_model_is_chosen_by_name_or_by_the_index_of_an_array_task(
+    root: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(root / "recipes" / "quickstart.yaml")
+    models = Lineage(recipe).evaluated_models()
+    words = ("--model", "the recipe's models")
+    assert choose(models, "code", *words) == ["code"]
+    assert choose(models, "0", *words) == ["teacher"]
+    assert choose(models, None, *words) == models
+    with pytest.raises(UserError) as caught:
+        choose(models, "6", *words)
+    assert str(caught.value) == (
+        "--model: '6' is not in the recipe's models; it has teacher, merged, math, code, stem, "
+        "chat (or by index: 0 to 5)."
+    )
+
+
+def test_missing_evaluations_are_named_in_one_line(root: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(root / "recipes" / "quickstart.yaml")
+    run, lineage = Run.open(tmp_path, recipe), Lineage(recipe)
+    for label in ("merge", *(f"distill/{name}" for name in recipe.distill.experts)):
+        run.make(lineage.request(label), lambda draft: None)
+    run.make(lineage.request("evaluate/code"), lambda draft: None)
+    with pytest.raises(RunError) as caught:
+        evaluate.find_evaluations(lineage, run)
+    assert "evaluations of teacher, merged, math, stem, chat are not there yet" in str(caught.value)
+
+
+def test_a_bar_counts_what_this_run_answers_and_not_what_it_found() -> None:
+    console = QuietConsole()
+    with console.progress("evaluate/teacher", None, unit="requests") as progress:
+        bar = evaluate.Bar(progress)
+        for done in (40, 50, 100):
+            bar(Tally(done=done, total=100, kept=40, tokens=(done - 40) * 7))
+    (line,) = console.lines
+    assert line.startswith("evaluate/teacher: 100 of 100 requests (100%), ")
+    assert "tokens/s" in line

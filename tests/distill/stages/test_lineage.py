@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from xlstm_distill.artifacts import hashing
 from xlstm_distill.artifacts.manifest import FORMAT
 from xlstm_distill.models import teacher as teachers
 from xlstm_distill.recipe import Recipe, load_recipe
+from xlstm_distill.stages import lineage as lineages
 from xlstm_distill.stages.lineage import Lineage, stage_of
 
 ONLINE = ["capture.targets=online", "capture.shard_teacher=false"]
@@ -143,3 +146,29 @@ def test_skipping_bad_steps_keeps_the_checkpoints_of_a_training(root):
         requests = lineage.request("align"), lineage.request("distill/math")
         fingerprints[value] = [request.fingerprint for request in requests]
     assert fingerprints["stop"] == fingerprints["skip"]
+
+
+def test_a_moved_repository_makes_nothing_anew(root, tmp_path):
+    """No path of the machine is in any fingerprint: neither the teacher's nor that of tasks."""
+    recipes = {}
+    for place in ("one", "other"):
+        shutil.copytree(root / "recipes" / "quickstart", tmp_path / place / "recipes/quickstart")
+        for name in ("quickstart.yaml", "recipe.schema.json"):
+            shutil.copy(root / "recipes" / name, tmp_path / place / "recipes")
+        path = tmp_path / place / "recipes" / "quickstart.yaml"
+        lineage = Lineage(load_recipe(path))
+        recipes[place] = {label: lineage.request(label).fingerprint for label in lineage.labels()}
+    assert recipes["one"] == recipes["other"]
+
+
+def test_ranks_take_rank_zero_s_hashes(recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(lineages, "process_count", lambda: 2)
+    include = str(recipe.evaluate.include)
+    told = {"teacher": "t", "tokenizer": "w", "paths": {include: "tasks"}}
+    monkeypatch.setattr(lineages, "from_rank_zero", lambda compute: told)
+    monkeypatch.setattr(hashing, "_TAKEN", {})
+    lineage = Lineage(recipe)
+    lineage.share_hashes()
+    inputs = lineage.request("evaluate/teacher").inputs
+    assert inputs == {"teacher": "t", "tasks": "tasks"}
+    assert lineage.request("data/math").inputs == {"tokenizer": "w"}

@@ -35,7 +35,7 @@ def made(run: Run, label: str, *built_on: Artifact, seed: int = 0) -> Artifact:
             artifact.manifest["name"] or (name if label != "report" else None),
         )
         inputs[of if of == "align" else f"{of}/{key}"] = artifact.fingerprint
-    log = json.dumps({"step": 1, "mse": 0.5, "ce": 1.0, "kl": 0.1}) + "\n"
+    log = json.dumps({"step": 1, "relative_error": 0.5, "ce": 1.0, "kl": 0.1}) + "\n"
     score = {"task": "add", "metric": "acc,none", "score": 0.5, "samples": 10, "domain": "math"}
     request = Request(stage, {"seed": seed}, {"teacher": "t", **inputs}, name or None)
 

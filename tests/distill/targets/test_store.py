@@ -12,16 +12,19 @@ import torch
 
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.targets.codec import arrange, kl_error
+from xlstm_distill.targets.codec import arrange, decode, encode, kl_error
+from xlstm_distill.targets.coding import coding
 from xlstm_distill.targets.providers import to_targets
 from xlstm_distill.targets.store import (
     HEADER_BYTES,
     INDEX_FILE,
     MAGIC,
+    MEASURED_ROWS,
     PREFIX,
     Identity,
     Store,
     read_header,
+    shard_checks,
     write_index,
     write_shard,
 )
@@ -243,3 +246,61 @@ def test_what_a_killed_writer_left_is_not_counted(directory):
     write_index(directory, IDENTITY)
     assert Store(directory, IDENTITY).rows == 6
     assert not left.exists()
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("mass", [0.95, None])
+def test_shards_hold_the_codec_s_bytes_whoever_codes_them(mass, tmp_path):
+    """Rows are coded in this process or in two others; the whole files are the same."""
+    identity = dataclasses.replace(IDENTITY, mass=mass)
+    counts = [7, 0, 40, 1, 25, 3, 60, 12] * 6
+    logits = 3 * torch.randn(sum(counts), VOCABULARY, generator=torch.Generator().manual_seed(5))
+    targets = SparseTargets.from_logits(logits, identity.top_k)
+    files = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        with (
+            coding(workers) as coder,
+            write_shard(folder, identity, VOCABULARY, 0, 3, coder) as writer,
+        ):
+            start = 0
+            for rows in (counts[:9], counts[9:]):  # in two batches
+                stop = start + sum(rows)
+                writer.add(rows, range(len(rows)), targets.rows(slice(start, stop)))
+                assert len(writer.under_way) <= 2 * workers
+                start = stop
+        files.append((folder / "targets-00000.bin").read_bytes())
+    assert files[0] == files[1]
+    expected, errors = [], []
+    start = 0
+    for number, count in enumerate(counts, 3):
+        kept = targets.rows(slice(start, start + count)).keep_mass(mass, identity.min_k)
+        start += count
+        lengths = torch.isfinite(kept.log_probs).sum(1).numpy()
+        row = arrange(lengths, kept.ids.numpy(), kept.log_probs.numpy(), kept.tail.numpy())
+        expected.append(encode(row, VOCABULARY))
+        if number % MEASURED_ROWS == 0:
+            errors.append(kl_error(row, decode(expected[-1], count, VOCABULARY)).sum())
+    header = read_header(tmp_path / "0" / "targets-00000.bin")
+    assert files[0][HEADER_BYTES : header.index_offset] == b"".join(expected)
+    sampled = [count for number, count in enumerate(counts, 3) if number % MEASURED_ROWS == 0]
+    assert (header.figures.tokens, header.figures.measured) == (sum(counts), sum(sampled))
+    assert header.figures.kl_error == pytest.approx(sum(errors))
+
+
+@pytest.mark.parametrize("place", [HEADER_BYTES + 1, 40, -1])
+def test_every_changed_byte_of_a_shard_is_found_by_its_check(directory, place):
+    checks = shard_checks(directory)
+    assert sorted(checks) == ["targets-00000.bin", "targets-00001.bin", "targets-00002.bin"]
+    for check in checks.values():
+        check()
+    path = directory / "targets-00001.bin"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"targets-00001\.bin"):
+        checks["targets-00001.bin"]()
+    path.write_bytes((directory / "targets-00002.bin").read_bytes())  # whole, but another one
+    with pytest.raises(RunError, match="another shard"):
+        checks["targets-00001.bin"]()

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,16 @@ FSDP2 = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
 }
+HSDP = FSDP2 | {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
 SETTINGS = {
     "ddp": {},
     "fsdp2": FSDP2,
+    "hsdp": HSDP,
     **{f"zero{n}": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(n)} for n in (1, 2, 3)},
 }
 has_peft = importlib.util.find_spec("peft") is not None
@@ -48,10 +55,10 @@ KINDS = [
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
     "distill": {},
-    "spared": {"shard_teacher": True, "checkpoint": True},
+    "spared": {"shard_teacher": True, "checkpoint": True, "by_shards": "seed-spared"},
     "align": {"stage": "align"},
-    "tied-mixer": {"tied": True, "trainable": "mixer"},
-    **({"lora": {"trainable": "lora"}} if has_peft else {}),
+    "tied-mixer": {"tied": True, "trainable": "mixer", "by_shards": "seed-tied"},
+    **({"lora": {"trainable": "lora", "by_shards": "seed-lora"}} if has_peft else {}),
 }
 Trained = dict[str, dict[str, Any]]
 
@@ -62,6 +69,8 @@ def train(out: Path, kind: str, trainings: dict[str, dict[str, Any]]) -> Trained
     if any("dtype" in options for options in trainings.values()):
         variables["ACCELERATE_MIXED_PRECISION"] = "bf16"
     launcher = () if kind == "alone" else TORCHRUN
+    if kind == "hsdp":
+        launcher = (*TORCHRUN[:-1], "--nproc-per-node=4")
     done = subprocess.run(
         [sys.executable, *launcher, str(SCRIPT), str(out), json.dumps(trainings)],
         capture_output=True,
@@ -108,6 +117,63 @@ def test_a_sharded_teacher_and_recomputed_activations_change_no_bit(kind, traine
     )
 
 
+# A rank of four has two rows of a step: in micro-batches of one there are some to wait for.
+ON_FOUR: dict[str, dict[str, Any]] = {
+    "distill": {"micro_batch": 1},
+    "waiting": {"micro_batch": 1, "wait": True},
+    "resumed": {"micro_batch": 1, "resume_at": 2, "shard_teacher": True, "checkpoint": True},
+    "align": {"stage": "align", "micro_batch": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory) -> Trained:
+    """Trainings on two replicas of two shards each."""
+    return train(tmp_path_factory.mktemp("hsdp") / "trained.pt", "hsdp", ON_FOUR)
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Compare weights and figures, up to the rounding of sums."""
+    assert one["weights"].keys() == other["weights"].keys()
+    for key, weight in one["weights"].items():
+        if not key.endswith("input_gate.bias"):
+            assert error_ratio(other["weights"][key], weight.double()) < 1e-5, key
+    for mine, theirs in zip(one["figures"], other["figures"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_two_replicas_of_two_shards_train_as_one_process_does(trained, on_four):
+    alone = trained("alone")
+    for name in ("distill", "align"):
+        assert (on_four[name]["kind"], on_four[name]["replicas"]) == ("FSDP", 2)
+        assert_same(alone[name], on_four[name])
+    # Gradients that wait for the last micro-batch add up in another order.
+    assert_same(alone["distill"], on_four["waiting"])
+    # Embedding and head are gathered by themselves, and not with the root for a whole pass.
+    assert {"student.model.embed_tokens", "student.lm_head"} <= set(on_four["distill"]["units"])
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_replicas_resume_and_save_memory_to_the_last_bit(on_four):
+    plain, other = on_four["distill"], on_four["resumed"]
+    assert other["figures"] == plain["figures"]
+    assert all(
+        torch.equal(other["weights"][key], weight) for key, weight in plain["weights"].items()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_compiled_layers_train_as_plain_ones_under_fsdp2(trained, tmp_path):
+    options = {"compiled": {"compile": True, "checkpoint": True}, "waiting": {"wait": True}}
+    made = train(tmp_path / "compiled.pt", "fsdp2", options)
+    assert_same(trained("fsdp2")["distill"], made["compiled"])
+    assert_same(trained("fsdp2")["distill"], made["waiting"])
+
+
 # Measured against fp32, figures of about 2.9 (loss) and 1.0 (norm): 0.006 at most; bf16 in one
 # process: 0.005.
 @pytest.mark.slow
@@ -135,6 +201,7 @@ def test_bf16_compute_keeps_fp32_weights_and_reduction(kind, trained, tmp_path):
         (Layout("deepspeed", 2, 3), Layout("deepspeed", 2, 2)),
         (Layout("fsdp", 2, 2), Layout("fsdp", 2, 1)),
         (Layout("ddp", 2), Layout("single", 1)),
+        (Layout("fsdp", 4, 2, replicas=2), Layout("fsdp", 4, 2)),
     ],
     ids=str,
 )
@@ -142,7 +209,7 @@ def test_what_runs_must_be_what_was_asked(asked, running):
     differs = r"asked for .* and accelerate runs .* check its configuration"
     with pytest.raises(UserError, match=differs):
         refuse_difference(asked, running, "no")
-    in_fp32 = Layout(running.kind, running.processes, running.sharding, "no")
+    in_fp32 = replace(running, precision="no")
     refuse_difference(running, in_fp32, "no")
     differs = "mixed_precision: 'bf16' is wanted, and accelerate runs 'no'"
     with pytest.raises(UserError, match=differs):

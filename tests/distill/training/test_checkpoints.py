@@ -84,6 +84,21 @@ def test_a_checkpoint_and_its_name_are_on_the_disk_before_an_older_one_goes(tmp_
     assert done[-1][1] == ["step-00000001", "step-00000002"]
 
 
+def test_the_folders_of_a_new_training_are_on_the_disk_with_its_first_checkpoint(
+    tmp_path, monkeypatch
+):
+    flushed, fsync = [], os.fsync
+
+    def watched(descriptor):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    work = tmp_path.resolve() / "training" / "align"
+    Checkpoints(work, keep=1).save(1, tensors(1), {})
+    assert flushed[-3:] == [work, work.parent, work.parent.parent]
+
+
 def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(5, tensors(5), {})

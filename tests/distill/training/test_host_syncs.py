@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import load_batch
 from xlstm_distill.losses.plain import LossWeights
+from xlstm_distill.models.lora import add_lora
 from xlstm_distill.recipe import Training
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, text_checksums
 from xlstm_distill.targets.store import Identity, Store, write_index, write_shard
 from xlstm_distill.training.accelerator import checkpoint_activations
-from xlstm_distill.training.lora import add_lora
 from xlstm_distill.training.objectives import DistillObjective
 from xlstm_distill.training.plan import TrainingPlan
 from xlstm_distill.training.trainer import Trainer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.training.lora import add_lora, merge_lora, merged_state
+from xlstm_distill.models.lora import add_lora, merge_lora, merged_state
 from xlstm_kernels.testing import error_ratio
 
 pytest.importorskip("peft")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from xlstm_distill.errors import UserError
@@ -38,10 +40,31 @@ def add_lora(student: CausalLM, rank: int, alpha: int) -> None:
         lora_dropout=0.0,
         bias="none",
     )
-    inject_adapter_in_model(config, student, adapter_name=ADAPTER)
+    with _without_memory(student):
+        inject_adapter_in_model(config, student, adapter_name=ADAPTER)
     # peft has frozen everything but its adapters.
     for parameter in new:
         parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _without_memory(student: CausalLM) -> Iterator[None]:
+    """Let projections on the meta device be on the CPU for a while, with no memory behind them.
+
+    peft puts adapters where the projection is. They must be drawn on the CPU, as they are for a
+    student that is loaded whole, and not be lost on the meta device.
+    """
+    projections = [student.get_submodule(name) for name in _projections(student)]
+    on_meta = [module for module in projections if module.weight.is_meta]
+    for module in on_meta:
+        stand_in = torch.empty((), dtype=module.weight.dtype).expand(module.weight.shape)
+        module.weight = nn.Parameter(stand_in, requires_grad=module.weight.requires_grad)
+    yield
+    for module in on_meta:
+        empty = torch.empty_like(
+            module.weight, device="meta", memory_format=torch.contiguous_format
+        )
+        module.weight = nn.Parameter(empty, requires_grad=module.weight.requires_grad)
 
 
 def _projections(student: CausalLM) -> list[str]:

@@ -1,0 +1,127 @@
+"""Load a saved student shard by shard: no process ever holds all of its weights.
+
+Only FSDP2 shards. A rank then reads its slice of each tensor and nothing else. For a student of 8B
+parameters in fp32 over 8 ranks of a node that is 4 GB a rank, and not 8 x 32 GB of host memory. To
+read on one rank and broadcast would move as many bytes over the network as the file has, and hold
+each tensor whole on every rank; here the ranks of a node share the file in the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from xlstm_distill.errors import RunError
+from xlstm_distill.models.families import CausalLM
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BASE = ".base_layer."
+"""What an adapter (LoRA) puts into the name of the weight that it adapts."""
+
+
+def empty_student(directory: Path, dtype: torch.dtype) -> CausalLM:
+    """Make a saved student without its weights: its parameters are on the meta device.
+
+    Buffers, which no file holds, are computed. `load_shards` reads the weights.
+
+    Raises:
+        RunError: the model has a buffer that cannot be computed here.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        student: CausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # RoPE's frequencies are in no file: a module of its own on the CPU computes them.
+    rotary = student.model.rotary_emb
+    student.model.rotary_emb = type(rotary)(config=config)
+    for name, buffer in student.named_buffers():
+        if buffer.is_meta:
+            raise RunError(f"{directory}: buffer {name} is in no file; start without FSDP2.")
+    if (directory / "generation_config.json").exists():
+        student.generation_config = GenerationConfig.from_pretrained(directory)
+    return student.eval()
+
+
+def load_shards(student: CausalLM, directory: Path, device: torch.device) -> None:
+    """Read what is still on the meta device: of sharded parameters this rank's shard alone.
+
+    Values are converted to each parameter's dtype, slice by slice.
+
+    Raises:
+        RunError: a file holds no such tensor, or one of another shape.
+    """
+    files = _Files(directory)
+    read: dict[str, Tensor] = {}
+    # Tied weights come once, under their first name.
+    for name, parameter in student.named_parameters():
+        if parameter.is_meta:
+            read[name] = files.read(name.replace(BASE, "."), parameter, device)
+    student.load_state_dict(read, strict=False, assign=True)
+    student.tie_weights()
+    left = [name for name, parameter in student.named_parameters() if parameter.is_meta]
+    if left:
+        raise RunError(f"{directory}: {left[0]} got no weights; the model's files are not whole.")
+
+
+class _Files:
+    """The safetensors files of a model, mapped: only the pages that are read come from the disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.open: dict[str, Any] = {}
+        index = directory / INDEX
+        if index.exists():
+            self.place: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        else:
+            self.place = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+
+    def _file(self, name: str) -> Any:
+        if name not in self.open:
+            self.open[name] = safe_open(self.directory / name, "pt")
+        return self.open[name]
+
+    def read(self, name: str, like: nn.Parameter, device: torch.device) -> Tensor:
+        """Read a tensor in the form of a parameter on the meta device."""
+        if name not in self.place:
+            raise RunError(f"{self.directory}: holds no {name}; train the stage before it again.")
+        stored = self._file(self.place[name]).get_slice(name)
+        if tuple(stored.get_shape()) != tuple(like.shape):
+            raise RunError(
+                f"{self.directory}: {name} has shape {tuple(stored.get_shape())}, the model needs "
+                f"{tuple(like.shape)}."
+            )
+        if not isinstance(like, DTensor):
+            return stored[:].to(device=device, dtype=like.dtype)
+        dim, start, length = _span(like)
+        shape = list(like.to_local().shape)
+        if length:
+            local = stored[(slice(None),) * dim + (slice(start, start + length),)]
+        else:
+            local = torch.empty(shape)  # fewer rows than ranks
+        return DTensor.from_local(
+            local.to(device=device, dtype=like.dtype),
+            like.device_mesh,
+            like.placements,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+
+
+def _span(like: Any) -> tuple[int, int, int]:
+    """Return the dimension in which a parameter is cut, where this rank's shard starts, its size.
+
+    FSDP2 cuts as `torch.chunk` does: all shards but the last ones are of the same size. With HSDP
+    the other mesh dimension holds copies.
+    """
+    mesh_dim = next(n for n, place in enumerate(like.placements) if isinstance(place, Shard))
+    dim = like.placements[mesh_dim].dim
+    ranks = like.device_mesh.size(mesh_dim)
+    most = -(-like.shape[dim] // ranks)
+    start = min(most * like.device_mesh.get_local_rank(mesh_dim), like.shape[dim])
+    return dim, start, min(most, like.shape[dim] - start)

@@ -1,0 +1,158 @@
+"""Load a suite's tasks from lm-eval and from task files, with the suite's settings applied.
+
+lm_eval's import takes seconds, so it happens inside the functions. With local task files nothing is
+downloaded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xlstm_eval.problems import did_you_mean
+from xlstm_eval.records import EvalError
+from xlstm_eval.suites import Suite, SuiteTask
+from xlstm_eval.terminal import quiet
+
+FILE_BUILDERS = ("json", "csv", "parquet", "text")
+"""What a task file names as ``dataset_path`` to read its own ``data_files``."""
+
+
+@dataclass(frozen=True)
+class LoadedSuite:
+    """Hold a suite's lm-eval task objects, loaded once and used for every model."""
+
+    suite: Suite
+    tasks: dict[str, Any]  # name -> lm_eval Task or Group
+    manager: Any
+
+    def leaves(self) -> Iterator[tuple[SuiteTask, Any]]:
+        """Yield each lm-eval task with the suite's entry; the members of a group share one."""
+        for entry in self.suite.tasks:
+            for leaf in leaves_of(self.tasks[entry.name]):
+                yield entry, leaf
+
+    def count_requests(self) -> int:
+        """Return how many requests lm-eval has built for the suite so far."""
+        total = 0
+        for _, leaf in self.leaves():
+            total += sum(instance.repeats for instance in leaf.instances or ())
+        return total
+
+
+def load_suite(suite: Suite) -> LoadedSuite:
+    """Find the suite's tasks, apply its overrides, and read their data.
+
+    Relative ``data_files`` are taken from the folder of the task file that names them.
+    Raises EvalError: no such folder, unknown task, data that cannot be loaded.
+    """
+    with quiet():
+        manager = _find_tasks(suite)
+        tasks = {task.name: _load_task(manager, task.name) for task in suite.tasks}
+        loaded = LoadedSuite(suite, tasks, manager)
+        for entry, leaf in loaded.leaves():
+            _override(entry, leaf)
+    return loaded
+
+
+def leaves_of(task: Any) -> list[Any]:
+    """Return the tasks of a group and its groups, or the task itself."""
+    from lm_eval.api.group import Group
+
+    return list(task.get_all_tasks()) if isinstance(task, Group) else [task]
+
+
+def _find_tasks(suite: Suite) -> Any:
+    """Return lm-eval's index of tasks that knows every task of the suite."""
+    from lm_eval.tasks import TaskManager
+
+    folder = suite.include
+    if folder is not None and not folder.is_dir():
+        raise EvalError(f"suite.include: {folder} is not a folder. Give a folder of task files.")
+    path = None if folder is None else str(folder.resolve())
+    # lm-eval's own index takes seconds to read, so it is read only for a name that is not local.
+    manager = TaskManager(include_path=path, include_defaults=False)
+    local = manager.all_tasks
+    missing = [task.name for task in suite.tasks if task.name not in local]
+    if not missing:
+        return manager
+    manager = _with_defaults(path)
+    for name in missing:
+        if name not in manager.all_tasks:
+            hint = did_you_mean(name, local or manager.all_tasks)
+            raise EvalError(f"suite.tasks: unknown task {name!r}. {hint}")
+    return manager
+
+
+@functools.lru_cache(maxsize=4)
+def _with_defaults(path: str | None) -> Any:
+    """Read lm-eval's 14,000 own tasks and those of a folder: 8 seconds, so once a process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=path, include_defaults=True)
+
+
+def _load_task(manager: Any, name: str) -> Any:
+    """Load one task or group; make a task file's relative data files absolute first."""
+    from datasets.exceptions import DatasetsError
+
+    spec = _task_spec(manager.task_index[name])
+    try:
+        loaded = manager.load([spec])
+    except (OSError, ValueError, KeyError, ImportError, DatasetsError) as error:
+        raise EvalError(f"suite.tasks: {name} cannot be loaded: {_first_line(error)}") from error
+    return loaded["groups"].get(name) or loaded["tasks"][name]
+
+
+def _task_spec(entry: Any) -> str | dict[str, Any]:
+    """Return what lm-eval loads a task from: its name, or its settings with absolute data files."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if entry.yaml_path is None:
+        return str(entry.name)
+    config: dict[str, Any] = load_yaml(entry.yaml_path)
+    settings = config.get("dataset_kwargs") or {}
+    if config.get("dataset_path") not in FILE_BUILDERS or settings.get("data_files") is None:
+        return str(entry.name)
+    # lm-eval would take the paths from the working directory.
+    absolute = _absolute(settings["data_files"], Path(entry.yaml_path).parent)
+    return config | {"dataset_kwargs": settings | {"data_files": absolute}}
+
+
+def _absolute(files: Any, folder: Path) -> Any:
+    """Make ``data_files`` absolute: a path, a list of them, or a mapping by split."""
+    if isinstance(files, dict):
+        return {split: _absolute(value, folder) for split, value in files.items()}
+    if isinstance(files, list):
+        return [_absolute(value, folder) for value in files]
+    if "://" in files:
+        return files
+    path = (folder / files).resolve()
+    is_pattern = any(mark in files for mark in "*?[")
+    if not is_pattern and not path.exists():
+        raise EvalError(
+            f"data_files: {files} is not in {folder}. Paths are relative to the task file."
+        )
+    return str(path)
+
+
+def _override(entry: SuiteTask, leaf: Any) -> None:
+    """Apply the suite's settings of one task to lm-eval's task object."""
+    shots = entry.shots
+    if shots is None:
+        shots = leaf.get_config("num_fewshot") or 0
+    # Set even where it is the task's own number, so that the task object says what is run.
+    leaf.set_config(key="num_fewshot", value=shots)
+    # Only what the suite names changes; a task's stop sequences stay.
+    changes: dict[str, Any] = dict(entry.generation)
+    if entry.max_gen_tokens is not None:
+        changes["max_gen_toks"] = entry.max_gen_tokens
+    if changes and leaf.get_config("output_type") == "generate_until":
+        leaf.set_config(key="generation_kwargs", value=changes, update=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
