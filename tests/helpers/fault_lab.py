@@ -1,31 +1,27 @@
 """Disturb every stage at its file operations and compare with undisturbed runs.
 
-`python tests/helpers/fault_lab.py docs/reports/NAME.md` runs the injections of test_faults.py and
-writes their table.
+test_faults.py does that, and fault_report.py, which writes a page.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import random
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fault_plan import FAULTS, STAGES, Injection, chosen
 from processes import ROOT, process_environment
+
+from xlstm_distill.cli.app import app
 
 HELPERS = Path(__file__).parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
-STAGES = ("prepare", "capture", "align", "distill", "merge", "evaluate", "report")
 SETS = (
     "data.context=64", "data.validation_rows=2", "data.workers=0", "student.mixer.window=8",
     "data.domains={math: {sources: [{generator: math, documents: 100}]},"
@@ -43,37 +39,10 @@ CHANGED = {
     "evaluate": "evaluate.limit=1", "report": "report.title=Another",
 }  # fmt: skip
 """A setting of each stage: an artifact made with it is there when the stage runs again."""
-FAULTS: dict[str, tuple[str, int]] = {
-    "ENOSPC": ("full", errno.ENOSPC),
-    "EDQUOT": ("full", errno.EDQUOT),
-    "EIO": ("fail", errno.EIO),
-    "ESTALE": ("fail", errno.ESTALE),
-    "SIGKILL": ("kill", 0),
-    "SIGKILL in a write": ("tear", 0),
-    "clock set back": ("clock", 0),
-    "watched": ("stop", 0),
-}
-"""What happens at an operation: `full` lasts to the end of the process, the others happen once."""
-CORE = ("ENOSPC", "EIO", "SIGKILL")
-"""Faults that meet every publishing step of every stage."""
-AFTERWARDS = ("same", "clock", "moved", "teacher")
 DAY = 86400
-
-
-@dataclass(frozen=True)
-class Injection:
-    """A fault at an operation of a stage, and under what the next run goes on.
-
-    `remade`: an artifact of other settings is there already. `afterwards`: `same`; `clock`, a day
-    back; `moved`, the run directory; `teacher`, the teacher's folder.
-    """
-
-    stage: str
-    fault: str
-    at: int
-    operation: str
-    remade: bool = False
-    afterwards: str = "same"
+COMMANDS = {command.callback.__name__ for command in app.registered_commands if command.callback}
+LOOKS = [name for name in ("status", "verify") if name in COMMANDS]
+"""Commands that must work on whatever a fault leaves."""
 
 
 @dataclass
@@ -111,7 +80,6 @@ class Lab:
             shutil.copytree(RECIPE.parent / "quickstart" / "teacher", place)
         self.reference: dict[str, str] = {}
         self.operations: dict[tuple[str, bool], list[str]] = {}
-        self.cost: dict[str, float] = {}
         self._make_references()
 
     def close(self) -> None:
@@ -152,20 +120,16 @@ class Lab:
                 before = self._before(stage, remade)
                 if remade:
                     shutil.copytree(self._before(stage, False), before)
-                    self._succeed(before, self.words(stage, before, CHANGED[stage]))
+                    # It also teaches the server what to load before it forks the next ones.
+                    self._succeed(before, self.words(stage, before, CHANGED[stage]), learn=True)
                 work = self.base / f"clean-{stage}-{remade}"
                 shutil.copytree(before, work)
                 journal = self.base / f"{stage}-{remade}.journal"
-                spent = self.seconds
-                self._succeed(work, self.words(stage, work), journal=str(journal), learn=True)
-                self.cost[stage] = self.seconds - spent
+                self._succeed(work, self.words(stage, work), journal=str(journal))
                 self.operations[stage, remade] = journal.read_text().splitlines()
             shutil.rmtree(run, ignore_errors=True)
             work.rename(run)
-            self.reference |= {
-                label: content for label, content in contents(run).items()
-                if label not in self.reference
-            }  # fmt: skip
+            self.reference |= contents(run)
 
     def _succeed(self, run: Path, words: Sequence[str | Path], **more: Any) -> None:
         answer = self.ask(run, words, **more)
@@ -193,7 +157,7 @@ class Lab:
         outcome.reached = not (kind in ("kill", "tear") and answer["code"] == 0)
         self._compare(run, earlier, outcome)
         self._look(run, outcome)
-        self._go_on(run, outcome)
+        self._go_on(run, earlier, outcome)
         outcome.seconds = self.seconds - started
         if not outcome.wrong:
             shutil.rmtree(self.base / f"injection-{self.numbered}", ignore_errors=True)
@@ -202,7 +166,8 @@ class Lab:
 
     def _look(self, run: Path, outcome: Outcome) -> None:
         """What `status` and `verify` say of what is left."""
-        for command in ("status", "verify"):
+        # A run that ended before it made its directory is none yet.
+        for command in LOOKS if (run / "artifacts").is_dir() else ():
             answer = self.ask(run, [command, run])
             if answer["code"] != 0 or "unreadable" in answer["out"]:
                 outcome.wrong.append(f"{command}: {answer['out'][-400:]}{answer['err'][-400:]}")
@@ -217,21 +182,18 @@ class Lab:
                 outcome.wrong.append(f"a second run: {answer}")
 
     def _compare(self, run: Path, earlier: dict[str, str], outcome: Outcome) -> None:
-        """Every artifact is the earlier one, whole and new, or absent."""
+        """Every artifact is the earlier one, whole and new, or absent; no earlier one is lost."""
         found = contents(run)
-        for label, content in found.items():
-            if content == self.reference[label]:
-                outcome.state = "whole" if earlier.get(label) != content else outcome.state
-            elif content != earlier.get(label):
-                outcome.wrong.append(f"{label}: neither the earlier artifact nor the new one")
         own = stage_labels(self.reference, outcome.injection.stage)
-        if not all(found.get(label) == self.reference[label] for label in own):
-            outcome.state = "absent"
-        for label in earlier:
-            if label not in own and label not in found:
-                outcome.wrong.append(f"{label}: lost")
+        if all(found.get(label) == self.reference[label] for label in own):
+            outcome.state = "whole"
+        for label, content in found.items():
+            known = {self.reference.get(label), earlier.get(label), earlier.get(kept_of(label))}
+            if content not in known:
+                outcome.wrong.append(f"{label}: neither the earlier artifact nor the new one")
+        outcome.wrong += [f"{label}: lost" for label in lost(earlier, found)]
 
-    def _go_on(self, run: Path, outcome: Outcome) -> None:
+    def _go_on(self, run: Path, earlier: dict[str, str], outcome: Outcome) -> None:
         """Run the same command again, and compare with the undisturbed run."""
         injection, more, teacher = outcome.injection, {}, 0
         if injection.afterwards == "moved":
@@ -245,21 +207,36 @@ class Lab:
             outcome.wrong.append(f"the next run: {answer['code']} {answer['err'][-600:]}")
             return
         found = contents(run)
-        expected = {
-            label: self.reference[label]
-            for label in (*stage_labels(self.reference, injection.stage), *found)
-        }
-        outcome.same = found == expected
-        if not outcome.same:
-            names = [label for label in expected if found.get(label) != expected[label]]
-            outcome.wrong.append(f"other content after the next run: {', '.join(names)}")
+        published = {label for label in found if kept_of(label) == label}
+        labels = sorted({*published, *stage_labels(self.reference, injection.stage)})
+        other = [label for label in labels if found.get(label) != self.reference[label]]
+        outcome.same = not other
+        outcome.wrong += [f"{label}: other content after the next run" for label in other]
+        outcome.wrong += [f"{label}: lost by the next run" for label in lost(earlier, found)]
         outcome.wrong += [f"litter: {name}" for name in litter(run)]
+        if injection.stage == "report":
+            made, shown = run / "artifacts" / "report" / "report", run / "report"
+            if [p.read_bytes() for p in sorted(made.iterdir())] != [
+                p.read_bytes() for p in sorted(shown.iterdir())
+            ]:
+                outcome.wrong.append("the report that is shown is not the one that was made")
 
 
 def stage_labels(labels: Sequence[str] | dict[str, str], stage: str) -> list[str]:
     """The artifacts that a stage makes."""
     folder = "data" if stage == "prepare" else stage
     return [label for label in labels if label.split("/")[0] == folder]
+
+
+def kept_of(label: str) -> str:
+    """The label of an artifact that was kept when another took its place; its own otherwise."""
+    return label.partition(".kept-")[0]
+
+
+def lost(earlier: dict[str, str], found: dict[str, str]) -> list[str]:
+    """The labels whose earlier artifact is neither in its place nor kept beside it."""
+    there = {(kept_of(label), content) for label, content in found.items()}
+    return [label for label, content in earlier.items() if (label, content) not in there]
 
 
 def contents(run: Path) -> dict[str, str]:
@@ -273,27 +250,38 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def hash_of(artifact: Path) -> str:
-    """Hash an artifact's files, without what tells times."""
+    """Hash the files that an artifact's manifest names, without those that tell times."""
     total = hashlib.sha256()
     try:
         facts = json.loads((artifact / "manifest.json").read_text())
         total.update(f"{facts['fingerprint']} {facts['identity']}".encode())
-    except (ValueError, KeyError):
-        return "no manifest"
-    for file in sorted(path for path in artifact.rglob("*") if path.is_file()):
-        # The report shows how long the stages took; its fingerprint names the scores.
-        if file.name in ("manifest.json", "log.jsonl") or artifact.name == "report":
-            total.update(file.name.encode())
-            continue
-        total.update(f"{file.relative_to(artifact)}\0".encode() + file.read_bytes())
+        for name in sorted(facts["files"]):
+            total.update(f"{name}\0".encode())
+            # The report shows how long the stages took; its fingerprint names the scores.
+            if name != "log.jsonl" and kept_of(artifact.name) != "report":
+                total.update((artifact / name).read_bytes())
+    except (OSError, ValueError, KeyError) as error:
+        return f"damaged: {error}"
     return total.hexdigest()[:16]
 
 
 def litter(run: Path) -> Iterator[str]:
     """Names that no finished run leaves."""
     for path in run.rglob("*"):
-        if path.name.endswith((".partial", ".old", ".shards")) or path.name.startswith(".tmp"):
-            yield str(path.relative_to(run))
+        inside = path.relative_to(run)
+        # The mark of a killed process is an empty file, which the next process at that label takes.
+        if inside.parts[0] == ".locks":
+            continue
+        if path.name.endswith((".partial", ".old", ".shards")) or path.name.startswith(
+            (".tmp", "tmp")
+        ):
+            yield str(inside)
+    for manifest in run.glob("artifacts/**/manifest.json"):
+        named = {"manifest.json", *json.loads(manifest.read_text())["files"]}
+        for path in manifest.parent.rglob("*"):
+            inside = path.relative_to(manifest.parent)
+            if path.is_file() and inside.as_posix() not in named:
+                yield str(path.relative_to(run))
     for path in (run / "training").glob("*"):
         if path.suffix != ".lock":
             yield str(path.relative_to(run))
@@ -319,89 +307,16 @@ def wrong_ending(fault: str, answer: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def is_publishing(operations: Sequence[str], index: int) -> bool:
-    """Whether an operation belongs to an artifact's publishing: its manifest, renames, flushes."""
-    what, _, path = operations[index].partition(" ")
-    place = Path(path)
-    if place.name == "manifest.json":
-        return what in ("open", "write", "rename")
-    visible = not any(part.startswith(".") for part in place.parts)
-    if what == "rename" and path.startswith("/artifacts") and visible:
-        return True
-    before = operations[index - 1].partition(" ") if index else ("", "", "")
-    return what == "fsync" and before[0] == "rename" and "/artifacts" in before[2]
-
-
-def chosen(lab: Lab, count: int, seed: int) -> list[Injection]:
-    """Every publishing step with each of CORE, and others drawn at random, `count` in all."""
-    draw = random.Random(seed)
-    steps: dict[tuple[str, str, str, str], Injection] = {}
-    for (stage, remade), operations in lab.operations.items():
-        for index, operation in enumerate(operations):
-            if not is_publishing(operations, index):
-                continue
-            what, _, path = operation.partition(" ")
-            for fault in CORE:
-                # One of those that differ by the artifact's name alone.
-                key = (stage, fault, what, "manifest" if "manifest" in path else "folder")
-                injection = Injection(stage, fault, index, operation, remade)
-                if key not in steps or draw.random() < 0.5:
-                    steps[key] = injection
-    injections = list(steps.values())
-    draw.shuffle(injections)
-    injections = injections[:count]
-    cases = list(lab.operations)
-    # Cheap stages are disturbed more often.
-    weights = [1 / lab.cost[stage] for stage, _ in cases]
-    while len(injections) < count:
-        stage, remade = draw.choices(cases, weights)[0]
-        operations = lab.operations[stage, remade]
-        fault, at = draw.choice(list(FAULTS)), draw.randrange(len(operations))
-        afterwards = draw.choice(AFTERWARDS) if draw.random() < 0.5 else "same"
-        injections.append(Injection(stage, fault, at, operations[at], remade, afterwards))
-    return injections
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes by stage and fault: injections, whole, absent, same content after the next."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for outcome in outcomes:
-        key = outcome.injection.stage, outcome.injection.fault
-        counts[*key, "all"] += 1
-        counts[*key, outcome.state] += 1
-        counts[*key, "same"] += outcome.same
-    lines = ["| stage | fault | injections | whole | absent | same after the next run |"]
-    lines.append("|---|---|---|---|---|---|")
-    for stage in STAGES:
-        for fault in FAULTS:
-            found = [counts[stage, fault, name] for name in ("all", "whole", "absent", "same")]
-            if found[0]:
-                lines.append(f"| {stage} | {fault} | " + " | ".join(map(str, found)) + " |")
-    totals = [len(outcomes), *(sum(o.state == s for o in outcomes) for s in ("whole", "absent"))]
-    totals.append(sum(outcome.same for outcome in outcomes))
-    lines.append("| all | | " + " | ".join(map(str, totals)) + " |")
-    return "\n".join(lines)
-
-
-def run_injections(base: Path, count: int = 200, seed: int = 0) -> tuple[list[Outcome], Lab]:
-    """Disturb `count` times."""
+def run_injections(base: Path, count: int = 200, seed: int = 0) -> tuple[list[Outcome], float]:
+    """Disturb `count` times; returns also the seconds of processor time."""
     lab = Lab(base)
+    outcomes = []
     try:
-        outcomes = []
-        for injection in chosen(lab, count, seed):
+        for injection in chosen(lab.operations, count, seed):
             outcomes.append(lab.inject(injection))
+            # At once: all of them take minutes.
             if outcomes[-1].wrong:
                 print(outcomes[-1], flush=True)
-        return outcomes, lab
     finally:
         lab.close()
-
-
-if __name__ == "__main__":
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 200
-    seed = int(sys.argv[3]) if len(sys.argv) > 3 else 0
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
-        outcomes, lab = run_injections(Path(name), count, seed)
-    print(table(outcomes))
-    print(sum(bool(o.wrong) for o in outcomes), "wrong;", round(lab.seconds), "s of processor")
+    return outcomes, lab.seconds

@@ -214,6 +214,10 @@ def remove_leftovers(final: Path, marks: Path) -> None:
     for path in final.parent.iterdir():
         if pattern.fullmatch(path.name):
             _remove_unheld(path, marks / path.name)
+    # A process that died after its rename has left no draft, and a mark of one.
+    for mark in marks.iterdir() if marks.is_dir() else ():
+        if pattern.fullmatch(mark.name):
+            _remove_unheld(final.parent / mark.name, mark)
 
 
 def _remove_unheld(directory: Path, mark: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -78,9 +80,17 @@ def _explain(error: Exception) -> tuple[int, Sequence[str]]:
     evaluation = sys.modules.get("xlstm_eval.records")
     if evaluation is not None and isinstance(error, evaluation.EvalError):
         return USER_ERROR, [str(error)]
+    if isinstance(error, shutil.Error) and error.args and error.args[0]:
+        # Copying a folder collects what failed: source, copy and the words of the error.
+        _, copy, why = error.args[0][0]
+        reason = re.sub(r"^\[Errno \d+\] ", "", str(why)).partition(": ")[0]
+        return RUN_ERROR, [f"{copy}: {reason}"]
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return RUN_ERROR, [where + error.strerror]
+    # Libraries in Rust (safetensors) put the system's error into their own text.
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return RUN_ERROR, [f"a file cannot be read or written: {os.strerror(int(found[1]))}"]
     return RUN_ERROR, [f"{type(error).__name__}: {error} (--debug shows where)"]
 
 
@@ -91,8 +101,9 @@ def _disk_full(error: BaseException) -> str | None:
     """
     cause: BaseException | None = error
     while cause is not None:
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or os.strerror(errno.ENOSPC) in str(cause):
+        numbers = (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(cause, OSError) and cause.errno in numbers
+        if full or any(os.strerror(number) in str(cause) for number in numbers):
             name = getattr(cause, "filename", None)
             where = f" while writing {name}" if name else ""
             return (

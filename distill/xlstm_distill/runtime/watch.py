@@ -71,6 +71,7 @@ class Watch:
         self.failed_since: float | None = None
         self.lost = False
         self.over = threading.Event()
+        self.speaking, self.spoken = threading.Lock(), False
 
     def run(self) -> None:
         """Look until the process ends; the target of the thread."""
@@ -79,17 +80,26 @@ class Watch:
 
     def look(self) -> None:
         """Look once."""
-        if self.launcher is not None and os.getppid() != self.launcher:
-            _say(
-                f"error: the launcher (process {self.launcher}) is gone, so this run ends; run the "
-                "same command again to go on."
-            )
+        if self._is_orphan():
             self.end(EXIT_CODE)
         if self.lost:
             return
         self.store = self.store or self.connect()
         if self.store is not None:
             self._look_for_failures(self.store)
+
+    def _is_orphan(self) -> bool:
+        """Whether the launcher is gone; says so, once."""
+        if self.launcher is None or os.getppid() == self.launcher:
+            return False
+        with self.speaking:
+            if not self.spoken:
+                _say(
+                    f"error: the launcher (process {self.launcher}) is gone, so this run ends; run "
+                    "the same command again to go on."
+                )
+            self.spoken = True
+        return True
 
     def _look_for_failures(self, store: KeyValueStore) -> None:
         if self.failed_since is None:
@@ -111,6 +121,9 @@ class Watch:
         Returns whether it is the first, which alone speaks to the user, and the code to end with:
         that of the first. What the others see is only that the first is gone.
         """
+        if self._is_orphan():
+            # Another rank may have ended first, and what this one saw is only that.
+            return False, EXIT_CODE
         if self.failed_since is not None and self.code is not None:
             return False, self.code
         self.code = code

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import os
 import platform
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.artifacts.files import replace_directory
+from xlstm_distill.artifacts.locks import remove_leftovers
 from xlstm_distill.artifacts.manifest import MANIFEST
 from xlstm_distill.artifacts.run import versions
 from xlstm_distill.recipe import Recipe
@@ -50,13 +52,26 @@ def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
 
     artifact = run.make(lineage.request("report"), build, console=console)
     target = run.directory / FOLDER
-    shown = artifact.reused and (target / "report.html").is_file()
-    if is_main_process() and not shown:
-        # In the run directory: a rename cannot cross file systems.
-        with tempfile.TemporaryDirectory(dir=run.directory) as folder:
-            copy = shutil.copytree(artifact.path / FOLDER, Path(folder) / FOLDER)
-            replace_directory(Path(copy), target)
+    if is_main_process():
+        with run.lock(lineage.request("report")):
+            show(artifact.path / FOLDER, target, run.locks)
     return artifact
+
+
+def show(made: Path, target: Path, marks: Path) -> None:
+    """Copy a report to where users look for it, unless it is there; the lock must be held."""
+    remove_leftovers(target, marks)
+    # Compared and not remembered: a process may have died before it could copy.
+    names = sorted(path.name for path in made.iterdir())
+    same, _, _ = filecmp.cmpfiles(made, target, names, shallow=False)
+    if sorted(same) == names:
+        return
+    copy = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        shutil.copytree(made, copy)
+        replace_directory(copy, target)
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> ReportData:

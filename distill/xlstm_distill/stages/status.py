@@ -230,7 +230,11 @@ def _label(value: Any) -> str:
 
 def _work(mark: Path) -> StageStatus | None:
     """Read who is at an artifact; None if that process has died."""
-    facts = json.loads(mark.read_text())
+    try:
+        facts = json.loads(mark.read_text())
+    except json.JSONDecodeError:
+        # Its process is writing it at this moment, or was killed while it did.
+        return None
     here = facts["host"] == platform.node()
     # Not every file system shares locks between machines: a free lock only speaks for this one.
     if not is_held(mark) and here:

@@ -140,6 +140,19 @@ def test_a_training_is_held_until_it_is_published_and_its_checkpoints_are_gone(r
     assert run.work_directory(request_()) in removed
 
 
+def test_checkpoints_and_marks_that_a_killed_process_left_go_with_the_next_look(run):
+    """It died between the rename that published its artifact and the removal of the rest."""
+    made = run.make(request_(), write("a"))
+    work, mark = run.work_directory(request_()), run.locks / ".stage.0123456789ab.partial"
+    for look in (lambda: run.need(request_()), lambda: run.make(request_(), write("b"))):
+        (work / "step-00000002").mkdir(parents=True)
+        assert look().fingerprint == made.fingerprint
+        assert not work.exists()
+    mark.touch()
+    run.make(request_(2), write("b"))
+    assert not mark.exists()
+
+
 def test_a_run_that_was_waiting_for_the_lock_looks_again(run, monkeypatch):
     """The other run publishes between our look and our lock."""
     taken = artifacts.exclusive

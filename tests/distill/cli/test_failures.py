@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,21 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
             PermissionError(errno.EACCES, "Permission denied", "runs"),
             1,
             "error: runs: Permission denied",
+        ),
+        (
+            shutil.Error([("a", "b", "[Errno 5] Input/output error: 'a' -> 'b'")]),
+            1,
+            "error: b: Input/output error",
+        ),
+        (
+            shutil.Error([("a", "b", "[Errno 122] Disk quota exceeded: 'a' -> 'b'")]),
+            1,
+            "error: disk full: free some space",
+        ),
+        (
+            RuntimeError("Error while serializing: I/O error: Input/output error (os error 5)"),
+            1,
+            "error: a file cannot be read or written: Input/output error",
         ),
         (TypeError("bad operand"), 1, "error: TypeError: bad operand (--debug shows where)"),
         (

@@ -10,7 +10,7 @@ import pytest
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.recipe import Recipe, load_recipe
-from xlstm_distill.stages.report import ancestry, report_data
+from xlstm_distill.stages.report import ancestry, report_data, show
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_eval.report import render
 
@@ -103,3 +103,23 @@ def test_no_path_of_this_machine_is_shown(run: Run, recipe: Recipe, root: Path) 
         assert str(run.directory) not in text, name
         # In HTML a slash ends a tag: "</p>". Nowhere else may one begin a word.
         assert not re.findall(r"[\s\"'`>:]/[\w.-]+/[\w./-]+", text), name
+
+
+def test_the_report_that_was_made_is_the_one_that_is_shown(tmp_path: Path) -> None:
+    """Also where a process died between making and showing it, or in the middle of copying."""
+    made, target, marks = tmp_path / "made", tmp_path / "report", tmp_path / ".locks"
+    marks.mkdir()
+    made.mkdir()
+    for name in ("report.html", "report.json"):
+        (made / name).write_text(f"new {name}")
+    half = tmp_path / ".report.0123456789ab.partial"
+    half.mkdir()
+    show(made, target, marks)
+    assert not half.exists()
+    before = target.stat().st_ino
+    show(made, target, marks)
+    assert target.stat().st_ino == before  # it was there
+    (made / "report.html").write_text("newer")
+    show(made, target, marks)
+    assert (target / "report.html").read_text() == "newer"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".locks", "made", "report"]
