@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,7 +54,7 @@ def traced(backend: Any, tokens: int, device: str) -> tuple[list[str], list[int]
         calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         ours.extend(name for name in calls if name.startswith("xlstm_kernels"))
         sizes.append(len(graph.graph.nodes))
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -76,10 +76,7 @@ def all_tokens(
     return Tokens(q, k, v, i, f, Documents(runs, runs[:, 0]))
 
 
-# Forward and backward pass are operators of their own. Autograd, compiled and exported models hold
-# one node for each, whatever T is, and no trace looks inside.
-@torch.library.custom_op("xlstm_kernels::mlstm_torch", mutates_args=())
-def forward(
+def compute(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -115,6 +112,11 @@ def forward(
 
 def _nothing(like: Tensor) -> Kept:
     return Kept(*(like.new_empty(0) for _ in Kept._fields))
+
+
+# Forward and backward pass are operators of their own. Autograd, compiled and exported models hold
+# one node for each, whatever T is, and no trace looks inside.
+forward = torch.library.custom_op("xlstm_kernels::mlstm_torch", compute, mutates_args=())
 
 
 @forward.register_fake
