@@ -39,6 +39,7 @@ ROOMS = {
         "state",
         "checks",
         "reference",
+        "registration",
         "torch",
         "triton",
         "peers",

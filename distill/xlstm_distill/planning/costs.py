@@ -158,11 +158,12 @@ class Planner:
         rate = machine.gpus * peak * assumed.share
         # Recomputed work takes time, although it does not count in the MFU.
         hours = (cost.flops + cost.recomputed) / rate / 3600
-        if cost.bound is not None and cost.steps:
-            bound = self._timed_bound(cost.bound, 3600 * hours / cost.steps)
+        steps = cost.steps
+        if cost.bound is not None and steps:
+            bound = self._timed_bound(cost.bound, 3600 * hours / steps)
             cost = replace(cost, bound=bound)
             if bound.by_communication and bound.communication is not None:
-                hours = cost.steps * bound.communication / 3600
+                hours = steps * bound.communication / 3600
         gpu_hours = hours * machine.gpus
         price = None if machine.price is None else gpu_hours * machine.price
         return replace(cost, utilisation=assumed, hours=hours, gpu_hours=gpu_hours, cost=price)
