@@ -226,9 +226,9 @@ class ShardReader:
 
 def _checksum(ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray) -> int:
     """Checksum of a row: its ids as they are stored (T,), supervised (T,), lengths of documents."""
-    value = zlib.crc32(np.ascontiguousarray(ids))
-    value = zlib.crc32(np.ascontiguousarray(supervised), value)
-    return zlib.crc32(np.ascontiguousarray(lengths), value)
+    value = zlib.crc32(np.ascontiguousarray(ids).data)
+    value = zlib.crc32(np.ascontiguousarray(supervised).data, value)
+    return zlib.crc32(np.ascontiguousarray(lengths).data, value)
 
 
 def check_shard(folder: Path, shard: Mapping[str, Any]) -> None:

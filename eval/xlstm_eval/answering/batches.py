@@ -122,8 +122,8 @@ def form_batches(measured: Iterable[Measured], rows: int) -> list[Batch]:
         groups.setdefault(group, {}).setdefault(unit, []).append(entry)
     batches: list[Batch] = []
     for units in groups.values():
-        for unit in units.values():
-            unit.sort(key=lambda entry: entry.question.key)
+        for together in units.values():
+            together.sort(key=lambda entry: entry.question.key)
         # The key breaks ties: the order of the tasks does not matter.
         ordered = sorted(units.values(), key=lambda unit: (-_width(unit), unit[0].question.key))
         batches += [_batch(cut) for cut in _cut(ordered, rows)]

@@ -44,7 +44,7 @@ class StopRows(StoppingCriteria):
         self.look_back = max(lengths, default=0) + EXTRA_TOKENS
         self.done = torch.zeros(rows, dtype=torch.bool)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Say which rows (B,) are done; input_ids (B, prompt and all tokens so far)."""
         open_rows = (~self.done).nonzero().flatten().tolist()
         start = max(self.prompt, input_ids.shape[1] - self.look_back)
@@ -64,7 +64,7 @@ class DrawRows(LogitsProcessor):
     def __init__(self, draws: Tensor, prompt: int) -> None:
         self.draws, self.prompt = draws, prompt
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (B, V) that are 0 at the drawn token and -inf elsewhere."""
         # In double precision: a sum over 128k tokens in single would lose the rare ones.
         mass = scores.double().softmax(-1).cumsum(-1)
