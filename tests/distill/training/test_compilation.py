@@ -73,6 +73,10 @@ def test_compiled_parts_have_one_graph_and_plain_gradients(
         compiled_loss, found, saved = gradients(objective, batch)
     # One graph forward and one backward, shared by all layers; `fullgraph` refuses any break.
     assert len(graphs.found) == 2
+    # Each operator is one node, whatever the length of the rows.
+    for operator in ("mlstm_torch", "window_torch"):
+        nodes = [name for name in graphs.found[0] if name.startswith(f"xlstm_kernels.{operator}.")]
+        assert len(nodes) == 1, operator
     assert compiled_loss == loss
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
