@@ -19,6 +19,14 @@ Call = Callable[..., Result]
 ErrorOf = Callable[[Result, int], str]
 
 
+@pytest.fixture
+def first_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be rank 0 of three; the others do not exist, so hashes cannot be shared with them."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(Lineage, "share_hashes", lambda lineage: None)
+
+
 @pytest.mark.parametrize("stage", ["align", "distill"])
 def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_done(
     call: Call,
@@ -73,11 +81,9 @@ def test_batches_do_not_matter_where_nothing_is_trained(
     call: Call,
     stages: dict[str, Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    first_of_three: None,
     error_of: ErrorOf,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")
     assert call("capture", "small.yaml").exit_code == 0
     done = tmp_path / "runs" / "small" / "artifacts" / "align"
     done.mkdir()
@@ -90,10 +96,8 @@ def test_batches_do_not_matter_where_nothing_is_trained(
 
 
 def test_a_batch_that_aligns_nothing_needs_no_sharing(
-    call: Call, stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    call: Call, stages: dict[str, Any], first_of_three: None
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")
     assert call("align", "small.yaml", "--set", "student.mixer.branches=[window]").exit_code == 0
 
 
