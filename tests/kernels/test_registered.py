@@ -63,7 +63,10 @@ def traced(backend: Any, tokens: int, device: str) -> tuple[list[str], list[int]
     return ours, sizes, outputs_and_grads(compiled, inputs_of(tokens, device))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend",
+    ["torch", pytest.param("triton", marks=pytest.mark.slow)],  # interpreted: a minute
+)
 def test_a_compiled_graph_holds_one_node_for_each_pass(backend: str, device: str) -> None:
     passes = [f"{operator}_{backend}" for operator in ("mlstm", "window")]
     passes += [f"{name}_backward" for name in passes]

@@ -193,11 +193,11 @@ class Run(Shelf):
         if not changes:
             return
         kept = self.keep_at(request, earlier)
-        ending = f"the earlier one ({byte_size(earlier.bytes)}) is kept in {kept}"
+        ending = f"the earlier one ({byte_size(earlier.bytes)}) will be kept in {kept}"
         if request.covers(earlier):
             ending = "it will hold the earlier one"
         elif kept is None:
-            ending = f"the earlier one ({byte_size(earlier.bytes)}) is then removed (--replace)"
+            ending = f"the earlier one ({byte_size(earlier.bytes)}) will be removed (--replace)"
         console.line(f"{request.label} is made again: {in_a_line(changes)}; {ending}")
 
     def _agreed(self, request: Request, mine: list[Artifact]) -> Artifact:

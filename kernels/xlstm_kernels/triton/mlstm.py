@@ -111,8 +111,7 @@ def mlstm_triton(
     return h.to(dtype), MLSTMState(C, n, m)
 
 
-@torch.library.custom_op("xlstm_kernels::mlstm_triton", mutates_args=())
-def forward(
+def launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -139,6 +138,9 @@ def forward(
         h, h_centred, den = run_outputs(inputs, gates, (C, n, m), keep, sizes, config)
     kept = Kept(inputs.centre, *gates[2:], h_centred, den, m)
     return h, C_end, n_end, m[:, :, -1].clone(), *kept
+
+
+forward = torch.library.custom_op("xlstm_kernels::mlstm_triton", launch_forward, mutates_args=())
 
 
 @forward.register_fake
@@ -186,8 +188,7 @@ def sizes_of(q: Tensor, v: Tensor, segmented: bool, config: MLSTMConfig) -> Size
     return Sizes(B, H, G, T, Dk, Dv, -(-T // config.chunk), segmented, *dot_format(q.dtype))
 
 
-@torch.library.custom_op("xlstm_kernels::mlstm_triton_backward", mutates_args=())
-def backward(
+def launch_backward(
     grads: list[Tensor],
     arguments: list[Tensor],
     runs: Tensor | None,
@@ -221,6 +222,11 @@ def backward(
         if values:
             dv = run_value_grads(inputs, gates, rows, dC, sizes, config)
     return [dq, dk, dv, di, df, dC0, dn0 - (dC0 * centre).sum(-1)]
+
+
+backward = torch.library.custom_op(
+    "xlstm_kernels::mlstm_triton_backward", launch_backward, mutates_args=()
+)
 
 
 @backward.register_fake

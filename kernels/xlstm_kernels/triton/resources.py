@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.triton.configs import mlstm_config, window_config
 
 # Triton's name of a pointer to each dtype.
 POINTERS = {
@@ -112,9 +113,9 @@ def assemble(ptx: str, arch: int) -> tuple[int, int]:
     return max(map(int, re.findall(r"Used (\d+) registers", report))), max(stores, loads)
 
 
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Make a tensor that has a shape and a gradient, but no memory."""
-    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
+def bare(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Make a tensor that has a shape, but no memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
@@ -122,20 +123,24 @@ def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
 
     Rows are packed, and four query heads share a value head.
     """
-    from xlstm_kernels.triton.mlstm import mlstm_triton
+    from xlstm_kernels.triton import mlstm
 
-    q, k, v = (leaf(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
-    i, f = leaf(1, 4, 256), leaf(1, 4, 256)
-    ids = torch.empty(1, 256, dtype=torch.int64, device="meta")
-    mlstm_triton(q, k, v, i, f, segment_ids=ids, state=None)[0].sum().backward()
+    q, k, v = (bare(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
+    i, f, runs = bare(1, 4, 256), bare(1, 4, 256), bare(1, 256, dtype=torch.int32)
+    start = MLSTMState.zeros(1, 4, dim, dim, device="meta")
+    arguments = [q, k, v, i, f, start.C, start.n, start.m]
+    settings = mlstm_config(dtype, dim, dim).numbers()
+    # The functions behind the registered operators, which launch nothing on meta tensors.
+    h, C, n, _, *kept = mlstm.launch_forward(*arguments, runs, settings, True)
+    mlstm.launch_backward([h, C, n], arguments, runs, kept, settings, True, True)
 
 
 def launch_steps(dim: int, dtype: torch.dtype) -> None:
     """Launch the mLSTM step and the hybrid step, window 512 and 4 sinks."""
     from xlstm_kernels.triton.step import hybrid_step_triton, mlstm_step_triton
 
-    q, k, v = (leaf(1, heads, dim, dtype=dtype) for heads in (4, 4, 1))
-    i, f, gate = leaf(1, 4), leaf(1, 4), leaf(1, 4)
+    q, k, v = (bare(1, heads, dim, dtype=dtype) for heads in (4, 4, 1))
+    i, f, gate = bare(1, 4), bare(1, 4), bare(1, 4)
     state = MLSTMState.zeros(1, 4, dim, dim, device="meta")
     mlstm_step_triton(q, k, v, i, f, state)
     ring = Ring.empty(1, 1, dim, dim, window=512, sinks=4, dtype=dtype, device="meta")
@@ -147,12 +152,14 @@ def launch_window(dim: int, dtype: torch.dtype) -> None:
 
     Rows are packed, and four query heads share a key head.
     """
-    from xlstm_kernels.triton.window import window_triton
+    from xlstm_kernels.triton import window
 
-    q, k, v = (leaf(1, heads, 1024, dim, dtype=dtype) for heads in (4, 1, 1))
-    ids = torch.empty(1, 1024, dtype=torch.int64, device="meta")
-    out = window_triton(q, k, v, window=512, sinks=4, segment_ids=ids, scale=1.0)
-    out.sum().backward()
+    q, k, v = (bare(1, heads, 1024, dim, dtype=dtype) for heads in (4, 1, 1))
+    runs, starts = (bare(1, 1024, dtype=torch.int32) for _ in range(2))
+    settings = [512, 4, 1.0, list(window_config(dtype, dim))]
+    out, logsumexp = window.launch_forward(q, k, v, runs, starts, *settings)
+    given = [out, q, k, v, runs, starts, out, logsumexp]
+    window.launch_backward(*given, *settings, True, True)
 
 
 OPERATORS: tuple[Callable[[int, torch.dtype], None], ...] = (

@@ -65,8 +65,7 @@ def window_triton(
     return out.to(q.dtype)
 
 
-@torch.library.custom_op("xlstm_kernels::window_triton", mutates_args=())
-def forward(
+def launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,6 +90,9 @@ def forward(
     return out, logsumexp
 
 
+forward = torch.library.custom_op("xlstm_kernels::window_triton", launch_forward, mutates_args=())
+
+
 @forward.register_fake
 def _(
     q: Tensor,
@@ -106,8 +108,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("xlstm_kernels::window_triton_backward", mutates_args=())
-def backward(
+def launch_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -157,6 +158,11 @@ def backward(
             if sinks:
                 add_sink_grads(band, (sink_dk, sink_dv), dk, dv, H, config)
     return [dq if queries else q.new_empty(0), dk, dv]
+
+
+backward = torch.library.custom_op(
+    "xlstm_kernels::window_triton_backward", launch_backward, mutates_args=()
+)
 
 
 @backward.register_fake

@@ -224,7 +224,7 @@ def test_an_artifact_of_other_settings_is_kept_and_put_back(run):
     second = published(run, 2, "second")
     kept = run.kept_path("stage", request_(1).fingerprint)
     assert (kept / "file.txt").read_text() == "first"
-    assert f"value 1 -> 2; the earlier one (5 bytes) is kept in {kept}" in console.lines[0]
+    assert f"value 1 -> 2; the earlier one (5 bytes) will be kept in {kept}" in console.lines[0]
     assert [artifact.fingerprint for artifact in run.kept("stage")] == [request_(1).fingerprint]
     again = run.make(request_(1), lambda draft: pytest.fail("made again"))
     assert (again.reused, (again.path / "file.txt").read_text()) == (True, "first")
@@ -238,7 +238,7 @@ def test_what_is_replaced_goes_where_the_user_says_so(run):
     other = Run.open(run.directory, Recipe(), QuietConsole(), drop_replaced=True)
     published(other, 2)
     assert other.kept("stage") == []
-    assert "is then removed (--replace)" in other.console.lines[0]
+    assert "will be removed (--replace)" in other.console.lines[0]
     assert [path.name for path in (run.directory / "artifacts").iterdir()] == ["stage"]
 
 

@@ -207,7 +207,9 @@ def test_sharding_takes_what_it_says_from_each_gpu(large: Large) -> None:
     total = {name: memory.total for name, memory in needs.items()}
     assert total["ddp"] > total["zero1"] > total["zero2"] > total["zero3"]
     assert total["ddp"] > total["fsdp2"]
-    assert needs["fsdp2"].activations == distill_memory(large("zero3")).activations
+    # With rows enough that activations, and not the gathered embedding, make the peak.
+    both = [distill_memory(large(sharding, rows=2)) for sharding in ("fsdp2", "zero3")]
+    assert both[0].activations == both[1].activations
 
 
 def test_checkpointing_and_smaller_passes_save_activations(large: Large) -> None:
