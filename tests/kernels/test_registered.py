@@ -65,7 +65,7 @@ def traced(backend: Any, tokens: int, device: str) -> tuple[list[str], list[int]
 
 @pytest.mark.parametrize(
     "backend",
-    ["torch", pytest.param("triton", marks=pytest.mark.slow)],  # interpreted: a minute
+    ["torch", pytest.param("triton", marks=[NO_TRITON, pytest.mark.slow])],  # interpreted: a minute
 )
 def test_a_compiled_graph_holds_one_node_for_each_pass(backend: str, device: str) -> None:
     passes = [f"{operator}_{backend}" for operator in ("mlstm", "window")]

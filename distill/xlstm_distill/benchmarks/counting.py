@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -122,7 +122,7 @@ class Meter(TorchDispatchMode):
             self._resize(storage._cdata, size)
             return made
 
-        torch.UntypedStorage.resize_ = followed  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = followed  # type: ignore[method-assign, assignment]
         try:
             with self:
                 yield self
@@ -134,7 +134,7 @@ class Meter(TorchDispatchMode):
 def _known_numbers(args: Any) -> Iterator[None]:
     """Keep what is known of small tensors: ranks that do not exist add nothing to them."""
     tensors = [t for t in tree_leaves(args) if isinstance(t, FakeTensor) and t.constant is not None]
-    known = [tensor.constant.clone() for tensor in tensors]
+    known = [cast("Tensor", tensor.constant).clone() for tensor in tensors]
     yield
     for tensor, value in zip(tensors, known, strict=True):
         tensor.constant = value

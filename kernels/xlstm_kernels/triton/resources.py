@@ -127,11 +127,12 @@ def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
 
     q, k, v = (bare(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
     i, f, runs = bare(1, 4, 256), bare(1, 4, 256), bare(1, 256, dtype=torch.int32)
-    start = MLSTMState.zeros(1, 4, dim, dim, device="meta")
-    arguments = [q, k, v, i, f, start.C, start.n, start.m]
+    C0, n0, m0 = MLSTMState.zeros(1, 4, dim, dim, device="meta")
     settings = mlstm_config(dtype, dim, dim).numbers()
     # The functions behind the registered operators, which launch nothing on meta tensors.
-    h, C, n, _, *kept = mlstm.launch_forward(*arguments, runs, settings, True)
+    found = mlstm.launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, keep=True)
+    (h, C, n, _), kept = found[:4], list(found[4:])
+    arguments = [q, k, v, i, f, C0, n0, m0]
     mlstm.launch_backward([h, C, n], arguments, runs, kept, settings, True, True)
 
 
@@ -156,10 +157,11 @@ def launch_window(dim: int, dtype: torch.dtype) -> None:
 
     q, k, v = (bare(1, heads, 1024, dim, dtype=dtype) for heads in (4, 1, 1))
     runs, starts = (bare(1, 1024, dtype=torch.int32) for _ in range(2))
-    settings = [512, 4, 1.0, list(window_config(dtype, dim))]
+    settings = (512, 4, 1.0, list(window_config(dtype, dim)))  # window, sinks, scale
     out, logsumexp = window.launch_forward(q, k, v, runs, starts, *settings)
-    given = [out, q, k, v, runs, starts, out, logsumexp]
-    window.launch_backward(*given, *settings, True, True)
+    window.launch_backward(
+        out, q, k, v, runs, starts, out, logsumexp, *settings, queries=True, keys_and_values=True
+    )
 
 
 OPERATORS: tuple[Callable[[int, torch.dtype], None], ...] = (
