@@ -7,6 +7,12 @@ processes of a launcher. The package does not contain it.
 from __future__ import annotations
 
 import os
+import sys
+
+
+def _is_available() -> bool:
+    """Claim an accelerator, except to the compiler, which would ask it for its stream."""
+    return not sys._getframe(1).f_globals.get("__name__", "").startswith("torch._dynamo")
 
 
 def _shard_on_cpu() -> None:
@@ -17,7 +23,7 @@ def _shard_on_cpu() -> None:
     from accelerate.utils import DistributedType
 
     # accelerate shards only where it finds an accelerator and a backend for several of them.
-    torch.accelerator.is_available = lambda: True
+    torch.accelerator.is_available = _is_available
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed.comm.torch
