@@ -63,7 +63,7 @@ def prepare_domain(
             with run.working(request.label):
                 preparation.gather()
         artifact = _tidied(publish())
-        clean(folder)
+        clean(folder, console)
     return artifact
 
 
