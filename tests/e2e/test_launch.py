@@ -263,9 +263,7 @@ def test_a_second_run_is_told_who_trains_and_a_killed_launcher_leaves_nobody(pre
         again = words("align", prepared, sets=("align.tokens=4000000", *SETS[1:], *sets))
         refused = cli(*again)
         assert refused.returncode == 1
-        holder = re.search(
-            r"another process \(pid (\d+) on (.*)\) is at this training", refused.stderr
-        )
+        holder = re.search(r"another process \(pid (\d+) on (.*)\) is at it", refused.stderr)
         assert int(holder[1]) in [rank.pid for rank in ranks], refused.stderr
         assert holder[2] == platform.node()
         process.kill()

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from xlstm_distill.artifacts.changes import CHANGED_INPUTS, changed_inputs, changed_settings
-from xlstm_distill.artifacts.hashing import digest
+from xlstm_distill.artifacts.hashing import digest, state_of
 from xlstm_distill.artifacts.manifest import FORMAT, changed, check_sizes, content_problems
 
 KEPT_CHARACTERS = 12
@@ -61,12 +61,20 @@ class Artifact:
     def check_content(self, folder: str = "") -> None:
         """Compare the checksums of the files in a folder of the artifact with the manifest.
 
-        A process reads them once. Several ranks need one that asks.
+        A process reads a file once, for as long as its size, times and inode stay. Several ranks
+        need one that asks.
 
         Raises:
             RunError: a file is missing or changed.
         """
-        _check_content(self.path, self.fingerprint, folder, json.dumps(dict(self.files)))
+        inside = {}
+        for name, fact in self.files.items():
+            if PurePosixPath(name).is_relative_to(folder):
+                inside[name] = fact
+        # A file of the wrong size or none at all is an error here, and has no state to remember.
+        check_sizes(self.path, inside)
+        states = tuple(tuple(state_of(self.path / name)) for name in inside)
+        _check_content(self.path, json.dumps(inside), states)
 
     @property
     def model_path(self) -> Path:
@@ -79,13 +87,10 @@ class Artifact:
 
 
 @functools.cache
-def _check_content(path: Path, fingerprint: str, folder: str, files: str) -> None:
-    # Cached on values: a merge and an evaluation in one process load the same expert.
-    inside = {}
-    for name, fact in json.loads(files).items():
-        if PurePosixPath(name).is_relative_to(folder):
-            inside[name] = fact
-    for name, problem in content_problems(path, inside).items():
+def _check_content(path: Path, files: str, states: tuple[tuple[int, ...], ...]) -> None:
+    # Cached on values: a merge and an evaluation in one process load the same expert. The states
+    # are there for the cache alone: a file that changed since is read again.
+    for name, problem in content_problems(path, json.loads(files)).items():
         raise changed(path, name, problem)
 
 

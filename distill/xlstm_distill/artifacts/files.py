@@ -7,12 +7,17 @@ import errno
 import os
 import shutil
 import uuid
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+from xlstm_distill.errors import RunError
+
 FLUSH_THREADS = 8
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What only writing answers: no room, or none left for this user or this file."""
 NO_DIRECTORY_FLUSH = (
     errno.EINVAL,
     errno.ENOTSUP,
@@ -41,6 +46,11 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             # Before the rename: otherwise a power failure can leave the name with an empty file.
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        # The system names no file where writing fails: a full disk must say which one it is.
+        if error.filename is None and error.errno in FULL:
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     # A rename changes the directory, which has a cache of its own.
@@ -51,6 +61,49 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) as `written_whole` does."""
     with written_whole(path) as file:
         file.write(text.encode())
+
+
+class OpenFolder:
+    """A folder that is held open: its files are found wherever it is moved.
+
+    A training reads for days. Meanwhile another command may put other settings' files in the place
+    of those that it reads; a name that is looked up late would find the wrong ones.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def open(self, name: str) -> BinaryIO:
+        """Open one of its files for reading.
+
+        Raises:
+            RunError: the folder was removed.
+            OSError: the file cannot be opened.
+        """
+        try:
+            return os.fdopen(os.open(name, os.O_RDONLY, dir_fd=self.descriptor), "rb")
+        except OSError as error:
+            # A local disk has the folder still, without its files; NFS has forgotten it.
+            gone = error.errno == errno.ENOENT and self._was_moved()
+            if gone or error.errno == errno.ESTALE:
+                raise RunError(
+                    f"{self.path / name}: another command removed it while this one was reading; "
+                    "run the command again."
+                ) from error
+            if error.filename is not None:
+                error.filename = str(self.path / name)
+            raise
+
+    def _was_moved(self) -> bool:
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+        except OSError:
+            return True
 
 
 def remove_partials(directory: Path) -> None:

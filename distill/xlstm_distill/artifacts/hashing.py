@@ -127,20 +127,20 @@ class _Memory:
 
     def hash_of(self, path: Path) -> str:
         """SHA-256 of a file, from memory if the file is as it was."""
-        place, now = str(path.absolute()), _state(path)
+        place, now = str(path.absolute()), state_of(path)
         known = self.known.get(place)
         if known is not None and known[:-1] == now:
             return str(known[-1])
         found = sha256(path)
         # A file that changes while it is read, or just before, is not known by its times.
         settled = time.time() - max(now[1], now[2]) / 1e9 > SETTLED_SECONDS
-        if settled and _state(path) == now:
+        if settled and state_of(path) == now:
             self.known[place] = [*now, found]
             self.changed = self.changed or now[0] >= REMEMBERED_BYTES
         return found
 
 
-def _state(path: Path) -> list[int]:
+def state_of(path: Path) -> list[int]:
     """Size, times of change of content and of inode, and inode of a file."""
     # The inode's time too: `touch -d` and `cp -p` set the other one back, and cannot set this.
     facts = os.stat(path)

@@ -73,10 +73,11 @@ def _no_lock(path: Path) -> RunError:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a training, `what`: two at once would overwrite each other's files.
+def exclusive(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a training or an evaluation, `what` (its artifact's label).
 
-    Where the file system has no locks it goes on without, and says so.
+    Two at once would overwrite each other's files. Where the file system has no
+    locks it goes on without, and says so.
 
     Raises:
         RunError: another process holds it.
@@ -125,16 +126,14 @@ def _sign(stream: IO[str]) -> None:
         os.write(stream.fileno(), f"{facts}\n".encode())
 
 
-def busy(what: Path, lock: Path) -> RunError:
-    """The error where another process is at the same training; it names the holder of the lock."""
+def busy(what: str, lock: Path) -> RunError:
+    """The error where another process is at the same artifact; it names the holder of the lock."""
     holder = ""
     # Written by other processes, perhaps at this moment, and perhaps by another version.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         facts = json.loads(lock.read_text())
         holder = f" (pid {int(facts['pid'])} on {facts['host']})"
-    return RunError(
-        f"{what}: another process{holder} is at this training; wait for it, or stop it."
-    )
+    return RunError(f"{what}: another process{holder} is at it; wait for it, or stop it.")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,22 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 REQUIRED = ("format", "stage", "fingerprint", "identity", "recipe", "inputs", "wall_seconds")
 """Keys that every version has written."""
+TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "format": ((int,), "a whole number"),
+    "stage": ((str,), "a text"),
+    "name": ((str, type(None)), "a text or null"),
+    "fingerprint": ((str,), "a text"),
+    "identity": ((str,), "a text"),
+    "recipe": ((dict,), "an object"),
+    "inputs": ((dict,), "an object"),
+    "notes": ((dict,), "an object"),
+    "results": ((dict,), "an object"),
+    "versions": ((dict,), "an object"),
+    "arithmetic": ((dict,), "an object"),
+    "wall_seconds": ((int, float), "a number"),
+    "finished": ((str,), "a text"),
+}
+"""What the values are that this program reads, and how a message says it."""
 FILES_SINCE = 3
 """The first format whose manifests list files."""
 
@@ -24,7 +40,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read an artifact's manifest; None if there is none.
 
     Raises:
-        UserError: it is damaged, or lacks a key.
+        UserError: it is damaged, lacks a key, or a value has the wrong type.
     """
     path = folder / MANIFEST
     try:
@@ -44,10 +60,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
                 f"{path}: lacks the key {key!r}, which every manifest has; put the file back from a"
                 f" copy, or delete {folder} to make it again."
             )
+    for key, (types, words) in TYPES.items():
+        # By exact type: to Python, true is a whole number.
+        if key in content and type(content[key]) not in types:
+            raise UserError(
+                f"{path}: its key {key!r} must be {words}; put the file back from a copy, or "
+                f"delete {folder} to make it again."
+            )
     if not _are_facts(content.get("files", {})):
         raise UserError(
-            f"{path}: its key 'files' must hold a size for each file; put the file back from a "
-            f"copy, or delete {folder} to make it again."
+            f"{path}: its key 'files' must hold a size for each file, and its SHA-256 as text; put "
+            f"the file back from a copy, or delete {folder} to make it again."
         )
     return content
 
@@ -55,9 +78,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def _are_facts(files: Any) -> bool:
     if not isinstance(files, dict):
         return False
-    return all(
-        isinstance(fact, dict) and isinstance(fact.get("size"), int) for fact in files.values()
-    )
+    for fact in files.values():
+        if not isinstance(fact, dict) or type(fact.get("size")) is not int:
+            return False
+        if not isinstance(fact.get("sha256", ""), str):
+            return False
+    return True
 
 
 def facts_of_files(
@@ -86,6 +112,12 @@ def facts_of_files(
 def _files(folder: Path) -> list[Path]:
     """All files below a folder but its manifest, sorted."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+
+
+def unlisted(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """Files below a published folder that its manifest does not list, by name."""
+    names = [path.relative_to(folder).as_posix() for path in _files(folder)]
+    return [name for name in names if name not in files]
 
 
 def size_problem(folder: Path, name: str, fact: Mapping[str, Any]) -> str | None:

@@ -236,19 +236,19 @@ class Run(Shelf):
 
     @contextlib.contextmanager
     def _training(self, request: Request, console: Console) -> Iterator[None]:
-        """Hold a training on rank 0; no rank goes on without."""
-        work, refused = self.work_directory(request), None
-        lock = training_lock(self.directory, work)
+        """Hold a training or an evaluation on rank 0; no rank goes on without."""
+        refused = None
+        lock = training_lock(self.directory, self.work_directory(request))
         with contextlib.ExitStack() as stack:
             if is_main_process():
                 try:
-                    stack.enter_context(exclusive(lock, work, console.line))
+                    stack.enter_context(exclusive(lock, request.label, console.line))
                 except RunError as error:
                     refused = error
             # The other ranks cannot know: rank 0 alone asks for the lock. They must refuse too, and
             # not wait.
             if not all_agree(refused is None):
-                raise refused or busy(work, lock)
+                raise refused or busy(request.label, lock)
             yield
 
     def _build(self, request: Request, build: Callable[[Draft], None], *, mark: bool) -> None:

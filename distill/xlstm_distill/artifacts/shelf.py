@@ -113,13 +113,18 @@ class Shelf:
         if kept is None or kept.fingerprint != request.fingerprint:
             return None
         kept.check_sizes()
+        ending = ""
         with self.lock(request):
             if place.exists():  # else another process was faster
-                final = self.path(request.label)
-                replace_directory(place, final, self.place_of_earlier(request))
+                earlier, aside = self.load(request.label), None
+                if earlier is not None:
+                    # Also with --replace, which is for what a command makes: this one is only read.
+                    aside = self.kept_path(request.label, earlier.fingerprint)
+                    ending = f"; the one of other settings is kept in {aside}"
+                replace_directory(place, self.path(request.label), aside)
         self.console.line(
             f"{request.label}: made from these settings before, and put back "
-            f"({byte_size(kept.bytes)} from {place.name})"
+            f"({byte_size(kept.bytes)} from {place.name}){ending}"
         )
         return self.find(request)
 

@@ -10,11 +10,13 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import typer
 
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime import signals, watch
+from xlstm_distill.runtime.console import byte_size
 from xlstm_distill.runtime.ranks import is_main_process
 
 USER_ERROR, RUN_ERROR = 2, 1
@@ -66,6 +68,16 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         watch.stop()
 
 
+@contextlib.contextmanager
+def in_run(directory: Path) -> Iterator[None]:
+    """Note in an error which run directory was written to: a full disk often names no file."""
+    try:
+        yield
+    except Exception as error:
+        error.run_directory = directory  # type: ignore[attr-defined]
+        raise
+
+
 def _explain(error: Exception) -> tuple[int, Sequence[str]]:
     """Return the exit code and the lines of an error: one for each problem."""
     if isinstance(error, UserError):
@@ -105,7 +117,7 @@ def _disk_full(error: BaseException) -> str | None:
         full = isinstance(cause, OSError) and cause.errno in numbers
         if full or any(os.strerror(number) in str(cause) for number in numbers):
             name = getattr(cause, "filename", None)
-            where = f" while writing {name}" if name else ""
+            where = f" while writing {name}" if name else _room(error)
             return (
                 f"disk full{where}: free some space and run the command again; finished stages "
                 "are kept."
@@ -113,3 +125,16 @@ def _disk_full(error: BaseException) -> str | None:
         # Also the context: `raise ... from None` sets no cause and keeps the context.
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _room(error: BaseException) -> str:
+    """Say where a run was writing, and how much room there is; nothing if no run was at work."""
+    directory: Path | None = getattr(error, "run_directory", None)
+    if directory is None:
+        return ""
+    try:
+        free = byte_size(shutil.disk_usage(directory).free)
+    except OSError:
+        return f" (run directory {directory})"
+    # With room left it is a quota, or another disk: that of temporary files, say.
+    return f" (run directory {directory}, its file system has {free} free)"

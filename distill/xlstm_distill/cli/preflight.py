@@ -32,8 +32,10 @@ def check_batches(
     """
     # Not at the top: building the recipe's models takes half of the time that `--help` may take.
     from xlstm_distill.recipe.problems import nearest_batches
+    from xlstm_distill.stages.choices import choose_experts
 
-    experts = [expert] if expert else list(recipe.distill.experts)
+    # Also an index: a job array names experts so.
+    experts = choose_experts(list(recipe.distill.experts), expert)
     # Without the mLSTM branch there is nothing to align.
     aligned = ["align"] if "mlstm" in recipe.student.mixer.branches else []
     trained = {
@@ -54,6 +56,33 @@ def check_batches(
         )
     if problems:
         _refuse_once(problems)
+
+
+def check_words(
+    recipe: Recipe,
+    stage: str,
+    *,
+    expert: str | None = None,
+    model: str | None = None,
+    shard: str | None = None,
+) -> None:
+    """Refuse an expert, a model or a share that the recipe does not have, before any work.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    from xlstm_distill.runtime.launcher import parse_share
+    from xlstm_distill.stages.choices import choose_experts, choose_models, share_of_capture
+    from xlstm_distill.stages.lineage import Lineage
+
+    if expert is not None:
+        choose_experts(list(recipe.distill.experts), expert)
+    if model is not None:
+        choose_models(Lineage(recipe), model)
+    if shard is not None and stage == "capture":
+        share_of_capture(recipe, shard)
+    elif shard is not None:
+        parse_share(shard)
 
 
 def _is_made(recipe: Recipe, run: Path, label: str) -> bool:

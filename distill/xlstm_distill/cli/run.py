@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xlstm_distill.cli import completion
-from xlstm_distill.cli.failures import one_line_errors
+from xlstm_distill.cli.failures import in_run, one_line_errors
 from xlstm_distill.cli.launch import LaunchArgs, LaunchConfig, dispatch
 from xlstm_distill.cli.options import Debug, Overrides, RecipePath, Replace, RunPath
-from xlstm_distill.cli.preflight import check_batches
+from xlstm_distill.cli.preflight import check_batches, check_words
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.libraries import quiet_libraries
 from xlstm_distill.runtime.ranks import is_main_process, process_count
@@ -47,10 +47,16 @@ class Invocation:
         """Return the run directory: the one given, or that of the recipe's name."""
         return self.run_dir or Path("runs") / recipe.name
 
-    def check(self, stages: Sequence[str], expert: str | None = None) -> Check:
-        """Make the check that runs once the recipe and the number of processes are known."""
+    def check(self, stages: Sequence[str], **options: Any) -> Check:
+        """Make the check that runs once the recipe and the number of processes are known.
+
+        `options` are the arguments that a single stage alone takes.
+        """
+        expert = options.get("expert")
 
         def check(recipe: Recipe, processes: int) -> None:
+            # Before the run directory changes: a word that is refused must leave no trace.
+            check_words(recipe, stages[0], **options)
             check_batches(recipe, stages, processes, self.directory(recipe), expert=expert)
 
         return check
@@ -218,7 +224,7 @@ def make_console() -> Console:
 def _one_stage(stage: str, asked: Invocation, debug: bool, **options: Any) -> None:
     """Run one stage; `options` are the arguments that it alone takes."""
     with one_line_errors(debug):
-        check = asked.check((stage,), options.get("expert"))
+        check = asked.check((stage,), **options)
         asked.dispatch(check)
         console = make_console()
         lineage, opened = _open(asked, console, check)
@@ -257,7 +263,8 @@ def _stage_module(stage: str) -> Any:
 def _run_stage(stage: str, lineage: Lineage, run: Run, console: Console, **options: Any) -> None:
     """Run a stage, which is the function of that name in its module, and print how it ended."""
     started = time.monotonic()
-    result = getattr(_stage_module(stage), stage)(lineage, run, console, **options)
+    with in_run(run.directory):
+        result = getattr(_stage_module(stage), stage)(lineage, run, console, **options)
     # None stands for a captured domain whose other shards are still to come.
     artifacts = result if isinstance(result, list) else [result]
     made = [artifact for artifact in artifacts if not getattr(artifact, "reused", False)]

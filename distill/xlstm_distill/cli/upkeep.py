@@ -32,6 +32,8 @@ def verify(run_dir: RunArgument, as_json: AsJson = False, debug: Debug = False) 
             if result.problems:
                 state = f"{len(result.problems)} wrong of {state}"
             console.line(f"{result.path}: {result.note or state}")
+            for path in result.unlisted:
+                console.line(f"note: {path}: the manifest does not list it; no stage reads it")
             for problem in result.problems if not as_json else ():
                 typer.echo(f"error: {problem}", err=True)
         if any(result.problems for result in results):

@@ -30,7 +30,7 @@ from xlstm_distill.data.tokenization import (
 from xlstm_distill.data.workers import tokenizing
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.runtime.console import Console, Progress, short
+from xlstm_distill.runtime.console import Console, Progress, byte_size, short
 from xlstm_distill.runtime.pool import free_cores
 
 CHECKPOINT = "checkpoint.npz"
@@ -44,13 +44,15 @@ WORTH_A_LINE = 0.01
 """Relative difference between a source's share and its weight from which a line is printed."""
 
 
-def clean(folder: Path) -> None:
-    """Remove the work directories that preparations of this domain with other settings left."""
+def clean(folder: Path, console: Console) -> None:
+    """Remove unfinished rows of this domain that were for other settings, and say so."""
     stem, _, _ = folder.name.rpartition("-")
     for other in folder.parent.glob(f"{stem}-*"):
         # The pattern also finds the domain `math-long` where `math` is meant.
         own, _, _ = other.name.rpartition("-")
         if own == stem and (other / CHECKPOINT).exists():
+            size = sum(path.stat().st_size for path in other.rglob("*") if path.is_file())
+            console.line(f"{other}: unfinished rows of other settings, removed ({byte_size(size)})")
             shutil.rmtree(other, ignore_errors=True)
 
 

@@ -49,7 +49,8 @@ def prepare_domain(
     # Only rank 0 prepares, so only it asks for the lock; the others wait at the barrier in `make`.
     if not is_main_process():
         return publish()
-    if run.find(request):
+    # Rows that are kept are put back: to tokenise them again may take days.
+    if run.find_or_restore(request):
         return _tidied(publish())
 
     def say_waiting() -> None:
@@ -57,12 +58,12 @@ def prepare_domain(
 
     # Outside of `make`: its lock is held for the moment of publishing, this one for hours.
     with wait_for(folder.with_name(f"data-{name}.lock"), say_waiting):
-        if not run.find(request):
+        if not run.find_or_restore(request):
             run.say_why(request, console)
             with run.working(request.label):
                 preparation.gather()
         artifact = _tidied(publish())
-        clean(folder)
+        clean(folder, console)
     return artifact
 
 

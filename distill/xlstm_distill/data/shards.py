@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import zlib
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from xlstm_distill.artifacts.files import write_text, written_whole
+from xlstm_distill.artifacts.files import OpenFolder, write_text, written_whole
 from xlstm_distill.artifacts.hashing import crc32
 from xlstm_distill.data.packing import PackedRow
 from xlstm_distill.errors import RunError
@@ -166,7 +167,10 @@ class ShardReader:
     def __init__(self, folder: Path, most_open: int = OPEN_SHARDS) -> None:
         self.folder, self.most_open = folder, most_open
         try:
-            index = json.loads((folder / INDEX_FILE).read_text())
+            # From here on by this folder, not by its name: see `OpenFolder`.
+            self._open = OpenFolder(folder)
+            with self._open.open(INDEX_FILE) as file:
+                index = json.load(file)
             self.context: int = index["context"]
             self.shards: list[dict[str, Any]] = index["shards"]
             self._ends = np.cumsum([shard["rows"] for shard in self.shards])
@@ -174,7 +178,7 @@ class ShardReader:
             raise _damaged(folder / INDEX_FILE, error) from error
         # Sizes cost nothing to compare; checksums wait until a row is read.
         for shard in self.shards:
-            check_size(folder, shard)
+            _compare_size(folder / shard["file"], self._size(shard["file"]), shard)
         self.mapped: OrderedDict[int, _MappedShard] = OrderedDict()
         # A training reads ahead in one thread while another validates.
         self._lock = threading.Lock()
@@ -199,17 +203,27 @@ class ShardReader:
     def _shard(self, number: int) -> _MappedShard:
         """Return a shard, mapped."""
         if number not in self.mapped:
-            self.mapped[number] = self._map(self.folder / self.shards[number]["file"])
+            self.mapped[number] = self._map(self.shards[number])
             if len(self.mapped) > self.most_open:
                 self.mapped.popitem(last=False)
         self.mapped.move_to_end(number)
         return self.mapped[number]
 
-    def _map(self, path: Path) -> _MappedShard:
+    def _size(self, name: str) -> int:
         try:
-            # Closing gives the file handle back; the arrays keep the mapping.
-            with pa.memory_map(str(path)) as source:
-                batch = pa.ipc.open_stream(source).read_next_batch()
+            return os.stat(name, dir_fd=self._open.descriptor).st_size
+        except OSError as error:
+            raise _damaged(self.folder / name, error) from error
+
+    def _map(self, entry: Mapping[str, Any]) -> _MappedShard:
+        path = self.folder / entry["file"]
+        try:
+            with self._open.open(entry["file"]) as file:
+                _compare_size(path, os.fstat(file.fileno()).st_size, entry)
+                # Closing gives the file handles back; the arrays keep the mapping. Arrow takes
+                # names only, and this one is that of the open file.
+                with pa.memory_map(f"/dev/fd/{file.fileno()}") as source:
+                    batch = pa.ipc.open_stream(source).read_next_batch()
             ids = batch.column("input_ids").values.to_numpy()
             bits = batch.column("supervised").values.buffers()[1]
             lengths = batch.column("lengths")
@@ -250,6 +264,10 @@ def check_size(folder: Path, shard: Mapping[str, Any]) -> None:
         size = path.stat().st_size
     except OSError as error:
         raise _damaged(path, error) from error
+    _compare_size(path, size, shard)
+
+
+def _compare_size(path: Path, size: int, shard: Mapping[str, Any]) -> None:
     if size != shard["bytes"]:
         raise _damaged(path, f"it has {size} bytes; {shard['bytes']} were written")
 

@@ -22,11 +22,10 @@ import torch
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.data.budget import captured_rows
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, load_batch
-from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.errors import RunError
 from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.runtime.console import Console, Progress, short
-from xlstm_distill.runtime.launcher import parse_share
 from xlstm_distill.runtime.pool import free_cores
 from xlstm_distill.runtime.ranks import (
     from_rank_zero,
@@ -36,6 +35,7 @@ from xlstm_distill.runtime.ranks import (
     process_index,
     wait_for_everyone,
 )
+from xlstm_distill.stages.choices import share_of_capture
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import open_domains
@@ -94,12 +94,8 @@ def capture(
     domain that is not published yet, because shards of other shares are missing.
     """
     recipe = lineage.recipe
-    share = parse_share(shard) if shard is not None else (0, 1)
+    share = share_of_capture(recipe, shard)
     if recipe.capture.targets == "online":
-        if shard is not None:
-            raise UserError(
-                "--shard: capture.targets is 'online', so there is nothing to share; leave it out."
-            )
         return []
     limits = captured_rows(recipe)
     requests = {name: lineage.request(f"capture/{name}") for name in limits}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import process_count
 from xlstm_distill.stages.capture import STORE
+from xlstm_distill.stages.choices import choose_experts
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
     architecture_of,
-    choose,
     choose_kernels,
     keep_training,
     open_domains,
@@ -55,15 +55,6 @@ def distill(
     names = choose_experts(list(lineage.recipe.distill.experts), expert)
     check_trackers(lineage.recipe.training.trackers)
     return [_expert(lineage, run, name, console) for name in names]
-
-
-def choose_experts(names: Sequence[str], wanted: str | None) -> Sequence[str]:
-    """All experts, or the one of this name, else of this index (that of a task in a job array).
-
-    Raises:
-        UserError: there is none of this name or index.
-    """
-    return choose(names, wanted, "--expert", "the recipe's distill.experts")
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from xlstm_distill.runtime.ranks import (
     process_index,
     scatter_object,
 )
+from xlstm_distill.stages.choices import choose_models
 from xlstm_distill.stages.lineage import TEACHER, Lineage
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
-    choose,
     choose_kernels,
     load_student,
     open_domains,
@@ -55,7 +55,7 @@ def evaluate(
     Each model has an artifact of its own, so that a new merge redoes only its own evaluation.
     """
     recipe = lineage.recipe
-    names = choose(lineage.evaluated_models(), model, "--model", "the recipe's models")
+    names = choose_models(lineage, model)
     sources = _sources(lineage, run, names)
     requests = {name: lineage.request(f"evaluate/{name}") for name in names}
     # The ranks agree on each answer, so that all stop asking at the same one.

@@ -8,14 +8,14 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from xlstm_distill.artifacts import Artifact
 from xlstm_distill.artifacts.files import remove_directory
 from xlstm_distill.artifacts.hashing import HASH_THREADS
 from xlstm_distill.artifacts.locks import wait_for
-from xlstm_distill.artifacts.manifest import content_problems, read_manifest
+from xlstm_distill.artifacts.manifest import content_problems, read_manifest, unlisted
 from xlstm_distill.artifacts.shelf import KEPT, folders_of, lock_file
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime.console import Console, byte_size
@@ -27,7 +27,8 @@ NO_CHECKSUMS = "an earlier version made it, without checksums"
 class Verified:
     """What `verify` found of an artifact; `path` is from the run directory on.
 
-    `note` says what could not be checked, `problems` what is wrong.
+    `note` says what could not be checked, `unlisted` which files somebody added where no program
+    reads them, and `problems` what is wrong.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Verified:
     files: int = 0
     bytes: int = 0
     note: str | None = None
+    unlisted: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -70,6 +72,8 @@ def verify(run: Path, console: Console) -> list[Verified]:
         result.files, result.bytes = len(artifact.files), artifact.bytes
         if not artifact.files:
             result.note = NO_CHECKSUMS
+        else:
+            _note_unlisted(result, artifact)
         artifacts.append((result, artifact))
     total = sum(result.bytes for result, artifact in artifacts if artifact.files)
     # In millions: the console writes a thousand million as B, which reads like bytes.
@@ -83,6 +87,17 @@ def verify(run: Path, console: Console) -> list[Verified]:
         for result, artifact in artifacts:
             result.problems += _problems(artifact, advance)
     return found
+
+
+def _note_unlisted(result: Verified, artifact: Artifact) -> None:
+    """Note files that were added since an artifact was published; in its model they are wrong."""
+    for name in unlisted(artifact.path, artifact.files):
+        path = artifact.path / name
+        if PurePosixPath(name).is_relative_to("model"):
+            # Whoever loads the model loads whatever lies there: more weights, other settings.
+            result.problems.append(f"{path}: the manifest does not list it; move it elsewhere.")
+        else:
+            result.unlisted.append(str(path))
 
 
 def _problems(artifact: Artifact, advance: Callable[[int], None]) -> list[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +24,6 @@ from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
 from xlstm_kernels import dispatch
-
-
-def choose(names: Sequence[str], wanted: str | None, option: str, what: str) -> Sequence[str]:
-    """All names, or the one that is wanted, else that of this index (of a task in a job array).
-
-    `option` and `what` word the message: the option that was given, and what the names are.
-
-    Raises:
-        UserError: there is none of this name or index.
-    """
-    if wanted is None:
-        return names
-    # By name first: one may be called `0`.
-    if wanted in names:
-        return [wanted]
-    if re.fullmatch(r"[0-9]{1,9}", wanted) and int(wanted) < len(names):
-        return [names[int(wanted)]]
-    raise UserError(
-        f"{option}: {wanted!r} is not in {what}; it has {', '.join(names)} "
-        f"(or by index: 0 to {len(names) - 1})."
-    )
 
 
 def open_domains(

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from xlstm_distill.artifacts.files import remove_partials, write_text, written_whole
+from xlstm_distill.artifacts.files import OpenFolder, remove_partials, write_text, written_whole
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets.codec import TargetRow, decode
@@ -161,10 +161,15 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            page = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
+            return _header_of(path, file)
     except OSError as error:
         raise refusal(path, f"cannot be read ({error.strerror})") from error
+
+
+def _header_of(path: Path, file: BinaryIO) -> Header:
+    """Read and check the header of a shard that is open; `path` is for messages."""
+    page = file.read(HEADER_BYTES)
+    size = os.fstat(file.fileno()).st_size
     if len(page) < HEADER_BYTES:
         raise refusal(path, f"cut short: {len(page)} bytes, a header alone has {HEADER_BYTES}")
     magic, version, length, checksum = PREFIX.unpack_from(page)
@@ -364,12 +369,12 @@ def _check_shard(path: Path, checksum: int) -> None:
 
 
 class TargetShard:
-    """A shard, memory-mapped."""
+    """A shard, memory-mapped; `file` is the shard where it is open already."""
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: Header, file: BinaryIO | None = None) -> None:
         self.path, self.header = path, header
         # Mapped: a training reads rows in random order, and a store may be larger than memory.
-        self.bytes = np.memmap(path, np.uint8, "r")
+        self.bytes = np.memmap(path if file is None else file, np.uint8, "r")
         index = self.bytes[header.index_offset :].tobytes()
         if zlib.crc32(index) != header.index_checksum:
             raise refusal(path, "its index is damaged (wrong checksum)")
@@ -416,7 +421,10 @@ class Store:
     def _read_index(self) -> dict[str, Any]:
         path = self.directory / INDEX_FILE
         try:
-            index = json.loads(path.read_text())
+            # From here on by this folder, not by its name: see `OpenFolder`.
+            self._folder = OpenFolder(self.directory)
+            with self._folder.open(INDEX_FILE) as file:
+                index = json.load(file)
             version = index["version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise refusal(path, f"cannot be read ({error})") from error
@@ -427,7 +435,8 @@ class Store:
     def _check(self, entry: dict[str, Any], expected: Identity) -> Header:
         path = self.directory / entry["file"]
         # Also the identity of each shard: another run may have left one of the same name here.
-        header = read_header(path)
+        with self._open(path) as file:
+            header = _header_of(path, file)
         if difference := header.identity.difference(expected):
             raise refusal(path, f"belongs to another run: its {difference}")
         if header.checksum != entry["checksum"]:
@@ -453,6 +462,17 @@ class Store:
             if len(self.open) >= self.most_open:
                 self.open.popitem(last=False)
             header = self.headers[number]
-            self.open[number] = TargetShard(self.directory / shard_name(header.shard), header)
+            path = self.directory / shard_name(header.shard)
+            with self._open(path) as file:
+                found = _header_of(path, file)
+                if found != header:
+                    raise refusal(path, "another shard took its place while this process ran")
+                self.open[number] = TargetShard(path, header, file)
         self.open.move_to_end(number)
         return self.open[number]
+
+    def _open(self, path: Path) -> BinaryIO:
+        try:
+            return self._folder.open(path.name)
+        except OSError as error:
+            raise refusal(path, f"cannot be read ({error.strerror})") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -52,6 +54,12 @@ def test_an_error_leaves_the_earlier_file_and_nothing_else(tmp_path):
         raise ValueError("broken")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["index.json"]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, written_whole(tmp_path / "file.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "file.txt")
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):

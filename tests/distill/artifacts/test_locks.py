@@ -18,9 +18,9 @@ def test_a_training_belongs_to_one_run_at_a_time(tmp_path):
     lock, said = tmp_path / ".lock", []
 
     def held():
-        return exclusive(lock, tmp_path, said.append)
+        return exclusive(lock, "align", said.append)
 
-    me = re.escape(f"another process (pid {os.getpid()} on {platform.node()}) is at this")
+    me = re.escape(f"another process (pid {os.getpid()} on {platform.node()}) is at it")
     with held(), pytest.raises(RunError, match=me), held():
         pass
     with held():
@@ -37,14 +37,14 @@ def test_a_file_system_without_locks_is_said_and_does_not_stop_a_training(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     said = []
-    with exclusive(tmp_path / ".lock", tmp_path, said.append):
+    with exclusive(tmp_path / ".lock", "align", said.append):
         pass
     assert len(said) == 1
     assert f"{tmp_path / '.lock'}: cannot be locked" in said[0]
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "fifo", "folder"])
-@pytest.mark.parametrize("take", [wait_for, marked, lambda path: exclusive(path, path, print)])
+@pytest.mark.parametrize("take", [wait_for, marked, lambda path: exclusive(path, "align", print)])
 def test_a_lock_that_is_no_plain_file_is_refused_and_harms_nothing(tmp_path, kind, take):
     lock, behind = tmp_path / "lock", tmp_path / "precious"
     if kind == "fifo":

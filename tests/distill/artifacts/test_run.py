@@ -114,7 +114,7 @@ def test_a_training_is_held_until_it_is_published_and_its_checkpoints_are_gone(r
     def refused():
         with pytest.raises(
             RunError,
-            match=r"stage-.*: another process \(.*\) is at this training; wait for it, or stop it",
+            match=r"^stage: another process \(pid \d+ on .*\) is at it; wait for it, or stop it",
         ):
             other.make(
                 request_(), lambda draft: pytest.fail("built at the same time"), together=True
@@ -218,6 +218,26 @@ def test_a_changed_file_names_itself_when_it_is_loaded(run):
     found.check_content("model")  # it lies elsewhere
 
 
+def test_a_file_that_changes_after_it_was_checked_is_checked_again(run):
+    artifact = published(run, text="abc")
+    artifact.check_content()
+    file = artifact.path / "file.txt"
+    before = file.stat()
+    file.write_text("abd")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(RunError, match="its content changed"):
+        artifact.check_content()
+
+
+def test_a_file_that_stays_is_read_once(run, monkeypatch):
+    artifact = published(run, text="abc")
+    artifact.check_content()
+    monkeypatch.setattr(
+        "xlstm_distill.artifacts.manifest.sha256_of_all", lambda *_: pytest.fail("read again")
+    )
+    artifact.check_content()
+
+
 def test_an_artifact_of_other_settings_is_kept_and_put_back(run):
     run.console = console = QuietConsole()
     published(run, 1, "first")
@@ -228,7 +248,9 @@ def test_an_artifact_of_other_settings_is_kept_and_put_back(run):
     assert [artifact.fingerprint for artifact in run.kept("stage")] == [request_(1).fingerprint]
     again = run.make(request_(1), lambda draft: pytest.fail("made again"))
     assert (again.reused, (again.path / "file.txt").read_text()) == (True, "first")
-    assert "put back" in console.lines[-1]
+    kept_now = run.kept_path("stage", second.fingerprint)
+    ending = f"put back (5 bytes from {kept.name}); the one of other settings is kept in {kept_now}"
+    assert console.lines[-1].endswith(ending)
     assert not kept.exists()
     assert run.kept("stage")[0].fingerprint == second.fingerprint
 
@@ -240,6 +262,18 @@ def test_what_is_replaced_goes_where_the_user_says_so(run):
     assert other.kept("stage") == []
     assert "will be removed (--replace)" in other.console.lines[0]
     assert [path.name for path in (run.directory / "artifacts").iterdir()] == ["stage"]
+
+
+def test_what_is_only_read_never_goes(run):
+    """--replace is for what a command makes: here it puts back what it reads."""
+    published(run, 1, "first")
+    published(run, 2, "second")
+    other = Run.open(run.directory, Recipe(), QuietConsole(), drop_replaced=True)
+    assert (other.need(request_(1)).path / "file.txt").read_text() == "first"
+    assert [artifact.fingerprint for artifact in other.kept("stage")] == [request_(2).fingerprint]
+    kept = other.kept_path("stage", request_(2).fingerprint)
+    assert (kept / "file.txt").read_text() == "second"
+    assert other.console.lines[-1].endswith(f"; the one of other settings is kept in {kept}")
 
 
 def test_rows_of_which_there_are_more_now_are_not_kept_twice(run):
@@ -313,6 +347,31 @@ def test_a_manifest_that_lacks_a_key_is_one_line(run, key):
     del content[key]
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"manifest\.json: lacks the key '{key}'.* delete"):
+        run.find(request_())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", "3"),
+        ("stage", None),
+        ("fingerprint", 7),
+        ("identity", ["a"]),
+        ("recipe", []),
+        ("inputs", "none"),
+        ("notes", None),
+        ("results", [1]),
+        ("wall_seconds", "1.0"),
+        ("wall_seconds", True),
+        ("finished", 5),
+        ("files", {"file.txt": {"size": "1"}}),
+        ("files", {"file.txt": {"size": 1, "sha256": 5}}),
+    ],
+)
+def test_a_manifest_whose_value_has_the_wrong_type_is_one_line(run, key, value):
+    path = published(run).path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=rf"manifest\.json: its key '{key}' must .* delete"):
         run.find(request_())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
         (
             RuntimeError("Error: I/O error: No space left on device (os error 28)"),
             1,
-            "error: disk full: free some space",
+            "error: disk full (run directory runs/small, its file system has 5 bytes free): free",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "runs"),
@@ -93,7 +94,7 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
         (
             shutil.Error([("a", "b", "[Errno 122] Disk quota exceeded: 'a' -> 'b'")]),
             1,
-            "error: disk full: free some space",
+            "error: disk full (run directory runs/small, its file system has 5 bytes free): free",
         ),
         (
             RuntimeError("Error while serializing: I/O error: Input/output error (os error 5)"),
@@ -115,7 +116,10 @@ def test_failure_is_one_line_and_stops_the_run(
     code: int,
     expected: str,
     error_of: ErrorOf,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    room = types.SimpleNamespace(free=5)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: {Path("runs/small"): room}[path])
     stages["align"] = error
     assert error_of(call("run", "small.yaml"), code).startswith(expected)
     assert [name for name, _ in stages["calls"]] == ["capture", "align"]

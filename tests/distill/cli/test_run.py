@@ -104,8 +104,30 @@ def test_a_share_that_is_none_is_one_line(call: Call, error_of: ErrorOf) -> None
     assert line == ("error: --shard: '3/3' must be I/N with I from 0 to N - 1, for example 0/8.")
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("prepare", "--shard", "3/3"), "--shard: '3/3' must be I/N"),
+        (("capture", "--shard", "x"), "--shard: 'x' must be I/N"),
+        (
+            ("capture", "--shard", "0/2", "--set", "capture.targets=online"),
+            "--shard: capture.targets is 'online', so there is nothing to share",
+        ),
+        (("distill", "--expert", "maths"), "--expert: 'maths' is not in the recipe's distill"),
+        (("evaluate", "--model", "7"), "--model: '7' is not in the recipe's models"),
+    ],
+)
+def test_a_word_that_is_refused_leaves_the_run_as_it_was(
+    call: Call, error_of: ErrorOf, small: Path, words: tuple[str, ...], expected: str
+) -> None:
+    stage, *options = words
+    again = [*options, "--set", "align.lr=0.01"]
+    assert error_of(call(stage, "small.yaml", *again), 2).startswith(f"error: {expected}")
+    assert not (small / "runs").exists()
+
+
 def test_an_expert_is_chosen_by_name_or_index() -> None:
-    from xlstm_distill.stages.distill import choose_experts
+    from xlstm_distill.stages.choices import choose_experts
 
     names = ["math", "code", "0"]
     assert choose_experts(names, None) == names

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -418,8 +419,11 @@ def test_what_other_settings_left_behind_is_removed(sources, tokenizer, tmp_path
         patched.setattr(preparation.Preparation, "save", killed)
         prepared(recipe_of(*sources), tokenizer, tmp_path)
     assert leftovers(tmp_path)
-    prepared(recipe_of(*sources, rows=310), tokenizer, tmp_path)
+    console = QuietConsole()
+    prepared(recipe_of(*sources, rows=310), tokenizer, tmp_path, console)
     assert not leftovers(tmp_path)
+    (line,) = [said for said in console.lines if "removed" in said]
+    assert re.search(r"data-x-\w+: unfinished rows of other settings, removed \(.*B\)$", line)
 
 
 def test_workers_are_as_many_as_the_text_and_the_machine_call_for(tokenizer, tmp_path, monkeypatch):

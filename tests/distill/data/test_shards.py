@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import uuid
 
 import numpy as np
@@ -136,6 +137,32 @@ def test_every_damaged_byte_is_found_by_its_row_alone(tmp_path):
             assert_same(reader.row(other), rows[other])
         with pytest.raises(RunError, match="row 5 has not the checksum it was written with"):
             reader.row(5)
+
+
+def swap(folder, other):
+    """Put another folder in this one's place, as a restore does; both stay."""
+    folder.rename(folder.with_name("kept"))
+    other.rename(folder)
+
+
+def test_a_reader_stays_with_the_rows_that_it_began_with(tmp_path):
+    """Another command puts rows of other settings in their place; they have the same sizes."""
+    rows, others = random_rows(6, 16, 100), random_rows(6, 16, 100, seed=1)
+    for name, own in (("math", rows), ("other", others)):
+        writer = RowShardWriter(tmp_path / name, 16, 100)
+        (tmp_path / name).mkdir()
+        for row in own:
+            writer.add(row)
+            writer.end_shard()
+        writer.close()
+    reader = ShardReader(tmp_path / "math", most_open=1)
+    assert_same(reader.row(0), rows[0])
+    swap(tmp_path / "math", tmp_path / "other")
+    for number, row in enumerate(rows):
+        assert_same(reader.row(number), row)
+    shutil.rmtree(tmp_path / "kept")
+    with pytest.raises(RunError, match=r"arrow: another command removed it while this one was"):
+        reader.row(0)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

@@ -157,7 +157,7 @@ from xlstm_distill.runtime import signals
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 # As in a collective on GPUs, which neither ends nor hears of signals.
 with one_line_errors(debug=False), signals.deferred():
-    with exclusive(folder / f"lock-{rank}", folder, print):
+    with exclusive(folder / f"lock-{rank}", "align", print):
         (folder / f"ready-{rank}").write_text(str(os.getpid()))
         time.sleep(600)
 """
@@ -182,14 +182,14 @@ def test_ranks_of_a_killed_launcher_end_and_free_their_locks(tmp_path):
     ranks = [psutil.Process(int(path.read_text())) for path in ready]
     lock = tmp_path / "lock-0"
     holder = re.escape(f"(pid {ranks[0].pid} on {platform.node()})")
-    with pytest.raises(RunError, match=holder), exclusive(lock, tmp_path, print):
+    with pytest.raises(RunError, match=holder), exclusive(lock, "align", print):
         pass
     process.kill()
     _, alive = psutil.wait_procs(ranks, timeout=10)
     for rank in alive:
         rank.kill()
     assert not alive
-    with exclusive(lock, tmp_path, print):
+    with exclusive(lock, "align", print):
         pass
     errors = process.communicate(timeout=10)[1]
     assert errors.count("is gone, so this run ends; run the same command again") == 1, errors

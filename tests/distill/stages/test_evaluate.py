@@ -16,8 +16,8 @@ from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig, load_recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import evaluate
+from xlstm_distill.stages.choices import choose
 from xlstm_distill.stages.lineage import Lineage
-from xlstm_distill.stages.workbench import choose
 from xlstm_eval.answering.coordinator import Tally
 from xlstm_eval.answering.scoring import Pair, score_pairs
 from xlstm_eval.records import EvalError

@@ -67,6 +67,24 @@ def test_shares_make_the_rows_of_one_process_and_later_stages_find_them(recipe, 
         assert files_of(other) == files_of(artifact)
 
 
+def test_rows_of_earlier_settings_are_put_back_and_not_made_again(recipe, tmp_path, monkeypatch):
+    run = Run.open(tmp_path, recipe)
+    (first,) = prepare_rows(Lineage(recipe), run, ["math"], QuietConsole()).values()
+    content = files_of(first)
+    changed = recipe.model_copy(update={"seed": recipe.seed + 1})
+    prepare_rows(Lineage(changed), run, ["math"], QuietConsole())
+    assert files_of(first) != content
+    monkeypatch.setattr(
+        preparation.Preparation, "gather", lambda self: pytest.fail("prepared again")
+    )
+    # With --replace too: these rows are read, and those of the other seed stay.
+    back = Run.open(tmp_path, recipe, QuietConsole(), drop_replaced=True)
+    (again,) = prepare_rows(Lineage(recipe), back, ["math"], QuietConsole()).values()
+    assert (again.fingerprint, files_of(again)) == (first.fingerprint, content)
+    assert "put back" in back.console.lines[0]
+    assert len(back.kept("data/math")) == 1
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 9])
 def test_every_domain_is_in_one_share_and_shares_are_even(parts):
     rows = {"a": 50, "b": 10, "c": 40, "d": 30, "e": 20}

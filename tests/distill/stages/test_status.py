@@ -77,7 +77,7 @@ def test_as_json_and_wrong_directory(run, tmp_path):
 def held(run):
     """Hold the lock of the run's training."""
     work = run / "training" / "distill-math-0123"
-    return exclusive(training_lock(run, work), work, print)
+    return exclusive(training_lock(run, work), "distill/math", print)
 
 
 HEADER = {"label": "distill/math", "steps": 10, "tokens_per_step": 100, "first_step": 0}

@@ -101,6 +101,19 @@ def test_a_missing_file_a_damaged_manifest_and_a_wrong_directory_are_said(run, t
     assert "damaged: log.json is missing" in " ".join(call("status", run)[1].split())
 
 
+def test_a_file_that_was_added_is_said_and_is_an_error_beside_weights(run):
+    (run / "artifacts" / "data" / "math" / "notes.txt").write_text("mine")
+    code, out, err = call("verify", run)
+    assert (code, err) == (0, "")
+    assert "data/math/notes.txt: the manifest does not list it" in out
+    (run / "artifacts" / "align" / "model" / "generation_config.json").write_text("{}")
+    code, _, err = call("verify", run)
+    assert code == 1
+    assert "model/generation_config.json: the manifest does not list it" in err
+    found = json.loads(call("verify", run, "--json")[1])["artifacts"]
+    assert [len(entry["unlisted"]) for entry in found] == [0, 0, 1]
+
+
 def test_an_artifact_without_checksums_is_no_error(run):
     path = run / "artifacts" / "align" / "manifest.json"
     content = json.loads(path.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import struct
 import zlib
 
@@ -63,6 +64,21 @@ def directory(tmp_path):
 
 def read_all(store):
     return to_targets([store.row(row)[0] for row in range(store.rows)])
+
+
+def test_a_store_stays_with_the_targets_that_it_began_with(directory, tmp_path):
+    """Another command puts targets of other settings in their place."""
+    expected = read_all(Store(directory, IDENTITY))
+    store = Store(directory, IDENTITY, most_open=1)
+    other = write(tmp_path / "other", identity=dataclasses.replace(IDENTITY, data="others"))
+    directory.rename(tmp_path / "kept")
+    other.rename(directory)
+    found = read_all(store)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.log_probs, expected.log_probs)
+    shutil.rmtree(tmp_path / "kept")
+    with pytest.raises(RunError, match=r"bin: another command removed it while this one was"):
+        store.row(0)
 
 
 def test_rows_come_back_in_any_order(directory):
