@@ -32,7 +32,7 @@ def prepare_domain(
     needed = rows_needed(recipe, name)
     # Rows that are there stay, also where this recipe needs fewer of them.
     # As rank 0 sees them: ranks that ask for other rows would wait for each other.
-    there = from_rank_zero(lambda: _rows_there(recipe, run, name, tokenizer_hash))
+    there = from_rank_zero(lambda: rows_there(recipe, run, name, tokenizer_hash))
     needed = max(needed, there)
     request = replace(
         data_request(recipe, name, tokenizer_hash, rows=needed),
@@ -105,7 +105,7 @@ def data_request(recipe: Recipe, name: str, tokenizer_hash: str, **counts: int) 
     return Request("data", name=name, parts=parts, inputs={"tokenizer": tokenizer_hash})
 
 
-def _rows_there(recipe: Recipe, run: Run, name: str, tokenizer_hash: str) -> int:
+def rows_there(recipe: Recipe, run: Run, name: str, tokenizer_hash: str) -> int:
     """Return the rows asked for when the published artifact, or one that is kept, was made.
 
     It is 0 if there is none, or if none holds this recipe's rows.

@@ -52,18 +52,16 @@ def merge_state_dicts(
     """Merge the experts' weights by name; `weights` has a weight for each expert.
 
     Raises:
-        UserError: the weights are not allowed, or the experts' tensors differ in names or shapes.
+        UserError: the weights are not allowed, or a tensor is missing in an expert or has another
+            shape.
     """
     check_weights(weights)
     names = list(experts)
     first = experts[names[0]]
     for name in names[1:]:
-        if _shapes(experts[name]) != _shapes(first):
-            raise UserError(
-                f"merge: experts {names[0]!r} and {name!r} differ in names or shapes of their"
-                " weights; merge experts that were distilled from one student."
-            )
+        _check_same(names[0], first, name, experts[name])
     factors = [weights[name] for name in names]
+    # Read tensor by tensor: experts that are mapped files never are in memory as a whole.
     merged = {}
     for key in first:
         tensors = [experts[name][key] for name in names]
@@ -71,5 +69,19 @@ def merge_state_dicts(
     return merged
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+def _check_same(
+    name: str, first: Mapping[str, Tensor], other_name: str, other: Mapping[str, Tensor]
+) -> None:
+    """Refuse experts that differ in a tensor's name or shape."""
+    for key in sorted({*first, *other}):
+        if key in first and key in other and first[key].shape == other[key].shape:
+            continue
+        raise UserError(
+            f"merge: experts differ in {key}: {name!r} has {_shape(first.get(key))}, "
+            f"{other_name!r} has {_shape(other.get(key))}; merge experts that were distilled from "
+            "one student."
+        )
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"shape {tuple(tensor.shape)}"

@@ -9,6 +9,7 @@ each tensor whole on every rank; here the ranks of a node share the file in the 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +57,32 @@ def load_shards(student: CausalLM, directory: Path, device: torch.device) -> Non
     Raises:
         RunError: a file holds no such tensor, or one of another shape.
     """
-    files = _Files(directory)
+    files = WeightFiles(directory)
     read: dict[str, Tensor] = {}
     # Tied weights come once, under their first name.
     for name, parameter in student.named_parameters():
         if parameter.is_meta:
             read[name] = files.read(name.replace(BASE, "."), parameter, device)
-    student.load_state_dict(read, strict=False, assign=True)
+    fill(student, read, directory)
+
+
+def fill(student: CausalLM, weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Give a student on the meta device these tensors as its weights; `directory` held them.
+
+    Raises:
+        RunError: one is missing, or the student has no such weight.
+    """
+    unexpected = student.load_state_dict(weights, strict=False, assign=True).unexpected_keys
+    if unexpected:
+        raise RunError(f"{directory}: {unexpected[0]} is no weight of this model.")
     student.tie_weights()
     left = [name for name, parameter in student.named_parameters() if parameter.is_meta]
     if left:
         raise RunError(f"{directory}: {left[0]} got no weights; the model's files are not whole.")
 
 
-class _Files:
-    """The safetensors files of a model, mapped: only the pages that are read come from the disk."""
+class WeightFiles(Mapping[str, Tensor]):
+    """The weights of a saved model by name, from mapped files: only what is read is loaded."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -80,6 +92,17 @@ class _Files:
             self.place: dict[str, str] = json.loads(index.read_text())["weight_map"]
         else:
             self.place = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor whose memory is the mapped file."""
+        tensor: Tensor = self._file(self.place[name]).get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.place)
+
+    def __len__(self) -> int:
+        return len(self.place)
 
     def _file(self, name: str) -> Any:
         if name not in self.open:

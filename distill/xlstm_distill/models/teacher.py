@@ -9,13 +9,75 @@ from transformers import AutoConfig, AutoTokenizer
 
 from xlstm_distill.artifacts.hashing import digest, hash_files
 from xlstm_distill.errors import UserError
-from xlstm_distill.models.teacher_files import model_files, weight_files
+from xlstm_distill.models.teacher_files import (
+    hub_patterns,
+    hub_weights,
+    model_files,
+    weight_files,
+)
 from xlstm_distill.recipe import Teacher
+from xlstm_distill.runtime.ranks import (
+    from_rank_zero,
+    gathered,
+    is_first_of_node,
+    is_main_process,
+    process_count,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from xlstm_distill.models.families import CausalLM
+
+
+_DOWNLOADED: set[tuple[str, str]] = set()
+"""Teachers of the hub, and their revisions, that `download_teacher` has put on this machine."""
+
+
+def download_teacher(config: Teacher) -> None:
+    """Download a teacher of the hub once a machine, so that all ranks then load it from the disk.
+
+    Rank 0 comes first: machines mostly share the cache. Then the others find their files there, or
+    one rank of each downloads them. All ranks must call this.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    if process_count() == 1 or Path(config.path).is_dir():
+        return
+    from_rank_zero(lambda: _download(config))
+    problem = ""
+    if is_first_of_node() and not is_main_process():
+        try:
+            _download(config)
+        except UserError as error:
+            problem = str(error)
+    # A barrier too: the other ranks of a machine must not look before it has the files.
+    for told in filter(None, gathered(problem)):
+        raise UserError(told)
+    _DOWNLOADED.add(_version(config))
+
+
+def _download(config: Teacher) -> None:
+    import huggingface_hub
+
+    def fetch(patterns: list[str]) -> Path:
+        path, revision = _version(config)
+        return Path(
+            huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=patterns)
+        )
+
+    try:
+        folder = fetch(hub_patterns(code=config.trust_remote_code))
+        fetch(hub_weights(folder))
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise UserError(f"teacher.path: {config.path!r} cannot be downloaded: {reason}") from error
+
+
+def _version(config: Teacher) -> tuple[str, str]:
+    return config.path, config.revision or "main"
 
 
 def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalLM:
@@ -109,6 +171,7 @@ def _load(auto: Any, config: Teacher, what: str, **options: Any) -> Any:
         return auto.from_pretrained(
             config.path,
             revision=config.revision or "main",
+            local_files_only=_version(config) in _DOWNLOADED,
             trust_remote_code=config.trust_remote_code,
             **options,
         )

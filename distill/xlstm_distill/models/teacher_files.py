@@ -46,6 +46,20 @@ def model_files(folder: Path, *, code: bool = False) -> list[Path]:
     return sorted(found)
 
 
+def hub_patterns(*, code: bool = False) -> list[str]:
+    """Patterns of a hub teacher's files but its weights, as `model_files` has them."""
+    return [*SETTINGS, INDEX, *(["*.py"] if code else [])]
+
+
+def hub_weights(folder: Path) -> list[str]:
+    """Names of the weights of a hub teacher, whose other files are in `folder`."""
+    named = _read_json(folder / CONFIG).get("transformers_weights")
+    if isinstance(named, str):
+        return [named]
+    shards = _read_json(folder / INDEX).get("weight_map")
+    return sorted(set(shards.values())) if isinstance(shards, dict) else [WEIGHTS]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Files of weights that transformers loads from a folder, with the index of sharded ones.
 

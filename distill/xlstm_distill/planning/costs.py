@@ -14,7 +14,9 @@ from xlstm_distill.planning.communication import Bound, align_traffic, distill_t
 from xlstm_distill.planning.fit import Fit, Problem, StageMemory, Way, what_fits
 from xlstm_distill.planning.machine import Machine, Utilisation, utilisation
 from xlstm_distill.planning.memory import (
+    ANSWER_TOKENS,
     DTYPE_BYTES,
+    PROMPT_TOKENS,
     Memory,
     MemoryInputs,
     align_memory,
@@ -33,6 +35,8 @@ MARGIN = 0.9
 """As `training.reduction`: the share of a GPU's memory that whole gradients may fill."""
 CHECKPOINT_BYTES = 12
 """Bytes of a trained parameter in a checkpoint: fp32 weight and two moments."""
+MERGE_BYTES = 16
+"""Bytes a number of the tensor that is being merged: the sum and an expert's share, in float64."""
 FP32 = 4.0
 
 
@@ -264,9 +268,9 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
 
 
 def merge_cost(planner: Planner) -> StageCost:
-    """Cost the merge, which holds every expert and the merged student on the host, in fp32."""
-    experts, student = len(planner.recipe.distill.experts), FP32 * planner.parameters.student
-    return StageCost("merge", disk=student, host_memory=(experts + 1) * student)
+    """Cost the merge, which holds the merged student on the host, in fp32, and mapped experts."""
+    student, largest = FP32 * planner.parameters.student, planner.parameters.embedding
+    return StageCost("merge", disk=student, host_memory=student + MERGE_BYTES * largest)
 
 
 def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:
@@ -276,7 +280,10 @@ def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:
     rows = 1 if batch == "auto" else batch
     name = "student" if student else "teacher"
     memory = functools.partial(evaluation_memory, student=student)
-    inputs = planner.memory_inputs(rows)
+    # By its tasks, and not by `data.context`, which packed rows alone have.
+    answers = [task.max_gen_tokens or ANSWER_TOKENS for task in planner.recipe.evaluate.tasks]
+    tokens = PROMPT_TOKENS + max(answers, default=ANSWER_TOKENS)
+    inputs = replace(planner.memory_inputs(rows), tokens=tokens)
     stage = StageMemory("evaluate", memory, inputs, rows, label=f"evaluate/{name}")
     return StageCost(
         "evaluate", name, fit=what_fits(stage, planner.machine.gpu, search=planner.search)

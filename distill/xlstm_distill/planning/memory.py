@@ -55,6 +55,12 @@ FRAGMENTATION = 0.05
 """Share of what is allocated that the caching allocator holds on top. Chosen."""
 ALIGN_TRANSIENT = 0.4
 """Gradients of one mixer in flight, as a share of what it saved. The largest that was measured."""
+PROMPT_TOKENS = 4096
+"""Tokens of an evaluation's prompt, with its examples. Chosen; long documents need more."""
+ANSWER_TOKENS = 2048
+"""Tokens of an answer, where a task keeps its own number. Chosen."""
+CONTINUATION_TOKENS = 128
+"""Tokens of a continuation that is scored. Chosen."""
 LORA_MODULES = 7
 """Projections of a layer that get an adapter: q, k, v, o, gate, up, down."""
 
@@ -280,8 +286,9 @@ def capture_memory(inputs: MemoryInputs) -> Memory:
 
 
 def evaluation_memory(inputs: MemoryInputs, student: bool) -> Memory:
-    """Predict the memory to score prompts of `rows` x `tokens` and to decode to that length.
+    """Predict the memory to read prompts and decode: `rows` of `tokens`, prompt and answer.
 
+    A context gives the logits of its last token alone; those of continuations are kept whole.
     `student`: whether the student is evaluated, or else the teacher.
     """
     p, a = inputs.parameters, inputs.architecture
@@ -290,11 +297,13 @@ def evaluation_memory(inputs: MemoryInputs, student: bool) -> Memory:
         parameters, row_cache = p.student, student_cache(a, inputs.mixer, size)
     else:
         parameters, row_cache = p.teacher, teacher_cache(a, inputs.tokens, size)
-    logits = size * inputs.pass_tokens * a.vocabulary
+    logits = size * inputs.rows * CONTINUATION_TOKENS * a.vocabulary
+    # The last token's of all rows, or one row's continuation: in fp32, and log-probabilities.
+    in_fp32 = 2 * 4 * max(inputs.rows, CONTINUATION_TOKENS) * a.vocabulary
     return Memory(
         weights=float(size * parameters),
         activations=_without_gradients(a, inputs.teacher_pass),
-        loss=2.0 * logits,  # logits of all tokens, and their log-probabilities
+        loss=float(logits + in_fp32),
         cache=inputs.rows * row_cache,
     )
 

@@ -323,7 +323,7 @@ class Training(Section):
         default="auto",
         description="When FSDP2 reduces gradients over the GPUs: at `every` micro-batch; at the "
         "`last` of a step, which takes 4 bytes a trained parameter on every GPU; or `auto`: `last` "
-        "where the memory measured in the first step leaves room for that.",
+        "where the memory measured in the first two steps leaves room for that.",
     )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         default=(),

@@ -41,6 +41,11 @@ def is_main_process() -> bool:
     return process_index() == 0
 
 
+def is_first_of_node() -> bool:
+    """Whether this is the first rank of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def wait_for_everyone() -> None:
     """Barrier: wait for all ranks, however long it takes; returns at once where there is one."""
     if process_count() > 1:

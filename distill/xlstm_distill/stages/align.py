@@ -12,7 +12,7 @@ from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
-from xlstm_distill.models.teacher import load_teacher
+from xlstm_distill.models.teacher import download_teacher, load_teacher
 from xlstm_distill.planning.flops import align_flops
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.stages.lineage import Lineage
@@ -54,6 +54,7 @@ def _align(
     # Before `convert`, which draws feature maps: all ranks must begin with the same ones.
     torch.manual_seed(recipe.seed)
     # Both hold the same tensors: only the new parameters train, so one copy of the rest is enough.
+    download_teacher(recipe.teacher)
     teacher = load_teacher(recipe.teacher, accelerator.device)
     student = convert(teacher, recipe.student.mixer, share_weights=True)
     if not any(student.new_parameters()):
@@ -65,7 +66,8 @@ def _align(
         return
     for _, parameter in student.new_parameters():
         parameter.data = parameter.data.float()  # small steps would be lost in bf16
-    draft.results["backend"] = choose_kernels(student, recipe, accelerator.device)
+    device = accelerator.device
+    draft.results["backend"] = choose_kernels(student, recipe, device, console)
     domains = open_domains(recipe, data, lineage.aligned_rows())
     plan = _plan(lineage, teacher, domains)
     work = run.work_directory(lineage.request("align"))

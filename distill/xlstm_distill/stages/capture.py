@@ -24,7 +24,7 @@ from xlstm_distill.data.budget import captured_rows
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, load_batch
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.plain import sparse_kl
-from xlstm_distill.models.teacher import load_teacher
+from xlstm_distill.models.teacher import download_teacher, load_teacher
 from xlstm_distill.runtime.console import Console, Progress, short
 from xlstm_distill.runtime.pool import free_cores
 from xlstm_distill.runtime.ranks import (
@@ -103,6 +103,9 @@ def capture(
     # the same answer from each.
     if all(run.has(request) for request in requests.values()):
         return [run.need(request) for request in requests.values()]
+
+    # All ranks come here, and not all of them load the teacher.
+    download_teacher(recipe.teacher)
 
     @functools.cache  # loaded by whoever has a shard to write, once for all domains
     def teacher() -> OnlineTargets:

@@ -17,7 +17,7 @@ from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.lora import add_lora, merged_state
-from xlstm_distill.models.teacher import load_teacher
+from xlstm_distill.models.teacher import download_teacher, load_teacher
 from xlstm_distill.planning.flops import distill_flops
 from xlstm_distill.recipe import Expert, Recipe
 from xlstm_distill.runtime.console import Console
@@ -92,7 +92,8 @@ def _train(
     # the same seed weights).
     torch.manual_seed(recipe.seed)
     student, saved = _trainable_student(recipe, material.aligned, accelerator)
-    draft.results["backend"] = choose_kernels(student, recipe, accelerator.device)
+    device = accelerator.device
+    draft.results["backend"] = choose_kernels(student, recipe, device, console)
     source = _targets(lineage, material.targets, accelerator)
     weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
     objective = DistillObjective(student, source, weights, saved)
@@ -154,6 +155,7 @@ def _targets(
 ) -> TargetSource:
     kept, teacher = lineage.recipe.capture, lineage.recipe.teacher
     if kept.targets == "online":
+        download_teacher(teacher)
         model = load_teacher(teacher, accelerator.device)
         if kept.shard_teacher and process_count() > 1:
             shard_teacher(model, accelerator)

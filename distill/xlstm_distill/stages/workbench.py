@@ -20,6 +20,7 @@ from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.loading import empty_student
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
@@ -44,8 +45,12 @@ def architecture_of(model: CausalLM) -> Architecture:
     return read_architecture(config, "config")
 
 
-def choose_kernels(student: CausalLM, recipe: Recipe, device: torch.device) -> str:
+def choose_kernels(
+    student: CausalLM, recipe: Recipe, device: torch.device, console: Console | None = None
+) -> str:
     """Set the kernels that the recipe asks for in every mixer; return those that will run.
+
+    With `console`, say that there are faster ones where `auto` leaves a GPU with plain torch.
 
     Raises:
         UserError: they cannot run this student on this device.
@@ -60,6 +65,11 @@ def choose_kernels(student: CausalLM, recipe: Recipe, device: torch.device) -> s
             objection = dispatch.triton_refuses((probe,), mixer.kernel_dims, mixer.sinks)
             if objection:
                 raise UserError(f"student.backend: 'triton' {objection}.")
+    if console is not None and device.type == "cuda" and (asked, chosen) == ("auto", "torch"):
+        console.line(
+            "kernels: plain torch; student.backend=triton has kernels for GPUs, which the project "
+            "has not yet run on one."
+        )
     return chosen
 
 
@@ -79,6 +89,10 @@ def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: Training
         shutil.copy(work / LOG_FILE, draft.path / LOG_FILE)
 
 
+SHARD_SIZE = "4GB"
+"""Most bytes of a file of weights. Files are hashed and read in parallel; small models have one."""
+
+
 def save_model(
     model: CausalLM,
     tokenizer: Any,
@@ -90,7 +104,8 @@ def save_model(
     `weights` replaces the model's own, for example those gathered from several ranks.
     """
     # save_pretrained empties the dictionary that it is given.
-    model.save_pretrained(directory, state_dict=dict(weights) if weights else None)
+    state = dict(weights) if weights else None
+    model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(directory)
 
 

@@ -22,9 +22,10 @@ class Reduction:
     """Whether micro-batches before the last of a step leave their gradients whole on every rank.
 
     To wait saves a reduce-scatter of all gradients for each of them, and takes 4 bytes a trained
-    parameter. `auto` measures: the first step reduces at every micro-batch, and if its peak and the
-    whole gradients fit together on every rank, later steps wait. Sums round differently then, so a
-    checkpoint keeps the choice. On a CPU, `auto` never waits.
+    parameter. `auto` measures: the first steps reduce at every micro-batch, and if their peak and
+    the whole gradients fit together on every rank, later steps wait. The peak counts once a step
+    has begun with the optimiser's moments, which the first update makes. Sums round differently
+    when gradients wait, so a checkpoint keeps the choice. On a CPU, `auto` never waits.
 
     Only FSDP2 has the choice: DDP holds whole gradients anyway, DeepSpeed reduces as it does.
     """
@@ -34,9 +35,11 @@ class Reduction:
         choice: Literal["auto", "every", "last"],
         wrapped: nn.Module,
         accelerator: Accelerator,
+        optimizer: torch.optim.Optimizer,
         measure: Measure | None = None,
     ) -> None:
         self.accelerator = accelerator
+        self.optimizer = optimizer
         self.measure = measure or _measured
         trained = [p for p in wrapped.parameters() if p.requires_grad]
         # A sharded parameter's numel is that of the whole one.
@@ -44,10 +47,19 @@ class Reduction:
         self.waits = choice == "last"
         measurable = measure is not None or accelerator.device.type == "cuda"
         self.undecided = choice == "auto" and isinstance(wrapped, FSDPModule) and measurable
+        self.counts = False
 
-    def decide(self) -> None:
-        """Choose after the first step, where that is still to be done. All ranks must call this."""
-        if not self.undecided:
+    def begin(self) -> None:
+        """Note before a step whether the optimiser's moments are there, so that its peak counts."""
+        # A resumed training has them at once, so it decides at the step it would have decided at.
+        self.counts = self.undecided and bool(self.optimizer.state)
+
+    def decide(self, *, skipped: bool) -> None:
+        """Choose after a step whose peak counts, where that is still to be done.
+
+        A skipped step does not count. All ranks must call this.
+        """
+        if not self.undecided or not self.counts or skipped:
             return
         peak, usable = self.measure(self.accelerator.device)
         fits = torch.tensor(int(peak + self.whole_bytes <= MARGIN * usable))

@@ -86,7 +86,7 @@ class Trainer:
         self.compiled = should_compile(plan.settings.compile, accelerator.device)
         if self.compiled:
             compile_parts(objective)
-        self.reduction = Reduction(plan.settings.reduce, self.wrapped, accelerator)
+        self.reduction = Reduction(plan.settings.reduce, self.wrapped, accelerator, self.optimizer)
         self.state = TrainingState(objective, self.optimizer)
         self.feed = Feed(
             plan=plan,
@@ -134,8 +134,9 @@ class Trainer:
             for step in range(start, self.plan.steps):
                 if agreed.stop is not None:
                     self._stop(step, before, agreed.stop)
+                self.reduction.begin()
                 figures, read, agreed = self._step(step, read, agreed.tokens, feed)
-                self.reduction.decide()
+                self.reduction.decide(skipped="skipped" in figures)
                 if self._is_due(self.plan.settings.validate_steps, step + 1):
                     held_out = self.validate()
                     figures |= {f"held_out_{name}": value for name, value in held_out.items()}

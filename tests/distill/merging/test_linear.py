@@ -53,8 +53,14 @@ def test_bad_weights_are_refused(weights, message):
         check_weights(weights)
 
 
-def test_experts_of_different_shapes_are_refused():
-    with pytest.raises(UserError, match="experts 'a' and 'b' differ"):
-        merge_state_dicts(
-            {"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(3)}}, {"a": 0.5, "b": 0.5}
-        )
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"w": torch.ones(3)}, r"in w: 'a' has shape \(2,\), 'b' has shape \(3,\);"),
+        ({}, r"in w: 'a' has shape \(2,\), 'b' has none;"),
+        ({"w": torch.ones(2), "x": torch.ones(1)}, r"in x: 'a' has none, 'b' has shape \(1,\);"),
+    ],
+)
+def test_experts_of_different_tensors_are_refused(other, message):
+    with pytest.raises(UserError, match=message):
+        merge_state_dicts({"a": {"w": torch.ones(2)}, "b": other}, {"a": 0.5, "b": 0.5})

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 
 from xlstm_distill.errors import UserError
+from xlstm_distill.models import teacher as teachers
 from xlstm_distill.models.teacher import teacher_hash
 from xlstm_distill.models.teacher_files import model_files, weight_files
 from xlstm_distill.recipe import Teacher
@@ -67,6 +70,49 @@ def test_a_pickled_teacher_is_refused_in_one_line(tmp_path, pickle):
         weight_files(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")  # then nobody reads the pickle
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_a_hub_teacher_is_downloaded_once_a_machine(tmp_path, monkeypatch):
+    """Two machines of two ranks; a stub stands for the hub."""
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    fetched, loaded, rank = [], [], 0
+
+    def snapshot_download(path, *, revision, allow_patterns):
+        assert (path, revision) == ("owner/name", "main")
+        fetched.append((rank, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(teachers, "from_rank_zero", lambda make: make() if rank == 0 else None)
+    monkeypatch.setattr(teachers, "gathered", lambda mine: [mine])
+    monkeypatch.setattr(teachers, "_DOWNLOADED", set())
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    auto = SimpleNamespace(from_pretrained=lambda path, **o: loaded.append(o["local_files_only"]))
+    config = Teacher(path="owner/name")
+    for rank in range(4):
+        teachers._DOWNLOADED.clear()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        teachers._load(auto, config, "a model")
+        teachers.download_teacher(config)
+        teachers._load(auto, config, "a model")
+    assert loaded == [False, True] * 4
+    assert [by for by, _ in fetched] == [0, 0, 2, 2]
+    settings, weights = (patterns for _, patterns in fetched[:2])
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= set(settings)
+    assert weights == ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
+
+    def refuse(*_, **__):
+        raise OSError("no such repository\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    rank = 2
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"'owner/name' cannot be downloaded: no such repository$"):
+        teachers.download_teacher(config)
+    teachers.download_teacher(Teacher(path=str(tmp_path)))  # a folder: nothing to download
 
 
 def test_an_adapter_a_missing_shard_and_no_weights_are_refused(folder, tmp_path):

@@ -123,9 +123,30 @@ def test_the_last_micro_batch_of_a_share_may_be_smaller() -> None:
     assert memory("distill.batch=192") == memory("distill.batch=256")
 
 
+def test_an_evaluation_is_sized_by_its_tasks_not_by_the_rows_of_the_training() -> None:
+    def evaluations(*settings: str) -> list[Any]:
+        plan = planned(ROOT / "recipes" / "llama3.1-8b.yaml", gpus=64, settings=settings)
+        return [stage for stage in plan.stages if stage.stage == "evaluate"]
+
+    longer = evaluations("data.context=16384")
+    assert longer == evaluations()
+    assert not [stage.problems for stage in longer if stage.problems]
+    teacher, student = longer
+    assert teacher.memory.cache > student.memory.cache
+    task = "evaluate.tasks=[{name: gsm8k, max_gen_tokens: 16384}]"
+    (generous, _) = evaluations(task)
+    assert generous.memory.cache > 2 * teacher.memory.cache
+
+
+def test_a_merge_holds_one_student_however_many_experts_there_are() -> None:
+    plan = planned(ROOT / "recipes" / "llama3.1-8b-instruct.yaml", gpus=64)
+    (merge,) = (stage for stage in plan.stages if stage.stage == "merge")
+    assert merge.disk < merge.host_memory < 1.5 * merge.disk
+
+
 CROWDED = {
     "one-24gb": ("llama3.2-1b-instruct", 1, "rtx4090-24gb", ["distill.trainable=all"]),
-    "evaluation": ("llama3.2-1b-instruct", 1, "l4-24gb", ["evaluate.batch=8"]),
+    "evaluation": ("llama3.2-1b-instruct", 1, "l4-24gb", ["evaluate.batch=128"]),
     "checkpointing": ("llama3.1-8b", 8, "h100-80gb", ["distill.activation_checkpointing=false"]),
     "capture": (
         "llama3.2-1b-instruct",

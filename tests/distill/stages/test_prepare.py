@@ -13,6 +13,7 @@ from xlstm_distill.artifacts import Run
 from xlstm_distill.data import preparation
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import QuietConsole
+from xlstm_distill.stages import prepare as stage
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import deal, prepare, prepare_rows
 from xlstm_distill.stages.status import read_status, status_table
@@ -83,6 +84,29 @@ def test_rows_of_earlier_settings_are_put_back_and_not_made_again(recipe, tmp_pa
     assert (again.fingerprint, files_of(again)) == (first.fingerprint, content)
     assert "put back" in back.console.lines[0]
     assert len(back.kept("data/math")) == 1
+
+
+def test_gpus_that_would_wait_long_are_said(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "prepare_domain", lambda *_: None)
+    monkeypatch.setattr(stage, "rows_there", lambda *_: 0)
+
+    def said(gpus, names=DOMAINS, **options):
+        monkeypatch.setattr(stage, "_waiting", lambda: gpus)
+        console = QuietConsole()
+        prepare_rows(Lineage(recipe), Run.open(tmp_path, recipe), names, console, **options)
+        return console.lines
+
+    assert not said(64)  # few tokens
+    # The other domains have 34 rows each.
+    monkeypatch.setattr(stage, "MUCH", 64 * 60)
+    (line,) = said(64)
+    assert "64 " in line
+    assert "run `xlstm-distill prepare RECIPE` on a CPU machine" in line
+    assert not said(0)  # one process on a CPU
+    assert not said(64, asked_for=True)
+    assert not said(64, ["code"])
+    monkeypatch.setattr(stage, "rows_there", lambda *_: 100)
+    assert not said(64)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 9])

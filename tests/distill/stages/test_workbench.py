@@ -11,7 +11,9 @@ import torch
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe.model import Student
+from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages.workbench import choose_kernels
+from xlstm_kernels import dispatch
 
 CPU = torch.device("cpu")
 
@@ -26,6 +28,19 @@ def test_every_mixer_gets_the_recipe_s_kernels(tiny_teacher) -> None:
     assert {mixer.backend for mixer in student.mixers()} == {"torch"}
     # What `auto` stands for is written into manifests, not the word.
     assert choose_kernels(student, recipe("auto"), CPU) in ("torch", "triton")
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "lines"), [("auto", "cuda", 1), ("torch", "cuda", 0), ("auto", "cpu", 0)]
+)
+def test_a_gpu_with_plain_torch_is_told_of_the_kernels(
+    backend: str, device: str, lines: int, tiny_teacher, monkeypatch
+) -> None:
+    monkeypatch.setattr(dispatch, "AUTO", "torch")
+    student, console = convert(tiny_teacher(), MixerConfig(window=8)), QuietConsole()
+    choose_kernels(student, recipe(backend), torch.device(device), console)
+    assert len(console.lines) == lines
+    assert all("student.backend=triton" in line for line in console.lines)
 
 
 @pytest.mark.parametrize(

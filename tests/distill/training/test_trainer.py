@@ -128,6 +128,20 @@ def test_a_step_without_a_supervised_token_is_left_out_and_said(trainer, tmp_pat
     assert [line.split(": none")[0] for line in said] == ["test: step 2", "test: step 5"]
 
 
+def test_memory_is_measured_after_the_second_update(trainer, tmp_path):
+    seen = []
+    made = trainer(Mute({0, 2}), tmp_path, steps=5)
+
+    def measure(_):
+        seen.extend(int(state["step"]) for state in made.optimizer.state.values())
+        return 0, 1
+
+    made.reduction.undecided = True
+    made.reduction.measure = measure
+    made.run()
+    assert seen == [2]  # steps 0 and 2 are skipped, and step 1 began without moments
+
+
 def test_a_resumed_training_trains_in_training_mode_and_keeps_its_last_figures(
     distill_objective, distill_settings, trainer, tmp_path
 ):
