@@ -214,7 +214,7 @@ class DistillObjective(Objective):
         self.saved = saved
 
     def load_weights(self, device: torch.device) -> None:
-        """Read this rank's shards of the student, if that was left for now."""
+        """Read this rank's shards of a student that was made without weights."""
         if self.saved is not None:
             load_shards(self.student, self.saved, device)
 

@@ -228,7 +228,9 @@ def test_measured_size_of_targets_replaces_the_goal(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
     folder = tmp_path / "artifacts" / "capture" / "math"
     folder.mkdir(parents=True)
-    manifest = {**dict.fromkeys(REQUIRED, "x"), "results": {"bytes_per_token": 72.5}}
+    objects = {key: {} for key in ("recipe", "inputs", "notes", "versions")}
+    manifest: dict[str, object] = {key: objects.get(key, "x") for key in REQUIRED}
+    manifest |= {"format": 2, "wall_seconds": 1.0, "results": {"bytes_per_token": 72.5}}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     machine = make_machine("l40s-48gb", 1, None, "torch")
     plans = [plan_recipe(recipe, ROOT / "recipes", machine, run=run) for run in (None, tmp_path)]
