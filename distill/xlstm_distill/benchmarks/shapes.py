@@ -45,7 +45,8 @@ from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.planning.communication import Traffic, align_traffic, distill_traffic
-from xlstm_distill.planning.memory import MemoryInputs, align_memory, distill_memory
+from xlstm_distill.planning.inputs import MemoryInputs
+from xlstm_distill.planning.memory import align_memory, distill_memory
 from xlstm_distill.recipe import Align, Distill, MixerConfig, Training
 from xlstm_distill.runtime import ranks
 from xlstm_distill.training import trainer

@@ -12,13 +12,12 @@ from xlstm_distill.planning import flops
 from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters
 from xlstm_distill.planning.communication import Bound, align_traffic, distill_traffic
 from xlstm_distill.planning.fit import Fit, Problem, StageMemory, Way, what_fits
+from xlstm_distill.planning.inputs import DTYPE_BYTES, MemoryInputs
 from xlstm_distill.planning.machine import Machine, Utilisation, utilisation
 from xlstm_distill.planning.memory import (
     ANSWER_TOKENS,
-    DTYPE_BYTES,
     PROMPT_TOKENS,
     Memory,
-    MemoryInputs,
     align_memory,
     capture_memory,
     distill_memory,

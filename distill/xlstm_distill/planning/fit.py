@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from xlstm_distill.planning.inputs import MemoryInputs, Sharding
 from xlstm_distill.planning.machine import Gpu
-from xlstm_distill.planning.memory import Memory, MemoryInputs, Sharding
+from xlstm_distill.planning.memory import Memory
 
 MOST_WAYS = 3
 """Ways to fit that are named at most."""

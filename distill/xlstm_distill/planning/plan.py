@@ -24,8 +24,8 @@ from xlstm_distill.planning.costs import (
     merge_cost,
 )
 from xlstm_distill.planning.fit import MOST_GPUS, Value
+from xlstm_distill.planning.inputs import Sharding
 from xlstm_distill.planning.machine import GPUS, Machine
-from xlstm_distill.planning.memory import Sharding
 from xlstm_distill.recipe import Recipe
 
 TARGET_BYTES = 160.0

@@ -31,7 +31,7 @@ from xlstm_distill.runtime.ranks import from_rank_zero, process_count
 from xlstm_eval.answering.batches import PROTOCOL
 
 if TYPE_CHECKING:
-    from xlstm_distill.targets.store import Identity
+    from xlstm_distill.targets.shard import Identity
 
 TEACHER, MERGED = "teacher", "merged"
 """Models that are evaluated besides the experts."""
@@ -348,7 +348,7 @@ class Lineage:
         return self._capture_request(domain).fingerprint
 
     def _capture_request(self, domain: str, **counts: int) -> Request:
-        from xlstm_distill.targets.store import VERSION
+        from xlstm_distill.targets.shard import VERSION
 
         kept = part(self.recipe.capture, *NOT_IN_TARGETS, "targets")
         return Request(
@@ -361,7 +361,7 @@ class Lineage:
 
     def store_identity(self, domain: str) -> Identity:
         """What every shard of a domain's targets says it was made from."""
-        from xlstm_distill.targets.store import Identity
+        from xlstm_distill.targets.shard import Identity
 
         capture, teacher = self.recipe.capture, self.recipe.teacher
         return Identity(

@@ -10,8 +10,9 @@ import pytest
 
 from xlstm_distill.planning.architecture import Architecture
 from xlstm_distill.planning.fit import StageMemory, command_line, what_fits
+from xlstm_distill.planning.inputs import MemoryInputs
 from xlstm_distill.planning.machine import find_gpu
-from xlstm_distill.planning.memory import MemoryInputs, align_memory, distill_memory
+from xlstm_distill.planning.memory import align_memory, distill_memory
 from xlstm_distill.recipe import MixerConfig
 
 

@@ -20,10 +20,9 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.planning.architecture import Architecture
+from xlstm_distill.planning.inputs import SHARDINGS, MemoryInputs
 from xlstm_distill.planning.memory import (
     CHUNK_BYTES,
-    SHARDINGS,
-    MemoryInputs,
     align_memory,
     distill_memory,
     student_cache,
