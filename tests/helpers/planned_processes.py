@@ -27,8 +27,7 @@ from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.inputs import MemoryInputs
 from xlstm_distill.planning.memory import distill_memory
 from xlstm_distill.recipe import Align, MixerConfig
-from xlstm_distill.training.accelerator import checkpoint_activations
-from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.training.objectives import DistillObjective, checkpoint_activations
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
 

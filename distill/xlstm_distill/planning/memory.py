@@ -18,6 +18,7 @@ from xlstm_distill.planning.activations import (
     checkpoint_saved,
     layer_excess,
     layer_saved,
+    mixer_checkpoint_saved,
     mixer_excess,
     mixer_saved,
     outside_layers,
@@ -154,13 +155,18 @@ def align_memory(inputs: MemoryInputs) -> Memory:
     new, forward = inputs.parameters.new, inputs.teacher_pass
     mixer = mixer_saved(inputs.architecture, inputs.mixer, forward).bytes(forward)
     excess = mixer_excess(inputs.architecture, inputs.mixer, forward)
+    kept, again = mixer, 0.0
+    if inputs.checkpointing:
+        kept = mixer_checkpoint_saved(inputs.architecture, inputs.mixer, forward).bytes(forward)
+        again = mixer  # the layer that is computed again
+    saved = inputs.architecture.layers * kept + again
     # The new parameters train in fp32; the student's other weights are the teacher's own tensors.
     return Memory(
         weights=4.0 * new,
         gradients=4.0 * new if inputs.accumulates else 0.0,
         optimizer=float(ADAM * new),
         working_copies=4.0 * new if inputs.sharding != "none" else 0.0,  # buckets of the reduction
-        activations=inputs.architecture.layers * mixer + max(ALIGN_TRANSIENT * mixer, excess),
+        activations=saved + max(ALIGN_TRANSIENT * mixer, excess),
         teacher=inputs.teacher_weights,
     )
 

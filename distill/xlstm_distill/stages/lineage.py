@@ -37,7 +37,7 @@ TEACHER, MERGED = "teacher", "merged"
 """Models that are evaluated besides the experts."""
 STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
 """What an artifact's label begins with, in the order in which stages follow each other."""
-NOT_IN_FINGERPRINT = ("micro_batch", "non_finite")
+NOT_IN_FINGERPRINT = ("micro_batch", "non_finite", "activation_checkpointing")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
 NOT_IN_TARGETS = ("batch", "shard_teacher", "workers")
 """Keys of the capture that do not change what is captured."""
@@ -119,9 +119,7 @@ class Lineage:
                 }
             case "distill":
                 return {
-                    "distill": part(
-                        recipe.distill, "experts", *NOT_IN_FINGERPRINT, "activation_checkpointing"
-                    ),
+                    "distill": part(recipe.distill, "experts", *NOT_IN_FINGERPRINT),
                     "expert": part(recipe.distill.experts[name]),
                     "capture": part(recipe.capture, *NOT_IN_TARGETS),
                     "seed": recipe.seed,

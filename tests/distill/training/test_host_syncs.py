@@ -22,8 +22,7 @@ from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, text_c
 from xlstm_distill.targets.shard import Identity
 from xlstm_distill.targets.store import Store, write_index
 from xlstm_distill.targets.writer import write_shard
-from xlstm_distill.training.accelerator import checkpoint_activations
-from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.training.objectives import DistillObjective, checkpoint_activations
 from xlstm_distill.training.plan import TrainingPlan
 from xlstm_distill.training.trainer import Trainer
 
