@@ -37,6 +37,8 @@ TEACHER, MERGED = "teacher", "merged"
 """Models that are evaluated besides the experts."""
 STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
 """What an artifact's label begins with, in the order in which stages follow each other."""
+ALIGN_METHOD = 2
+"""Version of how stage I computes. 2: output gates read values of RMS 1 while they train."""
 NOT_IN_FINGERPRINT = ("micro_batch", "non_finite", "activation_checkpointing")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
 NOT_IN_TARGETS = ("batch", "shard_teacher", "workers")
@@ -114,6 +116,7 @@ class Lineage:
             case "align":
                 return {
                     "align": part(recipe.align, *NOT_IN_FINGERPRINT),
+                    "method": ALIGN_METHOD,
                     "mixer": part(recipe.student.mixer),
                     "seed": recipe.seed,
                 }
@@ -146,7 +149,7 @@ class Lineage:
         return {
             "data": keys_of_rows(name),
             "capture": capture,
-            "align": {"mixer": "student.mixer"},
+            "align": {"mixer": "student.mixer", "method": "the method of stage I"},
             "distill": {"expert": f"distill.experts.{name}"},
             "merge": {"method": "merge.method", "weights": "merge.weights"},
             "evaluate": {"dtype": "teacher.dtype", "protocol": "the evaluation's protocol"},

@@ -22,7 +22,7 @@ from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime import signals
 from xlstm_distill.runtime.arithmetic import arithmetic, differences
 from xlstm_distill.runtime.console import Console, QuietConsole
-from xlstm_distill.runtime.device import peak_bytes, published_peak
+from xlstm_distill.runtime.device import forget_peak, peak_bytes, published_peak
 from xlstm_distill.runtime.exchange import Agreed, exchange
 from xlstm_distill.runtime.prefetch import Prefetcher
 from xlstm_distill.runtime.ranks import gathered
@@ -121,6 +121,8 @@ class Trainer:
         before = before or self.validate()
         # A loaded model is in eval mode, in which transformers checkpoints no activations.
         self.wrapped.train()
+        # Of this process's earlier stages: every rank measures whether gradients fit (`Reduction`).
+        forget_peak()
         tokens = self.plan.steps * self.tokens_per_step
         with (
             self._deferred_signals(),

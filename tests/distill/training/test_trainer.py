@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from xlstm_distill.errors import RunError
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.recipe import Training
 from xlstm_distill.runtime.console import QuietConsole
+from xlstm_distill.runtime.device import forget_peak, peak_bytes
 from xlstm_distill.training.objectives import Objective, Sums
 from xlstm_distill.training.validation import validate
 from xlstm_kernels.testing import error_ratio
@@ -61,6 +63,22 @@ def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(
     changed = {name for name, p in parameters if not torch.equal(before[name], p)}
     assert changed
     assert all(any(part in name for part in ("feature_map", "_gate")) for name in changed)
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["rank-0", "another-rank"])
+def test_a_training_measures_its_own_peak_of_memory(
+    writes, align_objective, trainer, tmp_path, monkeypatch
+):
+    """Every rank does: whether gradients wait is decided by all of them."""
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: writes))
+    training = trainer(align_objective(), tmp_path, steps=1)
+    forget_peak()  # of other tests
+    before = peak_bytes(torch.device("cpu"))
+    ballast = bytearray(os.urandom(2**20)) * 256
+    assert peak_bytes(torch.device("cpu")) > before + 200 * 2**20
+    del ballast
+    training.run()
+    assert peak_bytes(torch.device("cpu")) < before + 100 * 2**20
 
 
 def test_distillation_lowers_the_kl(distill_objective, distill_settings, trainer, tmp_path):
