@@ -26,7 +26,7 @@ from xlstm_distill.runtime.device import forget_peak, peak_bytes, published_peak
 from xlstm_distill.runtime.exchange import Agreed, exchange
 from xlstm_distill.runtime.prefetch import Prefetcher
 from xlstm_distill.runtime.ranks import gathered
-from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
+from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare, running_layout
 from xlstm_distill.training.checkpoints import Checkpoint, Checkpoints
 from xlstm_distill.training.compilation import compile_parts, kernels_of, should_compile
 from xlstm_distill.training.feed import Feed, StepBatches
@@ -108,6 +108,8 @@ class Trainer:
         computed = {
             "kernels": kernels_of(objective),
             "layers": "compiled" if self.compiled else "plain",
+            "layout": str(running_layout(accelerator)),
+            "micro_batch": plan.micro_batch or plan.batch // accelerator.num_processes,
         }
         self.arithmetic = gathered(arithmetic(accelerator.device) | computed)
         self.inexact: list[str] = []
@@ -216,9 +218,11 @@ class Trainer:
     def _changed_since(self, found: Checkpoint, exact: bool) -> str:
         """Say why going on from a checkpoint is not exact to the last bit; empty if it is."""
         changes = differences(found.facts.get("arithmetic", []), self.arithmetic)
-        if not exact:
+        if not exact and not any(change.startswith("layout ") for change in changes):
             # Ranks are not the same ones then, so only their number is sure to have changed.
             changes.insert(0, f"processes {found.processes} -> {self.accelerator.num_processes}")
+        if self.reduction.differs(found.facts.get("waits")):
+            changes.append("when gradients are reduced (training.reduce)")
         return ", ".join(changes)
 
     def _save(self, step: int, before: dict[str, float]) -> None:
