@@ -26,6 +26,8 @@ from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
 from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
 
+ERROR, POWER = "squared_error", "teacher_power"
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -94,6 +96,11 @@ class AlignObjective(Objective):
         self.mixers = nn.ModuleList(student.mixers())
         for _, parameter in student.new_parameters():
             parameter.requires_grad_(True)
+        for mixer in student.mixers():
+            if mixer.has_mlstm:
+                # It cancels in the mLSTM's ratio. Its gradient is rounding, which Adam follows at
+                # full speed, and a large constant costs the gates' last bits in bf16.
+                mixer.input_gate.bias.requires_grad_(False)
         # In a list it is no submodule: the teacher is neither wrapped nor saved.
         self.observer = [TeacherObserver(teacher)]
         self.checkpointing = False
@@ -129,7 +136,9 @@ class AlignObjective(Objective):
             errors.append(error)
             norms.append(norm)
         total = torch.stack(errors).sum()
-        parts = {"squared_error": total.detach(), "teacher_power": torch.stack(norms).sum()}
+        # By layer: a layer with small values is a small part of the sum, however wrong it is.
+        parts = {f"{ERROR}/{n}": error.detach() for n, error in enumerate(errors)}
+        parts |= {f"{POWER}/{n}": norm for n, norm in enumerate(norms)}
         return Sums(total, parts)
 
     def folded(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,15 +153,27 @@ class AlignObjective(Objective):
         return weights
 
     def figures(self, means: dict[str, float]) -> dict[str, float]:
-        """Add the relative error: squared error over the teacher's power, both over all layers.
+        """Add the relative error: squared error over the teacher's power.
 
-        A squared error alone says nothing: its scale is that of the teacher's values.
+        Over all layers; and of the layers' own, their mean and the largest. A squared error alone
+        says nothing: its scale is that of the teacher's values.
         """
-        # 0 means that all heads give zeros; a share of nothing is left out.
-        if not means.get("teacher_power"):
+        layers = range(len(self.mixers))
+        if not means:  # of no rows
             return means
-        relative = means["squared_error"] / means["teacher_power"]
-        return {**means, "relative_error": relative}
+        errors = [means[f"{ERROR}/{n}"] for n in layers]
+        powers = [means[f"{POWER}/{n}"] for n in layers]
+        figures = {name: value for name, value in means.items() if "/" not in name}
+        figures |= {ERROR: sum(errors), POWER: sum(powers)}
+        # 0 means that all heads give zeros; a share of nothing is left out.
+        ratios = [error / power for error, power in zip(errors, powers, strict=True) if power]
+        if not ratios:
+            return figures
+        return figures | {
+            "relative_error": figures[ERROR] / figures[POWER],
+            "relative_error_of_layers": sum(ratios) / len(ratios),
+            "relative_error_of_worst_layer": max(ratios),
+        }
 
     def whole_modules(self) -> list[nn.Module]:
         """Return the projections: the teacher holds the same tensors, whole on every rank."""

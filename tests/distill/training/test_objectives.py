@@ -33,11 +33,22 @@ def test_the_student_computes_what_was_aligned(tiny_teacher, domains):
     with torch.no_grad():
         for mixer in student.mixers():
             mixer.output_gate.weight.normal_()
-    aligned = objective(batch).parts["squared_error"]
+    aligned = float(objective(batch).loss)
     folded = objective.folded({k: v.clone() for k, v in student.state_dict().items()})
     student.load_state_dict(folded)
     objective.value_scales = dict.fromkeys(objective.value_scales, torch.ones(()))
-    assert objective(batch).parts["squared_error"] == pytest.approx(float(aligned), rel=1e-6)
+    assert float(objective(batch).loss) == pytest.approx(aligned, rel=1e-6)
+
+
+def test_relative_errors_of_layers_show_a_layer_with_small_values(align_objective):
+    means = {f"{name}/{n}": value for name, values in {
+        "squared_error": (1.0, 0.03), "teacher_power": (100.0, 0.1)
+    }.items() for n, value in enumerate(values)}  # fmt: skip
+    figures = align_objective().figures({"loss": 1.03, **means})
+    assert figures["relative_error"] == pytest.approx(1.03 / 100.1)
+    assert figures["relative_error_of_layers"] == pytest.approx(0.155)
+    assert figures["relative_error_of_worst_layer"] == pytest.approx(0.3)
+    assert not any("/" in name for name in figures)
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens(distill_objective, domains):
