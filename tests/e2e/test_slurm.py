@@ -27,7 +27,7 @@ from xlstm_distill.jobs.folder import Folder
 from xlstm_distill.jobs.progress import TaskStatus, read_jobs
 from xlstm_distill.jobs.queue import Slurm
 
-pytestmark = [pytest.mark.slurm, pytest.mark.multi_process]
+pytestmark = [pytest.mark.slurm, pytest.mark.multi_process, pytest.mark.timeout(3000)]
 
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 EXPERTS = ("math", "code", "stem", "chat")
@@ -44,7 +44,7 @@ SETS = (
 )  # fmt: skip
 FIRST_STEPS = 2
 """Steps that an expert has taken when it is disturbed."""
-PATIENCE = 240.0
+PATIENCE = 900.0
 """Seconds that a step of the story may take on a busy machine."""
 USR1_PENDING = 1 << (signal.SIGUSR1 - 1)
 

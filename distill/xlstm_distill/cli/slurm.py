@@ -12,11 +12,12 @@ from xlstm_distill.cli import completion
 from xlstm_distill.cli.failures import one_line_errors
 from xlstm_distill.cli.options import AsJson, Debug, Overrides, RecipePath, RunPath
 from xlstm_distill.cli.preflight import check_batches
-from xlstm_distill.errors import UserError
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime.console import Console, QuietConsole
 
 if TYPE_CHECKING:
     from xlstm_distill.jobs.folder import Folder
+    from xlstm_distill.jobs.queue import Slurm
     from xlstm_distill.jobs.site import Site
     from xlstm_distill.jobs.submission import Plan
     from xlstm_distill.recipe import Recipe
@@ -48,7 +49,7 @@ def slurm(
     """
     with one_line_errors(debug):
         from xlstm_distill.artifacts import Run
-        from xlstm_distill.jobs import queue, submission
+        from xlstm_distill.jobs import submission
         from xlstm_distill.jobs.folder import Folder
         from xlstm_distill.jobs.table import plan_json, plan_table
         from xlstm_distill.recipe import load_recipe
@@ -57,7 +58,7 @@ def slurm(
         folder = Folder(run_dir or Path("runs") / loaded.name)
         chosen = _site(site, folder)
         _check_batches(loaded, chosen, folder.run)
-        scheduler = queue.Slurm() if submit or queue.has_slurm() else None
+        scheduler = _scheduler(needed=submit)
         console = QuietConsole() if as_json else Console()
         # `status` compares the run with its saved recipe from the beginning.
         Run.open(folder.run, loaded, console).keep_recipe()
@@ -74,6 +75,27 @@ def slurm(
             typer.echo(json.dumps(found, indent=1))
         for line in _ending(plan, loaded, chosen, submitted=submit):
             console.line(line)
+
+
+def _scheduler(*, needed: bool) -> Slurm | None:
+    """The cluster; None where it does not answer and nothing is to be submitted.
+
+    Raises:
+        RunError: it does not answer.
+    """
+    from xlstm_distill.jobs.queue import Slurm, has_slurm
+
+    found = Slurm()
+    if needed:
+        return found
+    if not has_slurm():
+        return None
+    try:
+        found.queue(["none"])
+    except RunError:
+        # Scripts can be written anywhere, also where Slurm's commands have no cluster.
+        return None
+    return found
 
 
 def _site(given: Path | None, folder: Folder) -> Site:

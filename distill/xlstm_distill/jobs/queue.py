@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,25 @@ TIMEOUT = 60.0
 """Seconds that a command of Slurm's may take; a busy controller needs many."""
 COLUMNS = "%F|%K|%T|%r|%N|%j"
 """Job (of an array: the array's), index, state, reason, nodes and name."""
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Variables that say which cluster is meant."""
+OVERRIDES = {
+    "ACCOUNT": "account",
+    "ARRAY_INX": "array",
+    "CPUS_PER_TASK": "cpus-per-task",
+    "GRES": "gres",
+    "JOB_NAME": "job-name",
+    "MEM_PER_NODE": "mem",
+    "NO_REQUEUE": "requeue",
+    "OPEN_MODE": "open-mode",
+    "OUTPUT": "output",
+    "PARTITION": "partition",
+    "QOS": "qos",
+    "REQUEUE": "requeue",
+    "SIGNAL": "signal",
+    "TIMELIMIT": "time",
+}
+"""Variables (SBATCH_...) that count more than a script's options, and these options."""
 NEVER = "DependencyNeverSatisfied"
 """Reason of a pending job that waits for one that has failed."""
 
@@ -65,8 +85,10 @@ class Slurm:
         """Ask squeue; raises RunError if it does not answer."""
         # By name and not by id: a job whose id could not be recorded is found too.
         words = ["squeue", "--noheader", "--array", f"--name={','.join(names)}", "-o", COLUMNS]
+        # SQUEUE_STATES and the like would hide jobs, and they would be submitted twice.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
         found: list[Queued] = []
-        for line in _call(words).splitlines():
+        for line in _call(words, environment).splitlines():
             parts = line.strip().split("|")
             if len(parts) == 6 and parts[0].isdigit():
                 index = int(parts[1]) if parts[1].isdigit() else None
@@ -80,7 +102,7 @@ class Slurm:
             words.append(f"--array={array}")
         if dependency is not None:
             words.append(f"--dependency={dependency}")
-        answer = _call([*words, str(script)])
+        answer = _call([*words, str(script)], submission_environment(script.read_text()))
         # `id` or `id;cluster`, after lines that a site's plugin may print.
         match = re.search(r"^(\d+)(;.*)?$", answer, re.MULTILINE)
         if match is None:
@@ -103,10 +125,33 @@ def has_slurm() -> bool:
     return all(shutil.which(name) for name in ("squeue", "sbatch", "scancel", "scontrol"))
 
 
-def _call(words: Sequence[str]) -> str:
+def submission_environment(
+    script: str, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The environment to submit a script in: variables override none of the script's options.
+
+    Variables of a job are left out, for whoever submits from inside of one.
+    """
+    given = set(re.findall(r'^#SBATCH "?--([a-z-]+)', script, re.MULTILINE))
+    kept: dict[str, str] = {}
+    for name, value in environment.items():
+        option = OVERRIDES.get(name.removeprefix("SBATCH_")) if name.startswith("SBATCH_") else None
+        of_a_job = name.startswith("SLURM_") and name not in KEPT
+        if option not in given and not of_a_job:
+            kept[name] = value
+    return kept
+
+
+def _call(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=TIMEOUT, errors="replace"
+            words,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT,
+            errors="replace",
+            env=environment,
         )
     except FileNotFoundError:
         raise RunError(

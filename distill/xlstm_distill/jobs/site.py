@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -282,7 +283,44 @@ def check_site(data: Mapping[str, Any], folder: Path | None, path: Path) -> Site
         return Site.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         lines = problem_lines(error, Site, "site file")
-        raise UserError(*(f"{path}: {line}" for line in lines)) from None
+        lines += _further_problems(data, error, folder)
+        raise UserError(*(f"{path}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _further_problems(
+    data: Mapping[str, Any], error: ValidationError, folder: Path | None
+) -> list[str]:
+    """Check what fits together without the keys that are wrong by themselves.
+
+    pydantic looks at rules between keys only when every key is valid. The user would mend the keys,
+    and only the next call would show the rest.
+    """
+    rest = copy.deepcopy(dict(data))
+    wrong: set[str] = set()
+    for problem in error.errors():
+        # After a key that is not allowed, pydantic adds a part that is no key: "[key]".
+        keys = [part for part in problem["loc"] if part != "[key]"]
+        wrong.add(str(keys[-1]) if keys else "")
+        _remove(rest, keys)
+    try:
+        Site.model_validate(rest, context={"folder": folder})
+    except ValidationError as further:
+        lines = problem_lines(further, Site, "site file")
+        # A key that was taken out is not missing.
+        return [line for line in lines if line.partition(":")[0].split(".")[-1] not in wrong]
+    return []
+
+
+def _remove(data: Any, keys: list[int | str]) -> None:
+    """Take a key out of nested mappings, or the whole list that it is an index of."""
+    for key in keys[:-1]:
+        below = data.get(key) if isinstance(data, dict) else None
+        if not isinstance(below, dict):
+            keys = [key]
+            break
+        data = below
+    if keys and isinstance(data, dict):
+        data.pop(keys[-1], None)
 
 
 def site_to_yaml(site: Site) -> str:

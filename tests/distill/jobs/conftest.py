@@ -30,12 +30,18 @@ def folder(tmp_path: Path, recipe: Recipe) -> Folder:
     return Folder(run)
 
 
+@pytest.fixture(scope="session")
+def lineage(recipe: Recipe) -> Lineage:
+    """Hashes of teacher and tokenizer are computed once for all tests."""
+    return Lineage(recipe)
+
+
 @pytest.fixture
-def publish(folder: Folder, recipe: Recipe) -> Callable[..., None]:
+def publish(folder: Folder, recipe: Recipe, lineage: Lineage) -> Callable[..., None]:
     """Publish artifacts without content, as the stages would."""
 
-    def make(*labels: str, recipe: Recipe = recipe) -> None:
-        run, lineage = Run.open(folder.run, recipe), Lineage(recipe)
+    def make(*labels: str) -> None:
+        run = Run.open(folder.run, recipe)
         for label in labels:
             run.make(lineage.request(label), lambda draft: None)
 

@@ -14,6 +14,7 @@ import pytest
 from xlstm_distill.errors import UserError
 from xlstm_distill.jobs.folder import Folder
 from xlstm_distill.jobs.graph import job_graph
+from xlstm_distill.jobs.queue import submission_environment
 from xlstm_distill.jobs.scripts import Writer, templates_folder
 from xlstm_distill.jobs.site import Site, check_site
 from xlstm_distill.recipe.load import load_recipe
@@ -245,3 +246,21 @@ def test_an_empty_site_file_is_enough(folder, recipe):
     scripts = write(folder, recipe)
     assert not any("--account" in option for option in options(scripts["align"]))
     assert Site() == folder.saved_site()
+
+
+def test_variables_of_the_shell_override_no_option_of_a_script(folder, recipe):
+    script = write(folder, recipe, defaults={"account": "mine"})["distill"]
+    environment = {
+        "SBATCH_ACCOUNT": "other",
+        "SBATCH_PARTITION": "gpu",
+        "SBATCH_ARRAY_INX": "7",
+        "SLURM_CONF": "here",
+        "SLURM_JOB_ID": "1",
+        "HOME": "/root",
+    }
+    assert submission_environment(script, environment) == {
+        # The site file names no partition: the shell's counts.
+        "SBATCH_PARTITION": "gpu",
+        "SLURM_CONF": "here",
+        "HOME": "/root",
+    }
