@@ -1,5 +1,7 @@
 """Four experts as Slurm arrays on a real cluster: preempted, out of time, failed, on two nodes.
 
+Jobs are forks of one process (helpers/job_server.py), because imports would take most of the time;
+the job on two nodes starts its processes itself.
 One run serves for most of it: Slurm takes index 1 of the experts away, the time limit stops index
 2, and index 3 fails. What is merged in the end must be what a local run merges.
 """
@@ -11,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +23,7 @@ from typing import Any
 import pytest
 import yaml
 from command_line import call_cli
-from processes import ROOT, SETTINGS
+from processes import ROOT, SETTINGS, process_environment
 from slurm_cluster import Cluster, NoSlurm, wait_until
 
 from xlstm_distill.jobs.folder import Folder
@@ -42,10 +45,13 @@ SETS = (
     "evaluate.limit=2", "evaluate.experts=false",
     "evaluate.tasks=[{name: qs_math_add, domain: math}]",
 )  # fmt: skip
+PATHS = os.pathsep.join(str(ROOT / name) for name in ("distill", "kernels", "eval"))
 FIRST_STEPS = 2
 """Steps that an expert has taken when it is disturbed."""
 PATIENCE = 900.0
 """Seconds that a step of the story may take on a busy machine."""
+REAL = [sys.executable, "-m", "xlstm_distill"]
+"""Words that start the program in a process of its own."""
 USR1_PENDING = 1 << (signal.SIGUSR1 - 1)
 
 
@@ -67,14 +73,28 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.stop()
 
 
-def site(**stages: Any) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Words that run `xlstm-distill` in a fork of a process that has imported everything."""
+    path = tmp_path_factory.mktemp("server") / "socket"
+    helper = str(ROOT / "tests" / "helpers" / "job_server.py")
+    environment = process_environment(PYTHONPATH=PATHS)
+    server = subprocess.Popen(
+        [sys.executable, helper, str(path)], stdin=subprocess.PIPE, env=environment
+    )
+    wait_until(path.exists, "the server does not start", PATIENCE)
+    # -S and -I: the client needs nothing but the standard library.
+    yield [sys.executable, "-I", "-S", helper, str(path), "--client"]
+    server.communicate(timeout=60)
+
+
+def site(program: list[str], **stages: Any) -> dict[str, Any]:
     """A site file for this cluster: a task takes a node, so that two run at a time."""
-    paths = [str(ROOT / name) for name in ("distill", "kernels", "eval")]
     return {
         "defaults": {"partition": "low", "time": "60", "cpus": 2},
         "stages": {"prepare": {"tasks": 2}, "capture": {"tasks": 2}, **stages},
-        "program": [sys.executable, "-m", "xlstm_distill"],
-        "environment": {**SETTINGS, "PYTHONPATH": os.pathsep.join(paths), "MAIN_HOST": "127.0.0.1"},
+        "program": program,
+        "environment": {**SETTINGS, "PYTHONPATH": PATHS, "MAIN_HOST": "127.0.0.1"},
         "signal_seconds": 60,
     }
 
@@ -147,11 +167,11 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Story:
+def story(cluster: Cluster, program: list[str], tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Run the jobs of four experts, disturb three of them, and submit again what failed."""
     base = tmp_path_factory.mktemp("jobs")
     mended = base / "mended"
-    values = site(distill={"at_once": 2})
+    values = site(program, distill={"at_once": 2})
     line = f'[ "$name" != distill-3 ] || [ -e {mended} ] || {{ echo "error: no disk"; exit 1; }}'
     values["setup"] = [line]
     (base / "site.yaml").write_text(yaml.safe_dump(values))
@@ -199,9 +219,14 @@ def hashes(run: Path) -> dict[str, str]:
     return found
 
 
-def test_the_merged_weights_are_those_of_a_local_run(story: Story, tmp_path: Path) -> None:
+def test_the_merged_weights_are_those_of_a_local_run(
+    story: Story, program: list[str], tmp_path: Path
+) -> None:
     assert {task.state for task in story.seen["end"].values()} == {"done"}
-    local = call_cli("run", story.run / "slurm" / "recipe.yaml", "--run", tmp_path / "local")
+    words = ("run", story.run / "slurm" / "recipe.yaml", "--run", tmp_path / "local")
+    local = subprocess.run(
+        [*program, *map(str, words)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert local.returncode == 0, local.stderr
     found = hashes(story.run)
     assert set(found) == {"align", "merge", *(f"distill/{name}" for name in EXPERTS)}
@@ -249,7 +274,7 @@ def test_two_nodes_align_as_one_process_does(story: Story, tmp_path: Path) -> No
     for name in ("data", "capture"):
         shutil.copytree(story.run / "artifacts" / name, run / "artifacts" / name)
     two = {"nodes": 2, "launch": "ddp-cpu", "processes": 1}
-    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site(align=two)))
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site(REAL, align=two)))
     told = Story(story.cluster, run, tmp_path / "site.yaml")
     assert told.submit() == ["align", "distill", "merge", "evaluate", "report"]
     ids = [str(task.id) for (job, _), task in told.look().items() if job == "distill"]
