@@ -103,7 +103,7 @@ class TaskPair(Frozen):
         if not isinstance(data, Mapping):
             return data
         filled = dict(data)
-        sides = {side: data.get(f"{side}_items") for side in ("teacher", "student")}
+        sides: dict[str, Any] = {side: data.get(f"{side}_items") for side in ("teacher", "student")}
         for side, items in sides.items():
             if _are_numbers(items):
                 mean = math.fsum(items) / len(items)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -43,7 +44,7 @@ def decide(tasks: Sequence[PairedItems], margin: float = MARGIN) -> Pooled:
     kept = exact.student / exact.teacher
     interval = _fieller(found)
     p_value = _p_value(tasks, found)
-    values = {"kept": kept, "kept_interval": interval, "p_value": p_value}
+    values: dict[str, Any] = {"kept": kept, "kept_interval": interval, "p_value": p_value}
     if interval is None:
         values["reason"] = "the teacher's scores are too uncertain for a ratio"
         return undecided.model_copy(update=values)
