@@ -48,7 +48,7 @@ def scenarios() -> list[Scenario]:
     bell = np.sort(np.random.default_rng(11).standard_normal(15))
     sizes = np.geomspace(60, 5000, 15).astype(int)
     one_bad = np.append(np.full(14, 0.02), 0.4)
-    sixty = np.random.default_rng(1).normal(0.04, 0.04, 60)
+    sixty = np.random.default_rng(1).normal(0.04, 0.04, 60).clip(-0.03)
     return [
         Scenario("15 tasks, all lose 3 %", fifteen, [0.03] * 15, [200] * 15),
         Scenario("15 tasks, losses near 3 %", fifteen, 0.03 + 0.012 * bell, [200] * 15),

@@ -32,8 +32,12 @@ NEAR = 3.0
 """Losses count as perhaps equal if they differ by fewer standard errors."""
 EQUAL = 0.3
 """Prior probability that tasks near each other lose exactly the same share."""
-SPREADS = 60
+SPREADS = 30
 """Points of the grid for the true spread of losses."""
+SLOPE, SAME = 2.0, 0.2
+"""Prior deviation of the slope over noise, in spreads; tasks of about equal noise have none."""
+ANYWHERE = 100.0
+"""Prior deviation of the common mean, in ranges of the losses: it may lie anywhere."""
 LEAST_SCORE = 1e-12
 """Drawn means of real scores may fall below 0, where a ratio has no meaning."""
 
@@ -76,6 +80,7 @@ def ranked_intervals(losses: Array, draws: Array, seed: int = 0) -> tuple[Array,
     interval holds the sorted loss itself, and the ends do not fall with the rank.
     """
     spread = np.diff(np.percentile(draws, (15.87, 84.13), axis=0), axis=0)[0] / 2
+    spread = np.maximum(spread, LEAST_SCORE)  # of scores that are all the same
     in_order = np.sort(losses)
     low, high = np.empty_like(losses), np.empty_like(losses)
     generators = np.random.SeedSequence(seed).spawn(len(losses))
@@ -97,27 +102,43 @@ def ranked_intervals(losses: Array, draws: Array, seed: int = 0) -> tuple[Array,
 def _draw_together(losses: Array, spread: Array, draws: Array, rng: np.random.Generator) -> Array:
     """Draw the losses of tasks that may be alike: (draws, n).
 
-    Model: true losses are normal around a common mean; each is seen with the noise of its own
-    draws. Their true spread is drawn from its posterior (prior: exactly 0, or anything), then the
-    common mean, then each loss, between its own draw and the mean.
+    Model: a common mean, a slope over the logarithm of a task's noise (large tasks may be the easy
+    ones), and each task's own deviation; deviations and slope grow with a spread that is unknown
+    and may be 0. The spread is drawn from its posterior, and then the losses given it, by
+    correcting draws from the model with what was seen (Matheron's rule).
     """
-    variance = spread**2
-    grid = np.linspace(0, 2 * max(np.ptp(losses), spread.max()), SPREADS)
-    weights = 1 / (grid[:, None] ** 2 + variance)  # (grid, n)
-    total = weights.sum(axis=1)
-    means = weights @ losses / total
-    misfit = (weights * (losses - means[:, None]) ** 2).sum(axis=1)
-    log_likelihood = 0.5 * (np.log(weights).sum(axis=1) - np.log(total) - misfit)
+    count, size = draws.shape[1], max(np.ptp(losses), spread.max())
+    slope = SLOPE * _standardised(np.log(spread))
+    grid = np.linspace(0, 2 * size, SPREADS)
+    # Covariances of the true losses for each spread; of the mean nothing is known beforehand.
+    own = np.eye(count) + np.outer(slope, slope)
+    model = (ANYWHERE * size) ** 2 + grid[:, None, None] ** 2 * own  # (grid, n, n)
+    seen = model + np.diag(spread**2)
+    column = np.broadcast_to(losses[:, None], (SPREADS, count, 1))
+    misfit = np.linalg.solve(seen, column)[:, :, 0] @ losses
+    log_likelihood = -0.5 * (np.linalg.slogdet(seen)[1] + misfit)
     # The flat part has the density that it would have over two standard errors.
     prior = np.full(SPREADS, (1 - EQUAL) * grid[1] / (2 * np.median(spread)))
     prior[0] += EQUAL
     posterior = prior * np.exp(log_likelihood - log_likelihood.max())
     chosen = rng.choice(SPREADS, len(draws), p=posterior / posterior.sum())
-    mean = means[chosen] + rng.standard_normal(len(draws)) / np.sqrt(total[chosen])
-    true_variance = grid[chosen, None] ** 2
-    trust = true_variance / (true_variance + variance)
-    together = mean[:, None] + trust * (losses - mean[:, None])
-    return together + np.sqrt(trust) * (draws - losses)
+
+    common = ANYWHERE * size * rng.standard_normal((len(draws), 1))
+    tilt = slope * rng.standard_normal((len(draws), 1))
+    deviation = rng.standard_normal(draws.shape)
+    drawn = common + grid[chosen, None] * (tilt + deviation)
+    # A draw deviates from the loss as the loss deviates from the truth, with the other sign.
+    surprise = losses - (drawn + losses - draws)
+    for point in np.unique(chosen):
+        rows = chosen == point
+        drawn[rows] += surprise[rows] @ np.linalg.solve(seen[point], model[point])
+    return drawn
+
+
+def _standardised(values: Array) -> Array:
+    """Return values with mean 0 and deviation 1, or zeros where they hardly differ."""
+    deviation = values.std()
+    return (values - values.mean()) / deviation if deviation > SAME else np.zeros_like(values)
 
 
 def tolerance_interval(low: Array, high: Array, rank: int) -> Interval:
