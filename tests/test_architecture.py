@@ -56,6 +56,8 @@ ROOMS = {
         "score",
         "suites",
         "results",
+        "protocol",
+        "stock",
         "terminal",
         "loading",
         "answering",
