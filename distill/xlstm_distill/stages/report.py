@@ -83,9 +83,7 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         teacher=teacher_name(recipe.teacher),
         teacher_results=_results(evaluated[TEACHER]),
         models=tuple(
-            ReportModel(
-                name=name, role="merged" if name == MERGED else "expert", results=_results(artifact)
-            )
+            ReportModel(name=name, role=_role(recipe, name), results=_results(artifact))
             for name, artifact in students.items()
         ),
         gates=_gates(students),
@@ -95,6 +93,12 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         recipe=shown_recipe(recipe),
         alphas=recipe.report.alphas,
     )
+
+
+def _role(recipe: Recipe, model: str) -> str:
+    if model == MERGED:
+        return "merged"
+    return "variant" if model in recipe.merge.variants else "expert"
 
 
 def _results(artifact: Artifact) -> tuple[TaskResult, ...]:
