@@ -84,7 +84,7 @@ def make_patch(
     check_name(name)
     hashes: tuple[dict[str, list[bytes]], dict[str, list[bytes]]] = ({}, {})
     squares = left_out = 0.0
-    names = list(base.entries)
+    names = sorted(base.entries)  # however the base is divided into files
     with written_whole(out) as file:
         writer = SparseWriter(file, names)
         found = in_threads(lambda key: _differences(key, base, expert, density), names)
@@ -203,9 +203,7 @@ class Patch(SparseFile):
     def __init__(self, path: Path) -> None:
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: a patch is a file NAME.safetensors, made by 'patch make'.")
-        super().__init__(path)
-        if self.metadata.get("format") != FORMAT:
-            raise UserError(f"{path}: is no patch of this version ({FORMAT}); make it again.")
+        super().__init__(path, FORMAT)
         try:
             self.facts = PatchFacts(**json.loads(self.metadata["patch"]))
         except (ValueError, KeyError, TypeError):

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xlstm_distill.errors import RunError
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.merging.files import DTYPES, SavedWeights
 
 SKIP = 255
@@ -57,16 +57,19 @@ class Changes:
 
 
 class SparseFile:
-    """Reads a file of sparse changes, block by block.
+    """Reads a file of sparse changes of some format, block by block.
 
     Raises:
-        RunError: the file is missing, damaged or holds something else.
+        UserError: the file is of another format.
+        RunError: the file is missing or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file_format: str) -> None:
         self.path = path
         self.weights = SavedWeights(path)
         self.metadata = self.weights.metadata
+        if self.metadata.get("format") != file_format:
+            raise UserError(f"{path}: is no {file_format!r}; make it again with this version.")
         self.ends: dict[str, Tensor] = {}
         for key in self.weights.entries:
             name, _, part = key.rpartition(".")
@@ -74,7 +77,7 @@ class SparseFile:
                 self.ends[name] = self.weights.read(key).reshape(-1, 2)
         expected = {f"{name}.{part}" for name in self.ends for part in PARTS}
         if set(self.weights.entries) != expected:
-            raise RunError(f"{path}: holds other tensors than a patch.")
+            raise RunError(f"{path}: holds other tensors than it should; make it again.")
 
     def changes(self, name: str, block: int) -> Changes | None:
         """The changes of a block of a tensor; None where there are none."""

@@ -37,6 +37,7 @@ from xlstm_distill.merging.streaming import (
 )
 
 FOLDER, STACK, UNDO = "patches", "stack.json", "undo.safetensors"
+UNDO_FORMAT = "xlstm-distill undo 1"
 Advance = Callable[[int], None]
 
 
@@ -93,7 +94,7 @@ def read_stack(model: Path) -> Stack:
         if sha256(folder / file) != sha:
             raise RunError(f"{folder / file}: the patch was changed; apply the patches again.")
         applied.append(Applied(Patch(folder / file), weight, sha))
-    return Stack(model, weights, tuple(applied), SparseFile(folder / UNDO), made)
+    return Stack(model, weights, tuple(applied), SparseFile(folder / UNDO, UNDO_FORMAT), made)
 
 
 def apply_patches(
@@ -200,13 +201,13 @@ def _write(stack: Stack, applied: Sequence[Applied], out: Path, advance: Advance
         folder = partial / FOLDER
         folder.mkdir()
         with written_whole(folder / UNDO) as file:
-            undo = SparseWriter(file, list(stack.weights.entries))
+            undo = SparseWriter(file, sorted(stack.weights.entries))
 
             def use(block: Block, values: Tensor) -> None:
                 target.write(block.name, block.start, values)
 
             made = _go_through(stack, applied, use, undo.add, advance)
-            undo.finish({"format": "undo"})
+            undo.finish({"format": UNDO_FORMAT})
         target.finish()
         if applied:
             _keep_patches(applied, folder, made)
@@ -238,8 +239,8 @@ def _go_through(
     _check_tensors(stack, applied)
     entries = stack.weights.entries
     hashes: dict[str, dict[str, list[bytes]]] = {"old": {}, "base": {}, "new": {}}
-    found = in_threads(lambda name: _tensor(name, stack, applied, use), entries)
-    for name, tensor in zip(entries, found, strict=True):
+    found = in_threads(lambda name: _tensor(name, stack, applied, use), sorted(entries))
+    for name, tensor in zip(sorted(entries), found, strict=True):
         for kind, known in hashes.items():
             known[name] = getattr(tensor, kind)
         keep(name, tensor.undo)
