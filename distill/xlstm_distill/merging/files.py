@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,6 +149,7 @@ class NewWeights:
     def __init__(self, source: SavedWeights, directory: Path) -> None:
         self.source, self.directory = source, directory
         self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
         self._missing = {name: entry.count for name, entry in source.entries.items()}
         directory.mkdir(parents=True, exist_ok=True)
         for file, header in source.headers.items():
@@ -176,7 +178,9 @@ class NewWeights:
             raise ValueError(f"{name} is {entry.dtype}, not {values.dtype}")
         raw = values.contiguous().view(torch.uint8).numpy()
         self._write(entry.file, memoryview(raw), entry.start + start * entry.dtype.itemsize)
-        self._missing[name] -= values.numel()
+        # Two threads that subtract at once would lose one of the two.
+        with self._lock:
+            self._missing[name] -= values.numel()
 
     def finish(self) -> None:
         """Check that every number of every tensor was written.

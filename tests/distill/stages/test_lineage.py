@@ -128,7 +128,7 @@ def test_what_changed_is_named_by_its_recipe_key(root, recipe):
         old = Lineage(recipe)
         new = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", overrides))
         found = {}
-        for label in new.labels():
+        for label in old.labels():
             before, after = old.request(label), new.request(label)
             manifest = {
                 "fingerprint": before.fingerprint,

@@ -17,7 +17,8 @@ from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import workbench
 from xlstm_distill.stages.merge import check_seed_student, write_merged
 
-PLAN = MergePlan("linear", {"a": 0.3, "b": 0.7})
+# Binary fractions: with others, ties are common, and whether a CPU fuses product and sum decides.
+PLAN = MergePlan("linear", {"a": 0.25, "b": 0.75})
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_it_writes_the_bytes_that_transformers_would(experts, tmp_path):
     theirs = dict(b.named_parameters())
     with torch.no_grad():
         for name, parameter in a.named_parameters():
-            total = 0.3 * parameter.double() + 0.7 * theirs[name].double()
+            total = 0.25 * parameter.double() + 0.75 * theirs[name].double()
             parameter.copy_(total)
     save(a, tmp_path / "expected")
     write_merged(PLAN, places, None, tmp_path / "merged", "merge", QuietConsole())
