@@ -185,7 +185,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Measure this model alone: teacher, merged, an expert or a variant (or its index).",
+            help="Measure this model alone: teacher, merged, expert or variant (or its index).",
             show_default="all, one by one",
             autocompletion=completion.models,
         ),
