@@ -56,7 +56,7 @@ def write_model(folder: Path, seed: int, layers: int, vocabulary: int) -> None:
 
     write(0, {"model.embed_tokens.weight": (vocabulary, HIDDEN)})
     for start in range(0, layers, LAYERS_OF_A_FILE):
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for layer in range(start, min(start + LAYERS_OF_A_FILE, layers)):
             names = {f"model.layers.{layer}.{name}.weight": size for name, size in LAYER.items()}
             shapes |= names

@@ -79,7 +79,7 @@ class SavedWeights:
         stop = entry.count if stop is None else stop
         width = entry.dtype.itemsize
         buffer = torch.empty((stop - start) * width, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         offset, done = entry.start + start * width, 0
         while done < len(view):
             # One call returns 2 GiB at most, and a network's file system may return less.
@@ -176,8 +176,8 @@ class NewWeights:
         entry = self.source.entries[name]
         if values.dtype != entry.dtype:
             raise ValueError(f"{name} is {entry.dtype}, not {values.dtype}")
-        raw = values.contiguous().view(torch.uint8).numpy()
-        self._write(entry.file, memoryview(raw), entry.start + start * entry.dtype.itemsize)
+        raw = values.contiguous().view(torch.uint8).numpy().data
+        self._write(entry.file, raw, entry.start + start * entry.dtype.itemsize)
         # Two threads that subtract at once would lose one of the two.
         with self._lock:
             self._missing[name] -= values.numel()

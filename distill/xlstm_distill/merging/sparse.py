@@ -145,7 +145,7 @@ class SparseWriter:
         missing = -flat.numel() * flat.itemsize % ALIGN // flat.itemsize
         if missing:
             flat = torch.cat([flat, torch.zeros(missing, dtype=flat.dtype)])
-        self.file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self.file.write(flat.view(torch.uint8).numpy().data)
         shape = [flat.numel()] if values.ndim == 1 else list(values.shape)
         stop = self.file.tell() - self.start
         self.header[key] = {

@@ -99,7 +99,7 @@ def _one_thread_each() -> Iterator[None]:
 
 def hash_block(values: Tensor) -> bytes:
     """Hash the bytes of a block."""
-    return hashlib.sha256(memoryview(values.view(torch.uint8).numpy())).digest()
+    return hashlib.sha256(values.view(torch.uint8).numpy().data).digest()
 
 
 def hash_of_weights(entries: Mapping[str, Entry], blocks: Mapping[str, list[bytes]]) -> str:
@@ -141,8 +141,11 @@ def _compare(
 ) -> None:
     for key in sorted({*first, *other}):
         mine, theirs = first.get(key), other.get(key)
-        both = mine is not None and theirs is not None
-        if both and mine.shape == theirs.shape and (mine.dtype == theirs.dtype or not dtypes):
+        if mine and theirs and mine.shape == theirs.shape:
+            same = mine.dtype == theirs.dtype or not dtypes
+        else:
+            same = False
+        if same:
             continue
         raise UserError(
             f"merge: experts differ in {key}: {name!r} has {_facts(mine)}, {other_name!r} has "

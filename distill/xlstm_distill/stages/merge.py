@@ -42,7 +42,8 @@ def _merge(lineage: Lineage, run: Run, label: str, console: Console) -> Artifact
             artifact.check_content("model")
         plan = MergePlan(**(settings | {"weights": used}))
         places = {name: experts[name].model_path for name in used}
-        write_merged(plan, places, base and base.model_path, draft.path / "model", label, console)
+        seed_student = base.model_path if base else None
+        write_merged(plan, places, seed_student, draft.path / "model", label, console)
         draft.results |= {"weights": weights}
         shown = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
         console.line(f"{label}: {settings['method']}, {shown}")
