@@ -287,4 +287,6 @@ def _print_summary(directory: Path, console: Console) -> None:
     folder = directory / "report"
     scores = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     console.rich().print(summary_table(scores))
+    for model in scores["models"][:1]:
+        console.line(f"{model['name']}: {model['sentence']}")
     console.line(f"Report: {folder / 'report.html'}")

@@ -132,7 +132,7 @@ class Lineage:
                 return self._merge_settings(self.merge(label))
             case "evaluate":
                 return {
-                    "evaluate": part(recipe.evaluate, "include", "experts"),
+                    "evaluate": self._evaluate_settings(),
                     "protocol": PROTOCOL,
                     "dtype": recipe.teacher.dtype,
                     "seed": recipe.seed,
@@ -141,6 +141,14 @@ class Lineage:
                 # As the report shows it, without folders: a run and its teacher may move.
                 return {"report": part(recipe.report), "recipe": shown_values(recipe)}
         raise ValueError(f"{label!r} is no artifact of a run")
+
+    def _evaluate_settings(self) -> dict[str, Any]:
+        """The section `evaluate` as far as answers and scores depend on it."""
+        found = part(self.recipe.evaluate, "include", "experts")
+        for task in found["tasks"]:
+            # It decides what the report compares, which reads it anew.
+            del task["chance"]
+        return found
 
     def recipe_keys(self, label: str) -> dict[str, str]:
         """Recipe keys of those of `settings(label)` that have another name in the recipe."""
