@@ -185,7 +185,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Measure this model alone: teacher, merged or an expert (or its index, from 0).",
+            help="Measure this model alone: teacher, merged, expert or variant (or its index).",
             show_default="all, one by one",
             autocompletion=completion.models,
         ),

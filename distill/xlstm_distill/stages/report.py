@@ -91,11 +91,7 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         teacher=teacher_name(recipe.teacher),
         teacher_results=_results(recipe, evaluated[TEACHER]),
         models=tuple(
-            ReportModel(
-                name=name,
-                role="merged" if name == MERGED else "expert",
-                results=_results(recipe, artifact),
-            )
+            ReportModel(name=name, role=_role(recipe, name), results=_results(recipe, artifact))
             for name, artifact in students.items()
         ),
         gates=_gates(students),
@@ -106,6 +102,12 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         alphas=recipe.report.alphas,
         margin=recipe.report.margin,
     )
+
+
+def _role(recipe: Recipe, model: str) -> str:
+    if model == MERGED:
+        return "merged"
+    return "variant" if model in recipe.merge.variants else "expert"
 
 
 def _results(recipe: Recipe, artifact: Artifact) -> tuple[TaskResult, ...]:

@@ -31,6 +31,7 @@ COMMANDS = (
     "score",
     "schema",
     "recipes",
+    "patch",
 )
 
 
