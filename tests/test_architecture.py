@@ -57,6 +57,8 @@ ROOMS = {
         "score",
         "suites",
         "results",
+        "protocol",
+        "stock",
         "terminal",
         "loading",
         "answering",

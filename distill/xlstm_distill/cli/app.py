@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from xlstm_distill.cli import inspect, recipes, run, slurm, upkeep, validate
+from xlstm_distill.cli import inspect, patch, recipes, run, slurm, upkeep, validate
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ for command in (
     # imports.
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(patch.app, name="patch")
 
 
 def main() -> None:
