@@ -93,6 +93,7 @@ LIGHT = (
     "xlstm_distill/__main__.py",
     "xlstm_distill/embedded/__init__.py",
     "xlstm_distill/cli/*.py",
+    "xlstm_distill/cli/processes/*.py",
     "xlstm_distill/recipe/*.py",
     "xlstm_distill/runtime/console.py",
     "xlstm_distill/runtime/launcher.py",

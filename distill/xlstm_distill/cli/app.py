@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from xlstm_distill.cli import inspect, patch, recipes, run, slurm, upkeep, validate
+from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, validate
+from xlstm_distill.cli.processes import slurm
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(

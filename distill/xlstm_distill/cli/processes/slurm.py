@@ -11,7 +11,7 @@ import typer
 from xlstm_distill.cli import completion
 from xlstm_distill.cli.failures import one_line_errors
 from xlstm_distill.cli.options import AsJson, Debug, Overrides, RecipePath, RunPath
-from xlstm_distill.cli.preflight import check_batches
+from xlstm_distill.cli.processes.preflight import check_batches
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime.console import Console, QuietConsole
 
