@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-from xlstm_distill import __version__
-
 Arithmetic = dict[str, str | int]
 """What a process computes with: versions (`torch`, `transformers`, ...); on a CPU its `threads`,
 `processor` and `instructions` (AVX2, AVX512, ...), on a GPU `gpu` and `cuda` (or `rocm`)."""
@@ -47,8 +45,8 @@ def arithmetic(device: torch.device | None = None) -> Arithmetic:
 @functools.cache
 def _versions() -> dict[str, str]:
     """Versions of what adds numbers besides torch: this package, the model code and Triton."""
-    found = {"xlstm-distill": __version__}
-    for package in ("transformers", "triton"):
+    found = {}
+    for package in ("xlstm-distill", "transformers", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
