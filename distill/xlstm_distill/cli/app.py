@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from xlstm_distill.cli import inspect, recipes, run, upkeep, validate
+from xlstm_distill.cli import inspect, recipes, run, upkeep, use, validate
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(
@@ -19,7 +19,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-# In the order of --help: the whole run, its stages, and what looks without changing anything.
+# In the order of --help: the whole run, its stages, the finished student, and what looks without
+# changing anything.
 for command in (
     run.run,
     run.prepare,
@@ -29,6 +30,9 @@ for command in (
     run.merge,
     run.evaluate,
     run.report,
+    use.export,
+    use.generate,
+    use.chat,
     validate.validate,
     inspect.plan,
     inspect.status,

@@ -52,6 +52,11 @@ class Family:
         return getattr(module, f"{self.class_prefix}Config")
 
     @property
+    def body_name(self) -> str:
+        """Name of the family's model without a head."""
+        return f"{self.class_prefix}Model"
+
+    @property
     def apply_rotary(self) -> Rotary:
         """The family's own rotary embedding; Llama's and Olmo's round differently in bf16."""
         return self.modeling.apply_rotary_pos_emb

@@ -140,7 +140,8 @@ class HybridMixer(nn.Module):
         inputs = MixerInputs(q, k, v, memory, gate)
         layer = self._cache_layer(past_key_values)
         # A prompt of a single token goes this way too: an empty cache is a state like any other.
-        if layer is not None and q.shape[2] == 1:
+        # Not where gradients are recorded: a step has none.
+        if layer is not None and q.shape[2] == 1 and not _has_gradients(inputs):
             mixed = self._decode(inputs, layer, segment_ids)
         else:
             mixed = self._mix_sequence(inputs, layer, segment_ids)
@@ -168,7 +169,8 @@ class HybridMixer(nn.Module):
     def _mlstm_inputs(self, x: Tensor, q: Tensor, k: Tensor) -> MLSTMInputs:
         """Map q (B, H, T, D) and k (B, G, T, D) to features, and x (B, T, d) to scalar gates."""
         features_q, features_k = self.feature_map_q(q), self.feature_map_k(k)
-        return MLSTMInputs(features_q, features_k, self.input_gate(x), self.forget_gate(x))
+        i, f = self.input_gate(x), self.forget_gate(x)  # (B, T, H)
+        return MLSTMInputs(features_q, features_k, i.mT.float(), f.mT.float())
 
     def _cache_layer(self, past_key_values: Cache | None) -> MixerCacheLayer | None:
         if past_key_values is None:
@@ -225,6 +227,8 @@ class HybridMixer(nn.Module):
         held = layer.state_for(memory.k, v, state_dtype(memory.q, v))
         if segment_ids is not None:
             layer.restart_state(segment_ids)
+        # A backward pass must find the state as it was read here, and it changes below.
+        before = MLSTMState(*(t.clone() for t in held)) if torch.is_grad_enabled() else held
         h, state = mlstm(
             memory.q,
             memory.k,
@@ -232,13 +236,13 @@ class HybridMixer(nn.Module):
             memory.i,
             memory.f,
             segment_ids=segment_ids,
-            state=held,
+            state=before,
             return_state=True,
             backend=self.backend,
         )
         # In place: a compiled step and its graph hold on to these tensors' addresses.
         for old, new in zip(held, state, strict=True):
-            old.copy_(new)
+            old.copy_(new.detach())
         return h
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -312,6 +316,13 @@ class HybridMixer(nn.Module):
             backend=self.backend,
         )
         return h.unsqueeze(2)
+
+
+def _has_gradients(inputs: MixerInputs) -> bool:
+    """Tell whether autograd records what is computed of these inputs."""
+    tensors = [inputs.q, inputs.k, inputs.v, *(inputs.memory or ()), inputs.gate]
+    recorded = any(t is not None and t.requires_grad for t in tensors)
+    return recorded and torch.is_grad_enabled()
 
 
 def _no_memory(q: Tensor, v: Tensor) -> tuple[MLSTMInputs, Tensor, MLSTMState]:
