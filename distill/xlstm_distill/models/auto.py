@@ -73,14 +73,16 @@ def _register_configs() -> None:
 def _register_targets() -> None:
     """Give peft the default target modules of students: those of their teachers.
 
-    Where peft knows no teacher of the family, its choice for Llama's projections is taken if the
-    family has them.
+    Where peft knows no teacher of the family, and would choose two projections of Llama's, it is
+    these, or the projection that the family has in their place.
     """
     families = importlib.import_module("xlstm_distill.models.families").FAMILIES
     constants = vars(importlib.import_module(PEFT_CONSTANTS))
     for name, targets in constants.items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("TARGET_MODULES_MAPPING"):
-            for model_type in families:
-                known = targets.get(model_type, targets.get("llama"))
+            for model_type, family in families.items():
+                known = targets.get(model_type)
+                if known is None and targets.get("llama") == ["q_proj", "v_proj"]:
+                    known = ["qkv_proj"] if family.fused else ["q_proj", "v_proj"]
                 if known is not None:
                     targets.setdefault(f"xlstm_{model_type}", known)

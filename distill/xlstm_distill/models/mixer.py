@@ -70,17 +70,22 @@ class HybridMixer(nn.Module):
         self.layer_idx: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
+        keys = teacher.num_key_value_heads * self.head_dim
+        self.widths = (heads * self.head_dim, keys, keys)  # of queries, keys and values
         self.backend: Backend = "auto"
         self.family, self.mixer_config = family, config
         # Looked up once: an import in every layer and token costs time, and breaks graphs.
         self.apply_rotary = family.apply_rotary
+        # Some families have layers without positions; a student keeps their queries as they are.
+        self.rotates = family.rotates(attention)
         # Some families limit the reach of single layers; a student sees no further than they do.
-        reach = getattr(attention, "sliding_window", None)
+        reach = family.reach(attention)
         self.window: int = config.window if reach is None else min(config.window, reach)
         self.sinks: int = config.sinks
-        self.q_proj: nn.Module
-        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
-        self.o_proj = attention.o_proj
+        # Olmo may limit the values of its projections.
+        self.clip: float | None = getattr(teacher, "clip_qkv", None)
+        for name in projections(family):
+            setattr(self, name, getattr(attention, name))
         # Q/K norms belong to the teacher and stay between projection and RoPE.
         if family.norm != "none":
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
@@ -133,7 +138,8 @@ class HybridMixer(nn.Module):
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
         gate = self.output_gate(q, k, v) if self.has_mlstm and self.has_window else None
         # RoPE is kept (paper): both branches read rotated queries and keys.
-        q, k = self.apply_rotary(q, k, *position_embeddings)
+        if self.rotates:
+            q, k = self.apply_rotary(q, k, *position_embeddings)
         # Under autocast, projections are bf16 and rotary positions fp32.
         q, k = q.to(v.dtype), k.to(v.dtype)
         memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None
@@ -158,7 +164,12 @@ class HybridMixer(nn.Module):
         def split(y: Tensor) -> Tensor:
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.family.fused:
+            q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.clip is not None:
+            q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
         if self.family.norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = split(q), split(k), split(v)
@@ -316,6 +327,11 @@ class HybridMixer(nn.Module):
             backend=self.backend,
         )
         return h.unsqueeze(2)
+
+
+def projections(family: Family) -> tuple[str, ...]:
+    """Return the names of a family's attention projections."""
+    return ("qkv_proj", "o_proj") if family.fused else ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _has_gradients(inputs: MixerInputs) -> bool:

@@ -293,8 +293,12 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
             f"teacher: weights {report.unexpected_keys[:3]} have no place in a student of this"
             " family; load the teacher without adapters or quantisation."
         )
-    # Its frequencies are buffers that no state dict holds, so they are still on the meta device.
+    # Buffers that no state dict holds are still on the meta device: rotary frequencies, and others.
     student.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
+    for name, buffer in teacher.named_buffers():
+        if student.get_buffer(name).is_meta:
+            module, _, leaf = name.rpartition(".")
+            student.get_submodule(module).register_buffer(leaf, buffer.clone(), persistent=False)
     reference = next(teacher.parameters())
     for module in student.modules():
         if isinstance(module, FeatureMap | ScalarGate | OutputGate):
