@@ -69,6 +69,8 @@ def make_teacher() -> Callable[..., torch.nn.Module]:
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
             "max_position_embeddings": 512, "initializer_range": 0.15,
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            # Granite's own scale of scores. It is 1 by default, which no released model has.
+            "attention_multiplier": 0.25,
         }  # fmt: skip
         config = FAMILIES[family].config(**{**settings, **overrides})
         return FAMILIES[family].causal_lm(config).eval()

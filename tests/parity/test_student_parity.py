@@ -70,7 +70,7 @@ def test_a_layer_sees_no_further_than_its_teachers_own_window(family, own, tiny_
     ("family", "own"),
     [
         ("smollm3", {"no_rope_layers": [1, 0], "use_sliding_window": False}),
-        ("exaone4", {"sliding_window": None}),
+        ("exaone4", {"layer_types": LAYER_TYPES}),
         ("cohere2", {"layer_types": LAYER_TYPES}),
         ("olmo", {"clip_qkv": 0.2}),
         ("granite", {"attention_multiplier": 0.3, "logits_scaling": 7.0}),

@@ -25,6 +25,7 @@ from xlstm_distill.models.teacher_files import CONFIG, INDEX, SETTINGS
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.runtime.console import Console, byte_size
+from xlstm_kernels.state import state_dtype
 
 SHARD_SIZE = "5GB"
 """Most bytes of a file of weights: host memory holds one file at a time."""
@@ -165,10 +166,16 @@ def state_bytes(directory: Path, dtype: torch.dtype) -> int:
     """Count the bytes that decoding holds for one sequence, however long it is."""
     student = empty_student(directory, dtype)
     cache = student.new_cache()
-    # On the meta device nothing is computed, and the cache gets its shapes.
-    with torch.no_grad():
-        student.to("meta")(torch.ones(1, 1, dtype=torch.long, device="meta"), past_key_values=cache)
-    return int(cache.nbytes())
+    # On the meta device tensors have shapes and no memory.
+    for mixer, layer in zip(student.mixers(), cache.layers, strict=True):
+        heads, groups = student.config.num_attention_heads, student.config.num_key_value_heads
+        keys = torch.empty(1, groups, 1, mixer.head_dim, dtype=dtype, device="meta")
+        if mixer.has_window:
+            layer.ring_for(keys, keys)
+        if mixer.has_mlstm:
+            features = keys.new_empty(1, heads, 1, mixer.feature_map_k.out_features)
+            layer.state_for(features, keys, state_dtype(keys))
+    return cache.nbytes()
 
 
 def upload(directory: Path, repository: str, *, private: bool, api: Any = None) -> str:
