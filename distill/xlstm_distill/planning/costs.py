@@ -12,13 +12,12 @@ from xlstm_distill.planning import flops
 from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters
 from xlstm_distill.planning.communication import Bound, align_traffic, distill_traffic
 from xlstm_distill.planning.fit import Fit, Problem, StageMemory, Way, what_fits
+from xlstm_distill.planning.inputs import DTYPE_BYTES, MemoryInputs
 from xlstm_distill.planning.machine import Machine, Utilisation, utilisation
 from xlstm_distill.planning.memory import (
     ANSWER_TOKENS,
-    DTYPE_BYTES,
     PROMPT_TOKENS,
     Memory,
-    MemoryInputs,
     align_memory,
     capture_memory,
     distill_memory,
@@ -112,7 +111,7 @@ class Planner:
             rows=rows,
             tokens=recipe.data.context,
             accumulates=accumulates,
-            checkpointing=recipe.distill.activation_checkpointing,
+            checkpointing=False,
             backend=machine.backend,
             online=recipe.capture.targets == "online",
             top_k=recipe.capture.top_k,
@@ -127,7 +126,11 @@ class Planner:
         # The last micro-batch of a share may be smaller than the others, as in the training loop.
         rows = min(section.micro_batch or share, share)
         inputs = self.memory_inputs(rows, accumulates=share > rows)
-        return replace(inputs, waits=self.recipe.training.reduce == "last")
+        return replace(
+            inputs,
+            waits=self.recipe.training.reduce == "last",
+            checkpointing=section.activation_checkpointing,
+        )
 
     def reducing(self, stage: StageMemory) -> StageMemory:
         """Return a training with whole gradients, where `training.reduce: auto` would choose that.
@@ -216,12 +219,14 @@ def align_cost(planner: Planner) -> StageCost:
     inputs = planner.training_inputs(section)
     memory = planner.reducing(StageMemory("align", align_memory, inputs, section.batch))
     steps, tokens = _steps(section, section.tokens, context)
-    per_token = flops.align_flops(planner.architecture, recipe.student.mixer, context)
+    a, mixer = planner.architecture, recipe.student.mixer
+    again = flops.align_recomputed_flops(a, mixer, context) if inputs.checkpointing else 0.0
     cost = StageCost(
         "align",
         tokens=tokens,
         steps=steps,
-        flops=tokens * per_token,
+        flops=tokens * flops.align_flops(a, mixer, context),
+        recomputed=tokens * again,
         disk=student,
         scratch=planner.checkpoints(planner.parameters.new),
         bound=Bound(align_traffic(memory.inputs, _passes(section, memory.inputs))),

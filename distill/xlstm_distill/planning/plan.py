@@ -24,8 +24,8 @@ from xlstm_distill.planning.costs import (
     merge_cost,
 )
 from xlstm_distill.planning.fit import MOST_GPUS, Value
+from xlstm_distill.planning.inputs import Sharding
 from xlstm_distill.planning.machine import GPUS, Machine
-from xlstm_distill.planning.memory import Sharding
 from xlstm_distill.recipe import Recipe
 
 TARGET_BYTES = 160.0
@@ -44,8 +44,8 @@ class CostPlan:
 
     recipe: str
     teacher: str
-    checkpointing: bool
-    """Whether stage II computes activations again."""
+    checkpointing: tuple[str, ...]
+    """Stages that compute activations again."""
     architecture: Architecture
     parameters: Parameters
     machine: Machine
@@ -116,7 +116,11 @@ def make_plan(
     return CostPlan(
         recipe=recipe.name,
         teacher=recipe.teacher.path,
-        checkpointing=recipe.distill.activation_checkpointing,
+        checkpointing=tuple(
+            name
+            for name, section in (("align", recipe.align), ("distill", recipe.distill))
+            if section.activation_checkpointing
+        ),
         architecture=architecture,
         parameters=planner.parameters,
         machine=machine,

@@ -135,6 +135,11 @@ class Optimization(Section):
         description="What happens when a loss or gradient is not finite: `stop` ends the training; "
         "`skip` leaves out the step and reports it.",
     )
+    activation_checkpointing: Flag = Field(
+        default=False,
+        description="Keep only what enters each layer and compute the rest again in the backward "
+        "pass: less memory, more time.",
+    )
 
     def broken_rules(self) -> Iterator[FieldError]:
         """Yield errors of the micro-batch and of the final learning rate."""
@@ -251,11 +256,6 @@ class Distill(Optimization):
     )
     lora_alpha: Count = Field(
         default=512, description="Scale of the adapters times their rank, with `trainable: lora`."
-    )
-    activation_checkpointing: Flag = Field(
-        default=False,
-        description="Keep only the input of each decoder layer and compute the rest again in the "
-        "backward pass: less memory, more time.",
     )
     experts: dict[Name, Expert] = Field(
         min_length=1, description="Experts by name. A single expert needs no merge."

@@ -72,6 +72,8 @@ def _align(
     plan = _plan(lineage, teacher, domains)
     work = run.work_directory(lineage.request("align"))
     objective = AlignObjective(student, teacher)
+    if recipe.align.activation_checkpointing:
+        objective.checkpoint_activations()
     result = Trainer(objective, plan, domains, work, accelerator, console).run()
     keep_training(draft, work, plan, result)
     # A collective under sharding: all ranks gather, then rank 0 writes.

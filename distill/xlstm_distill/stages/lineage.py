@@ -31,13 +31,13 @@ from xlstm_distill.runtime.ranks import from_rank_zero, process_count
 from xlstm_eval.answering.batches import PROTOCOL
 
 if TYPE_CHECKING:
-    from xlstm_distill.targets.store import Identity
+    from xlstm_distill.targets.shard import Identity
 
 TEACHER, MERGED = "teacher", "merged"
 """Models that are evaluated besides the experts."""
 STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
 """What an artifact's label begins with, in the order in which stages follow each other."""
-NOT_IN_FINGERPRINT = ("micro_batch", "non_finite")
+NOT_IN_FINGERPRINT = ("micro_batch", "non_finite", "activation_checkpointing")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
 NOT_IN_TARGETS = ("batch", "shard_teacher", "workers")
 """Keys of the capture that do not change what is captured."""
@@ -119,9 +119,7 @@ class Lineage:
                 }
             case "distill":
                 return {
-                    "distill": part(
-                        recipe.distill, "experts", *NOT_IN_FINGERPRINT, "activation_checkpointing"
-                    ),
+                    "distill": part(recipe.distill, "experts", *NOT_IN_FINGERPRINT),
                     "expert": part(recipe.distill.experts[name]),
                     "capture": part(recipe.capture, *NOT_IN_TARGETS),
                     "seed": recipe.seed,
@@ -348,7 +346,7 @@ class Lineage:
         return self._capture_request(domain).fingerprint
 
     def _capture_request(self, domain: str, **counts: int) -> Request:
-        from xlstm_distill.targets.store import VERSION
+        from xlstm_distill.targets.shard import VERSION
 
         kept = part(self.recipe.capture, *NOT_IN_TARGETS, "targets")
         return Request(
@@ -361,7 +359,7 @@ class Lineage:
 
     def store_identity(self, domain: str) -> Identity:
         """What every shard of a domain's targets says it was made from."""
-        from xlstm_distill.targets.store import Identity
+        from xlstm_distill.targets.shard import Identity
 
         capture, teacher = self.recipe.capture, self.recipe.teacher
         return Identity(
