@@ -10,8 +10,13 @@ from transformers.models.auto import modeling_auto
 
 from xlstm_distill.models import student
 
-NOT_APPLICABLE: dict[str, str] = {}
-"""Tests that students do not pass, with the reason."""
+NOT_APPLICABLE = {
+    "test_generation_tester_mixin_inheritance": "the tests of `generate` are not in the source "
+    "package; ours are in test_generation.py and test_decoding.py",
+}
+"""Tests that are left out, with the reason. docs/use.md lists what the suite skips by itself."""
+LEAST_RUN = 60
+"""Fewer tests than this would mean that the suite skips what students should pass."""
 
 HEADS = {
     "Model": "MODEL_MAPPING_NAMES",
@@ -42,17 +47,16 @@ def cases(suite: ModuleType, family: str) -> unittest.TestSuite:
         all_model_classes = classes
         # The suite's own word for models whose layers have no attention weights.
         has_attentions = False
+        test_can_init_all_missing_weights_before_2023 = True
 
         def setUp(self) -> None:
             self.model_tester = StudentTester(self, classes[0].config_class)
 
-    names = [name for name in dir(StudentTest) if name.startswith("test_")]
-    assert set(NOT_APPLICABLE) <= {name for name in names if callable(getattr(StudentTest, name))}
-    return unittest.TestSuite(
-        StudentTest(n)
-        for n in names
-        if n not in NOT_APPLICABLE and callable(getattr(StudentTest, n))
-    )
+    tests = [name for name in dir(StudentTest) if name.startswith("test_")]
+    names = [name for name in tests if callable(getattr(StudentTest, name))]  # others are switches
+    assert set(NOT_APPLICABLE) <= set(names)
+    chosen = [name for name in names if name not in NOT_APPLICABLE]
+    return unittest.TestSuite(StudentTest(name) for name in chosen)
 
 
 @pytest.mark.slow
@@ -60,11 +64,10 @@ def cases(suite: ModuleType, family: str) -> unittest.TestSuite:
 def test_common_model_tests(family: str, suite: ModuleType, monkeypatch) -> None:
     for head, mapping in HEADS.items():
         # The suite finds out by these tables what a class takes and returns.
-        names = {f"xlstm_{family.lower()}": f"Xlstm{family}{head}"}
-        for module in (modeling_auto, suite):
-            table = getattr(module, mapping)
-            monkeypatch.setitem(table, *next(iter(names.items())))
+        table = getattr(modeling_auto, mapping)
+        monkeypatch.setitem(table, f"xlstm_{family.lower()}", f"Xlstm{family}{head}")
     result = unittest.TestResult()
     cases(suite, family).run(result)
     failed = {test.id().rpartition(".")[2]: text for test, text in result.failures + result.errors}
-    assert not failed, failed
+    assert not failed, "\n".join(f"{name}: {text}" for name, text in failed.items())
+    assert result.testsRun - len(result.skipped) >= LEAST_RUN

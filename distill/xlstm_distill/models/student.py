@@ -7,6 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -218,12 +219,48 @@ def _cache_for(
     return _new_cache(model) if use_cache and not trains else None
 
 
-# Models with another head: transformers makes them around the body that `AutoModel` gives.
-HEADS = {
+CODE_FILE = "modeling_xlstm.py"
+CODE = '''"""This student's classes are in the package xlstm-distill: pip install xlstm-distill.
+
+transformers reads this file where the package was not imported first, with trust_remote_code=True.
+"""
+
+from xlstm_distill.models.student import {names}
+'''
+
+
+class NamesItsPackage(_Model):
+    """A saved student says which package it needs, where transformers does not know it."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, with a file that imports this package."""
+        classes = _saved_classes(self.config)
+        module = CODE_FILE.removesuffix(".py")
+        self.config.auto_map = {auto: f"{module}.{name}" for auto, name in classes.items()}
+        found = super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True) and Path(save_directory).is_dir():
+            names = ", ".join(sorted(classes.values()))
+            (Path(save_directory) / CODE_FILE).write_text(CODE.format(names=names))
+        return found
+
+
+def _saved_classes(config: Any) -> dict[str, str]:
+    """Return the names of a student's classes, by those of transformers' Auto classes."""
+    prefix = type(config).__name__.removesuffix("Config")
+    autos = {"Config": AutoConfig, **AUTOS}
+    names = {auto.__name__: prefix + suffix for suffix, auto in autos.items()}
+    return {auto: name for auto, name in names.items() if name in globals()}
+
+
+# Those with another head: transformers makes them around the body that `AutoModel` gives.
+AUTOS: dict[str, Any] = {
+    "Model": AutoModel,
+    "ForCausalLM": AutoModelForCausalLM,
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
     "ForQuestionAnswering": AutoModelForQuestionAnswering,
 }
+MIXINS: dict[str, type] = {"Model": StudentBody, "ForCausalLM": StudentMixin}
 
 
 def _student_classes(family: Family) -> dict[str, Any]:
@@ -245,15 +282,12 @@ def _student_classes(family: Family) -> dict[str, Any]:
     AutoConfig.register(config.model_type, config, exist_ok=True)
     found = [config]
     own = {"config_class": config, "family": family}
-    for suffix, mixin, auto in (
-        ("Model", StudentBody, AutoModel),
-        ("ForCausalLM", StudentMixin, AutoModelForCausalLM),
-        *((head, MixerInit, auto) for head, auto in HEADS.items()),
-    ):
+    for suffix, auto in AUTOS.items():
         teacher = getattr(family.modeling, family.class_prefix + suffix, None)
         # Not every family has every head.
         if teacher is not None:
-            found.append(made(suffix, (mixin, teacher), **own))
+            mixin = MIXINS.get(suffix, MixerInit)
+            found.append(made(suffix, (NamesItsPackage, mixin, teacher), **own))
             auto.register(config, found[-1])
     return {cls.__name__: cls for cls in found}
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from processes import process_environment
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.models.families import FAMILIES
@@ -81,5 +82,36 @@ def test_peft_knows_the_targets_of_students(family, tiny_teacher):
     student = convert(tiny_teacher(family), HYBRID)
     adapted = peft.get_peft_model(student, peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
     names = [n for n, m in adapted.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "v_proj"}
-    assert len(names) == 2 * len(student.mixers())
+    targets = {"qkv_proj"} if FAMILIES[family].fused else {"q_proj", "v_proj"}
+    assert {name.rpartition(".")[2] for name in names} == targets
+    assert len(names) == len(targets) * len(student.mixers())
+
+
+LOAD = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == "xlstm_distill":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Hidden())
+from transformers import AutoModelForCausalLM
+def load():
+    return AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+try:
+    load()
+except ImportError as error:
+    print(error)
+del sys.meta_path[0]
+print(type(load()).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_a_student_says_what_to_install_and_then_loads_without_the_import(tiny_teacher, tmp_path):
+    convert(tiny_teacher(), HYBRID).save_pretrained(tmp_path / "student")
+    environment = process_environment(HF_MODULES_CACHE=str(tmp_path / "modules"))
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "student")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    refused, loaded = done.stdout.strip().rsplit("\n", 1)
+    assert "pip install xlstm_distill" in refused, done.stderr
+    assert loaded == "XlstmLlamaForCausalLM", done.stderr
