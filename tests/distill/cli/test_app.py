@@ -34,6 +34,7 @@ COMMANDS = (
     "score",
     "schema",
     "recipes",
+    "patch",
 )
 
 
