@@ -6,6 +6,7 @@ The wheel of transformers has no tests; its source package has the common ones.
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -54,8 +56,14 @@ def fetch_suite(folder: Path) -> str | None:
     return None
 
 
-def import_suite(folder: Path) -> ModuleType:
-    """Import the common model tests that `fetch_suite` unpacked."""
+def import_suite(folder: Path, config: pytest.Config) -> ModuleType:
+    """Import the common model tests that `fetch_suite` unpacked.
+
+    config: pytest's, which must know the marks that the tests have.
+    """
+    for file in (folder / PACKAGE).glob("*.py"):
+        for name in sorted(set(re.findall(r"\bmark\.(\w+)", file.read_text(encoding="utf-8")))):
+            config.addinivalue_line("markers", f"{name}: a mark of transformers' tests")
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(f"{PACKAGE}.test_modeling_common")

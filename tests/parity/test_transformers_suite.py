@@ -26,7 +26,7 @@ HEADS = {
 
 
 @pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def suite(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> ModuleType:
     """The common tests of the installed version of transformers."""
     pytest.importorskip("parameterized", reason="parameterized is not installed")
     from transformers_suite import fetch_suite, import_suite
@@ -34,7 +34,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     folder = tmp_path_factory.mktemp("suite")
     if problem := fetch_suite(folder):
         pytest.skip(problem)
-    return import_suite(folder)
+    return import_suite(folder, pytestconfig)
 
 
 def cases(suite: ModuleType, family: str) -> unittest.TestSuite:
