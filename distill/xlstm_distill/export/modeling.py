@@ -71,6 +71,7 @@ class {name}ForCausalLM(StudentMixin, {prefix}ForCausalLM):
 
     config_class = {name}Config
     family = FAMILY
+    body_class = {name}Model
 '''
 HEAD_CLASS = '''
 

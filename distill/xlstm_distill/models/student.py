@@ -76,14 +76,20 @@ class StudentMixin(MixerInit, _CausalLM):
     """
 
     family: Family
+    body_class: Any
     config: Any
     model: Any
     # transformers then refuses assisted decoding, which takes tokens back.
     _is_stateful = True
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         super().__init__(config, *args, **kwargs)
-        put_mixers(self.model, self.family, config)
+        if checkpointing:  # the body that is replaced has taken the flag out
+            config.gradient_checkpointing = True
+        # The family's class has made a body of the teacher's class. transformers asks the body how
+        # parameters start that a file does not have, so it must be one that knows the new ones.
+        self.model = self.body_class(config)
         self.post_init()
 
     def new_cache(self) -> StudentCache:
@@ -288,6 +294,7 @@ def _student_classes(family: Family) -> dict[str, Any]:
         if teacher is not None:
             mixin = MIXINS.get(suffix, MixerInit)
             found.append(made(suffix, (NamesItsPackage, mixin, teacher), **own))
+            own.setdefault("body_class", found[-1])  # the first one
             auto.register(config, found[-1])
     return {cls.__name__: cls for cls in found}
 

@@ -94,3 +94,14 @@ def test_the_body_takes_its_arguments_by_position(tiny_teacher):
     assert torch.equal(
         student.model(ids(), mask, positions).last_hidden_state[:, 5:], by_name[:, 5:]
     )
+
+
+def test_parameters_that_a_file_lacks_start_as_new_ones(tiny_teacher, tmp_path):
+    """Teachers' weights loaded as a student's, without `convert`."""
+    student = convert(tiny_teacher(), HYBRID)
+    new = dict(student.new_parameters())
+    weights = {name: w for name, w in student.state_dict().items() if name not in new}
+    student.save_pretrained(tmp_path, state_dict=weights)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in loaded.new_parameters():
+        assert torch.equal(parameter, new[name]), name
