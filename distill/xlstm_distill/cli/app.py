@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, use, validate
+from xlstm_distill.cli.processes import slurm
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ for command in (
     use.export,
     use.generate,
     use.chat,
+    slurm.slurm,
     validate.validate,
     inspect.plan,
     inspect.status,

@@ -15,7 +15,7 @@ from xlstm_distill.models.teacher_files import CONFIG, weight_files
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.choices import choose
 from xlstm_distill.stages.lineage import MERGED, stage_of
-from xlstm_distill.stages.status import saved_recipe
+from xlstm_distill.stages.status.comparison import saved_recipe
 
 PREFIX = "xlstm_"
 """What the `model_type` of a student begins with; its teacher's follows."""

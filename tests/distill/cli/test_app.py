@@ -26,6 +26,7 @@ COMMANDS = (
     "export",
     "generate",
     "chat",
+    "slurm",
     "validate",
     "plan",
     "status",
