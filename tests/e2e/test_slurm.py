@@ -36,12 +36,12 @@ RECIPE = ROOT / "recipes" / "quickstart.yaml"
 EXPERTS = ("math", "code", "stem", "chat")
 SETS = (
     "data.context=64", "data.validation_rows=2", "data.workers=0", "student.mixer.window=8",
-    *(f"data.domains.{name}.sources=[{{generator: {name}, documents: 400}}]" for name in EXPERTS),
-    "align.tokens=1536", "align.batch=4", "align.warmup_steps=1",
+    *(f"data.domains.{name}.sources=[{{generator: {name}, documents: 300}}]" for name in EXPERTS),
+    "align.tokens=1024", "align.batch=4", "align.warmup_steps=1",
     # No checkpoint but the one that a signal asks for.
     "training.checkpoint_steps=1000", "training.validate_steps=null",
     "distill.batch=4", "distill.warmup_steps=1",
-    *(f"distill.experts.{name}.phases=[{{domain: {name}, tokens: 12288}}]" for name in EXPERTS),
+    *(f"distill.experts.{name}.phases=[{{domain: {name}, tokens: 6144}}]" for name in EXPERTS),
     "evaluate.limit=2", "evaluate.experts=false",
     "evaluate.tasks=[{name: qs_math_add, domain: math}]",
 )  # fmt: skip
@@ -151,7 +151,7 @@ class Story:
             logs = self.run.glob(f"training/distill-{expert}-*/log.jsonl")
             return any(log.read_text().count("\n") >= FIRST_STEPS for log in logs)
 
-        wait_until(trained, f"{expert} does not train", PATIENCE, pause=0.05)
+        wait_until(trained, f"{expert} does not train", PATIENCE, pause=0.02)
         (header,) = self.run.glob(f"training/distill-{expert}-*/training.json")
         process = int(json.loads(header.read_text())["pid"])
         # It spends no time while Slurm makes up its mind, which takes up to half a minute.
