@@ -64,7 +64,7 @@ def test_text_fits_in_100_columns(backend: str) -> None:
         "--set",
         "capture.targets=stored",
         "--set",
-        "evaluate.batch=8",
+        "evaluate.batch=64",
     ]
     lines = call(*options).stdout.splitlines()
     assert max(map(len, lines)) <= 100
