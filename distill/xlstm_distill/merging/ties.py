@@ -28,8 +28,9 @@ def ties(
     trimmed = []
     for tensor, cut in zip(tensors, cuts, strict=True):
         # As the cut was found: float32's order, whatever the sums' format.
-        small = differences(tensor, base) < cut
-        trimmed.append((tensor - start).masked_fill_(small, 0))
+        kept = differences(tensor, base) >= cut
+        # Products: `where` and `masked_fill` take five times as long on a CPU.
+        trimmed.append((tensor - start).mul_(kept))
     elected = torch.zeros_like(start)
     for difference, weight in zip(trimmed, weights, strict=True):
         elected.add_(difference, alpha=weight)
@@ -40,5 +41,5 @@ def ties(
         agrees = difference * elected > 0
         total.add_(difference.mul_(agrees), alpha=weight)
         mass.add_(agrees, alpha=weight)
-    mean = total.div_(mass.masked_fill_(mass == 0, 1))
+    mean = total.div_(mass.add_(mass == 0))
     return torch.add(start, mean, alpha=scale).to(dtype)
