@@ -7,20 +7,29 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from xlstm_distill import embedded
 from xlstm_distill.artifacts.hashing import digest, hash_if_there
-from xlstm_distill.data.readers import (
+from xlstm_distill.data.files.order import (
+    Lane,
+    Place,
+    Position,
+    SourceFile,
+    Visit,
+    lanes_of,
+    listed_sizes,
+    text_of,
+    text_size,
+)
+from xlstm_distill.data.files.readers import (
     BATCH_RECORDS,
     FORMATS,
     BadRecord,
-    Reader,
     RecordBatch,
     dataset_reader,
     file_reader,
@@ -35,8 +44,6 @@ STYLES = (("messages",), ("prompt", "response"), ("text",))
 """Roles of the columns of each style, in the order in which they are looked for."""
 ROLES = ("messages", "system", "prompt", "response", "text")
 NAME_COLUMNS = "Name the right ones with messages, prompt and response, or text."
-TABLES = {"parquet", "arrow"}
-"""Formats that are read a row group at a time."""
 LIST_ERRORS = (
     OSError,
     ValueError,
@@ -48,65 +55,6 @@ LIST_ERRORS = (
 )
 """What `datasets` raises, besides its own errors, on a data set or folder that it cannot read."""
 Document = Mapping[str, Any]
-HEAD_RECORDS = 1024
-"""Records at the start of each file that are read before any file is read whole."""
-HEAD_RECORDS_OF_TABLES = 8192
-"""The same of Parquet and Arrow, which are read a row group at a time: often 1,000 rows to all."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place between two documents of a source, as JSON values; reading goes on from it exactly.
-
-    visit: number of the visit to a file, in the order of reading.
-    record: records of its file before the place.
-    read: documents of the source before the place.
-    state: state of the file's reader.
-    """
-
-    visit: int = 0
-    record: int = 0
-    read: int = 0
-    state: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class _File:
-    """A part of a source that is read in one go: a file, or a shard of hub data."""
-
-    label: str
-    read: Reader
-    remote: bool = False
-    head: int = HEAD_RECORDS_OF_TABLES
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """Records of a file that are read in one go: from `first` up to `stop`, or to the end."""
-
-    file: _File
-    first: int = 0
-    stop: int | None = None
-
-    def take(self, records: list[Document], number: int) -> list[Document]:
-        """Take this visit's share of records, the first of which has this number."""
-        stop = None if self.stop is None else self.stop - number
-        return records[max(0, self.first - number) : stop]
-
-
-def _visits(files: Sequence[_File], seed: int) -> list[_Visit]:
-    """Order the reading of files: first the head of every file, then the rest of every file.
-
-    Both in the same order, drawn from the seed. A few percent of a large data set thus come from
-    files from everywhere, where whole files would be a handful.
-    """
-    if len(files) == 1:
-        return [_Visit(files[0])]
-    # From the seed alone, so that reading goes on in the same order after a restart.
-    order = np.random.default_rng(seed).permutation(len(files))
-    shuffled = [files[number] for number in order]
-    heads = [_Visit(file, stop=file.head) for file in shuffled]
-    return heads + [_Visit(file, first=file.head) for file in shuffled]
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -134,14 +82,19 @@ class SourceReader:
     """Read a source in chunks of documents.
 
     A document has the columns `messages`; `prompt`, `response` and perhaps `system`; or `text`.
-    Of several files, the head of each is read first, then the rest of each, in an order drawn from
-    the seed: a budget that ends early has then seen files from everywhere. `field` is the source's
-    dotted path, for messages.
+    Of several files, all are read side by side, each in proportion to its size, in an order drawn
+    from the seed (`lanes_of`). `field` is the source's dotted path, for messages.
     """
 
     def __init__(self, source: Source, field: str, seed: int) -> None:
         self.source, self.field, self.seed = source, field, seed
         self._columns: dict[str, str] = {}
+        # Whether documents have come, in this process or before.
+        self._begun = False
+        # By file: a place shortly before the end of its last visit, from where the next one reads.
+        self._left: dict[str, Place] = {}
+        # Files whose end has been seen, by label.
+        self._ended: set[str] = set()
 
     @property
     def columns(self) -> dict[str, str]:
@@ -155,26 +108,27 @@ class SourceReader:
             UserError: the source is missing, empty, unreadable or lacks a column.
             RunError: hub data stopped coming.
         """
+        self._begun = start.read > 0
         if self.source.generator is not None:
             yield from self._generated(start)
             return
-        visits = _visits(self._files(), self.seed)
+        lanes = lanes_of(self._files(), self.seed)
         self._columns = self._named_columns()
-        # The file to go on with may have other columns than the one that the choice was made by.
+        # The files to go on with may have other columns than the one that the choice was made by.
         if start.read and not self._columns:
-            self._settle_columns(visits)
-        here, read = start, start.read
-        for visit in visits[start.visit :]:
-            for position, documents in self._records(visit, here):
-                if self.source.documents is not None:
-                    documents = documents[: self.source.documents - position.read]
-                if not documents:
-                    return
-                number = max(position.record, visit.first)
-                yield position, Chunk(documents, self.field, visit.file.label, number)
-                read = position.read + len(documents)
-            here = Position(visit=here.visit + 1, read=read)
-        if read == 0:
+            # As reading from the beginning does; `_documents` keeps the choice.
+            next(self._side_by_side(lanes, Position()), None)
+            self._left.clear()
+            self._ended.clear()
+        for position, chunk in self._side_by_side(lanes, start):
+            if self.source.documents is not None:
+                left = max(0, self.source.documents - position.read)
+                chunk = replace(chunk, documents=chunk.documents[:left])
+            if not chunk.documents:
+                return
+            self._begun = True
+            yield position, chunk
+        if not self._begun:
             raise UserError(
                 f"{self.field}: {self.source.path!r}, split {self.source.split!r}, has no "
                 "documents."
@@ -187,39 +141,85 @@ class SourceReader:
         label = f"generator {self.source.generator!r}"
         stream = embedded.documents(self.source.generator, self.source.documents, self.seed)
         # All documents come from one random stream, so those before the start are made again.
-        rest = itertools.islice(stream, start.record, None)
+        rest = itertools.islice(stream, start.read, None)
         position = start
         while batch := list(itertools.islice(rest, BATCH_RECORDS)):
             documents = [{"messages": document["messages"]} for document in batch]
-            yield position, Chunk(documents, self.field, label, position.record)
-            done = position.record + len(batch)
-            position = Position(record=done, read=done)
+            yield position, Chunk(documents, self.field, label, position.read)
+            position = Position(position.read + len(batch))
 
-    def _records(self, visit: _Visit, start: Position) -> Iterator[tuple[Position, list[Document]]]:
-        """Yield a visit's documents in batches, and where they begin."""
-        position, file = start, visit.file
-        batches = file.read(start.state)
-        while visit.stop is None or position.record < visit.stop:
+    def _side_by_side(
+        self, lanes: Sequence[Lane], start: Position
+    ) -> Iterator[tuple[Position, Chunk]]:
+        """Yield chunks of all lanes, each lane in proportion to its text."""
+        places = list(start.lanes) or [Place()] * len(lanes)
+        if len(places) != len(lanes):
+            raise UserError(
+                f"{self.field}: {self.source.path!r} has other files than when these rows were "
+                "begun; set revision to the commit of then, or to another to begin anew."
+            )
+        streams = [self._lane(*both) for both in zip(lanes, places, strict=True)]
+        live, read = set(range(len(lanes))), start.read
+
+        def given_of_text(number: int) -> tuple[float, int]:
+            # The number decides a tie, so that nothing but the texts decides the order.
+            return places[number].given / lanes[number].text, number
+
+        while live:
+            turn = min(live, key=given_of_text)
+            found = next(streams[turn], None)
+            if found is None:
+                live.discard(turn)
+                continue
+            chunk, after = found
+            yield Position(read, tuple(places)), chunk
+            read += len(chunk.documents)
+            places[turn] = after
+
+    def _lane(self, lane: Lane, start: Place) -> Iterator[tuple[Chunk, Place]]:
+        """Yield a lane's chunks from a place on, and the place after each."""
+        here = start
+        for visit in lane.visits[start.visit :]:
+            for chunk, after in self._visit(visit, here):
+                yield chunk, after
+                here = after
+            here = Place(visit=here.visit + 1, given=here.given)
+
+    def _visit(self, visit: Visit, start: Place) -> Iterator[tuple[Chunk, Place]]:
+        """Yield a visit's documents in chunks, and the place after each."""
+        file, here = visit.file, start
+        if file.label in self._ended:
+            return
+        left = self._left.pop(file.label, None)
+        # What an earlier visit read need not be read again, where it was in this process.
+        if left is not None and not start.record:
+            here = replace(start, record=left.record, text=left.text, state=left.state)
+        batches = file.read(here.state)
+        while visit.stop is None or here.text < visit.stop:
             try:
                 found = next(batches, None)
             # Each format and decompressor has errors of its own. Nothing but reading can fail here.
             except Exception as error:
-                raise self._unreadable(file, position, error) from error
+                raise self._unreadable(file, here.record, error) from error
             if found is None:
+                self._ended.add(file.label)
                 return
             batch, state = found
-            records = self._documents(batch, file, position)
-            documents = visit.take(records, position.record)
-            if documents:
-                yield position, documents
-            position = Position(
-                visit=position.visit,
-                record=position.record + len(records),
-                read=position.read + len(documents),
-                state=state,
-            )
+            records = self._documents(batch, file, here.record)
+            # Where each record begins in the file's text, and where the last one ends.
+            starts = list(itertools.accumulate(map(text_size, records), initial=here.text))
+            mine = [n for n in range(len(records)) if visit.takes(starts[n])]
+            after = Place(here.visit, here.record + len(records), starts[-1], here.given, state)
+            if visit.stop is not None and after.text >= visit.stop:
+                self._left[file.label] = here
+            if mine:
+                first, stop = mine[0], mine[-1] + 1
+                after = replace(after, given=here.given + starts[stop] - starts[first])
+                chunk = Chunk(records[first:stop], self.field, file.label, here.record + first)
+                yield chunk, after
+            here = after
 
-    def _unreadable(self, file: _File | None, position: Position, error: Exception) -> Exception:
+    def _unreadable(self, file: SourceFile | None, record: int, error: Exception) -> Exception:
         """Make the error for a file that cannot be read, or without a file for the whole source.
 
         It names the file and the place in it. Hub data that stops after its first documents is a
@@ -229,10 +229,10 @@ class SourceReader:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return error
         reason = " ".join(str(error).split()) or type(error).__name__
-        where = f"record {position.record + 1} or one soon after it" if position.record else "it"
+        where = f"record {record + 1} or one soon after it" if record else "it"
         if isinstance(error, BadRecord):
             where = error.where
-        elif file and file.remote and position.read:
+        elif file and file.remote and self._begun:
             return RunError(
                 f"{self.field}: {file.label} stopped at {where}: {reason}. Run the command again "
                 "to go on from the last finished shard."
@@ -240,18 +240,19 @@ class SourceReader:
         name = file.label if file else repr(self.source.path)
         return UserError(f"{self.field}.path: {name}: {where} cannot be read: {reason}")
 
-    def _documents(self, batch: RecordBatch, file: _File, position: Position) -> list[Document]:
+    def _documents(self, batch: RecordBatch, file: SourceFile, first: int) -> list[Document]:
         """Take the columns that the recipe names, else those with the usual names.
 
-        Where a record lacks one (JSON has no schema), it has null.
+        Where a record lacks one (JSON has no schema), it has null. `first` is the number of the
+        batch's first record.
         """
         columns = self._columns or self._choose_columns(batch)
         missing = [column for column in columns.values() if column not in batch]
         # Later records of a file may lack a column, but a whole file without it is a mistake.
-        if missing and not position.record:
+        if missing and not first:
             raise UserError(
                 f"{self.field}: {file.label} has no column {missing[0]!r} "
-                f"(record {position.record + 1}); it has {', '.join(sorted(batch))}. {NAME_COLUMNS}"
+                f"(record {first + 1}); it has {', '.join(sorted(batch))}. {NAME_COLUMNS}"
             )
         self._columns = columns
         nulls = [None] * len(next(iter(batch.values()), []))
@@ -273,14 +274,7 @@ class SourceReader:
             f"response, text; it has {', '.join(sorted(batch))}. {NAME_COLUMNS}"
         )
 
-    def _settle_columns(self, visits: Sequence[_Visit]) -> None:
-        """Choose columns by the first file with a record, as reading from the beginning does."""
-        for visit in visits:
-            # `_documents` has kept the choice by then.
-            if next(self._records(visit, Position()), None):
-                return
-
-    def _files(self) -> list[_File]:
+    def _files(self) -> list[SourceFile]:
         """List the source's files; of hub data, its shards."""
         import datasets
 
@@ -293,11 +287,11 @@ class SourceReader:
             if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
                 return self._saved(datasets.load_from_disk(str(path)))
         except (*LIST_ERRORS, datasets.exceptions.DatasetsError) as error:
-            raise self._unreadable(None, Position(), error) from error
+            raise self._unreadable(None, 0, error) from error
         self._refuse_split("plain files have no splits")
         return self._plain_files(path)
 
-    def _plain_files(self, path: Path) -> list[_File]:
+    def _plain_files(self, path: Path) -> list[SourceFile]:
         """List a local file, or the files of a folder; all must have one format."""
         if path.is_file():
             files = [path]
@@ -324,10 +318,14 @@ class SourceReader:
             )
         # Empty files have no format to check, and some libraries refuse them.
         sized = [file for file in files if file.stat().st_size]
-        head = HEAD_RECORDS_OF_TABLES if formats.keys() & TABLES else HEAD_RECORDS
-        return [_File(str(file), file_reader(file, sample_by), head=head) for file in sized]
+        return [
+            SourceFile(
+                str(file), file_reader(file, sample_by), text_of(file.name, file.stat().st_size)
+            )
+            for file in sized
+        ]
 
-    def _hub_files(self) -> list[_File]:
+    def _hub_files(self) -> list[SourceFile]:
         """List the files of hub data that our readers read, else the shards of `datasets`."""
         import datasets
 
@@ -337,26 +335,42 @@ class SourceReader:
             data = datasets.load_dataset(
                 source.path, source.name, split=source.split, revision=source.revision
             )
-            return [_File(name, dataset_reader(data.to_iterable_dataset), remote=True)]
+            return [SourceFile(name, dataset_reader(data.to_iterable_dataset), remote=True)]
         builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
         reader = hub_file_reader(builder)
-        addresses = (builder.config.data_files or {}).get(source.split)
+        listed = (builder.config.data_files or {}).get(source.split) or ()
+        addresses = [str(address) for address in listed]
         # File by file, so that a bad record is named by its file and line.
         if reader and addresses:
-            return [
-                _File(f"{name}, {address}", reader(str(address)), remote=True, head=HEAD_RECORDS)
-                for address in addresses
+            labels = [f"{name}, {address}" for address in addresses]
+            reads = [reader(address) for address in addresses]
+        else:
+            data = builder.as_streaming_dataset(split=source.split)
+            count = data.num_shards
+            labels = [f"{name}, shard {number} of {count}," for number in range(1, count + 1)]
+            reads = [
+                dataset_reader(functools.partial(data.shard, count, number))
+                for number in range(count)
             ]
-        data = builder.as_streaming_dataset(split=source.split)
-        count = data.num_shards
-        found = []
-        for number in range(count):
-            label = f"{name}, shard {number + 1} of {count},"
-            shard = functools.partial(data.shard, count, number)
-            found.append(_File(label, dataset_reader(shard), remote=True))
-        return found
+        texts = self._hub_texts(addresses, len(reads))
+        return [
+            SourceFile(label, read, text, remote=True)
+            for label, read, text in zip(labels, reads, texts, strict=True)
+        ]
 
-    def _saved(self, data: Any) -> list[_File]:
+    def _hub_texts(self, addresses: Sequence[str], count: int) -> list[int]:
+        """Characters of text of each file or shard of hub data, about."""
+        # `datasets` may make other shards than one of each file; their sizes are not known.
+        if len(addresses) != count:
+            return [text_of("", None)] * count
+        try:
+            sizes = listed_sizes(addresses)
+        # Each file system and network library has errors of its own.
+        except Exception as error:
+            raise self._unreadable(None, 0, error) from error
+        return [text_of(*both) for both in zip(addresses, sizes, strict=True)]
+
+    def _saved(self, data: Any) -> list[SourceFile]:
         """List a data set that `save_to_disk` wrote, with or without splits."""
         if not isinstance(data, Mapping):
             self._refuse_split("this saved data set has no splits")
@@ -367,7 +381,7 @@ class SourceReader:
             )
         else:
             data = data[self.source.split]
-        return [_File(str(self.source.path), dataset_reader(data.to_iterable_dataset))]
+        return [SourceFile(str(self.source.path), dataset_reader(data.to_iterable_dataset))]
 
     def _refuse_split(self, reason: str) -> None:
         if self.source.split != "train":
