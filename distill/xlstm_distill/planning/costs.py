@@ -34,8 +34,10 @@ MARGIN = 0.9
 """As `training.reduction`: the share of a GPU's memory that whole gradients may fill."""
 CHECKPOINT_BYTES = 12
 """Bytes of a trained parameter in a checkpoint: fp32 weight and two moments."""
-MERGE_BYTES = 16
-"""Bytes a number of the tensor that is being merged: the sum and an expert's share, in float64."""
+MERGED_AT_ONCE = 16 * 2**20
+"""Numbers that a merge works on: `merging.streaming` has up to 16 threads with a block each."""
+MERGE_BYTES, EXPERT_BYTES = 48, 12
+"""Bytes of each such number: sums in float64, and of each expert a copy and a difference."""
 FP32 = 4.0
 
 
@@ -272,10 +274,16 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
     return planner.timed(cost)
 
 
-def merge_cost(planner: Planner) -> StageCost:
-    """Cost the merge, which holds the merged student on the host, in fp32, and mapped experts."""
-    student, largest = FP32 * planner.parameters.student, planner.parameters.embedding
-    return StageCost("merge", disk=student, host_memory=student + MERGE_BYTES * largest)
+def merge_costs(planner: Planner) -> list[StageCost]:
+    """Cost the merges, which hold a few blocks of every expert on the host, whatever the model."""
+    student = FP32 * planner.parameters.student
+    bytes_each = MERGE_BYTES + EXPERT_BYTES * len(planner.recipe.distill.experts)
+    # A small model has no more numbers than it has.
+    memory = min(MERGED_AT_ONCE, planner.parameters.student) * bytes_each
+    found = [StageCost("merge", disk=student, host_memory=memory)]
+    for name in planner.recipe.merge.variants:
+        found.append(StageCost("variant", name=name, disk=student, host_memory=memory))
+    return found
 
 
 def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:

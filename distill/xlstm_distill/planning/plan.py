@@ -21,7 +21,7 @@ from xlstm_distill.planning.costs import (
     data_cost,
     evaluation_cost,
     expert_cost,
-    merge_cost,
+    merge_costs,
 )
 from xlstm_distill.planning.fit import MOST_GPUS, Value
 from xlstm_distill.planning.inputs import Sharding
@@ -111,7 +111,7 @@ def make_plan(
         stages.append(capture_cost(planner))
     stages.append(align_cost(planner))
     stages += [expert_cost(planner, name) for name in recipe.distill.experts]
-    stages.append(merge_cost(planner))
+    stages += merge_costs(planner)
     stages += [evaluation_cost(planner, student=student) for student in (False, True)]
     return CostPlan(
         recipe=recipe.name,
