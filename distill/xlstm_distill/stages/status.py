@@ -95,7 +95,7 @@ def read_status(run: Path) -> list[StageStatus]:
                 status = _with_rows(status, earlier)
             found[status.label] = status
     try:
-        lineage = _saved_lineage(run)
+        lineage = saved_lineage(run)
     except UserError as error:
         rest = list(found.values())
         return [StageStatus("recipe", "unreadable", why=str(error), path=RECIPE_FILE), *rest]
@@ -309,7 +309,7 @@ def _last_line(log: Path) -> dict[str, Any] | None:
     return None
 
 
-def _saved_lineage(run: Path) -> Lineage | None:
+def saved_lineage(run: Path) -> Lineage | None:
     """The lineage of the recipe that the run was started with last; None where none was saved.
 
     Raises:
