@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from xlstm_distill.artifacts import Artifact
 from xlstm_distill.artifacts.manifest import MANIFEST
 from xlstm_distill.artifacts.run import RECIPE_FILE
 from xlstm_distill.errors import UserError
-from xlstm_distill.planning.architecture import Architecture, features, read_architecture
+from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.inputs import DTYPE_BYTES
+from xlstm_distill.planning.memory import student_cache
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.shown import teacher_name
 from xlstm_distill.stages.lineage import MERGED, TEACHER, Lineage
@@ -22,8 +23,6 @@ from xlstm_eval.metrics import ALPHAS, compare, pair_results
 from xlstm_eval.records import EvalError
 from xlstm_eval.report.many import Entry
 from xlstm_eval.statistics.measure import measure
-
-FP32, INT64 = 4, 8
 
 
 def read_entries(directories: Sequence[Path], margin: float | None = None) -> list[Entry]:
@@ -98,24 +97,9 @@ def _state_bytes(directory: Path, lineage: Lineage, model: str) -> int | None:
     file = directory / "artifacts" / lineage.model_label(model) / "model" / "config.json"
     if not file.is_file():
         return None
-    config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return state_bytes(lineage.recipe, read_architecture(config, str(file)))
-
-
-def state_bytes(recipe: Recipe, a: Architecture) -> int:
-    """Bytes of a student's decoding cache for one sequence of any length.
-
-    Per layer: the mLSTM's C, n and m in fp32, and the ring of N + W keys and values in the model's
-    dtype with its positions (`models.cache`).
-    """
-    mixer, number = recipe.student.mixer, DTYPE_BYTES[recipe.teacher.dtype]
-    width = features(mixer, a)
-    total = 0
-    for reach in a.reaches:
-        if "mlstm" in mixer.branches:
-            total += FP32 * a.heads * (width * a.head_dim + width + 1)
-        if "window" in mixer.branches:
-            window = mixer.window if reach is None else min(mixer.window, reach)
-            slots = mixer.sinks + window
-            total += 2 * a.groups * slots * a.head_dim * number + INT64 * (slots + 1)
-    return total
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    # A student's shapes are its teacher's, and so is its type but for the prefix.
+    config["model_type"] = str(config["model_type"]).removeprefix("xlstm_")
+    recipe = lineage.recipe
+    number = DTYPE_BYTES[recipe.teacher.dtype]
+    return int(student_cache(read_architecture(config, str(file)), recipe.student.mixer, number))

@@ -137,7 +137,7 @@ def difference_figure(result: Comparison, short: Mapping[str, str]) -> str:
         label = short[pair.task] if is_share else f"{short[pair.task]} (% of the teacher's)"
         rows.append((*values, label, found.p_value_holm <= SIGNIFICANT))
     rows.sort(key=lambda row: (row[0], row[3]))
-    figure, axes = new_figure(8.6, 1.0 + 0.3 * len(rows))
+    figure, axes = new_figure(6.6, 0.9 + 0.26 * len(rows))
     axes.axvline(0, color=INK, lw=1.1, zorder=2)
     for place, (middle, low, high, _, is_shown) in enumerate(rows):
         color = MUTED if not is_shown else SERIES[1] if middle < 0 else SERIES[0]
