@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from xlstm_distill.runtime.console import Console
-    from xlstm_eval.report.many import Entry
+    from xlstm_eval.report.entries import Entry
 
 DEFAULT_OUT = Path("report")
 OWN_FILES = {"report.html", "report.md", "report.json"}

@@ -21,7 +21,7 @@ from xlstm_distill.stages.report import check_measured_alike, read_results
 from xlstm_distill.stages.status import saved_lineage
 from xlstm_eval.metrics import ALPHAS, compare, pair_results
 from xlstm_eval.records import EvalError
-from xlstm_eval.report.many import Entry
+from xlstm_eval.report.entries import Entry
 from xlstm_eval.statistics.measure import measure
 
 

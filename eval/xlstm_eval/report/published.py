@@ -8,7 +8,7 @@ from typing import Any
 
 from xlstm_eval.metrics import ALPHAS, compare
 from xlstm_eval.records import TaskPair
-from xlstm_eval.report.many import Entry
+from xlstm_eval.report.entries import Entry
 from xlstm_eval.statistics.measure import measure
 
 TABLES = Path(__file__).parent / "tables" / "xlstm-distillation.json"

@@ -10,7 +10,8 @@ import pytest
 
 from xlstm_eval.metrics import compare
 from xlstm_eval.records import TaskPair
-from xlstm_eval.report.many import Entry, groups_of, pareto_front, render_many
+from xlstm_eval.report.entries import Entry, groups_of, pareto_front
+from xlstm_eval.report.many import render_many
 from xlstm_eval.report.published import published_entries
 from xlstm_eval.statistics.measure import measure
 
