@@ -14,9 +14,9 @@ import typer
 
 from xlstm_distill.cli import completion, reports
 from xlstm_distill.cli.failures import in_run, one_line_errors
-from xlstm_distill.cli.launch import LaunchArgs, LaunchConfig, dispatch
 from xlstm_distill.cli.options import Debug, Overrides, RecipePath, Replace, RunPath
-from xlstm_distill.cli.preflight import check_batches, check_words
+from xlstm_distill.cli.processes.launch import LaunchArgs, LaunchConfig, dispatch
+from xlstm_distill.cli.processes.preflight import check_batches, check_words
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.libraries import quiet_libraries
 from xlstm_distill.runtime.ranks import is_main_process, process_count

@@ -18,7 +18,7 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.shown import teacher_name
 from xlstm_distill.stages.lineage import MERGED, TEACHER, Lineage
 from xlstm_distill.stages.report import check_measured_alike, read_results
-from xlstm_distill.stages.status import saved_lineage
+from xlstm_distill.stages.status.comparison import saved_lineage
 from xlstm_eval.metrics import ALPHAS, compare, pair_results
 from xlstm_eval.records import EvalError
 from xlstm_eval.report.entries import Entry
