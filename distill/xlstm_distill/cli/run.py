@@ -101,11 +101,22 @@ Share = Annotated[
     ),
 ]
 
+DomainShare = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Do share I (0 to N - 1) of N, for a Slurm array. A share is whole domains, so N is "
+        "at most their number; each domain uses the cores of its machine.",
+        show_default="all",
+    ),
+]
+
 
 def prepare(
     recipe: RecipePath,
     run_dir: RunPath = None,
-    shard: Share = None,
+    shard: DomainShare = None,
     overrides: Overrides = None,
     replace: Replace = False,
     debug: Debug = False,
