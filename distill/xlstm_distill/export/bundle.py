@@ -164,15 +164,15 @@ def _visit(node: ast.AST, module: Module, local: frozenset[str], found: list[Ref
     if isinstance(node, Function):
         inner = local | _bound(node)
         # Read where the function is defined, not inside it.
-        for child in _outside(node):
-            _visit(child, module, local, found)
+        for part in _outside(node):
+            _visit(part, module, local, found)
         children = list(node.body) if isinstance(node.body, list) else [node.body]
     elif isinstance(node, ast.ClassDef):
         # A field of a class is none of the module's names.
         children = [*node.bases, *node.keywords, *node.decorator_list]
-        for part in node.body:
-            fields = isinstance(part, ast.Assign | ast.AnnAssign)
-            children += _without_targets(part) if fields else [part]
+        for statement in node.body:
+            fields = isinstance(statement, ast.Assign | ast.AnnAssign)
+            children += _without_targets(statement) if fields else [statement]
     for child in children:
         _visit(child, module, inner, found)
 

@@ -63,6 +63,13 @@ class HybridMixer(nn.Module):
     saved.
     """
 
+    # The teacher's own; `projections` names those that the family has.
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    qkv_proj: Any
+    o_proj: Any
+
     def __init__(self, attention: Any, family: Family, config: MixerConfig) -> None:
         super().__init__()
         teacher = attention.config
