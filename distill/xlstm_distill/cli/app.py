@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from xlstm_distill.cli import inspect, recipes, run, upkeep, validate
+from xlstm_distill.cli.doctor import doctor
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ for command in (
     inspect.status,
     upkeep.verify,
     upkeep.clean,
+    doctor,
     inspect.score,
     inspect.schema,
 ):

@@ -19,6 +19,7 @@ from xlstm_kernels.triton.common import (
     load_runs,
     pair_weights,
     state_weights,
+    tile_and_head,
 )
 
 
@@ -35,8 +36,7 @@ def state_kernel(
     Stores the state as it enters each chunk and as it leaves the last one. The first program of a
     head also writes the stabiliser m (B, H, T) of every token.
     """
-    tile_k, tile_v = tl.program_id(0) % (DK // BK), tl.program_id(0) // (DK // BK) % (DV // BV)
-    bh = (tl.program_id(0) // (DK // BK * (DV // BV))).to(tl.int64)
+    tile_k, tile_v, bh = tile_and_head(DK // BK, DV // BV)
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
@@ -76,10 +76,11 @@ def state_kernel(
         log_write = ((high_end - sum_high) + (i - m_end)) + (low_end - sum_low)
         write = tl.exp(tl.where(writes, log_write, LOG_ZERO))
         decay = tl.exp(tl.where(passes, (high_end + (m - m_end)) + low_end, LOG_ZERO))
-        v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(C_ptr.dtype.element_ty)
-        key = load_rows(k_ptr, k_t, t, T, dk).to(tl.float32) * write[:, None]
-        C = tl.dot(tl.trans(key.to(v.dtype)), v, C * decay, input_precision=PRECISION)
-        n = n * decay + tl.sum(key, 0)
+        k = load_rows(k_ptr, k_t, t, T, dk).to(C_ptr.dtype.element_ty)
+        # The weight goes on v, so that the transposed k is what memory holds and not a result.
+        v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv) * write[:, None]
+        C = tl.dot(tl.trans(k), v.to(k.dtype), C * decay, input_precision=PRECISION)
+        n = n * decay + tl.sum(k.to(tl.float32) * write[:, None], 0)
         m = m_end
     # Inside the loop C is that of the centred values; C + n centreᵀ is that of the values
     # themselves.
@@ -96,14 +97,14 @@ def output_kernel(
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Compute h and its denominator for one chunk. Grid (B H, chunks, DV / BV).
+    """Compute h and its denominator for one chunk. Grid (chunks * B H, DV / BV).
 
     Reads the state that enters the chunk and the chunk's own tokens. Also writes `h_centred`, which
     is h less the common component of the values, unless its pointer is None (nothing requires
     gradients).
     """
-    c, bh = chunk_and_head()
-    tile_v = tl.program_id(2)
+    c, bh = chunk_and_head(chunks)
+    tile_v = tl.program_id(1)
     b, h = bh // H, bh % H
     slot = bh * chunks + c
     t = c * L + tl.arange(0, L)
@@ -128,7 +129,7 @@ def output_kernel(
         sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
     )
     weights = scores * pair_weights(
-        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L, False
     )
     v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(C_ptr.dtype.element_ty)
     num = tl.dot(weights.to(v.dtype), v, num * read[:, None], input_precision=PRECISION)

@@ -49,7 +49,7 @@ def advance_state(
         rows = d + tl.arange(0, BK)
         q = tl.load(q_ptr + rows).to(tl.float32)
         key = tl.load(k_ptr + rows).to(tl.float32) * write
-        tile = C_ptr + rows[:, None] * C_row + dv[None, :]
+        tile = C_ptr + rows[:, None].to(tl.int64) * C_row + dv[None, :]
         C = tl.load(tile) * decay + key[:, None] * v[None, :]
         tl.store(tile, C)
         num += tl.sum(q[:, None] * C, 0)
@@ -104,9 +104,9 @@ def attend_ring(
         # A sink that is still in the ring is read from there, and its own slot is not visible.
         visible = filled & (in_ring == (held > seen - window))
         mask = visible[:, None]
-        k_tile = keys_ptr + slot[:, None] * D + d[None, :]
+        k_tile = keys_ptr + slot[:, None].to(tl.int64) * D + d[None, :]
         k = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
-        v_tile = values_ptr + slot[:, None] * DV + dv[None, :]
+        v_tile = values_ptr + slot[:, None].to(tl.int64) * DV + dv[None, :]
         v = tl.load(v_tile, mask=mask, other=0.0).to(tl.float32)
         scores = tl.where(visible, tl.sum(q[None, :] * k, 1), float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 0))
