@@ -185,7 +185,7 @@ def _last_line(text: str) -> str:
 
 
 def ask(asked: Sequence[Question], index: int, runner: Runner = in_a_child) -> list[Verdict]:
-    """Answer questions for a CUDA device: from the folder, and by one check of what is not there."""
+    """Answer questions for a CUDA device: from the folder, the others by one check."""
     facts = machine(index)
     found = {each: read(each, facts) for each in asked}
     missing = [each for each, verdict in found.items() if verdict is None]

@@ -123,17 +123,18 @@ def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
 
     Rows are packed, and four query heads share a value head.
     """
-    from xlstm_kernels.triton import mlstm
+    from xlstm_kernels.triton.backward_pass import launch_backward
+    from xlstm_kernels.triton.forward_pass import launch_forward
 
     q, k, v = (bare(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
     i, f, runs = bare(1, 4, 256), bare(1, 4, 256), bare(1, 256, dtype=torch.int32)
     C0, n0, m0 = MLSTMState.zeros(1, 4, dim, dim, device="meta")
     settings = mlstm_config(dtype, dim, dim).numbers()
     # The functions behind the registered operators, which launch nothing on meta tensors.
-    found = mlstm.launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, keep=True)
+    found = launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, keep=True)
     (h, C, n, _), kept = found[:4], list(found[4:])
     arguments = [q, k, v, i, f, C0, n0, m0]
-    mlstm.launch_backward([h, C, n], arguments, runs, kept, settings, True, True)
+    launch_backward([h, C, n], arguments, runs, kept, settings, True, True)
 
 
 def launch_steps(dim: int, dtype: torch.dtype) -> None:
