@@ -24,7 +24,8 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from xlstm_kernels.benchmarks.operators import BOUNDS, milliseconds
+from xlstm_kernels.benchmarks.checking import BOUNDS
+from xlstm_kernels.benchmarks.timing import milliseconds
 from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs, to_float64
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
 from xlstm_kernels.torch.window import banded_attention
