@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -133,7 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m xlstm_kernels.benchmarks.operators", description=__doc__.splitlines()[0]
     )
     numbers = {
-        "batch": 32, "groups": 2, "key-dim": 32, "value-dim": 32,
+        "groups": 2, "key-dim": 32, "value-dim": 32,
         "window": 32, "sinks": 4, "document": 0, "repeats": 11, "threads": 1,
     }  # fmt: skip
     for name, default in numbers.items():
@@ -141,6 +142,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[256], help="lengths of a row; default 256"
     )
+    parser.add_argument("--batch", type=int, nargs="+", default=[32], help="rows; default 32")
     parser.add_argument(
         "--heads", type=int, nargs="+", default=[4],
         help="query heads; --groups belongs to the first number, and grows with it; default 4",
@@ -172,9 +174,8 @@ def shapes_of(options: argparse.Namespace) -> Iterator[Shape]:
     shared = options.heads[0] // options.groups  # query heads of a value head
     names = ("key_dim", "value_dim", "window", "sinks", "document")
     rest = [getattr(options, name) for name in names]
-    for tokens in options.tokens:
-        for heads in options.heads:
-            yield Shape(options.batch, tokens, heads, heads // shared, *rest)
+    for tokens, batch, heads in itertools.product(options.tokens, options.batch, options.heads):
+        yield Shape(batch, tokens, heads, heads // shared, *rest)
 
 
 def main(arguments: list[str] | None = None) -> int:

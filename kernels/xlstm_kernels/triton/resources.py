@@ -29,7 +29,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from xlstm_kernels.state import MLSTMState, Ring
-from xlstm_kernels.triton.configs import mlstm_config, window_config
+from xlstm_kernels.triton.configs import (
+    MLSTMConfig,
+    WindowConfig,
+    mlstm_config,
+    window_config,
+)
 
 # Triton's name of a pointer to each dtype.
 POINTERS = {
@@ -37,6 +42,15 @@ POINTERS = {
     torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
+
+
+# KiB of shared memory that a program can have, by compute capability (CUDA's programming guide).
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+
+
+def most_shared(arch: int) -> int:
+    """Return the bytes of shared memory that a program can have; unknown devices have the least."""
+    return 1024 * SHARED.get(arch, min(SHARED.values()))
 
 
 class Resources(NamedTuple):
@@ -48,16 +62,19 @@ class Resources(NamedTuple):
 
 
 @contextmanager
-def compiled_launches(arch: int) -> Iterator[dict[str, Resources]]:
+def compiled_launches(arch: int, kernels: tuple[str, ...] = ()) -> Iterator[dict[str, Resources]]:
     """Compile each launch inside the block for sm_<arch> instead of starting it.
 
-    Yields the table that the launches fill: resources by the name of the kernel.
+    kernels: those to compile, all if empty. Yields the table that the launches fill: resources by
+    the name of the kernel.
     """
     table: dict[str, Resources] = {}
 
     def compile_instead(
         self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any
     ) -> None:
+        if kernels and self.fn.__name__ not in kernels:
+            return
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         table[self.fn.__name__] = compile_kernel(self, values, arch)
 
@@ -118,7 +135,7 @@ def bare(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
+def launch_mlstm(dim: int, dtype: torch.dtype, config: MLSTMConfig | None = None) -> None:
     """Launch the chunkwise mLSTM, forward and backward.
 
     Rows are packed, and four query heads share a value head.
@@ -129,7 +146,7 @@ def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
     q, k, v = (bare(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
     i, f, runs = bare(1, 4, 256), bare(1, 4, 256), bare(1, 256, dtype=torch.int32)
     C0, n0, m0 = MLSTMState.zeros(1, 4, dim, dim, device="meta")
-    settings = mlstm_config(dtype, dim, dim).numbers()
+    settings = (config or mlstm_config(dtype, dim, dim)).numbers()
     # The functions behind the registered operators, which launch nothing on meta tensors.
     found = launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, keep=True)
     (h, C, n, _), kept = found[:4], list(found[4:])
@@ -149,7 +166,7 @@ def launch_steps(dim: int, dtype: torch.dtype) -> None:
     hybrid_step_triton(q, v, v, q, k, i, f, gate, state, ring, sinks=4, scale=1.0)
 
 
-def launch_window(dim: int, dtype: torch.dtype) -> None:
+def launch_window(dim: int, dtype: torch.dtype, config: WindowConfig | None = None) -> None:
     """Launch sliding-window attention, forward and backward; window 512 and 4 sinks.
 
     Rows are packed, and four query heads share a key head.
@@ -158,7 +175,7 @@ def launch_window(dim: int, dtype: torch.dtype) -> None:
 
     q, k, v = (bare(1, heads, 1024, dim, dtype=dtype) for heads in (4, 1, 1))
     runs, starts = (bare(1, 1024, dtype=torch.int32) for _ in range(2))
-    settings = (512, 4, 1.0, list(window_config(dtype, dim)))  # window, sinks, scale
+    settings = (512, 4, 1.0, list(config or window_config(dtype, dim)))  # window, sinks, scale
     out, logsumexp = window.launch_forward(q, k, v, runs, starts, *settings)
     window.launch_backward(
         out, q, k, v, runs, starts, out, logsumexp, *settings, queries=True, keys_and_values=True

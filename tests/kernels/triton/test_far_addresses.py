@@ -172,6 +172,8 @@ def assert_same_far_out(
         arguments, axes = far_arguments(launch, tmp_path)
         launch.kernel[launch.grid](**arguments)
         for name, axis in axes.items():
+            if name == "starts_ptr":  # positions, which are others out there
+                continue
             found, expected = arguments[name], launch.after[name]
             front = found.shape[axis] - expected.shape[axis]
             written = found.narrow(axis, front, expected.shape[axis])
@@ -183,6 +185,7 @@ def assert_same_far_out(
     return reached
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_mlstm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     inputs = random_inputs(1, HEADS, TOKENS, DIM, G=1, seed=1)
     config = MLSTMConfig(CHUNK, *[Launch(16, 16, 4, 1)] * 6)
@@ -198,6 +201,7 @@ def test_every_kernel_of_the_mlstm(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert reached == {launch.name for launch in log} - {"gate_kernel"}  # that has no features
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_window(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(2)
     shapes = {"q": (1, HEADS, TOKENS, DIM), "k": (1, 1, TOKENS, DIM), "v": (1, 1, TOKENS, DIM)}
@@ -214,8 +218,9 @@ def test_every_kernel_of_the_window(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert len(log) == 5
     # In the long row, what comes before is another document.
     for launch in log:
-        launch.before["runs_ptr"] += 1
-        launch.after["runs_ptr"] += 1
+        for arguments in (launch.before, launch.after):
+            if "runs_ptr" in arguments:
+                arguments["runs_ptr"] += 1
     reached = assert_same_far_out(log, monkeypatch, tmp_path)
     assert {"window_kernel", "query_grad_kernel", "key_value_grad_kernel"} <= reached
 
