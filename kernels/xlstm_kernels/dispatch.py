@@ -60,12 +60,14 @@ def automatic(
     dtype = tensors[0].dtype
     for x in tensors[1:3]:  # q, k and v; the gates are float32 in any case
         dtype = torch.promote_types(dtype, x.dtype)
-    return "triton" if _passes(operator, dtype, tuple(sorted(dims.items())), index) else "torch"
+    return (
+        "triton" if passes_check(operator, dtype, tuple(sorted(dims.items())), index) else "torch"
+    )
 
 
 # Dynamo runs it once, while it traces, and takes the answer for a constant.
 @torch.compiler.assume_constant_result
-def _passes(
+def passes_check(
     operator: str, dtype: torch.dtype, dims: tuple[tuple[str, int], ...], index: int
 ) -> bool:
     """Say whether Triton's operator is to run: as the environment says, else as checked."""

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from xlstm_kernels import mlstm, mlstm_step, sliding_window_attention, verdicts
+from xlstm_kernels import dispatch, mlstm, mlstm_step, sliding_window_attention, verdicts
 from xlstm_kernels.dispatch import choose
 from xlstm_kernels.state import MLSTMState
 from xlstm_kernels.testing import random_inputs
@@ -165,3 +165,20 @@ class TestRefusals:
             ValueError, match=r"backend='mlstm_kernels' is unknown; allowed: auto, torch, triton$"
         ):
             sliding_window_attention(x, x, x, window=2, sinks=1, backend="mlstm_kernels")
+
+
+@pytest.mark.slow
+def test_a_choice_is_a_constant_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("XLSTM_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def named(x: torch.Tensor) -> torch.Tensor:
+        return x + (choose("mlstm", "triton", x, x, x, dims={"Dk": 16, "Dv": 16}) == "triton")
+
+    def automatic(x: torch.Tensor) -> torch.Tensor:
+        return x + dispatch.passes_check("mlstm", torch.bfloat16, (("Dk", 16), ("Dv", 16)), 0)
+
+    for function in (named, automatic):
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
+        assert compiled(torch.zeros(1)).item() == 1.0
