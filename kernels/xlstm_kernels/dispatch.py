@@ -65,8 +65,6 @@ def automatic(
     )
 
 
-# Dynamo runs it once, while it traces, and takes the answer for a constant.
-@torch.compiler.assume_constant_result
 def passes_check(
     operator: str, dtype: torch.dtype, dims: tuple[tuple[str, int], ...], index: int
 ) -> bool:
@@ -75,6 +73,11 @@ def passes_check(
     if forced is not None:
         return forced == "triton"
     return verdicts.is_right(verdicts.question(operator, dtype, dict(dims)), index)
+
+
+# Dynamo runs it once, while it traces, and takes the answer for a constant. This is all that
+# torch.compiler.assume_constant_result does; but that imports dynamo, and with it Triton.
+passes_check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forced_backend() -> Backend | None:

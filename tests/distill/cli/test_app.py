@@ -28,6 +28,7 @@ COMMANDS = (
     "status",
     "verify",
     "clean",
+    "doctor",
     "score",
     "schema",
     "recipes",

@@ -180,7 +180,8 @@ def test_a_budget_stops_an_entry_that_never_ends_and_keeps_the_rows(
             time.sleep(0.01)
 
     entry = entry_named("mlstm step", "torch")
-    monkeypatch.setattr(operators, "ALL_ENTRIES", (entry, entry._replace(run=hang)))
+    endless = entry._replace(backend="endless", run=hang)
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (entry, endless))
     assert operators.main([*SMALL, "--report", str(tmp_path), "--budget-s", "2"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("Stopped: the time of --budget-s")
     assert "| mlstm step | torch | forward | 1 | 2 | 40 |" in (tmp_path / "kernels.md").read_text()
