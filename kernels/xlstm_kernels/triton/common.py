@@ -27,6 +27,9 @@ from torch import Tensor
 
 # Log-weight of nothing, as in `xlstm_kernels.state`.
 LOG_ZERO = tl.constexpr(-1e30)
+# Arguments that change with the length of the rows. Triton would compile a kernel anew for lengths
+# that are divisible by 16 and for those that are not.
+LENGTHS = ("T", "chunks", "blocks")
 
 
 def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype, str]:
@@ -98,7 +101,7 @@ def max_plus(decay_1, max_1, decay_2, max_2):
     return decay_1 + decay_2, tl.maximum(max_1 + decay_2, max_2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def gate_kernel(
     i_ptr, f_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, T, H, chunks,
     SEGMENTED: tl.constexpr, L: tl.constexpr,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
+    LENGTHS,
     chunk_and_head,
     load_centred,
     load_rows,
@@ -23,7 +24,7 @@ from xlstm_kernels.triton.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def denominator_kernel(
     h_centred_ptr, dh_ptr, den_ptr, d_den_ptr, T, chunks,
     DOT: tl.constexpr, L: tl.constexpr, DV: tl.constexpr,
@@ -46,7 +47,7 @@ def load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV: tl.constexpr):
     return load_rows(dh_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32) / den[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def state_grad_kernel(
     q_ptr, dh_ptr, den_ptr, d_den_ptr, i_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     dC_end_ptr, dn_end_ptr, dC_ptr, dn_ptr, dC0_ptr, dn0_ptr,
@@ -90,7 +91,7 @@ def state_grad_kernel(
         tl.store(dn0_ptr + bh * DK + dk, dn)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def key_grad_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
     sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, dC_ptr, dn_ptr, dk_ptr, d_write_ptr,
@@ -148,7 +149,7 @@ def key_grad_kernel(
     tl.store(d_write_ptr + bh * T + t, d_write, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def query_gate_grad_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, f_ptr, dh_ptr, den_ptr, d_den_ptr,
     sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
@@ -235,7 +236,7 @@ def query_gate_grad_kernel(
     tl.store(df_ptr + bh * T + t, d_log_f / (1.0 + tl.exp(f)), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def value_grad_kernel(
     q_ptr, k_ptr, i_ptr, dh_ptr, den_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     dC_ptr, dv_ptr,

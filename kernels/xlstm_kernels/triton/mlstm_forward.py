@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
+    LENGTHS,
     LOG_ZERO,
     chunk_and_head,
     load_centred,
@@ -23,7 +24,7 @@ from xlstm_kernels.triton.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def state_kernel(
     k_ptr, v_ptr, centre_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, runs_ptr,
     C0_ptr, n0_ptr, m0_ptr, C_ptr, n_ptr, m_ptr, C_end_ptr, n_end_ptr,
@@ -89,7 +90,7 @@ def state_kernel(
         tl.store(n_end_ptr + bh * DK + dk, n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def output_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     C_ptr, n_ptr, h_ptr, h_centred_ptr, den_ptr,

@@ -54,11 +54,28 @@ def most_shared(arch: int) -> int:
 
 
 class Resources(NamedTuple):
-    """What a kernel needs: registers and spilled bytes per thread, shared bytes per program."""
+    """What a kernel needs: registers and spilled bytes per thread, shared bytes per program.
+
+    programs: that an SM holds at the same time; two or more hide each other's waits.
+    """
 
     registers: int
     spills: int
     shared: int
+    programs: int
+
+
+# Of an SM (CUDA's programming guide): registers, warps, programs; a program's own KiB.
+REGISTERS, MOST_WARPS, MOST_PROGRAMS, OWN_SHARED = 65536, 64, 32, 1
+
+
+def programs_on_an_sm(arch: int, registers: int, shared: int, warps: int) -> int:
+    """Return how many programs an SM holds at the same time."""
+    each = -(-registers // 8) * 8 * 32 * warps  # registers are given to warps in eights a thread
+    # A program can have all of an SM's shared memory but the KiB that each program takes itself.
+    whole = most_shared(arch) + 1024 * OWN_SHARED
+    by_shared = whole // (shared + 1024 * OWN_SHARED)
+    return min(REGISTERS // each, by_shared, MOST_WARPS // warps, MOST_PROGRAMS)
 
 
 @contextmanager
@@ -100,6 +117,8 @@ def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Re
         if isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[number,] = divisible
+        elif parameter.do_not_specialize:
+            signature[name] = "i32"
         elif parameter.is_constexpr or value is None or value == 1:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
@@ -112,7 +131,9 @@ def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Re
     options = {name: values[name] for name in OPTIONS if name in values}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = assemble(built.asm["ptx"], arch)
-    return Resources(registers, spills, built.metadata.shared)
+    shared, warps = built.metadata.shared, built.metadata.num_warps
+    programs = programs_on_an_sm(arch, registers, shared, warps)
+    return Resources(registers, spills, shared, programs)
 
 
 def assemble(ptx: str, arch: int) -> tuple[int, int]:
@@ -225,9 +246,10 @@ def main() -> None:
             json.dumps({name: list(resources) for name, resources in table.items()}) + "\n"
         )
         return
-    for name, (registers, spills, shared) in table.items():
+    for name, (registers, spills, shared, programs) in table.items():
         sys.stdout.write(
-            f"{name:40} {registers:4} registers {spills:6} B spilled {shared:7} B shared\n"
+            f"{name:40} {registers:4} registers {spills:6} B spilled {shared:7} B shared "
+            f"{programs:3} programs on an SM\n"
         )
 
 

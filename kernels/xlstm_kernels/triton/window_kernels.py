@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import chunk_and_head, load_rows
+from xlstm_kernels.triton.common import LENGTHS, chunk_and_head, load_rows
 
 # Score of a masked pair. Finite, so that exp(score - maximum) of a row that sees nothing yet is a
 # number and not nan.
@@ -67,7 +67,7 @@ def in_band(t, s, run_t, run_s, start_s, T, window, sinks):
     return near & (t >= s) & (run_t == run_s) & (t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def window_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, out_ptr, logsumexp_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
@@ -127,7 +127,7 @@ def window_kernel(
     tl.store(logsumexp_ptr + bh * T + t, row_max + tl.log(total), mask=t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def mean_grad_kernel(
     out_ptr, dout_ptr, mean_grad_ptr, T, blocks, L: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
@@ -142,7 +142,7 @@ def mean_grad_kernel(
     tl.store(mean_grad_ptr + bh * T + t, tl.sum(out * dout, 1), mask=t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
     dq_ptr, sink_dk_ptr, sink_dv_ptr,
@@ -211,7 +211,7 @@ def query_grad_kernel(
     tl.store(tile, dq.to(dq_ptr.dtype.element_ty), mask=(t < T)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def key_value_grad_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
     dk_ptr, dv_ptr,
@@ -260,7 +260,7 @@ def key_value_grad_kernel(
     tl.store(dv_ptr + tile, dv.to(dv_ptr.dtype.element_ty), mask=(s < T)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def sink_grad_kernel(
     runs_ptr, starts_ptr, sink_dk_ptr, sink_dv_ptr, dk_ptr, dv_ptr, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,

@@ -11,6 +11,8 @@ import pytest
 from xlstm_kernels.triton.table import MLSTM, WINDOW
 
 pytest.importorskip("triton")
+from xlstm_kernels.triton import common
+
 MODULES = ("common", "mlstm_forward", "mlstm_backward", "window_kernels", "step")
 
 
@@ -101,3 +103,12 @@ def test_loops_with_operands_in_registers_are_not_pipelined() -> None:
     for settings in MLSTM.values():
         assert [launch[3] for launch in settings[4:]] == [1, 1, 1]
     assert {stage for settings in WINDOW.values() for stage in (settings[2], settings[4])} == {1}
+
+
+def test_a_new_length_of_rows_compiles_nothing() -> None:
+    for kernel in kernels():
+        names = {argument.arg for argument in kernel.args.args}
+        if kernel.name.endswith("_kernel") and names & {"T", "chunks", "blocks"}:
+            (decorator,) = kernel.decorator_list
+            assert ast.unparse(decorator) == "triton.jit(do_not_specialize=LENGTHS)", kernel.name
+    assert set(common.LENGTHS) == {"T", "chunks", "blocks"}
