@@ -54,6 +54,7 @@ class Checker:
         key = (entry, small)
         if key not in self.ratios:
             truth = self._truth(entry, small)
+            assert entry.run is not None
             found = results_of(entry, entry.run, self._inputs(small).copied(), small)
             ratios = [error_ratio(found[name], truth[name]) for name in truth]
             # max() would pass over a NaN that is not the first.

@@ -81,11 +81,10 @@ def state_grad_kernel(
             dC_ptr.dtype.element_ty
         )
         d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
-        q = load_rows(q_ptr, q_t, t, T, dk).to(d_num.dtype)
-        # The weight goes on d_num, so that the transposed q is what memory holds and not a result.
-        d_read = (d_num.to(tl.float32) * read[:, None]).to(q.dtype)
-        dC = tl.dot(tl.trans(q), d_read, dC * decay, input_precision=PRECISION)
-        dn = dn * decay + tl.sum(q.to(tl.float32) * (d_den * read)[:, None], 0)
+        # On q and not on d_num, as in `state_kernel`.
+        q = load_rows(q_ptr, q_t, t, T, dk).to(tl.float32) * read[:, None]
+        dC = tl.dot(tl.trans(q.to(d_num.dtype)), d_num, dC * decay, input_precision=PRECISION)
+        dn = dn * decay + tl.sum(q * d_den[:, None], 0)
     tl.store(dC0_ptr + bh * DK * DV + tile, dC)
     if tile_v == 0:
         tl.store(dn0_ptr + bh * DK + dk, dn)

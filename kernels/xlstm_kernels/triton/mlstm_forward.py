@@ -77,11 +77,12 @@ def state_kernel(
         log_write = ((high_end - sum_high) + (i - m_end)) + (low_end - sum_low)
         write = tl.exp(tl.where(writes, log_write, LOG_ZERO))
         decay = tl.exp(tl.where(passes, (high_end + (m - m_end)) + low_end, LOG_ZERO))
-        k = load_rows(k_ptr, k_t, t, T, dk).to(C_ptr.dtype.element_ty)
-        # The weight goes on v, so that the transposed k is what memory holds and not a result.
-        v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv) * write[:, None]
-        C = tl.dot(tl.trans(k), v.to(k.dtype), C * decay, input_precision=PRECISION)
-        n = n * decay + tl.sum(k.to(tl.float32) * write[:, None], 0)
+        v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(C_ptr.dtype.element_ty)
+        # The weight goes on k and not on v: features are positive, and the rounding of the weighted
+        # ones averages out in q . k. On v it put df in bfloat16 over its bound.
+        key = load_rows(k_ptr, k_t, t, T, dk).to(tl.float32) * write[:, None]
+        C = tl.dot(tl.trans(key.to(v.dtype)), v, C * decay, input_precision=PRECISION)
+        n = n * decay + tl.sum(key, 0)
         m = m_end
     # Inside the loop C is that of the centred values; C + n centreᵀ is that of the values
     # themselves.

@@ -92,6 +92,11 @@ def attend_ring(
     largest = tl.sum(q * key, 0)
     total = largest * 0.0 + 1.0
     out = value
+    # Moved along with the slots: 64-bit offsets of whole tiles would take half as many registers
+    # again.
+    row = tl.arange(0, SLOTS)[:, None]
+    k_tile = keys_ptr + row * D + d[None, :]
+    v_tile = values_ptr + row * DV + dv[None, :]
     for start in range(0, sinks + window, SLOTS):
         slot = start + tl.arange(0, SLOTS)
         in_ring = slot >= sinks
@@ -104,9 +109,7 @@ def attend_ring(
         # A sink that is still in the ring is read from there, and its own slot is not visible.
         visible = filled & (in_ring == (held > seen - window))
         mask = visible[:, None]
-        k_tile = keys_ptr + slot[:, None].to(tl.int64) * D + d[None, :]
         k = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
-        v_tile = values_ptr + slot[:, None].to(tl.int64) * DV + dv[None, :]
         v = tl.load(v_tile, mask=mask, other=0.0).to(tl.float32)
         scores = tl.where(visible, tl.sum(q[None, :] * k, 1), float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 0))
@@ -114,6 +117,8 @@ def attend_ring(
         total = total * rescale + tl.sum(weights, 0)
         out = out * rescale + tl.sum(weights[:, None] * v, 0)
         largest = new_largest
+        k_tile += SLOTS * D
+        v_tile += SLOTS * DV
     return out / total
 
 

@@ -135,30 +135,26 @@ def launch_backward(
         **band_settings(q, k, v, band, config),
         "num_warps": config.grad_warps, "num_stages": config.grad_stages,
     }  # fmt: skip
-    dq, dk, dv, sink_dk, sink_dv = (q.new_empty(0) for _ in range(5))
+    dq, dk, dv = (q.new_empty(0) for _ in range(3))
     with on_device_of(q):
         kernels.mean_grad_kernel[(blocks * B * H,)](
             out_ptr=out, dout_ptr=dout, mean_grad_ptr=mean_grad,
             T=T, blocks=blocks, L=config.block, D=D,
         )  # fmt: skip
-        # The parts of the sinks' gradients come from this kernel, so dk and dv need it too.
-        if queries or (keys_and_values and sinks):
+        if queries:
             dq = torch.empty_like(out)
-            if sinks:
-                sink_dk = torch.empty(B, H, blocks, sinks, D, device=q.device)
-                sink_dv = torch.empty(B, H, blocks, sinks, D, device=q.device)
-            kernels.query_grad_kernel[(blocks * B * H,)](
-                dq_ptr=dq,
-                sink_dk_ptr=sink_dk if sinks else None,
-                sink_dv_ptr=sink_dv if sinks else None,
-                **shared,
-            )
+            kernels.query_grad_kernel[(blocks * B * H,)](dq_ptr=dq, **shared)
         if keys_and_values:
             dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype, device=k.device) for _ in range(2))
             kernels.key_value_grad_kernel[(blocks * B * G,)](dk_ptr=dk, dv_ptr=dv, **shared)
             if sinks:
-                add_sink_grads(band, (sink_dk, sink_dv), dk, dv, H, config)
-    return [dq if queries else q.new_empty(0), dk, dv]
+                shape = (B, H, blocks, sinks, D)
+                parts = torch.empty(shape, device=q.device), torch.empty(shape, device=q.device)
+                kernels.sink_part_kernel[(blocks * B * H,)](
+                    sink_dk_ptr=parts[0], sink_dv_ptr=parts[1], **shared
+                )
+                add_sink_grads(band, parts, dk, dv, H, config)
+    return [dq, dk, dv]
 
 
 backward = torch.library.custom_op(

@@ -144,16 +144,12 @@ def mean_grad_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
-    q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
-    dq_ptr, sink_dk_ptr, sink_dv_ptr,
+    q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr, dq_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of one block of queries. Grid (blocks * B H).
-
-    Also stores the block's part of the gradients of the sinks before its band.
-    """
+    """Compute dq of one block of queries. Grid (blocks * B H)."""
     c, bh = chunk_and_head(blocks)
     b, h = bh // H, bh % H
     d = tl.arange(0, D)
@@ -179,20 +175,6 @@ def query_grad_kernel(
         sink_d_weights = tl.dot(dout, tl.trans(sink_v), input_precision=PRECISION)
         sink_d_scores = (sink_weights * (sink_d_weights - mean_grad[:, None]) * scale).to(DOT)
         dq = tl.dot(sink_d_scores, sink_k, dq, input_precision=PRECISION)
-        # Again, with the sinks as rows, as their gradients have them: no product is transposed.
-        visible_t = sink_used[:, None] & (run[None, :] == sink_run) & (t < T)[None, :]
-        products_t = tl.dot(sink_k, tl.trans(q), input_precision=PRECISION)
-        scores_t = tl.where(visible_t, products_t * scale - logsumexp[None, :], NEGATIVE)
-        weights_t = tl.exp(scores_t)
-        d_weights_t = tl.dot(sink_v, tl.trans(dout), input_precision=PRECISION)
-        d_scores_t = (weights_t * (d_weights_t - mean_grad[None, :]) * scale).to(DOT)
-        sink = tl.arange(0, S)
-        part = ((bh * blocks + c) * sinks + sink)[:, None] * D + d[None, :]
-        kept = (sink < sinks)[:, None]
-        sink_dk = tl.dot(d_scores_t, q, input_precision=PRECISION)
-        tl.store(sink_dk_ptr + part, sink_dk, mask=kept)
-        sink_dv = tl.dot(weights_t.to(DOT), dout, input_precision=PRECISION)
-        tl.store(sink_dv_ptr + part, sink_dv, mask=kept)
     for j in range(first_block(c, window, L), c + 1):
         s = j * L + tl.arange(0, L)
         run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
@@ -209,6 +191,49 @@ def query_grad_kernel(
         dq = tl.dot(d_scores.to(DOT), k, dq, input_precision=PRECISION)
     tile = dq_ptr + bh * T * D + t[:, None].to(tl.int64) * D + d[None, :]
     tl.store(tile, dq.to(dq_ptr.dtype.element_ty), mask=(t < T)[:, None])
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def sink_part_kernel(
+    q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
+    sink_dk_ptr, sink_dv_ptr,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Compute what one block of queries gives to the gradients of the sinks before its band.
+
+    Grid (blocks * B H). The sinks are the rows of all tiles, as of their gradients: no product is
+    transposed.
+    """
+    c, bh = chunk_and_head(blocks)
+    b, h = bh // H, bh % H
+    d = tl.arange(0, D)
+    t = c * L + tl.arange(0, L)
+    k_ptr += b * k_b + (h // R) * k_h
+    v_ptr += b * v_b + (h // R) * v_h
+    q = load_rows(q_ptr + b * q_b + h * q_h, q_t, t, T, d).to(DOT)
+    dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(DOT)
+    logsumexp = tl.load(logsumexp_ptr + bh * T + t, mask=t < T, other=0.0)
+    mean_grad = tl.load(mean_grad_ptr + bh * T + t, mask=t < T, other=0.0)
+    run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
+    sink_t, sink_used, sink_run = load_sinks(
+        runs_ptr, starts_ptr, b, c, T, window, sinks, SEGMENTED, L, S
+    )
+    sink_k = load_rows(k_ptr, k_t, sink_t, T, d).to(DOT)
+    sink_v = load_rows(v_ptr, v_t, sink_t, T, d).to(DOT)
+    visible = sink_used[:, None] & (run == sink_run)[None, :] & (t < T)[None, :]
+    scores = tl.dot(sink_k, tl.trans(q), input_precision=PRECISION) * scale - logsumexp[None, :]
+    weights = tl.exp(tl.where(visible, scores, NEGATIVE))
+    d_weights = tl.dot(sink_v, tl.trans(dout), input_precision=PRECISION)
+    d_scores = weights * (d_weights - mean_grad[None, :]) * scale
+    sink = tl.arange(0, S)
+    part = ((bh * blocks + c) * sinks + sink)[:, None] * D + d[None, :]
+    kept = (sink < sinks)[:, None]
+    sink_dk = tl.dot(d_scores.to(DOT), q, input_precision=PRECISION)
+    tl.store(sink_dk_ptr + part, sink_dk, mask=kept)
+    sink_dv = tl.dot(weights.to(DOT), dout, input_precision=PRECISION)
+    tl.store(sink_dv_ptr + part, sink_dv, mask=kept)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

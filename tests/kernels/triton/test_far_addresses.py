@@ -215,7 +215,7 @@ def test_every_kernel_of_the_window(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ).sum()
 
     log = record(monkeypatch, run)
-    assert len(log) == 5
+    assert len(log) == 6
     # In the long row, what comes before is another document.
     for launch in log:
         for arguments in (launch.before, launch.after):
