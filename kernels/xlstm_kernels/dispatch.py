@@ -95,10 +95,17 @@ def forced_backend() -> Backend | None:
     raise ValueError(f"{BACKEND_VARIABLE}={given!r} is not allowed; allowed: torch, triton")
 
 
-@functools.cache
 def installed(package: str) -> bool:
     """Say whether a package can be imported."""
-    # Cached, because decoding asks in every layer for every token.
+    return _found(package)
+
+
+# As of `passes_check`: dynamo would look into the cache, and warn of it.
+installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # decoding asks in every layer for every token
+def _found(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
