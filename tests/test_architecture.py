@@ -56,6 +56,7 @@ ROOMS = {
         "problems",
         "records",
         "metrics",
+        "statistics",
         "score",
         "suites",
         "results",
@@ -77,7 +78,16 @@ FACES = {
     "xlstm_eval.report",
 }
 LARGEST_ROOM = 14
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "lm_eval", "matplotlib", "numpy"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "matplotlib",
+    "numpy",
+    "scipy",
+}
 # Files that the command line loads before it knows what to do.
 LIGHT = (
     "xlstm_distill/__init__.py",

@@ -78,8 +78,9 @@ def evaluate_model(
     batches = lm.coordinator.results()
     said = [message for batch in batches for message in batch.warnings]
     samples = {leaf.task_name: raw["samples"][leaf.task_name] for _, leaf in loaded.leaves()}
-    # Where the task files lie does not change what is asked.
-    settings = loaded.suite.model_dump(mode="json", exclude={"include"})
+    # Where the task files lie does not change what is asked, nor does the level of chance.
+    left_out: Any = {"include": True, "tasks": {"__all__": {"chance"}}}
+    settings = loaded.suite.model_dump(mode="json", exclude=left_out)
     return EvaluationResult(
         tasks=tuple(_result_of(entry, loaded, raw) for entry in loaded.suite.tasks),
         samples=samples,

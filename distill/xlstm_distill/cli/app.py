@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from xlstm_distill.cli import inspect, recipes, run, upkeep, validate
+from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, validate
 from xlstm_distill.cli.doctor import doctor
 from xlstm_distill.cli.run import STAGES as STAGES
 
@@ -43,6 +43,7 @@ for command in (
     # imports.
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(patch.app, name="patch")
 
 
 def main() -> None:

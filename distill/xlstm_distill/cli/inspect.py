@@ -41,17 +41,25 @@ def score(
         Path,
         typer.Argument(metavar="FILE.json", help='Scores: {"tasks": [{"task", "teacher", ...}]}.'),
     ],
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the teacher's score that may be lost, for the decision over all tasks.",
+            show_default="0.02",
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compare a student's scores with its teacher's.
 
-    Prints recovery, Win-and-Tie rates and critical tolerance.
+    Prints recovery, Win-and-Tie rates, critical tolerance and, where the file has each item's
+    score (teacher_items, student_items), paired tests, 95 % intervals and one decision.
     """
     with one_line_errors(debug):
         from xlstm_eval.score import score_file
 
-        result = score_file(file)
+        result = score_file(file, margin=margin)
         typer.echo(result.to_json() if as_json else result.to_text())
 
 

@@ -185,7 +185,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Measure this model alone: teacher, merged or an expert (or its index, from 0).",
+            help="Measure this model alone: teacher, merged, expert or variant (or its index).",
             show_default="all, one by one",
             autocompletion=completion.models,
         ),
@@ -287,4 +287,6 @@ def _print_summary(directory: Path, console: Console) -> None:
     folder = directory / "report"
     scores = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     console.rich().print(summary_table(scores))
+    for model in scores["models"][:1]:
+        console.line(f"{model['name']}: {model['sentence']}")
     console.line(f"Report: {folder / 'report.html'}")

@@ -78,6 +78,8 @@ def _align(
     domains = open_domains(recipe, data, lineage.aligned_rows())
     plan = _plan(lineage, teacher, domains)
     objective = AlignObjective(student, teacher)
+    if recipe.align.activation_checkpointing:
+        objective.checkpoint_activations()
     result = Trainer(objective, plan, domains, work, accelerator, console).run()
     keep_training(draft, work, plan, result)
     # A collective under sharding: all ranks gather, then rank 0 writes.

@@ -46,16 +46,10 @@ from xlstm_distill.targets.providers import (
     kept_logits,
     text_checksums,
 )
-from xlstm_distill.targets.store import (
-    MEASURED_ROWS,
-    Identity,
-    Store,
-    read_header,
-    shard_name,
-    write_index,
-    write_shard,
-)
+from xlstm_distill.targets.shard import Identity, read_header, shard_name
+from xlstm_distill.targets.store import Store, write_index
 from xlstm_distill.targets.transfer import HostTargets, to_host
+from xlstm_distill.targets.writer import MEASURED_ROWS, write_shard
 from xlstm_distill.training.accelerator import make_accelerator
 
 STORE = "store"

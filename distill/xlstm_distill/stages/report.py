@@ -27,7 +27,7 @@ from xlstm_distill.stages.lineage import MERGED, STAGES, TEACHER, Lineage, stage
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_eval.records import TaskResult
 from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
-from xlstm_eval.results import require_same_requests
+from xlstm_eval.results import read_items, require_same_requests
 
 CURVE_POINTS = 200
 UNITS = {
@@ -81,11 +81,9 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
     return ReportData(
         title=recipe.report.title or f"{recipe.name}: student against teacher",
         teacher=teacher_name(recipe.teacher),
-        teacher_results=_results(evaluated[TEACHER]),
+        teacher_results=_results(recipe, evaluated[TEACHER]),
         models=tuple(
-            ReportModel(
-                name=name, role="merged" if name == MERGED else "expert", results=_results(artifact)
-            )
+            ReportModel(name=name, role=_role(recipe, name), results=_results(recipe, artifact))
             for name, artifact in students.items()
         ),
         gates=_gates(students),
@@ -94,11 +92,26 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         provenance=_provenance(recipe, run, evaluated),
         recipe=shown_recipe(recipe),
         alphas=recipe.report.alphas,
+        margin=recipe.report.margin,
     )
 
 
-def _results(artifact: Artifact) -> tuple[TaskResult, ...]:
-    return tuple(TaskResult(**task) for task in artifact.read_json("results.json"))
+def _role(recipe: Recipe, model: str) -> str:
+    if model == MERGED:
+        return "merged"
+    return "variant" if model in recipe.merge.variants else "expert"
+
+
+def _results(recipe: Recipe, artifact: Artifact) -> tuple[TaskResult, ...]:
+    """An evaluation's scores and items, with the levels of chance that the recipe names."""
+    found = read_items(
+        artifact.path, [TaskResult(**task) for task in artifact.read_json("results.json")]
+    )
+    named = {task.name: task.chance for task in recipe.evaluate.tasks if task.chance is not None}
+    return tuple(
+        task.model_copy(update={"chance": named[task.task]}) if task.task in named else task
+        for task in found
+    )
 
 
 def _gates(students: Mapping[str, Artifact]) -> dict[str, Any] | None:

@@ -13,7 +13,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
@@ -144,9 +143,7 @@ def prepare(
         plugin.transformer_cls_names_to_wrap = _layer_classes(objective)
         plugin.ignored_modules = objective.whole_modules()
         if asked_layout().activation_checkpointing:
-            for model in objective.children():
-                if isinstance(model, PreTrainedModel):
-                    checkpoint_activations(model)
+            objective.checkpoint_activations()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, micro_batch, clip)
     device = accelerator.device
@@ -310,8 +307,3 @@ def shard_teacher(teacher: CausalLM, accelerator: Accelerator) -> None:
     outside = {p for p in body.parameters() if id(p) not in inside}
     # The body is the root of the layers: FSDP2 orders their gathers by it.
     fully_shard(body, mesh=within, ignored_params=outside)
-
-
-def checkpoint_activations(student: CausalLM) -> None:
-    """Keep only the decoder layers' inputs for the backward pass, which computes the rest again."""
-    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -7,6 +7,7 @@ for each batch.
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
@@ -71,6 +73,10 @@ class Objective(nn.Module, abc.ABC):
         """Return modules whose weights FSDP2 leaves whole on every rank."""
         return []
 
+    def checkpoint_activations(self) -> None:
+        """Keep only what enters each layer for the backward pass, which computes the rest again."""
+        raise NotImplementedError
+
 
 class AlignObjective(Objective):
     """Stage I: every mixer regresses its teacher layer's heads (paper, Eq. 12).
@@ -90,6 +96,7 @@ class AlignObjective(Objective):
             parameter.requires_grad_(True)
         # In a list it is no submodule: the teacher is neither wrapped nor saved.
         self.observer = [TeacherObserver(teacher)]
+        self.checkpointing = False
 
     def count(self, batch: Batch) -> int:
         """Count all tokens but padding."""
@@ -104,11 +111,14 @@ class AlignObjective(Objective):
         seen = self.observer[0](batch)
         errors, norms = [], []
         for module, layer in zip(self.mixers, seen, strict=True):
-            mixer = cast(HybridMixer, module)
-            mixed = mixer.mix(
-                layer.hidden_states, layer.position_embeddings, segment_ids=batch.segment_ids
-            )
-            error, norm = alignment_error(mixed, layer.heads, batch.real)
+            compare = functools.partial(_compare, cast(HybridMixer, module), batch)
+            if self.checkpointing:
+                # Nothing in a mixer is random, so there is no state of a generator to restore.
+                error, norm = checkpoint(
+                    compare, layer, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                error, norm = compare(layer)
             errors.append(error)
             norms.append(norm)
         total = torch.stack(errors).sum()
@@ -135,9 +145,19 @@ class AlignObjective(Objective):
             if name not in NEW_MODULES
         ]
 
+    def checkpoint_activations(self) -> None:
+        """Keep each layer's input and the teacher's heads alone."""
+        self.checkpointing = True
+
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the mixers; the teacher's layers have hooks inside, which would break graphs."""
         return [(mixer, "mix") for mixer in self.mixers]
+
+
+def _compare(mixer: HybridMixer, batch: Batch, layer: LayerView) -> tuple[Tensor, Tensor]:
+    """Run a mixer on what its teacher's layer saw; returns the squared error and the power."""
+    mixed = mixer.mix(layer.hidden_states, layer.position_embeddings, segment_ids=batch.segment_ids)
+    return alignment_error(mixed, layer.heads, batch.real)
 
 
 @dataclass
@@ -244,6 +264,10 @@ class DistillObjective(Objective):
         """Return the student's embedding."""
         return self.student.model.embed_tokens
 
+    def checkpoint_activations(self) -> None:
+        """Keep the inputs of the student's decoder layers alone."""
+        checkpoint_activations(self.student)
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the student's head."""
         return self.student.lm_head
@@ -251,3 +275,8 @@ class DistillObjective(Objective):
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the student's decoder layers."""
         return [(layer, "forward") for layer in self.student.model.layers]
+
+
+def checkpoint_activations(student: CausalLM) -> None:
+    """Keep only the decoder layers' inputs for the backward pass, which computes the rest again."""
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

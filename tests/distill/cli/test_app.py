@@ -32,6 +32,7 @@ COMMANDS = (
     "score",
     "schema",
     "recipes",
+    "patch",
 )
 
 

@@ -14,7 +14,7 @@ from xlstm_distill.cli.app import app
 
 COMMANDS = (
     "run prepare capture align distill merge evaluate report validate plan status verify clean "
-    "doctor score schema recipes"
+    "doctor score schema recipes patch"
 )
 
 

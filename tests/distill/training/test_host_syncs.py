@@ -19,9 +19,10 @@ from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.lora import add_lora
 from xlstm_distill.recipe import Training
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, text_checksums
-from xlstm_distill.targets.store import Identity, Store, write_index, write_shard
-from xlstm_distill.training.accelerator import checkpoint_activations
-from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.targets.shard import Identity
+from xlstm_distill.targets.store import Store, write_index
+from xlstm_distill.targets.writer import write_shard
+from xlstm_distill.training.objectives import DistillObjective, checkpoint_activations
 from xlstm_distill.training.plan import TrainingPlan
 from xlstm_distill.training.trainer import Trainer
 
