@@ -92,11 +92,6 @@ def attend_ring(
     largest = tl.sum(q * key, 0)
     total = largest * 0.0 + 1.0
     out = value
-    # Moved along with the slots: 64-bit offsets of whole tiles would take half as many registers
-    # again.
-    row = tl.arange(0, SLOTS)[:, None]
-    k_tile = keys_ptr + row * D + d[None, :]
-    v_tile = values_ptr + row * DV + dv[None, :]
     for start in range(0, sinks + window, SLOTS):
         slot = start + tl.arange(0, SLOTS)
         in_ring = slot >= sinks
@@ -109,7 +104,11 @@ def attend_ring(
         # A sink that is still in the ring is read from there, and its own slot is not visible.
         visible = filled & (in_ring == (held > seen - window))
         mask = visible[:, None]
+        # 32-bit offsets: a ring has fewer than 2^31 values (`hybrid_step_triton`). 64 bits would take
+        # half as many registers again.
+        k_tile = keys_ptr + slot[:, None] * D + d[None, :]
         k = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
+        v_tile = values_ptr + slot[:, None] * DV + dv[None, :]
         v = tl.load(v_tile, mask=mask, other=0.0).to(tl.float32)
         scores = tl.where(visible, tl.sum(q[None, :] * k, 1), float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 0))
@@ -117,8 +116,6 @@ def attend_ring(
         total = total * rescale + tl.sum(weights, 0)
         out = out * rescale + tl.sum(weights[:, None] * v, 0)
         largest = new_largest
-        k_tile += SLOTS * D
-        v_tile += SLOTS * DV
     return out / total
 
 
@@ -219,6 +216,12 @@ def hybrid_step_triton(
     Shapes as in `xlstm_kernels.hybrid_step`, which checks the arguments.
     """
     (B, H, D), Dv, Dk = q.shape, v.shape[-1], phi_q.shape[-1]
+    slots = ring.positions.shape[1]
+    if slots * max(D, Dv) >= 2**31:
+        raise ValueError(
+            f"hybrid_step: backend='triton' has no kernel for a ring of {slots} slots of "
+            f"{max(D, Dv)} values, 2^31 or more; use backend='torch'"
+        )
     q, k, v, phi_q, phi_k = (contiguous_rows(x) for x in (q, k, v, phi_q, phi_k))
     out = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
     held = [contiguous_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
@@ -231,7 +234,7 @@ def hybrid_step_triton(
             out_ptr=out,
             **head_strides(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, i=i, f=f, gate=gate, C=C),
             C_row=C.stride(2), scale=scale, H=H, R=H // k.shape[1],
-            window=ring.positions.shape[1] - sinks, sinks=sinks,
+            window=slots - sinks, sinks=sinks,
             D=D, DK=Dk, DV=Dv, BK=min(ROWS_AT_ONCE, Dk), SLOTS=ROWS_AT_ONCE, num_warps=WARPS,
         )  # fmt: skip
     _write_back(held, (*state, *ring))
