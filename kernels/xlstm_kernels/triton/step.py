@@ -104,7 +104,7 @@ def attend_ring(
         # A sink that is still in the ring is read from there, and its own slot is not visible.
         visible = filled & (in_ring == (held > seen - window))
         mask = visible[:, None]
-        # 32-bit offsets: a ring has fewer than 2^31 values (`hybrid_step_triton`), and 64 bits would
+        # 32-bit offsets: a ring has fewer than 2^31 values (`hybrid_step_triton`). 64 bits would
         # take half as many registers again.
         k_tile = keys_ptr + slot[:, None] * D + d[None, :]
         k = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
