@@ -67,7 +67,8 @@ def chunkwise(kernel: str) -> Any:
     run = importlib.import_module("mlstm_kernels.torch.chunkwise").registry[kernel]
 
     def operator(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
-        kept = {"autocast_kernel_dtype": torch.float64, "chunk_size": 16, "eps": 0.0}
+        # Its own backward pass computes in float32 at most.
+        kept = {"autocast_kernel_dtype": torch.float32, "chunk_size": 16, "eps": 0.0}
         out: Tensor = run(q, k, v, i, f, **kept)
         return out
 
@@ -98,9 +99,10 @@ def test_below_one_xlstm_does_not_normalise() -> None:
 
 def test_its_kernels_take_the_denominator_for_a_constant() -> None:
     inputs = drawn(input_bias=12.0)
-    found = outputs_and_grads(chunkwise("native_custbw"), inputs)
+    single = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
+    found = outputs_and_grads(chunkwise("native_custbw"), single)
     expected = outputs_and_grads(ours, inputs)
     wrong = {name for name in expected if error_ratio(found[name], expected[name]) > 1e-2}
     assert wrong == {"dq", "dk", "di", "df"}
-    assert error_ratio(found["h"], expected["h"]) < 1e-10
-    assert error_ratio(found["dv"], expected["dv"]) < 1e-10
+    assert error_ratio(found["h"], expected["h"]) < 1e-5
+    assert error_ratio(found["dv"], expected["dv"]) < 1e-5

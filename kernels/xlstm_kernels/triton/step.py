@@ -49,7 +49,10 @@ def advance_state(
         rows = d + tl.arange(0, BK)
         q = tl.load(q_ptr + rows).to(tl.float32)
         key = tl.load(k_ptr + rows).to(tl.float32) * write
-        tile = C_ptr + rows[:, None].to(tl.int64) * C_row + dv[None, :]
+        # 64 bits to the first row; inside the tile 32 are enough (`near_rows`) and take half the
+        # registers.
+        first = C_ptr + (bh * 0 + d) * C_row
+        tile = first + tl.arange(0, BK)[:, None] * C_row + dv[None, :]
         C = tl.load(tile) * decay + key[:, None] * v[None, :]
         tl.store(tile, C)
         num += tl.sum(q[:, None] * C, 0)
@@ -184,7 +187,7 @@ def mlstm_step_triton(
     (B, H, Dk), Dv = q.shape, v.shape[-1]
     q, k, v = (contiguous_rows(x) for x in (q, k, v))
     h = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
-    C, n, m = held = [contiguous_rows(state.C), state.n.contiguous(), state.m.contiguous()]
+    C, n, m = held = [near_rows(state.C), state.n.contiguous(), state.m.contiguous()]
     with on_device_of(q):
         step_kernel[(B * H,)](
             q_ptr=q, k_ptr=k, v_ptr=v, i_ptr=i, f_ptr=f, C_ptr=C, n_ptr=n, m_ptr=m, h_ptr=h,
@@ -224,7 +227,7 @@ def hybrid_step_triton(
         )
     q, k, v, phi_q, phi_k = (contiguous_rows(x) for x in (q, k, v, phi_q, phi_k))
     out = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
-    held = [contiguous_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
+    held = [near_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
     C, n, m, keys, values, positions, lengths = held
     with on_device_of(q):
         hybrid_step_kernel[(B * H,)](
@@ -240,6 +243,11 @@ def hybrid_step_triton(
     _write_back(held, (*state, *ring))
     ring.lengths.add_(1)
     return out
+
+
+def near_rows(C: Tensor) -> Tensor:
+    """Copy C if its rows are so far apart that a tile of them does not fit 32-bit offsets."""
+    return contiguous_rows(C) if C.stride(2) * ROWS_AT_ONCE < 2**31 else C.contiguous()
 
 
 def head_strides(**tensors: Tensor) -> dict[str, int]:
