@@ -49,10 +49,8 @@ def advance_state(
         rows = d + tl.arange(0, BK)
         q = tl.load(q_ptr + rows).to(tl.float32)
         key = tl.load(k_ptr + rows).to(tl.float32) * write
-        # 64 bits to the first row; inside the tile 32 are enough (`near_rows`) and take half the
-        # registers.
-        first = C_ptr + (bh * 0 + d) * C_row
-        tile = first + tl.arange(0, BK)[:, None] * C_row + dv[None, :]
+        # 32 bits are enough inside one C (`near_rows`). 64 would take half as many registers again.
+        tile = C_ptr + rows[:, None] * C_row + dv[None, :]
         C = tl.load(tile) * decay + key[:, None] * v[None, :]
         tl.store(tile, C)
         num += tl.sum(q[:, None] * C, 0)
@@ -246,8 +244,8 @@ def hybrid_step_triton(
 
 
 def near_rows(C: Tensor) -> Tensor:
-    """Copy C if its rows are so far apart that a tile of them does not fit 32-bit offsets."""
-    return contiguous_rows(C) if C.stride(2) * ROWS_AT_ONCE < 2**31 else C.contiguous()
+    """Copy C if its rows are so far apart that 32-bit offsets do not reach the last one."""
+    return contiguous_rows(C) if C.stride(2) * C.shape[2] < 2**31 else C.contiguous()
 
 
 def head_strides(**tensors: Tensor) -> dict[str, int]:
