@@ -30,8 +30,8 @@ from xlstm_kernels.testing import (
 )
 from xlstm_kernels.verdicts import BEGUN, Question, Verdict
 
-# RMS ratio to float64 of every output and gradient. Measured in the interpreter with a GPU's
-# rounding (docs/kernels.md); below 1e-2, so that an error of 1 % is one.
+# RMS ratio to float64 of every output and gradient. They hold in the interpreter with a GPU's
+# rounding (tests/kernels/test_verdicts.py), and are below 1e-2, so that an error of 1 % is one.
 BOUNDS = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 2e-3}
 TOKENS, WINDOW, SINKS, HEADS, GROUPS = 203, 70, 4, 4, 2
 TIMED_TOKENS, REPEATS, STEPS = 2048, 5, 3
