@@ -8,6 +8,7 @@ import typer
 
 from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, validate
 from xlstm_distill.cli.doctor import doctor
+from xlstm_distill.cli.processes import slurm
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ for command in (
     run.merge,
     run.evaluate,
     run.report,
+    slurm.slurm,
     validate.validate,
     inspect.plan,
     inspect.status,

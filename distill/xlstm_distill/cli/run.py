@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlstm_distill.cli import completion
+from xlstm_distill.cli import completion, reports
 from xlstm_distill.cli.failures import in_run, one_line_errors
-from xlstm_distill.cli.launch import LaunchArgs, LaunchConfig, dispatch
 from xlstm_distill.cli.options import Debug, Overrides, RecipePath, Replace, RunPath
-from xlstm_distill.cli.preflight import check_batches, check_words
+from xlstm_distill.cli.processes.launch import LaunchArgs, LaunchConfig, dispatch
+from xlstm_distill.cli.processes.preflight import check_batches, check_words
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.libraries import quiet_libraries
 from xlstm_distill.runtime.ranks import is_main_process, process_count
@@ -202,16 +202,48 @@ def evaluate(
 
 
 def report(
-    recipe: RecipePath,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE|FILE.json...",
+            help="A recipe (YAML); with --results, results files of lm-eval, the teacher's first.",
+        ),
+    ],
     run_dir: RunPath = None,
+    results: Annotated[
+        bool,
+        typer.Option(
+            "--results",
+            help="Read results of the stock lm-eval (--output_path with --log_samples).",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder to write to, with --results.", show_default="report"
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the teacher's score that may be lost, with --results.",
+            show_default="0.02",
+        ),
+    ] = None,
     overrides: Overrides = None,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
-    """Write the report of a run and show its summary."""
+    """Write the report of a run, or of results of lm-eval, and show its summary."""
     with one_line_errors(debug):
         console = make_console()
-        lineage, opened = _open(Invocation(recipe, run_dir, overrides, replace=replace), console)
+        of_run = bool(run_dir or overrides or replace)
+        reports.check_usage(sources, results, many=False, of_run=of_run)
+        if results:
+            reports.report_results(sources, out, margin, console)
+            return
+        asked = Invocation(sources[0], run_dir, overrides, replace=replace)
+        lineage, opened = _open(asked, console)
         _run_stage("report", lineage, opened, console)
         _print_summary(opened.directory, console)
 

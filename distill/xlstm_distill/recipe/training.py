@@ -316,7 +316,7 @@ class Training(Section):
     compile: Switch = Field(
         default="auto",
         description="Compile each decoder layer with torch.compile (stage I: each mixer). `auto` "
-        "is `on` on CUDA and `off` on a CPU.",
+        "is `off`, until a compiled step was compared with a plain one on a GPU.",
     )
     reduce: Literal["auto", "every", "last"] = Field(
         default="auto",

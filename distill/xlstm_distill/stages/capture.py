@@ -8,6 +8,7 @@ there tests the store and publishes it.
 from __future__ import annotations
 
 import functools
+import math
 import re
 import shutil
 import time
@@ -309,8 +310,8 @@ class DomainCapture:
         self.console.line(
             f"{self.request.label}: {short(figures['tokens'])} tokens "
             f"at {figures['bytes_per_token']:.1f} bytes, mean k {figures['mean_k']:.1f}, "
-            f"KL error {figures['mean_kl_error']:.1e} nats "
-            f"(of {short(figures['kl_error_tokens'])} tokens) "
+            f"KL error {figures.get('mean_kl_error', math.nan):.1e} nats "
+            f"(of {figures['kl_error_rows']} rows) "
             f"(cut by mass: {figures['mean_cut']:.1e}), read at {short(speed)} tokens/s"
         )
 

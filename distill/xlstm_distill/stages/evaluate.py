@@ -97,6 +97,15 @@ def evaluate(
     ]
 
 
+def scores(model: CausalLM, lineage: Lineage) -> dict[str, float]:
+    """Score a model that is no artifact on the recipe's tasks, in this process; nothing is kept."""
+    batch = lineage.recipe.evaluate.batch
+    session = Session(batch_size=None if batch == "auto" else batch)
+    suite, seed = _suite(lineage.recipe), lineage.recipe.seed
+    result = evaluate_model(model.eval(), lineage.tokenizer, suite, session, seed=seed)
+    return {task.task: task.score for task in result.tasks}
+
+
 class AllRanks:
     """The processes of this run, for an evaluation."""
 

@@ -38,6 +38,8 @@ TEACHER, MERGED = "teacher", "merged"
 """Models that are evaluated besides the experts."""
 STAGES = ("data", "capture", "align", "distill", "merge", "variant", "evaluate", "report")
 """What an artifact's label begins with, in the order in which stages follow each other."""
+ALIGN_METHOD = 2
+"""Version of how stage I computes. 2: output gates read values of RMS 1 while they train."""
 MERGE_KEYS = ("method", "weights", "scale", "density")
 NOT_IN_FINGERPRINT = ("micro_batch", "non_finite", "activation_checkpointing")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
@@ -118,6 +120,7 @@ class Lineage:
             case "align":
                 return {
                     "align": part(recipe.align, *NOT_IN_FINGERPRINT),
+                    "method": ALIGN_METHOD,
                     "mixer": part(recipe.student.mixer),
                     "seed": recipe.seed,
                 }
@@ -158,7 +161,7 @@ class Lineage:
         return {
             "data": keys_of_rows(name),
             "capture": capture,
-            "align": {"mixer": "student.mixer"},
+            "align": {"mixer": "student.mixer", "method": "the method of stage I"},
             "distill": {"expert": f"distill.experts.{name}"},
             "merge": {key: f"merge.{key}" for key in MERGE_KEYS},
             "variant": {key: f"merge.variants.{name}.{key}" for key in MERGE_KEYS},

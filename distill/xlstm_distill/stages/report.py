@@ -25,6 +25,7 @@ from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.evaluate import find_evaluations
 from xlstm_distill.stages.lineage import MERGED, STAGES, TEACHER, Lineage, stage_of
 from xlstm_distill.training.log import LOG_FILE
+from xlstm_eval.protocol import flat, require_same_protocol
 from xlstm_eval.records import TaskResult
 from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
 from xlstm_eval.results import read_items, require_same_requests
@@ -46,6 +47,7 @@ def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
         hashes[name] = artifact.manifest["results"]["requests_hash"]
     # Before anything is drawn: scores of other prompts cannot be compared.
     require_same_requests(hashes)
+    require_same_protocol({name: _protocol(artifact) for name, artifact in evaluated.items()})
 
     def build(draft: Draft) -> None:
         write_report(report_data(lineage.recipe, run, evaluated), draft.path / FOLDER)
@@ -72,6 +74,12 @@ def show(made: Path, target: Path, marks: Path) -> None:
         replace_directory(copy, target)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
+
+
+def _protocol(artifact: Artifact) -> dict[str, Any]:
+    """How a model was measured; older evaluations recorded less of it, or nothing."""
+    found: dict[str, Any] = artifact.manifest["results"].get("protocol", {})
+    return found
 
 
 def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> ReportData:
@@ -193,6 +201,12 @@ def _timings(sources: Mapping[str, Artifact]) -> dict[str, float]:
     return {label: artifact.manifest["wall_seconds"] for label, artifact in sources.items()}
 
 
+def _shown_protocol(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """The protocol of all models in lines; each task's settings are in the recipe."""
+    settings = flat({key: value for key, value in protocol.items() if key != "tasks"})
+    return {f"evaluation: {key}": str(value) for key, value in settings.items()}
+
+
 def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, str]:
     """Where the figures come from: recipe, seed, versions, machine, fingerprints."""
     name, revision = teacher_name(recipe.teacher), recipe.teacher.revision
@@ -201,6 +215,7 @@ def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         "seed": str(recipe.seed),
         "teacher": f"{name}@{revision}" if revision else name,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
+        **_shown_protocol(_protocol(evaluated[TEACHER])),
         "requests hash": evaluated[TEACHER].manifest["results"]["requests_hash"],
         **{f"version of {package}": version for package, version in versions().items()},
     }

@@ -65,7 +65,8 @@ class Identity:
 class Figures:
     """Sums over the tokens of a shard or of a store; both errors in nats (docs/targets.md).
 
-    `kl_error` is a sum over the `measured` tokens, the others over all `tokens`.
+    `kl_error` is a sum over the `measured` tokens of `measured_rows` rows, the others over all
+    `tokens`.
     """
 
     tokens: int = 0
@@ -73,6 +74,7 @@ class Figures:
     kept: int = 0
     bytes: int = 0
     kl_error: float = 0.0
+    measured_rows: int = 0
     cut: float = 0.0
 
     def add(self, other: Figures) -> None:
@@ -81,14 +83,15 @@ class Figures:
             setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
 
     def means(self) -> dict[str, float]:
-        """Return the figures per token."""
+        """Return the figures per token; without `mean_kl_error` where nothing was measured."""
         tokens = max(self.tokens, 1)
         return {
             "tokens": self.tokens,
             "mean_k": self.kept / tokens,
             "bytes_per_token": self.bytes / tokens,
-            "mean_kl_error": self.kl_error / max(self.measured, 1),
+            **({"mean_kl_error": self.kl_error / self.measured} if self.measured else {}),
             "kl_error_tokens": self.measured,
+            "kl_error_rows": self.measured_rows,
             "mean_cut": self.cut / tokens,
         }
 

@@ -19,10 +19,11 @@ from xlstm_distill.targets.coding import HERE, CodedRow, Coder, KeptRow
 from xlstm_distill.targets.shard import HEADER_BYTES, ROW, Figures, Header, Identity, shard_name
 from xlstm_distill.targets.transfer import HostTargets, to_host
 
-MEASURED_ROWS = 16
+MEASURED_ROWS = 17
 """The KL error of the coding is measured on every row whose number is a multiple of this.
 
-By number, so that it is the same rows whoever writes them.
+By number, so that it is the same rows whoever writes them. Not 16, the step at which rows are held
+out: those lie together, and the sample would be one stretch of text.
 """
 
 
@@ -101,6 +102,7 @@ class TargetShardWriter:
             self.figures.cut += cut
             if row.kl_error is not None:
                 self.figures.measured += row.tokens
+                self.figures.measured_rows += row.tokens > 0
                 self.figures.kl_error += row.kl_error
             checksum = zlib.crc32(row.data)
             self.index.append((self.offset, len(row.data), row.tokens, checksum, source))

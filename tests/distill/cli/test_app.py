@@ -23,6 +23,7 @@ COMMANDS = (
     "merge",
     "evaluate",
     "report",
+    "slurm",
     "validate",
     "plan",
     "status",
