@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -129,8 +128,9 @@ def run_mlstm_steps(inputs: Tensors, backend: Backend) -> Tensors:
     x = {name: tensor.detach() for name, tensor in inputs.items()}
     state = MLSTMState(*(x.pop(name).clone() for name in MLSTMState._fields))
     outputs = []
-    for token in zip(*(tensor.unbind(2) for tensor in x.values()), strict=True):
-        outputs.append(mlstm_step(*token, state, backend=backend))
+    for t in range(x["q"].shape[2]):
+        token = {name: tensor[:, :, t] for name, tensor in x.items()}
+        outputs.append(mlstm_step(**token, state=state, backend=backend))
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
 
 
@@ -144,8 +144,9 @@ def run_hybrid_steps(inputs: Tensors, backend: Backend) -> Tensors:
         window=STEPS - 1, sinks=1, dtype=k.dtype, device=q.device,
     )  # fmt: skip
     outputs = []
-    for token in zip(*(tensor.unbind(2) for tensor in x.values()), strict=True):
-        outputs.append(hybrid_step(*token, state, ring, sinks=1, backend=backend))
+    for t in range(q.shape[2]):
+        token = {name: tensor[:, :, t] for name, tensor in x.items()}
+        outputs.append(hybrid_step(**token, state=state, ring=ring, sinks=1, backend=backend))
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
 
 
@@ -194,7 +195,7 @@ def timings(asked: Question, device: torch.device) -> dict[str, float]:
         name: x.detach().to(device, x.dtype if name in WIDE else dtype)
         for name, x in draw(dict(asked.dims), TIMED_TOKENS).items()
     }
-    found = {}
+    found: dict[str, float] = {}
     backends: tuple[Backend, ...] = ("triton", "torch")
     for backend in backends:
         times = []
@@ -227,4 +228,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -83,7 +83,7 @@ def known_faults(capability: int, triton: str, ptxas: str | None) -> list[str]:
 
     capability: of the device, such as 90.
     """
-    faults = []
+    faults: list[str] = []
     if capability // 10 != HOPPER:
         return faults
     if ptxas is not None and numbers(ptxas) < SOUND_PTXAS:

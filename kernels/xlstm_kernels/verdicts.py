@@ -190,10 +190,10 @@ def ask(asked: Sequence[Question], index: int, runner: Runner = in_a_child) -> l
     found = {each: read(each, facts) for each in asked}
     missing = [each for each, verdict in found.items() if verdict is None]
     if missing:
-        for each, verdict in zip(missing, runner(missing, index), strict=True):
-            found[each] = verdict
-            if verdict.final:
-                write(each, facts, verdict)
+        for each, answer in zip(missing, runner(missing, index), strict=True):
+            found[each] = answer
+            if answer.final:
+                write(each, facts, answer)
     return [verdict for each in asked if (verdict := found[each]) is not None]
 
 

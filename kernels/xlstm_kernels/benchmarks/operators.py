@@ -74,8 +74,9 @@ class Bench:
 
     def rows(self, entry: Entry, inputs: Inputs, shape: Shape) -> list[Row]:
         """Return an entry's rows: its times, or the one that says why there are none."""
-        at = {"tokens": shape.tokens, "batch": shape.batch, "heads": shape.heads}
-        row = Row(entry.operator, entry.backend, "", **at)
+        row = Row(
+            entry.operator, entry.backend, "", shape.tokens, batch=shape.batch, heads=shape.heads
+        )
         try:
             if reason := entry.skipped(shape, inputs):
                 return [row._replace(status="left out", reason=reason)]
