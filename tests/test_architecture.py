@@ -30,6 +30,8 @@ ROOMS = {
         "training",
         "planning",
         "stages",
+        "export",
+        "serving",
         "jobs",
         "benchmarks",
         "cli",

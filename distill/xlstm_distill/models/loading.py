@@ -41,8 +41,16 @@ def empty_student(directory: Path, dtype: torch.dtype) -> CausalLM:
     # RoPE's frequencies are in no file: a module of its own on the CPU computes them.
     rotary = student.model.rotary_emb
     student.model.rotary_emb = type(rotary)(config=config)
+    for module in student.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                # A family may have others (Gemma's embedding scale), which it computes by itself.
+                module.register_buffer(
+                    name, torch.full_like(buffer, torch.nan, device="cpu"), False
+                )
+                student._init_weights(module)
     for name, buffer in student.named_buffers():
-        if buffer.is_meta:
+        if buffer.is_floating_point() and buffer.isnan().any():
             raise RunError(f"{directory}: buffer {name} is in no file; start without FSDP2.")
     if (directory / "generation_config.json").exists():
         student.generation_config = GenerationConfig.from_pretrained(directory)

@@ -20,7 +20,7 @@ from xlstm_distill.recipe.fields import (
 
 
 class Teacher(Section):
-    """The causal language model to distill: Llama, Qwen2, Qwen3, Olmo2 or Olmo3."""
+    """The causal language model to distill; docs/families.md lists the families."""
 
     path: HubOrPath = Field(
         description="Local directory, relative to the recipe, or hub id `owner/name`."
