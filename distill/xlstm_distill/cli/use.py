@@ -85,7 +85,7 @@ def export(
     ] = None,
     push_to_hub: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload the directory to this hub repository."),
+        typer.Option(metavar="OWNER/NAME", help="Upload the directory to this repository."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     debug: Debug = False,
@@ -141,10 +141,8 @@ def generate(
         text = sys.stdin.read() if prompt is None else prompt
         if not text:
             raise UserError("--prompt: there is no text; give some with -p, or pipe it in.")
-        speaker, sampling = (
-            _speaker(place, model, device, dtype, seed),
-            _sampling(max_tokens, temperature, top_p),
-        )
+        speaker = _speaker(place, model, device, dtype, seed)
+        sampling = _sampling(max_tokens, temperature, top_p)
         from xlstm_distill.serving.conversation import Conversation
 
         write = (lambda _: None) if as_json else _write
@@ -177,10 +175,8 @@ def chat(
 ) -> None:
     """Talk to a student; its state stays the same size however long the conversation is."""
     with one_line_errors(debug):
-        speaker, sampling = (
-            _speaker(place, model, device, dtype, seed),
-            _sampling(max_tokens, temperature, top_p),
-        )
+        speaker = _speaker(place, model, device, dtype, seed)
+        sampling = _sampling(max_tokens, temperature, top_p)
         from xlstm_distill.serving.conversation import Conversation
 
         conversation = Conversation(speaker, system)

@@ -123,7 +123,10 @@ def _write_weights(
 
     # Shapes alone decide which file a tensor goes to, so that nothing is read for it.
     shapes = {name: converted(weights[name].to("meta")) for name in weights}
-    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_size)
+    try:
+        plan = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_size)
+    except ValueError:
+        raise UserError(f"--shard-size: {shard_size!r} is no size; write 5GB or 500MB.") from None
     total = sum(tensor.numel() * tensor.element_size() for tensor in shapes.values())
     with console.progress("export", total / 1e6, unit="MB") as progress:
         for file, names in plan.filename_to_tensors.items():

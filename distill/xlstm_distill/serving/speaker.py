@@ -122,9 +122,13 @@ class Speaker:
         # The students' classes: only now are they needed.
         import xlstm_distill.models.student  # noqa: F401
 
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"--device: {device!r} is not there; use cpu.")
+        try:
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError):  # torch without CUDA asserts
+            raise UserError(
+                f"--device: {device!r} is not there; leave it out, or use cpu."
+            ) from None
         try:
             tokenizer = AutoTokenizer.from_pretrained(found.directory)
         except (OSError, ValueError, KeyError):

@@ -41,11 +41,19 @@ def test_chat_answers_until_the_conversation_ends(saved_student: Path) -> None:
         (("generate", "nowhere", "-p", ""), "error: --prompt: there is no text"),
         (("export", "nowhere", "out"), "error: RUN_OR_MODEL: nowhere is neither a run"),
         (("export", "nowhere", "."), "error: OUT: . is there already"),
+        (
+            ("generate", "STUDENT", "-p", "x", "--device", "warp:9"),
+            "error: --device: 'warp:9' is not there",
+        ),
+        (("export", "STUDENT", "out", "--shard-size", "x"), "error: --shard-size: 'x' is no size"),
         (("chat", "nowhere", "--dtype", "int8"), "error: --dtype: 'int8' is not allowed; one of"),
     ],
 )
-def test_bad_input_gives_one_line(words: tuple[str, ...], problem: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_bad_input_gives_one_line(
+    words: tuple[str, ...], problem: str, saved_student: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")  # the folder is not empty
+    words = tuple(str(saved_student) if word == "STUDENT" else word for word in words)
     done = call_cli(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(problem)
