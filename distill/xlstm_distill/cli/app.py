@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, use, validate
+from xlstm_distill.cli.doctor import doctor
 from xlstm_distill.cli.processes import slurm
 from xlstm_distill.cli.run import STAGES as STAGES
 
@@ -40,6 +41,7 @@ for command in (
     inspect.status,
     upkeep.verify,
     upkeep.clean,
+    doctor,
     inspect.score,
     inspect.schema,
 ):

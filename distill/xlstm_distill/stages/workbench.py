@@ -21,12 +21,10 @@ from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.loading import WeightFiles, empty_student, load_shards
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.device import host_memory
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
-from xlstm_kernels import dispatch
 
 
 def open_domains(
@@ -45,34 +43,6 @@ def architecture_of(model: CausalLM) -> Architecture:
     config = model.config.to_dict()
     config["model_type"] = config["model_type"].removeprefix("xlstm_")
     return read_architecture(config, "config")
-
-
-def choose_kernels(
-    student: CausalLM, recipe: Recipe, device: torch.device, console: Console | None = None
-) -> str:
-    """Set the kernels that the recipe asks for in every mixer; return those that will run.
-
-    With `console`, say that there are faster ones where `auto` leaves a GPU with plain torch.
-
-    Raises:
-        UserError: they cannot run this student on this device.
-    """
-    asked = recipe.student.backend
-    for mixer in student.mixers():
-        mixer.backend = asked
-    chosen: str = dispatch.AUTO if asked == "auto" else asked
-    if chosen == "triton":
-        for mixer in student.mixers():
-            probe = torch.empty(0, device=device)
-            objection = dispatch.triton_refuses((probe,), mixer.kernel_dims, mixer.sinks)
-            if objection:
-                raise UserError(f"student.backend: 'triton' {objection}.")
-    if console is not None and device.type == "cuda" and (asked, chosen) == ("auto", "torch"):
-        console.line(
-            "kernels: plain torch; student.backend=triton has kernels for GPUs, which the project "
-            "has not yet run on one."
-        )
-    return chosen
 
 
 def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: TrainingResult) -> None:

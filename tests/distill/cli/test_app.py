@@ -32,6 +32,7 @@ COMMANDS = (
     "status",
     "verify",
     "clean",
+    "doctor",
     "score",
     "schema",
     "recipes",

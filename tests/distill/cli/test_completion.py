@@ -14,7 +14,7 @@ from xlstm_distill.cli.app import app
 
 COMMANDS = (
     "run prepare capture align distill merge evaluate report export generate chat slurm validate "
-    "plan status verify clean score schema recipes patch"
+    "plan status verify clean doctor score schema recipes patch"
 )
 
 
