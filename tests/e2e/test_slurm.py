@@ -36,12 +36,12 @@ RECIPE = ROOT / "recipes" / "quickstart.yaml"
 EXPERTS = ("math", "code", "stem", "chat")
 SETS = (
     "data.context=64", "data.validation_rows=2", "data.workers=0", "student.mixer.window=8",
-    *(f"data.domains.{name}.sources=[{{generator: {name}, documents: 400}}]" for name in EXPERTS),
-    "align.tokens=1536", "align.batch=4", "align.warmup_steps=1",
+    *(f"data.domains.{name}.sources=[{{generator: {name}, documents: 300}}]" for name in EXPERTS),
+    "align.tokens=1024", "align.batch=4", "align.warmup_steps=1",
     # No checkpoint but the one that a signal asks for.
     "training.checkpoint_steps=1000", "training.validate_steps=null",
     "distill.batch=4", "distill.warmup_steps=1",
-    *(f"distill.experts.{name}.phases=[{{domain: {name}, tokens: 12288}}]" for name in EXPERTS),
+    *(f"distill.experts.{name}.phases=[{{domain: {name}, tokens: 6144}}]" for name in EXPERTS),
     "evaluate.limit=2", "evaluate.experts=false",
     "evaluate.tasks=[{name: qs_math_add, domain: math}]",
 )  # fmt: skip
@@ -52,7 +52,6 @@ PATIENCE = 900.0
 """Seconds that a step of the story may take on a busy machine."""
 REAL = [sys.executable, "-m", "xlstm_distill"]
 """Words that start the program in a process of its own."""
-USR1_PENDING = 1 << (signal.SIGUSR1 - 1)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ class Story:
             logs = self.run.glob(f"training/distill-{expert}-*/log.jsonl")
             return any(log.read_text().count("\n") >= FIRST_STEPS for log in logs)
 
-        wait_until(trained, f"{expert} does not train", PATIENCE, pause=0.05)
+        wait_until(trained, f"{expert} does not train", PATIENCE, pause=0.02)
         (header,) = self.run.glob(f"training/distill-{expert}-*/training.json")
         process = int(json.loads(header.read_text())["pid"])
         # It spends no time while Slurm makes up its mind, which takes up to half a minute.
@@ -179,20 +178,20 @@ def story(cluster: Cluster, program: list[str], tmp_path_factory: pytest.TempPat
     told.submit()
     told.submit()  # while all of it is in the queue
 
-    told.freeze_in_training("code")
+    frozen = told.freeze_in_training("code")
     node = told.look()["distill", 1].nodes
     assert node is not None
     cluster.call(
         *("sbatch", "--partition=high", f"--nodelist={node}", "--cpus-per-task=2"),
         *("--output=/dev/null", "--wrap=true"),
     )
+    let_go(frozen, signal.SIGTERM)
     told.start_again("distill", 1)
 
     frozen = told.freeze_in_training("stem")
     number = told.look()["distill", 2].id
     cluster.call("scontrol", "update", f"JobId={number}_2", "EndTime=now+70")
-    wait_until(lambda: pending_signals(frozen) & USR1_PENDING, "no SIGUSR1", PATIENCE)
-    os.kill(frozen, signal.SIGCONT)
+    let_go(frozen, signal.SIGUSR1)
     told.start_again("distill", 2)
 
     told.wait_until_over()
@@ -204,10 +203,16 @@ def story(cluster: Cluster, program: list[str], tmp_path_factory: pytest.TempPat
     return told
 
 
-def pending_signals(process: int) -> int:
-    """Signals that a process has got and not handled, as bits."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("ShdPnd:")).split()[1], 16)
+def let_go(process: int, number: signal.Signals) -> None:
+    """Wait until a frozen process has got a signal of Slurm's, then let it go on."""
+
+    def has_got_it() -> bool:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        pending = next(line for line in lines if line.startswith("ShdPnd:")).split()[1]
+        return bool(int(pending, 16) & 1 << (number - 1))
+
+    wait_until(has_got_it, f"no {number.name}", PATIENCE)
+    os.kill(process, signal.SIGCONT)
 
 
 def hashes(run: Path) -> dict[str, str]:
@@ -244,8 +249,8 @@ def test_nothing_is_submitted_twice(story: Story) -> None:
 
 def test_a_preempted_index_goes_on_from_its_checkpoint(story: Story) -> None:
     log = story.log("distill", 1)
-    assert "stopped by SIGTERM" in log
-    assert log.count("[slurm]") >= 2
+    assert "stopped by SIGTERM after" in log
+    assert "distill/code: goes on at step" in log
     assert ", start 2" in log
     assert story.seen["failed"]["distill", 1].requeues == 1
     # Slurm put it back by itself.
@@ -254,7 +259,8 @@ def test_a_preempted_index_goes_on_from_its_checkpoint(story: Story) -> None:
 
 def test_a_time_limit_stops_a_training_in_time_and_requeues_it(story: Story) -> None:
     log = story.log("distill", 2)
-    assert "stopped by SIGUSR1" in log
+    assert "stopped by SIGUSR1 after" in log
+    assert "distill/stem: goes on at step" in log
     assert "stopped by USR1; back into the queue, requeue 1 of at most 50" in log
     assert ", start 2" in log
     assert story.seen["failed"]["distill", 2].state == "done"

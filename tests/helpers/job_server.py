@@ -8,6 +8,7 @@ and it ends with the command's exit code. A command whose client is killed is ki
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import selectors
@@ -16,6 +17,8 @@ import socket
 import sys
 import traceback
 
+ALSO = ("datasets", "deepspeed", "lm_eval.evaluator", "pandas", "sacrebleu", "scipy.ndimage")
+"""What libraries import when they are first used: every fork would do it again."""
 LARGEST = 2**20
 """Bytes of a request: words and environment."""
 POLL_SECONDS = 0.05
@@ -137,6 +140,9 @@ def load() -> None:
     import xlstm_distill.stages.prepare
     import xlstm_distill.stages.report  # noqa: F401
 
+    for name in ALSO:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     torch.set_num_threads(1)
 
 

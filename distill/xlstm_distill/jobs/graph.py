@@ -70,7 +70,12 @@ def _tasks(lineage: Lineage, site: Site) -> dict[str, tuple[Task, ...]]:
         count = site.settings("capture").tasks or CAPTURE_TASKS
         # Every share has a part of every domain, so each makes all of them with the others.
         found["capture"] = tuple(Task(n, f"{n}/{count}", captured) for n in range(count))
-    for stage in ("align", "distill", "merge", "evaluate", "report"):
+    for stage in ("align", "distill"):
+        found[stage] = tuple(_one_each(stage, by_stage[stage]))
+    # The command makes the recipe's variants too.
+    merges = (*by_stage["merge"], *by_stage.get("variant", ()))
+    found["merge"] = (Task(None, "", merges),)
+    for stage in ("evaluate", "report"):
         found[stage] = tuple(_one_each(stage, by_stage[stage]))
     return found
 

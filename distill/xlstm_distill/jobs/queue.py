@@ -36,6 +36,8 @@ OVERRIDES = {
     "TIMELIMIT": "time",
 }
 """Variables (SBATCH_...) that count more than a script's options, and these options."""
+PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+"""States of a job that is to be started, for the first time or again."""
 NEVER = "DependencyNeverSatisfied"
 """Reason of a pending job that waits for one that has failed."""
 
@@ -54,7 +56,7 @@ class Queued:
     @property
     def is_pending(self) -> bool:
         """Whether it waits to be started, perhaps not for the first time."""
-        return self.state == "PENDING"
+        return self.state in PENDING
 
     @property
     def words(self) -> str:

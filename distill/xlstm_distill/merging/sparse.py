@@ -26,8 +26,8 @@ from xlstm_distill.merging.files import DTYPES, SavedWeights
 SKIP = 255
 ALIGN = 8
 """Tensors begin at multiples of this: the library cannot read others in place."""
-HEADER_BYTES = 400
-"""Room for one tensor in the header, besides its name; what is left is filled with spaces."""
+HEADER_BYTES, METADATA_BYTES = 280, 2**11
+"""Room in the header for one tensor, besides its name, and for metadata; spaces fill the rest."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PARTS = ("gaps", "values", "ends")
 
@@ -111,7 +111,7 @@ class SparseWriter:
         self.file = file
         self.header: dict[str, object] = {}
         self.room = sum(HEADER_BYTES + 3 * len(name.encode()) for name in names)
-        self.room += 2**14 - self.room % ALIGN
+        self.room += METADATA_BYTES - self.room % ALIGN
         self.start = 8 + self.room
         file.seek(self.start)
         self.count = 0

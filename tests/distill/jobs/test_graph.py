@@ -6,6 +6,7 @@ import pytest
 
 from xlstm_distill.jobs.graph import array_words, job_graph, wanted_labels
 from xlstm_distill.jobs.site import Settings, Site
+from xlstm_distill.recipe import MergeSettings
 from xlstm_distill.stages.lineage import Lineage
 
 
@@ -35,6 +36,19 @@ def test_the_graph_of_four_experts(recipe):
 def test_every_artifact_is_made_by_a_job(recipe):
     made = {label for job in graph(recipe).values() for task in job.tasks for label in task.labels}
     assert made == set(Lineage(recipe).labels())
+
+
+def test_the_job_of_the_merge_makes_the_variants_too(recipe):
+    added = MergeSettings(method="task_arithmetic", scale=1.5)
+    merge = recipe.merge.model_copy(update={"variants": {"added": added}})
+    wanted = recipe.model_copy(update={"merge": merge})
+    jobs = graph(wanted)
+    (task,) = jobs["merge"].tasks
+    assert task.labels == ("merge", "variant/added")
+    assert jobs["merge"].depends_on == ("distill",)
+    assert jobs["evaluate"].tasks[-1].labels == ("evaluate/added",)
+    made = {label for job in jobs.values() for task in job.tasks for label in task.labels}
+    assert made == set(Lineage(wanted).labels())
 
 
 def test_no_more_shares_than_domains_and_none_without_stored_targets(recipe):
