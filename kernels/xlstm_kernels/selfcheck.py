@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,10 +115,10 @@ def run_mlstm(inputs: Tensors, backend: Backend) -> Tensors:
 def run_window(inputs: Tensors, backend: Backend) -> Tensors:
     """Run the attention, with all gradients."""
 
-    def operator(**x: Tensor) -> Tensor:
-        ids = documents(x["q"].shape[2], len(x["q"]), x["q"].device)
+    def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ids = documents(q.shape[2], len(q), q.device)
         return sliding_window_attention(
-            **x, window=WINDOW, sinks=SINKS, segment_ids=ids, backend=backend
+            q, k, v, window=WINDOW, sinks=SINKS, segment_ids=ids, backend=backend
         )
 
     return outputs_and_grads(operator, with_gradients(inputs))
@@ -145,7 +146,7 @@ def run_hybrid_steps(inputs: Tensors, backend: Backend) -> Tensors:
     )  # fmt: skip
     outputs = []
     for t in range(q.shape[2]):
-        token = {name: tensor[:, :, t] for name, tensor in x.items()}
+        token: dict[str, Any] = {name: tensor[:, :, t] for name, tensor in x.items()}
         outputs.append(hybrid_step(**token, state=state, ring=ring, sinks=1, backend=backend))
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
 

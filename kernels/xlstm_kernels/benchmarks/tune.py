@@ -130,11 +130,11 @@ def recorded_launches(kernels: tuple[str, ...]) -> Iterator[list[Callable[[], ob
             launches.append(lambda: launch(self, *args, **kwargs))
         return launch(self, *args, **kwargs)
 
-    cls.run = run  # type: ignore[method-assign]
+    cls.run = run
     try:
         yield launches
     finally:
-        cls.run = launch  # type: ignore[method-assign]
+        cls.run = launch
 
 
 def time_passes(run: Operator, large: Tensors, kernels: tuple[str, ...], repeats: int) -> float:
