@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from xlstm_eval.protocol import task_protocols, text_hash
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
+from xlstm_eval.tasks.sandbox import Limits, not_isolated
 from xlstm_eval.terminal import quiet
 
 if TYPE_CHECKING:
@@ -77,11 +78,17 @@ def evaluate_model(
         )
         raw = _run_all(lm, loaded, seed)
         lm.coordinator.finish()
+        warnings = [*warnings, *_sandbox_warnings(loaded)]
     batches = lm.coordinator.results()
     said = [message for batch in batches for message in batch.warnings]
     samples = {leaf.task_name: raw["samples"][leaf.task_name] for _, leaf in loaded.leaves()}
     # Where the task files lie does not change what is asked, nor does the level of chance.
-    left_out: Any = {"include": True, "tasks": {"__all__": {"chance"}}}
+    # Consent to run code is no setting of it either.
+    left_out: Any = {
+        "include": True,
+        "confirm_run_unsafe_code": True,
+        "tasks": {"__all__": {"chance"}},
+    }
     settings = loaded.suite.model_dump(mode="json", exclude=left_out)
     return EvaluationResult(
         tasks=tuple(_result_of(entry, loaded, raw) for entry in loaded.suite.tasks),
@@ -103,6 +110,7 @@ def evaluate_model(
                 tokenizer.chat_template if loaded.suite.apply_chat_template else None
             ),
             "tasks": raw["protocols"],
+            **_sandbox_protocol(loaded),
         },
     )
 
@@ -132,6 +140,24 @@ def _protocol(sizes: BatchSizes, batches: Sequence[Answered]) -> dict[str, Any]:
         "answer_seconds": round(sum(batch.seconds for batch in batches), 3),
         "tokens": sum(batch.tokens for batch in batches),
     }
+
+
+def _sandbox_warnings(loaded: LoadedSuite) -> list[str]:
+    """Say what generated code could reach, where this platform does not isolate it fully."""
+    missing = not_isolated() if loaded.runs_code() else ()
+    if not missing:
+        return []
+    return [
+        f"generated code ran with limits of time and memory, but this platform did not keep it "
+        f"from: {', '.join(missing)} (docs/evaluation.md)."
+    ]
+
+
+def _sandbox_protocol(loaded: LoadedSuite) -> dict[str, Any]:
+    """Record the limits of generated code, by which answers are right or wrong."""
+    if not loaded.runs_code():
+        return {}
+    return {"code_limits": asdict(Limits()), "code_not_isolated_from": list(not_isolated())}
 
 
 @contextlib.contextmanager
@@ -176,8 +202,13 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
     for entry, leaf in loaded.leaves():
         if getattr(leaf, "UNSAFE_CODE", False) and not loaded.suite.confirm_run_unsafe_code:
             raise EvalError(
-                f"{entry.name}: runs generated code. "
-                "Set confirm_run_unsafe_code to allow it, in a sandbox."
+                f"{entry.name}: runs code that a model wrote. Allow it with --run-code, or with "
+                "confirm_run_unsafe_code: true; it runs in a sandbox (docs/evaluation.md)."
+            )
+        if leaf.task_name in loaded.unconfined:
+            raise EvalError(
+                f"{entry.name}: runs code that a model wrote by means of its own, outside the "
+                "sandbox. Leave it out, or score it with xlstm_eval.tasks.code.pass_at_k."
             )
         if leaf.get_config("output_type") != "generate_until":
             continue
@@ -271,8 +302,10 @@ def _run(
 
 
 def _result_of(entry: SuiteTask, loaded: LoadedSuite, raw: dict[str, dict[str, Any]]) -> TaskResult:
-    rows = []
+    rows, written = [], True
     for leaf in leaves_of(loaded.tasks[entry.name]):
         rows.extend(raw["samples"][leaf.task_name])
+        written = written and leaf.get_config("output_type") == "generate_until"
     higher_is_better = raw["higher_is_better"].get(entry.name) or {}
-    return task_result(entry, raw["results"][entry.name], rows, higher_is_better)
+    result = task_result(entry, raw["results"][entry.name], rows, higher_is_better)
+    return result.model_copy(update={"kind": "generation" if written else "loglikelihood"})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from xlstm_distill.recipe.fields import (
     Count,
@@ -17,6 +17,18 @@ from xlstm_distill.recipe.fields import (
     Section,
     Text,
 )
+from xlstm_eval.problems import did_you_mean
+from xlstm_eval.suites import suite_names, suite_settings
+
+
+def _suite_name(value: str) -> str:
+    # A known name never comes so far: the section takes its tasks and forgets it.
+    raise FieldError("", f"{value!r} is unknown. {did_you_mean(value, suite_names())}")
+
+
+SuiteName = Annotated[
+    str, AfterValidator(_suite_name), Field(json_schema_extra={"enum": list(suite_names())})
+]
 
 
 class EvalTask(Section):
@@ -58,7 +70,21 @@ class Evaluate(Section):
     include: Folder | None = Field(
         default=None, description="Folder of lm-eval YAML tasks, relative to the recipe."
     )
-    tasks: tuple[EvalTask, ...] = Field(min_length=1, description="The tasks.")
+    # Not kept: the recipe that a run saves holds the suite's tasks, so a later version of the suite
+    # changes no run that has begun.
+    suite: SuiteName | None = Field(
+        default=None,
+        exclude=True,
+        description="A suite that comes with the package: its tasks and its `apply_chat_template`.",
+    )
+    leave_out: tuple[Text, ...] = Field(
+        default=(), exclude=True, description="Tasks of the suite to leave out, by name."
+    )
+    tasks: tuple[EvalTask, ...] = Field(
+        default=(),
+        description="The tasks. With a suite: further tasks, and tasks of the suite by name, with "
+        "the settings that differ.",
+    )
     batch: Count | Literal["auto"] = Field(
         default="auto",
         description="Prompts per forward pass; auto tries what fits the memory, 32 on a CPU.",
@@ -69,17 +95,44 @@ class Evaluate(Section):
     limit: Count | None = Field(
         default=None, description="Maximum number of items of each task; null means all."
     )
-    # False by default, as in lm-eval: humaneval and mbpp run what the model wrote, without a
-    # sandbox.
+    # False by default, as in lm-eval: humaneval, mbpp and cruxeval run what the model wrote.
     confirm_run_unsafe_code: Flag = Field(
-        default=False, description="Allow tasks that run code which a model wrote."
+        default=False,
+        description="Allow tasks that run code which a model wrote, in a sandbox; "
+        "`--run-code` does the same.",
     )
     experts: Flag = Field(
         default=True, description="Evaluate each expert too, not only the merged student."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_tasks_of_suite(cls, data: Any) -> Any:
+        """Replace the name of a suite by its tasks."""
+        if not isinstance(data, Mapping) or data.get("suite") not in suite_names():
+            return data
+        settings = suite_settings(data["suite"])
+        own = data.get("tasks") or []
+        left_out = data.get("leave_out") or []
+        # What is no list of mappings or of names is said by its field.
+        if not _are_named(own) or not isinstance(left_out, list | tuple):
+            return {key: value for key, value in data.items() if key != "suite"}
+        names = [task["name"] for task in settings["tasks"]]
+        for index, name in enumerate(left_out):
+            if name not in names:
+                hint = did_you_mean(str(name), names)
+                raise FieldError(f"leave_out[{index}]", f"{name!r} is not in the suite. {hint}")
+        kept = [task for task in settings["tasks"] if task["name"] not in left_out]
+        rest = {key: value for key, value in data.items() if key not in ("suite", "leave_out")}
+        return settings | rest | {"tasks": merged_tasks(kept, own)}
+
     def broken_rules(self) -> Iterator[FieldError]:
-        """Yield an error for every task that is named a second time."""
+        """Yield an error where there are no tasks, or a task is named a second time."""
+        if not self.tasks:
+            allowed = ", ".join(suite_names())
+            yield FieldError("tasks", f"missing; name a suite ({allowed}) or list tasks.")
+        if self.leave_out:
+            yield FieldError("leave_out", "leaves tasks out of a suite; name one in `suite`.")
         names = [task.name for task in self.tasks]
         # Results are kept by task name, so a second entry would overwrite the first.
         for index, name in enumerate(names):
@@ -88,6 +141,23 @@ class Evaluate(Section):
                 yield FieldError(
                     f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
                 )
+
+
+def merged_tasks(suite: list[Any], own: list[Any]) -> list[Any]:
+    """Return a suite's tasks with the recipe's own settings, and then the recipe's other tasks."""
+    changes = {task["name"]: task for task in own}
+    names = [task["name"] for task in suite]
+    merged = [task | changes.get(task["name"], {}) for task in suite]
+    # Named twice, one stays as it is, and is refused as a task that is already there.
+    rest = [task for task in own if task["name"] not in names or changes[task["name"]] is not task]
+    return merged + rest
+
+
+def _are_named(tasks: Any) -> bool:
+    """Tell whether these are mappings with names, as far as a suite is merged with them."""
+    if not isinstance(tasks, list | tuple):
+        return False
+    return all(isinstance(task, Mapping) and isinstance(task.get("name"), str) for task in tasks)
 
 
 class Report(Section):

@@ -73,6 +73,7 @@ def json_schema() -> dict[str, Any]:
     }
     phase["required"] = ["tokens"]
     phase["oneOf"] = [{"required": ["domains"]}, {"required": ["domain"]}]
+    schema["$defs"]["Evaluate"]["anyOf"] = [{"required": ["suite"]}, {"required": ["tasks"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

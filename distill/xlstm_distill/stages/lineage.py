@@ -148,6 +148,8 @@ class Lineage:
     def _evaluate_settings(self) -> dict[str, Any]:
         """The section `evaluate` as far as answers and scores depend on it."""
         found = part(self.recipe.evaluate, "include", "experts")
+        # Consent changes no answer: `report` finds what `evaluate --run-code` has made.
+        found["confirm_run_unsafe_code"] = False
         for task in found["tasks"]:
             # It decides what the report compares, which reads it anew.
             del task["chance"]
