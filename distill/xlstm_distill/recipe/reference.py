@@ -57,7 +57,7 @@ The recipes of the paper's models mark each line: "paper" or "chosen". These cho
 - **Query and key maps** stay modules of their own. Fig. 2 draws them merged after stage I.
 - **Targets** are the top k of the teacher's distribution. Appendix B.2 speaks of sampled ones.
 - **Long documents** are split into rows.
-- **Metrics** of tasks are named by the paper's figures: [metric.md](metric.md).
+- **Metrics** of tasks are named by the paper's figures: [evaluation.md](evaluation.md#suites).
 """
 
 

@@ -106,7 +106,7 @@ def sandboxed_metrics() -> Iterator[None]:
     def real() -> types.ModuleType:
         if before is not None:
             return before
-        del sys.modules[EVALUATE]
+        sys.modules.pop(EVALUATE, None)
         try:
             return importlib.import_module(EVALUATE)
         finally:
@@ -115,13 +115,19 @@ def sandboxed_metrics() -> Iterator[None]:
     def load(path: str, *given: Any, **settings: Any) -> Any:
         return SANDBOXED if path == CODE_EVAL else real().load(path, *given, **settings)
 
+    def attribute(name: str) -> Any:
+        # Whoever walks over all modules (inspect does) asks for __file__ and the like.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(real(), name)
+
     stand_in.load = load  # type: ignore[attr-defined]
-    stand_in.__getattr__ = lambda name: getattr(real(), name)  # type: ignore[method-assign]
+    stand_in.__getattr__ = attribute  # type: ignore[method-assign]
     sys.modules[EVALUATE] = stand_in
     try:
         yield
     finally:
-        del sys.modules[EVALUATE]
+        sys.modules.pop(EVALUATE, None)
         if before is not None:
             sys.modules[EVALUATE] = before
 
