@@ -7,12 +7,13 @@ inside the functions.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,20 @@ from xlstm_eval.answering.batches import PROTOCOL
 from xlstm_eval.answering.coordinator import Coordinator, OneRank, Progress, Ranks, Tally
 from xlstm_eval.answering.journal import Answered, Journal
 from xlstm_eval.answering.sizes import BatchSizes
+from xlstm_eval.beside import (
+    generate,
+    mt_bench,
+    open_judge,
+    sandbox_protocol,
+    sandbox_warnings,
+    skipped,
+)
 from xlstm_eval.loading import LoadedSuite, leaves_of, load_suite
 from xlstm_eval.protocol import task_protocols, text_hash
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
-from xlstm_eval.tasks.sandbox import Limits, not_isolated
+from xlstm_eval.tasks.mt_bench import MT_BENCH
 from xlstm_eval.terminal import quiet
 
 if TYPE_CHECKING:
@@ -73,25 +82,33 @@ def evaluate_model(
     with _in_evaluation(model), quiet() as warnings:
         lm = AskedModel(model, tokenizer, warnings, sizes, seed)
         _check(loaded, lm)
+        talk = mt_bench(loaded, lm)
+        judge = open_judge(loaded, seed, session.journal)
         lm.coordinator = Coordinator(
             lm.compute, _journal(session), session.ranks, progress, loaded.count_requests
         )
         raw = _run_all(lm, loaded, seed)
+        answers = talk.answer(functools.partial(generate, lm)) if talk else []
         lm.coordinator.finish()
-        warnings = [*warnings, *_sandbox_warnings(loaded)]
+        warnings = [*warnings, *sandbox_warnings(loaded), *skipped(loaded)]
     batches = lm.coordinator.results()
     said = [message for batch in batches for message in batch.warnings]
     samples = {leaf.task_name: raw["samples"][leaf.task_name] for _, leaf in loaded.leaves()}
+    results = {task.name: _result_of(task, loaded, raw) for task in loaded.harnessed()}
+    if talk and judge:
+        results[MT_BENCH], samples[MT_BENCH] = talk.judged(answers, judge)
+        raw["protocols"][MT_BENCH] = talk.protocol(judge.settings)
     # Where the task files lie does not change what is asked, nor does the level of chance.
-    # Consent to run code is no setting of it either.
+    # Consent to run code is no setting of it either; the judge is in the protocol.
     left_out: Any = {
         "include": True,
         "confirm_run_unsafe_code": True,
+        "judge": True,
         "tasks": {"__all__": {"chance"}},
     }
     settings = loaded.suite.model_dump(mode="json", exclude=left_out)
     return EvaluationResult(
-        tasks=tuple(_result_of(entry, loaded, raw) for entry in loaded.suite.tasks),
+        tasks=tuple(results[task.name] for task in loaded.suite.tasks if task.name in results),
         samples=samples,
         seconds=time.perf_counter() - started,
         requests_hash=hash_requests(samples),
@@ -110,7 +127,7 @@ def evaluate_model(
                 tokenizer.chat_template if loaded.suite.apply_chat_template else None
             ),
             "tasks": raw["protocols"],
-            **_sandbox_protocol(loaded),
+            **sandbox_protocol(loaded),
         },
     )
 
@@ -140,24 +157,6 @@ def _protocol(sizes: BatchSizes, batches: Sequence[Answered]) -> dict[str, Any]:
         "answer_seconds": round(sum(batch.seconds for batch in batches), 3),
         "tokens": sum(batch.tokens for batch in batches),
     }
-
-
-def _sandbox_warnings(loaded: LoadedSuite) -> list[str]:
-    """Say what generated code could reach, where this platform does not isolate it fully."""
-    missing = not_isolated() if loaded.runs_code() else ()
-    if not missing:
-        return []
-    return [
-        f"generated code ran with limits of time and memory, but this platform did not keep it "
-        f"from: {', '.join(missing)} (docs/evaluation.md)."
-    ]
-
-
-def _sandbox_protocol(loaded: LoadedSuite) -> dict[str, Any]:
-    """Record the limits of generated code, by which answers are right or wrong."""
-    if not loaded.runs_code():
-        return {}
-    return {"code_limits": asdict(Limits()), "code_not_isolated_from": list(not_isolated())}
 
 
 @contextlib.contextmanager
@@ -193,7 +192,7 @@ def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTok
         lm = _stand_in(config, tokenizer)
         _check(loaded, lm)
         raw = _run_all(lm, loaded, seed=0)
-    for entry in suite.tasks:
+    for entry in loaded.harnessed():
         pick_metric(entry, raw["results"][entry.name])
 
 
@@ -261,7 +260,7 @@ def _run_all(lm: Any, loaded: LoadedSuite, seed: int) -> dict[str, dict[str, Any
     parts = ("results", "samples", "higher_is_better")
     raw: dict[str, dict[str, Any]] = {part: {} for part in (*parts, "protocols")}
     for multiturn in (False, True):
-        chosen = [task.name for task in loaded.suite.tasks if task.multiturn is multiturn]
+        chosen = [task.name for task in loaded.harnessed() if task.multiturn is multiturn]
         if chosen:
             lm.multiturn = multiturn
             output = _run(lm, loaded, chosen, multiturn, seed)

@@ -17,6 +17,7 @@ from xlstm_eval.records import EvalError
 from xlstm_eval.suites import Suite, SuiteTask
 from xlstm_eval.tasks.code import is_confined, sandboxed_metrics
 from xlstm_eval.tasks.local import local_tasks
+from xlstm_eval.tasks.mt_bench import MT_BENCH, Question, load_questions
 from xlstm_eval.terminal import quiet
 
 FILE_BUILDERS = ("json", "csv", "parquet", "text")
@@ -32,10 +33,16 @@ class LoadedSuite:
     manager: Any
     unconfined: frozenset[str] = frozenset()
     """Tasks that run generated code outside the sandbox, by lm-eval's names."""
+    questions: tuple[Question, ...] = ()
+    """Those of MT-Bench, where it is in the suite and there is a judge."""
+
+    def harnessed(self) -> list[SuiteTask]:
+        """Return the suite's tasks that lm-eval runs: all but MT-Bench."""
+        return _harnessed(self.suite)
 
     def leaves(self) -> Iterator[tuple[SuiteTask, Any]]:
         """Yield each lm-eval task with the suite's entry; the members of a group share one."""
-        for entry in self.suite.tasks:
+        for entry in self.harnessed():
             for leaf in leaves_of(self.tasks[entry.name]):
                 yield entry, leaf
 
@@ -45,7 +52,7 @@ class LoadedSuite:
 
     def count_requests(self) -> int:
         """Return how many requests lm-eval has built for the suite so far."""
-        total = 0
+        total = 2 * len(self.questions)
         for _, leaf in self.leaves():
             total += sum(instance.repeats for instance in leaf.instances or ())
         return total
@@ -60,14 +67,27 @@ def load_suite(suite: Suite) -> LoadedSuite:
     with quiet():
         manager = _find_tasks(suite)
         with sandboxed_metrics():
-            tasks = {task.name: _load_task(manager, task.name) for task in suite.tasks}
-        loaded = LoadedSuite(suite, tasks, manager)
+            tasks = {task.name: _load_task(manager, task.name) for task in _harnessed(suite)}
+        loaded = LoadedSuite(suite, tasks, manager, questions=_questions(suite))
         unconfined = set()
         for entry, leaf in loaded.leaves():
             _override(entry, leaf)
             if getattr(leaf, "UNSAFE_CODE", False) and not is_confined(leaf):
                 unconfined.add(leaf.task_name)
     return replace(loaded, unconfined=frozenset(unconfined))
+
+
+def _harnessed(suite: Suite) -> list[SuiteTask]:
+    return [task for task in suite.tasks if task.name != MT_BENCH]
+
+
+def _questions(suite: Suite) -> tuple[Question, ...]:
+    """Read the questions of MT-Bench, where it is to be run."""
+    if suite.judge is not None and len(_harnessed(suite)) < len(suite.tasks):
+        return load_questions(suite.judge, suite.limit)
+    if not _harnessed(suite):
+        raise EvalError(f"suite.judge: none, and {MT_BENCH} is the only task. Name a judge.")
+    return ()
 
 
 def leaves_of(task: Any) -> list[Any]:
@@ -88,7 +108,7 @@ def _find_tasks(suite: Suite) -> Any:
     # lm-eval's own index takes seconds to read, so it is read only for a name that is not local.
     manager = TaskManager(include_path=path, include_defaults=False)
     local = manager.all_tasks
-    names = [_original(task.name) for task in suite.tasks]
+    names = [_original(task.name) for task in _harnessed(suite)]
     missing = [name for name in names if name not in local]
     if not missing:
         return manager

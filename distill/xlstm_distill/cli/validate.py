@@ -118,6 +118,9 @@ def _task_problems(recipe: Recipe) -> list[str]:
         return []
     found = []
     for task in recipe.evaluate.tasks:
+        # Without a judge it is skipped, so alone it would leave nothing.
+        if task.name == "mt_bench" and recipe.evaluate.judge is None:
+            continue
         alone = recipe.evaluate.model_copy(update={"tasks": (task,)})
         problem = _task_problem(recipe.model_copy(update={"evaluate": alone}))
         if problem is not None:

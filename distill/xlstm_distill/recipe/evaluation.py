@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from xlstm_distill.recipe.fields import (
     Flag,
     Folder,
     Fraction,
+    HubOrPath,
     Section,
     Text,
 )
@@ -64,6 +66,44 @@ class EvalTask(Section):
     )
 
 
+class Judge(Section):
+    """The judge of the task `mt_bench`: a model behind an OpenAI-compatible endpoint."""
+
+    endpoint: Text = Field(description="Address, as `http://localhost:8000/v1`.")
+    model: Text = Field(description="Name of the judge at the endpoint.")
+    questions: HubOrPath = Field(
+        description="MT-Bench's questions: a JSONL file with `turns` and `category`, relative to "
+        "the recipe, or a data set of the hub."
+    )
+    split: Text = Field(default="train", description="Split of the data set.")
+    api_key_env: Text = Field(
+        default="OPENAI_API_KEY",
+        description="Environment variable that holds the API key, which is never written.",
+    )
+    settings: dict[str, bool | int | float | str | None] = Field(
+        default_factory=lambda: {"temperature": 0.0, "max_tokens": 2048},
+        description="Further fields of each request; null leaves one out (`seed: null`).",
+    )
+    workers: Count = Field(default=8, description="Requests at the same time.")
+
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error for an address that is none, or that holds a secret."""
+        address = urllib.parse.urlsplit(self.endpoint)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            yield FieldError("endpoint", f"{self.endpoint!r}; give http://HOST:PORT/v1.")
+        # The recipe is saved in the run directory and shown in the report.
+        if address.username or address.password or address.query:
+            yield FieldError(
+                "endpoint",
+                "has a user, a password or a query; give the address alone, and the key in the "
+                f"environment variable {self.api_key_env}.",
+            )
+        if not self.api_key_env.isidentifier():
+            yield FieldError(
+                "api_key_env", "must be the name of an environment variable, not the key itself."
+            )
+
+
 class Evaluate(Section):
     """What teacher and students are measured on, under the same settings."""
 
@@ -100,6 +140,9 @@ class Evaluate(Section):
         default=False,
         description="Allow tasks that run code which a model wrote, in a sandbox; "
         "`--run-code` does the same.",
+    )
+    judge: Judge | None = Field(
+        default=None, description="Judge of `mt_bench`, which is skipped without one."
     )
     experts: Flag = Field(
         default=True, description="Evaluate each expert too, not only the merged student."

@@ -150,10 +150,21 @@ class Lineage:
         found = part(self.recipe.evaluate, "include", "experts")
         # Consent changes no answer: `report` finds what `evaluate --run-code` has made.
         found["confirm_run_unsafe_code"] = False
+        judge = found.pop("judge")
+        if judge is not None:
+            # Where it is reached changes no score. Its questions count by what they are.
+            found["judge"] = {"model": judge["model"], "settings": judge["settings"]}
+            found["judge"]["questions"] = self._questions_hash()
         for task in found["tasks"]:
             # It decides what the report compares, which reads it anew.
             del task["chance"]
         return found
+
+    def _questions_hash(self) -> str:
+        judge = self.recipe.evaluate.judge
+        assert judge is not None
+        # A data set of the hub is named by itself.
+        return str(hash_if_there(Path(judge.questions)) or f"{judge.questions}/{judge.split}")
 
     def recipe_keys(self, label: str) -> dict[str, str]:
         """Recipe keys of those of `settings(label)` that have another name in the recipe."""
@@ -261,6 +272,8 @@ class Lineage:
 
     def _hashes(self) -> dict[str, Any]:
         paths: list[str] = [str(self.recipe.evaluate.include or "")]
+        if self.recipe.evaluate.judge is not None:
+            paths.append(self.recipe.evaluate.judge.questions)
         for domain in self.recipe.data.domains.values():
             paths += [source.path for source in domain.sources if source.path is not None]
         return {

@@ -212,6 +212,23 @@ def test_a_suite_becomes_tasks_and_single_ones_may_differ(small: Path) -> None:
             "evaluate.leave_out[0]: 'mmlo' is not in the suite. Did you mean 'mmlu'?",
         ),
         (
+            ["evaluate.judge={endpoint: 'http://me:pw@host/v1', model: j, questions: a/b}"],
+            "evaluate.judge.endpoint: has a user, a password or a query; give the address alone, "
+            "and the key in the environment variable OPENAI_API_KEY.",
+        ),
+        (
+            ["evaluate.judge={endpoint: host, model: j, questions: a/b}"],
+            "evaluate.judge.endpoint: 'host'; give http://HOST:PORT/v1.",
+        ),
+        (
+            [
+                "evaluate.judge={endpoint: 'http://h/v1', model: j, questions: a/b, "
+                "api_key_env: sk-123}"
+            ],
+            "evaluate.judge.api_key_env: must be the name of an environment variable, not the key "
+            "itself.",
+        ),
+        (
             ["evaluate.leave_out=[mmlu]"],
             "evaluate.leave_out: leaves tasks out of a suite; name one in `suite`.",
         ),
