@@ -35,6 +35,7 @@ from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
 from xlstm_eval.tasks.mt_bench import MT_BENCH
+from xlstm_eval.tasks.sandbox import require_sandbox
 from xlstm_eval.terminal import quiet
 
 if TYPE_CHECKING:
@@ -198,6 +199,8 @@ def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTok
 
 def _check(loaded: LoadedSuite, lm: Any) -> None:
     """Refuse, before anything is run, what would fail or be cut short in the middle."""
+    if loaded.runs_code() and loaded.suite.confirm_run_unsafe_code:
+        require_sandbox()
     for entry, leaf in loaded.leaves():
         if getattr(leaf, "UNSAFE_CODE", False) and not loaded.suite.confirm_run_unsafe_code:
             raise EvalError(

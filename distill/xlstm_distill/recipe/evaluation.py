@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from xlstm_distill.recipe.fields import (
     Count,
@@ -20,6 +21,7 @@ from xlstm_distill.recipe.fields import (
     Text,
 )
 from xlstm_eval.problems import did_you_mean
+from xlstm_eval.records import EvalError
 from xlstm_eval.suites import suite_names, suite_settings
 
 
@@ -150,11 +152,11 @@ class Evaluate(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_tasks_of_suite(cls, data: Any) -> Any:
+    def _take_tasks_of_suite(cls, data: Any, info: ValidationInfo) -> Any:
         """Replace the name of a suite by its tasks."""
         if not isinstance(data, Mapping) or data.get("suite") not in suite_names():
             return data
-        settings = suite_settings(data["suite"])
+        settings = _settings_of(data["suite"], data.get("include"), info)
         own = data.get("tasks") or []
         left_out = data.get("leave_out") or []
         # What is no list of mappings or of names is said by its field.
@@ -184,6 +186,16 @@ class Evaluate(Section):
                 yield FieldError(
                     f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
                 )
+
+
+def _settings_of(suite: str, include: Any, info: ValidationInfo) -> dict[str, Any]:
+    """Read a suite; a folder of tasks is relative to the recipe's."""
+    beside: Path = (info.context or {}).get("folder") or Path()
+    folder = beside / Path(include).expanduser() if isinstance(include, str) else None
+    try:
+        return suite_settings(suite, folder)
+    except EvalError as error:
+        raise FieldError("suite", str(error).removeprefix("suite: ")) from None
 
 
 def merged_tasks(suite: list[Any], own: list[Any]) -> list[Any]:

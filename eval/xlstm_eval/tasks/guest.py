@@ -8,6 +8,7 @@ Landlock (files, TCP, signals), seccomp (system calls) and namespaces (network, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -145,24 +146,31 @@ def _limit(order: dict[str, Any]) -> None:
     """Set limits of this process that it cannot raise."""
     memory, seconds = order["memory"], order["seconds"]
     limits = {
-        resource.RLIMIT_AS: memory,
-        resource.RLIMIT_FSIZE: order["file_bytes"],
-        resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_MSGQUEUE: 0,
+        "RLIMIT_AS": memory,
+        "RLIMIT_FSIZE": order["file_bytes"],
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_MSGQUEUE": 0,
     }
     for name, value in limits.items():
-        _, highest = resource.getrlimit(name)
+        # Linux has all of them; other platforms have some, and macOS refuses the first.
+        kind = getattr(resource, name, None)
+        if kind is None:
+            continue
+        _, highest = resource.getrlimit(kind)
         value = value if highest == resource.RLIM_INFINITY else min(value, highest)
-        resource.setrlimit(name, (value, value))
+        with contextlib.suppress(ValueError):
+            resource.setrlimit(kind, (value, value))
     # The signal first, so that the parent can tell the limit from a kill.
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
 def isolate(folder: str) -> list[str]:
     """Shut this process in, with `folder` as the only place to write; return what is isolated."""
-    done = set()
+    done: set[str] = set()
+    if sys.platform != "linux":
+        return []
     # Before the others: it needs rights that they take.
     if _enter_namespaces():
         done.add("network")

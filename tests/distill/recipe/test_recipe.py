@@ -203,9 +203,22 @@ def test_a_suite_becomes_tasks_and_single_ones_may_differ(small: Path) -> None:
     ).evaluate.apply_chat_template
 
 
+def test_the_suite_of_a_folder_is_every_task_in_it(root: Path) -> None:
+    path = root / "recipes" / "quickstart.yaml"
+    listed = load_recipe(path).evaluate
+    named = load_recipe(path, ["evaluate.tasks=null", "evaluate.suite=quickstart"]).evaluate
+    assert {task.name: task.domain for task in named.tasks} == {
+        task.name: task.domain for task in listed.tasks
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        (
+            ["evaluate.suite=quickstart"],
+            "evaluate.suite: quickstart is a folder of task files. Name the folder in `include`.",
+        ),
         (["evaluate.suite=bse"], "evaluate.suite: 'bse' is unknown. Did you mean 'base'?"),
         (
             ["evaluate.suite=base", "evaluate.leave_out=[mmlo]"],

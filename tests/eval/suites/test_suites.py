@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from xlstm_eval.records import EvalError
 from xlstm_eval.suites import Suite, SuiteTask, named_suite, suite_names, suite_settings
 from xlstm_eval.tasks.local import local_tasks
 
+ROOT = Path(__file__).parents[3]
 PAPERS = ("base", "instruct")
 
 
@@ -35,9 +37,24 @@ def test_an_unknown_suite_is_refused() -> None:
 
 @pytest.mark.parametrize("name", suite_names())
 def test_every_suite_is_valid_and_nobody_changes_it(name: str) -> None:
-    before = named_suite(name)
-    suite_settings(name)["tasks"].clear()
-    assert named_suite(name) == before
+    folder = ROOT / "recipes" / "quickstart" / "tasks"
+    before = named_suite(name, folder)
+    suite_settings(name, folder)["tasks"].clear()
+    assert named_suite(name, folder) == before
+
+
+def test_the_quickstarts_suite_is_every_task_of_its_folder(tmp_path: Path) -> None:
+    folder = ROOT / "recipes" / "quickstart" / "tasks"
+    suite = named_suite("quickstart", folder)
+    listed = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())["evaluate"]
+    assert suite.apply_chat_template == listed["apply_chat_template"]
+    assert suite.domains() == {task["name"]: task["domain"] for task in listed["tasks"]}
+    for name, kind in (("z", "generate_until"), ("a", "multiple_choice"), ("m", "generate_until")):
+        text = f"task: {name}\noutput_type: {kind}\nprocess_results: !function utils.do\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert list(named_suite("quickstart", tmp_path).domains()) == ["m", "z", "a"]
+    with pytest.raises(EvalError, match=r"quickstart is a folder of task files\. Name the folder"):
+        named_suite("quickstart")
 
 
 def test_the_papers_base_suite() -> None:
