@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,7 +15,7 @@ from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages.merge import merge
-from xlstm_distill.stages.weights.learning import STATE
+from xlstm_distill.stages.weights.learning import LOG, STATE
 from xlstm_distill.stages.weights.streamed import MixedWeights, StreamedStudent
 
 COEFFICIENTS = [[0.7, 0.3], [0.2, 0.8]]
@@ -106,52 +109,35 @@ LEARNED = {"weights": "learned", "layer_groups": 2, "learning": {"steps": 3, "ro
 
 
 class Stopping(QuietConsole):
-    """Stops the program after some steps, as Ctrl-C does."""
+    """Stops the program after two steps of the merge `again`, as Ctrl-C does."""
 
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.left = steps
-
+    @contextlib.contextmanager
     def progress(self, label, *args, **kwargs):
-        bar = super().progress(label, *args, **kwargs)
-        return _StoppingBar(self, bar) if "learning" in label else bar
+        with super().progress(label, *args, **kwargs) as bar:
+            self.left = 2 if label == "variant/again (learning)" else math.inf
+            update, bar.update = bar.update, lambda *a, **k: (self.count(), update(*a, **k))
+            yield bar
 
-
-class _StoppingBar:
-    def __init__(self, console, bar) -> None:
-        self.console, self.bar = console, bar
-
-    def __enter__(self):
-        self.shown = self.bar.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.bar.__exit__(*error)
-
-    def skip(self, n):
-        self.shown.skip(n)
-
-    def update(self, n, **metrics):
-        self.console.left -= 1
-        if not self.console.left:
+    def count(self):
+        self.left -= 1
+        if not self.left:
             raise KeyboardInterrupt
 
 
 @pytest.mark.slow
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(found_run):
-    experts = ("good", "broken")
-    lineage, run_ = found_run(LEARNED, experts)
-    (whole,) = merge(lineage, run_, QuietConsole())
+    """Twice the same merge in one run, the second of which is stopped and started again."""
+    lineage, run_ = found_run({**LEARNED, "variants": {"again": LEARNED}})
+    with pytest.raises(KeyboardInterrupt):
+        merge(lineage, run_, Stopping())
+    request = lineage.request("variant/again")
+    assert (run_.work_directory(request) / STATE).exists()
+    whole, resumed = merge(lineage, run_, QuietConsole())
+    assert (whole.reused, resumed.reused) == (True, False)
     weights = whole.manifest["results"]["weights"]
     assert len(weights) == 2
     assert all(sum(group.values()) == pytest.approx(1, abs=1e-9) for group in weights)
     assert weights[0] != weights[1]
-    other, run_ = found_run(LEARNED, experts)
-    with pytest.raises(KeyboardInterrupt):
-        merge(other, run_, Stopping(2))
-    assert (run_.work_directory(other.request("merge")) / STATE).exists()
-    (resumed,) = merge(other, run_, QuietConsole())
     assert resumed.manifest["results"] == whole.manifest["results"]
-    assert (resumed.path / "learning.jsonl").read_text() == (
-        whole.path / "learning.jsonl"
-    ).read_text()
+    logs = [(made.path / LOG).read_text() for made in (whole, resumed)]
+    assert logs[0] == logs[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 
 import pytest
 import yaml
@@ -18,23 +20,16 @@ TUNED = {"weights": "tuned", "tuning": {"trials": 4, "items": 6}}
 
 
 class Stopping(QuietConsole):
-    """Stops the program after some trials, as Ctrl-C does."""
+    """Stops the program after two trials of the merge `again`, as Ctrl-C does."""
 
-    def __init__(self, trials: int) -> None:
-        super().__init__()
-        self.left = trials
+    @contextlib.contextmanager
+    def progress(self, label, *args, **kwargs):
+        with super().progress(label, *args, **kwargs) as bar:
+            self.left = 2 if label == "variant/again (tuning)" else math.inf
+            update, bar.update = bar.update, lambda *a, **k: (self.count(), update(*a, **k))
+            yield bar
 
-    def progress(self, *args, **kwargs):
-        self.bar = super().progress(*args, **kwargs)
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def update(self, *args, **kwargs):
+    def count(self):
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
@@ -42,16 +37,15 @@ class Stopping(QuietConsole):
 
 @pytest.fixture(scope="module")
 def tuned(found_run):
-    """The same search, undisturbed and stopped after two trials and started again."""
-    (whole,) = merge(*found_run(TUNED), QuietConsole())
-    lineage, run = found_run(TUNED)
+    """The same search twice, the second of which is stopped after two trials and started again."""
+    lineage, run = found_run({**TUNED, "variants": {"again": TUNED}})
     with pytest.raises(KeyboardInterrupt):
-        merge(lineage, run, Stopping(trials=2))
-    journal = run.work_directory(lineage.request("merge")) / JOURNAL
+        merge(lineage, run, Stopping())
+    journal = run.work_directory(lineage.request("variant/again")) / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     # A kill may tear the line that is being written: here a third trial's.
     journal.write_bytes(b"".join(lines) + lines[-1][:40])
-    (resumed,) = merge(lineage, run, QuietConsole())
+    whole, resumed = merge(lineage, run, QuietConsole())
     return whole, resumed, len(lines)
 
 
