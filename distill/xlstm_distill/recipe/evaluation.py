@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -178,14 +178,19 @@ class Evaluate(Section):
             yield FieldError("tasks", f"missing; name a suite ({allowed}) or list tasks.")
         if self.leave_out:
             yield FieldError("leave_out", "leaves tasks out of a suite; name one in `suite`.")
-        names = [task.name for task in self.tasks]
-        # Results are kept by task name, so a second entry would overwrite the first.
-        for index, name in enumerate(names):
-            first = names.index(name)
-            if first < index:
-                yield FieldError(
-                    f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
-                )
+        yield from repeated_tasks(self.tasks)
+
+
+def repeated_tasks(tasks: Sequence[EvalTask]) -> Iterator[FieldError]:
+    """Yield an error for every task that is named a second time."""
+    names = [task.name for task in tasks]
+    # Results are kept by task name, so a second entry would overwrite the first.
+    for index, name in enumerate(names):
+        first = names.index(name)
+        if first < index:
+            yield FieldError(
+                f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
+            )
 
 
 def _settings_of(suite: str, include: Any, info: ValidationInfo) -> dict[str, Any]:
