@@ -247,7 +247,7 @@ def test_the_suite_of_a_folder_is_every_task_in_it(root: Path) -> None:
         ),
         (
             ["evaluate.suite=base", "evaluate.tasks=[{name: mmlu}, {name: mmlu, shots: 1}]"],
-            "evaluate.tasks[13].name: 'mmlu' is already tasks[12]; keep one.",
+            "evaluate.tasks[14].name: 'mmlu' is already tasks[13]; keep one.",
         ),
     ],
 )

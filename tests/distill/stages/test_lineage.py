@@ -186,7 +186,8 @@ def test_of_a_judge_counts_who_it_is_and_what_it_asks(root, tmp_path):
     first = fingerprint()
     assert fingerprint(endpoint="http://elsewhere/v1", api_key_env="OTHER") == first
     assert fingerprint(model="k") != first
-    moved = questions.rename(tmp_path / "moved.jsonl")
+    (tmp_path / "moved").mkdir()
+    moved = questions.rename(tmp_path / "moved" / "questions.jsonl")
     assert fingerprint(questions=str(moved)) == first
     moved.write_text('{"turns": ["a", "c"]}')
     assert fingerprint(questions=str(moved)) != first

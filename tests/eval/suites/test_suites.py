@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from xlstm_eval.records import EvalError
 from xlstm_eval.suites import Suite, SuiteTask, named_suite, suite_names, suite_settings
 from xlstm_eval.tasks.local import local_tasks
+from xlstm_eval.tasks.mt_bench import MT_BENCH
 
 ROOT = Path(__file__).parents[3]
 PAPERS = ("base", "instruct")
@@ -84,6 +85,7 @@ def test_the_papers_instruct_suite() -> None:
         "xlstm_humaneval_64_instruct",
         "xlstm_humaneval_plus_64_instruct",
         "ifeval",
+        "mt_bench",
     }
     assert set(suite.domains().values()) == {"understanding", "math", "code", "stem", "chat"}
 
@@ -104,7 +106,8 @@ def task_files() -> dict[str, dict[str, Any]]:
     folders += [
         folder for folder in root.iterdir() if any(name.startswith(folder.name) for name in wanted)
     ]
-    found: dict[str, dict[str, Any]] = {}
+    # No task of lm-eval: it generates, and a judge scores.
+    found: dict[str, dict[str, Any]] = {MT_BENCH: {"output_type": "generate_until"}}
     for path in (path for folder in folders for path in folder.rglob("*.yaml")):
         # MMLU alone has hundreds, one for each subject and prompt.
         if "mmlu" in path.parts and path.stem != "_mmlu":
@@ -143,7 +146,7 @@ def test_lm_eval_knows_every_task_metric_and_filter(
         # Members of a group are files of their own; the group names the metric it aggregates.
         if isinstance(members, list) and not metrics_of(settings):
             continue
-        assert task.metric in metrics_of(settings), task.name
+        assert task.metric in metrics_of(settings) or task.name == MT_BENCH, task.name
         filters = {row["name"] for row in settings.get("filter_list", ())}
         assert task.filter is None or task.filter in filters, task.name
 
