@@ -49,13 +49,18 @@ def test_softmax_inside_gives_the_teachers_logits(family, tiny_teacher):
         # All layers have one; 48 is that of no layer.
         ("mistral", {"sliding_window": 16}),
         ("phi3", {"sliding_window": 16}),
+        ("starcoder2", {"sliding_window": 16}),
+        ("mixtral", {"sliding_window": 16}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}),
+        # Layers with a window have rotary frequencies of their own.
+        ("gemma3_text", {"sliding_window": 16, "layer_types": LAYER_TYPES}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_layer_sees_no_further_than_its_teachers_own_window(family, own, tiny_teacher):
     teacher = tiny_teacher(family, **own)
     student = convert(teacher, MixerConfig(window=48, sinks=0, branches=("window",)))
-    by_model = family in ("mistral", "phi3")
+    by_model = FAMILIES[family].window == "model"
     assert {mixer.window for mixer in student.mixers()} == ({16} if by_model else {16, 48})
     with torch.no_grad():
         expected = teacher(ids()).logits.double()
@@ -75,6 +80,7 @@ def test_a_layer_sees_no_further_than_its_teachers_own_window(family, own, tiny_
         ("exaone4", {"layer_types": LAYER_TYPES}),
         ("cohere2", {"layer_types": LAYER_TYPES}),
         ("olmo", {"clip_qkv": 0.2}),
+        ("gemma3_text", {"query_pre_attn_scalar": 4, "final_logit_softcapping": 3.0}),
         ("granite", {"attention_multiplier": 0.3, "logits_scaling": 7.0}),
         (
             "glm4",

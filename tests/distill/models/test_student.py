@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.errors import UserError
-from xlstm_distill.models.families import FAMILIES
+from xlstm_distill.models.families import FAMILIES, family_of
 
 ALL = sorted(FAMILIES)
 HYBRID = MixerConfig(window=8, sinks=2)
@@ -114,3 +114,12 @@ def test_parameters_that_a_file_lacks_start_as_new_ones(tiny_teacher, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, parameter in loaded.new_parameters():
         assert torch.equal(parameter, new[name]), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("gemma2", "bounds the scores"), ("gpt_oss", "learned sinks"), ("gemma3", "'gemma3_text'")],
+)
+def test_families_that_the_kernels_cannot_have_are_refused_with_the_reason(model_type, reason):
+    with pytest.raises(UserError, match=f"'{model_type}' cannot be converted \\(.*{reason}"):
+        family_of(model_type)
