@@ -164,7 +164,8 @@ def test_packed_gradients_equal_separate_ones(family, tiny_teacher):
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("where", ["autocast", "fp32 parameters in a bf16 student"])
 def test_bf16_computes_nearly_what_fp32_does(family, where, tiny_teacher):
-    student = stir(convert(tiny_teacher(family), HYBRID)).train()
+    # All experts are in use: where a router chooses, rounding may make it choose another.
+    student = stir(convert(tiny_teacher(family, num_experts_per_tok=8), HYBRID)).train()
     expected = student(ids()).logits
     if where == "autocast":
         with torch.autocast("cpu", torch.bfloat16):

@@ -73,9 +73,9 @@ class Family:
     (Qwen3), or over the full projection before it (Olmo). `rotates` tells of a layer's attention
     whether it has rotary positions. `window`: whether a sliding window is a fact of each layer or
     of the whole model. `fused`: queries, keys and values are one projection, `qkv_proj`.
-    `logit_factor`: what the model multiplies its head's output with; `logit_cap`: the bound of its
-    logits (c tanh(x / c)), or None. `module` and `causal_prefix`: where transformers has other names
-    than `model_type` and `class_prefix`.
+    `logit_factor`: what the model multiplies its head's output with; `logit_cap`: the c of logits
+    that are bounded as c tanh(x / c), or None. `module` and `causal_prefix`: where transformers
+    does not use `model_type` and `class_prefix`.
 
     For counting parameters: `norms` of the hidden width in each layer and the vectors of weights
     that each has (`norm_weights`), which `biases` a configuration can ask for, whether the MLP is

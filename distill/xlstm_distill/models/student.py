@@ -45,6 +45,13 @@ else:
 class MixerInit(_Model):
     """What all models with mixers share: how new parameters start."""
 
+    family: Family
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Tell `set_experts_implementation`, which looks for experts in the class's own module."""
+        return cls.family.experts != "none"
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FeatureMap | ScalarGate | OutputGate):
             module.reset_parameters()

@@ -69,12 +69,13 @@ def counted(model, children, tokens=24):
 )
 def test_products_with_weights_are_those_that_torch_counts(family, tiny_teacher):
     teacher = tiny_teacher(family)
+    student = convert(teacher, MixerConfig(window=8, sinks=2, feature_dim=12))
     if FAMILIES[family].experts != "none":
         # Torch's counter does not know the grouped product.
-        teacher.set_experts_implementation("eager")
+        for model in (teacher, student):
+            model.set_experts_implementation("eager")
     count = token_flops(architecture_of(teacher), context=24)
     assert counted(teacher, LINEAR) == count.projections + count.mlp + count.head
-    student = convert(teacher, MixerConfig(window=8, sinks=2, feature_dim=12))
     assert counted(student, LINEAR) == counted(teacher, LINEAR)
     new = token_flops(architecture_of(student), 24, MixerShape(8, 2, features=12)).new
     output_gate = 2 * (6 * 4 * 16)  # sums of elementwise products, which torch does not count
