@@ -174,7 +174,8 @@ def _figures(
     headline = data.headline().name
     shown = next(result for result in comparisons if result.name == headline)
     short = _short(data)
-    found: dict[str, str | None] = {
+    names = ("differences", "merging", "memory", "rate", "recall", "position", "gates")
+    found: dict[str, str | None] = dict.fromkeys(names) | {
         "win_and_tie": scores.win_and_tie_figure(comparisons, headline),
         "recovery": scores.recovery_figure(comparisons, headline),
     }
@@ -192,7 +193,7 @@ def _figures(
         found["position"] = distance.position_figure(long_context)
     if data.gates:
         found["gates"] = gates.gates_figure(data.gates)
-    drawn: dict[str, Any] = {name: Markup(svg) for name, svg in found.items() if svg}
+    drawn: dict[str, Any] = {name: svg and Markup(svg) for name, svg in found.items()}
     drawn["losses"] = {stage: Markup(svg) for stage, svg in _loss_figures(data).items()}
     return drawn
 

@@ -10,20 +10,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
+from report_example import full_report, read_data, with_items
 
-from xlstm_eval.records import TaskResult
 from xlstm_eval.report import environment as report
 from xlstm_eval.report.data import Curve, ReportData, ReportModel
 from xlstm_eval.report.page import render, write_report
-
-DATA_FILE = Path(__file__).parent / "report_data.json"
+from xlstm_eval.report.values import json_schema
 
 
 @pytest.fixture(scope="module")
 def data() -> ReportData:
-    return ReportData.model_validate_json(DATA_FILE.read_text(encoding="utf-8"))
+    return read_data()
 
 
 @pytest.fixture(scope="module")
@@ -76,25 +76,6 @@ def test_json_lists_the_models_with_their_figures(data: ReportData, files: dict[
     assert set(merged["metrics"]) == set(values["teacher"]["metrics"]) == set(teacher)
 
 
-def with_items(data: ReportData, worst: str = "kvfar") -> ReportData:
-    """Give every result items that fit its score; on one task the student loses by far."""
-
-    def items(result: TaskResult, right: int) -> TaskResult:
-        scores = (1.0,) * right + (0.0,) * (result.samples - right)
-        values = {"items": scores, "correct": right, "score": right / result.samples}
-        return result.model_copy(update=values)
-
-    models = []
-    for model in data.models:
-        results = [
-            items(own, own.correct // 2 if own.task == worst else own.correct)
-            for own in model.results
-        ]
-        models.append(model.model_copy(update={"results": tuple(results)}))
-    teacher = tuple(items(own, own.correct) for own in data.teacher_results)
-    return data.model_copy(update={"teacher_results": teacher, "models": tuple(models)})
-
-
 def test_items_give_a_sentence_a_decision_and_intervals_everywhere(data: ReportData) -> None:
     files = render(with_items(data))
     merged = json.loads(files["report.json"])["models"][0]
@@ -122,6 +103,46 @@ def test_items_give_a_sentence_a_decision_and_intervals_everywhere(data: ReportD
     assert len(names) == len(merged["scores"])
 
 
+def test_all_sections_are_there_in_html_in_markdown_and_in_json() -> None:
+    full = full_report(items=30)
+    files = render(full)
+    outline = Outline(files["report.html"])
+    sections = {"differences", "merging", "items", "speed", "long-context", "gates", "losses"}
+    assert sections <= set(outline.ids)
+    assert outline.tags.count("svg") == 9 + len(full.losses)
+    assert len(set(outline.ids)) == len(outline.ids)
+    assert '<time datetime="2026-11-21T23:50:09Z">2026-11-21</time>' in files["report.html"]
+    text = files["report.md"]
+    for part in ("Evaluated 2026-11-21T23:50:09Z.", "## Merging", "## Long context"):
+        assert part in text
+    assert "| 4096 | 6.3 MB | 98 | 259.0 KB | 150 |" in text
+    assert_tables_are_well_formed(text, least=12)
+    values = json.loads(files["report.json"])
+    assert values["finished"] == full.finished
+    assert values["items"] == full.items.counts
+    assert values["merging"]["tasks"]["add"]["expert"] == "math"
+    assert values["speed"]["merged"]["points"][0]["state_bytes"] == 258_984
+    assert values["long_context"]["teacher"]["loss_by_position"][0]["from"] == 128
+    for example in (full, read_data()):
+        jsonschema.validate(json.loads(render(example)["report.json"]), json_schema())
+
+
+def test_the_schema_in_the_docs_is_that_of_the_file() -> None:
+    file = Path(__file__).parents[3] / "docs" / "report.schema.json"
+    assert json.loads(file.read_text(encoding="utf-8")) == json_schema()
+
+
+def test_a_page_says_which_items_it_leaves_out() -> None:
+    full = full_report(items=30)
+    more = {**full.items.counts, "both": 5000}
+    page = render(
+        full.model_copy(update={"items": full.items.model_copy(update={"counts": more})})
+    )["report.html"]
+    assert "<b>This page holds 30 of 5,018 items</b>" in page
+    assert "both (5,000)" in page
+    assert "This page holds" not in render(full)["report.html"]
+
+
 def test_tasks_at_chance_are_listed_apart(data: ReportData) -> None:
     full = with_items(data)
     first = full.teacher_results[0]
@@ -146,7 +167,6 @@ def test_html_is_self_contained_and_its_ids_are_unique(
         "recovery",
         "models",
         "scores",
-        "merging",
         "gates",
         "losses",
         "timings",
@@ -236,8 +256,12 @@ def test_a_dollar_is_a_dollar_in_every_figure(data: ReportData) -> None:
 
 
 def test_markdown_tables_are_well_formed(files: dict[str, str]) -> None:
-    lines = files["report.md"].splitlines()
-    assert lines[0] == "# Quickstart"
+    assert files["report.md"].startswith("# Quickstart\n")
+    assert_tables_are_well_formed(files["report.md"], least=8)
+
+
+def assert_tables_are_well_formed(text: str, least: int) -> None:
+    lines = text.splitlines()
     tables, block = [], []
     for line in [*lines, ""]:
         if line.startswith("|"):
@@ -245,7 +269,7 @@ def test_markdown_tables_are_well_formed(files: dict[str, str]) -> None:
         elif block:
             tables.append(block)
             block = []
-    assert len(tables) >= 8
+    assert len(tables) >= least
     for table in tables:
         widths = {len(re.split(r"(?<!\\)\|", line)) for line in table}
         assert len(widths) == 1, table[0]
