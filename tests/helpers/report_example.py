@@ -41,12 +41,12 @@ def with_items(data: ReportData, worst: str = "kvfar") -> ReportData:
     return data.model_copy(update={"teacher_results": teacher, "models": tuple(models)})
 
 
-def full_report(items: int) -> ReportData:
-    """Return a report of all sections, with so many items to look through."""
+def full_report(items: int, left_out: int = 0) -> ReportData:
+    """Return a report of all sections, with so many items to look through, and some left out."""
     data = with_items(read_data())
     return data.model_copy(
         update={
-            "items": made_items(data, items),
+            "items": made_items(data, items, left_out),
             "speed": {TEACHER: made_speed(True), "merged": made_speed(False)},
             "long_context": {TEACHER: made_long_context(0.99), "merged": made_long_context(0.8)},
             "finished": "2026-11-21T23:50:09Z",
@@ -55,11 +55,11 @@ def full_report(items: int) -> ReportData:
     )
 
 
-def made_items(data: ReportData, count: int) -> ItemSet:
+def made_items(data: ReportData, count: int, left_out: int) -> ItemSet:
     """Make items of all outcomes, a fifth of them losses; one holds RARE."""
     tasks = [result.task for result in data.teacher_results]
     cycle = ("teacher", "student", "neither", "both", "both")
-    counts = dict.fromkeys(OUTCOMES, 0)
+    counts = dict.fromkeys(OUTCOMES, 0) | {"both": left_out}
     items = []
     for number in range(count):
         outcome = cycle[number % len(cycle)]

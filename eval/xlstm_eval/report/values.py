@@ -1,12 +1,8 @@
-"""The file report.json: its records, and their JSON schema.
-
-`python -m xlstm_eval.report.values SCHEMA.json` writes the schema.
-"""
+"""The file report.json: its records, and their JSON schema."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -203,13 +199,7 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Write the schema to a file."""
-    if len(arguments) != 1:
-        raise SystemExit("usage: python -m xlstm_eval.report.values SCHEMA.json")
+def write_schema(path: str | Path) -> None:
+    """Write the schema to a file; `make docs` does."""
     text = json.dumps(json_schema(), indent=1, ensure_ascii=False)
-    Path(arguments[0]).write_text(text + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    Path(path).write_text(text + "\n", encoding="utf-8")
