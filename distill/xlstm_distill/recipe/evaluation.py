@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -99,14 +99,19 @@ class Evaluate(Section):
 
     def broken_rules(self) -> Iterator[FieldError]:
         """Yield an error for every task that is named a second time."""
-        names = [task.name for task in self.tasks]
-        # Results are kept by task name, so a second entry would overwrite the first.
-        for index, name in enumerate(names):
-            first = names.index(name)
-            if first < index:
-                yield FieldError(
-                    f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
-                )
+        yield from repeated_tasks(self.tasks)
+
+
+def repeated_tasks(tasks: Sequence[EvalTask]) -> Iterator[FieldError]:
+    """Yield an error for every task that is named a second time."""
+    names = [task.name for task in tasks]
+    # Results are kept by task name, so a second entry would overwrite the first.
+    for index, name in enumerate(names):
+        first = names.index(name)
+        if first < index:
+            yield FieldError(
+                f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
+            )
 
 
 class Report(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +68,7 @@ def evaluate(
 
     @functools.cache  # takes seconds: only when something is to be scored, and on rank 0 alone
     def suite() -> LoadedSuite:
-        return load_suite(_suite(recipe))
+        return load_suite(suite_of(recipe))
 
     def build(name: str, draft: Draft) -> None:
         device = make_accelerator(recipe).device
@@ -106,7 +106,7 @@ def scores(model: CausalLM, lineage: Lineage) -> dict[str, float]:
     """Score a model that is no artifact on the recipe's tasks, in this process; nothing is kept."""
     batch = lineage.recipe.evaluate.batch
     session = Session(batch_size=None if batch == "auto" else batch)
-    suite, seed = _suite(lineage.recipe), lineage.recipe.seed
+    suite, seed = suite_of(lineage.recipe), lineage.recipe.seed
     result = evaluate_model(model.eval(), lineage.tokenizer, suite, session, seed=seed)
     return {task.task: task.score for task in result.tasks}
 
@@ -177,7 +177,7 @@ def check_tasks(lineage: Lineage) -> None:
         trust_remote_code=teacher.trust_remote_code,
     )
     try:
-        check_suite(_suite(lineage.recipe), config, tokenizer)
+        check_suite(suite_of(lineage.recipe), config, tokenizer)
     except EvalError as error:
         # What the evaluation calls its suite is the recipe's section `evaluate`.
         raise EvalError(str(error).replace("suite.", "evaluate.", 1)) from None
@@ -216,12 +216,15 @@ def _sources(lineage: Lineage, run: Run, names: Sequence[str]) -> dict[str, Arti
     return found
 
 
-def _suite(recipe: Recipe) -> Suite:
-    """The recipe's section `evaluate` as a suite: their fields have the same names."""
+def suite_of(recipe: Recipe, other: Mapping[str, Any] | None = None) -> Suite:
+    """The recipe's section `evaluate` as a suite: their fields have the same names.
+
+    `other` replaces settings of it, for other tasks that are asked alike.
+    """
     settings = recipe.evaluate.model_dump(include=set(Suite.model_fields) - {"name"})
     # The report takes it from the recipe, so that it can change without a new evaluation.
     settings["tasks"] = [task | {"chance": None} for task in settings["tasks"]]
-    return Suite(name=recipe.name, **settings)
+    return Suite(name=recipe.name, **{**settings, **(other or {})})
 
 
 def _score(
