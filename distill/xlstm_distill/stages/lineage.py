@@ -159,7 +159,7 @@ class Lineage:
 
     def _evaluate_settings(self) -> dict[str, Any]:
         """The section `evaluate` as far as answers and scores depend on it."""
-        found = part(self.recipe.evaluate, "include", "experts")
+        found = part(self.recipe.evaluate, "include", "experts", "speed")
         # Consent changes no answer: `report` finds what `evaluate --run-code` has made.
         found["confirm_run_unsafe_code"] = False
         judge = found.pop("judge")
