@@ -14,6 +14,7 @@ from xlstm_distill.recipe.fields import (
     Flag,
     Folder,
     Fraction,
+    NonNegative,
     Section,
     Text,
 )
@@ -52,6 +53,19 @@ class EvalTask(Section):
     )
 
 
+class SpeedSettings(Section):
+    """How long the decoding of the teacher and of the merged student is timed; no score depends on
+    it, so that a change holds for evaluations that are made later."""
+
+    seconds: NonNegative = Field(
+        default=60.0,
+        description="Seconds for each model, within which contexts double; 0 measures nothing.",
+    )
+    longest: Count = Field(
+        default=32_768, ge=128, description="Longest context (tokens), from 128 on by doubling."
+    )
+
+
 class Evaluate(Section):
     """What teacher and students are measured on, under the same settings."""
 
@@ -76,6 +90,11 @@ class Evaluate(Section):
     )
     experts: Flag = Field(
         default=True, description="Evaluate each expert too, not only the merged student."
+    )
+    # Not a part of the evaluation's fingerprint: no answer depends on it.
+    speed: SpeedSettings = Field(
+        default=SpeedSettings(),
+        description="Memory and tokens a second of decoding over the context, for the report.",
     )
 
     def broken_rules(self) -> Iterator[FieldError]:
@@ -111,6 +130,11 @@ class Report(Section):
         default=0.02,
         description="Share of the teacher's score that may be lost, for the decision over all "
         "tasks.",
+    )
+    items: CountOrZero = Field(
+        default=10_000,
+        description="Most items (prompt and both answers) that the page holds, those on which the "
+        "models differ first; 0 keeps prompts and answers out of it, as some benchmarks ask.",
     )
 
     def broken_rules(self) -> Iterator[FieldError]:

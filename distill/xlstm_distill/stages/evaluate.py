@@ -29,8 +29,9 @@ from xlstm_distill.runtime.ranks import (
 )
 from xlstm_distill.stages.choices import choose_models
 from xlstm_distill.stages.kernels import choose_kernels
-from xlstm_distill.stages.lineage import TEACHER, Lineage
+from xlstm_distill.stages.lineage import MERGED, TEACHER, Lineage
 from xlstm_distill.stages.prepare import prepare_rows
+from xlstm_distill.stages.speed import measure_speed
 from xlstm_distill.stages.workbench import (
     load_student,
     open_domains,
@@ -40,6 +41,7 @@ from xlstm_eval.answering.coordinator import Tally
 from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.records import EvalError
+from xlstm_eval.report.speed import SPEED_FILE
 from xlstm_eval.results import ITEMS_FILE, write_items, write_samples
 from xlstm_eval.suites import Suite
 
@@ -90,6 +92,9 @@ def evaluate(
                 limits = dict.fromkeys(data, recipe.data.validation_rows)
                 held_out = open_domains(recipe, data, limits)
                 draft.write_json("gates.json", mean_gates(loaded, held_out, device))
+            # Of the students, the merged one alone: the experts have its shapes.
+            if name in (TEACHER, MERGED):
+                _time_decoding(loaded, recipe, draft, device)
 
     return [
         run.make(request, functools.partial(build, name), together=True, console=console)
@@ -249,6 +254,14 @@ def _score(
         "warnings": list(result.warnings),
         "mean_score": sum(task.score for task in result.tasks) / len(result.tasks),
     }
+
+
+def _time_decoding(model: CausalLM, recipe: Recipe, draft: Draft, device: torch.device) -> None:
+    """Write what decoding costs over the context."""
+    found = measure_speed(model, recipe.evaluate.speed, device)
+    if found is not None:
+        backend = draft.results.get("backend", "")
+        draft.write_json(SPEED_FILE, found.model_dump(mode="json") | {"backend": backend})
 
 
 class Bar:

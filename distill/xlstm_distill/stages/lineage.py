@@ -159,7 +159,7 @@ class Lineage:
 
     def _evaluate_settings(self) -> dict[str, Any]:
         """The section `evaluate` as far as answers and scores depend on it."""
-        found = part(self.recipe.evaluate, "include", "experts")
+        found = part(self.recipe.evaluate, "include", "experts", "speed")
         for task in found["tasks"]:
             # It decides what the report compares, which reads it anew.
             del task["chance"]
