@@ -58,7 +58,7 @@ class SpeedSettings(Section):
     it, so that a change holds for evaluations that are made later."""
 
     seconds: NonNegative = Field(
-        default=60.0,
+        default=20.0,
         description="Seconds for each model, within which contexts double; 0 measures nothing.",
     )
     longest: Count = Field(
