@@ -60,5 +60,11 @@ def mean_losses(length: int, sums: Sequence[Sequence[float]]) -> tuple[PositionL
         tokens = (end - max(start, 1)) * len(sums)
         if tokens:
             total = math.fsum(document[index] for document in sums)
-            found.append(PositionLoss(start=start, to=end, nll=total / tokens, tokens=tokens))
+            found.append(_loss(start, end, total, tokens))
     return tuple(found)
+
+
+def _loss(start: int, end: int, total: float, tokens: int) -> PositionLoss:
+    # By the file's names: the attribute `start` cannot be called `from`.
+    values = {"from": start, "to": end, "nll": total / tokens, "tokens": tokens}
+    return PositionLoss.model_validate(values)
