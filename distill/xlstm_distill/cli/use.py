@@ -255,7 +255,7 @@ def long_context(
         )
         path = _model_path(place, model)
         _quiet_transformers()
-        from xlstm_distill.stages.long_context import Place, measure_place
+        from xlstm_distill.stages.measuring.long_context import Place, measure_place
 
         console = Console()
         found = measure_place(
