@@ -6,7 +6,7 @@ Loads no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -338,7 +338,7 @@ def _experts(config: Mapping[str, Any], family: Family, name: str) -> Experts | 
     """Read a mixture of experts; None where all layers have an MLP."""
     if family.experts == "none":
         return None
-    layers = range(_count(config, "num_hidden_layers", name))
+    layers: Sequence[int] = range(_count(config, "num_hidden_layers", name))
     # Two names for one number: transformers saves Qwen's under Mixtral's.
     names = [n for n in ("num_local_experts", "num_experts") if config.get(n) is not None]
     count = _count(config, names[0] if names else "num_experts", name)
