@@ -69,6 +69,7 @@ ROOMS = {
         "loading",
         "answering",
         "harness",
+        "long_context",
         "report",
     ),
 }

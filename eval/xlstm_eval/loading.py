@@ -7,7 +7,7 @@ downloaded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,16 @@ def load_suite(suite: Suite) -> LoadedSuite:
         for entry, leaf in loaded.leaves():
             _override(entry, leaf)
     return loaded
+
+
+def load_configs(suite: Suite, configs: Sequence[Mapping[str, Any]]) -> LoadedSuite:
+    """Make a suite's tasks from settings that are in no file; nothing else is read."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        manager = TaskManager(include_defaults=False)
+        loaded = manager.load([dict(config) for config in configs])
+    return LoadedSuite(suite, loaded["tasks"], manager)
 
 
 def shared_data(first: LoadedSuite, second: LoadedSuite) -> Iterator[tuple[str, str]]:
