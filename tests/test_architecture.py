@@ -71,6 +71,7 @@ ROOMS = {
         "answering",
         "beside",
         "harness",
+        "long_context",
         "report",
     ),
 }

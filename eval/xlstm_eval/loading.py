@@ -7,7 +7,7 @@ downloaded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,16 @@ def _questions(suite: Suite) -> tuple[Question, ...]:
     if not _harnessed(suite):
         raise EvalError(f"suite.judge: none, and {MT_BENCH} is the only task. Name a judge.")
     return ()
+
+
+def load_configs(suite: Suite, configs: Sequence[Mapping[str, Any]]) -> LoadedSuite:
+    """Make a suite's tasks from settings that are in no file; nothing else is read."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        manager = TaskManager(include_defaults=False)
+        loaded = manager.load([dict(config) for config in configs])
+    return LoadedSuite(suite, loaded["tasks"], manager)
 
 
 def shared_data(first: LoadedSuite, second: LoadedSuite) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from xlstm_distill.data.preview import Example, SourcePreview
-    from xlstm_distill.recipe import Recipe
+    from xlstm_distill.recipe import MergeSettings, Recipe
 
 EXAMPLES = 3
 """Prepared documents to show of each source."""
@@ -147,7 +147,7 @@ def _tuning_problems(recipe: Recipe) -> list[str]:
     from xlstm_distill.stages.weights.validation import check_tuning
     from xlstm_eval.records import EvalError
 
-    merges = {"merge": recipe.merge}
+    merges: dict[str, MergeSettings] = {"merge": recipe.merge}
     merges |= {f"variant/{name}": variant for name, variant in recipe.merge.variants.items()}
     found = []
     for label, merge in merges.items():

@@ -13,6 +13,7 @@ from xlstm_distill.recipe.fields import (
     Count,
     CountOrZero,
     FieldError,
+    File,
     Flag,
     Folder,
     Fraction,
@@ -34,6 +35,11 @@ def _suite_name(value: str) -> str:
 SuiteName = Annotated[
     str, AfterValidator(_suite_name), Field(json_schema_extra={"enum": list(suite_names())})
 ]
+
+# The values of `xlstm_eval.long_context.settings`, which a recipe does not load.
+NeedleKind = Literal["single", "multi-key", "multi-value", "multi-query"]
+NEEDLE_KINDS: tuple[NeedleKind, ...] = ("single", "multi-key", "multi-value", "multi-query")
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 class EvalTask(Section):
@@ -107,12 +113,49 @@ class Judge(Section):
             )
 
 
+class LongContext(Section):
+    """Needles in long texts, and loss by position, beside the tasks."""
+
+    lengths: tuple[Count, ...] = Field(
+        default=LENGTHS,
+        min_length=1,
+        description="Tokens of prompt and answer, ascending; what the teacher's context does not "
+        "hold is left out.",
+    )
+    kinds: tuple[NeedleKind, ...] = Field(
+        default=NEEDLE_KINDS,
+        description="Kinds of needles: one key, several keys, values, or questions.",
+    )
+    items: Count = Field(default=100, description="Items of each kind and length.")
+    documents: CountOrZero = Field(
+        default=16, description="Documents of the greatest length for the loss by position."
+    )
+    seed: CountOrZero = Field(default=0, description="Seed of items and documents.")
+    haystack: File | None = Field(
+        default=None,
+        description="Text file (UTF-8) for haystacks and documents; null means synthetic "
+        "sentences.",
+    )
+
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error for lengths out of order, a kind given twice, or nothing to measure."""
+        if list(self.lengths) != sorted(set(self.lengths)):
+            yield FieldError(
+                "lengths",
+                f"{list(self.lengths)} is not strictly ascending; sort, drop repetitions.",
+            )
+        if len(set(self.kinds)) < len(self.kinds):
+            yield FieldError("kinds", f"{list(self.kinds)} names a kind twice; keep one.")
+        if not self.kinds and not self.documents:
+            yield FieldError("documents", "0, and kinds is empty: nothing would be measured.")
+
+
 class SpeedSettings(Section):
     """How long the decoding of the teacher and of the merged student is timed; no score depends on
     it, so that a change holds for evaluations that are made later."""
 
     seconds: NonNegative = Field(
-        default=60.0,
+        default=20.0,
         description="Seconds for each model, within which contexts double; 0 measures nothing.",
     )
     longest: Count = Field(
@@ -159,6 +202,11 @@ class Evaluate(Section):
     )
     judge: Judge | None = Field(
         default=None, description="Judge of `mt_bench`, which is skipped without one."
+    )
+    long_context: LongContext | None = Field(
+        default=None,
+        description="Needles in long texts, and loss by position ([long-context.md]"
+        "(long-context.md)); null means none.",
     )
     experts: Flag = Field(
         default=True, description="Evaluate each expert too, not only the merged student."

@@ -120,10 +120,10 @@ def _below(field: Schema, suffix: str = "") -> tuple[Schema, str]:
     """Follow mappings and lists to what they hold; the suffix is what that adds to the path."""
     if "$ref" in field:
         return field, suffix
-    # A section that may be left out is one of two: itself, or null.
-    sections = [choice for choice in field.get("anyOf", ()) if "$ref" in choice]
-    if len(sections) == 1:
-        return sections[0], suffix
+    choices = [choice for choice in field.get("anyOf", ()) if choice.get("type") != "null"]
+    # A section that may be left out.
+    if len(choices) == 1 and "$ref" in choices[0]:
+        return choices[0], suffix
     values = _values(field)
     if values is not None:
         return _below(values, f"{suffix}.NAME")

@@ -233,10 +233,18 @@ class _Rows:
 
 def _joined(batches: list[Batch]) -> Batch:
     """All rows in one batch."""
-    names = ("input_ids", "position_ids", "segment_ids", "labels", "real")
-    found = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
-    rows = sum((batch.rows for batch in batches), ())
-    return Batch(rows=rows, **found)
+
+    def together(name: str) -> Tensor:
+        return torch.cat([getattr(batch, name) for batch in batches])
+
+    return Batch(
+        input_ids=together("input_ids"),
+        position_ids=together("position_ids"),
+        segment_ids=together("segment_ids"),
+        labels=together("labels"),
+        real=together("real"),
+        rows=sum((batch.rows for batch in batches), ()),
+    )
 
 
 def _kept(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
