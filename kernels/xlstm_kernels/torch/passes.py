@@ -61,7 +61,7 @@ class Kept(NamedTuple):
     """What the backward pass reads of X chunks of heads, in the dtype that they are computed in.
 
     weights (X, L L + L), as `Weights.of` reads it. scores (X, L, L): products of queries and keys,
-    weighed. outputs (X, L, Dw): h, and the denominators, which are inf where they are 0. states
+    weighed. outputs (X, L, Dw): numerators and denominators; these are inf where they are 0. states
     (X + R, Dk, Dw): the memory before each chunk.
     """
 
@@ -121,6 +121,8 @@ class InChunks(NamedTuple):
         repeated.
         """
         sizes = self.sizes
+        if sizes.R == 1:
+            return self.k * weights.write.view(sizes.P, sizes.L, 1)
         keys = self.k.view(sizes.P, sizes.R, sizes.L, sizes.Dk)
         written = keys.new_empty(sizes.P, sizes.L, sizes.R, sizes.Dk)
         torch.mul(keys, weights.write.unsqueeze(-1), out=written.transpose(1, 2))
@@ -160,8 +162,9 @@ def run_part(tokens: Tokens, memory: Tensor, m: Tensor, kept: Kept, h: Tensor) -
     chunks.of_group(out).baddbmm_(chunks.of_group(scores), chunks.v)
     num, den = kept.outputs[..., :-1], kept.outputs[..., -1]
     den.masked_fill_(den == 0, torch.inf)  # so that h and its gradient are 0
-    num.div_(den.unsqueeze(-1))
-    chunks.sizes.join(num, h)
+    ratio = chunks.sizes.place(h, num.dtype)
+    torch.div(num, den.unsqueeze(-1), out=ratio)
+    chunks.sizes.join(ratio, h)
 
 
 def _carry(chunks: InChunks, states: Tensor, weights: Weights, memory: Tensor) -> None:
@@ -240,14 +243,14 @@ def differentiate_part(
 def _output_grads(kept: Kept, dh: Tensor, sizes: Chunks) -> Tensor:
     """Return the gradients of numerators and denominators, (P R, L, Dw).
 
-    For h = num / den: d_num = dh / den and d_den = -(d_num . h). There is no square of den, which
-    float32 cannot hold for den below 1e-19.
+    For h = num / den: d_num = dh / den and d_den = -(d_num . num) / den. There is no square of den,
+    which float32 cannot hold for den below 1e-19.
     """
-    h, den = kept.outputs[..., :-1], kept.outputs[..., -1:]
+    num, den = kept.outputs[..., :-1], kept.outputs[..., -1:]
     d_out = torch.empty_like(kept.outputs)
     d_num = d_out[..., :-1]
-    torch.div(sizes.split(dh, h.dtype), den, out=d_num)
-    torch.sum(d_num * h, dim=-1, out=d_out[..., -1]).neg_()
+    torch.div(sizes.split(dh, num.dtype), den, out=d_num)
+    torch.sum(d_num * num, dim=-1, keepdim=True, out=d_out[..., -1:]).div_(-den)
     return d_out.flatten(0, 1)
 
 

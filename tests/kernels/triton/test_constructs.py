@@ -13,7 +13,7 @@ from xlstm_kernels.triton.table import MLSTM, WINDOW
 pytest.importorskip("triton")
 from xlstm_kernels.triton import common
 
-MODULES = ("common", "mlstm_forward", "mlstm_backward", "window_kernels", "step")
+MODULES = ("common", "mlstm_forward", "mlstm_backward", "window_kernels", "window_sinks", "step")
 
 
 def kernels() -> Iterator[ast.FunctionDef]:
