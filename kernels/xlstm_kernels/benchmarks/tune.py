@@ -61,8 +61,8 @@ MLSTM: dict[tuple[int, int], tuple] = {{
 {mlstm}
 }}  # fmt: skip
 
-# block, forward warps and stages, backward warps and stages
-WINDOW: dict[tuple[int, int], tuple[int, int, int, int, int]] = {window}
+# block, forward warps and stages, backward warps and stages, warps of keys' and values' gradients
+WINDOW: dict[tuple[int, int], tuple[int, ...]] = {window}
 '''
 Operator = Callable[..., Tensor]
 Tensors = dict[str, Tensor]

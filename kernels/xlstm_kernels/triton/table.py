@@ -25,14 +25,14 @@ MLSTM: dict[tuple[int, int], tuple] = {
         (32, 32, 4, 1), (32, 32, 4, 1), (32, 64, 4, 1)),
 }  # fmt: skip
 
-# block, forward warps and stages, backward warps and stages
-WINDOW: dict[tuple[int, int], tuple[int, int, int, int, int]] = {
-    (2, 32): (64, 4, 1, 4, 1),
-    (2, 64): (64, 4, 1, 8, 1),
-    (2, 128): (64, 8, 1, 8, 1),
-    (2, 256): (32, 4, 1, 4, 1),
-    (4, 32): (32, 4, 1, 4, 1),
-    (4, 64): (32, 4, 1, 4, 1),
-    (4, 128): (16, 8, 1, 8, 1),
-    (4, 256): (16, 8, 1, 8, 1),
+# block, forward warps and stages, backward warps and stages, warps of keys' and values' gradients
+WINDOW: dict[tuple[int, int], tuple[int, ...]] = {
+    (2, 32): (64, 4, 1, 4, 1, 4),
+    (2, 64): (64, 4, 1, 4, 1, 4),
+    (2, 128): (64, 4, 1, 4, 1, 8),
+    (2, 256): (32, 4, 1, 4, 1, 4),
+    (4, 32): (32, 4, 1, 4, 1, 4),
+    (4, 64): (32, 4, 1, 4, 1, 4),
+    (4, 128): (16, 8, 1, 8, 1, 8),
+    (4, 256): (16, 8, 1, 8, 1, 8),
 }

@@ -149,7 +149,8 @@ def launch_backward(
             kernels.query_grad_kernel[(blocks * B * H,)](dq_ptr=dq, **shared)
         if keys_and_values:
             dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype, device=k.device) for _ in range(2))
-            kernels.key_value_grad_kernel[(blocks * B * G,)](dk_ptr=dk, dv_ptr=dv, **shared)
+            wider = shared | {"num_warps": config.key_grad_warps}
+            kernels.key_value_grad_kernel[(blocks * B * G,)](dk_ptr=dk, dv_ptr=dv, **wider)
             if sinks:
                 shape = (B, H, blocks, sinks, D)
                 parts = torch.empty(shape, device=q.device), torch.empty(shape, device=q.device)
