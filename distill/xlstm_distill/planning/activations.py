@@ -318,7 +318,7 @@ def mixer_excess(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
 def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     """Count what the mLSTM's backward pass in plain torch allocates, its results included.
 
-    It works on parts of the tokens (`xlstm_kernels.torch.chunkwise`), in fp32. The factors of F and D
+    It works on parts of a call (`xlstm_kernels.torch.chunkwise`), in fp32. The factors of F and D
     are the tensors of `differentiate_part` that live at once. The fused operator is not counted.
     """
     if "mlstm" not in mixer.branches or forward.backend == "triton":
