@@ -46,9 +46,8 @@ class MLSTMState(NamedTuple):
 class Ring(NamedTuple):
     """Keys and values that decoding still needs: N slots of sinks, then a ring of W slots.
 
-    keys (B, G, N + W, D), values (B, G, N + W, Dv). positions (B, N + W), int64: the position, in
-    its document, of the token that a slot holds; -1 if the slot is empty. lengths (B,), int64:
-    tokens of the document so far.
+    keys (B, G, N + W, D), values (B, G, N + W, Dv). lengths (B,), int64: tokens of the document so
+    far. What a slot holds follows from them (`held_positions`).
 
     The token at position p is in slot N + p mod W until a later one overwrites it. The first N
     tokens are also in slots 0 to N - 1, for good.
@@ -56,7 +55,6 @@ class Ring(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    positions: Tensor
     lengths: Tensor
 
     @classmethod
@@ -77,9 +75,48 @@ class Ring(NamedTuple):
         return cls(
             keys=torch.zeros(batch, groups, slots, key_dim, dtype=dtype, device=device),
             values=torch.zeros(batch, groups, slots, value_dim, dtype=dtype, device=device),
-            positions=torch.full((batch, slots), -1, dtype=torch.int64, device=device),
             lengths=torch.zeros(batch, dtype=torch.int64, device=device),
         )
+
+
+def held_positions(lengths: Tensor, window: int, sinks: int) -> Tensor:
+    """Find the position, in its document, of the token that each slot of a ring holds.
+
+    lengths (B,) -> (B, N + W) int64; -1 where the slot is empty.
+    """
+    sink = torch.arange(sinks, device=lengths.device)
+    slot = torch.arange(window, device=lengths.device)
+    last = lengths[:, None] - 1
+    # Slot r of the ring holds the latest position p <= last with p mod W = r.
+    in_ring = last - (last - slot) % window
+    held = torch.cat([sink.expand(len(lengths), -1), in_ring], dim=1)
+    return torch.where(held < lengths[:, None], held, -1).clamp_min(-1)
+
+
+class RingSlots(NamedTuple):
+    """Where one token goes in a ring, and what it sees; the same for all rings of a window.
+
+    before (B,), int64: tokens of the document before it. index (B, 2): the slots that take it, the
+    second of which differs from the first where it is a sink. bias (B, 1, 1, N + W): 0 where it
+    sees the slot, itself included, else -inf.
+    """
+
+    before: Tensor
+    index: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, before: Tensor, window: int, sinks: int, dtype: torch.dtype) -> RingSlots:
+        """Find the slots of the token that comes after `before` (B,) others; bias in `dtype`."""
+        ring_slot = sinks + before % window
+        # Once the sinks are full, the second slot is the first again: shapes do not depend on data.
+        sink_slot = torch.where(before < sinks, before, ring_slot)
+        slot = torch.arange(sinks + window, device=before.device)
+        # A sink that is still in the window is read from the ring only, so that it counts once.
+        seen_from = torch.where(slot < sinks, slot + window, slot - sinks)
+        visible = seen_from <= before[:, None]
+        bias = torch.where(visible, 0.0, -torch.inf).to(dtype)
+        return cls(before, torch.stack([ring_slot, sink_slot], dim=1), bias[:, None, None])
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
