@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from xlstm_kernels.checks import (
@@ -133,7 +134,8 @@ def mlstm_step(
         from xlstm_kernels.triton.step import mlstm_step_triton
 
         return mlstm_step_triton(q, k, v, i, f, state)
-    return mlstm_step_in_place(q, k, v, i, f, state)
+    with torch.no_grad():
+        return mlstm_step_in_place(q, k, v, i, f, state)
 
 
 def window_step(
@@ -162,8 +164,9 @@ def window_step(
     if choose("hybrid_step", backend, q, k, v, dims=dims) == "triton":
         from xlstm_kernels.triton.step import window_step_triton
 
-        return window_step_triton(q, k, v, ring, slots, sinks=sinks, scale=scale)
-    return window_step_in_place(q, k, v, ring, slots or next_slots(ring, sinks), scale)
+        return window_step_triton(q, k, v, ring, slots, sinks=sinks, scale=scale, width=dims["Dk"])
+    with torch.no_grad():
+        return window_step_in_place(q, k, v, ring, slots or next_slots(ring, sinks), scale)
 
 
 def hybrid_step(
@@ -211,8 +214,11 @@ def hybrid_step(
         return hybrid_step_triton(
             q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, sinks=sinks, scale=scale
         )
-    slots = slots or next_slots(ring, sinks)
-    return hybrid_step_in_place(q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale)
+    with torch.no_grad():
+        slots = slots or next_slots(ring, sinks)
+        return hybrid_step_in_place(
+            q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale
+        )
 
 
 def sliding_window_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -111,12 +112,31 @@ class RingSlots(NamedTuple):
         ring_slot = sinks + before % window
         # Once the sinks are full, the second slot is the first again: shapes do not depend on data.
         sink_slot = torch.where(before < sinks, before, ring_slot)
-        slot = torch.arange(sinks + window, device=before.device)
-        # A sink that is still in the window is read from the ring only, so that it counts once.
-        seen_from = torch.where(slot < sinks, slot + window, slot - sinks)
-        visible = seen_from <= before[:, None]
-        bias = torch.where(visible, 0.0, -torch.inf).to(dtype)
-        return cls(before, torch.stack([ring_slot, sink_slot], dim=1), bias[:, None, None])
+        hidden = _seen_from(window, sinks, before.device) > before[:, None, None, None]
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=before.device)
+        index = torch.stack([ring_slot, sink_slot], dim=1)
+        return cls(before, index, bias.masked_fill_(hidden, -torch.inf))
+
+
+def _seen_from(window: int, sinks: int, device: torch.device) -> Tensor:
+    """Return after how many tokens of a document each slot of a ring is read, (N + W,).
+
+    A sink that is still in the window is read from the ring only, so that it counts once.
+    """
+    # Elsewhere a graph that is being captured would keep a constant that was never computed.
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        return _cached_seen_from(window, sinks)
+    return _make_seen_from(window, sinks, device)
+
+
+def _make_seen_from(window: int, sinks: int, device: torch.device | None) -> Tensor:
+    slot = torch.arange(sinks + window, device=device)
+    return torch.where(slot < sinks, slot + window, slot - sinks)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_seen_from(window: int, sinks: int) -> Tensor:
+    return _make_seen_from(window, sinks, None)
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:

@@ -1,7 +1,8 @@
 """One decoding step, in place: of the mLSTM, of the window, and of the whole hybrid mixer.
 
 Decoding small models is bound by the number of operators, so there are few of them here, and no
-conversion to a dtype that a tensor has already.
+conversion to a dtype that a tensor has already. Callers switch autograd off: nothing here is
+differentiable.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from torch import Tensor
 from xlstm_kernels.state import MLSTMState, Ring, RingSlots
 
 
-@torch.no_grad()
 def mlstm_step_in_place(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState
 ) -> Tensor:
@@ -24,12 +24,13 @@ def mlstm_step_in_place(
     C, n, m = state
     (B, H, Dk, Dv), G = C.shape, v.shape[1]
     given = v.dtype
-    q, k, v, i, f = (x if x.dtype == C.dtype else x.to(C.dtype) for x in (q, k, v, i, f))
+    if not q.dtype == k.dtype == v.dtype == i.dtype == f.dtype == C.dtype:
+        q, k, v, i, f = (x.to(C.dtype) for x in (q, k, v, i, f))
     log_decay = F.logsigmoid(f).add_(m)
     m_new = torch.maximum(log_decay, i)
     decay = log_decay.sub_(m_new).exp_().unsqueeze(-1)  # (B, H, 1)
     key = k * (i - m_new).exp_().unsqueeze(-1)  # (B, H, Dk)
-    n.mul_(decay).add_(key)
+    torch.addcmul(key, n, decay, out=n)
     C.mul_(decay.unsqueeze(-1))
     # The heads of a group share v, which is broadcast over them and never repeated in memory.
     groups = (B, G, H // G, Dk)
@@ -41,7 +42,6 @@ def mlstm_step_in_place(
     return h if h.dtype == given else h.to(given)
 
 
-@torch.no_grad()
 def window_step_in_place(
     q: Tensor, k: Tensor, v: Tensor, ring: Ring, slots: RingSlots, scale: float
 ) -> Tensor:
@@ -66,7 +66,6 @@ def window_step_in_place(
     return out.reshape(B, H, Dv).to(v.dtype)
 
 
-@torch.no_grad()
 def hybrid_step_in_place(
     q: Tensor,
     k: Tensor,

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_kernels.dispatch import HEAD_DIMS
 from xlstm_kernels.state import MLSTMState, Ring, RingSlots, state_dtype
 from xlstm_kernels.triton.common import contiguous_rows, log_sigmoid, on_device_of
 
@@ -255,12 +254,14 @@ def window_step_triton(
     *,
     sinks: int,
     scale: float,
+    width: int,
 ) -> Tensor:
     """Decode one token of the attention, by the hybrid kernel with a closed gate and no memory.
 
-    Shapes as in `xlstm_kernels.window_step`, which checks the arguments.
+    Shapes as in `xlstm_kernels.window_step`, which checks the arguments. width: of the features, 0
+    all of them; the narrowest that have a kernel.
     """
-    (B, H, _), width = q.shape, min(HEAD_DIMS)  # the narrowest features that have a kernel
+    B, H, _ = q.shape
     features, closed = q.new_zeros(B, H, width), q.new_zeros(B, H)
     state = MLSTMState.zeros(B, H, width, v.shape[-1], dtype=state_dtype(q, v), device=q.device)
     return hybrid_step_triton(
