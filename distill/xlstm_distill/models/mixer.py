@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer, checked_cache
-from xlstm_distill.models.decoding.step import decode_token
+from xlstm_distill.models.decoding.step import decode_token, turns_halves
 from xlstm_distill.models.families import Family
 from xlstm_distill.models.feature_maps import FeatureMap
 from xlstm_distill.models.gates import OutputGate, ScalarGate
@@ -82,6 +82,12 @@ class HybridMixer(nn.Module):
         self.family, self.mixer_config = family, config
         # Looked up once: an import in every layer and token costs time, and breaks graphs.
         self.apply_rotary = family.apply_rotary
+        # Phi-3 may turn a part of each head only; then there are fewer angles.
+        partial = getattr(teacher, "partial_rotary_factor", None) or 1.0
+        partial = (getattr(teacher, "rope_parameters", None) or {}).get(
+            "partial_rotary_factor", partial
+        )
+        self.turns_halves = partial == 1 and turns_halves(self.apply_rotary, self.head_dim)
         # Some families have layers without positions; a student keeps their queries as they are.
         self.rotates = family.rotates(attention)
         # Some families limit the reach of single layers; a student sees no further than they do.

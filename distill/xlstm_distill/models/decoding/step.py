@@ -145,7 +145,7 @@ def _rotate(
     """Apply the family's rotary positions to q (B, H, 1, D) and k (B, G, 1, D), in q's dtype."""
     cos, sin = position_embeddings
     dtype = q.dtype
-    if not turns_halves(mixer.apply_rotary, mixer.head_dim) or cos.shape[-1] != mixer.head_dim:
+    if not mixer.turns_halves:
         q, k = mixer.apply_rotary(q, k, cos, sin)
         # Under autocast, projections are bf16 and rotary positions fp32.
         return (q, k) if q.dtype == dtype else (q.to(dtype), k.to(dtype))
@@ -178,23 +178,18 @@ def turns_halves(apply_rotary: Rotary, dim: int) -> bool:
     what takes 5 for one token.
     """
     draw = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, 2, 1, dim, generator=draw, device="cpu") for _ in range(2))
-    cos, sin = (torch.randn(1, 1, dim, generator=draw, device="cpu") for _ in range(2))
-    for x, angles in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        given = (q.to(x), k.to(x)), (cos.to(angles), sin.to(angles))
-        try:
-            theirs = apply_rotary(*given[0], *given[1])
-        except RuntimeError:  # on part of each head
-            return False
-        for mine, found in zip(given[0], theirs, strict=True):
-            c, s = given[1]
-            if not torch.equal(_turn_halves(mine, c[:, None], _signed(s)[:, None]), found):
+    # Of this device and dtype, wherever models are made.
+    settings: dict[str, Any] = {"generator": draw, "device": "cpu", "dtype": torch.float32}
+    q, k = (torch.randn(1, 2, 1, dim, **settings) for _ in range(2))
+    cos, sin = (torch.randn(1, 1, dim, **settings) for _ in range(2))
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [x.to(dtype) for x in (q, k, cos, sin)]
+        found = apply_rotary(*given)
+        signed = _signed(given[3]).unsqueeze(1)
+        for x, theirs in zip(given[:2], found, strict=True):
+            if not torch.equal(_turn_halves(x, given[2].unsqueeze(1), signed), theirs):
                 return False
     return True
-
-
-# Dynamo would look into the cache, and into the random numbers.
-turns_halves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _gates(
