@@ -37,7 +37,8 @@ class Session:
 
     ``journal`` is a folder for answers until they are published, ``identity`` says which model is
     asked what: answers under another identity are not used. ``batch_size`` is the rows of a forward
-    pass; None finds it, and keeps it in ``sizes`` for the models that are compared.
+    pass; None finds it, and keeps it in ``sizes`` for the models that are compared. Prompts of more
+    than ``prefill`` tokens are read in chunks of so many; None reads them at once.
     """
 
     batch_size: int | None = None
@@ -46,6 +47,7 @@ class Session:
     identity: str = ""
     ranks: Ranks = field(default_factory=OneRank)
     progress: Progress | None = None
+    prefill: int | None = None
 
 
 def evaluate_model(
@@ -69,8 +71,8 @@ def evaluate_model(
     loaded = suite if isinstance(suite, LoadedSuite) else load_suite(suite)
     sizes = BatchSizes(session.batch_size, session.sizes)
     progress = _on_terminal(session.progress, sys.stderr)
-    with _in_evaluation(model), quiet() as warnings:
-        lm = AskedModel(model, tokenizer, warnings, sizes, seed)
+    with in_evaluation(model), quiet() as warnings:
+        lm = AskedModel(model, tokenizer, warnings, sizes, seed, session.prefill)
         _check(loaded, lm)
         lm.coordinator = Coordinator(
             lm.compute, _journal(session), session.ranks, progress, loaded.count_requests
@@ -113,8 +115,8 @@ def help_to_evaluate(
     """Answer what rank 0 deals out while it is in `evaluate_model` (all other ranks)."""
     from xlstm_eval.answering.language_model import BatchModel
 
-    with _in_evaluation(model), quiet() as warnings:
-        lm = BatchModel(model, tokenizer, warnings)
+    with in_evaluation(model), quiet() as warnings:
+        lm = BatchModel(model, tokenizer, warnings, session.prefill)
         Coordinator(lm.compute, _journal(session), session.ranks).follow()
 
 
@@ -135,7 +137,7 @@ def _protocol(sizes: BatchSizes, batches: Sequence[Answered]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+def in_evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into evaluation mode for the block: lm-eval leaves it there."""
     was_training = model.training
     try:
@@ -191,11 +193,18 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
             )
 
 
+def context_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the context (tokens) within which lm-eval asks a model."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import resolve_max_length
+
+    return int(resolve_max_length(config, tokenizer, default=HFLM._DEFAULT_MAX_LENGTH))
+
+
 def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Make lm-eval a model that answers nothing, with a real one's context and chat template."""
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import resolve_max_length
 
     class StandIn(LM):
         max_gen_toks = HFLM.max_gen_toks
@@ -206,9 +215,7 @@ def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> A
             super().__init__()
             self.tokenizer = tokenizer
             self.chat_template_args: dict[str, Any] = {}
-            self.max_length = resolve_max_length(
-                config, tokenizer, default=HFLM._DEFAULT_MAX_LENGTH
-            )
+            self.max_length = context_of(config, tokenizer)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             return [""] * len(requests)

@@ -7,7 +7,7 @@ downloaded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,38 @@ def load_suite(suite: Suite) -> LoadedSuite:
         for entry, leaf in loaded.leaves():
             _override(entry, leaf)
     return loaded
+
+
+def load_configs(suite: Suite, configs: Sequence[Mapping[str, Any]]) -> LoadedSuite:
+    """Make a suite's tasks from settings that are in no file; nothing else is read."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        manager = TaskManager(include_defaults=False)
+        loaded = manager.load([dict(config) for config in configs])
+    return LoadedSuite(suite, loaded["tasks"], manager)
+
+
+def shared_data(first: LoadedSuite, second: LoadedSuite) -> Iterator[tuple[str, str]]:
+    """Yield pairs of tasks, one of each suite, that are scored on the same items.
+
+    Told by data set, configuration, files and split: a task of another name may read the same.
+    """
+    known = {_data_of(leaf): entry.name for entry, leaf in second.leaves()}
+    for entry, leaf in first.leaves():
+        if (found := known.get(_data_of(leaf))) is not None:
+            yield entry.name, found
+
+
+def _data_of(leaf: Any) -> str:
+    """What a task's items are read from, in words that can be compared."""
+    # A task without a test split is scored on its validation split, as lm-eval does.
+    split = leaf.get_config("test_split") or leaf.get_config("validation_split")
+    found = [leaf.get_config("dataset_path"), leaf.get_config("dataset_name"), split]
+    files = (leaf.get_config("dataset_kwargs") or {}).get("data_files")
+    # Of files, those of the split alone: two tasks may name one file for different splits.
+    found.append(files.get(split, files) if isinstance(files, dict) else files)
+    return repr(found)
 
 
 def leaves_of(task: Any) -> list[Any]:

@@ -50,6 +50,13 @@ else:
 class MixerInit(_Model):
     """What all models with mixers share: how new parameters start."""
 
+    family: Family
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Tell `set_experts_implementation`, which looks for experts in the class's own module."""
+        return cls.family.experts != "none"
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FeatureMap | ScalarGate | OutputGate):
             module.reset_parameters()
@@ -320,7 +327,7 @@ def _student_classes(family: Family) -> dict[str, Any]:
     found = [config]
     own = {"config_class": config, "family": family}
     for suffix, auto in AUTOS.items():
-        teacher = getattr(family.modeling, family.class_prefix + suffix, None)
+        teacher = getattr(family.modeling, family.class_name(suffix), None)
         # Not every family has every head.
         if teacher is not None:
             mixin = MIXINS.get(suffix, MixerInit)
@@ -382,17 +389,31 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
     return student.train(teacher.training)
 
 
+NOISE = (
+    "attention_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "router_jitter_noise",
+)
+"""Settings of families that make a model in training mode random."""
+
+
 def _settings(teacher: CausalLM) -> dict[str, Any]:
-    """Copy the teacher's configuration for the student, which has no dropout in its mixers."""
+    """Copy the teacher's configuration for the student, which trains without noise."""
     settings = teacher.config.to_dict()
     for name in ("model_type", "architectures"):
         # Both name the teacher's class; the student's own sets them.
         settings.pop(name, None)
-    if settings.get("attention_dropout"):
-        warnings.warn(
-            f"teacher.attention_dropout: {settings['attention_dropout']}, but mixers drop nothing;"
-            " the student's is 0.",
-            stacklevel=3,  # the caller of `convert`
-        )
-        settings["attention_dropout"] = 0.0
+    # The mixers drop nothing, and targets come from a teacher that does not: half of a family's
+    # dropout would be neither.
+    for name in NOISE:
+        if settings.get(name):
+            warnings.warn(
+                f"teacher.{name}: {settings[name]}, but a student trains without noise; its own is"
+                " 0.",
+                stacklevel=3,  # the caller of `convert`
+            )
+            settings[name] = 0.0
     return settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -11,12 +11,19 @@ from xlstm_distill.recipe.fields import (
     Count,
     CountOrZero,
     FieldError,
+    File,
     Flag,
     Folder,
     Fraction,
+    NonNegative,
     Section,
     Text,
 )
+
+# The values of `xlstm_eval.long_context.settings`, which a recipe does not load.
+NeedleKind = Literal["single", "multi-key", "multi-value", "multi-query"]
+NEEDLE_KINDS: tuple[NeedleKind, ...] = ("single", "multi-key", "multi-value", "multi-query")
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 class EvalTask(Section):
@@ -52,6 +59,56 @@ class EvalTask(Section):
     )
 
 
+class LongContext(Section):
+    """Needles in long texts, and loss by position, beside the tasks."""
+
+    lengths: tuple[Count, ...] = Field(
+        default=LENGTHS,
+        min_length=1,
+        description="Tokens of prompt and answer, ascending; what the teacher's context does not "
+        "hold is left out.",
+    )
+    kinds: tuple[NeedleKind, ...] = Field(
+        default=NEEDLE_KINDS,
+        description="Kinds of needles: one key, several keys, values, or questions.",
+    )
+    items: Count = Field(default=100, description="Items of each kind and length.")
+    documents: CountOrZero = Field(
+        default=16, description="Documents of the greatest length for the loss by position."
+    )
+    seed: CountOrZero = Field(default=0, description="Seed of items and documents.")
+    haystack: File | None = Field(
+        default=None,
+        description="Text file (UTF-8) for haystacks and documents; null means synthetic "
+        "sentences.",
+    )
+
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error for lengths out of order, a kind given twice, or nothing to measure."""
+        if list(self.lengths) != sorted(set(self.lengths)):
+            yield FieldError(
+                "lengths",
+                f"{list(self.lengths)} is not strictly ascending; sort, drop repetitions.",
+            )
+        if len(set(self.kinds)) < len(self.kinds):
+            yield FieldError("kinds", f"{list(self.kinds)} names a kind twice; keep one.")
+        if not self.kinds and not self.documents:
+            yield FieldError("documents", "0, and kinds is empty: nothing would be measured.")
+
+
+class SpeedSettings(Section):
+    """How long the decoding of the teacher and of the merged student is timed; no score depends on
+    it, so that a change holds for evaluations that are made later."""
+
+    seconds: NonNegative = Field(
+        default=20.0,
+        description="Seconds for each model, within which contexts double; 0 measures nothing.",
+    )
+    longest: Count = Field(
+        default=32_768, ge=128, description="Longest context (tokens), from 128 on by doubling."
+    )
+
+
 class Evaluate(Section):
     """What teacher and students are measured on, under the same settings."""
 
@@ -74,20 +131,35 @@ class Evaluate(Section):
     confirm_run_unsafe_code: Flag = Field(
         default=False, description="Allow tasks that run code which a model wrote."
     )
+    long_context: LongContext | None = Field(
+        default=None,
+        description="Needles in long texts, and loss by position ([long-context.md]"
+        "(long-context.md)); null means none.",
+    )
     experts: Flag = Field(
         default=True, description="Evaluate each expert too, not only the merged student."
+    )
+    # Not a part of the evaluation's fingerprint: no answer depends on it.
+    speed: SpeedSettings = Field(
+        default=SpeedSettings(),
+        description="Memory and tokens a second of decoding over the context, for the report.",
     )
 
     def broken_rules(self) -> Iterator[FieldError]:
         """Yield an error for every task that is named a second time."""
-        names = [task.name for task in self.tasks]
-        # Results are kept by task name, so a second entry would overwrite the first.
-        for index, name in enumerate(names):
-            first = names.index(name)
-            if first < index:
-                yield FieldError(
-                    f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
-                )
+        yield from repeated_tasks(self.tasks)
+
+
+def repeated_tasks(tasks: Sequence[EvalTask]) -> Iterator[FieldError]:
+    """Yield an error for every task that is named a second time."""
+    names = [task.name for task in tasks]
+    # Results are kept by task name, so a second entry would overwrite the first.
+    for index, name in enumerate(names):
+        first = names.index(name)
+        if first < index:
+            yield FieldError(
+                f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
+            )
 
 
 class Report(Section):
@@ -106,6 +178,11 @@ class Report(Section):
         default=0.02,
         description="Share of the teacher's score that may be lost, for the decision over all "
         "tasks.",
+    )
+    items: CountOrZero = Field(
+        default=10_000,
+        description="Most items (prompt and both answers) that the page holds, those on which the "
+        "models differ first; 0 keeps prompts and answers out of it, as some benchmarks ask.",
     )
 
     def broken_rules(self) -> Iterator[FieldError]:

@@ -119,6 +119,10 @@ def _below(field: Schema, suffix: str = "") -> tuple[Schema, str]:
     """Follow mappings and lists to what they hold; the suffix is what that adds to the path."""
     if "$ref" in field:
         return field, suffix
+    choices = [choice for choice in field.get("anyOf", ()) if choice.get("type") != "null"]
+    # A section that may be left out.
+    if len(choices) == 1 and "$ref" in choices[0]:
+        return choices[0], suffix
     values = _values(field)
     if values is not None:
         return _below(values, f"{suffix}.NAME")

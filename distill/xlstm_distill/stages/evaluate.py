@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.runtime.console import Console, Progress
+from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import (
     gather_objects,
     is_main_process,
@@ -29,17 +28,20 @@ from xlstm_distill.runtime.ranks import (
 )
 from xlstm_distill.stages.choices import choose_models
 from xlstm_distill.stages.kernels import choose_kernels
-from xlstm_distill.stages.lineage import TEACHER, Lineage
-from xlstm_distill.stages.prepare import prepare_rows
-from xlstm_distill.stages.workbench import (
-    load_student,
-    open_domains,
+from xlstm_distill.stages.lineage import MERGED, TEACHER, Lineage
+from xlstm_distill.stages.measuring.long_context import (
+    check_long_context,
+    help_to_score,
+    score_long_context,
 )
+from xlstm_distill.stages.prepare import prepare_rows
+from xlstm_distill.stages.speed import measure_speed
+from xlstm_distill.stages.workbench import bar, load_student, open_domains
 from xlstm_distill.training.accelerator import make_accelerator
-from xlstm_eval.answering.coordinator import Tally
 from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.records import EvalError
+from xlstm_eval.report.speed import SPEED_FILE
 from xlstm_eval.results import ITEMS_FILE, write_items, write_samples
 from xlstm_eval.suites import Suite
 
@@ -66,7 +68,7 @@ def evaluate(
 
     @functools.cache  # takes seconds: only when something is to be scored, and on rank 0 alone
     def suite() -> LoadedSuite:
-        return load_suite(_suite(recipe))
+        return load_suite(suite_of(recipe))
 
     def build(name: str, draft: Draft) -> None:
         device = make_accelerator(recipe).device
@@ -84,12 +86,17 @@ def evaluate(
         with run.working(f"evaluate/{name}"):
             if not is_main_process():
                 help_to_evaluate(loaded.eval(), lineage.tokenizer, session)
+                help_to_score(loaded, lineage, session)
                 return
             _score(loaded.eval(), lineage, suite(), name, session, draft, console)
+            score_long_context(loaded, lineage, run, name, session, draft, console)
             if source is not None:
                 limits = dict.fromkeys(data, recipe.data.validation_rows)
                 held_out = open_domains(recipe, data, limits)
                 draft.write_json("gates.json", mean_gates(loaded, held_out, device))
+            # Of the students, the merged one alone: the experts have its shapes.
+            if name in (TEACHER, MERGED):
+                _time_decoding(loaded, recipe, draft, device)
 
     return [
         run.make(request, functools.partial(build, name), together=True, console=console)
@@ -101,7 +108,7 @@ def scores(model: CausalLM, lineage: Lineage) -> dict[str, float]:
     """Score a model that is no artifact on the recipe's tasks, in this process; nothing is kept."""
     batch = lineage.recipe.evaluate.batch
     session = Session(batch_size=None if batch == "auto" else batch)
-    suite, seed = _suite(lineage.recipe), lineage.recipe.seed
+    suite, seed = suite_of(lineage.recipe), lineage.recipe.seed
     result = evaluate_model(model.eval(), lineage.tokenizer, suite, session, seed=seed)
     return {task.task: task.score for task in result.tasks}
 
@@ -172,10 +179,14 @@ def check_tasks(lineage: Lineage) -> None:
         trust_remote_code=teacher.trust_remote_code,
     )
     try:
-        check_suite(_suite(lineage.recipe), config, tokenizer)
+        check_suite(suite_of(lineage.recipe), config, tokenizer)
     except EvalError as error:
         # What the evaluation calls its suite is the recipe's section `evaluate`.
         raise EvalError(str(error).replace("suite.", "evaluate.", 1)) from None
+    try:
+        check_long_context(lineage, config)
+    except EvalError as error:
+        raise EvalError(f"evaluate.long_context.{error}") from None
 
 
 def find_evaluations(lineage: Lineage, run: Run) -> dict[str, Artifact]:
@@ -211,12 +222,15 @@ def _sources(lineage: Lineage, run: Run, names: Sequence[str]) -> dict[str, Arti
     return found
 
 
-def _suite(recipe: Recipe) -> Suite:
-    """The recipe's section `evaluate` as a suite: their fields have the same names."""
+def suite_of(recipe: Recipe, other: Mapping[str, Any] | None = None) -> Suite:
+    """The recipe's section `evaluate` as a suite: their fields have the same names.
+
+    `other` replaces settings of it, for other tasks that are asked alike.
+    """
     settings = recipe.evaluate.model_dump(include=set(Suite.model_fields) - {"name"})
     # The report takes it from the recipe, so that it can change without a new evaluation.
     settings["tasks"] = [task | {"chance": None} for task in settings["tasks"]]
-    return Suite(name=recipe.name, **settings)
+    return Suite(name=recipe.name, **{**settings, **(other or {})})
 
 
 def _score(
@@ -229,8 +243,8 @@ def _score(
     console: Console,
 ) -> None:
     """Run lm-eval; write results, samples, and hashes that show what the model was asked."""
-    with console.progress(f"evaluate/{name}", None, unit="requests") as progress:
-        session = replace(session, progress=Bar(progress))
+    with bar(console, f"evaluate/{name}") as progress:
+        session = replace(session, progress=progress)
         result = evaluate_model(model, lineage.tokenizer, suite, session, seed=lineage.recipe.seed)
     for warning in result.warnings:
         console.line(f"evaluate/{name}: {warning}")
@@ -248,23 +262,12 @@ def _score(
     }
 
 
-class Bar:
-    """Shows a tally, which counts from the evaluation's beginning, on a bar, which counts on."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._bar, self._started = progress, time.monotonic()
-        self._done = self._kept = 0
-
-    def __call__(self, tally: Tally) -> None:
-        if tally.kept > self._kept:
-            # Answered before this run of the program: no part of its speed.
-            self._bar.skip(tally.kept - self._kept)
-            self._kept = tally.kept
-        done = tally.done - tally.kept
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = {"tokens/s": tally.tokens / seconds} if tally.tokens else {}
-        self._bar.update(done - self._done, total=tally.total, **rate)
-        self._done = done
+def _time_decoding(model: CausalLM, recipe: Recipe, draft: Draft, device: torch.device) -> None:
+    """Write what decoding costs over the context."""
+    found = measure_speed(model, recipe.evaluate.speed, device)
+    if found is not None:
+        backend = draft.results.get("backend", "")
+        draft.write_json(SPEED_FILE, found.model_dump(mode="json") | {"backend": backend})
 
 
 @torch.no_grad()
