@@ -155,16 +155,16 @@ def _factors(name: str, base: SavedWeights, expert: SavedWeights, rank: int) -> 
     if not difference.isfinite().all():
         raise UserError(f"{name}: holds numbers that are not finite.")
     blocks = blocks_of(name, entry.count)
-    hashes = [
-        [hash_block(tensor[block.start : block.stop]) for block in blocks] for tensor in (old, new)
-    ]
+    old_hashes = [hash_block(old[block.start : block.stop]) for block in blocks]
+    new_hashes = [hash_block(new[block.start : block.stop]) for block in blocks]
     whole = (new.double() - old.double()).reshape(matrix)
     squares = float(whole.square().sum())
     if not difference.any():
-        return _Found([None] * len(blocks), *hashes, squares, squares)
+        return _Found([None] * len(blocks), old_hashes, new_hashes, squares, squares)
     factors = decompose(difference, rank)
     whole -= factors[0].double() @ factors[1].double()
-    return _Found([], *hashes, squares, float(whole.square().sum()), factors)
+    left_out = float(whole.square().sum())
+    return _Found([], old_hashes, new_hashes, squares, left_out, factors)
 
 
 def _differences(name: str, base: SavedWeights, expert: SavedWeights, density: float) -> _Found:
