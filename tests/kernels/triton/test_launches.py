@@ -193,7 +193,7 @@ calls = {
     ),
     "step": lambda: mlstm_step_triton(q, k, v, i, f, state),
     "hybrid": lambda: hybrid_step_triton(
-        q, k, v, q, k, i, f, i, state, ring, sinks=2, scale=1.0
+        q, k, v, q, k, i, f, i, state, ring, None, sinks=2, scale=1.0
     ),
 }
 for grads in (False, True):
