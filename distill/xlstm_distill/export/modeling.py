@@ -15,7 +15,13 @@ REPLACED: dict[Place, Place] = {
     ("xlstm_distill.recipe", "MixerConfig"): (STANDALONE, "MixerConfig"),
     **{
         ("xlstm_kernels.api", name): (STANDALONE, name)
-        for name in ("mlstm", "mlstm_step", "hybrid_step", "sliding_window_attention")
+        for name in (
+            "mlstm",
+            "mlstm_step",
+            "window_step",
+            "hybrid_step",
+            "sliding_window_attention",
+        )
     },
 }
 AUTO_CLASSES = {

@@ -23,6 +23,11 @@ from transformers import (
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.cache import StudentCache, checked_cache
+from xlstm_distill.models.decoding.prefill import (
+    can_be_read_in_chunks,
+    chunk_size,
+    read_in_chunks,
+)
 from xlstm_distill.models.families import FAMILIES, CausalLM, Family, family_of
 from xlstm_distill.models.feature_maps import FeatureMap
 from xlstm_distill.models.gates import OutputGate, ScalarGate
@@ -86,6 +91,9 @@ class StudentMixin(MixerInit, _CausalLM):
     body_class: Any
     config: Any
     model: Any
+    prefill_chunk: int | None = None
+    """Tokens of each row that a prompt is read by at once where only its last logits are wanted
+    (`logits_to_keep`, as `generate` does); None: a default. It may be set at any time."""
     # transformers then refuses assisted decoding, which takes tokens back.
     _is_stateful = True
 
@@ -98,6 +106,9 @@ class StudentMixin(MixerInit, _CausalLM):
         # parameters start that a file does not have, so it must be one that knows the new ones.
         self.model = self.body_class(config)
         self.post_init()
+        names = tuple(inspect.signature(type(self).forward).parameters)[1:]
+        hook = functools.partial(_read_prompt, names=names)
+        self.register_forward_pre_hook(hook, with_kwargs=True)
 
     def new_cache(self) -> StudentCache:
         """Make an empty decoding cache; its memory does not grow with the tokens seen."""
@@ -188,6 +199,7 @@ def _prepare_inputs(
     )
     if cache is not None:
         cache.end_rows(found.ends)
+        cache.receive(shape, found.segments, given.device)
     kwargs |= {
         "past_key_values": cache,
         "use_cache": cache is not None,
@@ -196,6 +208,25 @@ def _prepare_inputs(
         "position_ids": found.positions,
     }
     return (), kwargs
+
+
+def _read_prompt(
+    model: Any, args: tuple, kwargs: dict[str, Any], names: tuple[str, ...]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Read a long prompt in chunks; a hook that runs before the student's forward pass.
+
+    Its arguments have these names. What is left to it is the prompt's last chunk.
+    """
+    given = args[0] if args else kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    # Soon: it is asked at every token.
+    if given is None or given.shape[1] <= (chunk := chunk_size(given, model.prefill_chunk)):
+        return None
+    kwargs = dict(zip(names, args, strict=False)) | kwargs
+    if not can_be_read_in_chunks(model, kwargs, chunk):
+        return None
+    cache = _cache_for(model.model, kwargs, kwargs.get("attention_mask"))
+    return None if cache is None else ((), read_in_chunks(model, kwargs, cache, chunk))
 
 
 def _cache_for(

@@ -29,8 +29,8 @@ Precision = Literal["fp32", "bf16", "autocast"]
 Backend = Literal["torch", "triton"]
 FP32, BF16, INT64 = 4, 2, 8
 """Bytes of a number."""
-SPAN: Mapping[str, int] = {"cpu": 1 << 12, "cuda": 1 << 17}
-"""Tokens of all rows and heads in a span (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
+SPAN: Mapping[str, int] = {"cpu": 1 << 13, "cuda": 1 << 17}
+"""Tokens of all rows and heads in a part (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
 BLOCK_MIN, BLOCK_MAX, SCORES_AT_ONCE = 32, 128, 1 << 26
 """Blocks of the window in plain torch, and the scores that its gradient makes at once on a GPU."""
 
@@ -318,8 +318,8 @@ def mixer_excess(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
 def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     """Count what the mLSTM's backward pass in plain torch allocates, its results included.
 
-    It works on spans of tokens (`xlstm_kernels.torch.chunkwise`), in fp32. The factors of F and D
-    are the tensors of `differentiate_span` that live at once. The fused operator is not counted.
+    It works on parts of a call (`xlstm_kernels.torch.chunkwise`), in fp32. The factors of F and D
+    are the tensors of `differentiate_part` that live at once. The fused operator is not counted.
     """
     if "mlstm" not in mixer.branches or forward.backend == "triton":
         return 0.0

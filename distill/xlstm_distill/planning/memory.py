@@ -218,12 +218,11 @@ def student_cache(a: Architecture, mixer: MixerConfig, size: int) -> float:
     if "window" in mixer.branches:
         slots = mixer.window + mixer.sinks
         keys_and_values = 2 * a.key_width * slots * size
-        positions = 8 * (slots + 1)  # int64, and the length
-        ring = keys_and_values + positions
+        ring = keys_and_values
     if "mlstm" in mixer.branches:
         # Per head, in fp32: S (F x D), z (F) and the stabiliser m.
         state = a.heads * (features(mixer, a) * (a.head_dim + 1) + 1) * 4
-    return float(a.layers * (ring + state))
+    return float(a.layers * (ring + state) + 8)  # how long the row is, for all layers
 
 
 def teacher_cache(a: Architecture, tokens: int, size: int) -> float:
