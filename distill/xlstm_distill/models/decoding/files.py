@@ -77,7 +77,7 @@ def load_cache(student: CausalLM, path: Path | str) -> StudentCache:
     cache: StudentCache = student.new_cache()
     first = next(student.parameters()).device
     cache.lengths = tensors["lengths"].to(first)
-    ends = {name: tensors.get(f"ends.{name}") for name in RowEnds._fields}
+    ends: dict[str, Any] = {name: tensors.get(f"ends.{name}") for name in RowEnds._fields}
     cache.ends = RowEnds(**{name: x if x is None else x.to(first) for name, x in ends.items()})
     for n, (layer, mixer) in enumerate(zip(_layers(cache), student.mixers(), strict=True)):
         _fill(layer, tensors, f"layers.{n}.", next(mixer.parameters()).device)
