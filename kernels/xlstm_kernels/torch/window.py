@@ -51,7 +51,9 @@ def banded_attention(
     band's first token: a later document starts inside the band. So each block gathers N more keys.
     """
     T = q.shape[2]
-    if segment_ids is None and window >= T:
+    # An exported program serves any T, so it takes no branch that depends on it.
+    known = not isinstance(T, torch.SymInt)
+    if known and segment_ids is None and window >= T:
         return _causal_attention(q, k, v, scale)
     out, _ = forward(q, k, v, segment_ids, min(window, T), min(sinks, T), scale)
     return out
