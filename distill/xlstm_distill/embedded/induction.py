@@ -23,7 +23,7 @@ QUIET = 0.1  # scale of what else the first layers write at first
 AVERSION = 2.5
 # Pairs of RoPE that turn less than this many radians over LONGEST tokens can compare contents.
 STABLE_TURN = 0.4
-LONGEST = 120
+LONGEST = 320
 
 
 @torch.no_grad()

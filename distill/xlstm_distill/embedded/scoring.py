@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from xlstm_distill.embedded.tasks import TASKS, Item, held_out_items
 from xlstm_distill.embedded.tokenizer import ASSISTANT, BOS, END, USER
 
-LONGEST_ANSWER = 10  # tokens, the end token included
+LONGEST_ANSWER = 20  # tokens, the end token included
 
 
 @torch.no_grad()

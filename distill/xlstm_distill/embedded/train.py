@@ -35,11 +35,11 @@ class Settings:
     tokens: int = 12_000_000
     seed: int = 0
     hidden: int = 128
-    layers: int = 3
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     intermediate: int = 384
-    context: int = 256
+    context: int = 384
     rope_theta: float = 500_000.0
     rows: int = 8
     learning_rate: float = 3e-3

@@ -1,0 +1,128 @@
+"""Seeded generators of the recall tasks: a long text, and questions on what stands far back in it.
+
+Difficulty is graded: the number of pairs, the distance from the pair to the question, two queries
+in one question, keys looked up by their value, and two hops. Keys such as B4 share their letter
+with some keys and their digit with others, so half a match finds the wrong row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xlstm_distill.embedded import pools
+
+WINDOW = 16  # tokens; the window of the quickstart's student, the unit of distances
+# Rows after the asked one in an evaluated item, so that its answer is 2 windows back or more.
+SHELVES_AFTER = 6  # of 6 tokens
+GIFTS_AFTER = 8  # of 4 tokens
+BINDINGS_AFTER = 8  # of 4 tokens
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text and its questions with answers; `far` numbers those that an evaluation may ask."""
+
+    text: str
+    questions: tuple[tuple[str, str], ...]
+    far: tuple[int, ...]
+
+
+PassageMaker = Callable[[random.Random, bool], Passage]
+"""Draws a passage: of the evaluated size where the flag is True, else of any size up to it."""
+
+
+def shelves(pairs: int) -> PassageMaker:
+    """Make passages of up to `pairs` shelves with a number on each."""
+
+    def passage(rng: random.Random, full: bool) -> Passage:
+        count = pairs if full else rng.randint(3, pairs)
+        rows = _numbered_keys(rng, count)
+        text = "Shelves:\n" + _table(rows)
+        questions = tuple((f"How many on {key}?", value) for key, value in rows)
+        return Passage(text, questions, tuple(range(max(1, count - SHELVES_AFTER))))
+
+    return passage
+
+
+def readings(windows: int) -> PassageMaker:
+    """Make passages of 8 readings, then notes as long as `windows` windows."""
+
+    def passage(rng: random.Random, full: bool) -> Passage:
+        rows = _numbered_keys(rng, 8 if full else rng.randint(3, 8))
+        # A word and its space are two tokens.
+        words = windows * WINDOW // 2
+        notes = rng.choices(pools.WORDS, k=words if full else rng.randint(1, words))
+        text = "Readings:\n" + _table(rows) + f"Notes: {' '.join(notes)}\n"
+        questions = tuple((f"Reading of {key}?", value) for key, value in rows)
+        return Passage(text, questions, tuple(range(len(rows))))
+
+    return passage
+
+
+def gifts(rng: random.Random, full: bool) -> Passage:
+    """Make a table of gifts, and questions on two persons at once."""
+    rows = _gifts(rng, full)
+    questions = []
+    far = max(2, len(rows) - GIFTS_AFTER)
+    for number in range(12):
+        # The first half asks for far rows only; an evaluation takes those.
+        (one, gift), (two, other) = rng.sample(rows[:far] if number < 6 else rows, 2)
+        questions.append((f"Gifts for {one} and {two}?", f"{gift} {other}"))
+    return Passage("Gifts:\n" + _table(rows), tuple(questions), tuple(range(6)))
+
+
+def givers(rng: random.Random, full: bool) -> Passage:
+    """Make a table of gifts, each of another kind, and ask who has one."""
+    rows = _gifts(rng, full)
+    questions = tuple((f"Who has {gift}?", name) for name, gift in rows)
+    far = tuple(range(max(1, len(rows) - GIFTS_AFTER)))
+    return Passage("Gifts:\n" + _table(rows), questions, far)
+
+
+def bindings(rng: random.Random, full: bool) -> Passage:
+    """Make shell variables, half of which name another variable, and ask through that name.
+
+    `${!q}` is bash's indirection: the value of the variable that q names. Training also asks `$q`,
+    the one hop of which two are made.
+    """
+    half = 8 if full else rng.randint(2, 8)
+    names = rng.sample(pools.LETTERS, 2 * half)
+    targets, pointers = names[:half], names[half:]
+    values = {name: rng.choice(pools.WORDS) for name in targets}
+    pointed = dict(zip(pointers, rng.choices(targets, k=half), strict=True))
+    order = rng.sample(names, len(names))
+    text = "".join(f"{name}={values.get(name) or pointed[name]}\n" for name in order)
+    place = {name: at for at, name in enumerate(order)}
+    questions, far = [], []
+    for name in rng.sample(pointers, half):
+        if max(place[name], place[pointed[name]]) < len(order) - BINDINGS_AFTER:
+            far.append(len(questions))
+        questions.append((f"echo ${{!{name}}}", values[pointed[name]]))
+    for name in rng.sample(names, half):
+        questions.append((f"echo ${{{name}}}", values.get(name) or pointed[name]))
+    if full and not far:
+        return bindings(rng, full)
+    return Passage(text, tuple(questions), tuple(far))
+
+
+def _numbered_keys(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """Draw rows with keys from a grid hardly larger than their number, and numbers as values."""
+    side = 1
+    while side * side < count + 1:
+        side += 1
+    columns, rows = rng.sample(pools.COLUMNS, side), rng.sample(pools.ROWS, side)
+    keys = [column + row for column in columns for row in rows]
+    return [(key, str(rng.randint(10, 99))) for key in rng.sample(keys, count)]
+
+
+def _gifts(rng: random.Random, full: bool) -> list[tuple[str, str]]:
+    count = 16 if full else rng.randint(3, 16)
+    return list(
+        zip(rng.sample(pools.NAMES, count), rng.sample(pools.ITEMS, count), strict=True)
+    )
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "".join(f"{key} {value}\n" for key, value in rows)
