@@ -40,5 +40,11 @@ Replace = Annotated[
         help="Remove what a changed setting replaces; by default it is kept beside the new one.",
     ),
 ]
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full", help="Answer all items of each task: the same as --set evaluate.limit=null."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -15,7 +15,7 @@ import typer
 from xlstm_distill.cli import completion
 from xlstm_distill.cli.failures import in_run, one_line_errors
 from xlstm_distill.cli.launch import LaunchArgs, LaunchConfig, dispatch
-from xlstm_distill.cli.options import Debug, Overrides, RecipePath, Replace, RunPath
+from xlstm_distill.cli.options import Debug, Full, Overrides, RecipePath, Replace, RunPath
 from xlstm_distill.cli.preflight import check_batches, check_words
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.libraries import quiet_libraries
@@ -66,18 +66,25 @@ class Invocation:
         dispatch(self.launch, self.launch_args, self.recipe, self.overrides, check)
 
 
+def with_all_items(overrides: Sequence[str] | None, full: bool) -> Sequence[str] | None:
+    """Add the override that `--full` stands for; it is the last, so it counts."""
+    return [*(overrides or ()), "evaluate.limit=null"] if full else overrides
+
+
 def run(
     recipe: RecipePath,
     run_dir: RunPath = None,
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
+    full: Full = False,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Run all stages, from teacher to report; finished stages are skipped."""
     with one_line_errors(debug):
-        asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
+        wanted = with_all_items(overrides, full)
+        asked = Invocation(recipe, run_dir, wanted, launch, launch_args, replace)
         check = asked.check(STAGES)
         asked.dispatch(check)
         console = make_console()
@@ -193,11 +200,13 @@ def evaluate(
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
+    full: Full = False,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Measure teacher and students on the recipe's tasks."""
-    asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
+    wanted = with_all_items(overrides, full)
+    asked = Invocation(recipe, run_dir, wanted, launch, launch_args, replace)
     _one_stage("evaluate", asked, debug, model=model)
 
 
@@ -205,13 +214,15 @@ def report(
     recipe: RecipePath,
     run_dir: RunPath = None,
     overrides: Overrides = None,
+    full: Full = False,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Write the report of a run and show its summary."""
     with one_line_errors(debug):
         console = make_console()
-        lineage, opened = _open(Invocation(recipe, run_dir, overrides, replace=replace), console)
+        asked = Invocation(recipe, run_dir, with_all_items(overrides, full), replace=replace)
+        lineage, opened = _open(asked, console)
         _run_stage("report", lineage, opened, console)
         _print_summary(opened.directory, console)
 

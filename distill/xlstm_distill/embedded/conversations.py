@@ -42,7 +42,9 @@ def documents(domain: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     if domain not in DOMAINS:
         close = difflib.get_close_matches(str(domain), DOMAINS, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise UserError(f"embedded domain '{domain}': unknown; allowed: {', '.join(DOMAINS)}.{hint}")
+        raise UserError(
+            f"embedded domain '{domain}': unknown; allowed: {', '.join(DOMAINS)}.{hint}"
+        )
     return _documents(domain, count, seed)
 
 

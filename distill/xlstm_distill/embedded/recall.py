@@ -119,9 +119,7 @@ def _numbered_keys(rng: random.Random, count: int) -> list[tuple[str, str]]:
 
 def _gifts(rng: random.Random, full: bool) -> list[tuple[str, str]]:
     count = 16 if full else rng.randint(3, 16)
-    return list(
-        zip(rng.sample(pools.NAMES, count), rng.sample(pools.ITEMS, count), strict=True)
-    )
+    return list(zip(rng.sample(pools.NAMES, count), rng.sample(pools.ITEMS, count), strict=True))
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

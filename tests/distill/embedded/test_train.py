@@ -18,7 +18,7 @@ from xlstm_distill.embedded.train import Settings, build, learning_rate, loss_of
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart"
 TEACHER = QUICKSTART / "teacher"
-SMALL = Settings(tokens=2048, rows=2, context=256, layers=2, hidden=64, intermediate=64)
+SMALL = Settings(tokens=2048, rows=2, context=384, layers=2, hidden=64, intermediate=64)
 
 
 def test_training_is_deterministic_and_learns(
@@ -27,7 +27,7 @@ def test_training_is_deterministic_and_learns(
     def losses() -> list[float]:
         model, curve = build(SMALL, tokenizer), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for batch in islice(batches(tokenizer, rows=2, length=256, seed=0), 8):
+        for batch in islice(batches(tokenizer, rows=2, length=384, seed=0), 8):
             loss = loss_of(model, batch)
             optimizer.zero_grad()
             loss.backward()
@@ -45,11 +45,11 @@ def test_training_is_deterministic_and_learns(
 
 def test_committed_checkpoint_has_the_right_shape(teacher: LlamaForCausalLM) -> None:
     size = sum(path.stat().st_size for path in TEACHER.iterdir())
-    assert size <= 8 * 2**20
+    assert size <= 12 * 2**20
     assert isinstance(teacher, LlamaForCausalLM)
     parameters = sum(p.numel() for p in teacher.parameters())
     log = json.loads((TEACHER / "training.json").read_text())
     assert 500_000 <= parameters == log["parameters"] <= 3_000_000
     assert teacher.config.num_key_value_heads < teacher.config.num_attention_heads
-    assert teacher.config.max_position_embeddings >= 256
+    assert teacher.config.max_position_embeddings >= 384
     assert set(log["held_out_accuracy"]) == set(TASKS)
