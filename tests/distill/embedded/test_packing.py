@@ -12,7 +12,7 @@ from xlstm_distill.embedded import documents
 from xlstm_distill.embedded.packing import PROMPT_WEIGHT, batches
 from xlstm_distill.embedded.train import Settings, build
 
-SMALL = Settings(tokens=2048, rows=2, context=384, layers=2, hidden=64, intermediate=64)
+SMALL = Settings(tokens=2048, rows=2, context=384, layers=2, hidden=96, intermediate=64)
 
 
 def test_packed_rows_equal_separate_documents(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -18,7 +18,7 @@ from xlstm_distill.embedded.train import Settings, build, learning_rate, loss_of
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart"
 TEACHER = QUICKSTART / "teacher"
-SMALL = Settings(tokens=2048, rows=2, context=384, layers=2, hidden=64, intermediate=64)
+SMALL = Settings(tokens=2048, rows=2, context=384, layers=2, hidden=96, intermediate=64)
 
 
 def test_training_is_deterministic_and_learns(
