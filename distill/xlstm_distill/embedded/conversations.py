@@ -14,11 +14,10 @@ from xlstm_distill.embedded.problems import Item
 from xlstm_distill.embedded.tasks import DOMAINS, TASKS, Task, draw, is_held_out
 from xlstm_distill.errors import UserError
 
-SINGLE_SHARE = 0.2  # conversations of one question, the form that evaluation uses
+SINGLE_SHARE = 0.1  # conversations of one question, the form that evaluation uses
 # Conversations about a long text; the rest chain questions of the domain's short tasks.
 RECALL_SHARE = 0.35
-MOST_TURNS = 7  # of short questions
-MOST_QUESTIONS = 6  # on one text; more would not fit the context after the longest one
+MOST_TURNS = 8  # of short questions
 # Harder tasks are drawn more often; 1 where not listed.
 WEIGHTS = {
     "add": 2.0,
@@ -81,8 +80,8 @@ def _about_a_text(task: Task, rng: random.Random) -> dict[str, Any]:
     if rng.random() < SINGLE_SHARE:
         return _conversation([draw(task, rng, held_out=False)], task.domain, task.name)
     passage = task.passage(rng, False)
-    turns = min(len(passage.questions), rng.randint(3, MOST_QUESTIONS))
-    asked = rng.sample(passage.questions, turns)
+    most = min(len(passage.questions), passage.turns)
+    asked = rng.sample(passage.questions, rng.randint(most // 2, most))
     kept = [(q, a) for q, a in asked if not is_held_out(task.name, passage.text + q)]
     if not kept:
         return _conversation([draw(task, rng, held_out=False)], task.domain, task.name)

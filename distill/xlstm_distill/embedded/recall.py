@@ -22,11 +22,15 @@ BINDINGS_AFTER = 8  # of 4 tokens
 
 @dataclass(frozen=True)
 class Passage:
-    """A text and its questions with answers; `far` numbers those that an evaluation may ask."""
+    """A text and its questions with answers; `far` numbers those that an evaluation may ask.
+
+    turns: questions of a training conversation; more would not fit the context after a long text.
+    """
 
     text: str
     questions: tuple[tuple[str, str], ...]
     far: tuple[int, ...]
+    turns: int = 12
 
 
 PassageMaker = Callable[[random.Random, bool], Passage]
@@ -56,7 +60,7 @@ def readings(windows: int) -> PassageMaker:
         notes = rng.choices(pools.WORDS, k=words if full else rng.randint(1, words))
         text = "Readings:\n" + _table(rows) + f"Notes: {' '.join(notes)}\n"
         questions = tuple((f"Reading of {key}?", value) for key, value in rows)
-        return Passage(text, questions, tuple(range(len(rows))))
+        return Passage(text, questions, tuple(range(len(rows))), turns=5 if words > 90 else 8)
 
     return passage
 
