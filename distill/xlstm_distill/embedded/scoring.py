@@ -7,6 +7,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from xlstm_distill.embedded.tasks import TASKS, Item, held_out_items
 from xlstm_distill.embedded.tokenizer import ASSISTANT, BOS, END, USER
 
+BATCH = 100  # items answered together
 LONGEST_ANSWER = 20  # tokens, the end token included
 
 
@@ -80,7 +81,10 @@ def accuracies(
     scores = {}
     for name in tasks or tuple(TASKS):
         items = held_out_items(TASKS[name], count, seed)
-        given = answers(model, tokenizer, items, window=window, sinks=sinks)
-        right = [answer == item.answer for answer, item in zip(given, items, strict=True)]
-        scores[name] = sum(right) / count
+        right = 0
+        for start in range(0, count, BATCH):
+            asked = items[start : start + BATCH]
+            given = answers(model, tokenizer, asked, window=window, sinks=sinks)
+            right += sum(answer == item.answer for answer, item in zip(given, asked, strict=True))
+        scores[name] = right / count
     return scores

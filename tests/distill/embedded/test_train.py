@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from xlstm_distill.embedded import train
 from xlstm_distill.embedded.packing import batches
 from xlstm_distill.embedded.tasks import TASKS
 from xlstm_distill.embedded.train import Settings, build, learning_rate, loss_of, main
+from xlstm_distill.embedded.unfinished import Checkpoint
+from xlstm_distill.errors import UserError
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart"
 TEACHER = QUICKSTART / "teacher"
@@ -41,6 +47,40 @@ def test_training_is_deterministic_and_learns(
     assert learning_rate(SMALL.steps - 1, SMALL) < learning_rate(SMALL.steps // 2, SMALL)
     assert main(["--out", str(tmp_path / "t"), "--tokens", "0"]) == 2
     assert not (tmp_path / "t").exists()
+
+
+def test_a_stopped_training_goes_on_to_the_same_bits(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SCORED_EVERY", 2)
+    # What the model answers does not matter here.
+    monkeypatch.setattr(train, "accuracies", lambda *_, **__: {"add": 0.0})
+    settings = replace(SMALL, tokens=4 * 2 * 384, warmup_steps=2)
+
+    def run(out: Path, stop: int | None = None) -> LlamaForCausalLM:
+        model = build(settings, tokenizer)
+        real, steps = train.take_step, iter(range(99))
+
+        def step(*given: Any) -> float:
+            if next(steps) == stop:
+                raise KeyboardInterrupt
+            return real(*given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "take_step", step)
+            train.fit(model, tokenizer, settings, Checkpoint(out, asdict(settings)))
+        return model
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", stop=3)
+    resumed = run(tmp_path / "stopped")
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(UserError, match=r"other settings \(rows\)"):
+        Checkpoint(tmp_path / "stopped", {**asdict(settings), "rows": 3}).load(
+            resumed, train.make_optimizer(resumed, settings)
+        )
 
 
 def test_committed_checkpoint_has_the_right_shape(teacher: LlamaForCausalLM) -> None:
