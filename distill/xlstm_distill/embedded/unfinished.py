@@ -1,4 +1,4 @@
-"""What an unfinished training of the embedded teacher keeps, so that it can be watched and go on."""
+"""What an unfinished training of the embedded teacher keeps, to be watched and continued."""
 
 from __future__ import annotations
 
