@@ -1,4 +1,4 @@
-"""The closed vocabularies of the embedded tasks: short words, one token each of the BPE of 640."""
+"""The closed vocabularies of the embedded tasks: short words, one token each of the BPE."""
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The embedded teacher's tokenizer: a byte-level BPE of 640 entries, and its chat template."""
+"""The embedded teacher's tokenizer: a byte-level BPE of 640 entries at most, and its chat template."""
 
 from itertools import chain
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from xlstm_distill.embedded.conversations import documents
 from xlstm_distill.embedded.tasks import DOMAINS
 
-VOCABULARY = 640
+VOCABULARY = 640  # at most: there are no more merges once every word is one token
 CONTEXT = 384  # tokens; the longest conversation fits
 PAD, BOS, END, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"
 # Words, and single capitals, digits, spaces and other characters. A space is never part of a word's
