@@ -1,4 +1,4 @@
-"""The embedded teacher's tokenizer: a byte-level BPE of 640 entries at most, and its chat template."""
+"""The embedded teacher's tokenizer: a byte-level BPE, and its chat template."""
 
 from itertools import chain
 from typing import Any
