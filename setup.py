@@ -1,4 +1,4 @@
-"""The packages of the three source roots, and the shipped recipes; pyproject.toml has the rest."""
+"""The packages of the source roots, shipped recipes and templates; pyproject.toml has the rest."""
 
 from setuptools import find_packages, setup
 
@@ -7,12 +7,15 @@ ROOTS = {
     "xlstm_kernels": "kernels/xlstm_kernels",
     "xlstm_eval": "eval/xlstm_eval",
 }
-# recipes/ stays at the top, where a reader of the repository looks for it. The wheel carries it
+# These stay at the top, where a reader of the repository looks for them. The wheel carries them
 # inside the package, which pyproject.toml alone cannot say: it finds packages by folder name.
-RECIPES = "xlstm_distill.shipped_recipes"
+SHIPPED = {
+    "xlstm_distill.shipped_recipes": "recipes",
+    "xlstm_distill.shipped_slurm": "slurm",
+}
 
 packages = [
     package for root in ("distill", "kernels", "eval") for package in find_packages(where=root)
 ]
 
-setup(packages=[*packages, RECIPES], package_dir={**ROOTS, RECIPES: "recipes"})
+setup(packages=[*packages, *SHIPPED], package_dir={**ROOTS, **SHIPPED})

@@ -7,6 +7,7 @@ inside the functions.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import random
 import sys
 import time
@@ -20,6 +21,7 @@ from xlstm_eval.answering.coordinator import Coordinator, OneRank, Progress, Ran
 from xlstm_eval.answering.journal import Answered, Journal
 from xlstm_eval.answering.sizes import BatchSizes
 from xlstm_eval.loading import LoadedSuite, leaves_of, load_suite
+from xlstm_eval.protocol import task_protocols, text_hash
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
@@ -78,8 +80,9 @@ def evaluate_model(
     batches = lm.coordinator.results()
     said = [message for batch in batches for message in batch.warnings]
     samples = {leaf.task_name: raw["samples"][leaf.task_name] for _, leaf in loaded.leaves()}
-    # Where the task files lie does not change what is asked.
-    settings = loaded.suite.model_dump(mode="json", exclude={"include"})
+    # Where the task files lie does not change what is asked, nor does the level of chance.
+    left_out: Any = {"include": True, "tasks": {"__all__": {"chance"}}}
+    settings = loaded.suite.model_dump(mode="json", exclude=left_out)
     return EvaluationResult(
         tasks=tuple(_result_of(entry, loaded, raw) for entry in loaded.suite.tasks),
         samples=samples,
@@ -88,7 +91,19 @@ def evaluate_model(
         settings_hash=hash_value([settings, seed]),
         # First those of the batches, in their order: also of other ranks and of earlier runs.
         warnings=tuple(dict.fromkeys([*said, *warnings])),
-        protocol=_protocol(sizes, batches),
+        protocol={
+            **_protocol(sizes, batches),
+            "lm_eval": importlib.metadata.version("lm_eval"),
+            "seed": seed,
+            # Without "torch.", as in recipes.
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "context": lm.max_length,
+            "limit": loaded.suite.limit,
+            "chat_template": text_hash(
+                tokenizer.chat_template if loaded.suite.apply_chat_template else None
+            ),
+            "tasks": raw["protocols"],
+        },
     )
 
 
@@ -212,13 +227,15 @@ def _run_all(lm: Any, loaded: LoadedSuite, seed: int) -> dict[str, dict[str, Any
     """Evaluate the suite in one lm-eval call for each style of few-shot prompts."""
     # lm-eval batches requests of equal generation settings across the tasks of one call. The style
     # of few-shot prompts is a setting of the whole call.
-    raw: dict[str, dict[str, Any]] = {"results": {}, "samples": {}, "higher_is_better": {}}
+    parts = ("results", "samples", "higher_is_better")
+    raw: dict[str, dict[str, Any]] = {part: {} for part in (*parts, "protocols")}
     for multiturn in (False, True):
         chosen = [task.name for task in loaded.suite.tasks if task.multiturn is multiturn]
         if chosen:
             output = _run(lm, loaded, chosen, multiturn, seed)
-            for part in raw:
+            for part in parts:
                 raw[part] |= output[part]
+            raw["protocols"] |= task_protocols(output, multiturn)
     return raw
 
 

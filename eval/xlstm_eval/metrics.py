@@ -15,6 +15,15 @@ from xlstm_eval.records import Comparison, EvalError, TaskPair, TaskResult
 
 ALPHAS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
+LARGEST_GAIN = 1e12
+"""Stands for a gain without bound among the losses that are sorted."""
+
+CHANCE_LEVEL, CHANCE_QUANTILE = 0.05, 1.645
+"""Level of the test that a teacher is above chance, and the normal quantile that belongs to it."""
+
+MARGIN = 0.02
+"""Share of the teacher's score that may be lost over all tasks, unless the user says otherwise."""
+
 LARGEST_RATE = 1e100
 """Recovery rates beyond it are refused. No real scores have one, and no float is above 1e308."""
 
@@ -37,6 +46,15 @@ def required_tolerance(pair: TaskPair) -> Fraction:
     ratio = _ratio(pair)
     # With a denominator of 0 the inequality holds at every tolerance.
     return Fraction(0) if ratio is None else max(Fraction(0), 1 - ratio)
+
+
+def signed_loss(pair: TaskPair) -> float:
+    """Return ``1 - S/T`` (``1 - T/S`` where lower is better): below 0 where the student gains.
+
+    Raises EvalError as `recovery_rate`. Where the denominator is 0: the largest gain there is.
+    """
+    ratio = _rate(pair)
+    return -LARGEST_GAIN if ratio is None else float(1 - ratio)
 
 
 def win_and_tie_rate(pairs: Sequence[TaskPair], alpha: float) -> float:
@@ -83,26 +101,61 @@ def mean_recovery(pairs: Iterable[TaskPair]) -> float | None:
 
 
 def compare(name: str, pairs: Sequence[TaskPair], alphas: Sequence[float] = ALPHAS) -> Comparison:
-    """Measure one student against its teacher on all tasks."""
+    """Measure one student against its teacher on all tasks that say something about it.
+
+    Where there is no such task, nothing is shown: every rate is 0, every tolerance 1.
+    """
     _require_tasks(pairs)
+    apart = {pair.task: reason for pair in pairs if (reason := no_evidence(pair))}
+    counted = [pair for pair in pairs if pair.task not in apart]
     domains: dict[str, list[TaskPair]] = {}
     for pair in pairs:
         if pair.domain is not None:
-            domains.setdefault(pair.domain, []).append(pair)
-    worst = max(pairs, key=required_tolerance)
+            own = domains.setdefault(pair.domain, [])
+            own += [] if pair.task in apart else [pair]
+    worst = max(counted, key=required_tolerance, default=None)
+    rates = {alpha: win_and_tie_rate(counted, alpha) if counted else 0.0 for alpha in alphas}
     return Comparison(
         name=name,
         tasks=tuple(pairs),
         recovery={pair.task: recovery_rate(pair) for pair in pairs},
         recovery_by_domain={domain: mean_recovery(own) for domain, own in domains.items()},
-        mean_recovery=mean_recovery(pairs),
-        win_and_tie={str(float(alpha)): win_and_tie_rate(pairs, alpha) for alpha in alphas},
-        critical_tolerance=critical_tolerance(pairs),
-        critical_tolerance_75=critical_tolerance(pairs, rate=0.75),
-        worst_drop=float(required_tolerance(worst)),
-        worst_task=worst.task,
-        lossless=win_and_tie_rate(pairs, 0.0) >= 0.5,
+        mean_recovery=mean_recovery(counted),
+        win_and_tie={str(float(alpha)): rate for alpha, rate in rates.items()},
+        critical_tolerance=critical_tolerance(counted) if counted else 1.0,
+        critical_tolerance_75=critical_tolerance(counted, rate=0.75) if counted else 1.0,
+        worst_drop=1.0 if worst is None else float(required_tolerance(worst)),
+        worst_task=None if worst is None else worst.task,
+        lossless=bool(counted) and win_and_tie_rate(counted, 0.0) >= 0.5,
+        apart=apart,
     )
+
+
+def no_evidence(pair: TaskPair) -> str | None:
+    """Say why a task tells nothing about the student, or return None where it does.
+
+    A teacher with a score of 0, or one that is not shown to be better than chance, leaves nothing
+    to lose: any student would win or tie.
+    """
+    # Where lower is better, 0 is the best score, and no level of chance is known.
+    if not pair.higher_is_better:
+        return None
+    if pair.teacher == 0:
+        return "the teacher's score is 0"
+    if pair.chance and not _above_chance(pair, pair.chance):
+        return f"the teacher is at chance ({pair.chance:.2f})"
+    return None
+
+
+def _above_chance(pair: TaskPair, chance: float) -> bool:
+    """Tell whether the teacher's score is above chance, at a one-sided level of 5 %."""
+    if pair.samples is not None and pair.teacher_correct is not None:
+        from scipy.stats import binomtest  # it takes a second to load
+
+        found = binomtest(pair.teacher_correct, pair.samples, chance, alternative="greater")
+        return bool(found.pvalue <= CHANCE_LEVEL)
+    # Without counts a standard error must do; without one, the score alone.
+    return pair.teacher - CHANCE_QUANTILE * (pair.teacher_stderr or 0.0) > chance
 
 
 def pair_results(
@@ -133,6 +186,7 @@ def _pair(teacher: TaskResult, student: TaskResult) -> TaskPair:
             )
     # Both or none: counts on one side alone compare with nothing.
     counted = teacher.correct is not None and student.correct is not None
+    paired = teacher.items is not None and student.items is not None
     return TaskPair(
         task=teacher.task,
         teacher=teacher.score,
@@ -144,6 +198,9 @@ def _pair(teacher: TaskResult, student: TaskResult) -> TaskPair:
         samples=teacher.samples if counted else None,
         teacher_correct=teacher.correct if counted else None,
         student_correct=student.correct if counted else None,
+        teacher_items=teacher.items if paired else None,
+        student_items=student.items if paired else None,
+        chance=teacher.chance,
     )
 
 

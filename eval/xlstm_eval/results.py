@@ -17,6 +17,8 @@ from xlstm_eval.problems import did_you_mean, one_line
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.suites import SuiteTask
 
+ITEMS_FILE = "items.json"
+
 Row = dict[str, Any]
 """One item of a task as lm-eval logs it: doc, arguments, resps, filter, each metric's value."""
 
@@ -31,6 +33,10 @@ PREFERRED_METRICS = (
     "f1",
     "word_perplexity",
 )
+
+
+CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes")
+"""Metrics of multiple-choice tasks that ask each choice once: guessing has a known score."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,56 @@ def write_samples(result: EvaluationResult, directory: Path) -> list[Path]:
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         paths.append(path)
     return paths
+
+
+def write_items(result: EvaluationResult, path: Path) -> None:
+    """Write the scores of all items as one JSON file: a list for each task that has them."""
+    items = {task.task: task.items for task in result.tasks if task.items is not None}
+    # Whole numbers take half the room: a suite may have 100,000 items.
+    short = {
+        task: [int(value) if value.is_integer() else value for value in values]
+        for task, values in items.items()
+    }
+    path.write_text(json.dumps(short, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def read_items(directory: Path, tasks: Sequence[TaskResult]) -> tuple[TaskResult, ...]:
+    """Return the results with the items that an evaluation left in its folder.
+
+    An evaluation of before there was an ``items.json`` has them in its samples.
+    """
+    file = directory / ITEMS_FILE
+    if file.is_file():
+        items = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        items = {task.task: _logged_items(directory / "samples", task) for task in tasks}
+    # Validated anew, so that a damaged file is an error and not a wrong figure.
+    return tuple(
+        TaskResult.model_validate(task.model_dump() | {"items": items.get(task.task)})
+        for task in tasks
+    )
+
+
+def _logged_items(folder: Path, task: TaskResult) -> list[float] | None:
+    """Read a task's items from its samples; None if it is a group, or the score is no mean."""
+    file = folder / f"{task.task}.jsonl"
+    if not file.is_file():
+        return None
+    metric, _, filter_name = task.metric.rpartition(",")
+    values = []
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if row["filter"] == filter_name:
+                values.append(row.get(metric))
+    if len(values) != task.samples or not all(map(_is_number, values)):
+        return None
+    mean = sum(values) / len(values)
+    return [float(v) for v in values] if math.isclose(mean, task.score, abs_tol=1e-9) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (bool, int, float))
 
 
 def pick_metric(entry: SuiteTask, scores: dict[str, Any]) -> tuple[str, str]:
@@ -127,7 +183,7 @@ def task_result(
     metric, filter_name = pick_metric(entry, scores)
     score = scores[f"{metric},{filter_name}"]
     rows = [row for row in rows if row["filter"] == filter_name]
-    values = [row[metric] for row in rows if isinstance(row.get(metric), (bool, int, float))]
+    values = [row[metric] for row in rows if _is_number(row.get(metric))]
     # Corpus scores (a perplexity, a group's weighted mean) are not the mean of their items.
     is_mean = len(values) == len(rows) and math.isclose(
         sum(values) / len(values), score, abs_tol=1e-9
@@ -145,10 +201,23 @@ def task_result(
             higher_is_better=bool(higher_is_better.get(metric, True)),
             samples=len(rows),
             correct=int(sum(values)) if is_binary else None,
+            chance=chance_of(rows, metric) if entry.chance is None else entry.chance,
+            items=tuple(map(float, values)) if is_mean else None,
         )
     except ValidationError as error:
         reason = one_line(error, TaskResult, whole="result")
         raise EvalError(f"{entry.name}: {reason}") from None
+
+
+def chance_of(rows: Sequence[Row], metric: str) -> float | None:
+    """Return the score of guessing on a multiple-choice task; None for other tasks.
+
+    lm-eval asks for the log-likelihood of each choice, so an item has as many requests as choices.
+    """
+    choices = [len(row["arguments"]) for row in rows]
+    if metric not in CHOICE_METRICS or min(choices, default=0) < 2:
+        return None
+    return sum(1 / count for count in choices) / len(choices)
 
 
 def all_metrics(scores: Row) -> dict[str, float]:

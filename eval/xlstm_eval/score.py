@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xlstm_eval.metrics import ALPHAS, compare
-from xlstm_eval.records import Comparison, EvalError, TaskPair, load_pairs
+from xlstm_eval.metrics import ALPHAS, MARGIN, compare
+from xlstm_eval.records import Comparison, EvalError, Interval, TaskEvidence, load_pairs
 
 
 class ScoreError(EvalError):
@@ -17,7 +17,7 @@ class ScoreError(EvalError):
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """Hold a comparison and render it."""
+    """Hold a comparison with its statistics, and render it."""
 
     comparison: Comparison
 
@@ -35,6 +35,8 @@ class ScoreReport:
             "worst_task": result.worst_task,
             "lossless": result.lossless,
             "tasks": len(result.tasks),
+            "apart": result.apart,
+            **statistics_values(result),
         }
 
     def to_json(self) -> str:
@@ -42,41 +44,136 @@ class ScoreReport:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_text(self) -> str:
-        """Return the report as a plain table: the tasks first, then the rates."""
+        """Return the report as plain text: the tasks, the decision, then the paper's metric."""
         result = self.comparison
-        rows = [("task", "domain", "teacher", "student", "recovery")]
-        rows += [self._task_row(pair) for pair in result.tasks]
-        lines = [*aligned(rows), "", "Win-and-Tie rate:"]
-        for alpha, rate in result.win_and_tie.items():
-            lines.append(f"  C at {alpha:<6} {rate:.3f}")
-        lines += [
-            "",
-            f"critical tolerance (rate 0.5)   {result.critical_tolerance:.4f}",
-            f"critical tolerance (rate 0.75)  {result.critical_tolerance_75:.4f}",
-            f"worst drop                      {result.worst_drop:.4f} ({result.worst_task})",
-            f"mean recovery                   {percent(result.mean_recovery)}",
-            f"lossless (C at 0 >= 0.5)        {'yes' if result.lossless else 'no'}",
-        ]
-        return "\n".join(lines)
+        lines = _task_table(result)
+        lines += [""] + [f"Apart: {task}: {why}." for task, why in result.apart.items()]
+        if result.apart:
+            lines += ["These tasks count neither as wins nor as losses.", ""]
+        return "\n".join([*lines, *decision_lines(result), "", *_metric_lines(result)])
 
-    def _task_row(self, pair: TaskPair) -> tuple[str, str, str, str, str]:
-        return (
+
+def statistics_values(result: Comparison) -> dict[str, object]:
+    """Return a comparison's tests and intervals as plain values, for JSON.
+
+    Intervals are [low, high], or null where there are no items to compute them from.
+    """
+    found = result.statistics
+    if found is None:
+        raise EvalError(f"{result.name}: has no statistics. Call xlstm_eval.statistics.measure.")
+    tasks = found.tasks
+    return {
+        "decision": found.pooled.decision,
+        "pooled": found.pooled.model_dump(mode="json", exclude={"decision"}),
+        "p_values": {task: own.p_value for task, own in tasks.items()},
+        "p_values_holm": {task: own.p_value_holm for task, own in tasks.items()},
+        "differences": {task: own.difference for task, own in tasks.items()},
+        "intervals": {
+            "critical_tolerance": found.critical_tolerance,
+            "critical_tolerance_75": found.critical_tolerance_75,
+            "worst_drop": found.worst_drop,
+            "mean_recovery": found.mean_recovery,
+            "win_and_tie": found.win_and_tie,
+            "recovery": {task: own.recovery_interval for task, own in tasks.items()},
+            "difference": {task: own.difference_interval for task, own in tasks.items()},
+            "teacher": {task: own.teacher_interval for task, own in tasks.items()},
+            "student": {task: own.student_interval for task, own in tasks.items()},
+        },
+    }
+
+
+def decision_lines(result: Comparison) -> list[str]:
+    """Say what stands beside the paper's metric: the pooled decision and the worst drop."""
+    found = result.statistics
+    worst = f"{percent(result.worst_drop)}"
+    if result.worst_task is not None:
+        worst += f" on {result.worst_task}"
+    if found is None:
+        return [f"worst drop  {worst}"]
+    pooled = found.pooled
+    words = f"{pooled.decision} at margin {pooled.margin:g}"
+    if pooled.decision != "non-inferior":
+        words = f"{pooled.decision} (margin {pooled.margin:g})"
+    if pooled.reason:
+        words += f": {pooled.reason}"
+    lines = [f"decision    {words}"]
+    if pooled.kept is not None and not pooled.reason:
+        kept = f"{percent(pooled.kept)} of the teacher's score{ends(pooled.kept_interval, 100)}"
+        lines.append(f"kept        {kept}, {pooled.tasks} tasks, {pooled.items:,} items")
+    if pooled.smallest_margin is not None:
+        p_value = "" if pooled.p_value is None else f"; difference from 0: p = {pooled.p_value:.2g}"
+        lines.append(f"margin      {pooled.smallest_margin:.4f} is the smallest shown{p_value}")
+    return [*lines, f"worst drop  {worst}{ends(found.worst_drop, 100)}"]
+
+
+def _metric_lines(result: Comparison) -> list[str]:
+    found = result.statistics
+    rates = found.win_and_tie if found else None
+    lines = ["Win-and-Tie rate:"]
+    for alpha, rate in result.win_and_tie.items():
+        lines.append(f"  C at {alpha:<6} {rate:.3f}{ends(rates[alpha] if rates else None)}")
+    half = found.critical_tolerance if found else None
+    three_quarters = found.critical_tolerance_75 if found else None
+    mean = found.mean_recovery if found else None
+    return [
+        *lines,
+        "",
+        f"critical tolerance (rate 0.5)   {result.critical_tolerance:.4f}{ends(half)}",
+        f"critical tolerance (rate 0.75)  {result.critical_tolerance_75:.4f}{ends(three_quarters)}",
+        f"mean recovery                   {percent(result.mean_recovery)}{ends(mean, 100)}",
+        f"lossless (C at 0 >= 0.5)        {'yes' if result.lossless else 'no'}",
+    ]
+
+
+def _task_table(result: Comparison) -> list[str]:
+    """Return a row for each task; with items also the difference, its interval, and p-values."""
+    evidence = result.statistics.tasks if result.statistics else {}
+    head = ["task", "domain", "teacher", "student", "recovery"]
+    if evidence:
+        head += ["difference", "95 %", "p", "p (Holm)"]
+    rows = [head]
+    for pair in result.tasks:
+        row = [
             pair.task if pair.higher_is_better else f"{pair.task} (lower is better)",
             pair.domain or "-",
             with_stderr(pair.teacher, pair.teacher_stderr),
             with_stderr(pair.student, pair.student_stderr),
-            percent(self.comparison.recovery[pair.task]),
-        )
+            percent(result.recovery[pair.task]),
+        ]
+        if evidence:
+            row += _evidence_cells(evidence.get(pair.task))
+        rows.append(row)
+    return aligned(rows)
 
 
-def score_file(path: str | Path, alphas: Sequence[float] = ALPHAS) -> ScoreReport:
+def _evidence_cells(found: TaskEvidence | None) -> list[str]:
+    if found is None:
+        return ["-"] * 4
+    between = ends(found.difference_interval, sign="+").strip() or "-"
+    return [
+        f"{found.difference:+.3f}",
+        between,
+        f"{found.p_value:.2g}",
+        f"{found.p_value_holm:.2g}",
+    ]
+
+
+def score_file(
+    path: str | Path, alphas: Sequence[float] = ALPHAS, margin: float | None = None
+) -> ScoreReport:
     """Read ``{"tasks": [...]}`` from a JSON file and compare the student with its teacher.
 
-    Raises ScoreError, one line: file missing, not JSON, unknown key, wrong type, not finite.
+    ``margin`` is the share of the teacher's score that may be lost, for the decision over all
+    tasks. Raises ScoreError, one line: file missing, not JSON, unknown key, wrong type, not finite;
+    EvalError: a margin outside [0, 1].
     """
     path = Path(path)
     pairs = load_pairs(_read_json(path), ScoreError)
-    return ScoreReport(compare(path.stem, pairs, alphas))
+    # scipy takes a second to load: a bad file is reported before.
+    from xlstm_eval.statistics.measure import measure
+
+    margin = MARGIN if margin is None else margin
+    return ScoreReport(measure(compare(path.stem, pairs, alphas), alphas, margin))
 
 
 def _read_json(path: Path) -> object:
@@ -123,6 +220,18 @@ def with_stderr(score: float, stderr: float | None) -> str:
 def percent(value: float | None) -> str:
     """Write a rate as a percentage, or a dash where it is undefined."""
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def ends(interval: Interval | None, factor: float = 1, sign: str = "") -> str:
+    """Write an interval in brackets, after a space; nothing where there is none.
+
+    ``factor`` 100 writes shares as percentages.
+    """
+    if interval is None:
+        return ""
+    digits = 1 if factor == 100 else 3
+    low, high = (f"{factor * end:{sign}.{digits}f}" for end in interval)
+    return f" [{low}, {high}]"
 
 
 def aligned(rows: Sequence[Sequence[str]], names: int = 2) -> list[str]:

@@ -22,6 +22,7 @@ SOURCES = (
     "kernels",
     "eval",
     "recipes",
+    "slurm",
 )
 BUILD_STATE = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
 
@@ -71,10 +72,11 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
             name = path.relative_to(ROOT / root).as_posix()
             if path.is_file() and "__pycache__" not in name and ".egg-info" not in name:
                 assert name in held
-    for path in (ROOT / "recipes").rglob("*"):
-        if path.is_file():
-            name = path.relative_to(ROOT / "recipes").as_posix()
-            assert f"xlstm_distill/shipped_recipes/{name}" in held
+    for folder in ("recipes", "slurm"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file():
+                name = path.relative_to(ROOT / folder).as_posix()
+                assert f"xlstm_distill/shipped_{folder}/{name}" in held
     assert wheel.stat().st_size < 8e6
 
 
@@ -90,6 +92,9 @@ def test_recipes_are_listed_and_copied_without_a_clone(installed: Path, tmp_path
         assert path.is_dir() or path.read_bytes() == original.read_bytes()
     planned = command_line(installed, tmp_path, "plan", "mine/quickstart.yaml", "--gpus", "1")
     assert planned.returncode == 0, planned.stderr
+    written = command_line(installed, tmp_path, "slurm", "mine/quickstart.yaml", "--run", "jobs")
+    assert written.returncode == 0, written.stderr
+    assert (tmp_path / "jobs" / "slurm" / "distill.sbatch").is_file()
 
 
 @pytest.mark.slow

@@ -188,21 +188,23 @@ def test_run_again_nothing_is_made_anew(run):
 def test_new_merge_weights_redo_only_what_depends_on_them(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
     before = manifests(copy)
-    done = cli(
-        "run", RECIPE, "--run", copy, sets=(*SMALL, "merge.weights={math: 0.25, chat: 0.75}")
-    )
+    variant = "merge.variants={trimmed: {method: ties, density: 0.2}}"
+    sets = (*SMALL, "merge.weights={math: 0.25, chat: 0.75}", variant)
+    done = cli("run", RECIPE, "--run", copy, sets=sets)
     assert done.returncode == 0, done.stderr
     after = manifests(copy)
-    assert {label for label in after if after[label] != before[label]} == {
-        "merge",
-        "evaluate/merged",
-        "report",
-    }
+    assert {label for label in after if after[label] != before.get(label)} == {
+        "merge", "variant/trimmed", "evaluate/merged", "evaluate/trimmed", "report",
+    }  # fmt: skip
+    report = json.loads((copy / "report" / "report.json").read_text())
+    roles = {model["name"]: model["role"] for model in report["models"]}
+    assert roles == {"merged": "merged", "math": "expert", "chat": "expert", "trimmed": "variant"}
     # The earlier ones are kept: back to their settings, nothing is made.
     done = cli("run", RECIPE, "--run", copy)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("put back") == 3
-    assert manifests(copy) == before
+    back = manifests(copy)
+    assert {label: back[label] for label in before} == before
 
 
 def test_a_longer_expert_redoes_only_itself(run, tmp_path):

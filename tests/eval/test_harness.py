@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,19 @@ from xlstm_eval.answering.coordinator import OneRank, Tally
 from xlstm_eval.harness import Session, check_suite, evaluate_model
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.metrics import compare, pair_results
+from xlstm_eval.protocol import require_same_protocol
 from xlstm_eval.records import EvalError
-from xlstm_eval.results import all_metrics, pick_metric, require_same_requests, write_samples
+from xlstm_eval.report import render
+from xlstm_eval.report.outside import stock_report
+from xlstm_eval.results import (
+    all_metrics,
+    pick_metric,
+    read_items,
+    require_same_requests,
+    write_items,
+    write_samples,
+)
+from xlstm_eval.stock import read_stock_results, require_same_items
 from xlstm_eval.suites import Suite, SuiteTask, paper_suite
 
 ITEMS = 24
@@ -251,6 +263,152 @@ def test_a_truncated_prompt_is_told(folder: Path, model: Any, tokenizer: Any) ->
     result = evaluate_model(model, tokenizer, suite, Session(batch_size=4))
     assert result.warnings
     assert all("truncat" in message.lower() for message in result.warnings)
+
+
+def test_the_protocol_is_recorded_and_another_is_named(
+    folder: Path, tokenizer: Any, loaded: LoadedSuite, result: Any
+) -> None:
+    protocol = result.protocol
+    assert (protocol["dtype"], protocol["seed"], protocol["context"]) == ("float32", 0, 64)
+    assert protocol["lm_eval"].startswith("0.4")
+    assert protocol["tasks"]["first"]["shots"] == 0
+    assert protocol["tasks"]["first"]["generation"]["max_gen_toks"] == 5
+    # As the manifest keeps it.
+    saved = json.loads(json.dumps(dict(protocol)))
+    require_same_protocol({"teacher": saved, "student": protocol})
+    require_same_protocol({"teacher": {}, "student": protocol})  # of before it was recorded
+    other = evaluate_model(
+        tiny_model(1).to(torch.bfloat16), tokenizer, loaded, Session(batch_size=8), seed=3
+    )
+    with pytest.raises(EvalError) as caught:
+        require_same_protocol({"teacher": protocol, "student": other.protocol})
+    message = str(caught.value)
+    assert message.startswith("student: batch.")
+    assert "dtype is 'bfloat16', the teacher's 'float32'" in message
+    assert "seed is 3, the teacher's 0" in message
+    assert "not compared" in message
+
+
+def test_items_and_the_level_of_chance_are_kept(result: Any, tmp_path: Path) -> None:
+    first = result.tasks[0]
+    assert sum(first.items) == first.correct == 18
+    assert [task.chance for task in result.tasks] == [None, None, pytest.approx(1 / 3)]
+    write_items(result, tmp_path / "items.json")
+    plain = [task.model_copy(update={"items": None}) for task in result.tasks]
+    assert read_items(tmp_path, plain) == result.tasks
+    # An evaluation of before there was such a file has its samples.
+    (tmp_path / "items.json").unlink()
+    write_samples(result, tmp_path / "samples")
+    assert read_items(tmp_path, plain) == result.tasks
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """What the stock lm-eval writes for two models, with its own model class and tracker."""
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    target, before = folder.parent / "stock", Path.cwd()
+    os.chdir(folder)  # where lm-eval looks for a task's data
+    try:
+        for name, own in (("teacher", model), ("student", tiny_model(1))):
+            tracker = EvaluationTracker(output_path=str(target / name))
+            output = lm_eval.simple_evaluate(
+                HFLM(pretrained=own, tokenizer=tokenizer, batch_size=8),
+                tasks=["first", "second", "choice"],
+                task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+                evaluation_tracker=tracker,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+            samples = output.pop("samples")
+            tracker.save_results_aggregated(results=output, samples=samples)
+            for task in output["configs"]:
+                tracker.save_results_samples(task_name=task, samples=samples[task])
+    finally:
+        os.chdir(before)
+    return target
+
+
+def stock_file(stock: Path, name: str) -> Path:
+    (found,) = (stock / name).rglob("results_*.json")
+    return found
+
+
+def test_results_of_the_stock_lm_eval_are_read(stock: Path, result: Any) -> None:
+    teacher, student = (read_stock_results(stock_file(stock, n)) for n in ("teacher", "student"))
+    ours = {task.task: task for task in result.tasks}
+    for task in teacher.tasks:
+        own = ours[task.task]
+        assert task.samples == ITEMS
+        if task.task != "choice":  # the suite names another metric there
+            assert (task.metric, task.score, task.items) == (own.metric, own.score, own.items)
+    assert {task.task: task.chance for task in teacher.tasks}["choice"] == pytest.approx(1 / 3)
+    require_same_items(teacher, student)
+    assert teacher.protocol["dtype"] == "float32"
+    assert teacher.protocol["tasks"]["first"]["generation"]["max_gen_toks"] == 5
+
+
+def test_a_report_of_stock_results(stock: Path, tmp_path: Path) -> None:
+    files = [stock_file(stock, name) for name in ("teacher", "student")]
+    values = json.loads(render(stock_report(files))["report.json"])
+    (model,) = values["models"]
+    assert model["decision"] == "inferior"
+    assert model["p_values"]["first"] < 0.01
+    assert "evaluation: dtype" in values["provenance"]
+    assert str(tmp_path.parent) not in json.dumps(values)
+    with pytest.raises(EvalError, match="give the teacher's results file"):
+        stock_report(files[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"model_dtype": "torch.bfloat16"}}, "dtype is 'bfloat16', the teacher's"),
+        ({"versions": {"first": 9}}, "tasks.first.version is 9, the teacher's"),
+        ({"chat_template_sha": "abc"}, "chat_template is 'abc', the teacher's None"),
+        ({"n-shot": {"second": 5}}, "tasks.second.shots is 5, the teacher's 0"),
+    ],
+)
+def test_stock_results_of_another_protocol_are_refused(
+    stock: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    teacher, student = (stock_file(stock, name) for name in ("teacher", "student"))
+    changed = json.loads(student.read_text())
+    for key, value in change.items():
+        changed[key] = {**changed[key], **value} if isinstance(value, dict) else value
+    # With the samples inside, as a script that dumps lm-eval's output has them.
+    changed["samples"] = {}
+    for file in student.parent.glob("samples_*.jsonl"):
+        name = file.name.split("_")[1]
+        changed["samples"][name] = [json.loads(line) for line in file.read_text().splitlines()]
+    (tmp_path / "student.json").write_text(json.dumps(changed))
+    with pytest.raises(EvalError) as caught:
+        stock_report([teacher, tmp_path / "student.json"])
+    assert message in str(caught.value)
+
+
+def test_stock_results_of_other_items_or_without_samples_are_refused(
+    stock: Path, tmp_path: Path
+) -> None:
+    teacher, student = (stock_file(stock, name) for name in ("teacher", "student"))
+    shutil.copytree(student.parent, tmp_path / "other")
+    (file,) = (tmp_path / "other").glob("samples_first_*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[3]["prompt_hash"] = "0"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(EvalError, match=r"first: item 3 of .* has another prompt"):
+        stock_report([teacher, tmp_path / "other" / student.name])
+    file.unlink()
+    with pytest.raises(EvalError, match=r"has no samples files of first beside it"):
+        stock_report([teacher, tmp_path / "other" / student.name])
+    with pytest.raises(EvalError, match="no such file"):
+        stock_report([teacher, tmp_path / "none.json"])
+    (tmp_path / "scores.json").write_text('{"tasks": []}')
+    with pytest.raises(EvalError, match="has no configs and no results"):
+        stock_report([teacher, tmp_path / "scores.json"])
 
 
 def test_samples_are_written_as_jsonl(result: Any, tmp_path: Path) -> None:

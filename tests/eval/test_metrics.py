@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from xlstm_eval.metrics import (
     compare,
     critical_tolerance,
+    no_evidence,
     pair_results,
     recovery_rate,
     required_tolerance,
@@ -138,13 +139,51 @@ def test_compare_collects_all_figures() -> None:
     assert found.recovery == {"a": 0.9, "b": 1.0, "c": None, "e": 0.5}
     assert found.recovery_by_domain == {"math": 0.95, "code": None, "chat": 0.5}
     assert found.mean_recovery == 0.8  # the task without a rate does not count
-    assert found.win_and_tie == {"0.0": 0.5, "0.05": 0.5, "0.1": 0.75}
+    # Of the three tasks on which the teacher scores, one wins: "c" is no win.
+    assert found.apart == {"c": "the teacher's score is 0"}
+    assert found.win_and_tie == {"0.0": 1 / 3, "0.05": 1 / 3, "0.1": 2 / 3}
     assert (found.critical_tolerance, found.critical_tolerance_75, found.lossless) == (
-        0.0,
         0.1,
-        True,
+        0.5,
+        False,
     )
     assert (found.worst_drop, found.worst_task) == (0.5, "e")
+
+
+def test_a_teacher_that_scores_nothing_makes_no_student_lossless() -> None:
+    found = compare("x", [pair(0.0, 0.0, name="a"), pair(0.0, 0.4, name="b")])
+    assert not found.lossless
+    assert (found.critical_tolerance, found.worst_drop, found.worst_task) == (1.0, 1.0, None)
+    assert set(found.win_and_tie.values()) == {0.0}
+    assert found.mean_recovery is None
+
+
+@pytest.mark.parametrize(
+    ("correct", "samples", "chance", "apart"),
+    [
+        (25, 100, 0.25, True),
+        (31, 100, 0.25, True),  # binomial test: p = 0.10
+        (34, 100, 0.25, False),  # p = 0.03
+        (280, 1000, 0.25, False),
+        (3, 5, 0.25, True),  # five items do not show that .6 is above .25
+        (1, 100, 0.0, False),
+        (1, 100, None, False),
+    ],
+)
+def test_a_teacher_at_chance_leaves_nothing_to_compare(
+    correct: int, samples: int, chance: float | None, apart: bool
+) -> None:
+    one = counted(correct, samples, samples).model_copy(update={"chance": chance})
+    assert bool(no_evidence(one)) is apart
+
+
+def test_chance_without_counts_uses_the_standard_error_or_the_score_alone() -> None:
+    plain = pair(0.30, 0.2).model_copy(update={"chance": 0.25})
+    assert no_evidence(plain) is None
+    assert no_evidence(plain.model_copy(update={"teacher_stderr": 0.05})) is not None
+    assert no_evidence(plain.model_copy(update={"chance": 0.3})) is not None
+    # A perplexity of 0 is the best there is, and has no level of chance.
+    assert no_evidence(pair(0.0, 1.0, higher=False)) is None
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan, math.inf])
@@ -235,6 +274,8 @@ def test_each_pair_wins_from_its_required_tolerance_on(pairs: list[TaskPair]) ->
 )
 def test_a_teacher_always_ties_with_itself(results: list[TaskResult]) -> None:
     found = compare("teacher", pair_results(results, results))
+    if len(found.apart) == len(results):
+        return  # it scores 0 everywhere, and a tie with that says nothing
     assert (found.critical_tolerance, found.critical_tolerance_75, found.worst_drop) == (
         0.0,
         0.0,

@@ -78,6 +78,50 @@ def test_pairs_are_read_in_order_with_their_optional_fields() -> None:
             {"tasks": [GOOD | {"samples": 10, "teacher_correct": 5, "student_correct": 3}]},
             "tasks[0].student: 0.4 is not student_correct / samples = 3/10.",
         ),
+        (
+            {"tasks": [{"task": "a", "teacher_items": [1, 0], "student_items": [1]}]},
+            "tasks[0].student_items: 1 items, but teacher_items has 2.",
+        ),
+        (
+            {"tasks": [GOOD | {"teacher_items": [1, 0]}]},
+            "tasks[0]: teacher_items and student_items: give both or none.",
+        ),
+        (
+            {"tasks": [GOOD | {"teacher_items": [1, 0], "student_items": [1, 0]}]},
+            "tasks[0].student: 0.4 is not the mean of student_items, 0.5.",
+        ),
+        (
+            {"tasks": [{"task": "a", "teacher_items": [], "student_items": []}]},
+            "tasks[0].teacher_items: empty. Give at least one.",
+        ),
+        (
+            {"tasks": [{"task": "a", "teacher_items": [1, "0"], "student_items": [1, 0]}]},
+            "tasks[0].teacher_items[1]: '0' is text; give a number.",
+        ),
+        (
+            {"tasks": [GOOD | {"teacher_items": [1, math.nan], "student_items": [1, 0]}]},
+            "tasks[0].teacher_items[1]: nan is not a finite number.",
+        ),
+        (
+            {"tasks": [GOOD | {"teacher_items": [True, 0], "student_items": [1, 0]}]},
+            "tasks[0].teacher_items[0]: True is true/false; give a number.",
+        ),
+        (
+            {"tasks": [GOOD | {"chance": 1}]},
+            "tasks[0].chance: 1 must be less than 1.",
+        ),
+        (
+            {
+                "tasks": [
+                    {"task": "a", "samples": 3, "teacher_items": [1, 0], "student_items": [1, 0]}
+                ]
+            },
+            "tasks[0].samples: 3, but there are 2 items.",
+        ),
+        (
+            {"tasks": [{"task": "a", "teacher_items": [-1, 0], "student_items": [1, 0]}]},
+            "tasks[0].teacher: -0.5 must be at least 0.",
+        ),
     ],
 )
 def test_bad_files_get_one_line(data: object, message: str) -> None:
@@ -85,6 +129,19 @@ def test_bad_files_get_one_line(data: object, message: str) -> None:
         load_pairs(data)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_items_give_scores_and_counts() -> None:
+    items = {"teacher_items": [1, 1, 0], "student_items": [1, 0, 0]}
+    (pair,) = load_pairs({"tasks": [{"task": "a", **items}]})
+    assert (pair.teacher, pair.student, pair.samples) == (2 / 3, 1 / 3, 3)
+    assert (pair.teacher_correct, pair.student_correct) == (2, 1)
+    # A score that is the mean, rounded, is the mean.
+    (pair,) = load_pairs({"tasks": [{"task": "a", "teacher": 0.667, "student": 0.33, **items}]})
+    assert (pair.teacher, pair.student) == (2 / 3, 1 / 3)
+    real = {"teacher_items": [7.5, 8], "student_items": [6, 8]}
+    (pair,) = load_pairs({"tasks": [{"task": "a", **real}]})
+    assert (pair.teacher, pair.student, pair.samples) == (7.75, 7.0, None)
 
 
 def test_one_bad_value_is_one_problem() -> None:
@@ -114,7 +171,7 @@ def test_scoring_loads_no_heavy_library() -> None:
         "import sys, xlstm_eval.score, xlstm_eval.records, xlstm_eval.metrics\n"
         "import xlstm_eval.problems, xlstm_eval.report.picture\n"
         "import xlstm_eval.suites, xlstm_eval.report\n"
-        "heavy = {'torch', 'transformers', 'lm_eval', 'matplotlib', 'datasets'}\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'matplotlib', 'datasets', 'scipy'}\n"
         "heavy |= {'xlstm_distill', 'xlstm_kernels'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )

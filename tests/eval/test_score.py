@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from xlstm_eval.records import EvalError
 from xlstm_eval.score import ScoreError, score_file
@@ -34,14 +37,20 @@ def written(folder: Path, text: str) -> Path:
 def test_json_has_the_keys_and_the_figures(tmp_path: Path) -> None:
     report = json.loads(score_file(written(tmp_path, json.dumps({"tasks": TASKS}))).to_json())
     assert report["recovery"] == {"add": 1.0, "kv": 0.95, "ppl": 0.8, "hard": None}
-    assert report["win_and_tie"]["0.0"] == 0.5
-    assert report["win_and_tie"]["0.05"] == 0.75
+    # "hard", on which the teacher has nothing, does not count.
+    assert report["apart"] == {"hard": "the teacher's score is 0"}
+    assert report["win_and_tie"]["0.0"] == pytest.approx(1 / 3)
+    assert report["win_and_tie"]["0.05"] == pytest.approx(2 / 3)
     assert report["win_and_tie"]["0.2"] == 1.0
     assert (report["critical_tolerance"], report["critical_tolerance_75"], report["lossless"]) == (
-        0.0,
         0.05,
-        True,
+        0.2,
+        False,
     )
+    # Without items there is nothing to decide by.
+    assert (report["decision"], report["p_values"]) == ("undecided", {})
+    assert report["intervals"]["critical_tolerance"] is None
+    assert "no items" in report["pooled"]["reason"]
     assert (report["worst_drop"], report["worst_task"], report["tasks"]) == (0.2, "ppl", 4)
     assert report["mean_recovery"] == pytest.approx((1 + 0.95 + 0.8) / 3)
 
@@ -62,7 +71,11 @@ def test_text_is_an_aligned_table(tmp_path: Path) -> None:
         "%",
     ]
     assert lines[5].split()[-1] == "-"
-    assert "lossless (C at 0 >= 0.5)        yes" in lines
+    assert "lossless (C at 0 >= 0.5)        no" in lines
+    assert "Apart: hard: the teacher's score is 0." in lines
+    # The paper's metric never stands alone.
+    assert any(line.startswith("decision    undecided") for line in lines)
+    assert any(line.startswith("worst drop  20.0 % on ppl") for line in lines)
     assert any("lower is better" in line for line in lines)
 
 
@@ -130,3 +143,92 @@ def test_an_integer_beyond_floats_is_refused(tmp_path: Path) -> None:
     text = '{"tasks": [{"task": "a", "teacher": 1, "student": 1' + "0" * 400 + "}]}"
     with pytest.raises(ScoreError, match=r"tasks\[0\]\.student"):
         score_file(written(tmp_path, text))
+
+
+def outcomes(both: int, teacher_only: int, student_only: int, neither: int) -> dict[str, list[int]]:
+    return {
+        "teacher_items": [1] * (both + teacher_only) + [0] * (student_only + neither),
+        "student_items": [1] * both + [0] * teacher_only + [1] * student_only + [0] * neither,
+    }
+
+
+ITEMS = [
+    {"task": "stock", "domain": "chat", **outcomes(60, 20, 2, 18)},
+    {"task": "add", "domain": "math", **outcomes(90, 2, 2, 6)},
+    {"task": "copy", "domain": "stem", **outcomes(100, 0, 0, 0)},
+    {"task": "judge", "teacher_items": [6.5, 7, 3, 9, 8], "student_items": [6, 7.5, 3, 9.5, 7]},
+    {"task": "none", "teacher_items": [0] * 20, "student_items": [0, 1] * 10},
+]
+
+
+def test_items_give_tests_intervals_and_a_decision(tmp_path: Path) -> None:
+    report = json.loads(score_file(written(tmp_path, json.dumps({"tasks": ITEMS}))).to_json())
+    assert report["recovery"]["stock"] == pytest.approx(62 / 80)
+    assert report["p_values"]["stock"] == pytest.approx(binomtest(2, 22).pvalue)
+    assert (report["p_values"]["add"], report["p_values"]["copy"]) == (1.0, 1.0)
+    assert report["p_values_holm"]["stock"] == pytest.approx(4 * report["p_values"]["stock"])
+    assert report["apart"] == {"none": "the teacher's score is 0"}
+    intervals = report["intervals"]
+    for task in ("stock", "add", "copy", "judge"):
+        low, high = intervals["recovery"][task]
+        assert low < report["recovery"][task] < high or task == "copy"
+        assert intervals["recovery"]["none"] is None
+    for name in ("critical_tolerance", "critical_tolerance_75", "worst_drop", "mean_recovery"):
+        low, high = intervals[name]
+        assert low <= report[name] <= high
+        assert low < high
+    assert set(intervals["win_and_tie"]) == set(report["win_and_tie"])
+    for alpha, (low, high) in intervals["win_and_tie"].items():
+        assert low <= report["win_and_tie"][alpha] <= high
+    assert report["decision"] == "inferior"
+    pooled = report["pooled"]
+    assert pooled["margin"] == 0.02
+    assert pooled["kept_interval"][1] < 1
+    assert pooled["smallest_margin"] == pytest.approx(1 - pooled["kept_interval"][0])
+
+
+def test_the_margin_decides(tmp_path: Path) -> None:
+    path = written(tmp_path, json.dumps({"tasks": ITEMS[:3]}))
+    needed = score_file(path).comparison.statistics.pooled.smallest_margin
+    assert score_file(path, margin=needed + 1e-9).comparison.statistics.pooled.decision == (
+        "non-inferior"
+    )
+    with pytest.raises(EvalError, match=r"margin: 1.5 is not allowed"):
+        score_file(path, margin=1.5)
+
+
+def test_text_shows_differences_with_intervals(tmp_path: Path) -> None:
+    text = score_file(written(tmp_path, json.dumps({"tasks": ITEMS}))).to_text()
+    row = next(line for line in text.splitlines() if line.startswith("stock"))
+    assert "-0.180" in row
+    assert "[-0.2" in row
+    assert "decision    inferior (margin 0.02)" in text
+    assert "worst drop  22.5 % on stock [" in text
+
+
+def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
+    path = written(tmp_path, json.dumps({"tasks": ITEMS}))
+    assert score_file(path).to_json() == score_file(path).to_json()
+
+
+def test_one_task_without_items_leaves_no_decision(tmp_path: Path) -> None:
+    tasks = [*ITEMS[:2], {"task": "mmlu", "teacher": 0.6, "student": 0.6}]
+    report = json.loads(score_file(written(tmp_path, json.dumps({"tasks": tasks}))).to_json())
+    assert report["decision"] == "undecided"
+    assert report["pooled"]["reason"] == "no items (or a single real one) of mmlu"
+    assert report["intervals"]["critical_tolerance"] is None
+    assert set(report["p_values"]) == {"stock", "add"}
+
+
+def test_sixty_tasks_of_ten_thousand_items_take_seconds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tasks = []
+    for number in range(60):
+        drawn = rng.multinomial(10_000, (0.7, 0.05, 0.04, 0.21)).tolist()
+        tasks.append({"task": f"t{number}", **outcomes(*drawn)})
+    path = written(tmp_path, json.dumps({"tasks": tasks}))
+    started = time.process_time()
+    report = score_file(path)
+    assert time.process_time() - started < 20
+    low, high = report.comparison.statistics.mean_recovery
+    assert high - low < 0.01

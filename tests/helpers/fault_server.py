@@ -38,7 +38,7 @@ import xlstm_distill.stages.distill
 import xlstm_distill.stages.evaluate
 import xlstm_distill.stages.merge
 import xlstm_distill.stages.report
-import xlstm_distill.stages.status  # noqa: F401
+import xlstm_distill.stages.status.reading  # noqa: F401
 from xlstm_distill.cli.app import main
 
 KINDS = ("none", "fail", "full", "kill", "tear", "stop", "clock")

@@ -24,10 +24,10 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert
 from xlstm_distill.planning.architecture import read_architecture
-from xlstm_distill.planning.memory import MemoryInputs, distill_memory
+from xlstm_distill.planning.inputs import MemoryInputs
+from xlstm_distill.planning.memory import distill_memory
 from xlstm_distill.recipe import Align, MixerConfig
-from xlstm_distill.training.accelerator import checkpoint_activations
-from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.training.objectives import DistillObjective, checkpoint_activations
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
 
@@ -92,12 +92,18 @@ def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
 
 
 def shard(task: DistillObjective, dtype: str) -> DistillObjective:
-    """Shard as the accelerator module does: by decoder layer, gradients reduced in fp32."""
+    """Shard into the units that a training has; gradients are reduced in fp32.
+
+    Each decoder layer is one, the embedding is one, and the final norm with the head.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if dtype == "bfloat16" else MixedPrecisionPolicy()
-    for layer in task.student.model.layers:
+    body, head = task.student.model, task.student.lm_head
+    for layer in body.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(body.embed_tokens, mesh=mesh, mp_policy=policy)
+    fully_shard([body.norm, head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(task, mesh=mesh, mp_policy=policy)
     return task
 

@@ -28,7 +28,6 @@ from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone
 from xlstm_distill.stages.distill import choose_trainable
 from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.training.accelerator import (
-    checkpoint_activations,
     clip_gradients,
     full_state_dict,
     make_accelerator,
@@ -39,7 +38,12 @@ from xlstm_distill.training.accelerator import (
 )
 from xlstm_distill.training.checkpoints import Checkpoints
 from xlstm_distill.training.compilation import compile_parts
-from xlstm_distill.training.objectives import AlignObjective, DistillObjective, Objective
+from xlstm_distill.training.objectives import (
+    AlignObjective,
+    DistillObjective,
+    Objective,
+    checkpoint_activations,
+)
 from xlstm_distill.training.state import TrainingState
 
 ROWS, MICRO_BATCH, TOKENS, STEPS = 8, 2, 32, 4
@@ -81,10 +85,13 @@ def make_objective(options: dict[str, Any], accelerator: Any) -> tuple[Objective
             student.save_pretrained(saved)
         wait_for_everyone()
         student = empty_student(saved, torch.float32)
+    if align:
+        objective = AlignObjective(student, teacher)
+        if options.get("checkpoint"):
+            objective.checkpoint_activations()
+        return objective, student
     if options.get("checkpoint"):
         checkpoint_activations(student)
-    if align:
-        return AlignObjective(student, teacher), student
     if options.get("trainable") == "lora":
         add_lora(student, rank=4, alpha=8)
     else:

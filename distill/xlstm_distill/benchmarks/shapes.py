@@ -45,12 +45,17 @@ from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import convert
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.planning.communication import Traffic, align_traffic, distill_traffic
-from xlstm_distill.planning.memory import MemoryInputs, align_memory, distill_memory
+from xlstm_distill.planning.inputs import MemoryInputs
+from xlstm_distill.planning.memory import align_memory, distill_memory
 from xlstm_distill.recipe import Align, Distill, MixerConfig, Training
 from xlstm_distill.runtime import ranks
 from xlstm_distill.training import trainer
-from xlstm_distill.training.accelerator import checkpoint_activations, make_accelerator
-from xlstm_distill.training.objectives import AlignObjective, DistillObjective
+from xlstm_distill.training.accelerator import make_accelerator
+from xlstm_distill.training.objectives import (
+    AlignObjective,
+    DistillObjective,
+    checkpoint_activations,
+)
 from xlstm_distill.training.plan import Stretch, TrainingPlan
 from xlstm_distill.training.trainer import Trainer
 
@@ -175,7 +180,10 @@ def _objective(case: Case, teacher: Any, student: Any) -> Any:
     for mixer in student.mixers():
         mixer.backend = case.backend
     if align:
-        return AlignObjective(student, teacher)
+        aligning = AlignObjective(student, teacher)
+        if case.checkpointing:
+            aligning.checkpoint_activations()
+        return aligning
     student.requires_grad_(True)
     if case.checkpointing:
         checkpoint_activations(student)

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets.providers import to_targets
-from xlstm_distill.targets.store import Identity, Store, write_index, write_shard
+from xlstm_distill.targets.shard import Identity
+from xlstm_distill.targets.store import Store, write_index
+from xlstm_distill.targets.writer import write_shard
 
 FAMILIES = (
     ("zipf", 1.5, 1.5),

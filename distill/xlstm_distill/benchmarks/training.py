@@ -40,7 +40,7 @@ from xlstm_distill.planning.flops import MixerShape, token_flops
 from xlstm_distill.recipe import MixerConfig, Optimization
 from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_logits
-from xlstm_distill.training.objectives import DistillObjective, Sums
+from xlstm_distill.training.objectives import DistillObjective, Sums, checkpoint_activations
 from xlstm_distill.training.optim import make_optimizer
 
 # The paper's weights (Eq. 13).
@@ -149,8 +149,7 @@ def make_model(variant: Variant, options: argparse.Namespace) -> tuple[CausalLM,
         # goes to another dtype.
         model = convert(teacher, mixer, share_weights=not online)
     if options.checkpointing:
-        # As `training.accelerator.checkpoint_activations` does.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     # Stage II trains all parameters.
     model.train().requires_grad_(True)
     return model, teacher.to(getattr(torch, options.dtype)) if online else None

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from xlstm_distill.cli import inspect, recipes, run, upkeep, validate
+from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, validate
+from xlstm_distill.cli.processes import slurm
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ for command in (
     run.merge,
     run.evaluate,
     run.report,
+    slurm.slurm,
     validate.validate,
     inspect.plan,
     inspect.status,
@@ -41,6 +43,7 @@ for command in (
     # imports.
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(patch.app, name="patch")
 
 
 def main() -> None:

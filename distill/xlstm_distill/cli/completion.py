@@ -83,7 +83,7 @@ def gpus(incomplete: str) -> list[str]:
 
 def shardings(incomplete: str) -> list[str]:
     """Ways to share the student between GPUs."""
-    from xlstm_distill.planning.memory import SHARDINGS
+    from xlstm_distill.planning.inputs import SHARDINGS
 
     return [name for name in SHARDINGS if name.startswith(incomplete)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,11 @@ from xlstm_distill.cli import completion
 from xlstm_distill.cli.failures import one_line_errors
 from xlstm_distill.cli.options import AsJson, Debug, Overrides, RecipePath
 from xlstm_distill.cli.run import make_console
+from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.console import Console
+
+if TYPE_CHECKING:
+    from xlstm_distill.jobs.progress import TaskStatus
 
 
 def status(
@@ -20,20 +24,45 @@ def status(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show how far a run is, from another shell."""
+    """Show how far a run is, from another shell, and where its Slurm jobs stand."""
     with one_line_errors(debug):
         # Inside the function, as in every command: `--help` imports this module.
-        from xlstm_distill.stages.status import read_status, status_table, to_json
+        from xlstm_distill.stages.status.reading import read_status
+        from xlstm_distill.stages.status.table import status_table, to_json
         from xlstm_distill.stages.upkeep import kept_lines, read_kept
 
         stages, kept = read_status(run_dir), read_kept(run_dir)
+        tasks = _tasks(run_dir)
         if as_json:
-            typer.echo(to_json(stages, kept))
+            from xlstm_distill.jobs.table import tasks_json
+
+            typer.echo(to_json(stages, kept, tasks_json(tasks)))
         else:
             console = Console()
             console.rich().print(status_table(stages))
+            if tasks:
+                from xlstm_distill.jobs.table import tasks_table
+
+                console.line()
+                console.rich().print(tasks_table(tasks))
             for line in kept_lines(kept):
                 console.line(line)
+
+
+def _tasks(run_dir: Path) -> list[TaskStatus]:
+    """Where the run's Slurm jobs stand; none where it has none, or where they cannot be read."""
+    if not (run_dir / "slurm").is_dir():
+        return []
+    from xlstm_distill.jobs.progress import read_jobs
+    from xlstm_distill.jobs.queue import Slurm, has_slurm
+
+    try:
+        return read_jobs(run_dir, Slurm() if has_slurm() else None)
+    except UserError as error:
+        # The stages can be told all the same.
+        for problem in error.problems:
+            typer.echo(f"error: {problem}", err=True)
+        return []
 
 
 def score(
@@ -41,17 +70,25 @@ def score(
         Path,
         typer.Argument(metavar="FILE.json", help='Scores: {"tasks": [{"task", "teacher", ...}]}.'),
     ],
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the teacher's score that may be lost, for the decision over all tasks.",
+            show_default="0.02",
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compare a student's scores with its teacher's.
 
-    Prints recovery, Win-and-Tie rates and critical tolerance.
+    Prints recovery, Win-and-Tie rates, critical tolerance and, where the file has each item's
+    score (teacher_items, student_items), paired tests, 95 % intervals and one decision.
     """
     with one_line_errors(debug):
         from xlstm_eval.score import score_file
 
-        result = score_file(file)
+        result = score_file(file, margin=margin)
         typer.echo(result.to_json() if as_json else result.to_text())
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlstm_distill.cli import completion
+from xlstm_distill.cli import completion, reports
 from xlstm_distill.cli.failures import in_run, one_line_errors
-from xlstm_distill.cli.launch import LaunchArgs, LaunchConfig, dispatch
 from xlstm_distill.cli.options import Debug, Full, Overrides, RecipePath, Replace, RunPath
-from xlstm_distill.cli.preflight import check_batches, check_words
+from xlstm_distill.cli.processes.launch import LaunchArgs, LaunchConfig, dispatch
+from xlstm_distill.cli.processes.preflight import check_batches, check_words
 from xlstm_distill.runtime.console import Console, QuietConsole
 from xlstm_distill.runtime.libraries import quiet_libraries
 from xlstm_distill.runtime.ranks import is_main_process, process_count
@@ -192,7 +192,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Measure this model alone: teacher, merged or an expert (or its index, from 0).",
+            help="Measure this model alone: teacher, merged, expert or variant (or its index).",
             show_default="all, one by one",
             autocompletion=completion.models,
         ),
@@ -211,17 +211,49 @@ def evaluate(
 
 
 def report(
-    recipe: RecipePath,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE|FILE.json...",
+            help="A recipe (YAML); with --results, results files of lm-eval, the teacher's first.",
+        ),
+    ],
     run_dir: RunPath = None,
+    results: Annotated[
+        bool,
+        typer.Option(
+            "--results",
+            help="Read results of the stock lm-eval (--output_path with --log_samples).",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder to write to, with --results.", show_default="report"
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the teacher's score that may be lost, with --results.",
+            show_default="0.02",
+        ),
+    ] = None,
     overrides: Overrides = None,
     full: Full = False,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
-    """Write the report of a run and show its summary."""
+    """Write the report of a run, or of results of lm-eval, and show its summary."""
     with one_line_errors(debug):
         console = make_console()
-        asked = Invocation(recipe, run_dir, with_all_items(overrides, full), replace=replace)
+        of_run = bool(run_dir or overrides or full or replace)
+        reports.check_usage(sources, results, many=False, of_run=of_run)
+        if results:
+            reports.report_results(sources, out, margin, console)
+            return
+        wanted = with_all_items(overrides, full)
+        asked = Invocation(sources[0], run_dir, wanted, replace=replace)
         lineage, opened = _open(asked, console)
         _run_stage("report", lineage, opened, console)
         _print_summary(opened.directory, console)
@@ -298,4 +330,6 @@ def _print_summary(directory: Path, console: Console) -> None:
     folder = directory / "report"
     scores = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     console.rich().print(summary_table(scores))
+    for model in scores["models"][:1]:
+        console.line(f"{model['name']}: {model['sentence']}")
     console.line(f"Report: {folder / 'report.html'}")

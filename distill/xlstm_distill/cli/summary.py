@@ -1,4 +1,4 @@
-"""The table a run ends with: scores of teacher, merged student and experts, with C_α and α*."""
+"""The table a run ends with: scores of all models, C_α, α*, worst drop and decision."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SHOWN_ALPHAS = (0.0, 0.05)
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
-    """Lay out report.json: a row per task, then mean, C_α and α*; a column per model.
+    """Lay out report.json: a row per task, then mean, C_α, α*, worst drop and decision.
 
-    The merged student comes first.
+    A column per model; the merged student comes first.
     """
     from rich import box
     from rich.table import Table
@@ -51,6 +51,9 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         rates = [f"{model['win_and_tie'][str(alpha)]:.2f}" for model in models]
         rows.append((f"C at α = {alpha:g}", "", *rates, False))
     rows.append(("α*", "", *(f"{model['critical_tolerance']:.3f}" for model in models), False))
+    # The paper's metric is never shown alone: half of the tasks may hide the other half.
+    rows.append(("worst drop", "", *(f"{model['worst_drop']:.3f}" for model in models), False))
+    rows.append(("decision", "", *(model["decision"] for model in models), False))
     return rows
 
 

@@ -1,4 +1,7 @@
-"""Merge experts by a weighted sum: pure functions over tensors of the same name."""
+"""Weighted sums of experts: pure functions of blocks of one tensor, all of shape (N,).
+
+Sums are taken in the next wider format: float32 for half precision, float64 for float32.
+"""
 
 from __future__ import annotations
 
@@ -31,57 +34,36 @@ def check_weights(weights: Mapping[str, float]) -> None:
         raise UserError(f"merge.weights: they sum to {total:.6g}, not 1; divide each by the sum.")
 
 
-def merge_linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum one tensor over the experts, θ = Σ λ_i θ_i, in float64 (paper, Eq. 14).
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The format in which sums of such numbers are taken."""
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
 
-    A tensor that is equal in all experts is copied, so that frozen weights stay bit-identical.
+
+def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Sum one tensor over the experts, θ = Σ λ_i θ_i (paper, Eq. 14).
+
+    A number that is equal in all experts keeps its bits, in all formats but float64: weights are
+    divided by their sum, and the wider sum rounds back to it. So frozen weights stay frozen.
     """
     first = tensors[0]
-    if all(torch.equal(first, other) for other in tensors[1:]):
-        return first.clone()
-    # In float64: a bf16 sum would be rounded once for each expert.
-    total = torch.zeros_like(first, dtype=torch.float64)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor.to(torch.float64), alpha=weight)
+    whole = math.fsum(weights)
+    # A product and not zeros: 0 + -0 would lose the sign.
+    total = first.to(wide(first.dtype)) * (weights[0] / whole)
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total.add_(tensor, alpha=weight / whole)
     return total.to(first.dtype)
 
 
-def merge_state_dicts(
-    experts: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
-) -> dict[str, Tensor]:
-    """Merge the experts' weights by name; `weights` has a weight for each expert.
+def task_arithmetic(
+    base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], scale: float
+) -> Tensor:
+    """Add the weighted differences to the seed student: θ = θ(0) + s Σ λ_i (θ_i - θ(0)).
 
-    Raises:
-        UserError: the weights are not allowed, or a tensor is missing in an expert or has another
-            shape.
+    Source: task arithmetic, arXiv 2212.04089. With scale 1 it is the weighted sum, up to rounding.
     """
-    check_weights(weights)
-    names = list(experts)
-    first = experts[names[0]]
-    for name in names[1:]:
-        _check_same(names[0], first, name, experts[name])
-    factors = [weights[name] for name in names]
-    # Read tensor by tensor: experts that are mapped files never are in memory as a whole.
-    merged = {}
-    for key in first:
-        tensors = [experts[name][key] for name in names]
-        merged[key] = merge_linear(tensors, factors)
-    return merged
-
-
-def _check_same(
-    name: str, first: Mapping[str, Tensor], other_name: str, other: Mapping[str, Tensor]
-) -> None:
-    """Refuse experts that differ in a tensor's name or shape."""
-    for key in sorted({*first, *other}):
-        if key in first and key in other and first[key].shape == other[key].shape:
-            continue
-        raise UserError(
-            f"merge: experts differ in {key}: {name!r} has {_shape(first.get(key))}, "
-            f"{other_name!r} has {_shape(other.get(key))}; merge experts that were distilled from "
-            "one student."
-        )
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"shape {tuple(tensor.shape)}"
+    dtype = tensors[0].dtype
+    start = base.to(wide(dtype))
+    total = torch.zeros_like(start)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor - start, alpha=weight)
+    return torch.add(start, total, alpha=scale).to(dtype)

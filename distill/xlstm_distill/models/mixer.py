@@ -124,14 +124,18 @@ class HybridMixer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Cache | None = None,
         segment_ids: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> Tensor:
         """Return the heads' outputs before the output projection, (B, T, H * D).
 
-        Stage I aligns these.
+        Stage I aligns these. `value_scale`, a scalar, multiplies the values that the output gate
+        reads.
         """
         q, k, v = self.project(hidden_states)
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
-        gate = self.output_gate(q, k, v) if self.has_mlstm and self.has_window else None
+        gate = None
+        if self.has_mlstm and self.has_window:
+            gate = self.output_gate(q, k, v if value_scale is None else v * value_scale)
         # RoPE is kept (paper): both branches read rotated queries and keys.
         q, k = self.apply_rotary(q, k, *position_embeddings)
         # Under autocast, projections are bf16 and rotary positions fp32.

@@ -120,8 +120,15 @@ def outside_layers(a: Architecture, forward: Pass) -> Saved:
     return Saved(INT64 + rope + last_norm)
 
 
+def mixer_checkpoint_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
+    """Count what a mixer saves in stage I under checkpointing: its input, the teacher's heads."""
+    if "mlstm" not in mixer.branches:
+        return Saved()
+    return Saved(forward.compute * (a.hidden + a.query_width))
+
+
 def checkpoint_saved(a: Architecture, forward: Pass) -> Saved:
-    """Count what a layer saves under activation checkpointing: its input."""
+    """Count what a layer of stage II saves under activation checkpointing: its input."""
     return Saved(forward.residual * a.hidden)
 
 

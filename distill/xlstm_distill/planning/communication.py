@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xlstm_distill.planning.memory import DTYPE_BYTES, MemoryInputs
+from xlstm_distill.planning.inputs import DTYPE_BYTES, MemoryInputs
 
 FP32 = 4
 

@@ -12,13 +12,12 @@ from xlstm_distill.planning import flops
 from xlstm_distill.planning.architecture import Architecture, Parameters, count_parameters
 from xlstm_distill.planning.communication import Bound, align_traffic, distill_traffic
 from xlstm_distill.planning.fit import Fit, Problem, StageMemory, Way, what_fits
+from xlstm_distill.planning.inputs import DTYPE_BYTES, MemoryInputs
 from xlstm_distill.planning.machine import Machine, Utilisation, utilisation
 from xlstm_distill.planning.memory import (
     ANSWER_TOKENS,
-    DTYPE_BYTES,
     PROMPT_TOKENS,
     Memory,
-    MemoryInputs,
     align_memory,
     capture_memory,
     distill_memory,
@@ -35,8 +34,10 @@ MARGIN = 0.9
 """As `training.reduction`: the share of a GPU's memory that whole gradients may fill."""
 CHECKPOINT_BYTES = 12
 """Bytes of a trained parameter in a checkpoint: fp32 weight and two moments."""
-MERGE_BYTES = 16
-"""Bytes a number of the tensor that is being merged: the sum and an expert's share, in float64."""
+MERGED_AT_ONCE = 16 * 2**20
+"""Numbers that a merge works on: `merging.streaming` has up to 16 threads with a block each."""
+MERGE_BYTES, EXPERT_BYTES = 48, 12
+"""Bytes of each such number: sums in float64, and of each expert a copy and a difference."""
 FP32 = 4.0
 
 
@@ -112,7 +113,7 @@ class Planner:
             rows=rows,
             tokens=recipe.data.context,
             accumulates=accumulates,
-            checkpointing=recipe.distill.activation_checkpointing,
+            checkpointing=False,
             backend=machine.backend,
             online=recipe.capture.targets == "online",
             top_k=recipe.capture.top_k,
@@ -127,7 +128,11 @@ class Planner:
         # The last micro-batch of a share may be smaller than the others, as in the training loop.
         rows = min(section.micro_batch or share, share)
         inputs = self.memory_inputs(rows, accumulates=share > rows)
-        return replace(inputs, waits=self.recipe.training.reduce == "last")
+        return replace(
+            inputs,
+            waits=self.recipe.training.reduce == "last",
+            checkpointing=section.activation_checkpointing,
+        )
 
     def reducing(self, stage: StageMemory) -> StageMemory:
         """Return a training with whole gradients, where `training.reduce: auto` would choose that.
@@ -216,12 +221,14 @@ def align_cost(planner: Planner) -> StageCost:
     inputs = planner.training_inputs(section)
     memory = planner.reducing(StageMemory("align", align_memory, inputs, section.batch))
     steps, tokens = _steps(section, section.tokens, context)
-    per_token = flops.align_flops(planner.architecture, recipe.student.mixer, context)
+    a, mixer = planner.architecture, recipe.student.mixer
+    again = flops.align_recomputed_flops(a, mixer, context) if inputs.checkpointing else 0.0
     cost = StageCost(
         "align",
         tokens=tokens,
         steps=steps,
-        flops=tokens * per_token,
+        flops=tokens * flops.align_flops(a, mixer, context),
+        recomputed=tokens * again,
         disk=student,
         scratch=planner.checkpoints(planner.parameters.new),
         bound=Bound(align_traffic(memory.inputs, _passes(section, memory.inputs))),
@@ -267,10 +274,16 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
     return planner.timed(cost)
 
 
-def merge_cost(planner: Planner) -> StageCost:
-    """Cost the merge, which holds the merged student on the host, in fp32, and mapped experts."""
-    student, largest = FP32 * planner.parameters.student, planner.parameters.embedding
-    return StageCost("merge", disk=student, host_memory=student + MERGE_BYTES * largest)
+def merge_costs(planner: Planner) -> list[StageCost]:
+    """Cost the merges, which hold a few blocks of every expert on the host, whatever the model."""
+    student = FP32 * planner.parameters.student
+    bytes_each = MERGE_BYTES + EXPERT_BYTES * len(planner.recipe.distill.experts)
+    # A small model has no more numbers than it has.
+    memory = min(MERGED_AT_ONCE, planner.parameters.student) * bytes_each
+    found = [StageCost("merge", disk=student, host_memory=memory)]
+    for name in planner.recipe.merge.variants:
+        found.append(StageCost("variant", name=name, disk=student, host_memory=memory))
+    return found
 
 
 def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:

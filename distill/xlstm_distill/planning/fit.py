@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from xlstm_distill.planning.inputs import MemoryInputs, Sharding
 from xlstm_distill.planning.machine import Gpu
-from xlstm_distill.planning.memory import Memory, MemoryInputs, Sharding
+from xlstm_distill.planning.memory import Memory
 
 MOST_WAYS = 3
 """Ways to fit that are named at most."""
@@ -171,9 +172,10 @@ def _memory_settings(stage: StageMemory) -> list[list[Change]]:
         return [_fewer_rows(stage, f"{stage.stage}.batch")]
     inputs = stage.inputs
     kinds = [_fewer_rows(stage, f"{stage.stage}.micro_batch")]
+    if not inputs.checkpointing:
+        key = f"{stage.stage}.activation_checkpointing"
+        kinds.insert(0, [_change(key, True, checkpointing=True)])
     if stage.stage == "distill":
-        if not inputs.checkpointing:
-            kinds.insert(0, [_change("distill.activation_checkpointing", True, checkpointing=True)])
         if inputs.gpus > 1:
             others: list[Sharding] = ["fsdp2", "zero3"]
             kinds.append(

@@ -200,14 +200,26 @@ def align_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
     """Count a token of stage I: the teacher's layers forward, the mixers forward and backward.
 
     Queries, keys and values are constants there. So maps and gates need the gradient of their
-    weights alone, and the window branch needs none. The output projection is not computed.
+    weights alone, and the window branch needs none.
     """
     student = student_flops(a, mixer, context)
-    window = 0.0
-    if "window" in mixer.branches:
-        window = a.layers * attention_flops(a, context, mixer.window, mixer.sinks)
-    mlstm = student.mixing - window
+    teacher = teacher_flops(a, context).forward(supervised=0)
+    mlstm = student.mixing - _window_flops(a, mixer, context)
+    return teacher + align_recomputed_flops(a, mixer, context) + student.new + 2 * mlstm
+
+
+def align_recomputed_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
+    """Count what activation checkpointing adds to stage I: the mixers' forward pass once more.
+
+    The output projection is not computed in stage I.
+    """
+    student = student_flops(a, mixer, context)
     # Of the four projections, whose widths are H, G, G and H heads, all but the output's.
     inputs = student.projections * (a.heads + 2 * a.groups) / (2 * (a.heads + a.groups))
-    teacher = teacher_flops(a, context).forward(supervised=0)
-    return teacher + inputs + 2 * student.new + window + 3 * mlstm
+    return inputs + student.new + student.mixing
+
+
+def _window_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
+    if "window" not in mixer.branches:
+        return 0.0
+    return a.layers * attention_flops(a, context, mixer.window, mixer.sinks)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning.activations import Backend
 from xlstm_distill.planning.communication import Links
-from xlstm_distill.planning.memory import SHARDINGS, Sharding
+from xlstm_distill.planning.inputs import SHARDINGS, Sharding
 from xlstm_distill.recipe.problems import did_you_mean
 
 DEFAULT_GPU = "h100-80gb"

@@ -5,46 +5,32 @@ saved activations and the loss are there; gradients are there only where earlier
 some. At the end of the backward pass all gradients are there, and the activations of one layer. The
 parts reported are those of the greatest moment.
 
-Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054), for what each sharding keeps on a GPU; the
-documentation of FSDP2 and DeepSpeed for what they gather. docs/planning.md lists what was measured.
+What each sharding keeps between passes is in `states.py`. docs/planning.md lists what was measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from xlstm_distill.planning.activations import (
-    Backend,
     Pass,
-    Precision,
     checkpoint_saved,
     layer_excess,
     layer_saved,
+    mixer_checkpoint_saved,
     mixer_excess,
     mixer_saved,
     outside_layers,
 )
 from xlstm_distill.planning.architecture import (
     Architecture,
-    Parameters,
-    count_parameters,
     features,
-    lora_parameters,
 )
+from xlstm_distill.planning.inputs import DTYPE_BYTES, MemoryInputs
+from xlstm_distill.planning.states import ADAM, held_states
 from xlstm_distill.recipe import MixerConfig
 
-Sharding = Literal["none", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
-SHARDINGS: tuple[Sharding, ...] = ("none", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
-Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-ADAM = 8
-"""Bytes of the two fp32 moments of a trained parameter."""
-ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000
-"""DeepSpeed's defaults: numbers in a reduction bucket, and the most parameters ZeRO-3 gathers."""
 CHUNK_BYTES = 256 * 2**20
 """Memory for the fp32 logits of a chunk of the loss (`losses.fused`)."""
 TARGET_BYTES = 12
@@ -63,90 +49,6 @@ CONTINUATION_TOKENS = 128
 """Tokens of a continuation that is scored. Chosen."""
 LORA_MODULES = 7
 """Projections of a layer that get an adapter: q, k, v, o, gate, up, down."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryInputs:
-    """What a stage's memory depends on: the model, how it is shared, and the shape of a pass."""
-
-    architecture: Architecture
-    mixer: MixerConfig
-    teacher_dtype: Dtype
-    gpus: int
-    sharding: Sharding
-    rows: int
-    """Rows of one forward pass of a GPU."""
-    tokens: int
-    """Tokens of a row."""
-    accumulates: bool
-    """Whether a step has several passes, so that gradients of earlier ones are there."""
-    checkpointing: bool
-    backend: Backend
-    online: bool = False
-    """Whether the teacher computes the targets of stage II beside the student."""
-    top_k: int = 256
-    trainable: Literal["all", "mixer", "lora"] = "all"
-    lora_rank: int = 0
-    device: Literal["cpu", "cuda"] = "cuda"
-    node: int = 8
-    """GPUs of a node: HSDP shards over them."""
-    waits: bool = False
-    """FSDP2: whether gradients wait, whole, for the last pass of a step."""
-
-    @property
-    def shards(self) -> int:
-        """GPUs that FSDP2 cuts a replica over."""
-        return min(self.gpus, self.node) if self.sharding == "hsdp" else self.gpus
-
-    @property
-    def student_numbers(self) -> int:
-        """Parameters of the student, adapters included."""
-        return self.parameters.student + self.adapters
-
-    @property
-    def precision(self) -> Precision:
-        """How the student computes in stage II: bf16 where the teacher is."""
-        if self.teacher_dtype != "bfloat16":
-            return "fp32"
-        # Without sharding by layer the weights stay fp32, and autocast casts them.
-        return "autocast" if self.sharding in ("none", "ddp") else "bf16"
-
-    @property
-    def student_pass(self) -> Pass:
-        """One forward pass of stage II."""
-        return Pass(self.rows, self.tokens, self.precision, self.backend, self.device)
-
-    @property
-    def teacher_pass(self) -> Pass:
-        """One forward pass in the teacher's own precision: all stages but stage II."""
-        precision: Precision = "fp32" if self.teacher_dtype == "float32" else "bf16"
-        return replace(self.student_pass, precision=precision)
-
-    @property
-    def pass_tokens(self) -> int:
-        """Tokens of one pass."""
-        return self.rows * self.tokens
-
-    @property
-    def parameters(self) -> Parameters:
-        """Parameters of teacher and student."""
-        return count_parameters(self.architecture, self.mixer)
-
-    @property
-    def teacher_weights(self) -> float:
-        """Bytes of the teacher's weights."""
-        return float(DTYPE_BYTES[self.teacher_dtype] * self.parameters.teacher)
-
-    @property
-    def adapters(self) -> int:
-        """Parameters of LoRA's adapters."""
-        return lora_parameters(self.architecture, self.lora_rank) if self.trainable == "lora" else 0
-
-    @property
-    def trained(self) -> int:
-        """Parameters that stage II trains."""
-        p = self.parameters
-        return {"all": p.student, "mixer": p.mixer, "lora": p.new + self.adapters}[self.trainable]
 
 
 @dataclass(frozen=True)
@@ -180,20 +82,10 @@ class Memory:
         return self.allocated + self.reserve
 
 
-@dataclass(frozen=True)
-class States:
-    """Bytes that a GPU holds between passes."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    working_copies: float
-
-
 def distill_memory(inputs: MemoryInputs) -> Memory:
     """Predict the memory of stage II."""
     a, forward = inputs.architecture, inputs.student_pass
-    states = _states(inputs)
+    states = held_states(inputs)
     base = Memory(
         weights=states.weights,
         optimizer=states.optimizer,
@@ -232,7 +124,7 @@ def _fsdp2_moments(
     fp32, in which they are reduced. Frozen units have no gradients.
     """
     p, size = inputs.parameters, 4 if inputs.precision == "fp32" else 2
-    head, layer = p.head or p.embedding, _layer_parameters(inputs)
+    head, layer = p.head or p.embedding, inputs.layer_parameters
     # Tied embedding and head are one unit, which stays gathered from first to last.
     tied = 0.0 if p.head else float(size * head)
     trains_tables = inputs.trainable == "all"
@@ -263,13 +155,18 @@ def align_memory(inputs: MemoryInputs) -> Memory:
     new, forward = inputs.parameters.new, inputs.teacher_pass
     mixer = mixer_saved(inputs.architecture, inputs.mixer, forward).bytes(forward)
     excess = mixer_excess(inputs.architecture, inputs.mixer, forward)
+    kept, again = mixer, 0.0
+    if inputs.checkpointing:
+        kept = mixer_checkpoint_saved(inputs.architecture, inputs.mixer, forward).bytes(forward)
+        again = mixer  # the layer that is computed again
+    saved = inputs.architecture.layers * kept + again
     # The new parameters train in fp32; the student's other weights are the teacher's own tensors.
     return Memory(
         weights=4.0 * new,
         gradients=4.0 * new if inputs.accumulates else 0.0,
         optimizer=float(ADAM * new),
         working_copies=4.0 * new if inputs.sharding != "none" else 0.0,  # buckets of the reduction
-        activations=inputs.architecture.layers * mixer + max(ALIGN_TRANSIENT * mixer, excess),
+        activations=saved + max(ALIGN_TRANSIENT * mixer, excess),
         teacher=inputs.teacher_weights,
     )
 
@@ -366,58 +263,3 @@ def _without_gradients(a: Architecture, forward: Pass) -> float:
     products = forward.compute * max(mlp, attention)
     residual = 3 * forward.residual * a.hidden + 4 * a.hidden
     return forward.rows * forward.tokens * (products + residual)
-
-
-def _states(inputs: MemoryInputs) -> States:
-    """Count weights, gradients and optimiser states on one GPU."""
-    if inputs.sharding in ("none", "ddp"):
-        return _whole_states(inputs)
-    if inputs.sharding in ("fsdp2", "hsdp"):
-        return _fsdp2_states(inputs)
-    return _zero_states(inputs)
-
-
-def _whole_states(inputs: MemoryInputs) -> States:
-    """Every GPU holds everything, in fp32."""
-    held, trained = inputs.parameters.student + inputs.adapters, inputs.trained
-    # Autocast keeps a bf16 copy of each weight of a product until the step ends; a look-up has
-    # none.
-    looked_up = inputs.parameters.embedding
-    copies = 0.0 if inputs.precision == "fp32" else 2.0 * (held - looked_up)
-    buckets = 4.0 * trained if inputs.sharding == "ddp" else 0.0
-    return States(4.0 * held, 4.0 * trained, float(ADAM * trained), copies + buckets)
-
-
-def _fsdp2_states(inputs: MemoryInputs) -> States:
-    """Every GPU holds a share of everything in fp32, and gathers a layer when it is used."""
-    held, trained, shards = inputs.student_numbers, inputs.trained, inputs.shards
-    # Gradients that wait for the last pass are whole.
-    kept = 4.0 * trained if inputs.waits and inputs.accumulates else 4.0 * trained / shards
-    # What is gathered depends on the moment (`_fsdp2_moments`).
-    return States(4.0 * held / shards, kept, ADAM * trained / shards, 0.0)
-
-
-def _zero_states(inputs: MemoryInputs) -> States:
-    """DeepSpeed shards optimiser states (ZeRO-1), gradients too (2), weights too (3)."""
-    held, trained = inputs.parameters.student + inputs.adapters, inputs.trained
-    half = inputs.precision != "fp32"
-    size = 2.0 if half else 4.0
-    weights = size * held
-    gradients = 4.0 * trained / inputs.gpus
-    gathered = 0.0
-    if inputs.sharding == "zero1":
-        gradients += size * trained  # whole, beside the fp32 share that the optimiser reads
-    if inputs.sharding == "zero3":
-        weights /= inputs.gpus
-        gathered = size * min(held, ZERO_LIVE + _layer_parameters(inputs))
-    # AdamW updates fp32 masters where the weights are bf16.
-    masters = 4.0 * trained / inputs.gpus if half else 0.0
-    # One bucket is filled while another is sent, and its fp32 copy is reduced.
-    buckets = (2 * size + 4) * min(ZERO_BUCKET, trained)
-    return States(weights, gradients, ADAM * trained / inputs.gpus + masters, gathered + buckets)
-
-
-def _layer_parameters(inputs: MemoryInputs) -> float:
-    """Count the parameters of one layer of the student, adapters included."""
-    added = inputs.parameters.new + inputs.adapters
-    return inputs.parameters.layer + added / inputs.architecture.layers

@@ -21,11 +21,11 @@ from xlstm_distill.planning.costs import (
     data_cost,
     evaluation_cost,
     expert_cost,
-    merge_cost,
+    merge_costs,
 )
 from xlstm_distill.planning.fit import MOST_GPUS, Value
+from xlstm_distill.planning.inputs import Sharding
 from xlstm_distill.planning.machine import GPUS, Machine
-from xlstm_distill.planning.memory import Sharding
 from xlstm_distill.recipe import Recipe
 
 TARGET_BYTES = 160.0
@@ -44,8 +44,8 @@ class CostPlan:
 
     recipe: str
     teacher: str
-    checkpointing: bool
-    """Whether stage II computes activations again."""
+    checkpointing: tuple[str, ...]
+    """Stages that compute activations again."""
     architecture: Architecture
     parameters: Parameters
     machine: Machine
@@ -111,12 +111,16 @@ def make_plan(
         stages.append(capture_cost(planner))
     stages.append(align_cost(planner))
     stages += [expert_cost(planner, name) for name in recipe.distill.experts]
-    stages.append(merge_cost(planner))
+    stages += merge_costs(planner)
     stages += [evaluation_cost(planner, student=student) for student in (False, True)]
     return CostPlan(
         recipe=recipe.name,
         teacher=recipe.teacher.path,
-        checkpointing=recipe.distill.activation_checkpointing,
+        checkpointing=tuple(
+            name
+            for name, section in (("align", recipe.align), ("distill", recipe.distill))
+            if section.activation_checkpointing
+        ),
         architecture=architecture,
         parameters=planner.parameters,
         machine=machine,

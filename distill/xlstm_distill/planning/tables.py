@@ -95,9 +95,9 @@ def show(plan: CostPlan, console: Console) -> None:
 
 def _heading(plan: CostPlan) -> Iterator[str]:
     m, p = plan.machine, plan.parameters
-    checkpointing = "with" if plan.checkpointing else "without"
+    recomputing = " and ".join(plan.checkpointing) or "no stage"
     yield f"{plan.recipe} on {m.gpus} x {m.gpu.name}"
-    yield f"sharding {m.sharding}, {checkpointing} activation checkpointing, {m.backend} kernels"
+    yield f"sharding {m.sharding}, activation checkpointing in {recomputing}, {m.backend} kernels"
     yield f"teacher {plan.teacher}: {short(p.teacher)} parameters"
     yield f"student: {short(p.student)} parameters, {short(p.new)} of them new"
 

@@ -3,6 +3,7 @@
 from xlstm_distill.recipe.data import Data, Domain, Source
 from xlstm_distill.recipe.evaluation import EvalTask, Evaluate, Report
 from xlstm_distill.recipe.load import load_recipe
+from xlstm_distill.recipe.merging import Merge, MergeSettings
 from xlstm_distill.recipe.model import MixerConfig, Student, Teacher
 from xlstm_distill.recipe.recipe import Recipe
 from xlstm_distill.recipe.training import (
@@ -10,7 +11,6 @@ from xlstm_distill.recipe.training import (
     Capture,
     Distill,
     Expert,
-    Merge,
     Optimization,
     Phase,
     Training,
@@ -18,6 +18,6 @@ from xlstm_distill.recipe.training import (
 
 __all__ = [
     "Align", "Capture", "Data", "Distill", "Domain", "EvalTask", "Evaluate", "Expert", "Merge",
-    "MixerConfig", "Optimization", "Phase", "Recipe", "Report", "Source", "Student", "Teacher",
-    "Training", "load_recipe",
+    "MergeSettings", "MixerConfig", "Optimization", "Phase", "Recipe", "Report", "Source",
+    "Student", "Teacher", "Training", "load_recipe",
 ]  # fmt: skip

@@ -43,6 +43,13 @@ class EvalTask(Section):
     filter: Text | None = Field(
         default=None, description="lm-eval filter whose answer counts; null means the task's first."
     )
+    # Not a part of the evaluation's fingerprint: it changes no answer.
+    chance: Fraction | None = Field(
+        default=None,
+        lt=1,
+        description="Score of guessing: a teacher that is not above it leaves nothing to compare; "
+        "null means that of the choices, or 0 without choices.",
+    )
 
 
 class Evaluate(Section):
@@ -94,6 +101,11 @@ class Report(Section):
         default=(0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0),
         min_length=1,
         description="Tolerances at which the Win-and-Tie rate is listed, ascending.",
+    )
+    margin: Fraction = Field(
+        default=0.02,
+        description="Share of the teacher's score that may be lost, for the decision over all "
+        "tasks.",
     )
 
     def broken_rules(self) -> Iterator[FieldError]:

@@ -88,7 +88,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: all problems of the file, the overrides and the values, one line each.
     """
     path = Path(path)
-    data = _parse(_read(path), str(path))
+    data = parse_yaml(read_file(path), str(path))
     if not isinstance(data, dict):
         raise UserError(
             f"{path}: contains {kind_of(data)}; a recipe is a mapping of sections such as "
@@ -146,22 +146,32 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     )
 
 
-def _read(path: Path) -> str:
+def read_file(path: Path, what: str = "recipe") -> str:
+    """Read a text file that the user named; `what` it should be.
+
+    Raises:
+        UserError: it is not there, or is no text.
+    """
+    hint = ""
+    if what == "recipe":
+        hint = " 'xlstm-distill recipes' lists the recipes that come with this package."
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; give the path of a recipe (YAML). 'xlstm-distill recipes' "
-            "lists the recipes that come with this package."
-        ) from None
+        raise UserError(f"{path}: no such file; give the path of a {what} (YAML).{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(
-            f"{path}: cannot be read ({reason}); give the path of a recipe (YAML)."
+            f"{path}: cannot be read ({reason}); give the path of a {what} (YAML)."
         ) from None
 
 
-def _parse(text: str, name: str) -> Any:
+def parse_yaml(text: str, name: str) -> Any:
+    """Read YAML; `name` is the file's, for messages.
+
+    Raises:
+        UserError: it is not YAML, or a key is given twice.
+    """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     # MarkedYAMLError comes first: it is a YAMLError that also knows the line.
@@ -176,7 +186,7 @@ def _parse(text: str, name: str) -> Any:
     except (ValueError, OverflowError) as error:  # such as the date 2024-99-99, or 0x_
         raise UserError(f"{name}: holds a number or date that is none: {error}.") from None
     except RecursionError:
-        raise UserError(f"{name}: nested too deeply to be a recipe.") from None
+        raise UserError(f"{name}: nested too deeply.") from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -192,7 +202,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         )
     # Read as YAML, like the file: `--set align.lr=1e-4` meets the same rule (YAML reads 1e-4 as
     # text) and gets the same hint.
-    value = _parse(text, f"--set {dotted}") if text.strip() else None
+    value = parse_yaml(text, f"--set {dotted}") if text.strip() else None
     here: Any = data
     for depth, part in enumerate(parts[:-1]):
         here = _enter(here, part, dotted, parts[: depth + 1])

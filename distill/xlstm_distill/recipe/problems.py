@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from xlstm_distill.recipe.recipe import Recipe
 from xlstm_eval import problems
@@ -13,9 +13,11 @@ from xlstm_eval.problems import Problem, did_you_mean, kind_of
 __all__ = ["did_you_mean", "kind_of", "nearest_batches", "problem_lines"]
 
 
-def problem_lines(error: ValidationError) -> list[str]:
-    """Say every problem of a recipe, one line each, unknown keys first."""
-    return problems.problem_lines(error, Recipe, whole="recipe", special=_number_as_text)
+def problem_lines(
+    error: ValidationError, model: type[BaseModel] = Recipe, whole: str = "recipe"
+) -> list[str]:
+    """Say every problem of a recipe, or of another file, one line each, unknown keys first."""
+    return problems.problem_lines(error, model, whole=whole, special=_number_as_text)
 
 
 def _number_as_text(problem: Problem) -> str | None:

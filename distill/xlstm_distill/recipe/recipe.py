@@ -10,9 +10,10 @@ from pydantic import Field
 
 from xlstm_distill.recipe.data import Data
 from xlstm_distill.recipe.evaluation import Evaluate, Report
-from xlstm_distill.recipe.fields import SUM_TOLERANCE, FieldError, Name, Section
+from xlstm_distill.recipe.fields import FieldError, Name, Section
+from xlstm_distill.recipe.merging import Merge, merge_fits_experts
 from xlstm_distill.recipe.model import Student, Teacher
-from xlstm_distill.recipe.training import Align, Capture, Distill, Merge, Optimization, Training
+from xlstm_distill.recipe.training import Align, Capture, Distill, Optimization, Training
 
 
 class Recipe(Section):
@@ -90,26 +91,6 @@ def _experts_fit_data(distill: Distill, data: Data) -> Iterator[FieldError]:
         yield from _too_few_steps("distill", distill, expert.tokens, data)
 
 
-def _merge_fits_experts(merge: Merge, distill: Distill) -> Iterator[FieldError]:
-    weights, experts = merge.weights, distill.experts
-    if weights == "uniform":
-        return
-    for name in weights:
-        if name not in experts:
-            yield FieldError(
-                f"merge.weights.{name}", f"no such expert. Experts: {', '.join(experts)}."
-            )
-    missing = [name for name in experts if name not in weights]
-    for name in missing:
-        yield FieldError(
-            "merge.weights", f"no weight for expert {name!r}; give one (0 leaves it out)."
-        )
-    total = math.fsum(weights.values())
-    # Weights of the wrong experts need not sum to anything yet.
-    if weights.keys() == experts.keys() and abs(total - 1) > SUM_TOLERANCE:
-        yield FieldError("merge.weights", f"they sum to {total:.6g}; they must sum to 1.")
-
-
 def _unknown_domains(field: str, mixture: Mapping[str, float], data: Data) -> Iterator[FieldError]:
     for name in mixture:
         if name not in data.domains:
@@ -145,6 +126,6 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[FieldError]]], ...] =
     (("distill", "capture"), _tail_fits_mass),
     (("align", "data"), _align_fits_data),
     (("distill", "data"), _experts_fit_data),
-    (("merge", "distill"), _merge_fits_experts),
+    (("merge", "distill"), merge_fits_experts),
 )
 """The sections that each rule reads, and the rule."""

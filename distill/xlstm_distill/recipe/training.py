@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from xlstm_distill.recipe.fields import (
     BelowOne,
@@ -20,7 +20,6 @@ from xlstm_distill.recipe.fields import (
     Section,
     ShareOfAll,
     Switch,
-    shape_of,
 )
 
 # An expert of this name would share the label `evaluate/NAME` with the model that has it.
@@ -134,6 +133,11 @@ class Optimization(Section):
         default="stop",
         description="What happens when a loss or gradient is not finite: `stop` ends the training; "
         "`skip` leaves out the step and reports it.",
+    )
+    activation_checkpointing: Flag = Field(
+        default=False,
+        description="Keep only what enters each layer and compute the rest again in the backward "
+        "pass: less memory, more time.",
     )
 
     def broken_rules(self) -> Iterator[FieldError]:
@@ -252,11 +256,6 @@ class Distill(Optimization):
     lora_alpha: Count = Field(
         default=512, description="Scale of the adapters times their rank, with `trainable: lora`."
     )
-    activation_checkpointing: Flag = Field(
-        default=False,
-        description="Keep only the input of each decoder layer and compute the rest again in the "
-        "backward pass: less memory, more time.",
-    )
     experts: dict[Name, Expert] = Field(
         min_length=1, description="Experts by name. A single expert needs no merge."
     )
@@ -317,7 +316,7 @@ class Training(Section):
     compile: Switch = Field(
         default="auto",
         description="Compile each decoder layer with torch.compile (stage I: each mixer). `auto` "
-        "is `on` on CUDA and `off` on a CPU.",
+        "is `off`, until a compiled step was compared with a plain one on a GPU.",
     )
     reduce: Literal["auto", "every", "last"] = Field(
         default="auto",
@@ -328,22 +327,4 @@ class Training(Section):
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
         default=(),
         description="Where training figures go besides the log; each needs its own package.",
-    )
-
-
-MergeWeights = Annotated[
-    Annotated[Literal["uniform"], Tag("<word>")]
-    | Annotated[dict[str, NonNegative], Tag("<mapping>")],
-    Discriminator(shape_of),
-]
-
-
-class Merge(Section):
-    """Stage III: the merged student is a weighted sum of the experts' weights (paper, Eq. 14)."""
-
-    method: Literal["linear"] = Field(default="linear", description="How experts are merged.")
-    # They sum to 1, so that the merged weights stay on the scale of the seed that all experts
-    # share.
-    weights: MergeWeights = Field(
-        default="uniform", description="`uniform`, or a weight for each expert; they sum to 1."
     )

@@ -6,7 +6,9 @@ differs in the last bits (docs/training.md).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +16,8 @@ from pathlib import Path
 import torch
 
 Arithmetic = dict[str, str | int]
-"""What a process computes with: `torch`, and on a CPU its `threads`, `processor` and `instructions`
-(AVX2, AVX512, ...), on a GPU `gpu` and `cuda` (or `rocm`)."""
+"""What a process computes with: versions (`torch`, `transformers`, ...); on a CPU its `threads`,
+`processor` and `instructions` (AVX2, AVX512, ...), on a GPU `gpu` and `cuda` (or `rocm`)."""
 
 
 def arithmetic(device: torch.device | None = None) -> Arithmetic:
@@ -25,7 +27,7 @@ def arithmetic(device: torch.device | None = None) -> Arithmetic:
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         )
         device = found or torch.device("cpu")
-    facts: Arithmetic = {"torch": str(torch.__version__)}
+    facts: Arithmetic = {"torch": str(torch.__version__)} | _versions()
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         kind = "cuda" if torch.version.cuda else "rocm"
@@ -38,6 +40,16 @@ def arithmetic(device: torch.device | None = None) -> Arithmetic:
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Versions of what adds numbers besides torch: this package, the model code and Triton."""
+    found = {}
+    for package in ("xlstm-distill", "transformers", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def differences(

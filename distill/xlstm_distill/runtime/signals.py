@@ -55,6 +55,9 @@ class _State:
             return
         self.pending = signal.Signals(number)
         if not self.deferred:
+            # Slurm signals every process of a job, and the batch script passes the signal on too:
+            # the second must not end what is already ending.
+            self.ending = True
             raise Stopped(_message(self.pending.name, "", "to go on"))
 
     def interrupt(self, number: int, _: FrameType | None) -> None:

@@ -72,10 +72,12 @@ def _align(
     plan = _plan(lineage, teacher, domains)
     work = run.work_directory(lineage.request("align"))
     objective = AlignObjective(student, teacher)
+    if recipe.align.activation_checkpointing:
+        objective.checkpoint_activations()
     result = Trainer(objective, plan, domains, work, accelerator, console).run()
     keep_training(draft, work, plan, result)
     # A collective under sharding: all ranks gather, then rank 0 writes.
-    trained = full_state_dict(accelerator, student)
+    trained = objective.folded(full_state_dict(accelerator, student))
     if accelerator.is_main_process:
         save_model(student, lineage.tokenizer, draft.path / "model", trained)
     # Relative to the teacher's power: a squared error alone says nothing across models.

@@ -8,6 +8,7 @@ there tests the store and publishes it.
 from __future__ import annotations
 
 import functools
+import math
 import re
 import shutil
 import time
@@ -46,16 +47,10 @@ from xlstm_distill.targets.providers import (
     kept_logits,
     text_checksums,
 )
-from xlstm_distill.targets.store import (
-    MEASURED_ROWS,
-    Identity,
-    Store,
-    read_header,
-    shard_name,
-    write_index,
-    write_shard,
-)
+from xlstm_distill.targets.shard import Identity, read_header, shard_name
+from xlstm_distill.targets.store import Store, write_index
 from xlstm_distill.targets.transfer import HostTargets, to_host
+from xlstm_distill.targets.writer import MEASURED_ROWS, write_shard
 from xlstm_distill.training.accelerator import make_accelerator
 
 STORE = "store"
@@ -315,8 +310,8 @@ class DomainCapture:
         self.console.line(
             f"{self.request.label}: {short(figures['tokens'])} tokens "
             f"at {figures['bytes_per_token']:.1f} bytes, mean k {figures['mean_k']:.1f}, "
-            f"KL error {figures['mean_kl_error']:.1e} nats "
-            f"(of {short(figures['kl_error_tokens'])} tokens) "
+            f"KL error {figures.get('mean_kl_error', math.nan):.1e} nats "
+            f"(of {figures['kl_error_rows']} rows) "
             f"(cut by mass: {figures['mean_cut']:.1e}), read at {short(speed)} tokens/s"
         )
 

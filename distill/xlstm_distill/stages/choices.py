@@ -1,9 +1,9 @@
-"""What the words of a command choose: experts, models, shares of a capture (loads no torch)."""
+"""What the words of a command choose: experts, models, shares (loads no torch)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xlstm_distill.errors import UserError
@@ -61,3 +61,19 @@ def share_of_capture(recipe: Recipe, shard: str | None) -> tuple[int, int]:
             "--shard: capture.targets is 'online', so there is nothing to share; leave it out."
         )
     return share
+
+
+def deal(rows: Mapping[str, int], parts: int) -> list[list[str]]:
+    """Share domains out so that the largest share is small: each goes to the least one so far.
+
+    The largest domains are dealt first. Of equal domains or shares the first counts.
+    """
+    # More shares than domains would stay empty.
+    parts = min(parts, len(rows))
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    totals = [0] * parts
+    for name in sorted(rows, key=lambda name: -rows[name]):
+        least = totals.index(min(totals))
+        shares[least].append(name)
+        totals[least] += rows[name]
+    return shares

@@ -37,13 +37,12 @@ from xlstm_distill.stages.workbench import (
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, TargetSource
 from xlstm_distill.targets.store import Store
 from xlstm_distill.training.accelerator import (
-    checkpoint_activations,
     full_state_dict,
     make_accelerator,
     shard_teacher,
 )
 from xlstm_distill.training.log import check_trackers
-from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.training.objectives import DistillObjective, checkpoint_activations
 from xlstm_distill.training.plan import Stretch, TrainingPlan
 from xlstm_distill.training.trainer import Trainer
 

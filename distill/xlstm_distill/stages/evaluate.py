@@ -40,7 +40,7 @@ from xlstm_eval.answering.coordinator import Tally
 from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.records import EvalError
-from xlstm_eval.results import write_samples
+from xlstm_eval.results import ITEMS_FILE, write_items, write_samples
 from xlstm_eval.suites import Suite
 
 GATE_ROWS = 16
@@ -92,6 +92,15 @@ def evaluate(
         run.make(request, functools.partial(build, name), together=True, console=console)
         for name, request in requests.items()
     ]
+
+
+def scores(model: CausalLM, lineage: Lineage) -> dict[str, float]:
+    """Score a model that is no artifact on the recipe's tasks, in this process; nothing is kept."""
+    batch = lineage.recipe.evaluate.batch
+    session = Session(batch_size=None if batch == "auto" else batch)
+    suite, seed = _suite(lineage.recipe), lineage.recipe.seed
+    result = evaluate_model(model.eval(), lineage.tokenizer, suite, session, seed=seed)
+    return {task.task: task.score for task in result.tasks}
 
 
 class AllRanks:
@@ -202,6 +211,8 @@ def _sources(lineage: Lineage, run: Run, names: Sequence[str]) -> dict[str, Arti
 def _suite(recipe: Recipe) -> Suite:
     """The recipe's section `evaluate` as a suite: their fields have the same names."""
     settings = recipe.evaluate.model_dump(include=set(Suite.model_fields) - {"name"})
+    # The report takes it from the recipe, so that it can change without a new evaluation.
+    settings["tasks"] = [task | {"chance": None} for task in settings["tasks"]]
     return Suite(name=recipe.name, **settings)
 
 
@@ -220,7 +231,9 @@ def _score(
         result = evaluate_model(model, lineage.tokenizer, suite, session, seed=lineage.recipe.seed)
     for warning in result.warnings:
         console.line(f"evaluate/{name}: {warning}")
-    draft.write_json("results.json", [task.model_dump(mode="json") for task in result.tasks])
+    tasks = [task.model_dump(mode="json", exclude={"items"}) for task in result.tasks]
+    draft.write_json("results.json", tasks)
+    write_items(result, draft.path / ITEMS_FILE)
     write_samples(result, draft.path / "samples")
     # The report refuses to compare models that were not asked the same.
     draft.results |= {

@@ -25,19 +25,23 @@ from xlstm_distill.data.budget import (
     rows_needed,
     rows_to_align,
 )
-from xlstm_distill.recipe import Recipe
+from xlstm_distill.recipe import MergeSettings, Recipe
+from xlstm_distill.recipe.merging import DEFAULT_SCALE, WITH_DENSITY, WITH_SCALE
 from xlstm_distill.recipe.shown import shown_values
 from xlstm_distill.runtime.ranks import from_rank_zero, process_count
 from xlstm_eval.answering.batches import PROTOCOL
 
 if TYPE_CHECKING:
-    from xlstm_distill.targets.store import Identity
+    from xlstm_distill.targets.shard import Identity
 
 TEACHER, MERGED = "teacher", "merged"
 """Models that are evaluated besides the experts."""
-STAGES = ("data", "capture", "align", "distill", "merge", "evaluate", "report")
+STAGES = ("data", "capture", "align", "distill", "merge", "variant", "evaluate", "report")
 """What an artifact's label begins with, in the order in which stages follow each other."""
-NOT_IN_FINGERPRINT = ("micro_batch", "non_finite")
+ALIGN_METHOD = 2
+"""Version of how stage I computes. 2: output gates read values of RMS 1 while they train."""
+MERGE_KEYS = ("method", "weights", "scale", "density")
+NOT_IN_FINGERPRINT = ("micro_batch", "non_finite", "activation_checkpointing")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
 NOT_IN_TARGETS = ("batch", "shard_teacher", "workers")
 """Keys of the capture that do not change what is captured."""
@@ -66,6 +70,7 @@ class Lineage:
             "align",
             *(f"distill/{name}" for name in recipe.distill.experts),
             "merge",
+            *(f"variant/{name}" for name in recipe.merge.variants),
             *(f"evaluate/{name}" for name in self.evaluated_models()),
             "report",
         ]
@@ -86,11 +91,12 @@ class Lineage:
                 *(f"capture/{domain}" for domain in stored),
                 *(f"data/{domain}" for domain in domains),
             ]
-        if stage == "merge":
-            return [f"distill/{expert}" for expert in recipe.distill.experts]
+        if stage in ("merge", "variant"):
+            experts = [f"distill/{expert}" for expert in recipe.distill.experts]
+            return ["align", *experts] if self.merge(label).method in WITH_SCALE else experts
         if stage == "evaluate" and name != TEACHER:
-            model = "merge" if name == MERGED else f"distill/{name}"
-            return [model, *(f"data/{domain}" for domain in recipe.data.domains)]
+            data = [f"data/{domain}" for domain in recipe.data.domains]
+            return [self.model_label(name), *data]
         if stage == "report":
             return [f"evaluate/{model}" for model in self.evaluated_models()]
         return []
@@ -114,23 +120,22 @@ class Lineage:
             case "align":
                 return {
                     "align": part(recipe.align, *NOT_IN_FINGERPRINT),
+                    "method": ALIGN_METHOD,
                     "mixer": part(recipe.student.mixer),
                     "seed": recipe.seed,
                 }
             case "distill":
                 return {
-                    "distill": part(
-                        recipe.distill, "experts", *NOT_IN_FINGERPRINT, "activation_checkpointing"
-                    ),
+                    "distill": part(recipe.distill, "experts", *NOT_IN_FINGERPRINT),
                     "expert": part(recipe.distill.experts[name]),
                     "capture": part(recipe.capture, *NOT_IN_TARGETS),
                     "seed": recipe.seed,
                 }
-            case "merge":
-                return {"method": recipe.merge.method, "weights": self.merge_weights()}
+            case "merge" | "variant":
+                return self._merge_settings(self.merge(label))
             case "evaluate":
                 return {
-                    "evaluate": part(recipe.evaluate, "include", "experts"),
+                    "evaluate": self._evaluate_settings(),
                     "protocol": PROTOCOL,
                     "dtype": recipe.teacher.dtype,
                     "seed": recipe.seed,
@@ -140,6 +145,14 @@ class Lineage:
                 return {"report": part(recipe.report), "recipe": shown_values(recipe)}
         raise ValueError(f"{label!r} is no artifact of a run")
 
+    def _evaluate_settings(self) -> dict[str, Any]:
+        """The section `evaluate` as far as answers and scores depend on it."""
+        found = part(self.recipe.evaluate, "include", "experts")
+        for task in found["tasks"]:
+            # It decides what the report compares, which reads it anew.
+            del task["chance"]
+        return found
+
     def recipe_keys(self, label: str) -> dict[str, str]:
         """Recipe keys of those of `settings(label)` that have another name in the recipe."""
         stage, _, name = label.partition("/")
@@ -148,9 +161,10 @@ class Lineage:
         return {
             "data": keys_of_rows(name),
             "capture": capture,
-            "align": {"mixer": "student.mixer"},
+            "align": {"mixer": "student.mixer", "method": "the method of stage I"},
             "distill": {"expert": f"distill.experts.{name}"},
-            "merge": {"method": "merge.method", "weights": "merge.weights"},
+            "merge": {key: f"merge.{key}" for key in MERGE_KEYS},
+            "variant": {key: f"merge.variants.{name}.{key}" for key in MERGE_KEYS},
             "evaluate": {"dtype": "teacher.dtype", "protocol": "the evaluation's protocol"},
             "report": {"recipe": ""},
         }[stage]
@@ -160,7 +174,7 @@ class Lineage:
         stage, _, name = label.partition("/")
         if stage == "data":
             return notes_of_rows(self.recipe, name, self.captured)
-        if stage in ("merge", "report") or (stage == "evaluate" and name != TEACHER):
+        if stage in ("merge", "variant", "report") or (stage == "evaluate" and name != TEACHER):
             return {}
         teacher = part(self.recipe.teacher)
         if Path(self.recipe.teacher.path).is_absolute():
@@ -203,19 +217,30 @@ class Lineage:
         """Rows of each domain that alignment sees."""
         return {name: rows_to_align(self.recipe, name) for name in self.aligned_domains()}
 
-    def merge_weights(self) -> dict[str, float]:
-        """Merge weights by expert; uniform ones are 1/K each."""
-        experts = self.recipe.distill.experts
-        if self.recipe.merge.weights == "uniform":
-            return {name: 1 / len(experts) for name in experts}
-        return dict(self.recipe.merge.weights)
+    def merge(self, label: str) -> MergeSettings:
+        """The recipe's settings of a merge, by its label."""
+        _, _, name = label.partition("/")
+        return self.recipe.merge.variants[name] if name else self.recipe.merge
+
+    def _merge_settings(self, merge: MergeSettings) -> dict[str, Any]:
+        """What a merge depends on: of scale, density and seed what its method takes."""
+        weights = merge.weights_of(self.recipe.distill.experts)
+        found: dict[str, Any] = {"method": merge.method, "weights": weights}
+        if merge.method in WITH_SCALE:
+            found["scale"] = DEFAULT_SCALE if merge.scale is None else merge.scale
+        if merge.method in WITH_DENSITY:
+            found["density"] = merge.density
+        if merge.method == "dare":
+            found["seed"] = self.recipe.seed
+        return found
 
     def evaluated_models(self) -> list[str]:
-        """The teacher, the merged student, and the experts where the recipe wants them scored."""
+        """The teacher, the merged student, the experts where wanted, and further merges."""
         # The teacher first: `evaluate.check` takes its published evaluation as proof of good
         # settings.
         experts = self.recipe.distill.experts if self.recipe.evaluate.experts else ()
-        return [TEACHER, MERGED, *experts]
+        # Variants last: a job array's index keeps its model when one is added.
+        return [TEACHER, MERGED, *experts, *self.recipe.merge.variants]
 
     # --- with the teacher's, the tokenizer's and the data's hashes ---------------------------
 
@@ -309,8 +334,8 @@ class Lineage:
             }
         if stage == "evaluate":
             return self._evaluation_inputs(name)
-        labels = self.needs(stage)
-        return {label: self.request(label).fingerprint for label in labels}
+        label = f"{stage}/{name}" if name else stage
+        return {need: self.request(need).fingerprint for need in self.needs(label)}
 
     def _evaluation_inputs(self, model: str) -> dict[str, str]:
         if model == TEACHER:
@@ -330,7 +355,9 @@ class Lineage:
 
     def model_label(self, model: str) -> str:
         """Label of the artifact that holds an evaluated student."""
-        return "merge" if model == MERGED else f"distill/{model}"
+        if model == MERGED:
+            return "merge"
+        return f"variant/{model}" if model in self.recipe.merge.variants else f"distill/{model}"
 
     def data_inputs(self, names: Iterable[str]) -> dict[str, str]:
         """Identities of packed rows, as inputs of a stage; the rows need not be there."""
@@ -348,7 +375,7 @@ class Lineage:
         return self._capture_request(domain).fingerprint
 
     def _capture_request(self, domain: str, **counts: int) -> Request:
-        from xlstm_distill.targets.store import VERSION
+        from xlstm_distill.targets.shard import VERSION
 
         kept = part(self.recipe.capture, *NOT_IN_TARGETS, "targets")
         return Request(
@@ -361,7 +388,7 @@ class Lineage:
 
     def store_identity(self, domain: str) -> Identity:
         """What every shard of a domain's targets says it was made from."""
-        from xlstm_distill.targets.store import Identity
+        from xlstm_distill.targets.shard import Identity
 
         capture, teacher = self.recipe.capture, self.recipe.teacher
         return Identity(

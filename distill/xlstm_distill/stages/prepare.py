@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from xlstm_distill.artifacts import Artifact, Run
 from xlstm_distill.data.budget import rows_needed
@@ -10,6 +10,7 @@ from xlstm_distill.data.prepare import prepare_domain, rows_there
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.launcher import parse_share
 from xlstm_distill.runtime.ranks import is_main_process, on_cpu, process_count, wait_for_everyone
+from xlstm_distill.stages.choices import deal
 from xlstm_distill.stages.lineage import Lineage
 
 MUCH = 50_000_000
@@ -34,22 +35,6 @@ def prepare(
     # A single process that prepares keeps nobody waiting.
     asked_for = process_count() == 1
     return list(prepare_rows(lineage, run, mine, console, asked_for=asked_for).values())
-
-
-def deal(rows: Mapping[str, int], parts: int) -> list[list[str]]:
-    """Share domains out so that the largest share is small: each goes to the least one so far.
-
-    The largest domains are dealt first. Of equal domains or shares the first counts.
-    """
-    # More shares than domains would stay empty.
-    parts = min(parts, len(rows))
-    shares: list[list[str]] = [[] for _ in range(parts)]
-    totals = [0] * parts
-    for name in sorted(rows, key=lambda name: -rows[name]):
-        least = totals.index(min(totals))
-        shares[least].append(name)
-        totals[least] += rows[name]
-    return shares
 
 
 def prepare_rows(

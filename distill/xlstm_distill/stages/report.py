@@ -25,9 +25,10 @@ from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.evaluate import find_evaluations
 from xlstm_distill.stages.lineage import MERGED, STAGES, TEACHER, Lineage, stage_of
 from xlstm_distill.training.log import LOG_FILE
+from xlstm_eval.protocol import flat, require_same_protocol
 from xlstm_eval.records import TaskResult
 from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
-from xlstm_eval.results import require_same_requests
+from xlstm_eval.results import read_items, require_same_requests
 
 CURVE_POINTS = 200
 UNITS = {
@@ -46,6 +47,7 @@ def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
         hashes[name] = artifact.manifest["results"]["requests_hash"]
     # Before anything is drawn: scores of other prompts cannot be compared.
     require_same_requests(hashes)
+    require_same_protocol({name: _protocol(artifact) for name, artifact in evaluated.items()})
 
     def build(draft: Draft) -> None:
         write_report(report_data(lineage.recipe, run, evaluated), draft.path / FOLDER)
@@ -74,6 +76,12 @@ def show(made: Path, target: Path, marks: Path) -> None:
         shutil.rmtree(copy, ignore_errors=True)
 
 
+def _protocol(artifact: Artifact) -> dict[str, Any]:
+    """How a model was measured; older evaluations recorded less of it, or nothing."""
+    found: dict[str, Any] = artifact.manifest["results"].get("protocol", {})
+    return found
+
+
 def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> ReportData:
     """Collect what the report shows; no path of this machine is among it."""
     students = {name: artifact for name, artifact in evaluated.items() if name != TEACHER}
@@ -81,11 +89,9 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
     return ReportData(
         title=recipe.report.title or f"{recipe.name}: student against teacher",
         teacher=teacher_name(recipe.teacher),
-        teacher_results=_results(evaluated[TEACHER]),
+        teacher_results=_results(recipe, evaluated[TEACHER]),
         models=tuple(
-            ReportModel(
-                name=name, role="merged" if name == MERGED else "expert", results=_results(artifact)
-            )
+            ReportModel(name=name, role=_role(recipe, name), results=_results(recipe, artifact))
             for name, artifact in students.items()
         ),
         gates=_gates(students),
@@ -94,11 +100,26 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         provenance=_provenance(recipe, run, evaluated),
         recipe=shown_recipe(recipe),
         alphas=recipe.report.alphas,
+        margin=recipe.report.margin,
     )
 
 
-def _results(artifact: Artifact) -> tuple[TaskResult, ...]:
-    return tuple(TaskResult(**task) for task in artifact.read_json("results.json"))
+def _role(recipe: Recipe, model: str) -> str:
+    if model == MERGED:
+        return "merged"
+    return "variant" if model in recipe.merge.variants else "expert"
+
+
+def _results(recipe: Recipe, artifact: Artifact) -> tuple[TaskResult, ...]:
+    """An evaluation's scores and items, with the levels of chance that the recipe names."""
+    found = read_items(
+        artifact.path, [TaskResult(**task) for task in artifact.read_json("results.json")]
+    )
+    named = {task.name: task.chance for task in recipe.evaluate.tasks if task.chance is not None}
+    return tuple(
+        task.model_copy(update={"chance": named[task.task]}) if task.task in named else task
+        for task in found
+    )
 
 
 def _gates(students: Mapping[str, Artifact]) -> dict[str, Any] | None:
@@ -180,6 +201,12 @@ def _timings(sources: Mapping[str, Artifact]) -> dict[str, float]:
     return {label: artifact.manifest["wall_seconds"] for label, artifact in sources.items()}
 
 
+def _shown_protocol(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """The protocol of all models in lines; each task's settings are in the recipe."""
+    settings = flat({key: value for key, value in protocol.items() if key != "tasks"})
+    return {f"evaluation: {key}": str(value) for key, value in settings.items()}
+
+
 def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, str]:
     """Where the figures come from: recipe, seed, versions, machine, fingerprints."""
     name, revision = teacher_name(recipe.teacher), recipe.teacher.revision
@@ -188,6 +215,7 @@ def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         "seed": str(recipe.seed),
         "teacher": f"{name}@{revision}" if revision else name,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
+        **_shown_protocol(_protocol(evaluated[TEACHER])),
         "requests hash": evaluated[TEACHER].manifest["results"]["requests_hash"],
         **{f"version of {package}": version for package, version in versions().items()},
     }

@@ -17,7 +17,8 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.codec import TargetRow
-from xlstm_distill.targets.store import INDEX_FILE, Store, refusal
+from xlstm_distill.targets.shard import refusal
+from xlstm_distill.targets.store import INDEX_FILE, Store
 
 
 class TargetSource(Protocol):

@@ -13,7 +13,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
@@ -144,9 +143,7 @@ def prepare(
         plugin.transformer_cls_names_to_wrap = _layer_classes(objective)
         plugin.ignored_modules = objective.whole_modules()
         if asked_layout().activation_checkpointing:
-            for model in objective.children():
-                if isinstance(model, PreTrainedModel):
-                    checkpoint_activations(model)
+            objective.checkpoint_activations()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, micro_batch, clip)
     device = accelerator.device
@@ -233,14 +230,23 @@ def micro_step(
 def clip_gradients(accelerator: Accelerator, wrapped: nn.Module, clip: float | None) -> Tensor:
     """Clip the gradient and return its norm over all ranks, before clipping, on the device.
 
-    Under DeepSpeed the optimiser has already stepped then, and clipped by itself.
+    A gradient that is not finite stays as it is, so that its parameter can be found. Under
+    DeepSpeed the optimiser has already stepped then, and clipped by itself.
     """
-    limit = float("inf") if clip is None else clip
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit)
-    if isinstance(norm, DTensor):
-        return norm.full_tensor()
-    # DeepSpeed's is a number.
-    return torch.as_tensor(norm, device=accelerator.device)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # It is a number there.
+        limit = float("inf") if clip is None else clip
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit)
+        return torch.as_tensor(norm, device=accelerator.device)
+    gradients = [p.grad for p in wrapped.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if clip is not None and gradients:
+        factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+        factor = torch.where(norm.isfinite(), factor, 1.0)
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(local, factor)
+    return norm
 
 
 def reshard(wrapped: nn.Module) -> None:
@@ -310,8 +316,3 @@ def shard_teacher(teacher: CausalLM, accelerator: Accelerator) -> None:
     outside = {p for p in body.parameters() if id(p) not in inside}
     # The body is the root of the layers: FSDP2 orders their gathers by it.
     fully_shard(body, mesh=within, ignored_params=outside)
-
-
-def checkpoint_activations(student: CausalLM) -> None:
-    """Keep only the decoder layers' inputs for the backward pass, which computes the rest again."""
-    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -5,21 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from xlstm_distill.models.mixer import HybridMixer
 from xlstm_distill.training.objectives import Objective
 from xlstm_kernels.dispatch import AUTO
-
-
-def should_compile(choice: Literal["auto", "on", "off"], device: torch.device) -> bool:
-    """Say whether parts are compiled: `auto` means on CUDA.
-
-    On a CPU, compiling takes minutes and saves little.
-    """
-    return device.type == "cuda" if choice == "auto" else choice == "on"
 
 
 def compile_parts(objective: Objective, backend: str | Callable[..., Any] = "inductor") -> None:

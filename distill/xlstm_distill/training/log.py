@@ -16,7 +16,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from xlstm_distill.artifacts.files import write_text
 from xlstm_distill.errors import UserError
-from xlstm_distill.runtime.device import forget_peak
 
 PROJECT = "xlstm-distill"
 LOG_FILE, HEADER_FILE = "log.jsonl", "training.json"
@@ -64,7 +63,6 @@ def training_log(
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    forget_peak()  # of this process's earlier stages
     write_text(directory / HEADER_FILE, json.dumps(facts, indent=1) + "\n")
     opened = [_open_tracker(name, label, directory.parent, facts) for name in trackers]
     log = TrainingLog(directory / LOG_FILE, opened, start)

@@ -7,6 +7,7 @@ for each batch.
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
@@ -23,6 +25,8 @@ from xlstm_distill.models.loading import load_shards
 from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
 from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.providers import StoredTargets, TargetSource, kept_hidden
+
+ERROR, POWER = "squared_error", "teacher_power"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ class Objective(nn.Module, abc.ABC):
         """Return modules whose weights FSDP2 leaves whole on every rank."""
         return []
 
+    def checkpoint_activations(self) -> None:
+        """Keep only what enters each layer for the backward pass, which computes the rest again."""
+        raise NotImplementedError
+
 
 class AlignObjective(Objective):
     """Stage I: every mixer regresses its teacher layer's heads (paper, Eq. 12).
@@ -88,8 +96,20 @@ class AlignObjective(Objective):
         self.mixers = nn.ModuleList(student.mixers())
         for _, parameter in student.new_parameters():
             parameter.requires_grad_(True)
+        for mixer in student.mixers():
+            if mixer.has_mlstm:
+                # It cancels in the mLSTM's ratio. Its gradient is rounding, which Adam follows at
+                # full speed, and a large constant costs the gates' last bits in bf16.
+                mixer.input_gate.bias.requires_grad_(False)
         # In a list it is no submodule: the teacher is neither wrapped nor saved.
         self.observer = [TeacherObserver(teacher)]
+        self.checkpointing = False
+        # By the gate's name in the student. No buffers: the student itself has no such scale.
+        self.value_scales = {
+            f"{name}.output_gate": _value_scale(mixer)
+            for name, mixer in student.named_modules()
+            if isinstance(mixer, HybridMixer)
+        }
 
     def count(self, batch: Batch) -> int:
         """Count all tokens but padding."""
@@ -103,28 +123,57 @@ class AlignObjective(Objective):
         """
         seen = self.observer[0](batch)
         errors, norms = [], []
-        for module, layer in zip(self.mixers, seen, strict=True):
-            mixer = cast(HybridMixer, module)
-            mixed = mixer.mix(
-                layer.hidden_states, layer.position_embeddings, segment_ids=batch.segment_ids
-            )
-            error, norm = alignment_error(mixed, layer.heads, batch.real)
+        scales = self.value_scales.values()
+        for module, scale, layer in zip(self.mixers, scales, seen, strict=True):
+            compare = functools.partial(_compare, cast(HybridMixer, module), scale, batch)
+            if self.checkpointing:
+                # Nothing in a mixer is random, so there is no state of a generator to restore.
+                error, norm = checkpoint(
+                    compare, layer, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                error, norm = compare(layer)
             errors.append(error)
             norms.append(norm)
         total = torch.stack(errors).sum()
-        parts = {"squared_error": total.detach(), "teacher_power": torch.stack(norms).sum()}
+        # By layer: a layer with small values is a small part of the sum, however wrong it is.
+        parts = {f"{ERROR}/{n}": error.detach() for n, error in enumerate(errors)}
+        parts |= {f"{POWER}/{n}": norm for n, norm in enumerate(norms)}
         return Sums(total, parts)
 
-    def figures(self, means: dict[str, float]) -> dict[str, float]:
-        """Add the relative error: squared error over the teacher's power, both over all layers.
+    def folded(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a student's weights with the scale of values in its output gates' weights.
 
-        A squared error alone says nothing: its scale is that of the teacher's values.
+        While they train, the gates read values of RMS 1. Adam moves every weight at the same
+        speed, so weights for values a tenth as large would take ten times as long to be learnt.
         """
-        # 0 means that all heads give zeros; a share of nothing is left out.
-        if not means.get("teacher_power"):
+        for name, scale in self.value_scales.items():
+            if (weight := weights.get(f"{name}.weight")) is not None:
+                weight[:, 2] *= scale.to(weight)
+        return weights
+
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """Add the relative error: squared error over the teacher's power.
+
+        Over all layers; and of the layers' own, their mean and the largest. A squared error alone
+        says nothing: its scale is that of the teacher's values.
+        """
+        layers = range(len(self.mixers))
+        if not means:  # of no rows
             return means
-        relative = means["squared_error"] / means["teacher_power"]
-        return {**means, "relative_error": relative}
+        errors = [means[f"{ERROR}/{n}"] for n in layers]
+        powers = [means[f"{POWER}/{n}"] for n in layers]
+        figures = {name: value for name, value in means.items() if "/" not in name}
+        figures |= {ERROR: sum(errors), POWER: sum(powers)}
+        # 0 means that all heads give zeros; a share of nothing is left out.
+        ratios = [error / power for error, power in zip(errors, powers, strict=True) if power]
+        if not ratios:
+            return figures
+        return figures | {
+            "relative_error": figures[ERROR] / figures[POWER],
+            "relative_error_of_layers": sum(ratios) / len(ratios),
+            "relative_error_of_worst_layer": max(ratios),
+        }
 
     def whole_modules(self) -> list[nn.Module]:
         """Return the projections: the teacher holds the same tensors, whole on every rank."""
@@ -135,9 +184,32 @@ class AlignObjective(Objective):
             if name not in NEW_MODULES
         ]
 
+    def checkpoint_activations(self) -> None:
+        """Keep each layer's input and the teacher's heads alone."""
+        self.checkpointing = True
+
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the mixers; the teacher's layers have hooks inside, which would break graphs."""
         return [(mixer, "mix") for mixer in self.mixers]
+
+
+def _value_scale(mixer: HybridMixer) -> Tensor:
+    """Return one over the RMS of a layer's values, for inputs of RMS 1."""
+    weight = mixer.v_proj.weight.detach().float()
+    return (weight.square().mean() * weight.shape[1]).clamp_min(torch.finfo().tiny).rsqrt()
+
+
+def _compare(
+    mixer: HybridMixer, value_scale: Tensor, batch: Batch, layer: LayerView
+) -> tuple[Tensor, Tensor]:
+    """Run a mixer on what its teacher's layer saw; returns the squared error and the power."""
+    mixed = mixer.mix(
+        layer.hidden_states,
+        layer.position_embeddings,
+        segment_ids=batch.segment_ids,
+        value_scale=value_scale,
+    )
+    return alignment_error(mixed, layer.heads, batch.real)
 
 
 @dataclass
@@ -244,6 +316,10 @@ class DistillObjective(Objective):
         """Return the student's embedding."""
         return self.student.model.embed_tokens
 
+    def checkpoint_activations(self) -> None:
+        """Keep the inputs of the student's decoder layers alone."""
+        checkpoint_activations(self.student)
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the student's head."""
         return self.student.lm_head
@@ -251,3 +327,8 @@ class DistillObjective(Objective):
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the student's decoder layers."""
         return [(layer, "forward") for layer in self.student.model.layers]
+
+
+def checkpoint_activations(student: CausalLM) -> None:
+    """Keep only the decoder layers' inputs for the backward pass, which computes the rest again."""
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

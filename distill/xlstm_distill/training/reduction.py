@@ -45,8 +45,9 @@ class Reduction:
         # A sharded parameter's numel is that of the whole one.
         self.whole_bytes = FP32 * sum(p.numel() for p in trained)
         self.waits = choice == "last"
+        self.sharded = isinstance(wrapped, FSDPModule)
         measurable = measure is not None or accelerator.device.type == "cuda"
-        self.undecided = choice == "auto" and isinstance(wrapped, FSDPModule) and measurable
+        self.undecided = choice == "auto" and self.sharded and measurable
         self.counts = False
 
     def begin(self) -> None:
@@ -72,6 +73,10 @@ class Reduction:
         """Take over what a checkpoint's training had chosen; None if it had not yet."""
         if self.undecided and waits is not None:
             self.waits, self.undecided = waits, False
+
+    def differs(self, waited: bool | None) -> bool:
+        """Whether a checkpoint's training reduced at other times, so that sums round otherwise."""
+        return self.sharded and waited is not None and waited != self.chosen()
 
     def chosen(self) -> bool | None:
         """Return what a checkpoint keeps."""

@@ -22,13 +22,13 @@ from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime import signals
 from xlstm_distill.runtime.arithmetic import arithmetic, differences
 from xlstm_distill.runtime.console import Console, QuietConsole
-from xlstm_distill.runtime.device import peak_bytes, published_peak
+from xlstm_distill.runtime.device import forget_peak, peak_bytes, published_peak
 from xlstm_distill.runtime.exchange import Agreed, exchange
 from xlstm_distill.runtime.prefetch import Prefetcher
 from xlstm_distill.runtime.ranks import gathered
-from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare
+from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare, running_layout
 from xlstm_distill.training.checkpoints import Checkpoint, Checkpoints
-from xlstm_distill.training.compilation import compile_parts, kernels_of, should_compile
+from xlstm_distill.training.compilation import compile_parts, kernels_of
 from xlstm_distill.training.feed import Feed, StepBatches
 from xlstm_distill.training.log import TrainingLog, training_log
 from xlstm_distill.training.non_finite import blame, first_bad_gradient, first_bad_module, row_names
@@ -83,7 +83,8 @@ class Trainer:
             micro_batch=plan.micro_batch,
             clip=plan.optim.clip,
         )
-        self.compiled = should_compile(plan.settings.compile, accelerator.device)
+        # `auto` is off, because no compiled step was compared with a plain one on a GPU.
+        self.compiled = plan.settings.compile == "on"
         if self.compiled:
             compile_parts(objective)
         self.reduction = Reduction(plan.settings.reduce, self.wrapped, accelerator, self.optimizer)
@@ -108,6 +109,8 @@ class Trainer:
         computed = {
             "kernels": kernels_of(objective),
             "layers": "compiled" if self.compiled else "plain",
+            "layout": str(running_layout(accelerator)),
+            "micro_batch": plan.micro_batch or plan.batch // accelerator.num_processes,
         }
         self.arithmetic = gathered(arithmetic(accelerator.device) | computed)
         self.inexact: list[str] = []
@@ -121,6 +124,8 @@ class Trainer:
         before = before or self.validate()
         # A loaded model is in eval mode, in which transformers checkpoints no activations.
         self.wrapped.train()
+        # Of this process's earlier stages: every rank measures whether gradients fit (`Reduction`).
+        forget_peak()
         tokens = self.plan.steps * self.tokens_per_step
         with (
             self._deferred_signals(),
@@ -214,9 +219,11 @@ class Trainer:
     def _changed_since(self, found: Checkpoint, exact: bool) -> str:
         """Say why going on from a checkpoint is not exact to the last bit; empty if it is."""
         changes = differences(found.facts.get("arithmetic", []), self.arithmetic)
-        if not exact:
+        if not exact and not any(change.startswith("layout ") for change in changes):
             # Ranks are not the same ones then, so only their number is sure to have changed.
             changes.insert(0, f"processes {found.processes} -> {self.accelerator.num_processes}")
+        if self.reduction.differs(found.facts.get("waits")):
+            changes.append("when gradients are reduced (training.reduce)")
         return ", ".join(changes)
 
     def _save(self, step: int, before: dict[str, float]) -> None:

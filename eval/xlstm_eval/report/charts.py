@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlstm_eval.metrics import required_tolerance
 from xlstm_eval.records import Comparison
+from xlstm_eval.report.sentence import SIGNIFICANT
 from xlstm_eval.score import percent
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ MAX_POINTS = 400
 
 
 def win_and_tie_figure(comparisons: Sequence[Comparison], merged: str) -> str:
-    """Draw C_alpha over alpha as an exact step function, the headline model's line thick."""
+    """Draw C_alpha over alpha as an exact step function, the headline model's line thick.
+
+    The band is the headline's 95 % interval, where its tasks have items.
+    """
     figure, axes = _figure(5.7, 3.9)
     limit = _tolerance_limit(comparisons)
     # C = 0.5 defines the critical tolerance (paper, section on the metric).
@@ -49,6 +53,8 @@ def win_and_tie_figure(comparisons: Sequence[Comparison], merged: str) -> str:
     axes.text(limit, 0.485, "C = 0.5", color=MUTED, fontsize=9, ha="right", va="top")
     for index, result in enumerate(comparisons):
         is_headline = result.name == merged
+        if is_headline:
+            _win_and_tie_band(axes, index, result, limit)
         _win_and_tie_line(axes, index, result, limit, is_headline)
     axes.set(xlim=(0, limit), ylim=(0, 1.02), xlabel="tolerance α", ylabel="Win-and-Tie rate C(α)")
     _legend(figure, axes)
@@ -67,14 +73,27 @@ def _tolerance_limit(comparisons: Sequence[Comparison]) -> float:
     return min(1.0, round(limit + 0.05, 1))
 
 
+def _win_and_tie_band(axes: Axes, index: int, result: Comparison, limit: float) -> None:
+    """Shade between the ends of the intervals of C_alpha, which are step functions too."""
+    bands = result.statistics.sorted_losses if result.statistics else None
+    if bands is None:
+        return
+    ends = sorted({0.0, limit, *(end for band in bands for end in band if 0 < end < limit)})
+    surely = [sum(high <= at for _, high in bands) / len(bands) for at in ends]
+    perhaps = [sum(low <= at for low, _ in bands) / len(bands) for at in ends]
+    color = SERIES[index % len(SERIES)]
+    axes.fill_between(ends, surely, perhaps, step="post", color=color, alpha=0.16, lw=0, zorder=1)
+
+
 def _win_and_tie_line(
     axes: Axes, index: int, result: Comparison, limit: float, is_headline: bool
 ) -> None:
     """Draw one model's steps; the headline model also gets a dot at its critical tolerance."""
-    steps = sorted(float(required_tolerance(pair)) for pair in result.tasks)
+    steps = sorted(float(required_tolerance(pair)) for pair in result.counted())
 
     def rate(tolerance: float) -> float:
-        return sum(step <= tolerance for step in steps) / len(steps)
+        # Without a task that counts nothing wins.
+        return sum(step <= tolerance for step in steps) / max(1, len(steps))
 
     color = SERIES[index % len(SERIES)]
     # The rate jumps at each task's required tolerance and holds until the next ("steps-post").
@@ -97,6 +116,40 @@ def _win_and_tie_line(
         height = rate(critical)
         style: dict[str, Any] = {"ms": 8, "color": color, "mec": PAPER, "mew": 1.6, "zorder": 6}
         axes.plot([critical], [height], "o", clip_on=False, **style)
+
+
+def difference_figure(result: Comparison, short: Mapping[str, str]) -> str:
+    """Draw each task's difference to the teacher with its interval, the largest loss first.
+
+    In points; where scores are no shares, in percent of the teacher's. Filled dots are differences
+    that noise does not explain (Holm's correction).
+    """
+    assert result.statistics is not None
+    rows = []
+    for pair in result.counted():
+        found = result.statistics.tasks.get(pair.task)
+        if found is None or found.difference_interval is None:
+            continue
+        is_share = pair.higher_is_better and max(pair.teacher, pair.student) <= 1
+        scale = 100 / (1.0 if is_share else pair.teacher or 1.0)
+        low, high = found.difference_interval
+        values = (scale * found.difference, scale * low, scale * high)
+        label = short[pair.task] if is_share else f"{short[pair.task]} (% of the teacher's)"
+        rows.append((*values, label, found.p_value_holm <= SIGNIFICANT))
+    rows.sort(key=lambda row: (row[0], row[3]))
+    figure, axes = _figure(8.6, 1.0 + 0.3 * len(rows))
+    axes.axvline(0, color=INK, lw=1.1, zorder=2)
+    for place, (middle, low, high, _, is_shown) in enumerate(rows):
+        color = MUTED if not is_shown else SERIES[1] if middle < 0 else SERIES[0]
+        axes.plot([low, high], [place, place], color=color, lw=1.8, zorder=3)
+        face = color if is_shown else PAPER
+        axes.plot([middle], [place], "o", ms=6.5, color=color, mfc=face, mew=1.6, zorder=4)
+    axes.set_yticks(range(len(rows)), [row[3] for row in rows])
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="student minus teacher, points (95 % interval)")
+    axes.grid(visible=False, axis="y")
+    shown = sum(row[4] for row in rows)
+    alt = f"Differences of {len(rows)} tasks with intervals; {shown} beyond noise."
+    return _svg(figure, "differences", alt)
 
 
 def recovery_figure(comparisons: Sequence[Comparison], merged: str) -> str:

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from xlstm_eval.metrics import ALPHAS, compare, pair_results
+from xlstm_eval.metrics import ALPHAS, MARGIN, compare, pair_results
 from xlstm_eval.problems import FieldError
 from xlstm_eval.records import Comparison, EvalError, Frozen, Name, TaskResult
 from xlstm_eval.report.names import duration, short_names
-from xlstm_eval.score import percent, with_stderr
+from xlstm_eval.report.sentence import sentence
+from xlstm_eval.score import decision_lines, ends, percent, statistics_values, with_stderr
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 HEADLINE_ALPHA = 0.05
@@ -52,7 +53,8 @@ class ReportData(Frozen):
 
     ``gates`` maps a model's name to its mean output gates, layers x heads. ``losses`` maps a stage
     ("align", "distill/math") to its named curves, ``timings`` to its seconds. ``provenance`` holds
-    seed, versions, machine and hashes; ``recipe`` is the recipe's text.
+    seed, versions, machine and hashes; ``recipe`` is the recipe's text. ``margin`` is that of the
+    decision over all tasks (`xlstm_eval.statistics.pooled`).
     """
 
     title: Name
@@ -65,6 +67,7 @@ class ReportData(Frozen):
     provenance: dict[str, str] = Field(default_factory=dict)
     recipe: str = ""
     alphas: tuple[float, ...] = ALPHAS
+    margin: float = MARGIN
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -91,13 +94,19 @@ class ReportData(Frozen):
         return self.models[0]
 
     def comparisons(self) -> list[Comparison]:
-        """Compare every model with the teacher, at ``alphas`` and at the headline's tolerances."""
+        """Compare every model with the teacher, at ``alphas`` and at the headline's tolerances.
+
+        Each comparison has its statistics.
+        """
+        from xlstm_eval.statistics.measure import measure  # scipy takes a second to load
+
         # The tables of models need these two, whatever the recipe lists.
         alphas = sorted({*self.alphas, 0.0, HEADLINE_ALPHA})
         comparisons = []
         for model in self.models:
             pairs = pair_results(self.teacher_results, model.results)
-            comparisons.append(compare(model.name, pairs, alphas))
+            compared = compare(model.name, pairs, alphas)
+            comparisons.append(measure(compared, alphas, self.margin))
         return comparisons
 
 
@@ -173,6 +182,9 @@ def _model_values(model: ReportModel, result: Comparison) -> dict[str, Any]:
         "worst_drop": result.worst_drop,
         "worst_task": result.worst_task,
         "lossless": result.lossless,
+        "sentence": sentence(result),
+        "apart": result.apart,
+        **statistics_values(result),
     }
 
 
@@ -203,6 +215,8 @@ def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
         "stages": stages,
         "longest": longest,
         "items": sum(result.samples for result in data.teacher_results),
+        "sentence": sentence(by_name[headline]),
+        "decision_lines": decision_lines(by_name[headline]),
     }
 
 
@@ -273,7 +287,11 @@ def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
         }
         if series:
             losses[stage] = Markup(charts.loss_figure(stage, series, f"loss{index}"))
+    shown = next(result for result in comparisons if result.name == headline)
+    short = short_names({result.task: result.domain for result in data.teacher_results})
+    has_items = shown.statistics is not None and bool(shown.statistics.tasks)
     return {
+        "differences": Markup(charts.difference_figure(shown, short)) if has_items else None,
         "win_and_tie": Markup(charts.win_and_tie_figure(comparisons, headline)),
         "recovery": Markup(charts.recovery_figure(comparisons, headline)),
         "gates": gates,
@@ -298,6 +316,7 @@ def _environment() -> Any:
         "duration": duration,
         "score": _score,
         "cell": _markdown_cell,
+        "ends": ends,
     }
     environment.globals["with_stderr"] = with_stderr
     return environment

@@ -11,7 +11,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from xlstm_eval.problems import FieldError
-from xlstm_eval.records import Frozen, Name
+from xlstm_eval.records import Chance, Frozen, Name
 
 # Strict, since Python would take true for the number 1.
 Shots = Annotated[int, Field(strict=True, ge=0)]
@@ -25,6 +25,7 @@ class SuiteTask(Frozen):
     the task's own. ``multiturn`` gives the examples as turns of a chat. ``metric`` and ``filter``
     pick the score to report (results.pick_metric says what happens without them). ``generation``
     overrides single generation settings, for example ``{"temperature": 0.6, "do_sample": True}``.
+    ``chance`` is the score of guessing; None takes it from the choices of a multiple-choice task.
     """
 
     name: Name
@@ -35,6 +36,7 @@ class SuiteTask(Frozen):
     multiturn: bool = False
     metric: Name | None = None
     filter: Name | None = None
+    chance: Chance | None = None
 
 
 class Suite(Frozen):

@@ -125,10 +125,11 @@ def write_weights(
         pairs.masked_fill_(hidden, LOG_ZERO)
         read.masked_fill_(cut_off, LOG_ZERO)
     m_in, m_end = _chunk_stabilisers(pairs[..., -1, :], read[..., -1], m)
-    read += m_in.unsqueeze(-1)
-    m_t = torch.maximum(pairs.amax(dim=-1), read)
+    m_in = m_in.unsqueeze(-1)
+    m_t = torch.maximum(pairs.amax(dim=-1), read + m_in)
     pairs -= m_t.unsqueeze(-1)
-    read -= m_t
+    # Relative to m_in: a sum with it would be rounded to m's size, at every chunk the same way.
+    read -= m_t - m_in
     _exponentials_in_place(held)
     return m_end
 

@@ -35,12 +35,18 @@ REPORT = {
             "scores": {"add": 0.9, "sort": 0.7},
             "win_and_tie": {"0.0": 0.5, "0.05": 0.5},
             "critical_tolerance": 0.0,
+            "worst_drop": 0.125,
+            "decision": "inferior",
+            "sentence": "Keeps 94 % of its teacher; loses 10 points on sort.",
         },
         {
             "name": "math",
             "scores": {"add": 0.6, "sort": 0.4},
             "win_and_tie": {"0.0": 0.0, "0.05": 0.0},
             "critical_tolerance": 0.3333,
+            "worst_drop": 0.5,
+            "decision": "inferior",
+            "sentence": "Keeps 59 % of its teacher.",
         },
     ],
 }

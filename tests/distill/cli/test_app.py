@@ -23,6 +23,7 @@ COMMANDS = (
     "merge",
     "evaluate",
     "report",
+    "slurm",
     "validate",
     "plan",
     "status",
@@ -31,6 +32,7 @@ COMMANDS = (
     "score",
     "schema",
     "recipes",
+    "patch",
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xlstm_distill.cli.launch import LauncherResult, own_arguments, parse_launcher, start
+from xlstm_distill.cli.processes.launch import LauncherResult, own_arguments, parse_launcher, start
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.launcher import Layout, asked_layout
 from xlstm_distill.runtime.signals import EXIT_CODE

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from xlstm_distill.cli import preflight
+from xlstm_distill.cli.processes import preflight
 from xlstm_distill.recipe import load_recipe
 from xlstm_distill.stages.lineage import Lineage
 

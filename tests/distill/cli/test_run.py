@@ -39,6 +39,10 @@ def test_run_goes_through_all_stages_and_shows_the_scores(
     assert ["mean", "0.850", "0.800", "0.500"] in words
     assert ["C", "at", "α", "=", "0.05", "0.50", "0.00"] in words
     assert ["α*", "0.000", "0.333"] in words
+    # The paper's metric is never shown alone.
+    assert ["worst", "drop", "0.125", "0.500"] in words
+    assert ["decision", "inferior", "inferior"] in words
+    assert any("Keeps 94 % of its teacher" in line for line in lines)
     assert lines[-1] == f"Report: {Path('runs/small/report/report.html')}"
     assert (tmp_path / "runs" / "small" / "artifacts").is_dir()
     assert "\x1b" not in result.stdout

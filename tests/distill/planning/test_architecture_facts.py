@@ -18,7 +18,7 @@ from xlstm_distill.planning.architecture import (
     lora_parameters,
     read_architecture,
 )
-from xlstm_distill.planning.memory import MemoryInputs
+from xlstm_distill.planning.inputs import MemoryInputs
 from xlstm_distill.recipe import MixerConfig, Recipe, load_recipe
 from xlstm_distill.stages.workbench import architecture_of
 

@@ -18,8 +18,9 @@ from xlstm_distill.planning.communication import (
     align_traffic,
     distill_traffic,
 )
+from xlstm_distill.planning.inputs import MemoryInputs
 from xlstm_distill.planning.machine import make_machine
-from xlstm_distill.planning.memory import MemoryInputs, distill_memory
+from xlstm_distill.planning.memory import distill_memory
 from xlstm_distill.planning.plan import plan_recipe
 from xlstm_distill.recipe import MixerConfig, load_recipe
 

@@ -10,8 +10,9 @@ import pytest
 
 from xlstm_distill.planning.architecture import Architecture
 from xlstm_distill.planning.fit import StageMemory, command_line, what_fits
+from xlstm_distill.planning.inputs import MemoryInputs
 from xlstm_distill.planning.machine import find_gpu
-from xlstm_distill.planning.memory import MemoryInputs, align_memory, distill_memory
+from xlstm_distill.planning.memory import align_memory, distill_memory
 from xlstm_distill.recipe import MixerConfig
 
 
@@ -79,11 +80,21 @@ def test_fewer_trained_parameters_and_more_gpus_come_last(
 def test_shorter_rows_are_for_a_stage_that_nothing_else_makes_fit(
     stage: Callable[..., StageMemory],
 ) -> None:
-    aligned = replace(stage(rows=1), stage="align", memory=align_memory)
+    crowded = stage(rows=1, checkpointing=True)
+    aligned = replace(crowded, stage="align", memory=align_memory)
     halved = align_memory(replace(aligned.inputs, tokens=2048)).total
     fit = what_fits(aligned, find_gpu(None, halved / 1e9))
     assert fit.problem is not None
     assert [dict(way.settings) for way in fit.problem.ways] == [{"data.context": 2048}]
+
+
+def test_stage_one_fits_with_activation_checkpointing(stage: Callable[..., StageMemory]) -> None:
+    aligned = replace(stage(), stage="align", memory=align_memory)
+    less = align_memory(replace(aligned.inputs, checkpointing=True)).total
+    assert less < 0.5 * align_memory(aligned.inputs).total
+    fit = what_fits(aligned, find_gpu(None, less / 1e9))
+    assert fit.problem is not None
+    assert fit.problem.ways[0].settings == {"align.activation_checkpointing": True}
 
 
 def test_nothing_helps_where_the_weights_alone_are_too_large(

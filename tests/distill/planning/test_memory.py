@@ -20,10 +20,9 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.planning.architecture import Architecture
+from xlstm_distill.planning.inputs import SHARDINGS, MemoryInputs
 from xlstm_distill.planning.memory import (
     CHUNK_BYTES,
-    SHARDINGS,
-    MemoryInputs,
     align_memory,
     distill_memory,
     student_cache,
@@ -31,7 +30,6 @@ from xlstm_distill.planning.memory import (
 )
 from xlstm_distill.recipe import Align, MixerConfig
 from xlstm_distill.stages.workbench import architecture_of
-from xlstm_distill.training.accelerator import checkpoint_activations
 from xlstm_distill.training.objectives import AlignObjective, DistillObjective
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
@@ -65,6 +63,7 @@ PEAKS = {
         "tokens": 512,
         "num_hidden_layers": 4,
     },
+    "align-checkpointed": {"align": True, "checkpointing": True, "num_hidden_layers": 6},
     "align-accumulated": {"align": True, "micro_batches": 2},
 }
 
@@ -77,8 +76,6 @@ def test_peak_memory_of_a_training_step(tiny_teacher: Make, small_batch: Any, ca
     align, checkpointing = settings.pop("align", False), settings.pop("checkpointing", False)
     teacher, mixer = tiny_teacher(**settings), MixerConfig(window=32)
     student = convert(teacher, mixer, share_weights=align).train()
-    if checkpointing:
-        checkpoint_activations(student)
     batch = small_batch(rows, tokens)
     targets = SparseTargets.from_logits(torch.randn(rows * tokens, teacher.config.vocab_size), 8)
     task = (
@@ -86,6 +83,8 @@ def test_peak_memory_of_a_training_step(tiny_teacher: Make, small_batch: Any, ca
         if align
         else DistillObjective(student, lambda _: targets, LossWeights(0.9, 0.1))
     )
+    if checkpointing:
+        task.checkpoint_activations()
     optimizer = make_optimizer(task.named_parameters(), Align(tokens=1))
 
     def step() -> None:

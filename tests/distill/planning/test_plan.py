@@ -138,10 +138,13 @@ def test_an_evaluation_is_sized_by_its_tasks_not_by_the_rows_of_the_training() -
     assert generous.memory.cache > 2 * teacher.memory.cache
 
 
-def test_a_merge_holds_one_student_however_many_experts_there_are() -> None:
-    plan = planned(ROOT / "recipes" / "llama3.1-8b-instruct.yaml", gpus=64)
-    (merge,) = (stage for stage in plan.stages if stage.stage == "merge")
-    assert merge.disk < merge.host_memory < 1.5 * merge.disk
+def test_a_merge_holds_blocks_however_large_the_student_is() -> None:
+    recipe = ROOT / "recipes" / "llama3.1-8b-instruct.yaml"
+    variant = "merge.variants={half: {method: ties, density: 0.5}}"
+    plan = planned(recipe, gpus=64, settings=[variant])
+    merge, again = (stage for stage in plan.stages if stage.stage in ("merge", "variant"))
+    assert merge.host_memory < 2e9 < merge.disk
+    assert (again.label, again.disk) == ("variant/half", merge.disk)
 
 
 CROWDED = {

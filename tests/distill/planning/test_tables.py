@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from xlstm_distill.cli.app import app
+from xlstm_distill.planning.inputs import SHARDINGS
 from xlstm_distill.planning.machine import GPUS
-from xlstm_distill.planning.memory import SHARDINGS
 
 ROOT = Path(__file__).parents[3]
 

@@ -32,6 +32,18 @@ def test_outside_of_a_training_a_signal_ends_the_command_at_once(number):
     assert not caught.value.agreed
 
 
+def test_a_second_signal_does_not_disturb_what_the_first_one_ends():
+    cleaned = []
+    with pytest.raises(signals.Stopped):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            # Slurm signals every process of a job, and the batch script does too.
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+    assert cleaned
+
+
 def test_outside_of_a_training_ctrl_c_ends_the_command_at_once():
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)

@@ -50,9 +50,9 @@ def test_labels_follow_the_recipe(root, recipe):
     assert not [label for label in Lineage(online).labels() if stage_of(label) == "capture"]
 
 
-def test_inputs_are_what_an_artifact_needs(recipe):
+def test_inputs_are_what_an_artifact_needs(root):
     """A request names an identity for all that `needs` lists, and nothing else of the run."""
-    lineage = Lineage(recipe)
+    lineage = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", MERGES))
     for label in lineage.labels():
         if stage_of(label) == "data":
             continue
@@ -61,8 +61,31 @@ def test_inputs_are_what_an_artifact_needs(recipe):
         assert renamed == set(lineage.needs(label)), label
 
 
-def test_settings_are_the_parts_of_the_request(recipe):
+MERGES = [
+    "merge.variants={added: {method: task_arithmetic, scale: 1.5},"
+    " drawn: {method: dare, density: 0.5}, half: {weights: {math: 1, code: 0, stem: 0, chat: 0}}}"
+]
+
+
+def test_a_merge_depends_on_what_its_method_takes(root):
+    recipe = load_recipe(root / "recipes" / "quickstart.yaml", MERGES)
     lineage = Lineage(recipe)
+    weights = dict.fromkeys(recipe.distill.experts, 0.25)
+    assert lineage.settings("merge") == {"method": "linear", "weights": weights}
+    added = {"method": "task_arithmetic", "weights": weights, "scale": 1.5}
+    assert lineage.settings("variant/added") == added
+    drawn = {"method": "dare", "weights": weights, "scale": 1.0, "density": 0.5, "seed": 0}
+    assert lineage.settings("variant/drawn") == drawn
+    # Differences are taken from the aligned student; a weighted sum does not need it.
+    assert "align" in lineage.needs("variant/added")
+    assert "align" not in lineage.needs("variant/half")
+    assert lineage.evaluated_models()[-3:] == ["added", "drawn", "half"]
+    assert lineage.needs("evaluate/half")[0] == "variant/half"
+
+
+@pytest.mark.parametrize("sets", [[], MERGES])
+def test_settings_are_the_parts_of_the_request(root, sets):
+    lineage = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", sets))
     for label in lineage.labels():
         parts, settings = lineage.request(label).parts, lineage.settings(label)
         if stage_of(label) in ("data", "capture"):  # these add formats, and hashes of files
@@ -105,7 +128,7 @@ def test_what_changed_is_named_by_its_recipe_key(root, recipe):
         old = Lineage(recipe)
         new = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", overrides))
         found = {}
-        for label in new.labels():
+        for label in old.labels():
             before, after = old.request(label), new.request(label)
             manifest = {
                 "fingerprint": before.fingerprint,
@@ -129,6 +152,8 @@ def test_what_changed_is_named_by_its_recipe_key(root, recipe):
     weights = changes("merge.weights={math: 0.4, code: 0.2, stem: 0.2, chat: 0.2}")
     assert weights["merge"][0] == "merge.weights.math 0.25 -> 0.4"
     assert set(weights) == {"merge", "evaluate/merged", "report"}
+    variant = changes("merge.variants={ties: {method: ties, density: 0.2}}")
+    assert set(variant) == {"report"}
     longer = changes("distill.experts.math.phases[0].tokens=400_000")
     assert longer["distill/math"] == [
         "distill.experts.math.phases[0].tokens 200000 -> 400000",

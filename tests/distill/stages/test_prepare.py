@@ -14,9 +14,11 @@ from xlstm_distill.data import preparation
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import prepare as stage
+from xlstm_distill.stages.choices import deal
 from xlstm_distill.stages.lineage import Lineage
-from xlstm_distill.stages.prepare import deal, prepare, prepare_rows
-from xlstm_distill.stages.status import read_status, status_table
+from xlstm_distill.stages.prepare import prepare, prepare_rows
+from xlstm_distill.stages.status.reading import read_status
+from xlstm_distill.stages.status.table import status_table
 
 TEACHER = Path(__file__).parents[3] / "recipes" / "quickstart" / "teacher"
 DOMAINS = ("math", "code", "chat")

@@ -19,7 +19,7 @@ from xlstm_distill.cli.app import app
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import load_recipe
 from xlstm_distill.stages.lineage import Lineage
-from xlstm_distill.stages.status import read_status
+from xlstm_distill.stages.status.reading import read_status
 
 
 @pytest.fixture
@@ -287,7 +287,8 @@ def test_a_recipe_that_cannot_be_read_leaves_the_rest(finished):
 def test_status_loads_no_torch(finished):
     code = (
         "import sys; from pathlib import Path\n"
-        "from xlstm_distill.stages.status import read_status, to_json\n"
+        "from xlstm_distill.stages.status.reading import read_status\n"
+        "from xlstm_distill.stages.status.table import to_json\n"
         f"to_json(read_status(Path({str(finished)!r})))\n"
         "sys.exit(', '.join({'torch', 'transformers', 'pyarrow'} & set(sys.modules)) or 0)\n"
     )

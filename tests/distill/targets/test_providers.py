@@ -22,7 +22,9 @@ from xlstm_distill.targets.providers import (
     kept_logits,
     text_checksums,
 )
-from xlstm_distill.targets.store import Identity, Store, write_index, write_shard
+from xlstm_distill.targets.shard import Identity
+from xlstm_distill.targets.store import Store, write_index
+from xlstm_distill.targets.writer import write_shard
 from xlstm_kernels.testing import error_ratio
 
 

@@ -16,19 +16,9 @@ from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.targets.codec import arrange, decode, encode, kl_error
 from xlstm_distill.targets.coding import coding
 from xlstm_distill.targets.providers import to_targets
-from xlstm_distill.targets.store import (
-    HEADER_BYTES,
-    INDEX_FILE,
-    MAGIC,
-    MEASURED_ROWS,
-    PREFIX,
-    Identity,
-    Store,
-    read_header,
-    shard_checks,
-    write_index,
-    write_shard,
-)
+from xlstm_distill.targets.shard import HEADER_BYTES, MAGIC, PREFIX, Identity, read_header
+from xlstm_distill.targets.store import INDEX_FILE, Store, shard_checks, write_index
+from xlstm_distill.targets.writer import MEASURED_ROWS, write_shard
 
 VOCABULARY = 300
 IDENTITY = Identity("math", "rows", "words", "teacher", "main", "bfloat16", 64, 0.95, 4)

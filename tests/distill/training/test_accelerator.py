@@ -57,6 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "distill": {},
     "spared": {"shard_teacher": True, "checkpoint": True, "by_shards": "seed-spared"},
     "align": {"stage": "align"},
+    "spared-align": {"stage": "align", "checkpoint": True},
     "tied-mixer": {"tied": True, "trainable": "mixer", "by_shards": "seed-tied"},
     **({"lora": {"trainable": "lora", "by_shards": "seed-lora"}} if has_peft else {}),
 }
@@ -109,8 +110,9 @@ def test_two_processes_train_as_one_does(kind, name, trained):
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize("kind", ["alone", *KINDS])
-def test_a_sharded_teacher_and_recomputed_activations_change_no_bit(kind, trained):
-    plain, spared = trained(kind)["distill"], trained(kind)["spared"]
+@pytest.mark.parametrize(("whole", "less"), [("distill", "spared"), ("align", "spared-align")])
+def test_a_sharded_teacher_and_recomputed_activations_change_no_bit(kind, whole, less, trained):
+    plain, spared = trained(kind)[whole], trained(kind)[less]
     assert spared["figures"] == plain["figures"]
     assert all(
         torch.equal(spared["weights"][name], weight) for name, weight in plain["weights"].items()

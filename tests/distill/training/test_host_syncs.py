@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,9 +20,10 @@ from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.lora import add_lora
 from xlstm_distill.recipe import Training
 from xlstm_distill.targets.providers import OnlineTargets, StoredTargets, text_checksums
-from xlstm_distill.targets.store import Identity, Store, write_index, write_shard
-from xlstm_distill.training.accelerator import checkpoint_activations
-from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.targets.shard import Identity
+from xlstm_distill.targets.store import Store, write_index
+from xlstm_distill.targets.writer import write_shard
+from xlstm_distill.training.objectives import DistillObjective, checkpoint_activations
 from xlstm_distill.training.plan import TrainingPlan
 from xlstm_distill.training.trainer import Trainer
 
@@ -77,6 +79,10 @@ class _Operators(TorchDispatchMode):
         sized_by_tensor = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
         if name in WAITING or by_mask or sized_by_tensor:
             self.waits.note(name)
+        if (operator := OPDEFS.get(f"{func.namespace}::{name}")) is not None:
+            # Modes are off inside of a registered operator: its body runs under new ones.
+            with _Operators(self.waits), _Methods(self.waits):
+                return operator._init_fn(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -113,6 +119,22 @@ def test_the_counter_sees_each_way_to_wait():
     with Waits() as waits:
         torch.where(x > 1, x, 0).index_select(0, torch.tensor([1])).cumsum(0).new_zeros(3)
     assert not waits.places
+
+
+def test_the_counter_sees_into_registered_operators():
+    @torch.library.custom_op("xlstm_tests::waits", mutates_args=())
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        return x * float(x.sum())
+
+    @torch.library.custom_op("xlstm_tests::waits_backward", mutates_args=())
+    def waits_backward(x: torch.Tensor) -> torch.Tensor:
+        return x[x > 1].sum() * x
+
+    waits.register_autograd(lambda ctx, grad: waits_backward(grad))
+    x = torch.ones(4, requires_grad=True)
+    with Waits() as seen:
+        waits(x).sum().backward()
+    assert len(seen.places) == 2, seen.places
 
 
 class Counted(Trainer):

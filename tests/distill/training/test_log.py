@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import Training
-from xlstm_distill.runtime.device import forget_peak, peak_bytes
 from xlstm_distill.training.log import TrainingLog, check_trackers, training_log
 
 
@@ -61,16 +58,6 @@ def test_a_tracker_that_is_not_installed_is_refused():
     expected = r"training.trackers\[0\]: 'wandb' is not installed; pip install"
     with pytest.raises(UserError, match=expected):
         check_trackers(("wandb",), find=lambda name: None)
-
-
-def test_a_training_reports_its_own_peak_of_memory(tmp_path):
-    forget_peak()  # of other tests
-    before = peak_bytes(torch.device("cpu"))
-    ballast = bytearray(os.urandom(2**20)) * 256
-    assert peak_bytes(torch.device("cpu")) > before + 200 * 2**20
-    del ballast
-    with training_log(tmp_path, "align", {}, 0, ()):
-        assert peak_bytes(torch.device("cpu")) < before + 100 * 2**20
 
 
 def test_a_restart_drops_the_lines_of_steps_that_are_done_again(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import IGNORE_INDEX, load_batch
 from xlstm_distill.targets.providers import kept_logits
-from xlstm_distill.training.objectives import TeacherObserver
+from xlstm_distill.training.objectives import AlignObjective, TeacherObserver
 from xlstm_kernels.testing import error_ratio
 
 
@@ -22,6 +22,33 @@ def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domain
             seen.hidden_states, seen.position_embeddings, segment_ids=batch.segment_ids
         )
         assert error_ratio(mixed[batch.real], seen.heads[batch.real].double()) < 1e-6
+
+
+def test_the_student_computes_what_was_aligned(tiny_teacher, domains):
+    """Its output gates read values as they are, and not values of RMS 1."""
+    teacher = tiny_teacher()
+    student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=True)
+    objective = AlignObjective(student, teacher)
+    batch = load_batch(domains, [("a", 4), ("b", 5)])
+    with torch.no_grad():
+        for mixer in student.mixers():
+            mixer.output_gate.weight.normal_()
+    aligned = float(objective(batch).loss)
+    folded = objective.folded({k: v.clone() for k, v in student.state_dict().items()})
+    student.load_state_dict(folded)
+    objective.value_scales = dict.fromkeys(objective.value_scales, torch.ones(()))
+    assert float(objective(batch).loss) == pytest.approx(aligned, rel=1e-6)
+
+
+def test_relative_errors_of_layers_show_a_layer_with_small_values(align_objective):
+    means = {f"{name}/{n}": value for name, values in {
+        "squared_error": (1.0, 0.03), "teacher_power": (100.0, 0.1)
+    }.items() for n, value in enumerate(values)}  # fmt: skip
+    figures = align_objective().figures({"loss": 1.03, **means})
+    assert figures["relative_error"] == pytest.approx(1.03 / 100.1)
+    assert figures["relative_error_of_layers"] == pytest.approx(0.155)
+    assert figures["relative_error_of_worst_layer"] == pytest.approx(0.3)
+    assert not any("/" in name for name in figures)
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens(distill_objective, domains):

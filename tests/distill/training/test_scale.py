@@ -61,11 +61,7 @@ def align(
 
 
 def test_alignment_does_not_depend_on_the_scale_of_values(root: Path, batches: Rows) -> None:
-    """The embedded teacher, and the same function with values a thousandth as large.
-
-    What is left of a difference is the output gate's: it reads the values, whose scale it would
-    have to make up for by larger weights.
-    """
+    """The embedded teacher, and the same function with values a thousandth as large."""
     folder = root / "recipes/quickstart/teacher"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [document["messages"] for document in embedded.documents("chat", 20, 0)]
@@ -81,17 +77,23 @@ def test_alignment_does_not_depend_on_the_scale_of_values(root: Path, batches: R
         mixer = MixerConfig(window=16, sinks=4)
         found.append(align(teacher, mixer, rows, Align(tokens=1, batch=1), steps=30))
     assert found[0] < 0.05
-    assert found[1] == pytest.approx(found[0], rel=0.1)
+    assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "mixer",
+    # The mLSTM alone, so that the maps must do the work; and with a window shorter than rows.
+    [MixerConfig(branches=("mlstm",)), MixerConfig(window=8, sinks=2)],
+    ids=["mlstm", "both"],
+)
 def test_alignment_of_a_layer_of_8b_shape_does_not_depend_on_the_scale_of_values(
-    batches: Rows,
+    mixer: MixerConfig, batches: Rows
 ) -> None:
     """H = 32, G = 8, D = 128: here a mean over features leaves the feature maps untrained.
 
-    The mLSTM alone, so that the maps must do the work. With the mean and eps 1e-8 the relative
-    error at value RMS 0.02 is twice that at 0.5.
+    With the mean and eps 1e-8 the mLSTM's relative error at value RMS 0.02 is twice that at 0.5.
+    With an output gate that reads values as they are, both branches' errors are 25 % apart.
     """
     ids = np.random.default_rng(0).integers(0, 512, (4, 32))
     rows = batches(ids.tolist(), 32, 512)
@@ -114,6 +116,6 @@ def test_alignment_of_a_layer_of_8b_shape_does_not_depend_on_the_scale_of_values
             weight.copy_(value_rms * unscaled)
         # 32 tokens a step are too few for the paper's rate of 1e-2.
         optim = Align(tokens=1, batch=1, lr=1e-3)
-        found.append(align(teacher, MixerConfig(branches=("mlstm",)), rows, optim, steps=120))
+        found.append(align(teacher, mixer, rows, optim, steps=120))
     assert max(found) < 0.2
     assert found == pytest.approx([found[0]] * 3, rel=0.05)

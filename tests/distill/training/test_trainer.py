@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from xlstm_distill.errors import RunError
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.recipe import Training
 from xlstm_distill.runtime.console import QuietConsole
+from xlstm_distill.runtime.device import forget_peak, peak_bytes
+from xlstm_distill.training.accelerator import clip_gradients
+from xlstm_distill.training.non_finite import first_bad_gradient
 from xlstm_distill.training.objectives import Objective, Sums
 from xlstm_distill.training.validation import validate
 from xlstm_kernels.testing import error_ratio
@@ -61,6 +65,22 @@ def test_alignment_trains_the_new_parameters_only_and_lowers_the_error(
     changed = {name for name, p in parameters if not torch.equal(before[name], p)}
     assert changed
     assert all(any(part in name for part in ("feature_map", "_gate")) for name in changed)
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["rank-0", "another-rank"])
+def test_a_training_measures_its_own_peak_of_memory(
+    writes, align_objective, trainer, tmp_path, monkeypatch
+):
+    """Every rank does: whether gradients wait is decided by all of them."""
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: writes))
+    training = trainer(align_objective(), tmp_path, steps=1)
+    forget_peak()  # of other tests
+    before = peak_bytes(torch.device("cpu"))
+    ballast = bytearray(os.urandom(2**20)) * 256
+    assert peak_bytes(torch.device("cpu")) > before + 200 * 2**20
+    del ballast
+    training.run()
+    assert peak_bytes(torch.device("cpu")) < before + 100 * 2**20
 
 
 def test_distillation_lowers_the_kl(distill_objective, distill_settings, trainer, tmp_path):
@@ -196,6 +216,47 @@ def test_going_on_with_other_threads_is_said_and_kept_for_the_manifest(
         assert go_on(4, 2)[0].inexact == other.inexact
     finally:
         torch.set_num_threads(1)
+
+
+def test_going_on_with_other_micro_batches_is_said(
+    align_objective, align_settings, trainer, tmp_path
+):
+    settings = Training(checkpoint_steps=1, validate_steps=None)
+
+    def go_on(steps, micro_batch):
+        optim = align_settings(micro_batch=micro_batch)
+        return trainer(
+            align_objective(), tmp_path, steps=steps, settings=settings, optim=optim
+        ).run()
+
+    go_on(1, None)
+    assert go_on(2, 4).inexact == ()  # all four rows at once, as before
+    assert go_on(3, 2).inexact == ("at step 2: micro_batch 4 -> 2",)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_is_left_to_be_found(value, clip):
+    layers = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("healthy", "culprit")})
+    for parameter in layers.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    layers["culprit"].weight.grad[0, 1] = float(value)
+    norm = clip_gradients(Accelerator(cpu=True), layers, clip)
+    assert not norm.isfinite()
+    assert first_bad_gradient(layers) == "culprit.weight"
+
+
+@pytest.mark.parametrize("clip", [None, 1.0, 1e3])
+def test_gradients_are_clipped_as_torch_does(clip):
+    mine, theirs = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    for layer in (mine, theirs):
+        for n, parameter in enumerate(layer.parameters()):
+            parameter.grad = torch.full_like(parameter, 3.0 + n)
+    norm = clip_gradients(Accelerator(cpu=True), mine, clip)
+    limit = float("inf") if clip is None else clip
+    assert norm == torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit)
+    for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
 
 
 @pytest.mark.parametrize(("micro_batch", "processes", "rows"), [(None, 2, 3), (2, 1, 2)])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from xlstm_eval.records import TaskResult
 from xlstm_eval.report import page as report
 from xlstm_eval.report.page import Curve, ReportData, ReportModel, render, write_report
 
@@ -72,6 +73,66 @@ def test_json_lists_the_models_with_their_figures(data: ReportData, files: dict[
     assert merged["critical_tolerance"] == pytest.approx(middle)
     assert merged["stderr"]["add"] == data.models[0].results[0].stderr
     assert set(merged["metrics"]) == set(values["teacher"]["metrics"]) == set(teacher)
+
+
+def with_items(data: ReportData, worst: str = "kvfar") -> ReportData:
+    """Give every result items that fit its score; on one task the student loses by far."""
+
+    def items(result: TaskResult, right: int) -> TaskResult:
+        scores = (1.0,) * right + (0.0,) * (result.samples - right)
+        values = {"items": scores, "correct": right, "score": right / result.samples}
+        return result.model_copy(update=values)
+
+    models = []
+    for model in data.models:
+        results = [
+            items(own, own.correct // 2 if own.task == worst else own.correct)
+            for own in model.results
+        ]
+        models.append(model.model_copy(update={"results": tuple(results)}))
+    teacher = tuple(items(own, own.correct) for own in data.teacher_results)
+    return data.model_copy(update={"teacher_results": teacher, "models": tuple(models)})
+
+
+def test_items_give_a_sentence_a_decision_and_intervals_everywhere(data: ReportData) -> None:
+    files = render(with_items(data))
+    merged = json.loads(files["report.json"])["models"][0]
+    assert re.search(
+        r"^Keeps 9\d % of its teacher; loses \d\d points on kvfar;", merged["sentence"]
+    )
+    assert merged["decision"] in ("inferior", "undecided", "non-inferior")
+    low, high = merged["intervals"]["critical_tolerance"]
+    assert low <= merged["critical_tolerance"] <= high
+    assert merged["p_values_holm"]["kvfar"] < 1e-6
+    for name in ("report.html", "report.md"):
+        text = unescape(files[name])
+        assert merged["sentence"] in text, name
+        assert merged["decision"] in text.lower(), name
+        assert "worst drop" in text.lower(), name
+        assert "lossless (paper)" in text.lower(), name
+    outline = Outline(files["report.html"])
+    assert "differences" in outline.ids
+    label = next(label for label in outline.labels if label.startswith("Differences"))
+    assert "with intervals; 1 beyond noise" in label
+    # The largest loss stands first.
+    figure = files["report.html"].split('id="differences"')[1].split("</svg>")[0]
+    names = [name for name in re.findall(r">([a-z]+)</text>", figure) if name in merged["scores"]]
+    assert names[0] == "kvfar"
+    assert len(names) == len(merged["scores"])
+
+
+def test_tasks_at_chance_are_listed_apart(data: ReportData) -> None:
+    full = with_items(data)
+    first = full.teacher_results[0]
+    at_chance = first.model_copy(update={"chance": 0.9})
+    files = render(
+        full.model_copy(update={"teacher_results": (at_chance, *full.teacher_results[1:])})
+    )
+    merged = json.loads(files["report.json"])["models"][0]
+    assert merged["apart"] == {first.task: "the teacher is at chance (0.90)"}
+    for name in ("report.html", "report.md"):
+        assert "Listed apart" in files[name]
+        assert f"{first.task}" in files[name].split("Listed apart")[1][:200]
 
 
 def test_html_is_self_contained_and_its_ids_are_unique(

@@ -1,4 +1,4 @@
-"""How far a run is, read from its directory by another shell. Loads no torch; touches nothing.
+"""Read the status of a run from its directory.
 
 The run's saved recipe says which artifacts there should be and from which settings. Manifests say
 what was made, locks and logs what is being made.
@@ -12,75 +12,32 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
-
-from xlstm_distill.artifacts.changes import in_a_line
 from xlstm_distill.artifacts.locks import is_held, training_lock
-from xlstm_distill.artifacts.manifest import FORMAT, MANIFEST, size_problem
+from xlstm_distill.artifacts.manifest import MANIFEST, size_problem
 from xlstm_distill.artifacts.run import RECIPE_FILE
 from xlstm_distill.artifacts.shelf import KEPT, folders_of
 from xlstm_distill.errors import UserError
-from xlstm_distill.recipe import Recipe
-from xlstm_distill.runtime.console import clock_time, short
 from xlstm_distill.stages.lineage import Lineage, stage_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from xlstm_distill.stages.status.comparison import compare, saved_lineage
+from xlstm_distill.stages.status.records import DAMAGE, ROW_FIGURES, StageStatus
 
 SILENT_SECONDS, SILENT_STEPS = 60.0, 5.0
 """A training is silent when it has logged nothing for so long and for so many of its steps.
 
 It validates, saves or hangs; where nothing else can be found out, it is not running any more.
 """
-DAMAGE = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OSError,
-    ArithmeticError,
-    RecursionError,
-)
-"""What reading half-written or foreign files can raise."""
 UNDER_WAY = ("running", "silent")
-ROW_FIGURES = ("rows", "tokens", "fill", "bytes_per_token")
-"""Figures of prepared rows, by their names in the manifest."""
-LARGEST_RECIPE = 2**22
-"""Bytes from which a saved recipe is none that this program wrote."""
 
 
-@dataclass(frozen=True)
-class StageStatus:
-    """Where an artifact of the run stands. Times are in seconds.
-
-    `state` is `done`, `outdated` (made from other settings than the saved recipe's; `why` names
-    them), `running`, `silent` (running, but its log does not grow), `stopped`, `waiting` (not
-    begun), `unreadable` (`path` names the file, from the run directory on) or `damaged` (`why`
-    names a file that is missing or has another size). Steps of `data/NAME` are its rows.
-    """
-
-    label: str
-    state: str
-    seconds: float | None = None
-    step: int | None = None
-    steps: int | None = None
-    tokens_per_second: float | None = None
-    seconds_left: float | None = None
-    seconds_since: float | None = None
-    checkpoint: int | None = None
-    figures: dict[str, float] | None = None
-    host: str | None = None
-    why: str | None = None
-    path: str | None = None
-
-
-def read_status(run: Path) -> list[StageStatus]:
+def read_status(run: Path, lineage: Lineage | None = None) -> list[StageStatus]:
     """Read all artifacts, trainings and other work of a run directory, in the stages' order.
+
+    They are compared with `lineage`, or with that of the recipe saved in the run directory.
 
     Raises:
         UserError: it is no run directory.
@@ -95,13 +52,13 @@ def read_status(run: Path) -> list[StageStatus]:
                 status = _with_rows(status, earlier)
             found[status.label] = status
     try:
-        lineage = _saved_lineage(run)
+        lineage = lineage or saved_lineage(run)
     except UserError as error:
         rest = list(found.values())
         return [StageStatus("recipe", "unreadable", why=str(error), path=RECIPE_FILE), *rest]
     if lineage is None:  # a run of before recipes were saved
         return list(found.values())
-    return _compared(lineage, found, manifests)
+    return compare(lineage, found, manifests)
 
 
 def _manifests(run: Path) -> dict[str, Path]:
@@ -307,178 +264,3 @@ def _last_line(log: Path) -> dict[str, Any] | None:
             with contextlib.suppress(ValueError, TypeError):
                 return dict(json.loads(line))
     return None
-
-
-def _saved_lineage(run: Path) -> Lineage | None:
-    """The lineage of the recipe that the run was started with last; None where none was saved.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    path = run / RECIPE_FILE
-    if not path.exists():
-        return None
-    try:
-        if not path.is_file() or path.stat().st_size > LARGEST_RECIPE:
-            raise ValueError("no recipe")
-        # Without the context of a folder, validation leaves paths alone: a teacher may have moved.
-        return Lineage(Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (*DAMAGE, yaml.YAMLError):
-        raise UserError(
-            f"{path}: damaged, or written by another version, so nothing can be compared with it."
-        ) from None
-
-
-def _compared(
-    lineage: Lineage, found: Mapping[str, StageStatus], manifests: Mapping[str, Path]
-) -> list[StageStatus]:
-    """Put the statuses in the recipe's order, with what is waiting and what is outdated."""
-    contents = {label: _json(path) for label, path in manifests.items()}
-    comparison = _Comparison(lineage, contents)
-    ordered: list[StageStatus] = []
-    for label in lineage.labels():
-        status = found.get(label, StageStatus(label, "waiting"))
-        if label in contents and status.state != "unreadable":
-            try:
-                why = comparison.why_outdated(label)
-            except DAMAGE:
-                path = f"artifacts/{label}/manifest.json"
-                status, why = StageStatus(label, "unreadable", path=path), None
-            if why is not None and status.state == "done":
-                status = replace(status, state="outdated", why=why)
-        ordered.append(status)
-    # What another recipe made in this run directory, and what no recipe names.
-    planned = {status.label for status in ordered}
-    rest = [replace(s, why="not in the recipe") for s in found.values() if s.label not in planned]
-    return ordered + rest
-
-
-class _Comparison:
-    """Compares manifests with a recipe, in the order of the lineage's labels."""
-
-    def __init__(self, lineage: Lineage, manifests: Mapping[str, Mapping[str, Any]]) -> None:
-        self.lineage, self.manifests = lineage, manifests
-        # Why others that are built on an artifact are outdated, by its label. Rows and targets can
-        # be too few, and so be made again, while what is built on them stays as it is.
-        self.spread: dict[str, str] = {}
-
-    def why_outdated(self, label: str) -> str | None:
-        """Say which settings of an artifact are not the recipe's; None if all are."""
-        manifest = self.manifests[label]
-        changes = self.lineage.changes(label, manifest)
-        if manifest.get("format", FORMAT) != FORMAT:
-            changes.append("another version of the program made it")
-        inherited = self._inherited(label, manifest)
-        spreading = [*inherited, *changes]
-        if stage_of(label) in ("data", "capture"):
-            spreading = [*inherited, *self.lineage.identity_changes(label, manifest)]
-        if spreading:
-            self.spread[label] = spreading[0]
-        changes += inherited
-        return in_a_line(changes) if changes else None
-
-    def _inherited(self, label: str, manifest: Mapping[str, Any]) -> list[str]:
-        """What changed in the artifacts that one is built on."""
-        needs = self.lineage.needs(label)
-        used = _built_on(label, manifest)
-        found = [f"{need} is new" for need in needs if need not in used]
-        found += [f"{name} is no longer used" for name in used if name not in needs]
-        for need in needs:
-            if stage_of(need) == "data" and need in self.spread:
-                found.append(f"{need} changed: {self.spread[need]}")
-            elif need in self.spread:
-                found.append(f"{need} is outdated")
-            elif need in self.manifests and need in used:
-                published = self.manifests[need].get("identity")
-                if published != used[need]:
-                    found.append(f"{need} was made again")
-        return found
-
-
-def _built_on(label: str, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Identities of the artifacts that one was built on, by their labels."""
-    inputs = dict(manifest.get("inputs", {}))
-    for name in ("teacher", "tokenizer", "tasks"):
-        inputs.pop(name, None)
-    if label == "evaluate/merged" and "merge/merged" in inputs:
-        inputs["merge"] = inputs.pop("merge/merged")  # an evaluation names its model
-    return inputs
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except DAMAGE:  # the row of this artifact says so
-        return {}
-
-
-def to_json(stages: list[StageStatus], kept: Sequence[Any] = ()) -> str:
-    """Write the status as JSON, facts that do not apply left out; `kept` are `upkeep.Kept`."""
-    found = []
-    for stage in stages:
-        facts = asdict(stage)
-        found.append({key: value for key, value in facts.items() if value is not None})
-    return json.dumps({"stages": found, "kept": [asdict(one) for one in kept]}, indent=1)
-
-
-def status_table(stages: list[StageStatus]) -> Table:
-    """Lay the status out for reading."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for name in ("stage", "state", "time", "step", "tokens/s", "left", "figures"):
-        words = name in ("stage", "state", "figures")
-        table.add_column(name, justify="left" if words else "right", no_wrap=name != "state")
-    for stage in stages:
-        # As text: a host or label with brackets is no markup.
-        table.add_row(*map(Text, _cells(stage)))
-    return table
-
-
-SHOWN_FIGURES = (
-    *ROW_FIGURES,
-    "loss",
-    "ce",
-    "kl",
-    "relative_error",
-    "grad_norm",
-    "held_out_ce",
-    "held_out_kl",
-    "held_out_gate",
-)
-
-
-def _cells(stage: StageStatus) -> tuple[str, ...]:
-    known = stage.figures or {}
-    figures = [f"{name} {_written(known[name])}" for name in SHOWN_FIGURES if name in known]
-    return (
-        stage.label,
-        _state_in_words(stage),
-        clock_time(stage.seconds) if stage.seconds is not None else "",
-        f"{stage.step} of {stage.steps}" if stage.steps else "",
-        short(stage.tokens_per_second) if stage.tokens_per_second else "",
-        clock_time(stage.seconds_left) if stage.seconds_left is not None else "",
-        ", ".join(figures),
-    )
-
-
-def _written(figure: float) -> str:
-    # Counts of rows and tokens are large; losses never are.
-    return short(figure) if abs(figure) >= 1e5 else f"{figure:.4g}"
-
-
-def _state_in_words(stage: StageStatus) -> str:
-    since = clock_time(stage.seconds_since or 0)
-    if stage.state == "unreadable":
-        return f"unreadable: {stage.path}" if stage.why is None else f"unreadable: {stage.why}"
-    if stage.state == "silent":
-        return f"running, silent for {since}"
-    if stage.state == "stopped":
-        at = "without a checkpoint"
-        if stage.checkpoint is not None:
-            at = f"at checkpoint {stage.checkpoint}"
-        return f"stopped {since} ago {at}"
-    words = stage.state if stage.host is None else f"{stage.state} on {stage.host}"
-    return words if stage.why is None else f"{words}: {stage.why}"

@@ -1,0 +1,166 @@
+"""Merge saved experts into saved weights, by any method, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlstm_distill.errors import UserError
+from xlstm_distill.merging import slerp as arcs
+from xlstm_distill.merging.dare import dare, mask
+from xlstm_distill.merging.files import NewWeights, SavedWeights
+from xlstm_distill.merging.linear import check_weights, linear, task_arithmetic
+from xlstm_distill.merging.selection import differences, kept_of, largest
+from xlstm_distill.merging.streaming import (
+    Block,
+    all_blocks,
+    blocks_of,
+    check_accounts,
+    in_threads,
+)
+from xlstm_distill.merging.ties import ties
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """How experts are merged: the recipe's section `merge`, with all values given.
+
+    `density` counts for `ties` and `dare` alone, `seed` for `dare`.
+    """
+
+    method: str
+    weights: Mapping[str, float]
+    scale: float = 1.0
+    density: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The experts of a merge, by name, and the seed student for methods that need it."""
+
+    experts: Mapping[str, SavedWeights]
+    base: SavedWeights | None = None
+
+    def tensors(self, block: Block) -> list[Tensor]:
+        """Read a block of every expert."""
+        return [expert.read(block.name, block.start, block.stop) for expert in self._experts()]
+
+    def seed_student(self, block: Block) -> Tensor:
+        """Read a block of the seed student."""
+        assert self.base is not None, "this method merges differences from the seed student"
+        return self.base.read(block.name, block.start, block.stop)
+
+    def blocks(self, name: str) -> list[Block]:
+        """The blocks of a tensor."""
+        return blocks_of(name, self._experts()[0].entries[name].count)
+
+    def _experts(self) -> list[SavedWeights]:
+        return list(self.experts.values())
+
+
+def merge_files(
+    plan: MergePlan,
+    sources: Sources,
+    target: NewWeights,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Merge experts of `plan.weights` into `target`, whose layout is that of the first expert.
+
+    `advance` is called with the bytes that were written. Memory: a few blocks of each expert for
+    each thread.
+
+    Raises:
+        UserError: the weights are not allowed, or the experts do not have the same tensors.
+        RunError: a file is damaged.
+    """
+    check_weights(plan.weights)
+    if list(plan.weights) != list(sources.experts):
+        raise ValueError("weights and experts are in another order")
+    check_accounts(sources.experts, sources.base)
+    facts = _facts(plan, sources)
+    first = next(iter(sources.experts.values()))
+
+    def work(block: Block) -> int:
+        values = merge_block(plan, block, sources, facts)
+        target.write(block.name, block.start, values)
+        return values.numel() * values.itemsize
+
+    for written in in_threads(work, all_blocks(first.entries)):
+        advance(written)
+    target.finish()
+
+
+def merge_block(
+    plan: MergePlan, block: Block, sources: Sources, facts: Mapping[Any, float]
+) -> Tensor:
+    """Merge one block; `facts` are what `_facts` found out about whole tensors."""
+    tensors = sources.tensors(block)
+    if not tensors[0].is_floating_point():
+        return _same(block, tensors)
+    weights = list(plan.weights.values())
+    if plan.method == "linear":
+        return linear(tensors, weights)
+    if plan.method == "slerp":
+        factors = arcs.coefficients(facts[block.name], weights[1])
+        return arcs.slerp(tensors[0], tensors[1], factors)
+    base = sources.seed_student(block)
+    if plan.method == "task_arithmetic":
+        return task_arithmetic(base, tensors, weights, plan.scale)
+    if plan.method == "ties":
+        cuts = [facts[block.name, name] for name in plan.weights]
+        return ties(base, tensors, weights, plan.scale, cuts)
+    if plan.method == "dare":
+        masks = [mask(plan.seed, name, block, plan.density) for name in plan.weights]
+        return dare(base, tensors, weights, plan.scale, masks, plan.density)
+    raise ValueError(f"{plan.method!r} is no method")
+
+
+def _same(block: Block, tensors: list[Tensor]) -> Tensor:
+    """Return whole numbers, such as counters, which cannot be averaged."""
+    for other in tensors[1:]:
+        if not torch.equal(tensors[0], other):
+            raise UserError(
+                f"merge: experts differ in {block.name}, which holds whole numbers; merge experts "
+                "that were distilled from one student."
+            )
+    return tensors[0]
+
+
+def _facts(plan: MergePlan, sources: Sources) -> dict[Any, float]:
+    """What a method must know of whole tensors: the cuts of TIES, the angles of SLERP."""
+    first = next(iter(sources.experts.values()))
+    names = [name for name, entry in first.entries.items() if entry.dtype.is_floating_point]
+    if plan.method == "slerp":
+        found = in_threads(lambda name: arcs.angle(_pairs(sources, name)), names)
+        return dict(zip(names, found, strict=True))
+    if plan.method == "ties":
+        jobs = []
+        for name in names:
+            jobs += [(name, expert) for expert in plan.weights]
+        cuts = in_threads(lambda job: _cut(plan.density, sources, *job), jobs)
+        return dict(zip(jobs, cuts, strict=True))
+    return {}
+
+
+def _pairs(sources: Sources, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    for block in sources.blocks(name):
+        first, second = sources.tensors(block)
+        yield first, second
+
+
+def _cut(density: float, sources: Sources, name: str, expert: str) -> float:
+    """The magnitude from which TIES keeps an expert's differences in a tensor."""
+    weights = sources.experts[expert]
+
+    def parts() -> Iterator[Tensor]:
+        for block in sources.blocks(name):
+            own = weights.read(name, block.start, block.stop)
+            yield differences(own, sources.seed_student(block))
+
+    count = weights.entries[name].count
+    return largest(parts, kept_of(count, density)).magnitude if count else 0.0

@@ -1,0 +1,215 @@
+"""Make a patch: the largest differences of an expert from the student that it was trained from."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xlstm_distill.artifacts.files import written_whole
+from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.merging.files import SavedWeights
+from xlstm_distill.merging.selection import Cut, kept_of, largest
+from xlstm_distill.merging.sparse import Changes, SparseFile, SparseWriter
+from xlstm_distill.merging.streaming import (
+    BLOCK,
+    Block,
+    blocks_of,
+    check_accounts,
+    hash_block,
+    hash_of_weights,
+    in_threads,
+)
+from xlstm_distill.recipe.fields import NAME_PATTERN
+
+FORMAT = "xlstm-distill patch 1"
+VALUES = torch.bfloat16
+"""Differences lose at most 1/512 of themselves: far less than a sparse patch leaves out."""
+
+
+@dataclass(frozen=True)
+class PatchFacts:
+    """What a patch says of itself.
+
+    `base` and `expert` are hashes of weights. `retained` is the share of the difference's square
+    that the patch holds: 1 - |D - P|² / |D|².
+    """
+
+    name: str
+    base: str
+    expert: str
+    density: float
+    block: int
+    numbers: int
+    changes: int
+    retained: float
+    model_bytes: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a tensor adds to a patch: changes and hashes by block, and sums of squares."""
+
+    changes: Sequence[Changes | None]
+    base_hashes: list[bytes]
+    expert_hashes: list[bytes]
+    squares: float
+    left_out: float
+
+
+def make_patch(
+    base_place: Path,
+    expert_place: Path,
+    out: Path,
+    density: float,
+    name: str,
+    advance: Callable[[int], None] = lambda count: None,
+) -> PatchFacts:
+    """Write a patch that holds, of each tensor, the `density` largest differences.
+
+    Memory: a few tensors' changes. `advance` is called with the bytes of the base that were read.
+
+    Raises:
+        UserError: the two models do not have the same tensors, or do not differ.
+        RunError: a file is damaged.
+    """
+    base, expert = SavedWeights(base_place), SavedWeights(expert_place)
+    check_accounts({"the expert": expert}, base, "the base")
+    check_name(name)
+    hashes: tuple[dict[str, list[bytes]], dict[str, list[bytes]]] = ({}, {})
+    squares = left_out = 0.0
+    names = sorted(base.entries)  # however the base is divided into files
+    with written_whole(out) as file:
+        writer = SparseWriter(file, names)
+        found = in_threads(lambda key: _differences(key, base, expert, density), names)
+        for key, tensor in zip(names, found, strict=True):
+            writer.add(key, tensor.changes)
+            hashes[0][key], hashes[1][key] = tensor.base_hashes, tensor.expert_hashes
+            squares += tensor.squares
+            left_out += tensor.left_out
+            advance(base.entries[key].bytes)
+        if not math.isfinite(squares):
+            raise UserError(f"{base_place} or {expert_place}: holds numbers that are not finite.")
+        if not writer.count:
+            raise UserError(f"{expert_place}: its weights are those of {base_place}.")
+        facts = PatchFacts(
+            name=name,
+            base=hash_of_weights(base.entries, hashes[0]),
+            expert=hash_of_weights(expert.entries, hashes[1]),
+            density=density,
+            block=BLOCK,
+            numbers=sum(entry.count for entry in base.entries.values()),
+            changes=writer.count,
+            retained=1 - left_out / squares,
+            model_bytes=sum(entry.bytes for entry in base.entries.values()),
+        )
+        writer.finish({"format": FORMAT, "patch": json.dumps(asdict(facts))})
+    return facts
+
+
+def _differences(name: str, base: SavedWeights, expert: SavedWeights, density: float) -> _Found:
+    """Find a tensor's changes."""
+    blocks = blocks_of(name, base.entries[name].count)
+    if not base.entries[name].dtype.is_floating_point:
+        return _whole_numbers(blocks, base, expert)
+
+    def magnitudes() -> Iterator[Tensor]:
+        for block in blocks:
+            yield _difference(_read(base, block), _read(expert, block)).abs_()
+
+    count = base.entries[name].count
+    cut = largest(magnitudes, kept_of(count, density)) if count else Cut(0.0, 0)
+    found = _Found([], [], [], 0.0, 0.0)
+    changes: list[Changes | None] = []
+    squares, left_out, equal = 0.0, 0.0, cut.equal
+    for block in blocks:
+        old, new = _read(base, block), _read(expert, block)
+        found.base_hashes.append(hash_block(old))
+        found.expert_hashes.append(hash_block(new))
+        kept, equal = _largest(_difference(old, new), cut, equal)
+        changes.append(kept)
+        # Of the expert as it is: where the base has fewer bits, its rounding is left out too.
+        whole = new.double() - old.double()
+        squares += float(whole.dot(whole))
+        whole[torch.from_numpy(kept.positions)] -= kept.values.double()
+        left_out += float(whole.dot(whole))
+    return _Found(changes, found.base_hashes, found.expert_hashes, squares, left_out)
+
+
+def _read(weights: SavedWeights, block: Block) -> Tensor:
+    return weights.read(block.name, block.start, block.stop)
+
+
+def _difference(old: Tensor, new: Tensor) -> Tensor:
+    """What is to be added to the base, in float32; its format decides what can be told apart."""
+    return new.to(old.dtype).float() - old.float()
+
+
+def _largest(difference: Tensor, cut: Cut, equal: int) -> tuple[Changes, int]:
+    """Keep a block's changes above the cut, and of those equal to it the first `equal`.
+
+    Returns also how many equal ones the blocks after this one may keep. A 0 is no change.
+    """
+    magnitude = difference.abs()
+    keep = magnitude > cut.magnitude
+    if cut.magnitude > 0 and equal:
+        same = (magnitude == cut.magnitude).nonzero().flatten()[:equal]
+        keep[same] = True
+        equal -= len(same)
+    positions = keep.nonzero().flatten()
+    return Changes(positions.numpy(), difference[positions].to(VALUES)), equal
+
+
+def _whole_numbers(blocks: list[Block], base: SavedWeights, expert: SavedWeights) -> _Found:
+    """Check a tensor of whole numbers, which a patch leaves as it is."""
+    found = _Found([None] * len(blocks), [], [], 0.0, 0.0)
+    for block in blocks:
+        old, new = _read(base, block), _read(expert, block)
+        if not torch.equal(old, new):
+            raise UserError(
+                f"{block.name} holds whole numbers and differs; a patch cannot hold it."
+            )
+        found.base_hashes.append(hash_block(old))
+        found.expert_hashes.append(hash_block(new))
+    return found
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that cannot be a file's: a patched model keeps its patches by name.
+
+    Raises:
+        UserError: it has other characters.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UserError(
+            f"--name: {name!r} cannot name a file; use letters, digits, '.', '_' and '-'."
+        )
+
+
+class Patch(SparseFile):
+    """A saved patch.
+
+    Raises:
+        UserError: the file is no patch, or one of another version.
+        RunError: the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: a patch is a file NAME.safetensors, made by 'patch make'.")
+        super().__init__(path, FORMAT)
+        try:
+            self.facts = PatchFacts(**json.loads(self.metadata["patch"]))
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{path}: its facts cannot be read; make the patch again.") from None
+        check_name(self.facts.name)
+        if self.facts.block != BLOCK:
+            raise UserError(
+                f"{path}: has blocks of {self.facts.block}, not {BLOCK}; make it again."
+            )

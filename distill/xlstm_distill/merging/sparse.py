@@ -1,0 +1,155 @@
+"""Files of sparse changes: sorted positions and a value for each, by tensor, in a safetensors file.
+
+For a tensor NAME of a model the file holds `NAME.gaps`, `NAME.values` and `NAME.ends`. Positions
+count from the start of their block (`streaming.BLOCK`) and are stored as gaps of one byte: 255 adds
+255 and is no position, any other byte adds itself, and one for the position. Row b of `NAME.ends`
+says where block b ends: in bytes of gaps, and in values.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xlstm_distill.errors import RunError, UserError
+from xlstm_distill.merging.files import DTYPES, SavedWeights
+
+SKIP = 255
+ALIGN = 8
+"""Tensors begin at multiples of this: the library cannot read others in place."""
+HEADER_BYTES, METADATA_BYTES = 280, 2**11
+"""Room in the header for one tensor, besides its name, and for metadata; spaces fill the rest."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+PARTS = ("gaps", "values", "ends")
+
+
+def encode(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Code rising positions as gaps."""
+    steps = np.diff(positions, prepend=-1) - 1
+    skips, rest = np.divmod(steps, SKIP)
+    coded = np.full(len(steps) + int(skips.sum()), SKIP, dtype=np.uint8)
+    coded[np.cumsum(skips + 1) - 1] = rest
+    return coded
+
+
+def decode(gaps: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Read positions back."""
+    is_position = gaps != SKIP
+    reached = np.cumsum(gaps, dtype=np.int64)[is_position]
+    return reached + np.arange(len(reached))
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Values at some positions of a block, both (K,)."""
+
+    positions: NDArray[np.int64]
+    values: Tensor
+
+
+class SparseFile:
+    """Reads a file of sparse changes of some format, block by block.
+
+    Raises:
+        UserError: the file is of another format.
+        RunError: the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path, file_format: str) -> None:
+        self.path = path
+        self.weights = SavedWeights(path)
+        self.metadata = self.weights.metadata
+        if self.metadata.get("format") != file_format:
+            raise UserError(f"{path}: is no {file_format!r}; make it again with this version.")
+        self.ends: dict[str, Tensor] = {}
+        for key in self.weights.entries:
+            name, _, part = key.rpartition(".")
+            if part == "ends":
+                self.ends[name] = self.weights.read(key).reshape(-1, 2)
+        expected = {f"{name}.{part}" for name in self.ends for part in PARTS}
+        if set(self.weights.entries) != expected:
+            raise RunError(f"{path}: holds other tensors than it should; make it again.")
+
+    def changes(self, name: str, block: int) -> Changes | None:
+        """The changes of a block of a tensor; None where there are none."""
+        if name not in self.ends:
+            return None
+        ends = self.ends[name]
+        start = ends[block - 1].tolist() if block else [0, 0]
+        stop = ends[block].tolist()
+        if stop[1] == start[1]:
+            return None
+        gaps = self.weights.read(f"{name}.gaps", start[0], stop[0])
+        values = self.weights.read(f"{name}.values", start[1], stop[1])
+        positions = decode(gaps.numpy())
+        if len(positions) != len(values):
+            raise RunError(f"{self.path}: {name} is damaged; make the patch again.")
+        return Changes(positions, values)
+
+    @property
+    def count(self) -> int:
+        """Values in the file."""
+        return sum(int(ends[-1, 1]) for ends in self.ends.values())
+
+
+class SparseWriter:
+    """Writes such a file tensor by tensor; memory holds one tensor's changes.
+
+    The header comes first in the file and is known last: room for it is kept.
+    """
+
+    def __init__(self, file: BinaryIO, names: Sequence[str]) -> None:
+        self.file = file
+        self.header: dict[str, object] = {}
+        self.room = sum(HEADER_BYTES + 3 * len(name.encode()) for name in names)
+        self.room += METADATA_BYTES - self.room % ALIGN
+        self.start = 8 + self.room
+        file.seek(self.start)
+        self.count = 0
+
+    def add(self, name: str, blocks: Sequence[Changes | None]) -> None:
+        """Add the changes of all blocks of a tensor; nothing is written where there are none."""
+        found = [block for block in blocks if block is not None]
+        if not any(len(block.positions) for block in found):
+            return
+        coded = [encode(block.positions) if block else np.empty(0, np.uint8) for block in blocks]
+        counts = [len(block.positions) if block else 0 for block in blocks]
+        ends = np.stack([np.cumsum([len(c) for c in coded]), np.cumsum(counts)], axis=1)
+        self._put(f"{name}.gaps", torch.from_numpy(np.concatenate(coded)))
+        self._put(f"{name}.values", torch.cat([block.values for block in found]))
+        self._put(f"{name}.ends", torch.from_numpy(ends.astype(np.int64)))
+        self.count += sum(counts)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header."""
+        content = {"__metadata__": dict(metadata), **self.header}
+        text = json.dumps(content, separators=(",", ":")).encode()
+        if len(text) > self.room:
+            raise RunError("the patch's header does not fit; give it a shorter name.")
+        self.file.seek(0)
+        self.file.write(struct.pack("<Q", self.room) + text.ljust(self.room))
+
+    def _put(self, key: str, values: Tensor) -> None:
+        start = self.file.tell() - self.start
+        flat = values.reshape(-1)
+        # Filled up to whole numbers of ALIGN: a hole between two tensors is not allowed.
+        missing = -flat.numel() * flat.itemsize % ALIGN // flat.itemsize
+        if missing:
+            flat = torch.cat([flat, torch.zeros(missing, dtype=flat.dtype)])
+        self.file.write(flat.view(torch.uint8).numpy().data)
+        shape = [flat.numel()] if values.ndim == 1 else list(values.shape)
+        stop = self.file.tell() - self.start
+        self.header[key] = {
+            "dtype": CODES[flat.dtype],
+            "shape": shape,
+            "data_offsets": [start, stop],
+        }

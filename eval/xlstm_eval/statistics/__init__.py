@@ -1,0 +1,1 @@
+"""Paired tests and intervals of a student against its teacher."""

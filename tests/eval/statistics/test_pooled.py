@@ -1,0 +1,100 @@
+"""The decision over all tasks: its error rate, its margin, its edge cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from xlstm_eval.records import Pooled
+from xlstm_eval.statistics.paired import PairedItems
+from xlstm_eval.statistics.pooled import decide
+
+
+def counted(both: int, teacher_only: int, student_only: int, neither: int) -> PairedItems:
+    cells = [(1, 1)] * both + [(1, 0)] * teacher_only + [(0, 1)] * student_only + [(0, 0)] * neither
+    teacher, student = np.array(cells, float).T
+    return PairedItems("t", teacher, student, True)
+
+
+def test_the_example_of_31_against_3_is_inferior() -> None:
+    found = decide([counted(1400, 31, 3, 66)])
+    assert (found.decision, found.tasks, found.items) == ("inferior", 1, 1500)
+    assert found.kept == pytest.approx(1403 / 1431)
+    assert found.p_value == pytest.approx(7.6e-7, rel=0.02)
+    assert found.smallest_margin is not None
+    # At its smallest margin, and not below it, the student is non-inferior.
+    assert decide([counted(1400, 31, 3, 66)], found.smallest_margin + 1e-9).decision == (
+        "non-inferior"
+    )
+    assert decide([counted(1400, 31, 3, 66)], found.smallest_margin - 1e-9).decision == "inferior"
+
+
+def test_few_items_decide_nothing_and_many_equal_ones_are_non_inferior() -> None:
+    assert decide([counted(8, 0, 0, 2)]).decision == "undecided"
+    assert decide([counted(80, 3, 3, 14)] * 20).decision == "non-inferior"
+    assert decide([]).reason
+
+
+def test_tasks_weigh_the_same_whatever_their_items() -> None:
+    small, large = counted(40, 10, 0, 50), counted(8000, 0, 0, 2000)
+    assert decide([small, large]).kept == pytest.approx((0.4 + 0.8) / (0.5 + 0.8))
+
+
+def test_other_scales_count_as_shares_of_the_teacher() -> None:
+    rng = np.random.default_rng(0)
+    teacher = rng.normal(6.0, 1.0, 80)
+    student = teacher - 0.6 + rng.normal(0, 0.3, 80)
+    judged = PairedItems("judge", teacher, student, True)
+    percent = PairedItems("judge", 10 * teacher, 10 * student, True)
+    alone = decide([judged])
+    assert alone.kept == pytest.approx(student.mean() / teacher.mean())
+    assert alone.decision == "inferior"
+    both, scaled = (decide([counted(80, 3, 3, 14), one]) for one in (judged, percent))
+    assert both.kept == pytest.approx(scaled.kept)
+    assert both.kept_interval == pytest.approx(scaled.kept_interval)
+
+
+def test_lower_is_better() -> None:
+    rng = np.random.default_rng(0)
+    teacher = rng.normal(2.0, 0.3, 200)
+    worse = PairedItems("nll", teacher, teacher + 0.2 + rng.normal(0, 0.1, 200), False)
+    better = PairedItems("nll", teacher, teacher - 0.2 + rng.normal(0, 0.1, 200), False)
+    assert decide([worse]).decision == "inferior"
+    assert decide([better]).decision == "non-inferior"
+
+
+def coverage(
+    cells: list[tuple[float, ...]], counts: list[int], repetitions: int, margin: float
+) -> tuple[float, float]:
+    """Return how often the interval of `kept` holds the truth, and how often it is non-inferior."""
+    rng = np.random.default_rng(7)
+    truth = sum(c[0] + c[2] for c in cells) / sum(c[0] + c[1] for c in cells)
+    covered = passed = 0
+    for _ in range(repetitions):
+        tasks = [counted(*rng.multinomial(n, c)) for n, c in zip(counts, cells, strict=True)]
+        found: Pooled = decide(tasks, margin)
+        low, high = found.kept_interval or (0, 9)
+        covered += low <= truth <= high
+        passed += found.decision == "non-inferior"
+    return covered / repetitions, passed / repetitions
+
+
+UNEQUAL = [(0.9, 0.05, 0.02, 0.03), (0.3, 0.1, 0.05, 0.55)]
+
+
+@pytest.mark.parametrize(
+    ("cells", "counts"),
+    [
+        ([(0.80, 0.05, 0.03, 0.12)], [100]),
+        pytest.param(UNEQUAL * 3, [20, 300] * 3, marks=pytest.mark.slow),
+        pytest.param([(0.97, 0.01, 0.01, 0.01)] * 10, [50] * 10, marks=pytest.mark.slow),
+    ],
+)
+def test_the_interval_covers_and_the_error_rate_holds(
+    cells: list[tuple[float, ...]], counts: list[int]
+) -> None:
+    loss = 1 - sum(c[0] + c[2] for c in cells) / sum(c[0] + c[1] for c in cells)
+    # At a margin equal to the true loss, non-inferior is the error that must stay at 2.5 %.
+    covered, passed = coverage(cells, counts, 1000, max(loss, 0.0))
+    assert 0.93 <= covered <= 0.98
+    assert passed <= 0.04
