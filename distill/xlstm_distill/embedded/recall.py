@@ -16,7 +16,7 @@ from xlstm_distill.embedded import pools
 WINDOW = 16  # tokens; the window of the quickstart's student, the unit of distances
 # Rows after the asked one in an evaluated item, so that its answer is 2 windows back or more.
 SHELVES_AFTER = 6  # of 6 tokens
-GIFTS_AFTER = 8  # of 4 tokens
+LOCKERS_AFTER = 7  # of 5 tokens
 BINDINGS_AFTER = 8  # of 4 tokens
 
 
@@ -65,24 +65,30 @@ def readings(windows: int) -> PassageMaker:
     return passage
 
 
-def gifts(rng: random.Random, full: bool) -> Passage:
-    """Make a table of gifts, and questions on two persons at once."""
-    rows = _gifts(rng, full)
+def lockers(rng: random.Random, full: bool) -> Passage:
+    """Make a table of lockers, and questions on two of them at once.
+
+    The answer names each locker before what is in it, so that both are lookups of the same kind.
+    """
+    keys = _grid(rng, _table_size(rng, full))
+    rows = [(key, rng.choice(pools.ITEMS)) for key in keys]
+    far = max(2, len(rows) - LOCKERS_AFTER)
     questions = []
-    far = max(2, len(rows) - GIFTS_AFTER)
     for number in range(12):
         # The first half asks for far rows only; an evaluation takes those.
-        (one, gift), (two, other) = rng.sample(rows[:far] if number < 6 else rows, 2)
-        questions.append((f"Gifts for {one} and {two}?", f"{gift} {other}"))
-    return Passage("Gifts:\n" + _table(rows), tuple(questions), tuple(range(6)))
+        (one, first), (two, second) = rng.sample(rows[:far] if number < 6 else rows, 2)
+        answer = f"{one} - {first}, {two} - {second}"
+        questions.append((f"What is in {one} and {two}?", answer))
+    return Passage("Lockers:\n" + _table(rows), tuple(questions), tuple(range(6)), turns=6)
 
 
-def givers(rng: random.Random, full: bool) -> Passage:
-    """Make a table of gifts, each of another kind, and ask who has one."""
-    rows = _gifts(rng, full)
-    questions = tuple((f"Who has {gift}?", name) for name, gift in rows)
-    far = tuple(range(max(1, len(rows) - GIFTS_AFTER)))
-    return Passage("Gifts:\n" + _table(rows), questions, far)
+def desks(rng: random.Random, full: bool) -> Passage:
+    """Make a table of who sits where, and ask for the person by the place."""
+    keys = _grid(rng, _table_size(rng, full))
+    rows = list(zip(rng.sample(pools.NAMES, len(keys)), keys, strict=True))
+    questions = tuple((f"Who sits at {key}?", name) for name, key in rows)
+    far = tuple(range(max(1, len(rows) - LOCKERS_AFTER)))
+    return Passage("Desks:\n" + _table(rows), questions, far)
 
 
 def bindings(rng: random.Random, full: bool) -> Passage:
@@ -111,19 +117,21 @@ def bindings(rng: random.Random, full: bool) -> Passage:
     return Passage(text, tuple(questions), tuple(far))
 
 
-def _numbered_keys(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """Draw rows with keys from a grid hardly larger than their number, and numbers as values."""
+def _grid(rng: random.Random, count: int) -> list[str]:
+    """Draw keys from a grid hardly larger than their number, in any order."""
     side = 1
     while side * side < count + 1:
         side += 1
     columns, rows = rng.sample(pools.COLUMNS, side), rng.sample(pools.ROWS, side)
-    keys = [column + row for column in columns for row in rows]
-    return [(key, str(rng.randint(10, 99))) for key in rng.sample(keys, count)]
+    return rng.sample([column + row for column in columns for row in rows], count)
 
 
-def _gifts(rng: random.Random, full: bool) -> list[tuple[str, str]]:
-    count = 16 if full else rng.randint(3, 16)
-    return list(zip(rng.sample(pools.NAMES, count), rng.sample(pools.ITEMS, count), strict=True))
+def _numbered_keys(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    return [(key, str(rng.randint(10, 99))) for key in _grid(rng, count)]
+
+
+def _table_size(rng: random.Random, full: bool) -> int:
+    return 16 if full else rng.randint(3, 16)
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

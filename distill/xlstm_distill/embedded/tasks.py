@@ -89,7 +89,7 @@ TASKS = {
         Task("copy", "chat", problems.copy),
         Task("pick", "chat", problems.pick),
         Task("sort", "chat", problems.sort_words),
-        _recall("two_queries", "chat", recall.gifts),
-        _recall("givers", "chat", recall.givers),
+        _recall("two_queries", "chat", recall.lockers),
+        _recall("by_value", "chat", recall.desks),
     )
 }

@@ -51,10 +51,10 @@ def by_text(prompt: str) -> str | None:
     table = dict(row for row in rows if len(row) == 2)
     if found := re.fullmatch(r"(?:How many on|Reading of) (\w+)\?", question):
         return table[found[1]]
-    if found := re.fullmatch(r"Gifts for (\w+) and (\w+)\?", question):
-        return f"{table[found[1]]} {table[found[2]]}"
-    if found := re.fullmatch(r"Who has (\w+)\?", question):
-        return next(name for name, gift in table.items() if gift == found[1])
+    if found := re.fullmatch(r"What is in (\w+) and (\w+)\?", question):
+        return ", ".join(f"{key} - {table[key]}" for key in found.groups())
+    if found := re.fullmatch(r"Who sits at (\w+)\?", question):
+        return next(name for name, key in table.items() if key == found[1])
     if found := re.fullmatch(r"echo \$\{!(\w)\}", question):
         return table[table[found[1]]]
     return None
