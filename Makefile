@@ -16,7 +16,7 @@ PYTEST = HF_HUB_OFFLINE=1 PATH='$(abspath $(BIN)):'"$$PATH" \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-all check teacher docs clean clean-runs
+.PHONY: help install quickstart test test-slow test-all check teacher gpu docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -43,6 +43,12 @@ check: $(STAMP)  ## check format, style and types
 
 teacher: $(STAMP)  ## train the embedded teacher again (about 45 minutes, one thread)
 	$(BIN)/python -m xlstm_distill.embedded.train --out recipes/quickstart/teacher
+
+# On a machine with a GPU, with what it has: it installs nothing and needs no .venv.
+gpu:  ## run all that a GPU has to show, into OUT=DIR; DRY=1 tries it on a CPU
+	@test -n '$(OUT)' || { echo "Name a folder for the results: make gpu OUT=DIR"; exit 2; }
+	PYTHONPATH=distill:kernels:eval $(PYTHON) -m xlstm_kernels.benchmarks.gpu --out '$(OUT)' \
+		$(if $(DRY),--dry-run) $(GPU_ARGS)
 
 docs: $(STAMP)  ## write the generated documents: recipe schema and reference
 	$(BIN)/python -m xlstm_distill.recipe.reference

@@ -56,8 +56,8 @@ def root() -> Path:
     return ROOT
 
 
-@pytest.fixture
-def tiny_teacher() -> Callable[..., torch.nn.Module]:
+@pytest.fixture(scope="session")
+def make_teacher() -> Callable[..., torch.nn.Module]:
     """Make a randomly initialised teacher: 2 layers, 4 query heads of 16, 2 key/value heads."""
 
     def make(family: str = "llama", seed: int = 0, **overrides: object) -> torch.nn.Module:
@@ -69,8 +69,36 @@ def tiny_teacher() -> Callable[..., torch.nn.Module]:
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
             "max_position_embeddings": 512, "initializer_range": 0.15,
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            # Granite's own scale of scores. It is 1 by default, which no released model has.
+            "attention_multiplier": 0.25,
         }  # fmt: skip
         config = FAMILIES[family].config(**{**settings, **overrides})
         return FAMILIES[family].causal_lm(config).eval()
 
     return make
+
+
+@pytest.fixture
+def tiny_teacher(make_teacher: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """`make_teacher`, under the name that most tests use."""
+    return make_teacher
+
+
+@pytest.fixture(scope="session")
+def saved_student(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a student of the embedded teacher; its gates and feature maps are random."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from xlstm_distill import MixerConfig, convert
+
+    teacher = root / "recipes" / "quickstart" / "teacher"
+    mixer = MixerConfig(window=8, sinks=2, feature_map="hedgehog", feature_dim=16)
+    student = convert(AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), mixer)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, p in student.new_parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    folder = tmp_path_factory.mktemp("student") / "model"
+    student.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
+    return folder

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xlstm_distill.models.auto import register_when_transformers_loads
+from xlstm_distill.models.auto import register_when_libraries_load
 
 if TYPE_CHECKING:
     from xlstm_distill.models.student import convert as convert
@@ -28,4 +28,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
-register_when_transformers_loads()
+register_when_libraries_load()

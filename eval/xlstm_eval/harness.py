@@ -232,6 +232,7 @@ def _run_all(lm: Any, loaded: LoadedSuite, seed: int) -> dict[str, dict[str, Any
     for multiturn in (False, True):
         chosen = [task.name for task in loaded.suite.tasks if task.multiturn is multiturn]
         if chosen:
+            lm.multiturn = multiturn
             output = _run(lm, loaded, chosen, multiturn, seed)
             for part in parts:
                 raw[part] |= output[part]

@@ -1,6 +1,7 @@
 """Choose the backend of a call, and say why one cannot run it.
 
-Imports Triton only when a call asks for it.
+"auto" is Triton on CUDA where the kernels have passed their self-check on this machine
+(`xlstm_kernels.verdicts`), else torch. Imports Triton only when a call asks for it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from xlstm_kernels import verdicts
+
 Backend = Literal["auto", "torch", "triton", "mlstm_kernels"]
 # Backends of `mlstm`; the other operators have all but the last.
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton", "mlstm_kernels")
 
-# What "auto" runs, on every device. It stays "torch" until the tests marked `gpu` have passed on a
-# GPU: so far the Triton kernels are verified in Triton's interpreter, and compiled, but no GPU has
-# run them.
-AUTO: Backend = "torch"
-
+# What "auto" means, if it is set: "torch", or "triton" without the self-check.
+BACKEND_VARIABLE = "XLSTM_KERNELS_BACKEND"
 HEAD_DIMS = (16, 32, 64, 128, 256)  # powers of 2, as Triton's tiles are, with settings in the table
 MAX_SINKS = 64  # the window kernels hold the sinks of a document in one tile
 
@@ -39,7 +39,9 @@ def choose(
         raise ValueError(
             f"{operator}: backend={backend!r} is unknown; allowed: {', '.join(allowed)}"
         )
-    chosen = AUTO if backend == "auto" else backend
+    if backend == "auto":
+        return automatic(operator, tensors, dims, sinks)
+    chosen = backend
     if chosen == "triton" and (objection := triton_refuses(tensors, dims, sinks)):
         raise ValueError(f"{operator}: backend='triton' {objection}")
     if chosen == "mlstm_kernels" and (objection := peer_refuses(tensors)):
@@ -47,10 +49,63 @@ def choose(
     return chosen
 
 
-@functools.cache
+def automatic(
+    operator: str, tensors: tuple[Tensor, ...], dims: dict[str, int], sinks: int
+) -> Backend:
+    """Return what "auto" runs for a call: Triton where it has kernels and they are right."""
+    device = tensors[0].device
+    if device.type != "cuda" or triton_refuses(tensors, dims, sinks):
+        return "torch"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    dtype = tensors[0].dtype
+    for x in tensors[1:3]:  # q, k and v; the gates are float32 in any case
+        dtype = torch.promote_types(dtype, x.dtype)
+    return (
+        "triton" if passes_check(operator, dtype, tuple(sorted(dims.items())), index) else "torch"
+    )
+
+
+def passes_check(
+    operator: str, dtype: torch.dtype, dims: tuple[tuple[str, int], ...], index: int
+) -> bool:
+    """Say whether Triton's operator is to run: as the environment says, else as checked."""
+    forced = forced_backend()
+    if forced is not None:
+        return forced == "triton"
+    return verdicts.is_right(verdicts.question(operator, dtype, dict(dims)), index)
+
+
+# Dynamo runs it once, while it traces, and takes the answer for a constant. This is all that
+# torch.compiler.assume_constant_result does; but that imports dynamo, and with it Triton.
+passes_check._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def forced_backend() -> Backend | None:
+    """Return what XLSTM_KERNELS_BACKEND says that "auto" means; None if it is not set.
+
+    Raises ValueError, in one line, if it is neither "torch" nor "triton".
+    """
+    given = os.environ.get(BACKEND_VARIABLE)
+    if not given:
+        return None
+    if given == "torch":
+        return "torch"
+    if given == "triton":
+        return "triton"
+    raise ValueError(f"{BACKEND_VARIABLE}={given!r} is not allowed; allowed: torch, triton")
+
+
 def installed(package: str) -> bool:
     """Say whether a package can be imported."""
-    # Cached, because decoding asks in every layer for every token.
+    return _found(package)
+
+
+# As of `passes_check`: dynamo would look into the cache, and warn of it.
+installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # decoding asks in every layer for every token
+def _found(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
@@ -91,8 +146,13 @@ def triton_refuses(tensors: tuple[Tensor, ...], dims: dict[str, int], sinks: int
     """Say why the Triton kernels cannot run a call, and what to do; None if they can."""
     if not installed("triton"):
         return not_installed("triton")
-    if objection := _device_refused(tensors):
-        return objection
+    return _device_refused(tensors) or triton_lacks(dims, sinks)
+
+
+def triton_lacks(dims: dict[str, int], sinks: int = 0) -> str | None:
+    """Say what there is no Triton kernel for, whatever the device; None if there is one."""
+    if not installed("triton"):
+        return not_installed("triton")
     for letter, size in dims.items():
         if size not in HEAD_DIMS:
             allowed = ", ".join(map(str, HEAD_DIMS))

@@ -207,6 +207,24 @@ def test_new_merge_weights_redo_only_what_depends_on_them(run, tmp_path):
     assert {label: back[label] for label in before} == before
 
 
+@pytest.mark.slow
+def test_patches_of_a_runs_experts_are_measured(run, capsys):
+    from xlstm_distill.benchmarks.patches import main
+
+    before = manifests(run)
+    main([str(run / "recipe.yaml"), str(run), "--density", "0.05", "1", "--limit", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:2] == "| "]
+    head, aligned, sparse, dense, expert = (row for row in rows)
+    assert head[4:] == ["math", "chat", "mean recovery"]
+    assert (aligned[0], expert[0]) == ("aligned student", "expert")
+    assert 0 < float(sparse[3].rstrip("%")) < 100
+    # All differences, each rounded to bf16: the scores of the expert itself.
+    assert float(dense[3].rstrip("%")) > 99.9
+    assert dense[4:] == expert[4:]
+    assert manifests(run) == before
+
+
 def test_a_longer_expert_redoes_only_itself(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
     before = manifests(copy)

@@ -141,12 +141,12 @@ def test_a_torn_line_is_read_once_its_end_is_there(tmp_path: Path) -> None:
 
 
 def test_the_first_found_size_counts_for_all_and_a_given_one_for_itself(tmp_path: Path) -> None:
-    assert BatchSizes(None, tmp_path / "s").rows("generate_until", lambda: 24) == 24
+    assert BatchSizes(None, tmp_path / "s").rows("generate_until", False, lambda: 24) == 24
     later = BatchSizes(None, tmp_path / "s")
-    assert later.rows("generate_until", lambda: 99) == 24
-    assert later.rows("loglikelihood", lambda: 99) == 99
-    assert later.used == {"generate_until": 24, "loglikelihood": 99}
-    assert BatchSizes(7, tmp_path / "s").rows("generate_until", lambda: 99) == 7
+    assert later.rows("generate_until", False, lambda: 99) == 24
+    assert later.rows("loglikelihood", False, lambda: 99) == 99
+    assert later.used == {"generate_until-single-turn": 24, "loglikelihood-single-turn": 99}
+    assert BatchSizes(7, tmp_path / "s").rows("generate_until", False, lambda: 99) == 7
     assert not [path for path in (tmp_path / "s").iterdir() if path.name.startswith(".")]
     tried: list[int] = []
 
@@ -157,6 +157,22 @@ def test_the_first_found_size_counts_for_all_and_a_given_one_for_itself(tmp_path
     assert largest_that_fits(fits) == 32
     assert tried[0] == MOST_ROWS
     assert largest_that_fits(lambda rows: False) == 1
+
+
+def test_each_call_of_lm_eval_finds_and_keeps_its_own_size(tmp_path: Path) -> None:
+    def ask_both(sizes: BatchSizes, short: int, long: int) -> tuple[int, int]:
+        """Ask in lm-eval's order: the short prompts of the single-turn call come first."""
+        single = sizes.rows("generate_until", False, lambda: short)
+        return single, sizes.rows("generate_until", True, lambda: long)
+
+    assert ask_both(BatchSizes(None, tmp_path / "s"), 256, 8) == (256, 8)
+    # Another model, or the same one after a kill between the two calls.
+    assert ask_both(BatchSizes(None, tmp_path / "s"), 99, 99) == (256, 8)
+    assert ask_both(BatchSizes(7, tmp_path / "s"), 256, 8) == (7, 7)
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "generate_until.json").write_text('{"rows": 16}')
+    assert ask_both(BatchSizes(None, earlier), 256, 8) == (16, 16)
 
 
 class Killed(BaseException):

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_eval.answering.coordinator import OneRank, Tally
+from xlstm_eval.answering.sizes import CPU_ROWS
 from xlstm_eval.harness import Session, check_suite, evaluate_model
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.metrics import compare, pair_results
@@ -219,6 +220,21 @@ def test_the_same_model_ties_with_itself_at_another_batch_size(
     again = evaluate_model(model, tokenizer, loaded, Session(batch_size=5))
     found = compare("again", pair_results(result.tasks, again.tasks))
     assert (found.critical_tolerance, found.worst_drop, found.lossless) == (0.0, 0.0, True)
+
+
+def test_a_size_found_for_single_turn_prompts_is_not_that_of_multi_turn_ones(
+    folder: Path, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    tasks = (SuiteTask(name="first"), SuiteTask(name="second", shots=2, multiturn=True))
+    (tmp_path / "generate_until-single-turn.json").write_text('{"rows": 5}')
+    suite = Suite(include=folder, tasks=tasks, limit=3)
+    for _ in range(2):  # the second time both sizes are kept ones
+        found = evaluate_model(model, tokenizer, suite, Session(sizes=tmp_path))
+        assert found.protocol["batch"] == {
+            "generate_until-single-turn": 5,
+            "generate_until-multi-turn": CPU_ROWS,
+        }
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_tasks_resolve_from_any_folder_and_relative_path(
@@ -620,9 +636,9 @@ def test_one_rank_two_ranks_and_an_interrupted_evaluation_give_the_same_bits(
     assert all(len(given) == 3 for given in answers)
     assert len({text for given in answers for text in given}) > len(answers)
     assert whole.protocol["batch"] == {
-        "generate_until": 7,
-        "loglikelihood": 7,
-        "loglikelihood_rolling": 7,
+        "generate_until-single-turn": 7,
+        "loglikelihood-single-turn": 7,
+        "loglikelihood_rolling-single-turn": 7,
     }
 
 

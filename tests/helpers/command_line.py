@@ -12,8 +12,12 @@ from typer.testing import CliRunner
 from xlstm_distill.cli.app import app
 
 
-def call_cli(*words: str | Path, cwd: Path | str = "/") -> subprocess.CompletedProcess[str]:
+def call_cli(
+    *words: str | Path, cwd: Path | str = "/", typed: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `xlstm-distill WORDS` in a folder; returns what a process would leave.
+
+    typed: standard input.
 
     Nothing but an exit gets out of the command line: any other exception is raised again here.
     """
@@ -21,7 +25,7 @@ def call_cli(*words: str | Path, cwd: Path | str = "/") -> subprocess.CompletedP
     before = {number: signal.getsignal(number) for number in signal.Signals}
     try:
         with contextlib.chdir(cwd):
-            result = CliRunner().invoke(app, arguments, prog_name="xlstm-distill")
+            result = CliRunner().invoke(app, arguments, input=typed, prog_name="xlstm-distill")
     finally:
         # The command line listens to signals. Pytest's own handlers must work afterwards.
         for number, handler in before.items():

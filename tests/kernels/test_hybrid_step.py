@@ -140,3 +140,19 @@ def test_a_ring_that_does_not_fit_is_refused(ring: Ring, sinks: int, message: st
     token = [x[:, :, 0] for x in draw_row("cpu", 2, 4, 2, 1).values()]
     with pytest.raises(ValueError, match=f"^hybrid_step: {message}"):
         hybrid_step(*token, MLSTMState.zeros(2, 4, Dk, Dv), ring, sinks=sinks)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_ring_beyond_32_bits_is_refused_by_triton(device: str) -> None:
+    token = {name: x[:, :, 0] for name, x in draw_row(device, 1, 1, 1, 1).items()}
+    slots = 2**31 // D
+    # Expanded: the tensors have this shape and next to no memory.
+    values = torch.zeros(1, device=device).expand(1, 1, slots, D)
+    positions = torch.zeros(1, dtype=torch.int64, device=device).expand(1, slots)
+    lengths = torch.zeros(1, dtype=torch.int64, device=device)
+    state = MLSTMState.zeros(1, 1, Dk, Dv, device=device)
+    with pytest.raises(ValueError, match=f"has no kernel for a ring of {slots} slots of 16 values"):
+        hybrid_step(
+            *token.values(), state, Ring(values, values, positions, lengths),
+            sinks=2, backend="triton",
+        )  # fmt: skip

@@ -144,11 +144,21 @@ def flush_tree(folder: Path) -> None:
         folders.append(Path(here))
         files += [Path(here) / name for name in names]
     with ThreadPoolExecutor(FLUSH_THREADS) as pool:
-        for _ in pool.map(flush, files):  # raises what a thread raised
+        for _ in pool.map(_flush_listed, files):  # raises what a thread raised
             pass
     # From below: a folder is only whole when those in it are.
     for path in reversed(folders):
         flush_directory(path)
+
+
+def _flush_listed(path: Path) -> None:
+    """Flush a file of a list that was made a moment ago."""
+    try:
+        flush(path)
+    except FileNotFoundError:
+        # Another process, which writes the same once more, has renamed or removed its own.
+        if not path.name.endswith(".partial"):
+            raise
 
 
 def flush_upwards(folder: Path, top: Path) -> None:

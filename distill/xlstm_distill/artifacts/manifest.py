@@ -110,8 +110,10 @@ def facts_of_files(
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder but its manifest, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    """All files below a folder but its manifest and drafts of files, sorted."""
+    # Another process may be at a draft in a shared folder, and removes it at any moment.
+    whole = (p for p in folder.rglob("*") if not fnmatch.fnmatchcase(p.name, ".*.partial"))
+    return sorted(p for p in whole if p.is_file() and p != folder / MANIFEST)
 
 
 def unlisted(folder: Path, files: Mapping[str, Any]) -> list[str]:

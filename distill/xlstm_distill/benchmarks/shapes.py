@@ -300,6 +300,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--context", type=int, default=4096, help="tokens of a row")
     parser.add_argument("--batch", type=int, default=64, help="rows of a step, over all ranks")
+    parser.add_argument("--micro-batch", type=int, default=1, help="rows of a pass")
+    parser.add_argument("--backend", choices=("torch", "triton"), default="triton")
     parser.add_argument("--waits", action="store_true", help="training.reduce: last")
     asked = parser.parse_args()
     config = json.loads(asked.architecture.read_text())["config"]
@@ -313,6 +315,10 @@ def main() -> None:
             replicas=asked.replicas,
             context=asked.context,
             batch=asked.batch,
+            micro_batch=asked.micro_batch,
+            backend=asked.backend,
+            # As the shipped recipes have it.
+            checkpointing=stage == "distill",
             waits=asked.waits,
         )
         print(json.dumps(compared(case)), flush=True)

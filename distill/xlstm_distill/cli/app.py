@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, validate
+from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, use, validate
+from xlstm_distill.cli.doctor import doctor
 from xlstm_distill.cli.processes import slurm
 from xlstm_distill.cli.run import STAGES as STAGES
 
@@ -20,7 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-# In the order of --help: the whole run, its stages, and what looks without changing anything.
+# In the order of --help: the whole run, its stages, the finished student, and what looks without
+# changing anything.
 for command in (
     run.run,
     run.prepare,
@@ -30,12 +32,16 @@ for command in (
     run.merge,
     run.evaluate,
     run.report,
+    use.export,
+    use.generate,
+    use.chat,
     slurm.slurm,
     validate.validate,
     inspect.plan,
     inspect.status,
     upkeep.verify,
     upkeep.clean,
+    doctor,
     inspect.score,
     inspect.schema,
 ):

@@ -10,24 +10,43 @@ from typing import TYPE_CHECKING
 from xlstm_distill.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from xlstm_distill.runtime.console import Console
+    from xlstm_eval.report.entries import Entry
 
 DEFAULT_OUT = Path("report")
+OWN_FILES = {"report.html", "report.md", "report.json"}
+OWN_COMPARISON = {"compare.html", "compare.md", "compare.json"}
 
 
-def check_usage(sources: Sequence[Path], results: bool, many: bool, of_run: bool) -> None:
+def check_usage(
+    sources: Sequence[Path], results: bool, many: bool, *, recipe_options: bool, page_options: bool
+) -> None:
     """Refuse a mixture of the ways to call `report`; raises UserError."""
-    if (results or many) and of_run:
+    if (results or many) and recipe_options:
         raise UserError(
-            "--run, --set, --replace: they are for a recipe; leave them out with "
+            "--run, --set, --full, --replace: they are for a recipe; leave them out with "
             f"{'--results' if results else 'run directories'}."
         )
-    if results and len(sources) < 2:
-        raise UserError("--results: give the teacher's results file, then a student's.")
-    if not results and not many and len(sources) != 1:
+    if results:
+        if len(sources) < 2:
+            raise UserError("--results: give the teacher's results file, then a student's.")
+        return
+    if many:
+        files = [str(path) for path in sources if not path.is_dir()]
+        if files:
+            raise UserError(f"{files[0]}: no run directory. Give run directories alone.")
+        return
+    if len(sources) != 1:
         raise UserError(
             f"report: {len(sources)} sources. Give one recipe, run directories, or results files "
             "of lm-eval with --results."
+        )
+    if page_options:
+        raise UserError(
+            "--out, --margin: a recipe's report lies in its run, with the recipe's report.margin; "
+            "use --run and --set."
         )
 
 
@@ -39,9 +58,71 @@ def report_results(
     from xlstm_eval.report.outside import stock_report
     from xlstm_eval.report.page import write_report
 
-    data = stock_report(files, MARGIN if margin is None else margin)
-    page = write_report(data, out or DEFAULT_OUT)
+    target = _checked_out(out, OWN_FILES)
+    page = write_report(stock_report(files, MARGIN if margin is None else margin), target)
     show(page, console)
+
+
+def report_runs(
+    runs: Sequence[Path], published: bool, out: Path | None, margin: float | None, console: Console
+) -> None:
+    """Write a page that sets the students of runs, and published rows, side by side."""
+    target = _checked_out(out, OWN_COMPARISON)
+    console.line(f"comparing {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
+    from xlstm_eval.report.many import write_many
+
+    entries = []
+    if runs:
+        from xlstm_distill.stages.compare import read_entries
+
+        entries += read_entries(runs, margin)
+    if published:
+        from xlstm_eval.report.published import published_entries
+
+        entries += published_entries()
+    page = write_many(f"{len(entries)} students", entries, target)
+    console.rich().print(comparison_table(entries))
+    console.line(f"Report: {page}")
+
+
+def _checked_out(out: Path | None, own: set[str]) -> Path:
+    """Return the folder to write; raises UserError where it holds files of others."""
+    target = out or DEFAULT_OUT
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--out: {target} is a file; give a folder.")
+    # The folder is replaced as a whole: nobody's files may be in it.
+    others = sorted({path.name for path in target.iterdir()} - own) if target.is_dir() else []
+    if others:
+        raise UserError(f"--out: {target} holds other files ({others[0]}); give a new folder.")
+    return target
+
+
+def comparison_table(entries: Sequence[Entry]) -> Table:
+    """Lay out students: decision, kept, worst drop, then the paper's metric."""
+    from rich import box
+    from rich.table import Table
+
+    from xlstm_eval.score import ends, percent
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("student")
+    for name in ("decision", "kept", "worst drop", "α*", "α* .75", "C(0)", "lossless"):
+        table.add_column(name, justify="right")
+    for entry in entries:
+        result, found = entry.comparison, entry.comparison.statistics
+        assert found is not None
+        kept = "-" if found.reason else percent(found.pooled.kept)
+        table.add_row(
+            entry.name,
+            "-" if entry.source else found.pooled.decision,
+            f"{kept}{ends(found.pooled.kept_interval, 100)}",
+            f"{percent(result.worst_drop)}{ends(found.worst_drop, 100)}",
+            f"{result.critical_tolerance:.3f}{ends(found.critical_tolerance)}",
+            f"{result.critical_tolerance_75:.3f}",
+            f"{result.win_and_tie['0.0']:.2f}",
+            "yes" if result.lossless else "no",
+        )
+    return table
 
 
 def show(page: Path, console: Console) -> None:

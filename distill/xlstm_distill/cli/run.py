@@ -108,11 +108,22 @@ Share = Annotated[
     ),
 ]
 
+DomainShare = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Do share I (0 to N - 1) of N, for a Slurm array. A share is whole domains, so N is "
+        "at most their number; each domain uses the cores of its machine.",
+        show_default="all",
+    ),
+]
+
 
 def prepare(
     recipe: RecipePath,
     run_dir: RunPath = None,
-    shard: Share = None,
+    shard: DomainShare = None,
     overrides: Overrides = None,
     replace: Replace = False,
     debug: Debug = False,
@@ -212,12 +223,14 @@ def evaluate(
 
 def report(
     sources: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
-            metavar="RECIPE|FILE.json...",
-            help="A recipe (YAML); with --results, results files of lm-eval, the teacher's first.",
+            metavar="RECIPE|RUN...|FILE.json...",
+            help="A recipe (YAML); or run directories, to compare; or with --results results files "
+            "of lm-eval, the teacher's first.",
+            autocompletion=completion.recipe_paths,
         ),
-    ],
+    ] = None,
     run_dir: RunPath = None,
     results: Annotated[
         bool,
@@ -226,17 +239,22 @@ def report(
             help="Read results of the stock lm-eval (--output_path with --log_samples).",
         ),
     ] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Set the paper's students beside those of runs.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder to write to, with --results.", show_default="report"
+            metavar="DIR",
+            help="Folder to write to, of runs or with --results.",
+            show_default="report",
         ),
     ] = None,
     margin: Annotated[
         float | None,
         typer.Option(
-            help="Share of the teacher's score that may be lost, with --results.",
-            show_default="0.02",
+            help="Share of the teacher's score that may be lost, of runs or with --results.",
+            show_default="the recipe's, or 0.02",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -244,16 +262,27 @@ def report(
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
-    """Write the report of a run, or of results of lm-eval, and show its summary."""
+    """Write the report of a run, of several, or of results of lm-eval, and show its summary."""
     with one_line_errors(debug):
         console = make_console()
-        of_run = bool(run_dir or overrides or full or replace)
-        reports.check_usage(sources, results, many=False, of_run=of_run)
+        given = sources or []
+        many = not results and (published or any(path.is_dir() for path in given))
+        reports.check_usage(
+            given,
+            results,
+            many,
+            recipe_options=bool(run_dir or overrides or full or replace),
+            page_options=out is not None or margin is not None,
+        )
         if results:
-            reports.report_results(sources, out, margin, console)
+            reports.report_results(given, out, margin, console)
+            return
+        if many:
+            quiet_libraries()
+            reports.report_runs(given, published, out, margin, console)
             return
         wanted = with_all_items(overrides, full)
-        asked = Invocation(sources[0], run_dir, wanted, replace=replace)
+        asked = Invocation(given[0], run_dir, wanted, replace=replace)
         lineage, opened = _open(asked, console)
         _run_stage("report", lineage, opened, console)
         _print_summary(opened.directory, console)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from xlstm_distill.data.sources import Position, SourceReader
-from xlstm_distill.data.tokenization import Chunk, DocumentOutcome, Tokens
+from xlstm_distill.data.files.order import Position, text_size
+from xlstm_distill.data.sources import SourceReader
+from xlstm_distill.data.tokenization import DocumentOutcome, Tokens
 from xlstm_distill.data.workers import Submit
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Domain
@@ -32,7 +33,7 @@ LEFT_OUT = {
 class SourceProgress:
     """How far a source has been read, as JSON values.
 
-    position: where the chunk that is being used begins (a `Position`).
+    position: where the chunk that is being used begins.
     used: documents used of that chunk.
     tokens: tokens of all documents used.
     dry: whether the source has run out.
@@ -40,7 +41,7 @@ class SourceProgress:
     reason: why the first document was refused.
     """
 
-    position: dict[str, Any] = field(default_factory=lambda: asdict(Position()))
+    position: Position = field(default_factory=Position)
     used: int = 0
     tokens: int = 0
     dry: bool = False
@@ -49,10 +50,14 @@ class SourceProgress:
     )
     reason: str | None = None
 
-    def __post_init__(self) -> None:
-        # Read from a checkpoint: an earlier version's order of reading is another one.
-        if self.position.keys() != asdict(Position()).keys():
-            raise ValueError("another version of this package wrote how far the sources are read")
+    @classmethod
+    def restored(cls, content: Mapping[str, Any]) -> SourceProgress:
+        """Make it again of what `asdict` made of it.
+
+        Raises:
+            ValueError: another version of this package wrote it.
+        """
+        return cls(**{**content, "position": Position.restored(content["position"])})
 
     @property
     def documents(self) -> int:
@@ -92,7 +97,7 @@ class _Stream:
         self, reader: SourceReader, progress: SourceProgress, submit: Submit, ahead: int
     ) -> None:
         self.progress, self._submit, self._ahead = progress, submit, ahead
-        self._chunks = reader.chunks(Position(**progress.position))
+        self._chunks = reader.chunks(progress.position)
         self._pending: deque[_Pending] = deque()
         self._pending_size = 0
         self._failure: UserError | RunError | OSError | None = None
@@ -123,7 +128,7 @@ class _Stream:
         pending = self._pending.popleft()
         self._pending_size -= pending.size
         self._documents = pending.tokens.result()
-        self.progress.position = asdict(pending.position)
+        self.progress.position = pending.position
         self.progress.used, self._skip = self._skip, 0
         # The workers go on while this chunk is used. Without workers, reading ahead gains nothing.
         if self._ahead > 1:
@@ -144,7 +149,7 @@ class _Stream:
             except (UserError, RunError, OSError) as error:
                 self._failure, self._ended = error, True
             else:
-                size = _text_size(chunk)
+                size = sum(text_size(document) for document in chunk.documents)
                 self._pending.append(_Pending(position, size, tokens))
                 self._pending_size += size
 
@@ -153,20 +158,6 @@ class _Stream:
         if not self._pending:
             return True
         return len(self._pending) < self._ahead and self._pending_size < AHEAD_BYTES
-
-
-def _text_size(chunk: Chunk) -> int:
-    """Characters of a chunk's text and messages."""
-    size = 0
-    for document in chunk.documents:
-        for value in document.values():
-            if isinstance(value, str):
-                size += len(value)
-            elif isinstance(value, list):
-                messages = [message for message in value if isinstance(message, dict)]
-                # An estimate will do: the size bounds what waits in memory.
-                size += sum(len(str(message.get("content"))) for message in messages)
-    return size
 
 
 class Mixture:

@@ -237,7 +237,7 @@ class Preparation:
                 for shard in state["shards"]:
                     check_shard(self.folder, shard)
                 complete, seconds = state["complete"], state["seconds"]
-                progress = [SourceProgress(**own) for own in state["progress"]]
+                progress = [SourceProgress.restored(own) for own in state["progress"]]
                 # Last: a packer that is half restored could not start over.
                 self.packer.restore(saved)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, RunError) as error:

@@ -16,7 +16,7 @@ from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import from_rank_zero, is_main_process
 
-ROWS_FORMAT = 4
+ROWS_FORMAT = 5
 """Raised when rows change meaning, so that those made before are made anew."""
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from xlstm_distill.data.files.order import Position
 from xlstm_distill.data.mixture import HOPELESS, SourceProgress
-from xlstm_distill.data.sources import Position, SourceReader
+from xlstm_distill.data.sources import SourceReader
 from xlstm_distill.data.tokenization import (
     ChunkTokenizer,
     DocumentOutcome,

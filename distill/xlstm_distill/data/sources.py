@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from xlstm_distill import embedded
 from xlstm_distill.artifacts.hashing import digest, hash_if_there
-from xlstm_distill.data.readers import (
-    BATCH_RECORDS,
-    FORMATS,
-    BadRecord,
-    Reader,
-    RecordBatch,
-    dataset_reader,
-    file_reader,
-    format_of,
-    hub_file_reader,
+from xlstm_distill.data.files.listing import is_full_disk, reason_of, source_files, unreadable
+from xlstm_distill.data.files.order import (
+    Lane,
+    Place,
+    Position,
+    SourceFile,
+    Visit,
+    lanes_of,
+    text_size,
 )
+from xlstm_distill.data.files.readers import BATCH_RECORDS, BadRecord, RecordBatch
 from xlstm_distill.data.tokenization import Chunk
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Source
@@ -35,78 +30,7 @@ STYLES = (("messages",), ("prompt", "response"), ("text",))
 """Roles of the columns of each style, in the order in which they are looked for."""
 ROLES = ("messages", "system", "prompt", "response", "text")
 NAME_COLUMNS = "Name the right ones with messages, prompt and response, or text."
-TABLES = {"parquet", "arrow"}
-"""Formats that are read a row group at a time."""
-LIST_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ImportError,
-    pa.ArrowException,
-)
-"""What `datasets` raises, besides its own errors, on a data set or folder that it cannot read."""
 Document = Mapping[str, Any]
-HEAD_RECORDS = 1024
-"""Records at the start of each file that are read before any file is read whole."""
-HEAD_RECORDS_OF_TABLES = 8192
-"""The same of Parquet and Arrow, which are read a row group at a time: often 1,000 rows to all."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place between two documents of a source, as JSON values; reading goes on from it exactly.
-
-    visit: number of the visit to a file, in the order of reading.
-    record: records of its file before the place.
-    read: documents of the source before the place.
-    state: state of the file's reader.
-    """
-
-    visit: int = 0
-    record: int = 0
-    read: int = 0
-    state: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class _File:
-    """A part of a source that is read in one go: a file, or a shard of hub data."""
-
-    label: str
-    read: Reader
-    remote: bool = False
-    head: int = HEAD_RECORDS_OF_TABLES
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """Records of a file that are read in one go: from `first` up to `stop`, or to the end."""
-
-    file: _File
-    first: int = 0
-    stop: int | None = None
-
-    def take(self, records: list[Document], number: int) -> list[Document]:
-        """Take this visit's share of records, the first of which has this number."""
-        stop = None if self.stop is None else self.stop - number
-        return records[max(0, self.first - number) : stop]
-
-
-def _visits(files: Sequence[_File], seed: int) -> list[_Visit]:
-    """Order the reading of files: first the head of every file, then the rest of every file.
-
-    Both in the same order, drawn from the seed. A few percent of a large data set thus come from
-    files from everywhere, where whole files would be a handful.
-    """
-    if len(files) == 1:
-        return [_Visit(files[0])]
-    # From the seed alone, so that reading goes on in the same order after a restart.
-    order = np.random.default_rng(seed).permutation(len(files))
-    shuffled = [files[number] for number in order]
-    heads = [_Visit(file, stop=file.head) for file in shuffled]
-    return heads + [_Visit(file, first=file.head) for file in shuffled]
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -134,14 +58,19 @@ class SourceReader:
     """Read a source in chunks of documents.
 
     A document has the columns `messages`; `prompt`, `response` and perhaps `system`; or `text`.
-    Of several files, the head of each is read first, then the rest of each, in an order drawn from
-    the seed: a budget that ends early has then seen files from everywhere. `field` is the source's
-    dotted path, for messages.
+    Of several files, all are read side by side, each in proportion to its size, in an order drawn
+    from the seed (`lanes_of`). `field` is the source's dotted path, for messages.
     """
 
     def __init__(self, source: Source, field: str, seed: int) -> None:
         self.source, self.field, self.seed = source, field, seed
         self._columns: dict[str, str] = {}
+        # Whether documents have come, in this process or before.
+        self._begun = False
+        # By file: a place shortly before the end of its last visit, from where the next one reads.
+        self._left: dict[str, Place] = {}
+        # Files whose end has been seen, by label.
+        self._ended: set[str] = set()
 
     @property
     def columns(self) -> dict[str, str]:
@@ -155,26 +84,27 @@ class SourceReader:
             UserError: the source is missing, empty, unreadable or lacks a column.
             RunError: hub data stopped coming.
         """
+        self._begun = start.read > 0
         if self.source.generator is not None:
             yield from self._generated(start)
             return
-        visits = _visits(self._files(), self.seed)
+        lanes = lanes_of(source_files(self.source, self.field), self.seed)
         self._columns = self._named_columns()
-        # The file to go on with may have other columns than the one that the choice was made by.
+        # The files to go on with may have other columns than the one that the choice was made by.
         if start.read and not self._columns:
-            self._settle_columns(visits)
-        here, read = start, start.read
-        for visit in visits[start.visit :]:
-            for position, documents in self._records(visit, here):
-                if self.source.documents is not None:
-                    documents = documents[: self.source.documents - position.read]
-                if not documents:
-                    return
-                number = max(position.record, visit.first)
-                yield position, Chunk(documents, self.field, visit.file.label, number)
-                read = position.read + len(documents)
-            here = Position(visit=here.visit + 1, read=read)
-        if read == 0:
+            # As reading from the beginning does; `_documents` keeps the choice.
+            next(self._side_by_side(lanes, Position()), None)
+            self._left.clear()
+            self._ended.clear()
+        for position, chunk in self._side_by_side(lanes, start):
+            if self.source.documents is not None:
+                left = max(0, self.source.documents - position.read)
+                chunk = replace(chunk, documents=chunk.documents[:left])
+            if not chunk.documents:
+                return
+            self._begun = True
+            yield position, chunk
+        if not self._begun:
             raise UserError(
                 f"{self.field}: {self.source.path!r}, split {self.source.split!r}, has no "
                 "documents."
@@ -187,71 +117,113 @@ class SourceReader:
         label = f"generator {self.source.generator!r}"
         stream = embedded.documents(self.source.generator, self.source.documents, self.seed)
         # All documents come from one random stream, so those before the start are made again.
-        rest = itertools.islice(stream, start.record, None)
+        rest = itertools.islice(stream, start.read, None)
         position = start
         while batch := list(itertools.islice(rest, BATCH_RECORDS)):
             documents = [{"messages": document["messages"]} for document in batch]
-            yield position, Chunk(documents, self.field, label, position.record)
-            done = position.record + len(batch)
-            position = Position(record=done, read=done)
+            yield position, Chunk(documents, self.field, label, position.read)
+            position = Position(position.read + len(batch))
 
-    def _records(self, visit: _Visit, start: Position) -> Iterator[tuple[Position, list[Document]]]:
-        """Yield a visit's documents in batches, and where they begin."""
-        position, file = start, visit.file
-        batches = file.read(start.state)
-        while visit.stop is None or position.record < visit.stop:
+    def _side_by_side(
+        self, lanes: Sequence[Lane], start: Position
+    ) -> Iterator[tuple[Position, Chunk]]:
+        """Yield chunks of all lanes, each lane in proportion to its text."""
+        places = list(start.lanes) or [Place()] * len(lanes)
+        if len(places) != len(lanes):
+            raise UserError(
+                f"{self.field}: {self.source.path!r} has other files than when these rows were "
+                "begun; set revision to the commit of then, or to another to begin anew."
+            )
+        streams = [self._lane(*both) for both in zip(lanes, places, strict=True)]
+        live, read = set(range(len(lanes))), start.read
+
+        def given_of_text(number: int) -> tuple[float, int]:
+            # The number decides a tie, so that nothing but the texts decides the order.
+            return places[number].given / lanes[number].text, number
+
+        while live:
+            turn = min(live, key=given_of_text)
+            found = next(streams[turn], None)
+            if found is None:
+                live.discard(turn)
+                continue
+            chunk, after = found
+            yield Position(read, tuple(places)), chunk
+            read += len(chunk.documents)
+            places[turn] = after
+
+    def _lane(self, lane: Lane, start: Place) -> Iterator[tuple[Chunk, Place]]:
+        """Yield a lane's chunks from a place on, and the place after each."""
+        here = start
+        for visit in lane.visits[start.visit :]:
+            for chunk, after in self._visit(visit, here):
+                yield chunk, after
+                here = after
+            here = Place(visit=here.visit + 1, given=here.given)
+
+    def _visit(self, visit: Visit, start: Place) -> Iterator[tuple[Chunk, Place]]:
+        """Yield a visit's documents in chunks, and the place after each."""
+        file, here = visit.file, start
+        if file.label in self._ended:
+            return
+        left = self._left.pop(file.label, None)
+        # What an earlier visit read need not be read again, where it was in this process.
+        if left is not None and not start.record:
+            here = replace(start, record=left.record, text=left.text, state=left.state)
+        batches = file.read(here.state)
+        while visit.stop is None or here.text < visit.stop:
             try:
                 found = next(batches, None)
             # Each format and decompressor has errors of its own. Nothing but reading can fail here.
             except Exception as error:
-                raise self._unreadable(file, position, error) from error
+                raise self._unreadable(file, here.record, error) from error
             if found is None:
+                self._ended.add(file.label)
                 return
             batch, state = found
-            records = self._documents(batch, file, position)
-            documents = visit.take(records, position.record)
-            if documents:
-                yield position, documents
-            position = Position(
-                visit=position.visit,
-                record=position.record + len(records),
-                read=position.read + len(documents),
-                state=state,
-            )
+            records = self._documents(batch, file, here.record)
+            # Where each record begins in the file's text, and where the last one ends.
+            starts = list(itertools.accumulate(map(text_size, records), initial=here.text))
+            mine = [n for n in range(len(records)) if visit.takes(starts[n])]
+            after = Place(here.visit, here.record + len(records), starts[-1], here.given, state)
+            if visit.stop is not None and after.text >= visit.stop:
+                self._left[file.label] = here
+            if mine:
+                first, stop = mine[0], mine[-1] + 1
+                after = replace(after, given=here.given + starts[stop] - starts[first])
+                chunk = Chunk(records[first:stop], self.field, file.label, here.record + first)
+                yield chunk, after
+            here = after
 
-    def _unreadable(self, file: _File | None, position: Position, error: Exception) -> Exception:
-        """Make the error for a file that cannot be read, or without a file for the whole source.
+    def _unreadable(self, file: SourceFile, record: int, error: Exception) -> Exception:
+        """Make the error for a file that cannot be read; it names the file and the place in it.
 
-        It names the file and the place in it. Hub data that stops after its first documents is a
-        RunError, because the same command can go on later.
+        Hub data that stops after its first documents is a RunError, because the same command can go
+        on later.
         """
-        # A full disk (the hub's cache) is no fault of the source.
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        where = f"record {position.record + 1} or one soon after it" if position.record else "it"
+        where = f"record {record + 1} or one soon after it" if record else "it"
         if isinstance(error, BadRecord):
             where = error.where
-        elif file and file.remote and position.read:
+        elif file.remote and self._begun and not is_full_disk(error):
             return RunError(
-                f"{self.field}: {file.label} stopped at {where}: {reason}. Run the command again "
-                "to go on from the last finished shard."
+                f"{self.field}: {file.label} stopped at {where}: {reason_of(error)}. Run the "
+                "command again to go on from the last finished shard."
             )
-        name = file.label if file else repr(self.source.path)
-        return UserError(f"{self.field}.path: {name}: {where} cannot be read: {reason}")
+        return unreadable(self.field, file.label, where, error)
 
-    def _documents(self, batch: RecordBatch, file: _File, position: Position) -> list[Document]:
+    def _documents(self, batch: RecordBatch, file: SourceFile, first: int) -> list[Document]:
         """Take the columns that the recipe names, else those with the usual names.
 
-        Where a record lacks one (JSON has no schema), it has null.
+        Where a record lacks one (JSON has no schema), it has null. `first` is the number of the
+        batch's first record.
         """
         columns = self._columns or self._choose_columns(batch)
         missing = [column for column in columns.values() if column not in batch]
         # Later records of a file may lack a column, but a whole file without it is a mistake.
-        if missing and not position.record:
+        if missing and not first:
             raise UserError(
                 f"{self.field}: {file.label} has no column {missing[0]!r} "
-                f"(record {position.record + 1}); it has {', '.join(sorted(batch))}. {NAME_COLUMNS}"
+                f"(record {first + 1}); it has {', '.join(sorted(batch))}. {NAME_COLUMNS}"
             )
         self._columns = columns
         nulls = [None] * len(next(iter(batch.values()), []))
@@ -272,105 +244,3 @@ class SourceReader:
             f"{self.field}: {self.source.path!r} has none of the columns messages, prompt + "
             f"response, text; it has {', '.join(sorted(batch))}. {NAME_COLUMNS}"
         )
-
-    def _settle_columns(self, visits: Sequence[_Visit]) -> None:
-        """Choose columns by the first file with a record, as reading from the beginning does."""
-        for visit in visits:
-            # `_documents` has kept the choice by then.
-            if next(self._records(visit, Position()), None):
-                return
-
-    def _files(self) -> list[_File]:
-        """List the source's files; of hub data, its shards."""
-        import datasets
-
-        assert self.source.path is not None
-        path = Path(self.source.path)
-        try:
-            if not path.exists():
-                return self._hub_files()
-            # Files that `save_to_disk` writes: such a folder is one data set, not loose files.
-            if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-                return self._saved(datasets.load_from_disk(str(path)))
-        except (*LIST_ERRORS, datasets.exceptions.DatasetsError) as error:
-            raise self._unreadable(None, Position(), error) from error
-        self._refuse_split("plain files have no splits")
-        return self._plain_files(path)
-
-    def _plain_files(self, path: Path) -> list[_File]:
-        """List a local file, or the files of a folder; all must have one format."""
-        if path.is_file():
-            files = [path]
-        else:
-            # Files of other kinds, such as a README.md, may lie beside the data.
-            below = sorted(path.rglob("*"))
-            files = [file for file in below if file.is_file() and format_of(file)]
-        formats = Counter(format_of(file) for file in files)
-        if not files or None in formats:
-            raise UserError(
-                f"{self.field}.path: {path} holds no file that ends in {', '.join(FORMATS)}."
-            )
-        if len(formats) > 1:
-            found = ", ".join(f"{count} {name}" for name, count in formats.items())
-            raise UserError(
-                f"{self.field}.path: {path} holds files of several formats ({found}); name a "
-                "folder with one."
-            )
-        sample_by = self.source.sample_by
-        others = set(formats) - {"text"}
-        if sample_by != "line" and others:
-            raise UserError(
-                f"{self.field}.sample_by: does not apply to {others.pop()} files; leave it out."
-            )
-        # Empty files have no format to check, and some libraries refuse them.
-        sized = [file for file in files if file.stat().st_size]
-        head = HEAD_RECORDS_OF_TABLES if formats.keys() & TABLES else HEAD_RECORDS
-        return [_File(str(file), file_reader(file, sample_by), head=head) for file in sized]
-
-    def _hub_files(self) -> list[_File]:
-        """List the files of hub data that our readers read, else the shards of `datasets`."""
-        import datasets
-
-        source, name = self.source, repr(self.source.path)
-        # Downloaded whole: `datasets` keeps it on the disk as one table, which is read from there.
-        if not source.streaming:
-            data = datasets.load_dataset(
-                source.path, source.name, split=source.split, revision=source.revision
-            )
-            return [_File(name, dataset_reader(data.to_iterable_dataset), remote=True)]
-        builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
-        reader = hub_file_reader(builder)
-        addresses = (builder.config.data_files or {}).get(source.split)
-        # File by file, so that a bad record is named by its file and line.
-        if reader and addresses:
-            return [
-                _File(f"{name}, {address}", reader(str(address)), remote=True, head=HEAD_RECORDS)
-                for address in addresses
-            ]
-        data = builder.as_streaming_dataset(split=source.split)
-        count = data.num_shards
-        found = []
-        for number in range(count):
-            label = f"{name}, shard {number + 1} of {count},"
-            shard = functools.partial(data.shard, count, number)
-            found.append(_File(label, dataset_reader(shard), remote=True))
-        return found
-
-    def _saved(self, data: Any) -> list[_File]:
-        """List a data set that `save_to_disk` wrote, with or without splits."""
-        if not isinstance(data, Mapping):
-            self._refuse_split("this saved data set has no splits")
-        elif self.source.split not in data:
-            raise UserError(
-                f"{self.field}.split: {self.source.path} has no split {self.source.split!r}; it "
-                f"has {', '.join(data)}."
-            )
-        else:
-            data = data[self.source.split]
-        return [_File(str(self.source.path), dataset_reader(data.to_iterable_dataset))]
-
-    def _refuse_split(self, reason: str) -> None:
-        if self.source.split != "train":
-            raise UserError(
-                f"{self.field}.split: {self.source.split!r} does not apply, {reason}; leave it out."
-            )

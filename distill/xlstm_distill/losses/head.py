@@ -12,6 +12,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.losses.fused import linear_distill_loss, targets_from_hidden
 from xlstm_distill.losses.plain import LossParts, LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
+from xlstm_distill.models.families import logit_factor
 
 
 class FusedHead(nn.Linear):
@@ -19,15 +20,17 @@ class FusedHead(nn.Linear):
 
     The reduction runs inside the module's call, so the hooks by which FSDP and ZeRO-3 gather
     sharded weights act for it as they do for logits. The parameters are those of the head it
-    replaces, tied or not.
+    replaces, tied or not. A model that multiplies its logits by `factor` does that itself; the loss
+    and the targets, which see no logits, multiply what the head reads.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, factor: float = 1.0) -> None:
         # On the meta device: weights of its own would be allocated and drawn, only to be dropped.
         super().__init__(
             head.in_features, head.out_features, bias=head.bias is not None, device="meta"
         )
         self.weight, self.bias = head.weight, head.bias
+        self.factor = factor
         self.train(head.training)
 
     def forward(
@@ -53,12 +56,16 @@ class FusedHead(nn.Linear):
             # A plain tuple: the wrappers' hooks look for tensors in tuples, not in dataclasses.
             return total, parts.cross_entropy, parts.kl
 
-        total, cross_entropy, kl = self(hidden, reduce)
+        total, cross_entropy, kl = self(self.scaled(hidden), reduce)
         return total, LossParts(cross_entropy, kl)
 
     def targets(self, hidden: Tensor, top_k: int) -> SparseTargets:
         """Call `targets_from_hidden` with this head."""
-        return self(hidden, functools.partial(targets_from_hidden, top_k=top_k))
+        return self(self.scaled(hidden), functools.partial(targets_from_hidden, top_k=top_k))
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states whose logits are the model's own."""
+        return hidden if self.factor == 1 else hidden * self.factor
 
 
 def fuse_head(model: Any) -> FusedHead:
@@ -69,7 +76,10 @@ def fuse_head(model: Any) -> FusedHead:
     """
     head = model.lm_head
     if type(head) is nn.Linear:
-        head = model.lm_head = FusedHead(head)
+        factor = logit_factor(model.config)
+        if factor != 1 and head.bias is not None:
+            raise UserError("lm_head: has a bias, which cannot be scaled; use another teacher.")
+        head = model.lm_head = FusedHead(head, factor)
     if not isinstance(head, FusedHead):
         raise UserError(
             f"lm_head: a {type(head).__module__}.{type(head).__name__}, the loss needs a plain"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,16 +33,21 @@ def largest(parts: Callable[[], Iterable[Tensor]], count: int) -> Cut:
     """
     seen = torch.zeros(2**HIGH_BITS, dtype=torch.int64)
     for part in parts():
-        seen += torch.bincount(part.view(torch.int32) >> LOW_BITS, minlength=2**HIGH_BITS)
+        seen += torch.bincount(_upper(part), minlength=2**HIGH_BITS)
     high, above = _place(seen, count)
     seen = torch.zeros(2**LOW_BITS, dtype=torch.int64)
     for part in parts():
-        bits = part.view(torch.int32)
-        inside = bits[bits >> LOW_BITS == high] & (2**LOW_BITS - 1)
+        inside = part.view(torch.int32)[_upper(part) == high] & (2**LOW_BITS - 1)
         seen += torch.bincount(inside, minlength=2**LOW_BITS)
     low, also_above = _place(seen, count - above)
     bits = torch.tensor([high << LOW_BITS | low], dtype=torch.int32)
     return Cut(float(bits.view(torch.float32)), count - above - also_above)
+
+
+def _upper(part: Tensor) -> Tensor:
+    """The upper bits of each number."""
+    # numpy's shift: torch's takes ten times as long on a CPU.
+    return torch.from_numpy(part.numpy().view(np.int32) >> LOW_BITS)
 
 
 def _place(seen: Tensor, count: int) -> tuple[int, int]:

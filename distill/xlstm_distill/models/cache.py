@@ -69,6 +69,7 @@ class MixerCacheLayer(CacheLayerMixin):
             self.is_initialized = True
         return self.state
 
+    @torch.no_grad()
     def update(
         self,
         key_states: Tensor,
@@ -80,6 +81,7 @@ class MixerCacheLayer(CacheLayerMixin):
 
         segment_ids (B, T): rows whose first id is 0 continue the document that is held, others
         begin one. Only the last document of a row is kept: no later token sees an earlier one.
+        What is held is constant: no gradient flows into it.
         """
         ring = self.ring_for(key_states, value_states)
         tokens = key_states.shape[2]

@@ -19,17 +19,77 @@ instance."""
 Rotary: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]"
 
 
+def everywhere(attention: Any) -> bool:
+    """Rotary positions in all layers."""
+    return True
+
+
+def where_flagged(attention: Any) -> bool:
+    """Rotary positions where the layer says so (SmolLM3)."""
+    return bool(attention.use_rope)
+
+
+def where_it_slides(attention: Any) -> bool:
+    """Rotary positions in layers with a window (Cohere 2)."""
+    return attention.sliding_window is not None
+
+
+def where_it_slides_or_none_does(attention: Any) -> bool:
+    """Rotary positions in layers with a window, or everywhere if no layer has one (Exaone 4)."""
+    return attention.config.sliding_window is None or attention.is_sliding
+
+
+def one(config: Any) -> float:
+    """Logits as the head gives them."""
+    return 1.0
+
+
+def granites(config: Any) -> float:
+    """Granite divides its logits."""
+    return 1.0 / config.logits_scaling
+
+
+def coheres(config: Any) -> float:
+    """Cohere 2 multiplies its logits."""
+    return float(config.logit_scale)
+
+
 @dataclass(frozen=True)
 class Family:
     """A Transformer architecture that can be a teacher.
 
     `norm` says where queries and keys are normalised: not at all, per head after the head split
-    (Qwen3), or over the full projection before it (Olmo).
+    (Qwen3), or over the full projection before it (Olmo). `rotates` tells of a layer's attention
+    whether it has rotary positions. `window`: whether a sliding window is a fact of each layer or
+    of the whole model. `fused`: queries, keys and values are one projection, `qkv_proj`.
+    `logit_factor`: what the model multiplies its head's output with.
+
+    For counting parameters: `norms` of the hidden width in each layer, which `biases` a
+    configuration can ask for, whether the MLP's first two projections are one, and whether
+    embeddings are `tied` where the configuration says nothing.
     """
 
     model_type: str
     class_prefix: str
     norm: Literal["none", "head", "projection"]
+    rotates: Callable[[Any], bool] = everywhere
+    window: Literal["layer", "model"] = "layer"
+    fused: bool = False
+    logit_factor: Callable[[Any], float] = one
+    norms: int = 2
+    biases: Literal["all", "attention", "qkv", "always qkv", "none"] = "attention"
+    fused_mlp: bool = False
+    tied: bool = False
+
+    def reach(self, attention: Any) -> int | None:
+        """Return how many keys a layer of the teacher sees, its own included; None means all."""
+        if self.window == "model":
+            found: int | None = attention.config.sliding_window
+            return found
+        # Exaone 4 names a window in all layers, and uses it in those that slide.
+        if not getattr(attention, "is_sliding", True):
+            return None
+        return getattr(attention, "sliding_window", None)
 
     @property
     def modeling(self) -> ModuleType:
@@ -52,6 +112,11 @@ class Family:
         return getattr(module, f"{self.class_prefix}Config")
 
     @property
+    def body_name(self) -> str:
+        """Name of the family's model without a head."""
+        return f"{self.class_prefix}Model"
+
+    @property
     def apply_rotary(self) -> Rotary:
         """The family's own rotary embedding; Llama's and Olmo's round differently in bf16."""
         return self.modeling.apply_rotary_pos_emb
@@ -60,13 +125,25 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", "none"),
+        Family("llama", "Llama", "none", biases="all"),
         # qwen2 has biases in its projections. They come along, because the mixer takes the modules
         # over.
-        Family("qwen2", "Qwen2", "none"),
+        Family("qwen2", "Qwen2", "none", biases="always qkv"),
         Family("qwen3", "Qwen3", "head"),
         Family("olmo2", "Olmo2", "projection"),
         Family("olmo3", "Olmo3", "projection"),
+        Family("olmo", "Olmo", "none", norms=0),
+        Family("mistral", "Mistral", "none", window="model", biases="none"),
+        Family("ministral", "Ministral", "none", biases="none"),
+        Family("granite", "Granite", "none", logit_factor=granites, biases="all"),
+        Family("smollm3", "SmolLM3", "none", where_flagged, biases="all"),
+        Family("exaone4", "Exaone4", "head", where_it_slides_or_none_does, biases="none"),
+        Family(
+            "cohere2", "Cohere2", "none", where_it_slides, logit_factor=coheres, norms=1, tied=True
+        ),
+        Family("glm4", "Glm4", "none", norms=4, biases="qkv", fused_mlp=True),
+        Family("phi3", "Phi3", "none", window="model", fused=True, biases="none", fused_mlp=True),
+        Family("gemma", "Gemma", "none", tied=True),
     )
 }
 
@@ -83,3 +160,9 @@ def family_of(model_type: str) -> Family:
             f" {', '.join(FAMILIES)}. Choose a teacher of one of these architectures."
         )
     return FAMILIES[model_type]
+
+
+def logit_factor(config: Any) -> float:
+    """Return what a teacher or student multiplies its head's output with."""
+    family = FAMILIES.get(config.model_type.removeprefix("xlstm_"))
+    return 1.0 if family is None else family.logit_factor(config)

@@ -12,7 +12,10 @@ from xlstm_distill.models.feature_maps import in_dtype_of
 
 
 class ScalarGate(nn.Linear):
-    """Preactivations of a gate per head from the layer's input: (B, T, d) -> (B, H, T), fp32."""
+    """Preactivations of a gate per head from the layer's input: (B, T, d) -> (B, T, H).
+
+    A linear layer like any other: adapters (LoRA) and quantisers can wrap or replace it.
+    """
 
     def __init__(self, hidden: int, heads: int, bias: float) -> None:
         # Before super(), which calls reset_parameters.
@@ -25,7 +28,7 @@ class ScalarGate(nn.Linear):
         nn.init.constant_(self.bias, self.initial_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(in_dtype_of(x, self.weight)).transpose(1, 2).float()
+        return super().forward(in_dtype_of(x, self.weight))
 
 
 class OutputGate(nn.Module):

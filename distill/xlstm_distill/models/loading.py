@@ -1,6 +1,6 @@
-"""Load a saved student shard by shard: no process ever holds all of its weights.
+"""Load a saved student tensor by tensor: no process ever holds all of its weights on the host.
 
-Only FSDP2 shards. A rank then reads its slice of each tensor and nothing else. For a student of 8B
+Where FSDP2 shards, a rank reads its slice of each tensor and nothing else. For a student of 8B
 parameters in fp32 over 8 ranks of a node that is 4 GB a rank, and not 8 x 32 GB of host memory. To
 read on one rank and broadcast would move as many bytes over the network as the file has, and hold
 each tensor whole on every rank; here the ranks of a node share the file in the page cache.
@@ -9,6 +9,7 @@ each tensor whole on every rank; here the ranks of a node share the file in the 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,17 @@ def empty_student(directory: Path, dtype: torch.dtype) -> CausalLM:
     # RoPE's frequencies are in no file: a module of its own on the CPU computes them.
     rotary = student.model.rotary_emb
     student.model.rotary_emb = type(rotary)(config=config)
+    for module in student.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                # A family may have others (Gemma's embedding scale), which it computes by itself.
+                module.register_buffer(
+                    name, torch.full_like(buffer, torch.nan, device="cpu"), False
+                )
+                student._init_weights(module)
     for name, buffer in student.named_buffers():
-        if buffer.is_meta:
-            raise RunError(f"{directory}: buffer {name} is in no file; start without FSDP2.")
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise RunError(f"{directory}: buffer {name} is in no file and cannot be computed.")
     if (directory / "generation_config.json").exists():
         student.generation_config = GenerationConfig.from_pretrained(directory)
     return student.eval()
@@ -52,7 +61,7 @@ def empty_student(directory: Path, dtype: torch.dtype) -> CausalLM:
 def load_shards(student: CausalLM, directory: Path, device: torch.device) -> None:
     """Read what is still on the meta device: of sharded parameters this rank's shard alone.
 
-    Values are converted to each parameter's dtype, slice by slice.
+    Values are converted to each parameter's dtype on `device`, slice by slice.
 
     Raises:
         RunError: a file holds no such tensor, or one of another shape.
@@ -109,6 +118,11 @@ class WeightFiles(Mapping[str, Tensor]):
             self.open[name] = safe_open(self.directory / name, "pt")
         return self.open[name]
 
+    def count_numbers(self) -> int:
+        """Count the numbers of all tensors, from the files' headers."""
+        shapes = (self._file(file).get_slice(name).get_shape() for name, file in self.place.items())
+        return sum(map(math.prod, shapes))
+
     def read(self, name: str, like: nn.Parameter, device: torch.device) -> Tensor:
         """Read a tensor in the form of a parameter on the meta device."""
         if name not in self.place:
@@ -120,7 +134,8 @@ class WeightFiles(Mapping[str, Tensor]):
                 f"{tuple(like.shape)}."
             )
         if not isinstance(like, DTensor):
-            return stored[:].to(device=device, dtype=like.dtype)
+            # In two steps: one would convert on the host, into a copy of twice the size.
+            return stored[:].to(device).to(like.dtype)
         dim, start, length = _span(like)
         shape = list(like.to_local().shape)
         if length:
@@ -128,7 +143,7 @@ class WeightFiles(Mapping[str, Tensor]):
         else:
             local = torch.empty(shape)  # fewer rows than ranks
         return DTensor.from_local(
-            local.to(device=device, dtype=like.dtype),
+            local.to(device).to(like.dtype),
             like.device_mesh,
             like.placements,
             shape=like.shape,

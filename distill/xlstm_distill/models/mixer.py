@@ -63,6 +63,13 @@ class HybridMixer(nn.Module):
     saved.
     """
 
+    # The teacher's own; `projections` names those that the family has.
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    qkv_proj: Any
+    o_proj: Any
+
     def __init__(self, attention: Any, family: Family, config: MixerConfig) -> None:
         super().__init__()
         teacher = attention.config
@@ -70,17 +77,22 @@ class HybridMixer(nn.Module):
         self.layer_idx: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
+        keys = teacher.num_key_value_heads * self.head_dim
+        self.widths = (heads * self.head_dim, keys, keys)  # of queries, keys and values
         self.backend: Backend = "auto"
         self.family, self.mixer_config = family, config
         # Looked up once: an import in every layer and token costs time, and breaks graphs.
         self.apply_rotary = family.apply_rotary
+        # Some families have layers without positions; a student keeps their queries as they are.
+        self.rotates = family.rotates(attention)
         # Some families limit the reach of single layers; a student sees no further than they do.
-        reach = getattr(attention, "sliding_window", None)
+        reach = family.reach(attention)
         self.window: int = config.window if reach is None else min(config.window, reach)
         self.sinks: int = config.sinks
-        self.q_proj: nn.Module
-        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
-        self.o_proj = attention.o_proj
+        # Olmo may limit the values of its projections.
+        self.clip: float | None = getattr(teacher, "clip_qkv", None)
+        for name in projections(family):
+            setattr(self, name, getattr(attention, name))
         # Q/K norms belong to the teacher and stay between projection and RoPE.
         if family.norm != "none":
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
@@ -137,14 +149,16 @@ class HybridMixer(nn.Module):
         if self.has_mlstm and self.has_window:
             gate = self.output_gate(q, k, v if value_scale is None else v * value_scale)
         # RoPE is kept (paper): both branches read rotated queries and keys.
-        q, k = self.apply_rotary(q, k, *position_embeddings)
+        if self.rotates:
+            q, k = self.apply_rotary(q, k, *position_embeddings)
         # Under autocast, projections are bf16 and rotary positions fp32.
         q, k = q.to(v.dtype), k.to(v.dtype)
         memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None
         inputs = MixerInputs(q, k, v, memory, gate)
         layer = self._cache_layer(past_key_values)
         # A prompt of a single token goes this way too: an empty cache is a state like any other.
-        if layer is not None and q.shape[2] == 1:
+        # Not where gradients are recorded: a step has none.
+        if layer is not None and q.shape[2] == 1 and not _has_gradients(inputs):
             mixed = self._decode(inputs, layer, segment_ids)
         else:
             mixed = self._mix_sequence(inputs, layer, segment_ids)
@@ -161,7 +175,12 @@ class HybridMixer(nn.Module):
         def split(y: Tensor) -> Tensor:
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.family.fused:
+            q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.clip is not None:
+            q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
         if self.family.norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = split(q), split(k), split(v)
@@ -172,7 +191,8 @@ class HybridMixer(nn.Module):
     def _mlstm_inputs(self, x: Tensor, q: Tensor, k: Tensor) -> MLSTMInputs:
         """Map q (B, H, T, D) and k (B, G, T, D) to features, and x (B, T, d) to scalar gates."""
         features_q, features_k = self.feature_map_q(q), self.feature_map_k(k)
-        return MLSTMInputs(features_q, features_k, self.input_gate(x), self.forget_gate(x))
+        i, f = self.input_gate(x), self.forget_gate(x)  # (B, T, H)
+        return MLSTMInputs(features_q, features_k, i.mT.float(), f.mT.float())
 
     def _cache_layer(self, past_key_values: Cache | None) -> MixerCacheLayer | None:
         if past_key_values is None:
@@ -229,6 +249,8 @@ class HybridMixer(nn.Module):
         held = layer.state_for(memory.k, v, state_dtype(memory.q, v))
         if segment_ids is not None:
             layer.restart_state(segment_ids)
+        # A backward pass must find the state as it was read here, and it changes below.
+        before = MLSTMState(*(t.clone() for t in held)) if torch.is_grad_enabled() else held
         h, state = mlstm(
             memory.q,
             memory.k,
@@ -236,13 +258,13 @@ class HybridMixer(nn.Module):
             memory.i,
             memory.f,
             segment_ids=segment_ids,
-            state=held,
+            state=before,
             return_state=True,
             backend=self.backend,
         )
         # In place: a compiled step and its graph hold on to these tensors' addresses.
         for old, new in zip(held, state, strict=True):
-            old.copy_(new)
+            old.copy_(new.detach())
         return h
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -316,6 +338,18 @@ class HybridMixer(nn.Module):
             backend=self.backend,
         )
         return h.unsqueeze(2)
+
+
+def projections(family: Family) -> tuple[str, ...]:
+    """Return the names of a family's attention projections."""
+    return ("qkv_proj", "o_proj") if family.fused else ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def _has_gradients(inputs: MixerInputs) -> bool:
+    """Tell whether autograd records what is computed of these inputs."""
+    tensors = [inputs.q, inputs.k, inputs.v, *(inputs.memory or ()), inputs.gate]
+    recorded = any(t is not None and t.requires_grad for t in tensors)
+    return recorded and torch.is_grad_enabled()
 
 
 def _no_memory(q: Tensor, v: Tensor) -> tuple[MLSTMInputs, Tensor, MLSTMState]:

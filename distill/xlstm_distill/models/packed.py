@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.families import CausalLM, family_of
 from xlstm_kernels.segments import document_runs
 
 
@@ -25,7 +25,7 @@ def teacher_hidden(
     body's own call with `position_ids`. That call looks for documents in the positions and so waits
     for the device, once per call.
     """
-    body = teacher.model
+    body, family = teacher.model, family_of(teacher.config.model_type)
     if teacher.config._attn_implementation != "sdpa":
         # Other implementations take documents in forms of their own: transformers finds them.
         found = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
@@ -34,7 +34,7 @@ def teacher_hidden(
 
     def give_mask(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         # Layers of a hybrid (Olmo 3) differ in their reach; each mask is made once.
-        reach = getattr(attention, "sliding_window", None)
+        reach = family.reach(attention)
         if reach not in masks:
             masks[reach] = _attention_mask(segment_ids, reach, packed=packed)
         return args, {**kwargs, "attention_mask": masks[reach]}

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.cache import StudentCache, checked_cache
@@ -24,14 +34,36 @@ from xlstm_distill.recipe import MixerConfig
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
-# For the type checker: every class made from the mixin has a causal language model behind it.
+# For the type checker: every class made from the mixins has a model of transformers behind it.
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM as _CausalLM
+    from transformers import PreTrainedModel as _Model
 else:
-    _CausalLM = object
+    _CausalLM = _Model = object
 
 
-class StudentMixin(_CausalLM):
+class MixerInit(_Model):
+    """What all models with mixers share: how new parameters start."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FeatureMap | ScalarGate | OutputGate):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class StudentBody(MixerInit):
+    """What a student adds to its family's model without a head (`AutoModel`)."""
+
+    family: Family
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        put_mixers(self, self.family, config)
+        self.post_init()
+
+
+class StudentMixin(MixerInit, _CausalLM):
     """What a student adds to its family's causal language model.
 
     Besides the family's arguments, `forward` takes `segment_ids` (B, T). Tokens of different
@@ -44,25 +76,21 @@ class StudentMixin(_CausalLM):
     """
 
     family: Family
+    body_class: Any
     config: Any
     model: Any
     # transformers then refuses assisted decoding, which takes tokens back.
     _is_stateful = True
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         super().__init__(config, *args, **kwargs)
-        mixer = MixerConfig(**config.mixer)
-        for layer in self.model.layers:
-            layer.self_attn = HybridMixer(layer.self_attn, self.family, mixer)
-        # On the body, not on this class: training calls `student.model` without the head.
-        self.model.register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
+        if checkpointing:  # the body that is replaced has taken the flag out
+            config.gradient_checkpointing = True
+        # The family's class has made a body of the teacher's class. transformers asks the body how
+        # parameters start that a file does not have, so it must be one that knows the new ones.
+        self.model = self.body_class(config)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FeatureMap | ScalarGate | OutputGate):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
 
     def new_cache(self) -> StudentCache:
         """Make an empty decoding cache; its memory does not grow with the tokens seen."""
@@ -91,6 +119,18 @@ class StudentMixin(_CausalLM):
                 yield name, parameter
 
 
+def put_mixers(body: Any, family: Family, config: Any) -> None:
+    """Replace every attention layer of a model's body, and have a hook prepare its inputs."""
+    mixer = MixerConfig(**config.mixer)
+    for layer in body.layers:
+        layer.self_attn = HybridMixer(layer.self_attn, family, mixer)
+    # On the body, not on the model around it: training calls `student.model` without the head.
+    # Names of arguments are looked up once, because a signature takes longer than a small layer.
+    names = tuple(inspect.signature(body.forward).parameters)
+    hook = functools.partial(_prepare_inputs, names=names)
+    body.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def _new_cache(model: Any) -> StudentCache:
     """Make an empty cache for a model's body."""
     windows = [layer.self_attn.window for layer in model.layers]
@@ -98,13 +138,21 @@ def _new_cache(model: Any) -> StudentCache:
 
 
 def _prepare_inputs(
-    model: Any, args: tuple, kwargs: dict[str, Any]
+    model: Any, args: tuple, kwargs: dict[str, Any], names: tuple[str, ...]
 ) -> tuple[tuple, dict[str, Any]]:
     """Turn masks and positions into `segment_ids`, and make a cache where one is wanted.
 
-    A hook that runs before the model's body: it returns the arguments that the body gets.
+    A hook that runs before the model's body, whose arguments have these names. It returns the
+    arguments that the body gets.
     """
-    ids = args[0] if args else kwargs.get("input_ids")
+    kwargs = dict(zip(names, args, strict=False)) | kwargs
+    if kwargs.get("output_attentions", model.config.output_attentions):
+        warnings.warn(
+            "output_attentions: mixers have no attention weights, so there are none to return.",
+            stacklevel=2,
+        )
+        kwargs["output_attentions"] = False
+    ids = kwargs.get("input_ids")
     given = ids if ids is not None else kwargs["inputs_embeds"]
     shape = (given.shape[0], given.shape[1])
     mask = kwargs.get("attention_mask")
@@ -140,7 +188,7 @@ def _prepare_inputs(
         "segment_ids": found.segments,
         "position_ids": found.positions,
     }
-    return args, kwargs
+    return (), kwargs
 
 
 def _cache_for(
@@ -148,54 +196,116 @@ def _cache_for(
 ) -> StudentCache | None:
     """Return the caller's cache, a new one where one is wanted, or None.
 
-    Where gradients are recorded there is no cache, because its states are constants. Where only
-    the configuration asks for one, rows that end in padding get none: they cannot be cached.
+    A cache holds constants: no gradient flows from one call to the next. So there is none in
+    training mode where gradients are recorded. Where only the configuration asks for one, rows that
+    end in padding get none (they cannot be cached), and exported programs neither.
 
     Raises:
-        ValueError: the caller's cache is of another class, or gradients are recorded.
+        ValueError: the caller's cache is of another class, or gradients would stop at it.
     """
     cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    trains = model.training and torch.is_grad_enabled()
     if cache is not None:
         cache = checked_cache(cache)
-        if torch.is_grad_enabled():
+        if trains:
             raise ValueError(
                 "past_key_values: a student's cache holds constants, so gradients would stop"
-                " there; use torch.no_grad(), or leave the cache out."
+                " there; use torch.no_grad() or eval(), or leave the cache out."
             )
         return cache
+    if trains and use_cache:
+        warnings.warn(
+            "use_cache: a student in training mode makes no cache where gradients are recorded,"
+            " because it would hold constants; use torch.no_grad() or eval().",
+            stacklevel=3,
+        )
     if use_cache is None:
-        use_cache = model.config.use_cache and not ends_in_padding(mask)
-    return _new_cache(model) if use_cache and not torch.is_grad_enabled() else None
+        wanted = model.config.use_cache and not torch.compiler.is_exporting()
+        use_cache = wanted and not ends_in_padding(mask)
+    return _new_cache(model) if use_cache and not trains else None
 
 
-def _student_class(family: Family) -> Any:
-    """Make and register the student class of a family: `xlstm_llama` and so on."""
+CODE_FILE = "modeling_xlstm.py"
+CODE = '''"""This student's classes are in the package xlstm-distill: pip install xlstm-distill.
+
+transformers reads this file where the package was not imported first, with trust_remote_code=True.
+"""
+
+from xlstm_distill.models.student import {names}
+'''
+
+
+class NamesItsPackage(_Model):
+    """A saved student says which package it needs, where transformers does not know it."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, with a file that imports this package."""
+        classes = _saved_classes(self.config)
+        module = CODE_FILE.removesuffix(".py")
+        self.config.auto_map = {auto: f"{module}.{name}" for auto, name in classes.items()}
+        found = super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True) and Path(save_directory).is_dir():
+            names = ", ".join(sorted(classes.values()))
+            (Path(save_directory) / CODE_FILE).write_text(CODE.format(names=names))
+        return found
+
+
+def _saved_classes(config: Any) -> dict[str, str]:
+    """Return the names of a student's classes, by those of transformers' Auto classes."""
+    prefix = type(config).__name__.removesuffix("Config")
+    autos = {"Config": AutoConfig, **AUTOS}
+    names = {auto.__name__: prefix + suffix for suffix, auto in autos.items()}
+    return {auto: name for auto, name in names.items() if name in globals()}
+
+
+# Those with another head: transformers makes them around the body that `AutoModel` gives.
+AUTOS: dict[str, Any] = {
+    "Model": AutoModel,
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+}
+MIXINS: dict[str, type] = {"Model": StudentBody, "ForCausalLM": StudentMixin}
+
+
+def _student_classes(family: Family) -> dict[str, Any]:
+    """Make and register the classes of a family's students (`xlstm_llama` and so on), by name."""
     name = f"Xlstm{family.class_prefix}"
-    config_body = {
-        "__module__": __name__,
-        "__doc__": f"Configuration of a hybrid xLSTM student of a {family.class_prefix} teacher.",
-        "__annotations__": {"mixer": dict | None},
-        "model_type": f"xlstm_{family.model_type}",
-        "mixer": None,
-    }
-    config: Any = type(f"{name}Config", (family.config,), config_body)
-    model_body = {
-        "__module__": __name__,
-        "__doc__": f"Hybrid xLSTM student of a {family.class_prefix} teacher.",
-        "config_class": config,
-        "family": family,
-    }
-    model: Any = type(f"{name}ForCausalLM", (StudentMixin, family.causal_lm), model_body)
+
+    def made(suffix: str, bases: tuple[Any, ...], **body: Any) -> Any:
+        doc = f"{suffix} of hybrid xLSTM students of {family.class_prefix} teachers."
+        return type(name + suffix, bases, {"__module__": __name__, "__doc__": doc, **body})
+
+    config = made(
+        "Config",
+        (family.config,),
+        __annotations__={"mixer": dict | None},
+        model_type=f"xlstm_{family.model_type}",
+        mixer=None,
+    )
     # exist_ok, because a stand-in may be registered under this name.
     AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, model)
-    return model
+    found = [config]
+    own = {"config_class": config, "family": family}
+    for suffix, auto in AUTOS.items():
+        teacher = getattr(family.modeling, family.class_prefix + suffix, None)
+        # Not every family has every head.
+        if teacher is not None:
+            mixin = MIXINS.get(suffix, MixerInit)
+            found.append(made(suffix, (NamesItsPackage, mixin, teacher), **own))
+            own.setdefault("body_class", found[-1])  # the first one
+            auto.register(config, found[-1])
+    return {cls.__name__: cls for cls in found}
 
 
-STUDENTS = {family.model_type: _student_class(family) for family in FAMILIES.values()}
-# As names of this module, the classes can be pickled and imported like any other.
-globals().update({cls.__name__: cls for cls in STUDENTS.values()})
-globals().update({cls.config_class.__name__: cls.config_class for cls in STUDENTS.values()})
+STUDENTS: dict[str, Any] = {}
+"""The class of a family's students, by the teacher's `model_type`."""
+for _family in FAMILIES.values():
+    _classes = _student_classes(_family)
+    # As names of this module, the classes can be pickled and imported like any other.
+    globals().update(_classes)
+    STUDENTS[_family.model_type] = _classes[f"Xlstm{_family.class_prefix}ForCausalLM"]
 
 
 def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = False) -> CausalLM:
@@ -224,8 +334,12 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
             f"teacher: weights {report.unexpected_keys[:3]} have no place in a student of this"
             " family; load the teacher without adapters or quantisation."
         )
-    # Its frequencies are buffers that no state dict holds, so they are still on the meta device.
+    # Buffers that no state dict holds are still on the meta device: rotary frequencies, and others.
     student.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
+    for name, buffer in teacher.named_buffers():
+        if student.get_buffer(name).is_meta:
+            module, _, leaf = name.rpartition(".")
+            student.get_submodule(module).register_buffer(leaf, buffer.clone(), persistent=False)
     reference = next(teacher.parameters())
     for module in student.modules():
         if isinstance(module, FeatureMap | ScalarGate | OutputGate):

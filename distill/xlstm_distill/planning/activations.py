@@ -31,6 +31,8 @@ FP32, BF16, INT64 = 4, 2, 8
 """Bytes of a number."""
 SPAN: Mapping[str, int] = {"cpu": 1 << 12, "cuda": 1 << 17}
 """Tokens of all rows and heads in a span (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
+BLOCK_MIN, BLOCK_MAX, SCORES_AT_ONCE = 32, 128, 1 << 26
+"""Blocks of the window in plain torch, and the scores that its gradient makes at once on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -234,12 +236,15 @@ def _mlstm_torch(a: Architecture, F: int, forward: Pass) -> Saved:
 def layer_excess(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     """Return the bytes by which a layer's backward pass exceeds what the layer saved (stage II).
 
-    The most is held inside of the mLSTM. By then the MLP, its norm, the output projection and the
-    gate have given up what they saved.
+    The most is held inside of the window or, after it, of the mLSTM. By then the MLP, its norm, the
+    output projection and the gate have given up what they saved.
     """
-    freed = Saved(4 * forward.compute * a.intermediate + _norm(a, forward, a.hidden))
-    freed += Saved(forward.compute * a.query_width + 2 * forward.compute * a.query_width)
-    return max(0.0, _mlstm_work(a, mixer, forward) - freed.bytes(forward))
+    heads = forward.compute * a.query_width
+    freed = Saved(4 * forward.compute * a.intermediate + _norm(a, forward, a.hidden) + heads)
+    # The gate read the outputs of both branches; the window's gradient needs its own again.
+    in_window = window_work(a, mixer, forward) - (freed + Saved(heads)).bytes(forward)
+    in_mlstm = _mlstm_work(a, mixer, forward) - (freed + Saved(2 * heads)).bytes(forward)
+    return max(0.0, in_window, in_mlstm)
 
 
 def mixer_excess(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
@@ -265,6 +270,32 @@ def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     work = FP32 * (6 * F + 3 * D + 3 * L + F * (D + 1) / L)
     results = forward.compute * (2 * F + D * a.groups / H) + 2 * FP32
     return span * work + all_rows * results
+
+
+def window_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
+    """Count what the window's backward pass in plain torch allocates on a GPU, results included.
+
+    It makes the scores of some blocks at once, and three tensors of them in fp32
+    (`_attention_grads`). Torch's own kernel, which runs on CPUs, makes none.
+    """
+    if "window" not in mixer.branches or forward.backend == "triton" or forward.device == "cpu":
+        return 0.0
+    H, G, D, window = a.heads, a.groups, a.head_dim, min(mixer.window, forward.tokens)
+    L = min(max(BLOCK_MIN, min(window, BLOCK_MAX)), forward.tokens)
+    keys = min(mixer.sinks, forward.tokens) + L + window - 1
+    blocks = forward.rows * math.ceil(forward.tokens / L)
+    at_once = min(blocks, max(1, SCORES_AT_ONCE // (H * L * keys)))
+    scores = H * L * keys  # of a block
+    # Of a block: queries, output and its gradient, keys, values and the bias; then the gradients.
+    inputs = forward.compute * (3 * H * L * D + 2 * G * keys * D + H // G * L * keys)
+    results = forward.compute * (H * L * D + 2 * G * keys * D)
+    before = (blocks // at_once - 1) * at_once  # whose results are there beside the last scores
+    computing = 3 * FP32 * at_once * scores + before * results
+    # In the end all results are put together: they are there twice, beside the last blocks' weights
+    # and gradients of scores.
+    last = (blocks - 1) % at_once + 1
+    joining = 2 * blocks * results + (FP32 + forward.compute) * last * scores
+    return float(blocks * inputs + max(computing, joining))
 
 
 def _window(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.models.families import family_of
+from xlstm_distill.models.families import Family, family_of
 from xlstm_distill.recipe import MixerConfig, Recipe
 
 ARCHITECTURES = "architectures"
@@ -25,7 +25,8 @@ REQUIRED = (
     "vocab_size",
 )
 FULL_ATTENTION_EVERY = 4
-"""Olmo3's pattern where its config names no layer types: 3 layers with a window, 1 without."""
+"""Where a config names a pattern and no layer types: 3 layers with a window, 1 without."""
+PATTERNED = ("olmo3", "cohere2", "exaone4")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Architecture:
     """A Transformer language model in numbers: widths, heads, layers, and what its family adds.
 
     `reaches`: how many keys each layer of the teacher attends to, its own included; None means all.
+    `norms`: norms of the hidden width in each layer. `fused`: queries, keys and values are one
+    projection; `fused_mlp`: so are the MLP's first two.
     """
 
     layers: int
@@ -48,6 +51,9 @@ class Architecture:
     output_bias: bool
     mlp_bias: bool
     norm: Literal["none", "head", "projection"]
+    norms: int
+    fused: bool
+    fused_mlp: bool
     reaches: tuple[int | None, ...]
 
     @property
@@ -110,14 +116,15 @@ def count_parameters(architecture: Architecture, mixer: MixerConfig) -> Paramete
     # (Olmo).
     attention += {"none": 0, "head": 2 * a.head_dim, "projection": queries + keys}[a.norm]
     mlp = 3 * d * a.intermediate + a.mlp_bias * (2 * a.intermediate + d)
-    rest = mlp + 2 * d  # and two norms
+    rest = mlp + a.norms * d
     new = _new_parameters(a, mixer)
     table = a.vocabulary * d
     return Parameters(
         embedding=table,
         head=0 if a.tied else table,
         projections=a.layers * attention,
-        rest=a.layers * rest + d,
+        # Olmo's norms have no weights, the last one included.
+        rest=a.layers * rest + (d if a.norms else 0),
         new=a.layers * new,
         layer=attention + rest,
     )
@@ -140,8 +147,10 @@ def lora_parameters(a: Architecture, rank: int) -> int:
 
     An adapter of a projection from m to n numbers has rank * (m + n) parameters.
     """
+    # One adapter serves projections that are fused, so it reads their input once.
+    fused = 2 * a.fused + a.fused_mlp
     attention = 2 * (a.hidden + a.query_width) + 2 * (a.hidden + a.key_width)
-    return a.layers * rank * (attention + 3 * (a.hidden + a.intermediate))
+    return a.layers * rank * (attention + 3 * (a.hidden + a.intermediate) - fused * a.hidden)
 
 
 def find_architecture(recipe: Recipe, folder: Path, config: Path | None = None) -> Architecture:
@@ -220,13 +229,16 @@ def read_architecture(config: Mapping[str, Any], name: str) -> Architecture:
         groups=groups,
         head_dim=_count(head_dim, "head_dim", name),
         vocabulary=numbers["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
         # Qwen2 has biases on q, k and v whatever its config says, and none on the output.
-        qkv_bias=bias or family.model_type == "qwen2",
-        output_bias=bias and family.model_type != "qwen2",
-        mlp_bias=bool(config.get("mlp_bias", False)) and family.model_type == "llama",
+        qkv_bias=family.biases == "always qkv" or (bias and family.biases != "none"),
+        output_bias=bias and family.biases in ("all", "attention"),
+        mlp_bias=bool(config.get("mlp_bias", False)) and family.biases == "all",
         norm=family.norm,
-        reaches=_reaches(config, numbers["num_hidden_layers"]),
+        norms=family.norms,
+        fused=family.fused,
+        fused_mlp=family.fused_mlp,
+        reaches=_reaches(config, family, numbers["num_hidden_layers"]),
     )
 
 
@@ -242,14 +254,16 @@ def _count(config: Mapping[str, Any], key: str, name: str) -> int:
     return value
 
 
-def _reaches(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+def _reaches(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
     """Read how many keys each layer of the teacher attends to."""
     window = config.get("sliding_window")
     # Qwen's configs name a window even where `use_sliding_window` turns it off.
     if not isinstance(window, int) or config.get("use_sliding_window") is False:
         return (None,) * layers
+    if family.window == "model":
+        return (window,) * layers
     types = config.get("layer_types")
-    if types is None and config["model_type"] == "olmo3":
+    if types is None and family.model_type in PATTERNED:
         types = [
             "full_attention" if (n + 1) % FULL_ATTENTION_EVERY == 0 else "sliding_attention"
             for n in range(layers)

@@ -10,7 +10,7 @@ documentation of FSDP2. docs/planning.md says what was counted in a run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xlstm_distill.planning.inputs import DTYPE_BYTES, MemoryInputs
 
@@ -83,6 +83,14 @@ def distill_traffic(inputs: MemoryInputs, passes: int) -> Traffic:
     """Count what stage II sends in a step of so many passes of each GPU."""
     if inputs.gpus == 1:
         return Traffic()
+    sent = _student_traffic(inputs, passes)
+    # An online teacher that is cut gathers its layers once a pass: it has no backward pass.
+    shards = inputs.teacher_shards
+    teacher = passes * (shards - 1) / shards * inputs.teacher_layers
+    return replace(sent, gathered=sent.gathered + teacher)
+
+
+def _student_traffic(inputs: MemoryInputs, passes: int) -> Traffic:
     if inputs.sharding in ("none", "ddp"):
         return _all_reduced(inputs.trained, inputs)
     if inputs.sharding in ("fsdp2", "hsdp"):

@@ -116,6 +116,7 @@ class Planner:
             checkpointing=False,
             backend=machine.backend,
             online=recipe.capture.targets == "online",
+            shard_teacher=recipe.capture.shard_teacher,
             top_k=recipe.capture.top_k,
             trainable=recipe.distill.trainable,
             lora_rank=recipe.distill.lora_rank,

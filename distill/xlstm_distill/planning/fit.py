@@ -182,8 +182,20 @@ def _memory_settings(stage: StageMemory) -> list[list[Change]]:
                 [_change("--sharding", s, sharding=s) for s in others if s != inputs.sharding]
             )
         if inputs.online:
-            kinds.append([_change("capture.targets", "stored", online=False)])
+            kinds += _teacher_settings(inputs)
     return [kind for kind in kinds if kind]
+
+
+def _teacher_settings(inputs: MemoryInputs) -> list[list[Change]]:
+    """List what makes an online teacher smaller: cut over the GPUs, or not there at all."""
+    kinds = []
+    if inputs.gpus > 1 and not inputs.shard_teacher:
+        kinds.append([_change("capture.shard_teacher", True, shard_teacher=True)])
+    stored = _change("capture.targets", "stored", online=False, shard_teacher=False)
+    if inputs.shard_teacher:
+        # A recipe refuses to cut a teacher that it does not have.
+        stored = replace(stored, settings={**stored.settings, "capture.shard_teacher": False})
+    return [*kinds, [stored]]
 
 
 def _change(key: str, value: Value, **inputs: object) -> Change:

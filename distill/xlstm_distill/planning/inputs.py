@@ -40,6 +40,8 @@ class MemoryInputs:
     backend: Backend
     online: bool = False
     """Whether the teacher computes the targets of stage II beside the student."""
+    shard_teacher: bool = False
+    """Whether the layers of an online teacher are cut over the GPUs."""
     top_k: int = 256
     trainable: Literal["all", "mixer", "lora"] = "all"
     lora_rank: int = 0
@@ -51,7 +53,7 @@ class MemoryInputs:
 
     @property
     def shards(self) -> int:
-        """GPUs that FSDP2 cuts a replica over."""
+        """GPUs that FSDP2 cuts a replica over, and so a sharded teacher under any launcher."""
         return min(self.gpus, self.node) if self.sharding == "hsdp" else self.gpus
 
     @property
@@ -92,6 +94,29 @@ class MemoryInputs:
     def teacher_weights(self) -> float:
         """Bytes of the teacher's weights."""
         return float(DTYPE_BYTES[self.teacher_dtype] * self.parameters.teacher)
+
+    @property
+    def teacher_layers(self) -> float:
+        """Bytes of the teacher's decoder layers, which `capture.shard_teacher` cuts."""
+        layers = self.architecture.layers * self.parameters.layer
+        return float(DTYPE_BYTES[self.teacher_dtype] * layers)
+
+    @property
+    def teacher_shards(self) -> int:
+        """GPUs over which an online teacher's layers are cut; 1 where it is whole."""
+        return self.shards if self.online and self.shard_teacher else 1
+
+    @property
+    def online_teacher(self) -> float:
+        """Bytes of the teacher on a GPU in stage II."""
+        if not self.online:
+            return 0.0
+        if self.teacher_shards == 1:
+            return self.teacher_weights
+        # FSDP2 gathers a layer while the one before it runs.
+        gathered = 2 * self.teacher_layers / self.architecture.layers
+        whole = self.teacher_weights - self.teacher_layers
+        return whole + self.teacher_layers / self.teacher_shards + gathered
 
     @property
     def adapters(self) -> int:

@@ -90,7 +90,7 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
         weights=states.weights,
         optimizer=states.optimizer,
         working_copies=states.working_copies,
-        teacher=inputs.teacher_weights if inputs.online else 0.0,
+        teacher=inputs.online_teacher,
     )
     layer = layer_saved(a, inputs.mixer, forward).bytes(forward)
     if inputs.trainable == "lora":

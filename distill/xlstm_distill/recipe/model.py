@@ -20,7 +20,7 @@ from xlstm_distill.recipe.fields import (
 
 
 class Teacher(Section):
-    """The causal language model to distill: Llama, Qwen2, Qwen3, Olmo2 or Olmo3."""
+    """The causal language model to distill; docs/families.md lists the families."""
 
     path: HubOrPath = Field(
         description="Local directory, relative to the recipe, or hub id `owner/name`."
@@ -94,7 +94,7 @@ class Student(Section):
     # Backends round differently and compute the same function, so no artifact is remade for it.
     backend: Literal["auto", "torch", "triton"] = Field(
         default="auto",
-        description="Kernels of the mixers, in every stage: `auto` (docs/kernels.md says which), "
-        "plain `torch`, or `triton` (needs CUDA). Another one rounds differently; it makes nothing "
-        "again.",
+        description="Kernels of the mixers, in every stage: `auto` (`triton` on CUDA where its "
+        "kernels pass a self-check, else `torch`), plain `torch`, or `triton` (needs CUDA). "
+        "Another one rounds differently; it makes nothing again.",
     )

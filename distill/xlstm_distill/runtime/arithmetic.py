@@ -27,7 +27,7 @@ def arithmetic(device: torch.device | None = None) -> Arithmetic:
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         )
         device = found or torch.device("cpu")
-    facts: Arithmetic = {"torch": str(torch.__version__)} | _versions()
+    facts: Arithmetic = {"torch": str(torch.__version__), **_versions()}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         kind = "cuda" if torch.version.cuda else "rocm"

@@ -1,8 +1,9 @@
-"""Facts of the device that a process computes on: peak memory, and published peak rate."""
+"""Facts of the device that a process computes on, and of its host: memory, and published rate."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
@@ -24,6 +25,14 @@ def peak_bytes(device: torch.device) -> int:
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def host_memory() -> int:
+    """Return the bytes of this machine's memory, or what a container may have of them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
 
 
 def usable_bytes(device: torch.device) -> int:

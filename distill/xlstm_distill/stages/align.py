@@ -15,11 +15,11 @@ from xlstm_distill.models.student import convert
 from xlstm_distill.models.teacher import download_teacher, load_teacher
 from xlstm_distill.planning.flops import align_flops
 from xlstm_distill.runtime.console import Console
+from xlstm_distill.stages.kernels import choose_kernels
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
     architecture_of,
-    choose_kernels,
     keep_training,
     open_domains,
     save_model,
@@ -66,11 +66,17 @@ def _align(
         return
     for _, parameter in student.new_parameters():
         parameter.data = parameter.data.float()  # small steps would be lost in bf16
-    device = accelerator.device
-    draft.results["backend"] = choose_kernels(student, recipe, device, console)
+    work = run.work_directory(lineage.request("align"))
+    draft.results["backend"] = choose_kernels(
+        student,
+        recipe,
+        accelerator.device,
+        work,
+        console,
+        precision=accelerator.mixed_precision,
+    )
     domains = open_domains(recipe, data, lineage.aligned_rows())
     plan = _plan(lineage, teacher, domains)
-    work = run.work_directory(lineage.request("align"))
     objective = AlignObjective(student, teacher)
     if recipe.align.activation_checkpointing:
         objective.checkpoint_activations()

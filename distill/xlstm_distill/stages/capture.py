@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
+from xlstm_distill.artifacts.files import remove_partials
 from xlstm_distill.data.budget import captured_rows
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, load_batch
 from xlstm_distill.errors import RunError
@@ -253,6 +254,9 @@ class DomainCapture:
                     # Another run of the program had all shards already and moved the folder away.
                     if not self._finished(shard) and not self._published():
                         raise
+                    # Also with this process's draft in it.
+                    if (store := self.run.path(self.request.label) / STORE).is_dir():
+                        remove_partials(store)
 
     def _workers(self, tokens: int) -> int:
         """Processes that code: the recipe's number, or one per core that this process leaves."""

@@ -63,6 +63,23 @@ def share_of_capture(recipe: Recipe, shard: str | None) -> tuple[int, int]:
     return share
 
 
+def share_of_domains(recipe: Recipe, shard: str | None) -> tuple[int, int]:
+    """Share of the domains (`I/N`) that a command takes; all of them without words.
+
+    Raises:
+        UserError: it is no share, or there are fewer domains than shares.
+    """
+    share = parse_share(shard) if shard is not None else (0, 1)
+    domains = len(recipe.data.domains)
+    if share[1] > domains:
+        raise UserError(
+            f"--shard: {shard!r} asks for {share[1]} shares. A share is whole domains, and the "
+            f"recipe has {domains}: N is at most {domains}. Each domain uses the cores of its "
+            "machine (data.workers); book those instead of more tasks."
+        )
+    return share
+
+
 def deal(rows: Mapping[str, int], parts: int) -> list[list[str]]:
     """Share domains out so that the largest share is small: each goes to the least one so far.
 

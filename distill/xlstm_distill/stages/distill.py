@@ -24,11 +24,11 @@ from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import process_count
 from xlstm_distill.stages.capture import STORE
 from xlstm_distill.stages.choices import choose_experts
+from xlstm_distill.stages.kernels import choose_kernels
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
     architecture_of,
-    choose_kernels,
     keep_training,
     open_domains,
     save_model,
@@ -91,14 +91,20 @@ def _train(
     # the same seed weights).
     torch.manual_seed(recipe.seed)
     student, saved = _trainable_student(recipe, material.aligned, accelerator)
-    device = accelerator.device
-    draft.results["backend"] = choose_kernels(student, recipe, device, console)
+    work = run.work_directory(lineage.request(f"distill/{name}"))
+    draft.results["backend"] = choose_kernels(
+        student,
+        recipe,
+        accelerator.device,
+        work,
+        console,
+        precision=accelerator.mixed_precision,
+    )
     source = _targets(lineage, material.targets, accelerator)
     weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
     objective = DistillObjective(student, source, weights, saved)
     domains = open_domains(recipe, material.data, expert_rows(recipe, name))
     plan = _plan(recipe, name, student, domains)
-    work = run.work_directory(lineage.request(f"distill/{name}"))
     result = Trainer(objective, plan, domains, work, accelerator, console).run()
     keep_training(draft, work, plan, result)
     # A collective under sharding: all ranks gather, then rank 0 writes.

@@ -28,10 +28,10 @@ from xlstm_distill.runtime.ranks import (
     scatter_object,
 )
 from xlstm_distill.stages.choices import choose_models
+from xlstm_distill.stages.kernels import choose_kernels
 from xlstm_distill.stages.lineage import TEACHER, Lineage
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
-    choose_kernels,
     load_student,
     open_domains,
 )
@@ -76,7 +76,10 @@ def evaluate(
         else:
             # In the teacher's dtype, so that rounding favours neither side of the comparison.
             loaded = load_student(source, getattr(torch, recipe.teacher.dtype), device)
-            draft.results["backend"] = choose_kernels(loaded, recipe, device)
+            work = run.work_directory(requests[name])
+            draft.results["backend"] = choose_kernels(
+                loaded, recipe, device, work, console, decodes=True
+            )
         session = _session(lineage, run, name)
         with run.working(f"evaluate/{name}"):
             if not is_main_process():

@@ -8,9 +8,8 @@ from xlstm_distill.artifacts import Artifact, Run
 from xlstm_distill.data.budget import rows_needed
 from xlstm_distill.data.prepare import prepare_domain, rows_there
 from xlstm_distill.runtime.console import Console
-from xlstm_distill.runtime.launcher import parse_share
 from xlstm_distill.runtime.ranks import is_main_process, on_cpu, process_count, wait_for_everyone
-from xlstm_distill.stages.choices import deal
+from xlstm_distill.stages.choices import deal, share_of_domains
 from xlstm_distill.stages.lineage import Lineage
 
 MUCH = 50_000_000
@@ -23,14 +22,18 @@ def prepare(
     """Make the rows of all domains that the recipe's stages read, or of one share of the domains.
 
     Needs the teacher's tokenizer and configuration; neither its weights nor a GPU.
+
+    Raises:
+        UserError: there are fewer domains than shares.
     """
     recipe = lineage.recipe
     rows = {name: rows_needed(recipe, name, lineage.captured) for name in recipe.data.domains}
-    part, parts = parse_share(shard) if shard is not None else (0, 1)
-    mine = deal(rows, parts)[part] if part < len(rows) else []
-    if not mine:
+    part, parts = share_of_domains(recipe, shard)
+    mine = deal(rows, parts)[part]
+    if shard is not None:
         console.line(
-            f"prepare: {parts} shares for {len(rows)} domains; share {part}/{parts} has none."
+            f"prepare: share {part}/{parts} is {', '.join(mine)} of {len(rows)} domains. A share "
+            "is whole domains; each uses the cores of its machine (data.workers)."
         )
     # A single process that prepares keeps nobody waiting.
     asked_for = process_count() == 1

@@ -42,12 +42,8 @@ FOLDER = "report"
 def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
     """Publish the report and put report.{html,md,json} into RUN/report."""
     evaluated = find_evaluations(lineage, run)
-    hashes = {}
-    for name, artifact in evaluated.items():
-        hashes[name] = artifact.manifest["results"]["requests_hash"]
     # Before anything is drawn: scores of other prompts cannot be compared.
-    require_same_requests(hashes)
-    require_same_protocol({name: _protocol(artifact) for name, artifact in evaluated.items()})
+    check_measured_alike(evaluated)
 
     def build(draft: Draft) -> None:
         write_report(report_data(lineage.recipe, run, evaluated), draft.path / FOLDER)
@@ -58,6 +54,15 @@ def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
         with run.lock(lineage.request("report")):
             show(artifact.path / FOLDER, target, run.locks)
     return artifact
+
+
+def check_measured_alike(evaluated: Mapping[str, Artifact]) -> None:
+    """Raise EvalError unless all models were asked the same, under one protocol."""
+    hashes = {}
+    for name, artifact in evaluated.items():
+        hashes[name] = artifact.manifest["results"]["requests_hash"]
+    require_same_requests(hashes)
+    require_same_protocol({name: _protocol(artifact) for name, artifact in evaluated.items()})
 
 
 def show(made: Path, target: Path, marks: Path) -> None:
@@ -89,9 +94,9 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
     return ReportData(
         title=recipe.report.title or f"{recipe.name}: student against teacher",
         teacher=teacher_name(recipe.teacher),
-        teacher_results=_results(recipe, evaluated[TEACHER]),
+        teacher_results=read_results(recipe, evaluated[TEACHER]),
         models=tuple(
-            ReportModel(name=name, role=_role(recipe, name), results=_results(recipe, artifact))
+            ReportModel(name=name, role=_role(recipe, name), results=read_results(recipe, artifact))
             for name, artifact in students.items()
         ),
         gates=_gates(students),
@@ -110,7 +115,7 @@ def _role(recipe: Recipe, model: str) -> str:
     return "variant" if model in recipe.merge.variants else "expert"
 
 
-def _results(recipe: Recipe, artifact: Artifact) -> tuple[TaskResult, ...]:
+def read_results(recipe: Recipe, artifact: Artifact) -> tuple[TaskResult, ...]:
     """An evaluation's scores and items, with the levels of chance that the recipe names."""
     found = read_items(
         artifact.path, [TaskResult(**task) for task in artifact.read_json("results.json")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +18,13 @@ from xlstm_distill.data.budget import held_out_span
 from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.models.loading import empty_student
+from xlstm_distill.models.loading import WeightFiles, empty_student, load_shards
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.device import host_memory
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
-from xlstm_kernels import dispatch
 
 
 def open_domains(
@@ -43,34 +43,6 @@ def architecture_of(model: CausalLM) -> Architecture:
     config = model.config.to_dict()
     config["model_type"] = config["model_type"].removeprefix("xlstm_")
     return read_architecture(config, "config")
-
-
-def choose_kernels(
-    student: CausalLM, recipe: Recipe, device: torch.device, console: Console | None = None
-) -> str:
-    """Set the kernels that the recipe asks for in every mixer; return those that will run.
-
-    With `console`, say that there are faster ones where `auto` leaves a GPU with plain torch.
-
-    Raises:
-        UserError: they cannot run this student on this device.
-    """
-    asked = recipe.student.backend
-    for mixer in student.mixers():
-        mixer.backend = asked
-    chosen: str = dispatch.AUTO if asked == "auto" else asked
-    if chosen == "triton":
-        for mixer in student.mixers():
-            probe = torch.empty(0, device=device)
-            objection = dispatch.triton_refuses((probe,), mixer.kernel_dims, mixer.sinks)
-            if objection:
-                raise UserError(f"student.backend: 'triton' {objection}.")
-    if console is not None and device.type == "cuda" and (asked, chosen) == ("auto", "torch"):
-        console.line(
-            "kernels: plain torch; student.backend=triton has kernels for GPUs, which the project "
-            "has not yet run on one."
-        )
-    return chosen
 
 
 def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: TrainingResult) -> None:
@@ -110,20 +82,44 @@ def save_model(
 
 
 def start_student(artifact: Artifact, accelerator: Accelerator) -> tuple[CausalLM, Path | None]:
-    """Make the student to train from, in fp32: whole on the CPU, or without weights under FSDP2.
+    """Make the student to train from, in fp32: on its device, or without weights under FSDP2.
 
-    Returns also the folder from which the weights are still to be read (`load_shards`); None where
-    they are there.
+    DeepSpeed takes it from the CPU. Returns also the folder from which the weights are still to be
+    read (`load_shards`); None where they are there.
 
     Raises:
         RunError: a file of it is missing or changed.
+        UserError: DeepSpeed's ranks on this machine would need more host memory than it has.
     """
-    if accelerator.distributed_type != DistributedType.FSDP:
-        # What is not sharded is whole on every rank's device in any case.
+    folder = artifact.model_path
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        refuse_whole_copies(WeightFiles(folder).count_numbers(), host_memory())
         return load_student(artifact, torch.float32), None
     if is_main_process():
         artifact.check_content("model")
-    return empty_student(artifact.model_path, torch.float32), artifact.model_path
+    student = empty_student(folder, torch.float32)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return student, folder
+    # Each tensor goes from the mapped file to the device, which holds the model whole.
+    load_shards(student, folder, accelerator.device)
+    return student, None
+
+
+def refuse_whole_copies(numbers: int, memory: int) -> None:
+    """Refuse a student of so many numbers that is whole in fp32 on every rank of this machine.
+
+    Raises:
+        UserError: they need more than `memory`, the bytes of the host.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = 4 * numbers * ranks
+    if needed > memory:
+        raise UserError(
+            f"accelerate launch: DeepSpeed loads the student whole in fp32 on each rank: "
+            f"{ranks} ranks need {needed / 1e9:.1f} GB of this machine's memory, and it has "
+            f"{memory / 1e9:.1f}; launch with recipes/accelerate/fsdp2.yaml, whose ranks read "
+            "their shards alone, or with fewer ranks on a machine."
+        )
 
 
 def load_student(

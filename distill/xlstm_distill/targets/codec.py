@@ -209,7 +209,7 @@ def decode(data: bytes | memoryview, tokens: int, vocabulary: int) -> TargetRow:
 
 
 def kl_error(exact: TargetRow, decoded: TargetRow) -> Floats:
-    """KL(exact || decoded) over the kept ids, renormalised as the loss does; (K,) in nats."""
+    """KL(exact || decoded) over the kept ids, both renormalised there; (K,) in nats."""
     if not len(exact.counts):
         return np.zeros(0)
     first = np.cumsum(exact.counts) - exact.counts

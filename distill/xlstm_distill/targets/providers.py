@@ -14,7 +14,7 @@ from xlstm_distill.data.rows import Batch
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.families import CausalLM, logit_factor
 from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.codec import TargetRow
 from xlstm_distill.targets.shard import refusal
@@ -41,7 +41,9 @@ def kept_hidden(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
 
 def kept_logits(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
     """Return the logits (K, V) at the kept tokens only."""
-    return model.lm_head(kept_hidden(model, batch, **inputs))
+    logits: Tensor = model.lm_head(kept_hidden(model, batch, **inputs))
+    factor = logit_factor(model.config)
+    return logits if factor == 1 else logits * factor
 
 
 class OnlineTargets:

@@ -11,7 +11,6 @@ import torch
 
 from xlstm_distill.models.mixer import HybridMixer
 from xlstm_distill.training.objectives import Objective
-from xlstm_kernels.dispatch import AUTO
 
 
 def compile_parts(objective: Objective, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -37,9 +36,9 @@ def compile_parts(objective: Objective, backend: str | Callable[..., Any] = "ind
 
 
 def kernels_of(objective: Objective) -> str:
-    """Name the kernels of an objective's mixers, with what `auto` stands for."""
+    """Name the kernels of an objective's mixers; a stage has chosen what `auto` stands for."""
     asked = {m.backend for m in objective.modules() if isinstance(m, HybridMixer)}
-    return " and ".join(sorted(AUTO if name == "auto" else name for name in asked))
+    return " and ".join(sorted(asked))
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ class Trainer:
     ) -> None:
         _refuse_uneven_batch(plan, accelerator.num_processes)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            _refuse_under_deepspeed(plan)
+            _refuse_under_deepspeed(plan, accelerator.state.deepspeed_plugin.zero_stage)
         self.objective = objective
         self.plan = plan
         self.domains = domains
@@ -370,8 +370,8 @@ def _refuse_uneven_batch(plan: TrainingPlan, processes: int) -> None:
         )
 
 
-def _refuse_under_deepspeed(plan: TrainingPlan) -> None:
-    """Refuse what DeepSpeed's engine cannot do.
+def _refuse_under_deepspeed(plan: TrainingPlan, stage: int) -> None:
+    """Refuse what DeepSpeed's engine cannot do in a stage of ZeRO.
 
     Raises:
         UserError: names the recipe's key, and what to set.
@@ -381,6 +381,12 @@ def _refuse_under_deepspeed(plan: TrainingPlan) -> None:
         raise UserError(
             f"{section}.non_finite: 'skip' is impossible under DeepSpeed, whose backward pass "
             "steps the optimiser; set it to 'stop'."
+        )
+    if section == "align" and plan.optim.activation_checkpointing and stage == 3:
+        raise UserError(
+            "align.activation_checkpointing: true is impossible under ZeRO-3, which gives up the "
+            "gates' parameters before a mixer is computed again; set it to false, or launch with "
+            "FSDP2 or ZeRO-2."
         )
     if plan.settings.checkpoint_steps is not None:
         raise UserError(

@@ -191,6 +191,7 @@ class AskedModel(BatchModel):
     ) -> None:
         super().__init__(model, tokenizer, warnings)
         self.sizes, self.seed = sizes, seed
+        self.multiturn = False  # which of lm-eval's calls it is
         self.coordinator: Coordinator | None = None
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -210,7 +211,7 @@ class AskedModel(BatchModel):
         questions = make_questions(kind, (request.args for request in requests), self.seed)
         unique = list({question.key: question for question in questions}.values())
         measured = self._measure(kind, unique)
-        rows = self.sizes.rows(kind, lambda: self._search(measured))
+        rows = self.sizes.rows(kind, self.multiturn, lambda: self._search(measured))
         return self.coordinator.answer(questions, form_batches(measured, rows))
 
     def _search(self, measured: Sequence[Measured]) -> int:

@@ -18,36 +18,41 @@ MOST_ROWS = 256
 
 
 class BatchSizes:
-    """Rows per forward pass for each kind of request.
+    """Rows per forward pass for each kind of request, in each of lm-eval's two calls.
 
-    The composition of batches changes the last digits of answers, so the number must not change
-    between two models that are compared, or when an evaluation goes on. `given` is that of the
-    user. Without one it is found by trial, and kept in `folder` for all models that share it.
+    Prompts with many examples come in the multi-turn call, the second one: what fits the short
+    prompts of the first would not fit them. The composition of batches changes the last digits of
+    answers, so the number must not change between two models that are compared, or when an
+    evaluation goes on. `given` is that of the user, for all. Without one it is found by trial, and
+    kept in `folder` for all models that share it.
     """
 
     def __init__(self, given: int | None = None, folder: Path | None = None) -> None:
         self.given, self.folder = given, folder
         self.used: dict[str, int] = {}
 
-    def rows(self, kind: Kind, search: Callable[[], int]) -> int:
-        """Return the rows for a kind; `search` finds them where nobody has."""
-        if kind not in self.used:
-            self.used[kind] = self.given or self._kept(kind) or self._keep(kind, search())
-        return self.used[kind]
+    def rows(self, kind: Kind, multiturn: bool, search: Callable[[], int]) -> int:
+        """Return the rows for a kind in a call; `search` finds them where nobody has."""
+        name = f"{kind}-{'multi' if multiturn else 'single'}-turn"
+        if name not in self.used:
+            # One size for both calls: an evaluation that an earlier version began goes on with it.
+            kept = self._kept(name) or self._kept(kind)
+            self.used[name] = self.given or kept or self._keep(name, search())
+        return self.used[name]
 
-    def _path(self, kind: Kind) -> Path | None:
-        return None if self.folder is None else self.folder / f"{kind}.json"
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}.json"
 
-    def _kept(self, kind: Kind) -> int | None:
-        path = self._path(kind)
+    def _kept(self, name: str) -> int | None:
+        path = self._path(name)
         try:
             return None if path is None else max(1, int(json.loads(path.read_text())["rows"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _keep(self, kind: Kind, rows: int) -> int:
+    def _keep(self, name: str, rows: int) -> int:
         """Keep what was found; of several models that search at once, the first counts for all."""
-        path = self._path(kind)
+        path = self._path(name)
         if path is None:
             return rows
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +67,7 @@ class BatchSizes:
                 os.link(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        return self._kept(kind) or rows
+        return self._kept(name) or rows
 
 
 def largest_that_fits(fits: Callable[[int], bool]) -> int:

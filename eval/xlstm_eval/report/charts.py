@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib takes colours only. It draws with these stand-ins, which _svg replaces by variables.
+# matplotlib takes colours only. It draws with these stand-ins, which to_svg replaces by variables.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = tuple(f"#0500{index:02x}" for index in range(8))
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
@@ -46,7 +46,7 @@ def win_and_tie_figure(comparisons: Sequence[Comparison], merged: str) -> str:
 
     The band is the headline's 95 % interval, where its tasks have items.
     """
-    figure, axes = _figure(5.7, 3.9)
+    figure, axes = new_figure(5.7, 3.9)
     limit = _tolerance_limit(comparisons)
     # C = 0.5 defines the critical tolerance (paper, section on the metric).
     axes.axhline(0.5, color=MUTED, lw=0.9, ls=(0, (2, 3)))
@@ -57,12 +57,12 @@ def win_and_tie_figure(comparisons: Sequence[Comparison], merged: str) -> str:
             _win_and_tie_band(axes, index, result, limit)
         _win_and_tie_line(axes, index, result, limit, is_headline)
     axes.set(xlim=(0, limit), ylim=(0, 1.02), xlabel="tolerance α", ylabel="Win-and-Tie rate C(α)")
-    _legend(figure, axes)
+    draw_legend(figure, axes)
     rates = []
     for result in comparisons:
         rate = result.win_and_tie.get("0.05", float("nan"))
         rates.append(f"{result.name}: C(0.05) {rate:.2f}")
-    return _svg(figure, "wat", f"Win-and-Tie rate over tolerance. {', '.join(rates)}.")
+    return to_svg(figure, "wat", f"Win-and-Tie rate over tolerance. {', '.join(rates)}.")
 
 
 def _tolerance_limit(comparisons: Sequence[Comparison]) -> float:
@@ -137,7 +137,7 @@ def difference_figure(result: Comparison, short: Mapping[str, str]) -> str:
         label = short[pair.task] if is_share else f"{short[pair.task]} (% of the teacher's)"
         rows.append((*values, label, found.p_value_holm <= SIGNIFICANT))
     rows.sort(key=lambda row: (row[0], row[3]))
-    figure, axes = _figure(8.6, 1.0 + 0.3 * len(rows))
+    figure, axes = new_figure(6.6, 0.9 + 0.26 * len(rows))
     axes.axvline(0, color=INK, lw=1.1, zorder=2)
     for place, (middle, low, high, _, is_shown) in enumerate(rows):
         color = MUTED if not is_shown else SERIES[1] if middle < 0 else SERIES[0]
@@ -149,13 +149,13 @@ def difference_figure(result: Comparison, short: Mapping[str, str]) -> str:
     axes.grid(visible=False, axis="y")
     shown = sum(row[4] for row in rows)
     alt = f"Differences of {len(rows)} tasks with intervals; {shown} beyond noise."
-    return _svg(figure, "differences", alt)
+    return to_svg(figure, "differences", alt)
 
 
 def recovery_figure(comparisons: Sequence[Comparison], merged: str) -> str:
     """Draw mean recovery per domain, a bar for each model; the line at 100 % is the teacher."""
     groups = [*comparisons[0].recovery_by_domain, "all tasks"]
-    figure, axes = _figure(5.7, 3.9)
+    figure, axes = new_figure(5.7, 3.9)
     width = 0.8 / len(comparisons)
     highest, labels = 100.0, groups
     for index, result in enumerate(comparisons):
@@ -185,14 +185,14 @@ def recovery_figure(comparisons: Sequence[Comparison], merged: str) -> str:
     axes.set_xlim(-0.55, len(groups) - 0.45)
     axes.set_xticks(range(len(groups)), labels)
     axes.grid(visible=False, axis="x")
-    _legend(figure, axes)
+    draw_legend(figure, axes)
     shown = [
         f"{result.name} {100 * result.mean_recovery:.0f} %"
         for result in comparisons
         if result.mean_recovery is not None
     ]
     alt = f"Mean recovery by domain. Over all tasks: {', '.join(shown)}."
-    return _svg(figure, "recovery", alt)
+    return to_svg(figure, "recovery", alt)
 
 
 def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
@@ -201,7 +201,7 @@ def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
 
     values = np.asarray(gates, dtype=float)  # (L, H)
     layers, heads = values.shape
-    figure, axes = _figure(min(7.6, 1.6 + 0.62 * heads), min(7.0, 1.1 + 0.42 * layers))
+    figure, axes = new_figure(min(7.6, 1.6 + 0.62 * heads), min(7.0, 1.1 + 0.42 * layers))
     mesh = axes.pcolormesh(
         values,
         # A fixed scale from 0 to 1, so that the maps of several models can be compared.
@@ -223,7 +223,7 @@ def gate_figure(name: str, gates: Sequence[Sequence[float]], key: str) -> str:
     bar.ax.tick_params(colors=MUTED, length=0)
     bar.outline.set_visible(False)
     size = f"{layers} layers by {heads} heads"
-    return _svg(figure, key, f"Mean output gate of {name}, {size}, mean {values.mean():.2f}.")
+    return to_svg(figure, key, f"Mean output gate of {name}, {size}, mean {values.mean():.2f}.")
 
 
 def _label_cells(axes: Axes, values: Any) -> None:
@@ -241,7 +241,7 @@ Series = tuple[Sequence[float], Sequence[float], str]
 
 def loss_figure(stage: str, curves: Mapping[str, Series], key: str) -> str:
     """Draw one stage's curves over steps; logarithmic where all values are positive."""
-    figure, axes = _figure(4.6, 2.9)
+    figure, axes = new_figure(4.6, 2.9)
     several = len(curves) > 1
     for index, (name, (steps, values, _)) in enumerate(curves.items()):
         stride = max(1, len(steps) // MAX_POINTS)
@@ -263,9 +263,9 @@ def loss_figure(stage: str, curves: Mapping[str, Series], key: str) -> str:
     axes.set(xlabel="step", ylabel=", ".join(units) or "loss")
     axes.margins(x=0.02)
     if several:
-        _legend(figure, axes, columns=min(3, len(curves)))
+        draw_legend(figure, axes, columns=min(3, len(curves)))
     last = [f"{name} {values[-1]:.3g}" for name, (_, values, _) in curves.items() if values]
-    return _svg(figure, key, f"Loss of {stage} over steps. Last values: {', '.join(last)}.")
+    return to_svg(figure, key, f"Loss of {stage} over steps. Last values: {', '.join(last)}.")
 
 
 def _plain_log_ticks(axes: Axes) -> None:
@@ -281,7 +281,8 @@ def _plain_log_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Make a figure and its axes in the page's style (sizes in inches)."""
     from matplotlib.figure import Figure
 
     # Not pyplot: it keeps every figure it makes, and looks for a display.
@@ -298,7 +299,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, columns: int | None = None) -> None:
+def draw_legend(figure: Figure, axes: Axes, columns: int | None = None) -> None:
+    """Put the legend above the axes."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -314,7 +316,7 @@ def _legend(figure: Figure, axes: Axes, columns: int | None = None) -> None:
     )
 
 
-def _svg(figure: Figure, key: str, alt: str) -> str:
+def to_svg(figure: Figure, key: str, alt: str) -> str:
     """Render to SVG for a page: own ids, the page's colours and font, an accessible name.
 
     ``key`` makes the ids unique on the page; ``alt`` is the text for readers without the figure.

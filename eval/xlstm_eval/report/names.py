@@ -1,4 +1,4 @@
-"""Short names and times for readers of a report."""
+"""Short names, times and sizes for readers of a report."""
 
 from __future__ import annotations
 
@@ -38,3 +38,27 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def byte_size(count: int | None) -> str:
+    """Write bytes for a reader: 74 KB, 135.3 MB; a dash where they are not known."""
+    if count is None:
+        return "-"
+    size = float(count)
+    for unit in ("bytes", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def token_count(count: int | None) -> str:
+    """Write a number of tokens for a reader: 950, 4.1 K, 655.4 M, 20.0 B; a dash for None."""
+    if count is None:
+        return "-"
+    size = float(count)
+    for unit in ("", " K", " M"):
+        if size < 1000:
+            return f"{size:.0f}" if not unit else f"{size:.1f}{unit}"
+        size /= 1000
+    return f"{size:.1f} B"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -13,10 +10,11 @@ from pydantic import Field, model_validator
 
 from xlstm_eval.metrics import ALPHAS, MARGIN, compare, pair_results
 from xlstm_eval.problems import FieldError
-from xlstm_eval.records import Comparison, EvalError, Frozen, Name, TaskResult
-from xlstm_eval.report.names import duration, short_names
+from xlstm_eval.records import Comparison, Frozen, Name, TaskResult
+from xlstm_eval.report.environment import environment, write_files
+from xlstm_eval.report.names import short_names
 from xlstm_eval.report.sentence import sentence
-from xlstm_eval.score import decision_lines, ends, percent, statistics_values, with_stderr
+from xlstm_eval.score import statistics_values
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 HEADLINE_ALPHA = 0.05
@@ -115,19 +113,7 @@ def write_report(data: ReportData, directory: str | Path) -> Path:
 
     All or nothing: a folder beside ``directory`` is filled, which then takes its place.
     """
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        # mkdtemp makes folders that only their owner may read; a report is for others.
-        fresh.chmod(0o755)
-        for name, text in render(data).items():
-            (fresh / name).write_text(text, encoding="utf-8")
-        _replace(fresh, target)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    return target / "report.html"
+    return write_files(render(data), Path(directory)) / "report.html"
 
 
 def render(data: ReportData) -> dict[str, str]:
@@ -135,9 +121,9 @@ def render(data: ReportData) -> dict[str, str]:
     comparisons = data.comparisons()
     context = _context(data, comparisons)
     figures = _figures(data, comparisons)
-    environment = _environment()
-    page = environment.get_template("report.html.j2").render(context, figures=figures)
-    text = environment.get_template("report.md.j2").render(context)
+    made = environment()
+    page = made.get_template("report.html.j2").render(context, figures=figures)
+    text = made.get_template("report.md.j2").render(context)
     values = report_values(data, comparisons)
     return {
         "report.html": page,
@@ -216,7 +202,6 @@ def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
         "longest": longest,
         "items": sum(result.samples for result in data.teacher_results),
         "sentence": sentence(by_name[headline]),
-        "decision_lines": decision_lines(by_name[headline]),
     }
 
 
@@ -297,50 +282,3 @@ def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
         "gates": gates,
         "losses": losses,
     }
-
-
-def _environment() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-
-    # Markdown is not escaped as a whole: the filter `cell` escapes what stands in its tables. A
-    # template that names a missing value fails, and does not print nothing.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "duration": duration,
-        "score": _score,
-        "cell": _markdown_cell,
-        "ends": ends,
-    }
-    environment.globals["with_stderr"] = with_stderr
-    return environment
-
-
-def _score(value: float) -> str:
-    # Perplexities and scores in percent need fewer digits than shares do.
-    return f"{value:.3f}" if value < 10 else f"{value:.2f}"
-
-
-def _markdown_cell(value: object) -> str:
-    """Keep a text inside its cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _replace(fresh: Path, target: Path) -> None:
-    """Put ``fresh`` in the place of ``target``; remove the old report once the new one stands."""
-    if not target.exists():
-        fresh.rename(target)
-        return
-    if not target.is_dir():
-        raise EvalError(f"report: {target} is a file. Give a folder.")
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    # A rename cannot replace a folder that holds files, so the old one moves away first.
-    os.replace(target, old)
-    fresh.rename(target)
-    shutil.rmtree(old)

@@ -93,6 +93,9 @@ def ranked_intervals(losses: Array, draws: Array, seed: int = 0) -> tuple[Array,
             drawn[:, near] = _draw_together(losses[near], spread[near], draws[:, near], rng)
         by_rank = np.partition(drawn, rank, axis=1)[:, rank]
         low[rank], high[rank] = np.percentile(by_rank, TAILS)
+    # The worst drop is a warning: it must not be talked down by milder tasks. So its upper end is
+    # at least that of the task by itself.
+    high[-1] = max(high[-1], np.percentile(draws[:, np.argmax(losses)], TAILS[1]))
     # A loss is at most 1. And the interval of a rank must not contradict that of the next.
     low = np.minimum(low, in_order)
     high = np.clip(high, in_order, 1.0)

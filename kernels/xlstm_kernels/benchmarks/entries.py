@@ -66,22 +66,28 @@ class Inputs(NamedTuple):
         return Inputs(x, self.ids, MLSTMState(*map(copy, self.state)), Ring(*map(copy, self.ring)))
 
 
+# Leaves that get gradients, and the call that is timed.
+Prepared = tuple[list[Tensor], Callable[[], Tensor]]
+
+
 class Entry(NamedTuple):
     """An operator of one backend, as a line of the table.
 
     reads: the inputs with gradients; decoding has none. needs: module that must be installed.
-    packs: takes packed documents. longest: most tokens that it is run with.
+    packs: takes packed documents. longest: most tokens that it is run with. prepare: of what is
+    timed as it is and compared with nothing (`benchmarks.native`); it has no run and no reference.
     """
 
     operator: str
     backend: str
-    run: Callable[[Inputs, Shape], Tensor]
-    reference: Callable[[Inputs, Shape], Tensor]
+    run: Callable[[Inputs, Shape], Tensor] | None
+    reference: Callable[[Inputs, Shape], Tensor] | None
     reads: tuple[str, ...] = ()
     needs: str | None = None
     cuda_only: bool = False
     packs: bool = True
     longest: int | None = None
+    prepare: Callable[[Inputs, Shape], Prepared] | None = None
 
     def skipped(self, shape: Shape, inputs: Inputs) -> str | None:
         """Say why this entry cannot run here; None if it can."""

@@ -3,132 +3,130 @@
 `python -m xlstm_kernels.benchmarks.operators --tokens 256 1024`
 
 Each candidate is first checked against its float64 reference, outputs and gradients. One that fails
-is not timed; one that cannot run is left out, with the reason. The share of the roofline is the
-least time that the call's operations and bytes need, divided by its time; the rates behind it are
-those of a large product and a large copy in the same run.
+is not timed; one that cannot run is left out; one that raises is a row of its own. Rows are written
+as they come, and `--budget-s` ends the benchmark in time with what there is. The share of the
+roofline is the least time that the call's operations and bytes need, divided by its time; the rates
+behind it are those of a large product and a large copy in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import contextlib
+import itertools
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xlstm_kernels.benchmarks.entries import ENTRIES, Entry, Inputs, Shape, draw, work
-from xlstm_kernels.benchmarks.report import Row, write_report
-from xlstm_kernels.testing import error_ratio, outputs_and_grads
+from xlstm_kernels.benchmarks.checking import BOUNDS, Checker
+from xlstm_kernels.benchmarks.entries import ENTRIES, Entry, Inputs, Prepared, Shape, draw, work
+from xlstm_kernels.benchmarks.native import NATIVE
+from xlstm_kernels.benchmarks.report import Journal, Row, write_report
+from xlstm_kernels.benchmarks.timing import (
+    Rates,
+    cache_size,
+    measure_rates,
+    milliseconds,
+    rotated,
+)
 
-# RMS ratio of outputs and gradients to the float64 reference. In low dtypes it is the rounding of
-# outputs and gradients, and that of the operands of products.
-BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
-CHECKED_TOKENS, CHECKED_DOCUMENT = 300, 100  # tokens of the check; mean length of its documents
-
-
-class Rates(NamedTuple):
-    """What this device reaches: operations/s of a large product, bytes/s of a large copy."""
-
-    operations: float
-    bytes: float
+ALL_ENTRIES = (*ENTRIES, *NATIVE)
 
 
-def checked_shapes(entry: Entry, shape: Shape) -> list[Shape]:
-    """Return the shapes at which an entry is checked.
-
-    One row with tokens beyond window and sinks: as one document and, if the entry takes them, as
-    packed documents.
-    """
-    reach = 0 if entry.operator == "mlstm" else 2 * (shape.window + shape.sinks)
-    small = shape._replace(batch=1, tokens=min(shape.tokens, max(CHECKED_TOKENS, reach + 65)))
-    if entry.operator.endswith("step"):
-        return [small]
-    return [small._replace(document=n) for n in (0, CHECKED_DOCUMENT)[: 1 + entry.packs]]
+class OutOfTime(BaseException):
+    """The budget is spent. No Exception: an entry that is being timed must not catch it."""
 
 
-def worst_ratio(entry: Entry, shape: Shape, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the largest RMS ratio of an entry to its reference over all checked shapes."""
-    shapes = checked_shapes(entry, shape)
-    return max(ratio_at(entry, draw(small, device, dtype), small) for small in shapes)
+@contextlib.contextmanager
+def alarm(seconds: float | None) -> Iterator[None]:
+    """Raise OutOfTime in this block after so many seconds, also in the middle of an entry."""
+
+    def ring(*_: object) -> None:
+        raise OutOfTime
+
+    # Only the main thread gets signals.
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def ratio_at(entry: Entry, inputs: Inputs, shape: Shape) -> float:
-    """Return the largest RMS ratio of outputs and gradients at one shape."""
-    actual = results_of(entry, entry.run, inputs.copied(), shape)
-    expected = results_of(entry, entry.reference, inputs.copied(torch.float64), shape)
-    return max(error_ratio(actual[name], expected[name]) for name in expected)
+class Bench:
+    """Checks and times entries on one device."""
 
+    def __init__(self, options: argparse.Namespace, rates: Rates) -> None:
+        self.device, self.dtype = torch.device(options.device), getattr(torch, options.dtype)
+        self.bound, self.repeats, self.rates = BOUNDS[options.dtype], options.repeats, rates
+        self.checker = Checker(self.device, self.dtype)
 
-def results_of(
-    entry: Entry, operator: Callable[[Inputs, Shape], Tensor], inputs: Inputs, shape: Shape
-) -> dict[str, Tensor]:
-    """Return h and the gradients of the inputs that the entry reads; of decoding only h."""
-    if not entry.reads:
-        return {"h": operator(inputs, shape)}
-    leaves = {name: inputs.x[name] for name in entry.reads}
-    return outputs_and_grads(lambda **x: operator(inputs._replace(x=inputs.x | x), shape), leaves)
+    def rows(self, entry: Entry, inputs: Inputs, shape: Shape) -> list[Row]:
+        """Return an entry's rows: its times, or the one that says why there are none."""
+        row = Row(
+            entry.operator, entry.backend, "", shape.tokens, batch=shape.batch, heads=shape.heads
+        )
+        try:
+            if reason := entry.skipped(shape, inputs):
+                return [row._replace(status="left out", reason=reason)]
+            error = None if entry.prepare else self.checker.worst_ratio(entry, shape)
+            if error is not None and not error < self.bound:  # a NaN fails too
+                found = f"RMS ratio {error:.1e} to the reference; allowed: {self.bound:.0e}"
+                return [row._replace(status="wrong", reason=found, error=error)]
+            return [timed._replace(error=error) for timed in self.times(entry, inputs, shape, row)]
+        except Exception as error:  # another library's kernels raise whatever they like
+            first = (str(error).strip().splitlines() or [""])[0][:200]
+            return [row._replace(status="failed", reason=f"{type(error).__name__}: {first}")]
 
+    def times(self, entry: Entry, inputs: Inputs, shape: Shape, row: Row) -> Iterator[Row]:
+        """Yield the times forward, and forward with backward where there are gradients."""
+        leaves, call, turns = self.prepared(entry, inputs, shape)
 
-def milliseconds(
-    run: Callable[[], object], repeats: int, device: torch.device, graph: bool = False
-) -> float:
-    """Return the median time of a call, after two calls that do not count.
+        def forward() -> None:
+            with torch.no_grad():
+                call()
 
-    On CUDA this is Triton's timer: events, with the L2 cache cleared before each call. With
-    `graph`, many calls are replayed from a CUDA graph, as a server decodes: that leaves out the
-    launch from Python, and the cache stays as it is.
-    """
-    if device.type == "cuda":
-        from triton.testing import do_bench, do_bench_cudagraph
+        def both() -> None:
+            h = call()
+            torch.autograd.grad(h, leaves, torch.ones_like(h))
 
-        timer = do_bench_cudagraph if graph else do_bench
-        return float(timer(run, return_mode="median"))
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[2:])
+        passes = (("forward", forward), ("forward + backward", both))[: 2 if leaves else 1]
+        for name, run in passes:
+            graph = entry.operator.endswith("step")
+            taken = milliseconds(run, self.repeats, self.device, graph=graph) / turns
+            size_each = inputs.x["q"].element_size()
+            operations, size = work(entry, shape, size_each, backward=run is both)
+            least = 1e3 * max(operations / self.rates.operations, size / self.rates.bytes)
+            yield row._replace(
+                passes=name, milliseconds=taken, teraflops=operations / taken / 1e9,
+                gigabytes=size / taken / 1e6, roofline=least / taken,
+            )  # fmt: skip
 
-
-def measure_rates(device: torch.device, dtype: torch.dtype, repeats: int) -> Rates:
-    """Measure a product of two n x n matrices and a copy of 1 GiB (256 and 16 MiB on a CPU)."""
-    on_gpu = device.type == "cuda"
-    n, size = (8192, 2**30) if on_gpu else (256, 2**24)
-    a = torch.randn(n, n, device=device).to(dtype)
-    product = milliseconds(lambda: a @ a, repeats, device)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = milliseconds(lambda: target.copy_(source), repeats, device)
-    return Rates(2e3 * n**3 / product, 2e3 * size / copy)
-
-
-def time_entry(entry: Entry, inputs: Inputs, shape: Shape, repeats: int, rates: Rates) -> list[Row]:
-    """Time an entry forward, and forward with backward where it has gradients."""
-    device, bytes_each = inputs.x["q"].device, inputs.x["q"].element_size()
-    leaves = [inputs.x[name] for name in entry.reads]
-
-    def forward() -> None:
-        with torch.no_grad():
-            entry.run(inputs, shape)
-
-    def both() -> None:
-        h = entry.run(inputs, shape)
-        torch.autograd.grad(h, leaves, torch.ones_like(h))
-
-    rows = []
-    for passes, call in (("forward", forward), ("forward + backward", both))[: 2 if leaves else 1]:
-        taken = milliseconds(call, repeats, device, graph=entry.operator.endswith("step"))
-        operations, size = work(entry, shape, bytes_each, backward=call is both)
-        least = 1e3 * max(operations / rates.operations, size / rates.bytes)
-        rates_found = (operations / taken / 1e9, size / taken / 1e6, least / taken)
-        rows.append(Row(entry.operator, entry.backend, passes, shape.tokens, taken, *rates_found))
-    return rows
+    def prepared(
+        self, entry: Entry, inputs: Inputs, shape: Shape
+    ) -> tuple[list[Tensor], Callable[[], Tensor], int]:
+        """Return the leaves, the call, and how many times the call runs the operator."""
+        if entry.prepare is not None:
+            made: Prepared = entry.prepare(inputs, shape)
+            return *made, 1
+        run = entry.run
+        assert run is not None
+        leaves = [inputs.x[name] for name in entry.reads]
+        if leaves:
+            return leaves, lambda: run(inputs, shape), 1
+        copies = rotated(inputs, cache_size(self.device))
+        return leaves, lambda: [run(copy, shape) for copy in copies][-1], len(copies)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -137,7 +135,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m xlstm_kernels.benchmarks.operators", description=__doc__.splitlines()[0]
     )
     numbers = {
-        "batch": 32, "heads": 4, "groups": 2, "key-dim": 32, "value-dim": 32,
+        "groups": 2, "key-dim": 32, "value-dim": 32,
         "window": 32, "sinks": 4, "document": 0, "repeats": 11, "threads": 1,
     }  # fmt: skip
     for name, default in numbers.items():
@@ -145,64 +143,101 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[256], help="lengths of a row; default 256"
     )
+    parser.add_argument("--batch", type=int, nargs="+", default=[32], help="rows; default 32")
+    parser.add_argument(
+        "--heads", type=int, nargs="+", default=[4],
+        help="query heads; --groups belongs to the first number, and grows with it; default 4",
+    )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"default {device}")
     parser.add_argument(
         "--dtype", choices=BOUNDS, default="float32", help="of q, k, v; default float32"
     )
-    operators = sorted({entry.operator for entry in ENTRIES})
+    operators = sorted({entry.operator for entry in ALL_ENTRIES})
     parser.add_argument("--operators", nargs="+", choices=operators, help="default all")
     parser.add_argument(
-        "--report", type=Path, help="folder for kernels.md, kernels.json and kernels.svg"
+        "--report", type=Path,
+        help="folder for rows.jsonl (as they come; what is there is not timed again), kernels.md, "
+        "kernels.json and kernels.svg",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget-s", type=float, help="seconds after which to stop, with what there is"
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--ends", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.budget_s is not None and options.ends is None:
+        options.ends = time.time() + options.budget_s
+    return options
+
+
+def shapes_of(options: argparse.Namespace) -> Iterator[Shape]:
+    """Yield the shapes that are timed."""
+    shared = options.heads[0] // options.groups  # query heads of a value head
+    names = ("key_dim", "value_dim", "window", "sinks", "document")
+    rest = [getattr(options, name) for name in names]
+    for tokens, batch, heads in itertools.product(options.tokens, options.batch, options.heads):
+        yield Shape(batch, tokens, heads, heads // shared, *rest)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check and time every entry; returns the exit status, 1 if an entry fails its check."""
+    """Check and time every entry; returns the exit status, 1 if an entry is wrong or fails."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    bound = BOUNDS[options.dtype]
-    rates = measure_rates(device, dtype, options.repeats)
+    journal = Journal(options.report)
+    device = torch.device(options.device)
+    rates = measure_rates(device, getattr(torch, options.dtype), options.repeats)
     product, copy = rates.operations / 1e12, rates.bytes / 1e9
     say(f"{device}: product {product:.2f} TFLOP/s, copy {copy:.1f} GB/s, {options.dtype}")
-    names = ("heads", "groups", "key_dim", "value_dim", "window", "sinks", "document")
-    rest = [getattr(options, name) for name in names]
-    failed, rows = False, []
-    # The check does not depend on the number of tokens that is timed: one for all lengths.
-    checked: dict[tuple, float] = {}
-    for tokens in options.tokens:
-        shape = Shape(options.batch, tokens, *rest)
-        inputs = draw(shape, device, dtype)
-        for entry in ENTRIES:
-            if options.operators and entry.operator not in options.operators:
-                continue
-            label = f"{entry.operator:12} {entry.backend:26} T={tokens:<7}"
-            if reason := entry.skipped(shape, inputs):
-                say(f"{label} left out: {reason}")
-                continue
-            key = (entry, *checked_shapes(entry, shape))
-            if key not in checked:
-                checked[key] = worst_ratio(entry, shape, device, dtype)
-            ratio = checked[key]
-            if not ratio < bound:  # a NaN fails too
-                failed = True
-                found = f"RMS ratio {ratio:.1e} to the reference; allowed: {bound:.0e}"
-                say(f"{label} not timed: {found}")
-                continue
-            for row in time_entry(entry, inputs, shape, options.repeats, rates):
-                rows.append(row)
-                say(f"{label} {row.text()}")
+    try:
+        left = None if options.ends is None else options.ends - time.time()
+        with alarm(left):
+            run_all(options, journal, Bench(options, rates))
+    except OutOfTime:
+        say("Stopped: the time of --budget-s is up.")
     if options.report:
         machine = {"device": str(device), "dtype": options.dtype, **rates._asdict()}
-        write_report(options.report, rows, machine, vars(options))
-    return int(failed)
+        write_report(options.report, journal.rows, machine, vars(options))
+    return int(any(row.status in ("wrong", "failed") for row in journal.rows))
+
+
+def run_all(options: argparse.Namespace, journal: Journal, bench: Bench) -> None:
+    """Check and time every entry at every shape; rows go to the journal as they come."""
+    for shape in shapes_of(options):
+        inputs = None
+        for entry in ALL_ENTRIES:
+            if options.operators and entry.operator not in options.operators:
+                continue
+            if journal.done(entry.operator, entry.backend, shape.batch, shape.heads, shape.tokens):
+                continue
+            inputs = inputs or draw(shape, bench.device, bench.dtype)
+            for row in bench.rows(entry, inputs, shape):
+                journal.add(row)
+                say(row.text())
+            if journal.rows[-1].status == "failed":
+                go_on_after_failure(bench.device, options)
+
+
+def go_on_after_failure(device: torch.device, options: argparse.Namespace) -> None:
+    """Free what a failed entry holds; start this program anew if it broke the device's context."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.empty_cache()
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        # After an illegal access, nothing runs in this process any more. Without a journal, the
+        # next one would run into it again.
+        if options.report is None:
+            raise
+        ends = [] if options.ends is None else ["--ends", str(options.ends)]
+        again = [sys.executable, "-m", "xlstm_kernels.benchmarks.operators", *sys.argv[1:], *ends]
+        os.execv(sys.executable, again)
 
 
 def say(line: str) -> None:
     """Write a line of the table."""
     sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

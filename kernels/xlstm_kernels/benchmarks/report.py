@@ -16,23 +16,74 @@ WIDTH, HEIGHT, LEFT, TOP, LEGEND = 640, 400, 70, 40, 230
 
 
 class Row(NamedTuple):
-    """A timed call: milliseconds, 1e12 operations/s, 1e9 bytes/s, and share of the roofline."""
+    """A line of the table.
+
+    Of a timed call: milliseconds, 1e12 operations/s, 1e9 bytes/s, share of the roofline, and error,
+    its worst RMS ratio to the reference (None where there is none). status: timed, left out, wrong
+    (over the bound) or failed (it raised), with the reason.
+    """
 
     operator: str
     backend: str
     passes: str
     tokens: int
-    milliseconds: float
-    teraflops: float
-    gigabytes: float
-    roofline: float
+    milliseconds: float = 0.0
+    teraflops: float = 0.0
+    gigabytes: float = 0.0
+    roofline: float = 0.0
+    batch: int = 1
+    heads: int = 1
+    error: float | None = None
+    status: str = "timed"
+    reason: str = ""
 
     def text(self) -> str:
-        """Write the measured part of a line."""
+        """Write the line."""
+        label = f"{self.operator:12} {self.backend:30} H={self.batch * self.heads:<4} "
+        label += f"T={self.tokens:<7}"
+        if self.status != "timed":
+            return f"{label} {self.status}: {self.reason}"
+        error = "unchecked" if self.error is None else f"error {self.error:.1e}"
         return (
-            f"{self.passes:18} {self.milliseconds:9.3f} ms {self.teraflops:8.2f} TFLOP/s "
-            f"{self.gigabytes:8.1f} GB/s {self.roofline:6.1%} of the roofline"
+            f"{label} {self.passes:18} {self.milliseconds:9.3f} ms {self.teraflops:8.2f} TFLOP/s "
+            f"{self.gigabytes:8.1f} GB/s {self.roofline:6.1%} of the roofline, {error}"
         )
+
+    def same_call(self, operator: str) -> tuple[object, ...]:
+        """Return what a call of another backend must share to be compared with this one."""
+        return (operator, self.passes, self.batch, self.heads, self.tokens)
+
+
+class Journal:
+    """The rows so far, each on the disk as soon as it is there; folder None keeps none.
+
+    A benchmark that is started again goes on after them: `done` knows what has been tried.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / "rows.jsonl"
+        self.rows: list[Row] = []
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            whole = [line for line in self.path.read_text().splitlines(True) if line[-2:] == "}\n"]
+            self.rows = [Row(**json.loads(line)) for line in whole]
+            # Without the line in which the one before was killed.
+            self.path.write_text("".join(whole))
+
+    def add(self, row: Row) -> None:
+        """Keep a row."""
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row._asdict()) + "\n")
+
+    def done(self, operator: str, backend: str, batch: int, heads: int, tokens: int) -> bool:
+        """Say whether an entry has been tried at a shape."""
+        wanted = (operator, backend, batch, heads, tokens)
+        rows = self.rows
+        return any((r.operator, r.backend, r.batch, r.heads, r.tokens) == wanted for r in rows)
 
 
 def ratio_to_ours(row: Row, rows: list[Row]) -> float | None:
@@ -41,9 +92,9 @@ def ratio_to_ours(row: Row, rows: list[Row]) -> float | None:
     Ours is triton where it was timed, else torch. Full causal attention is compared with the window
     attention that replaces it.
     """
-    operator = "window" if row.operator == "causal" else row.operator
-    wanted = (operator, row.passes, row.tokens)
-    ours = {r.backend: r for r in rows if (r.operator, r.passes, r.tokens) == wanted}
+    wanted = row.same_call("window" if row.operator == "causal" else row.operator)
+    timed = [r for r in rows if r.status == "timed"]
+    ours = {r.backend: r for r in timed if r.same_call(r.operator) == wanted}
     base = ours.get("triton") or ours.get("torch")
     return row.milliseconds / base.milliseconds if base else None
 
@@ -56,17 +107,24 @@ def markdown(rows: list[Row], machine: Mapping[str, object], options: Mapping[st
     )
     lines = [
         "# Kernel benchmark", "", f"{facts}; torch {torch.__version__}.", "", f"{shape}.", "",
-        "| operator | backend | passes | T | ms | TFLOP/s | GB/s | roofline | time to ours |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| operator | backend | passes | B | H | T | ms | TFLOP/s | GB/s | roofline | error "
+        "| time to ours |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
+        if row.status != "timed":
+            continue
         ratio = ratio_to_ours(row, rows)
         to_ours = f"{ratio:.2f}" if ratio else ""
         lines.append(
-            f"| {row.operator} | {row.backend} | {row.passes} | {row.tokens} "
-            f"| {row.milliseconds:.3f} | {row.teraflops:.2f} | {row.gigabytes:.1f} "
-            f"| {row.roofline:.1%} | {to_ours} |"
+            f"| {row.operator} | {row.backend} | {row.passes} | {row.batch} | {row.heads} "
+            f"| {row.tokens} | {row.milliseconds:.3f} | {row.teraflops:.2f} "
+            f"| {row.gigabytes:.1f} | {row.roofline:.1%} "
+            f"| {'unchecked' if row.error is None else f'{row.error:.1e}'} | {to_ours} |"
         )
+    untimed = [row for row in rows if row.status != "timed"]
+    if untimed:
+        lines += ["", "Not timed:", "", *(f"- {row.text()}" for row in untimed)]
     return "\n".join(lines) + "\n"
 
 
@@ -77,8 +135,8 @@ def plot(rows: list[Row]) -> str:
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        if row.passes == "forward + backward":
-            line = lines.setdefault(f"{row.operator}, {row.backend}", [])
+        if row.passes == "forward + backward" and row.status == "timed":
+            line = lines.setdefault(f"{row.operator}, {row.backend}, {row.batch} x {row.heads}", [])
             line.append((row.tokens, row.milliseconds))
     points = [point for line in lines.values() for point in line]
     if not points:

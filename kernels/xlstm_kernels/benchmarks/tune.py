@@ -1,38 +1,44 @@
-"""Measure launch settings on a GPU and rewrite `triton/table.py`.
+"""Measure launch settings on a GPU and write a table of the fastest.
 
-`python -m xlstm_kernels.benchmarks.tune --dims 64 128`
+`python -m xlstm_kernels.benchmarks.tune --dims 64 128 --out DIR`
 
-For each dtype and head dim, every candidate is checked against the torch backend in float64, then
-timed forward and backward. Candidates that do not compile, do not fit the device, or are inexact
-are left out. The chunk or block is varied first, then the launch of one kernel after the other,
-each time from the best so far.
+For each dtype and head dim, every candidate is compiled in other processes first; one that does not
+fit the device is dropped. The others are checked against the torch backend in float64, then timed
+at each number of heads. The chunk or block is varied first, forward and backward together; then the
+launch of one kernel after the other, of which that kernel alone is timed. What has been timed is
+kept in the output folder as it comes, and a tuner that is started again goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
+import os
 import pprint
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime.errors import OutOfResources
 
-from xlstm_kernels.benchmarks.operators import BOUNDS, milliseconds
+from xlstm_kernels.benchmarks.candidates import Config, Pruner, mlstm_rounds, window_rounds
+from xlstm_kernels.benchmarks.checking import BOUNDS
+from xlstm_kernels.benchmarks.timing import milliseconds
 from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs, to_float64
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
 from xlstm_kernels.torch.window import banded_attention
+from xlstm_kernels.triton import common
 from xlstm_kernels.triton import table as triton_table
 from xlstm_kernels.triton.configs import (
     Launch,
     MLSTMConfig,
-    WindowConfig,
     mlstm_config,
     width,
     window_config,
@@ -40,8 +46,6 @@ from xlstm_kernels.triton.configs import (
 from xlstm_kernels.triton.mlstm import mlstm_triton
 from xlstm_kernels.triton.window import window_triton
 
-CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
-BLOCKS = (16, 32, 64, 128)
 WINDOW, SINKS, GROUP = 512, 4, 4
 CHECKED_TOKENS, REPEATS = 2 * (WINDOW + SINKS) + 65, 5
 TEMPLATE = '''\
@@ -51,37 +55,31 @@ TEMPLATE = '''\
 # and shared memory of the compiled kernels, and not from times.
 MEASURED_ON: str | None = {measured_on!r}
 
-# chunk, then (block_k, block_v, warps, stages) of: states, output, state grads, query and key
-# grads, value grads
+# chunk, then (block_k, block_v, warps, stages) of: states, output, state grads, key grads, query
+# and gate grads, value grads
 MLSTM: dict[tuple[int, int], tuple] = {mlstm}
 
 # block, forward warps and stages, backward warps and stages
 WINDOW: dict[tuple[int, int], tuple[int, int, int, int, int]] = {window}
 '''
 Operator = Callable[..., Tensor]
+Tensors = dict[str, Tensor]
 
 
-def mlstm_rounds(dim: int) -> Iterator[Callable[[MLSTMConfig], list[MLSTMConfig]]]:
-    """Yield functions from the best settings so far to the next candidates."""
-    tiles = sorted({min(tile, dim) for tile in TILES})
-    launches = list(itertools.starmap(Launch, itertools.product(tiles, tiles, WARPS, STAGES)))
+class Case(NamedTuple):
+    """What is tuned: the inputs of the check, their truth, and those that are timed."""
 
-    def vary(name: str, values: Sequence[Any]) -> Callable[[MLSTMConfig], list[MLSTMConfig]]:
-        return lambda best: [best._replace(**{name: value}) for value in values]
+    operator: str
+    dtype: str
+    dim: int
+    small: Tensors
+    truth: Tensors
+    large: list[Tensors]
 
-    yield vary("chunk", CHUNKS)
-    for kernel in MLSTMConfig._fields[1:]:
-        yield vary(kernel, launches)
-
-
-def window_rounds() -> Iterator[Callable[[WindowConfig], list[WindowConfig]]]:
-    """Yield functions from the best settings so far to the next candidates."""
-    pairs = list(itertools.product(WARPS, STAGES))
-    yield lambda best: [best._replace(block=block) for block in BLOCKS]
-    yield lambda best: [best._replace(warps=warps, stages=stages) for warps, stages in pairs]
-    yield lambda best: [
-        best._replace(grad_warps=warps, grad_stages=stages) for warps, stages in pairs
-    ]
+    @property
+    def name(self) -> str:
+        """As lines show it."""
+        return f"{self.operator} {self.dtype} D={self.dim}"
 
 
 def draw(
@@ -98,7 +96,7 @@ def draw(
     return drawn
 
 
-def operator_with(config: MLSTMConfig | WindowConfig) -> Operator:
+def operator_with(config: Config) -> Operator:
     """Make the Triton operator with these settings."""
     if isinstance(config, MLSTMConfig):
         return lambda **x: mlstm_triton(**x, segment_ids=None, state=None, config=config)[0]
@@ -119,51 +117,149 @@ def band_of(q: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def time_candidate(
-    run: Operator,
-    small: dict[str, Tensor],
-    truth: dict[str, Tensor],
-    large: dict[str, Tensor],
-    bound: float,
-    repeats: int = REPEATS,
-) -> float:
-    """Return milliseconds forward and backward, timed on the large inputs.
+@contextmanager
+def recorded_launches(kernels: tuple[str, ...]) -> Iterator[list[Callable[[], object]]]:
+    """Yield a list that collects the launches of some kernels in this block, to be repeated."""
+    # Every kernel is of one class: compiled, or interpreted.
+    cls = type(common.gate_kernel)
+    launches: list[Callable[[], object]] = []
+    launch = cls.run
 
-    Infinity if the candidate does not run, or if its RMS ratio to the truth on the small inputs is
-    not below the bound.
-    """
+    def run(self: Any, *args: Any, **kwargs: Any) -> object:
+        if self.fn.__name__ in kernels:
+            launches.append(lambda: launch(self, *args, **kwargs))
+        return launch(self, *args, **kwargs)
+
+    cls.run = run
+    try:
+        yield launches
+    finally:
+        cls.run = launch
+
+
+def time_passes(run: Operator, large: Tensors, kernels: tuple[str, ...], repeats: int) -> float:
+    """Return milliseconds forward and backward; of these kernels alone, if any are named."""
 
     def both() -> None:
         h = run(**large)
         torch.autograd.grad(h, list(large.values()), torch.ones_like(h))
 
+    device = next(iter(large.values())).device
+    if not kernels:
+        return milliseconds(both, repeats, device)
+    with recorded_launches(kernels) as launches:
+        both()
+
+    def alone() -> None:
+        for launch in launches:
+            launch()
+
+    return milliseconds(alone, repeats, device)
+
+
+def time_candidate(
+    run: Operator,
+    small: Tensors,
+    truth: Mapping[str, Tensor],
+    large: list[Tensors],
+    bound: float,
+    kernels: tuple[str, ...] = (),
+    repeats: int = REPEATS,
+) -> float:
+    """Return milliseconds per head, averaged over the large inputs.
+
+    Infinity if the candidate does not run, or if its RMS ratio to the truth on the small inputs is
+    not below the bound.
+    """
     try:
         found = outputs_and_grads(run, small)
         if not all(error_ratio(found[name], truth[name]) < bound for name in truth):
             return math.inf
-        return milliseconds(both, repeats, next(iter(large.values())).device)
-    except (OutOfResources, CompilationError, PTXASError):
+        times = [time_passes(run, x, kernels, repeats) / x["q"].shape[1] for x in large]
+    except OutOfResources:
         return math.inf
+    except Exception as error:  # of a compiler: it raises whatever it likes
+        if device_is_broken(next(iter(small.values())).device):
+            raise
+        sys.stdout.write(f"left out: {type(error).__name__}\n")
+        return math.inf
+    return sum(times) / len(times)
 
 
-def tune(
-    operator: str, dtype: torch.dtype, dim: int, heads: int, tokens: int, device: str
-) -> MLSTMConfig | WindowConfig:
-    """Search the settings of an operator at one dtype and head dim."""
+def device_is_broken(device: torch.device) -> bool:
+    """Say whether a kernel's illegal access has ended this process's context."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except RuntimeError:
+        return True
+    return False
+
+
+class Tuner:
+    """Searches; keeps what it has timed, so that a second start goes on."""
+
+    def __init__(self, out: Path, pruner: Pruner, ends: float, most: int | None) -> None:
+        self.out, self.pruner, self.ends, self.most = out, pruner, ends, most
+        self.path = out / "tuned.jsonl"
+        self.known: dict[str, float] = {}
+        out.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            for line in self.path.read_text().splitlines(True):
+                if line.endswith("}\n"):
+                    found = json.loads(line)
+                    self.known[found["key"]] = float(found["ms"])
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the budget is spent."""
+        return time.time() > self.ends
+
+    def timed(self, case: Case, config: Config, kernels: tuple[str, ...]) -> float:
+        """Return a candidate's time, from an earlier run if it is known."""
+        key = json.dumps([case.name, list(config), list(kernels)])
+        if key not in self.known:
+            # Written first: a candidate that ends this process is not tried again.
+            self._write(key, math.inf)
+            self._write(key, self._measure(case, config, kernels))
+        return self.known[key]
+
+    def _measure(self, case: Case, config: Config, kernels: tuple[str, ...]) -> float:
+        run = operator_with(config)
+        bound = BOUNDS[case.dtype]
+        return time_candidate(run, case.small, case.truth, case.large, bound, kernels)
+
+    def _write(self, key: str, taken: float) -> None:
+        self.known[key] = taken
+        with self.path.open("a") as file:
+            file.write(json.dumps({"key": key, "ms": taken}) + "\n")
+
+    def tune(self, case: Case, best: Config) -> Config:
+        """Search the settings of a case from those of the table; stops when the time is up."""
+        rounds = mlstm_rounds(case.dim) if case.operator == "mlstm" else window_rounds()
+        for candidates, kernels in rounds:
+            shortest = self.timed(case, best, kernels)
+            tried = [config for config in candidates(best) if config != best][: self.most]
+            where = (case.operator, case.dtype, case.dim)
+            for config in self.pruner.fitting(*where, tried, kernels):
+                if self.out_of_time:
+                    return best
+                taken = self.timed(case, config, kernels)
+                if taken < shortest:
+                    best, shortest = config, taken
+                    sys.stdout.write(f"{case.name}: {taken:.4f} ms per head {tuple(config)}\n")
+                    sys.stdout.flush()
+        return best
+
+
+def make_case(
+    operator: str, name: str, dim: int, heads: list[int], tokens: int, device: str
+) -> Case:
+    """Draw the inputs of a case, and compute its truth."""
+    dtype = getattr(torch, name)
     small = draw(operator, dtype, dim, GROUP, min(CHECKED_TOKENS, tokens), device)
-    large = draw(operator, dtype, dim, heads, tokens, device)
+    large = [draw(operator, dtype, dim, count, tokens, device) for count in heads]
     truth = outputs_and_grads(exact_operator(operator), to_float64(small))
-    bound = BOUNDS[name_of(dtype)]
-    best = mlstm_config(dtype, dim, dim) if operator == "mlstm" else window_config(dtype, dim)
-    shortest = time_candidate(operator_with(best), small, truth, large, bound)
-    for candidates in mlstm_rounds(dim) if operator == "mlstm" else window_rounds():
-        for config in candidates(best):  # type: ignore[arg-type]
-            taken = time_candidate(operator_with(config), small, truth, large, bound)
-            if taken < shortest:
-                best, shortest = config, taken
-                what = f"{operator} {name_of(dtype)} D={dim}"
-                sys.stdout.write(f"{what}: {taken:.3f} ms {tuple(config)}\n")
-    return best
+    return Case(operator, name, dim, small, truth, large)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -180,11 +276,13 @@ def table_source(mlstm: dict, window: dict, measured_on: str | None) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Tune, then rewrite the table."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m xlstm_kernels.benchmarks.tune", description=__doc__.splitlines()[0]
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
     parser.add_argument(
         "--dims", type=int, nargs="+", default=[64, 128], help="head dims; default 64 128"
     )
@@ -195,21 +293,53 @@ def main(arguments: list[str] | None = None) -> None:
         "--operators", nargs="+", choices=("mlstm", "window"), default=["mlstm", "window"]
     )
     parser.add_argument(
-        "--heads", type=int, default=128, help="query heads, a multiple of 4; default 128"
-    )
+        "--heads", type=int, nargs="+", default=[32, 128],
+        help="query heads, multiples of 4; a candidate is timed at each; default 32 128",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8192, help="default 8192")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device: times of the interpreter say nothing")
+    parser.add_argument(
+        "--out", type=Path, required=True,
+        help="folder for tuned.jsonl and table.py; copy that one to xlstm_kernels/triton",
+    )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=int, default=min(16, os.cpu_count() or 1),
+        help="that compile candidates and drop what does not fit; 0: none is dropped",
+    )  # fmt: skip
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="seconds to stop after")
+    parser.add_argument("--candidates", type=int, help="most of them in a round; default all")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Tune; the table is written after each case, and at the end of the budget."""
+    options = parse(arguments)
+    on_gpu = options.device == "cuda"
+    arch = 0
+    if on_gpu:
+        major, minor = torch.cuda.get_device_capability()
+        arch = 10 * major + minor
+    measured_on = torch.cuda.get_device_name() if on_gpu else None
+    pruner = Pruner(options.processes, arch)
+    tuner = Tuner(options.out, pruner, time.time() + options.budget_s, options.candidates)
     tables = {"mlstm": dict(triton_table.MLSTM), "window": dict(triton_table.WINDOW)}
-    for name, dim, operator in itertools.product(options.dtypes, options.dims, options.operators):
-        dtype = getattr(torch, name)
-        best = tune(operator, dtype, dim, options.heads, options.tokens, "cuda")
-        entry = tuple(tuple(part) if isinstance(part, Launch) else part for part in best)
-        tables[operator][width(dtype), dim] = entry
-    source = table_source(tables["mlstm"], tables["window"], torch.cuda.get_device_name())
-    Path(triton_table.__file__).write_text(source)
+    cases = itertools.product(options.dtypes, options.dims, options.operators)
+    try:
+        for name, dim, operator in cases:
+            if tuner.out_of_time:
+                sys.stdout.write("Stopped: the time of --budget-s is up.\n")
+                break
+            dtype = getattr(torch, name)
+            start = mlstm_config(dtype, dim, dim) if operator == "mlstm" else None
+            case = make_case(operator, name, dim, options.heads, options.tokens, options.device)
+            best = tuner.tune(case, start or window_config(dtype, dim))
+            entry = tuple(tuple(part) if isinstance(part, Launch) else part for part in best)
+            tables[operator][width(dtype), dim] = entry
+            source = table_source(tables["mlstm"], tables["window"], measured_on)
+            (options.out / "table.py").write_text(source)
+    finally:
+        pruner.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

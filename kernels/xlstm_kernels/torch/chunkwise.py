@@ -42,7 +42,10 @@ def mlstm_chunkwise(
         sizes = (*q.shape[:2], q.shape[3], v.shape[3])
         state = MLSTMState.zeros(*sizes, dtype=state_dtype(q, k, v, i, f), device=q.device)
     inputs = (q, k, v, i, f, state.C, state.n)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    # What a backward pass reads has the number of chunks in its shape, which an exported program
+    # with a free number of tokens cannot have.
+    records = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    keep = records and any(x.requires_grad for x in inputs)
     h, C, n, m, *_ = forward(q, k, v, i, f, segment_ids, *state, keep)
     return h, MLSTMState(C, n, m)
 
@@ -200,7 +203,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, i, f, *_ = inputs
+    q, k, v, i, f, *_, ctx.keep = inputs
     h, C, n, m, *kept = output
     ctx.mark_non_differentiable(m, *kept)
     # Else autograd would make a gradient of zeros for each of them.
@@ -210,6 +213,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, dh: Any, dC: Any, dn: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    if not ctx.keep:
+        raise NotImplementedError(
+            "mlstm: an exported program has no gradients; train the model that was exported"
+        )
     values = ctx.needs_input_grad[2]
     dh, dC, dn = filled((dh, dC, dn), ctx.results)
     dq, dk, dv, di, df, dC0, dn0 = backward(dh, dC, dn, *ctx.saved_tensors, values)

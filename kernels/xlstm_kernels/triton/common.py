@@ -27,6 +27,9 @@ from torch import Tensor
 
 # Log-weight of nothing, as in `xlstm_kernels.state`.
 LOG_ZERO = tl.constexpr(-1e30)
+# Arguments that change with the length of the rows. Triton would compile a kernel anew for lengths
+# that are divisible by 16 and for those that are not.
+LENGTHS = ("T", "chunks", "blocks")
 
 
 def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype, str]:
@@ -64,10 +67,21 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 
 @triton.jit
-def chunk_and_head():
-    """Return the chunk and the head of this program."""
-    # The heads of all rows are on the grid's x axis, because the other axes end at 65535 programs.
-    return tl.program_id(1), tl.program_id(0).to(tl.int64)
+def chunk_and_head(chunks):
+    """Return the chunk and the head of this program, which is one of chunks * heads on axis 0."""
+    # Both are on axis 0, because the other axes end at 65535 programs. Neighbours are heads of one
+    # chunk: heads of a group read the same values. The head is int64, because what is computed
+    # from it are offsets, which can pass 2^31.
+    heads = tl.num_programs(0) // chunks
+    return tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
+
+
+@triton.jit
+def tile_and_head(tiles_k, tiles_v):
+    """Return the tile (of keys, of values) of the state and the head of this program."""
+    tile = tl.program_id(0) % (tiles_k * tiles_v)
+    head = (tl.program_id(0) // (tiles_k * tiles_v)).to(tl.int64)
+    return tile % tiles_k, tile // tiles_k, head
 
 
 @triton.jit
@@ -87,17 +101,17 @@ def max_plus(decay_1, max_1, decay_2, max_2):
     return decay_1 + decay_2, tl.maximum(max_1 + decay_2, max_2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def gate_kernel(
-    i_ptr, f_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, T, H,
+    i_ptr, f_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, T, H, chunks,
     SEGMENTED: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Sum the forget gates of one chunk. Grid (B H, chunks).
+    """Sum the forget gates of one chunk. Grid (chunks * B H).
 
     Writes b_t, the sum of log f from the start of the chunk, as sum_high + sum_low; and the largest
     log-weight that a token of the chunk has at t.
     """
-    c, bh = chunk_and_head()
+    c, bh = chunk_and_head(chunks)
     t = c * L + tl.arange(0, L)
     inside = t < T
     row = bh * T + t
@@ -197,23 +211,30 @@ def state_weights(
 @triton.jit
 def pair_weights(
     sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T,
-    SEGMENTED: tl.constexpr, L: tl.constexpr,
+    SEGMENTED: tl.constexpr, L: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Compute exp(D_ts - m_t) of the chunk's pairs (query t, key s), (L, L).
 
-    The weight is 0 where t does not see s.
+    The weight is 0 where t does not see s. With KEYS_FIRST the tile's rows are the keys s.
     """
-    t = c * L + tl.arange(0, L)
-    row = bh * T + t
-    inside = t < T
+    # No kernel transposes a product to multiply it again: Triton 3.4 to 3.7.0 makes wrong code of
+    # that on Hopper. What is needed the other way round is computed that way from the start.
+    token = c * L + tl.arange(0, L)
+    row = bh * T + token
+    inside = token < T
     sum_high = tl.load(sum_high_ptr + row, mask=inside, other=0.0)
     sum_low = tl.load(sum_low_ptr + row, mask=inside, other=0.0)
     i = tl.load(i_ptr + row, mask=inside, other=LOG_ZERO).to(tl.float32)
     m = tl.load(m_ptr + row, mask=inside, other=0.0)
-    log_weight = (sum_high[:, None] - sum_high[None, :]) + (i[None, :] - m[:, None])
-    log_weight = log_weight + (sum_low[:, None] - sum_low[None, :])
-    visible = (t[:, None] >= t[None, :]) & inside[:, None]
+    if KEYS_FIRST:
+        log_weight = (sum_high[None, :] - sum_high[:, None]) + (i[:, None] - m[None, :])
+        log_weight = log_weight + (sum_low[None, :] - sum_low[:, None])
+        visible = (token[None, :] >= token[:, None]) & inside[None, :]
+    else:
+        log_weight = (sum_high[:, None] - sum_high[None, :]) + (i[None, :] - m[:, None])
+        log_weight = log_weight + (sum_low[:, None] - sum_low[None, :])
+        visible = (token[:, None] >= token[None, :]) & inside[:, None]
     if SEGMENTED:
-        run = tl.load(runs_ptr + b * T + t, mask=inside, other=-1)
+        run = tl.load(runs_ptr + b * T + token, mask=inside, other=-1)
         visible = visible & (run[:, None] == run[None, :])
     return tl.exp(tl.where(visible, log_weight, LOG_ZERO))

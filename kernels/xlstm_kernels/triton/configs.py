@@ -37,7 +37,8 @@ class MLSTMConfig(NamedTuple):
     states: Launch
     output: Launch
     state_grads: Launch
-    query_key_grads: Launch
+    key_grads: Launch
+    query_gate_grads: Launch
     value_grads: Launch
 
     def numbers(self) -> list[int]:

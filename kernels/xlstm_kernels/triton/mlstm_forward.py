@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
+    LENGTHS,
     LOG_ZERO,
     chunk_and_head,
     load_centred,
@@ -19,10 +20,11 @@ from xlstm_kernels.triton.common import (
     load_runs,
     pair_weights,
     state_weights,
+    tile_and_head,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def state_kernel(
     k_ptr, v_ptr, centre_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, runs_ptr,
     C0_ptr, n0_ptr, m0_ptr, C_ptr, n_ptr, m_ptr, C_end_ptr, n_end_ptr,
@@ -35,8 +37,7 @@ def state_kernel(
     Stores the state as it enters each chunk and as it leaves the last one. The first program of a
     head also writes the stabiliser m (B, H, T) of every token.
     """
-    tile_k, tile_v = tl.program_id(0) % (DK // BK), tl.program_id(0) // (DK // BK) % (DV // BV)
-    bh = (tl.program_id(0) // (DK // BK * (DV // BV))).to(tl.int64)
+    tile_k, tile_v, bh = tile_and_head(DK // BK, DV // BV)
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
@@ -77,6 +78,8 @@ def state_kernel(
         write = tl.exp(tl.where(writes, log_write, LOG_ZERO))
         decay = tl.exp(tl.where(passes, (high_end + (m - m_end)) + low_end, LOG_ZERO))
         v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(C_ptr.dtype.element_ty)
+        # The weight goes on k and not on v: features are positive, and the rounding of the weighted
+        # ones averages out in q . k. On v it put df in bfloat16 over its bound.
         key = load_rows(k_ptr, k_t, t, T, dk).to(tl.float32) * write[:, None]
         C = tl.dot(tl.trans(key.to(v.dtype)), v, C * decay, input_precision=PRECISION)
         n = n * decay + tl.sum(key, 0)
@@ -88,7 +91,9 @@ def state_kernel(
         tl.store(n_end_ptr + bh * DK + dk, n)
 
 
-@triton.jit
+# T is left to Triton, which compiles for lengths divisible by 16 and for others. Without that, the
+# kernel takes 135 registers on Hopper at D = 128, and an SM holds one program in place of two.
+@triton.jit(do_not_specialize=("chunks",))
 def output_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     C_ptr, n_ptr, h_ptr, h_centred_ptr, den_ptr,
@@ -96,14 +101,14 @@ def output_kernel(
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Compute h and its denominator for one chunk. Grid (B H, chunks, DV / BV).
+    """Compute h and its denominator for one chunk. Grid (chunks * B H, DV / BV).
 
     Reads the state that enters the chunk and the chunk's own tokens. Also writes `h_centred`, which
     is h less the common component of the values, unless its pointer is None (nothing requires
     gradients).
     """
-    c, bh = chunk_and_head()
-    tile_v = tl.program_id(2)
+    c, bh = chunk_and_head(chunks)
+    tile_v = tl.program_id(1)
     b, h = bh // H, bh % H
     slot = bh * chunks + c
     t = c * L + tl.arange(0, L)
@@ -128,7 +133,7 @@ def output_kernel(
         sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
     )
     weights = scores * pair_weights(
-        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L, False
     )
     v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(C_ptr.dtype.element_ty)
     num = tl.dot(weights.to(v.dtype), v, num * read[:, None], input_precision=PRECISION)

@@ -29,7 +29,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from xlstm_kernels.state import MLSTMState, Ring
-from xlstm_kernels.triton.configs import mlstm_config, window_config
+from xlstm_kernels.triton.configs import (
+    MLSTMConfig,
+    WindowConfig,
+    mlstm_config,
+    window_config,
+)
 
 # Triton's name of a pointer to each dtype.
 POINTERS = {
@@ -39,25 +44,54 @@ POINTERS = {
 OPTIONS = ("num_warps", "num_stages")
 
 
+# KiB of shared memory that a program can have, by compute capability (CUDA's programming guide).
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+
+
+def most_shared(arch: int) -> int:
+    """Return the bytes of shared memory that a program can have; unknown devices have the least."""
+    return 1024 * SHARED.get(arch, min(SHARED.values()))
+
+
 class Resources(NamedTuple):
-    """What a kernel needs: registers and spilled bytes per thread, shared bytes per program."""
+    """What a kernel needs: registers and spilled bytes per thread, shared bytes per program.
+
+    programs: that an SM holds at the same time; two or more hide each other's waits.
+    """
 
     registers: int
     spills: int
     shared: int
+    programs: int
+
+
+# Of an SM (CUDA's programming guide): registers, warps, programs; a program's own KiB.
+REGISTERS, MOST_WARPS, MOST_PROGRAMS, OWN_SHARED = 65536, 64, 32, 1
+
+
+def programs_on_an_sm(arch: int, registers: int, shared: int, warps: int) -> int:
+    """Return how many programs an SM holds at the same time."""
+    each = -(-registers // 8) * 8 * 32 * warps  # registers are given to warps in eights a thread
+    # A program can have all of an SM's shared memory but the KiB that each program takes itself.
+    whole = most_shared(arch) + 1024 * OWN_SHARED
+    by_shared = whole // (shared + 1024 * OWN_SHARED)
+    return min(REGISTERS // each, by_shared, MOST_WARPS // warps, MOST_PROGRAMS)
 
 
 @contextmanager
-def compiled_launches(arch: int) -> Iterator[dict[str, Resources]]:
+def compiled_launches(arch: int, kernels: tuple[str, ...] = ()) -> Iterator[dict[str, Resources]]:
     """Compile each launch inside the block for sm_<arch> instead of starting it.
 
-    Yields the table that the launches fill: resources by the name of the kernel.
+    kernels: those to compile, all if empty. Yields the table that the launches fill: resources by
+    the name of the kernel.
     """
     table: dict[str, Resources] = {}
 
     def compile_instead(
         self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any
     ) -> None:
+        if kernels and self.fn.__name__ not in kernels:
+            return
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         table[self.fn.__name__] = compile_kernel(self, values, arch)
 
@@ -83,6 +117,8 @@ def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Re
         if isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[number,] = divisible
+        elif parameter.do_not_specialize:
+            signature[name] = "i32"
         elif parameter.is_constexpr or value is None or value == 1:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
@@ -95,7 +131,9 @@ def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Re
     options = {name: values[name] for name in OPTIONS if name in values}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = assemble(built.asm["ptx"], arch)
-    return Resources(registers, spills, built.metadata.shared)
+    shared, warps = built.metadata.shared, built.metadata.num_warps
+    programs = programs_on_an_sm(arch, registers, shared, warps)
+    return Resources(registers, spills, shared, programs)
 
 
 def assemble(ptx: str, arch: int) -> tuple[int, int]:
@@ -118,22 +156,23 @@ def bare(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def launch_mlstm(dim: int, dtype: torch.dtype) -> None:
+def launch_mlstm(dim: int, dtype: torch.dtype, config: MLSTMConfig | None = None) -> None:
     """Launch the chunkwise mLSTM, forward and backward.
 
     Rows are packed, and four query heads share a value head.
     """
-    from xlstm_kernels.triton import mlstm
+    from xlstm_kernels.triton.backward_pass import launch_backward
+    from xlstm_kernels.triton.forward_pass import launch_forward
 
     q, k, v = (bare(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
     i, f, runs = bare(1, 4, 256), bare(1, 4, 256), bare(1, 256, dtype=torch.int32)
     C0, n0, m0 = MLSTMState.zeros(1, 4, dim, dim, device="meta")
-    settings = mlstm_config(dtype, dim, dim).numbers()
+    settings = (config or mlstm_config(dtype, dim, dim)).numbers()
     # The functions behind the registered operators, which launch nothing on meta tensors.
-    found = mlstm.launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, keep=True)
+    found = launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, keep=True)
     (h, C, n, _), kept = found[:4], list(found[4:])
     arguments = [q, k, v, i, f, C0, n0, m0]
-    mlstm.launch_backward([h, C, n], arguments, runs, kept, settings, True, True)
+    launch_backward([h, C, n], arguments, runs, kept, settings, True, True)
 
 
 def launch_steps(dim: int, dtype: torch.dtype) -> None:
@@ -148,7 +187,7 @@ def launch_steps(dim: int, dtype: torch.dtype) -> None:
     hybrid_step_triton(q, v, v, q, k, i, f, gate, state, ring, sinks=4, scale=1.0)
 
 
-def launch_window(dim: int, dtype: torch.dtype) -> None:
+def launch_window(dim: int, dtype: torch.dtype, config: WindowConfig | None = None) -> None:
     """Launch sliding-window attention, forward and backward; window 512 and 4 sinks.
 
     Rows are packed, and four query heads share a key head.
@@ -157,7 +196,7 @@ def launch_window(dim: int, dtype: torch.dtype) -> None:
 
     q, k, v = (bare(1, heads, 1024, dim, dtype=dtype) for heads in (4, 1, 1))
     runs, starts = (bare(1, 1024, dtype=torch.int32) for _ in range(2))
-    settings = (512, 4, 1.0, list(window_config(dtype, dim)))  # window, sinks, scale
+    settings = (512, 4, 1.0, list(config or window_config(dtype, dim)))  # window, sinks, scale
     out, logsumexp = window.launch_forward(q, k, v, runs, starts, *settings)
     window.launch_backward(
         out, q, k, v, runs, starts, out, logsumexp, *settings, queries=True, keys_and_values=True
@@ -207,9 +246,10 @@ def main() -> None:
             json.dumps({name: list(resources) for name, resources in table.items()}) + "\n"
         )
         return
-    for name, (registers, spills, shared) in table.items():
+    for name, (registers, spills, shared, programs) in table.items():
         sys.stdout.write(
-            f"{name:40} {registers:4} registers {spills:6} B spilled {shared:7} B shared\n"
+            f"{name:40} {registers:4} registers {spills:6} B spilled {shared:7} B shared "
+            f"{programs:3} programs on an SM\n"
         )
 
 

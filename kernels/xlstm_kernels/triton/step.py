@@ -49,6 +49,7 @@ def advance_state(
         rows = d + tl.arange(0, BK)
         q = tl.load(q_ptr + rows).to(tl.float32)
         key = tl.load(k_ptr + rows).to(tl.float32) * write
+        # 32 bits are enough inside one C (`near_rows`). 64 would take half as many registers again.
         tile = C_ptr + rows[:, None] * C_row + dv[None, :]
         C = tl.load(tile) * decay + key[:, None] * v[None, :]
         tl.store(tile, C)
@@ -104,6 +105,8 @@ def attend_ring(
         # A sink that is still in the ring is read from there, and its own slot is not visible.
         visible = filled & (in_ring == (held > seen - window))
         mask = visible[:, None]
+        # 32-bit offsets: a ring has fewer than 2^31 values (`hybrid_step_triton`). 64 bits would
+        # take half as many registers again.
         k_tile = keys_ptr + slot[:, None] * D + d[None, :]
         k = tl.load(k_tile, mask=mask, other=0.0).to(tl.float32)
         v_tile = values_ptr + slot[:, None] * DV + dv[None, :]
@@ -182,7 +185,7 @@ def mlstm_step_triton(
     (B, H, Dk), Dv = q.shape, v.shape[-1]
     q, k, v = (contiguous_rows(x) for x in (q, k, v))
     h = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
-    C, n, m = held = [contiguous_rows(state.C), state.n.contiguous(), state.m.contiguous()]
+    C, n, m = held = [near_rows(state.C), state.n.contiguous(), state.m.contiguous()]
     with on_device_of(q):
         step_kernel[(B * H,)](
             q_ptr=q, k_ptr=k, v_ptr=v, i_ptr=i, f_ptr=f, C_ptr=C, n_ptr=n, m_ptr=m, h_ptr=h,
@@ -214,9 +217,15 @@ def hybrid_step_triton(
     Shapes as in `xlstm_kernels.hybrid_step`, which checks the arguments.
     """
     (B, H, D), Dv, Dk = q.shape, v.shape[-1], phi_q.shape[-1]
+    slots = ring.positions.shape[1]
+    if slots * max(D, Dv) >= 2**31:
+        raise ValueError(
+            f"hybrid_step: backend='triton' has no kernel for a ring of {slots} slots of "
+            f"{max(D, Dv)} values, 2^31 or more; use backend='torch'"
+        )
     q, k, v, phi_q, phi_k = (contiguous_rows(x) for x in (q, k, v, phi_q, phi_k))
     out = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
-    held = [contiguous_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
+    held = [near_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
     C, n, m, keys, values, positions, lengths = held
     with on_device_of(q):
         hybrid_step_kernel[(B * H,)](
@@ -226,12 +235,17 @@ def hybrid_step_triton(
             out_ptr=out,
             **head_strides(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, i=i, f=f, gate=gate, C=C),
             C_row=C.stride(2), scale=scale, H=H, R=H // k.shape[1],
-            window=ring.positions.shape[1] - sinks, sinks=sinks,
+            window=slots - sinks, sinks=sinks,
             D=D, DK=Dk, DV=Dv, BK=min(ROWS_AT_ONCE, Dk), SLOTS=ROWS_AT_ONCE, num_warps=WARPS,
         )  # fmt: skip
     _write_back(held, (*state, *ring))
     ring.lengths.add_(1)
     return out
+
+
+def near_rows(C: Tensor) -> Tensor:
+    """Copy C if its rows are so far apart that 32-bit offsets do not reach the last one."""
+    return contiguous_rows(C) if C.stride(2) * C.shape[2] < 2**31 else C.contiguous()
 
 
 def head_strides(**tensors: Tensor) -> dict[str, int]:

@@ -82,7 +82,7 @@ def launch_forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(B, H, T, device=q.device)
     with on_device_of(q):
-        kernels.window_kernel[B * H, -(-T // config.block)](
+        kernels.window_kernel[(band_blocks(T, config) * B * H,)](
             q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, logsumexp_ptr=logsumexp,
             **band_settings(q, k, v, band, config),
             num_warps=config.warps, num_stages=config.stages,
@@ -127,37 +127,34 @@ def launch_backward(
     """Return the gradients of q, k and v; empty are those that are not asked for."""
     band, config = Band(runs, starts, window, sinks, scale), WindowConfig(*settings)
     (B, H, T, D), G = q.shape, k.shape[1]
-    blocks = -(-T // config.block)
+    blocks = band_blocks(T, config)
     dout, mean_grad = dout.contiguous(), torch.empty_like(logsumexp)
     shared = {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout,
-        "logsumexp_ptr": logsumexp, "mean_grad_ptr": mean_grad, "blocks": blocks,
+        "logsumexp_ptr": logsumexp, "mean_grad_ptr": mean_grad,
         **band_settings(q, k, v, band, config),
         "num_warps": config.grad_warps, "num_stages": config.grad_stages,
     }  # fmt: skip
-    dq, dk, dv, sink_dk, sink_dv = (q.new_empty(0) for _ in range(5))
+    dq, dk, dv = (q.new_empty(0) for _ in range(3))
     with on_device_of(q):
-        kernels.mean_grad_kernel[B * H, blocks](
-            out_ptr=out, dout_ptr=dout, mean_grad_ptr=mean_grad, T=T, L=config.block, D=D
-        )
-        # The parts of the sinks' gradients come from this kernel, so dk and dv need it too.
-        if queries or (keys_and_values and sinks):
+        kernels.mean_grad_kernel[(blocks * B * H,)](
+            out_ptr=out, dout_ptr=dout, mean_grad_ptr=mean_grad,
+            T=T, blocks=blocks, L=config.block, D=D,
+        )  # fmt: skip
+        if queries:
             dq = torch.empty_like(out)
-            if sinks:
-                sink_dk = torch.empty(B, H, blocks, sinks, D, device=q.device)
-                sink_dv = torch.empty(B, H, blocks, sinks, D, device=q.device)
-            kernels.query_grad_kernel[B * H, blocks](
-                dq_ptr=dq,
-                sink_dk_ptr=sink_dk if sinks else None,
-                sink_dv_ptr=sink_dv if sinks else None,
-                **shared,
-            )
+            kernels.query_grad_kernel[(blocks * B * H,)](dq_ptr=dq, **shared)
         if keys_and_values:
             dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype, device=k.device) for _ in range(2))
-            kernels.key_value_grad_kernel[B * G, blocks](dk_ptr=dk, dv_ptr=dv, **shared)
+            kernels.key_value_grad_kernel[(blocks * B * G,)](dk_ptr=dk, dv_ptr=dv, **shared)
             if sinks:
-                add_sink_grads(band, (sink_dk, sink_dv), dk, dv, H, config)
-    return [dq if queries else q.new_empty(0), dk, dv]
+                shape = (B, H, blocks, sinks, D)
+                parts = torch.empty(shape, device=q.device), torch.empty(shape, device=q.device)
+                kernels.sink_part_kernel[(blocks * B * H,)](
+                    sink_dk_ptr=parts[0], sink_dv_ptr=parts[1], **shared
+                )
+                add_sink_grads(band, parts, dk, dv, H, config)
+    return [dq, dk, dv]
 
 
 backward = torch.library.custom_op(
@@ -219,15 +216,20 @@ def add_sink_grads(
     parts: the gradients of keys and values by block of queries, each (B, H, blocks, N, D).
     """
     B, G, T, D = dk.shape
-    blocks, rows = -(-T // config.block), triton.next_power_of_2(band.sinks)
+    blocks, rows = band_blocks(T, config), triton.next_power_of_2(band.sinks)
     sink_dk, sink_dv = parts
-    kernels.sink_grad_kernel[B * G, blocks](
+    kernels.sink_grad_kernel[(blocks * B * G,)](
         runs_ptr=band.runs, starts_ptr=band.starts, sink_dk_ptr=sink_dk, sink_dv_ptr=sink_dv,
         dk_ptr=dk, dv_ptr=dv, T=T, H=heads, R=heads // G,
         window=band.window, sinks=band.sinks, blocks=blocks,
         SEGMENTED=band.runs is not None, L=config.block, D=D, S=rows,
         AT_ONCE=max(1, MIN_TILE // rows), num_warps=SINK_WARPS,
     )  # fmt: skip
+
+
+def band_blocks(tokens: int, config: WindowConfig) -> int:
+    """Count the blocks of a row."""
+    return -(-tokens // config.block)
 
 
 def band_settings(
@@ -240,7 +242,7 @@ def band_settings(
     return {
         "runs_ptr": band.runs, "starts_ptr": band.starts, **strides(q=q, k=k, v=v),
         "scale": band.scale, "T": q.shape[2], "H": q.shape[1], "R": q.shape[1] // k.shape[1],
-        "window": band.window, "sinks": band.sinks,
+        "window": band.window, "sinks": band.sinks, "blocks": band_blocks(q.shape[2], config),
         "SEGMENTED": band.runs is not None, "PRECISION": precision, "DOT": dot,
         "L": config.block, "D": q.shape[3], "S": sink_rows,
     }  # fmt: skip

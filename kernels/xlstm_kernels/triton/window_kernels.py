@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import chunk_and_head, load_rows
+from xlstm_kernels.triton.common import LENGTHS, chunk_and_head, load_rows
 
 # Score of a masked pair. Finite, so that exp(score - maximum) of a row that sees nothing yet is a
 # number and not nan.
@@ -58,23 +58,27 @@ def load_sinks(
 
 @triton.jit
 def in_band(t, s, run_t, run_s, start_s, T, window, sinks):
-    """Say whether queries t see keys s of their band, (L, L)."""
-    near = (t[:, None] - s[None, :] < window) | (s - start_s < sinks)[None, :]
-    return near & (t[:, None] >= s[None, :]) & (run_t[:, None] == run_s[None, :]) & (t < T)[:, None]
+    """Say whether queries t see keys s of their band.
+
+    What belongs to queries is a column and what belongs to keys a row, (L, 1) and (1, L), or the
+    other way round; so is the result, (L, L).
+    """
+    near = (t - s < window) | (s - start_s < sinks)
+    return near & (t >= s) & (run_t == run_s) & (t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def window_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, out_ptr, logsumexp_ptr,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one block of queries. Grid (B H, blocks).
+    """Attend from one block of queries. Grid (blocks * B H).
 
     Also stores the logsumexp of each query's scores, for the backward pass.
     """
-    c, bh = chunk_and_head()
+    c, bh = chunk_and_head(blocks)
     b, h = bh // H, bh % H
     d = tl.arange(0, D)
     t = c * L + tl.arange(0, L)
@@ -104,7 +108,10 @@ def window_kernel(
         run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
         k = load_rows(k_ptr, k_t, s, T, d).to(DOT)
         v = load_rows(v_ptr, v_t, s, T, d).to(DOT)
-        visible = in_band(t, s, run, run_s, start_s, T, window, sinks)
+        visible = in_band(
+            t[:, None], s[None, :], run[:, None], run_s[None, :], start_s[None, :],
+            T, window, sinks,
+        )  # fmt: skip
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = tl.where(visible, products * scale, NEGATIVE)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -120,32 +127,30 @@ def window_kernel(
     tl.store(logsumexp_ptr + bh * T + t, row_max + tl.log(total), mask=t < T)
 
 
-@triton.jit
-def mean_grad_kernel(out_ptr, dout_ptr, mean_grad_ptr, T, L: tl.constexpr, D: tl.constexpr):
-    """Compute the mean gradient of each query's weights (B, H, T). Grid (B H, blocks).
+@triton.jit(do_not_specialize=LENGTHS)
+def mean_grad_kernel(
+    out_ptr, dout_ptr, mean_grad_ptr, T, blocks, L: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """Compute the mean gradient of each query's weights (B, H, T). Grid (blocks * B H).
 
     The mean is over the keys, weighted by the softmax: sum(out * dout).
     """
-    c, bh = chunk_and_head()
+    c, bh = chunk_and_head(blocks)
     t, d = c * L + tl.arange(0, L), tl.arange(0, D)
     out = load_rows(out_ptr + bh * T * D, D, t, T, d).to(tl.float32)
     dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(tl.float32)
     tl.store(mean_grad_ptr + bh * T + t, tl.sum(out * dout, 1), mask=t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
-    q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
-    dq_ptr, sink_dk_ptr, sink_dv_ptr,
+    q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr, dq_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of one block of queries. Grid (B H, blocks).
-
-    Also stores the block's part of the gradients of the sinks before its band.
-    """
-    c, bh = chunk_and_head()
+    """Compute dq of one block of queries. Grid (blocks * B H)."""
+    c, bh = chunk_and_head(blocks)
     b, h = bh // H, bh % H
     d = tl.arange(0, D)
     t = c * L + tl.arange(0, L)
@@ -170,25 +175,15 @@ def query_grad_kernel(
         sink_d_weights = tl.dot(dout, tl.trans(sink_v), input_precision=PRECISION)
         sink_d_scores = (sink_weights * (sink_d_weights - mean_grad[:, None]) * scale).to(DOT)
         dq = tl.dot(sink_d_scores, sink_k, dq, input_precision=PRECISION)
-        sink = tl.arange(0, S)
-        part = ((bh * blocks + c) * sinks + sink)[:, None] * D + d[None, :]
-        kept = (sink < sinks)[:, None]
-        tl.store(
-            sink_dk_ptr + part,
-            tl.dot(tl.trans(sink_d_scores), q, input_precision=PRECISION),
-            mask=kept,
-        )
-        tl.store(
-            sink_dv_ptr + part,
-            tl.dot(tl.trans(sink_weights.to(DOT)), dout, input_precision=PRECISION),
-            mask=kept,
-        )
     for j in range(first_block(c, window, L), c + 1):
         s = j * L + tl.arange(0, L)
         run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
         k = load_rows(k_ptr, k_t, s, T, d).to(DOT)
         v = load_rows(v_ptr, v_t, s, T, d).to(DOT)
-        visible = in_band(t, s, run, run_s, start_s, T, window, sinks)
+        visible = in_band(
+            t[:, None], s[None, :], run[:, None], run_s[None, :], start_s[None, :],
+            T, window, sinks,
+        )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - logsumexp[:, None]
         weights = tl.exp(tl.where(visible, scores, NEGATIVE))
         d_weights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -198,7 +193,50 @@ def query_grad_kernel(
     tl.store(tile, dq.to(dq_ptr.dtype.element_ty), mask=(t < T)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
+def sink_part_kernel(
+    q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
+    sink_dk_ptr, sink_dv_ptr,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Compute what one block of queries gives to the gradients of the sinks before its band.
+
+    Grid (blocks * B H). The sinks are the rows of all tiles, as of their gradients: no product is
+    transposed.
+    """
+    c, bh = chunk_and_head(blocks)
+    b, h = bh // H, bh % H
+    d = tl.arange(0, D)
+    t = c * L + tl.arange(0, L)
+    k_ptr += b * k_b + (h // R) * k_h
+    v_ptr += b * v_b + (h // R) * v_h
+    q = load_rows(q_ptr + b * q_b + h * q_h, q_t, t, T, d).to(DOT)
+    dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(DOT)
+    logsumexp = tl.load(logsumexp_ptr + bh * T + t, mask=t < T, other=0.0)
+    mean_grad = tl.load(mean_grad_ptr + bh * T + t, mask=t < T, other=0.0)
+    run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
+    sink_t, sink_used, sink_run = load_sinks(
+        runs_ptr, starts_ptr, b, c, T, window, sinks, SEGMENTED, L, S
+    )
+    sink_k = load_rows(k_ptr, k_t, sink_t, T, d).to(DOT)
+    sink_v = load_rows(v_ptr, v_t, sink_t, T, d).to(DOT)
+    visible = sink_used[:, None] & (run == sink_run)[None, :] & (t < T)[None, :]
+    scores = tl.dot(sink_k, tl.trans(q), input_precision=PRECISION) * scale - logsumexp[None, :]
+    weights = tl.exp(tl.where(visible, scores, NEGATIVE))
+    d_weights = tl.dot(sink_v, tl.trans(dout), input_precision=PRECISION)
+    d_scores = weights * (d_weights - mean_grad[None, :]) * scale
+    sink = tl.arange(0, S)
+    part = ((bh * blocks + c) * sinks + sink)[:, None] * D + d[None, :]
+    kept = (sink < sinks)[:, None]
+    sink_dk = tl.dot(d_scores.to(DOT), q, input_precision=PRECISION)
+    tl.store(sink_dk_ptr + part, sink_dk, mask=kept)
+    sink_dv = tl.dot(weights.to(DOT), dout, input_precision=PRECISION)
+    tl.store(sink_dv_ptr + part, sink_dv, mask=kept)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def key_value_grad_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
     dk_ptr, dv_ptr,
@@ -206,11 +244,11 @@ def key_value_grad_kernel(
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of one block of keys and values. Grid (B G, blocks).
+    """Compute dk and dv of one block of keys and values. Grid (blocks * B G).
 
     Sums over the heads of the group and over the queries whose band holds the block.
     """
-    j, bg = chunk_and_head()
+    j, bg = chunk_and_head(blocks)
     G = H // R
     b = bg // G
     d = tl.arange(0, D)
@@ -231,30 +269,34 @@ def key_value_grad_kernel(
         logsumexp = tl.load(logsumexp_ptr + bh * T + t, mask=t < T, other=0.0)
         mean_grad = tl.load(mean_grad_ptr + bh * T + t, mask=t < T, other=0.0)
         run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
-        visible = in_band(t, s, run, run_s, start_s, T, window, sinks)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - logsumexp[:, None]
+        # Keys are the rows of these tiles, as of dk and dv: no product is transposed.
+        visible = in_band(
+            t[None, :], s[:, None], run[None, :], run_s[:, None], start_s[:, None],
+            T, window, sinks,
+        )  # fmt: skip
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - logsumexp[None, :]
         weights = tl.exp(tl.where(visible, scores, NEGATIVE))
-        dv = tl.dot(tl.trans(weights.to(DOT)), dout, dv, input_precision=PRECISION)
-        d_weights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        d_scores = weights * (d_weights - mean_grad[:, None]) * scale
-        dk = tl.dot(tl.trans(d_scores.to(DOT)), q, dk, input_precision=PRECISION)
+        dv = tl.dot(weights.to(DOT), dout, dv, input_precision=PRECISION)
+        d_weights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        d_scores = weights * (d_weights - mean_grad[None, :]) * scale
+        dk = tl.dot(d_scores.to(DOT), q, dk, input_precision=PRECISION)
     tile = bg * T * D + s[:, None].to(tl.int64) * D + d[None, :]
     tl.store(dk_ptr + tile, dk.to(dk_ptr.dtype.element_ty), mask=(s < T)[:, None])
     tl.store(dv_ptr + tile, dv.to(dv_ptr.dtype.element_ty), mask=(s < T)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def sink_grad_kernel(
     runs_ptr, starts_ptr, sink_dk_ptr, sink_dv_ptr, dk_ptr, dv_ptr, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv what the sinks of a document get from later queries. Grid (B G, blocks).
+    """Add to dk and dv what the sinks of a document get from later queries. Grid (blocks * B G).
 
     The blocks of queries that read the sinks of one document from before their band are neighbours.
     The program of the first of them sums their parts in order, AT_ONCE blocks at a time.
     """
-    c, bg = chunk_and_head()
+    c, bg = chunk_and_head(blocks)
     G = H // R
     b = bg // G
     sink, d = tl.arange(0, S), tl.arange(0, D)

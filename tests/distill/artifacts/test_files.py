@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from xlstm_distill.artifacts import files
 from xlstm_distill.artifacts.files import (
     flush,
     flush_directory,
+    flush_tree,
     remove_partials,
     replace_directory,
     write_text,
@@ -104,6 +107,22 @@ def test_flushing_changes_nothing(tmp_path):
     flush(path)
     flush_directory(tmp_path)
     assert path.read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize(("name", "is_lost"), [(".a.1f.partial", False), ("a", True)])
+def test_a_draft_that_another_process_removes_meanwhile_is_no_loss(
+    tmp_path, monkeypatch, name, is_lost
+):
+    (tmp_path / name).touch()
+    real = files.flush
+
+    def removed_before(path):
+        path.unlink()
+        real(path)
+
+    monkeypatch.setattr(files, "flush", removed_before)
+    with pytest.raises(FileNotFoundError) if is_lost else contextlib.nullcontext():
+        flush_tree(tmp_path)
 
 
 def test_a_directory_replaces_another_whole(tmp_path):

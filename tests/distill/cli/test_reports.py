@@ -71,9 +71,30 @@ def test_another_protocol_is_refused_in_one_line(call: Any, tmp_path: Path, erro
         (["a.yaml", "b.yaml"], "error: report: 2 sources. Give one recipe,"),
         (["--results", "a.json", "b.json", "--set", "seed=1"], "error: --run, --set, --replace:"),
         (["--results", "a.json", "b.json"], "error: a.json: no such file."),
+        ([], "error: report: 0 sources. Give one recipe,"),
+        (["small.yaml", "--margin", "0.1"], "error: --out, --margin: a recipe's report lies"),
+        (["teacher", "small.yaml"], "error: small.yaml: no run directory."),
+        (["teacher"], "error: teacher: no recipe.yaml there."),
+        (["--published", "--out", "teacher/.."], "error: --out: teacher/.. holds other files"),
     ],
 )
 def test_wrong_usage_gets_one_line(
     call: Any, error_of: Any, arguments: list[str], message: str
 ) -> None:
     assert error_of(call("report", *arguments), 2).startswith(message)
+
+
+def test_published_rows_stand_side_by_side(call: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call("report", "--published", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "xLSTM-Llama3.1-8B" in done.stdout
+    students = json.loads((out / "compare.json").read_text())["students"]
+    found = {row["name"]: row for row in students}
+    assert found["xLSTM-Llama3.1-8B"]["critical_tolerance"] == 0.0
+    assert found["xLSTM-Llama3.1-8B"]["printed_tolerance"] == 0.0
+    assert found["LoLCATs"]["worst_drop"] == 1.0
+    page = (out / "compare.html").read_text()
+    assert "arXiv 2603.15590" in page
+    # Written again, it takes its own place.
+    assert call("report", "--published", "--out", out).exit_code == 0

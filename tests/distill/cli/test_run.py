@@ -111,8 +111,8 @@ def test_distill_passes_the_expert(
 
 def test_shares_reach_the_stages_that_have_them(call: Call, stages: dict[str, Any]) -> None:
     for stage in ("prepare", "capture"):
-        assert call(stage, "small.yaml", "--shard", "1/3").exit_code == 0
-    assert stages["calls"] == [("prepare", {"shard": "1/3"}), ("capture", {"shard": "1/3"})]
+        assert call(stage, "small.yaml", "--shard", "0/1").exit_code == 0
+    assert stages["calls"] == [("prepare", {"shard": "0/1"}), ("capture", {"shard": "0/1"})]
 
 
 def test_a_share_that_is_none_is_one_line(call: Call, error_of: ErrorOf) -> None:
@@ -124,6 +124,10 @@ def test_a_share_that_is_none_is_one_line(call: Call, error_of: ErrorOf) -> None
     ("words", "expected"),
     [
         (("prepare", "--shard", "3/3"), "--shard: '3/3' must be I/N"),
+        (
+            ("prepare", "--shard", "7/8"),
+            "--shard: '7/8' asks for 8 shares. A share is whole domains",
+        ),
         (("capture", "--shard", "x"), "--shard: 'x' must be I/N"),
         (
             ("capture", "--shard", "0/2", "--set", "capture.targets=online"),

@@ -31,7 +31,7 @@ def write(path, texts):
 
 def test_places_that_another_version_wrote_are_refused():
     with pytest.raises(ValueError, match="another version of this package"):
-        SourceProgress(position={"file": 1, "record": 3, "read": 9, "state": None})
+        SourceProgress.restored({"position": {"visit": 1, "record": 3, "read": 9, "state": None}})
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_workers_change_nothing(domain, tokenizer, two_workers):
 @pytest.mark.parametrize("cut", [0, 1, 63, 64, 65, 700, 1999])
 def test_a_mixture_goes_on_exactly_from_its_progress(cut, domain, tokenizer, whole):
     found, progress = mixed(domain, tokenizer, count=cut)
-    saved = [SourceProgress(**json.loads(json.dumps(asdict(p)))) for p in progress]
+    saved = [SourceProgress.restored(json.loads(json.dumps(asdict(p)))) for p in progress]
     rest, _ = mixed(domain, tokenizer, progress=saved)
     assert found + rest == whole[0]
 

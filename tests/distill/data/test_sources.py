@@ -16,15 +16,9 @@ import pytest
 import zstandard
 
 from xlstm_distill import embedded
-from xlstm_distill.data import readers
-from xlstm_distill.data.sources import (
-    HEAD_RECORDS,
-    HEAD_RECORDS_OF_TABLES,
-    Position,
-    SourceReader,
-    generators_hash,
-    identity,
-)
+from xlstm_distill.data.files import readers
+from xlstm_distill.data.files.order import Position
+from xlstm_distill.data.sources import SourceReader, generators_hash, identity
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.recipe import Source
 
@@ -91,48 +85,55 @@ def test_each_format_is_read_and_goes_on_from_any_chunk(form, tmp_path):
     assert all(set(document) == {"text"} for _, chunk in found for document in chunk.documents)
     assert len(found) >= 3
     for n, (position, _) in enumerate(found):
-        again = Position(**json.loads(json.dumps(asdict(position))))
-        assert texts(chunks(source, again)) == texts(found[n:])
+        assert texts(chunks(source, restored(position))) == texts(found[n:])
 
 
-@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def restored(position):
+    """A position as a checkpoint holds it."""
+    return Position.restored(json.loads(json.dumps(asdict(position))))
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
 def test_files_are_read_in_a_seeded_order_and_positions_hold_across_them(form, tmp_path):
-    for n in range(6):
+    for n in range(20):
         part = datasets.Dataset.from_list([{"text": f"{n}-{m}"} for m in range(70)])
-        part.to_parquet(tmp_path / f"{n}.parquet") if form == "parquet" else part.to_json(
-            tmp_path / f"{n}.jsonl"
-        )
+        method = {"parquet": "to_parquet", "jsonl": "to_json", "csv": "to_csv"}[form]
+        getattr(part, method)(tmp_path / f"{n}.{form}")
     source = Source(path=str(tmp_path))
     found = chunks(source)
     whole = texts(found)
-    assert sorted(whole) == sorted(f"{n}-{m}" for n in range(6) for m in range(70))
-    assert [name.split("-")[0] for name in whole[::70]] != [str(n) for n in range(6)]
+    everything = [f"{n}-{m}" for n in range(20) for m in range(70)]
+    assert sorted(whole) == sorted(everything)
+    order = list(dict.fromkeys(name.split("-")[0] for name in whole))
+    assert order != [str(n) for n in range(20)]
     assert texts(chunks(source, seed=1)) != whole
-    for n, (position, _) in enumerate(found):
-        assert texts(chunks(source, position)) == texts(found[n:])
+    # Within a file, the order is the file's.
+    for n in range(20):
+        own = [name for name in whole if name.split("-")[0] == str(n)]
+        assert own == [f"{n}-{m}" for m in range(70)]
+    for n in range(0, len(found), 7):
+        assert texts(chunks(source, restored(found[n][0]))) == texts(found[n:])
 
 
-@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
-def test_the_head_of_every_file_is_read_before_any_file_is_read_whole(form, tmp_path):
-    head = HEAD_RECORDS_OF_TABLES if form == "parquet" else HEAD_RECORDS
-    sizes = {"a": head + 70, "b": 10, "c": head + 1, "d": head}
-    for name, size in sizes.items():
-        part = datasets.Dataset.from_dict({"text": [f"{name}{m}" for m in range(size)]})
-        getattr(part, {"jsonl": "to_json"}.get(form, f"to_{form}"))(tmp_path / f"{name}.{form}")
-    source = Source(path=str(tmp_path))
-    found = chunks(source)
-    whole = texts(found)
-    assert len(whole) == len(set(whole)) == sum(sizes.values())
-    heads = [text for text in whole if int(text[1:]) < head]
-    assert whole[: len(heads)] == heads
-    order = list(dict.fromkeys(text[0] for text in heads))
-    assert order != sorted(order)
-    assert [text[0] for text in whole[len(heads) :: 70]] == [n for n in order if n in "ac"]
-    # Around each change of files, and at some places between.
-    changes = [n for n in range(1, len(found)) if found[n][0].visit != found[n - 1][0].visit]
-    for n in {*changes, *(n - 1 for n in changes), len(found) // 3, len(found) - 1}:
-        again = Position(**json.loads(json.dumps(asdict(found[n][0]))))
-        assert texts(chunks(source, again)) == texts(found[n:])
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz"])
+def test_any_part_of_a_source_has_its_files_in_their_shares(form, tmp_path):
+    """60 small files and 6 large ones, which hold 80 % of the text."""
+    random = np.random.default_rng(0)
+    digits = ["".join(row) for row in random.integers(0, 10, (500, 400)).astype(str)]
+    for n in range(66):
+        count, kind = (75, "small") if n < 60 else (3000, "large")
+        content = lines(*({"text": f"{kind} {n} {m} {digits[m % 500]}"} for m in range(count)))
+        # The large ones lie among the small.
+        path = tmp_path / f"{n * 7 % 66:02}.{form}"
+        path.write_bytes(gzip.compress(content, 1) if form == "jsonl.gz" else content)
+    whole = texts(chunks(Source(path=str(tmp_path))))
+    assert len(whole) == len(set(whole)) == 22_500
+    for part in (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 0.9):
+        read = whole[: int(part * len(whole))]
+        large = sum(text.startswith("large") for text in read) / len(read)
+        assert abs(large - 0.8) < 0.03, f"{part}: {large:.3f}"
+    # The first part has come from everywhere.
+    assert len({text.split()[1] for text in whole[:3375]}) == 66
 
 
 def test_a_number_of_documents_is_not_exceeded(tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.models.gates import GateMeter, OutputGate
+from xlstm_distill.models.gates import GateMeter, OutputGate, ScalarGate
 
 
 def stirred(module, seed=0):
@@ -32,7 +33,7 @@ def test_gates_start_as_configured(tiny_teacher):
     config = MixerConfig(window=6, forget_bias=4.0, output_gate_bias=-1.0)
     mixer = convert(tiny_teacher(), config).mixers()[1]
     x = torch.randn(1, 3, 64)
-    assert torch.equal(mixer.forget_gate(x), torch.full((1, 4, 3), 4.0))
+    assert torch.equal(mixer.forget_gate(x), torch.full((1, 3, 4), 4.0))
     q, k, v = mixer.project(x)
     torch.testing.assert_close(mixer.output_gate(q, k, v), torch.full((1, 4, 3, 1), -1.0).sigmoid())
 
@@ -53,3 +54,28 @@ def test_the_meter_averages_gates_over_real_tokens(tiny_teacher):
         torch.testing.assert_close(torch.tensor(means), by_head.mean(-1), rtol=1e-5, atol=1e-6)
     expected = 12 * torch.tensor(meter.means()).mean()
     torch.testing.assert_close(meter.total(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_scalar_gates_are_linear_layers_with_the_heads_last():
+    gate = stirred(ScalarGate(64, 4, 0.0))
+    x = torch.randn(2, 5, 64)
+    assert torch.equal(gate(x), torch.nn.functional.linear(x, gate.weight, gate.bias))
+
+
+@pytest.mark.parametrize("tokens", [3, 4])  # 4 is also the number of heads
+def test_adapters_on_all_linear_layers_start_as_the_student_and_train(tokens, tiny_teacher):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    student = convert(tiny_teacher(), MixerConfig(window=6)).eval()
+    rows = torch.arange(3, 3 + 2 * tokens).view(2, tokens)
+    expected = student(rows).logits
+    config = peft.LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(student, config)
+    gate = adapted.get_base_model().mixers()[0].input_gate
+    assert isinstance(gate, peft.tuners.lora.LoraLayer)
+    assert torch.equal(adapted(rows).logits, expected)
+    with torch.no_grad():
+        gate.lora_B["default"].weight.normal_()
+    changed = adapted(rows).logits
+    assert not torch.equal(changed, expected)
+    changed.sum().backward()
+    assert gate.lora_A["default"].weight.grad.abs().sum() > 0

@@ -74,3 +74,34 @@ def test_unsupported_teacher_is_refused_in_one_line():
         UserError, match=r"teacher.model_type: 'gpt2' cannot be converted; supported are llama"
     ):
         convert(teacher, HYBRID)
+
+
+def test_attention_weights_are_refused_with_a_word(tiny_teacher):
+    student = convert(tiny_teacher(), HYBRID)
+    with pytest.warns(UserWarning, match="output_attentions: mixers have no attention weights"):
+        given = student(ids(), output_attentions=True)
+    assert not given.attentions
+    assert torch.equal(given.logits, student(ids()).logits)
+
+
+def test_the_body_takes_its_arguments_by_position(tiny_teacher):
+    student = convert(tiny_teacher(), HYBRID)
+    mask = torch.ones_like(ids())
+    mask[0, :5] = 0
+    by_name = student.model(input_ids=ids(), attention_mask=mask).last_hidden_state
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    assert torch.equal(student.model(ids(), mask).last_hidden_state, by_name)
+    assert torch.equal(
+        student.model(ids(), mask, positions).last_hidden_state[:, 5:], by_name[:, 5:]
+    )
+
+
+def test_parameters_that_a_file_lacks_start_as_new_ones(tiny_teacher, tmp_path):
+    """Teachers' weights loaded as a student's, without `convert`."""
+    student = convert(tiny_teacher(), HYBRID)
+    new = dict(student.new_parameters())
+    weights = {name: w for name, w in student.state_dict().items() if name not in new}
+    student.save_pretrained(tmp_path, state_dict=weights)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in loaded.new_parameters():
+        assert torch.equal(parameter, new[name]), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,21 @@ import torch
 
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
-from xlstm_distill.planning.activations import Pass, layer_saved, mixer_saved, outside_layers
+from xlstm_distill.planning import activations
+from xlstm_distill.planning.activations import (
+    Pass,
+    layer_excess,
+    layer_saved,
+    mixer_saved,
+    outside_layers,
+    window_work,
+)
+from xlstm_distill.planning.architecture import Architecture
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.stages.workbench import architecture_of
 from xlstm_distill.training.objectives import AlignObjective
+from xlstm_kernels.testing import allocated_peak
+from xlstm_kernels.torch import window
 
 MIXERS = {
     "softmax": MixerConfig(window=40, sinks=4),
@@ -23,7 +35,9 @@ MIXERS = {
 }
 SAVED_ERROR = 0.02  # stated in docs/planning.md
 ROWS, TOKENS = 2, 200
+WORK_ERROR = 0.01
 Make = Callable[..., CausalLM]
+Facts = Callable[[str], Architecture]
 
 
 def saved_bytes(run: Callable[[], object], models: list[CausalLM]) -> int:
@@ -90,3 +104,41 @@ def test_saved_activations_of_stage_one(
     assert mixer_saved(a, MIXERS[mixer], forward).bytes(forward) == pytest.approx(
         expected, rel=SAVED_ERROR
     )
+
+
+@pytest.mark.parametrize("at_once", [100, 3])
+def test_work_of_the_windows_gradient_on_a_gpu(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Run on the CPU, what a GPU runs; all 16 blocks at once, and then 3 of them."""
+    H, G, D, T, sinks, L = 4, 2, 32, 1024, 4, 64
+    scores = H * L * (sinks + 2 * L - 1)  # of a block
+    for module in (window, activations):
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once * scores)
+    q, k, v, out, dout = (torch.randn(1, heads, T, D) for heads in (H, G, G, H, H))
+
+    def step() -> None:
+        bands = window.Bands.of(q, k, v, None, L, sinks)
+        blocks = (window._blocks(x, G, L) for x in (dout, out))
+        window._attention_grads(bands, *blocks, 1.0)
+
+    a = replace(facts("llama-3.1-8b"), heads=H, groups=G, head_dim=D)
+    forward, mixer = Pass(1, T, "fp32", "torch"), MixerConfig(window=L, sinks=sinks)
+    assert window_work(a, mixer, forward) == pytest.approx(allocated_peak(step), rel=WORK_ERROR)
+    assert window_work(a, mixer, replace(forward, backend="triton")) == 0
+    assert window_work(a, mixer, replace(forward, device="cpu")) == 0
+
+
+def test_blocks_and_scores_are_those_of_the_window() -> None:
+    limits = ("BLOCK_MIN", "BLOCK_MAX", "SCORES_AT_ONCE")
+    assert [getattr(activations, n) for n in limits] == [getattr(window, n) for n in limits]
+
+
+def test_a_layer_in_plain_torch_needs_the_windows_scores_beside_what_it_saved(facts: Facts) -> None:
+    """Llama-3.1-8B: 25 blocks' scores of 32, three fp32 copies; the mLSTM alone needs 245 MB."""
+    a, forward = facts("llama-3.1-8b"), Pass(1, 4096, "bf16", "torch")
+    scores = 3 * 4 * 25 * 32 * 128 * (4 + 128 + 511)
+    work = window_work(a, MixerConfig(), forward)
+    assert scores < work < 1.3 * scores
+    assert layer_excess(a, MixerConfig(), forward) == pytest.approx(359e6, rel=0.01)
+    assert layer_excess(a, MixerConfig(), replace(forward, backend="triton")) == 0

@@ -63,6 +63,30 @@ def test_fsdp2_gathers_layers_twice_and_cuts_gradients_in_every_pass(large) -> N
     assert waiting.gathered == sent.gathered
 
 
+@pytest.mark.parametrize(
+    ("sharding", "gpus", "shards"), [("fsdp2", 8, 8), ("ddp", 16, 16), ("hsdp", 64, 8)]
+)
+def test_a_cut_teacher_gathers_its_layers_once_a_pass(
+    large, sharding: str, gpus: int, shards: int
+) -> None:
+    """HSDP gathers them inside of a node; without FSDP2 they are cut over all GPUs."""
+    layers = STUDENT - NEW - 2 * EMBEDDING - 4096
+    whole = large(sharding, gpus, online=True)
+    cut = replace(whole, shard_teacher=True)
+    sent, more = distill_traffic(whole, passes=8), distill_traffic(cut, passes=8)
+    teacher = 8 * (shards - 1) / shards * 2 * layers
+    assert more.gathered - sent.gathered == pytest.approx(teacher)
+    assert replace(more, gathered=sent.gathered) == sent
+    # Stored targets have no teacher beside the student, and one GPU nothing to cut.
+    stored = large(sharding, gpus)
+    assert distill_traffic(replace(stored, shard_teacher=True), 8) == distill_traffic(stored, 8)
+    held = distill_memory(cut).teacher
+    outside, of_layers = 2 * (2 * EMBEDDING + 4096), 2 * layers
+    assert held == pytest.approx(outside + of_layers / shards + 2 * of_layers / 32)
+    alone = replace(cut, sharding="none", gpus=1)
+    assert distill_memory(alone).teacher == 2 * (STUDENT - NEW)
+
+
 def test_hsdp_crosses_nodes_once_in_a_step_with_gradients_alone(large) -> None:
     sent = distill_traffic(large("hsdp", 64), passes=1)
     assert sent.reduced == pytest.approx(2 * 7 / 8 * 4 * STUDENT / 8)

@@ -57,6 +57,29 @@ def test_every_way_fits_and_the_smallest_sets_come_first(
     assert str(ways[0]) in fit.problem.text
 
 
+def test_an_online_teacher_is_cut_over_several_gpus_or_not_there(
+    stage: Callable[..., StageMemory],
+) -> None:
+    crowded = stage(rows=1, gpus=8, sharding="fsdp2", checkpointing=True, online=True)
+    cut = distill_memory(replace(crowded.inputs, shard_teacher=True)).total
+    assert cut < distill_memory(crowded.inputs).total
+    fit = what_fits(crowded, find_gpu(None, cut / 1e9))
+    assert fit.problem is not None
+    stored = {"capture.targets": "stored"}
+    assert [dict(way.settings) for way in fit.problem.ways] == [
+        {"capture.shard_teacher": True},
+        stored,
+    ]
+    # A recipe refuses to cut a teacher beside stored targets.
+    crowded = replace(crowded, inputs=replace(crowded.inputs, shard_teacher=True))
+    fit = what_fits(crowded, find_gpu(None, 0.99 * cut / 1e9))
+    assert fit.problem is not None
+    assert fit.problem.ways[0].settings == {**stored, "capture.shard_teacher": False}
+    alone = what_fits(stage(rows=1, checkpointing=True, online=True), find_gpu(None, 22))
+    assert alone.problem is not None
+    assert all("capture.shard_teacher" not in way.settings for way in alone.problem.ways)
+
+
 def test_rows_of_a_smaller_pass_divide_the_batch(stage: Callable[..., StageMemory]) -> None:
     """A recipe refuses a `micro_batch` that does not: 7 and 5 rows would fit, 24 needs 6 or 4."""
     whole = stage(checkpointing=True, rows=8)

@@ -163,6 +163,7 @@ CROWDED = {
         "rtx4090-24gb",
         ["teacher.path=Qwen/Qwen2.5-3B", "distill.micro_batch=2"],
     ),
+    "online-teacher": ("llama3.1-8b", 8, "a100-40gb", ["align.activation_checkpointing=true"]),
     "more-gpus": ("llama3.1-8b", 1, "a100-80gb", []),
     "batch": ("llama3.1-8b", 6, "h100-80gb", []),
 }

@@ -63,6 +63,8 @@ def test_text_fits_in_100_columns(backend: str) -> None:
         "a100-40gb",
         "--set",
         "capture.targets=stored",
+        "--set",
+        "evaluate.batch=64",
     ]
     lines = call(*options).stdout.splitlines()
     assert max(map(len, lines)) <= 100

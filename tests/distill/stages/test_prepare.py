@@ -59,8 +59,13 @@ def test_shares_make_the_rows_of_one_process_and_later_stages_find_them(recipe, 
         assert any(said.startswith(line) and "fill" in said for said in console.lines)
     shared = Run.open(tmp_path / "shared", recipe)
     made = []
-    for part in range(5):  # two shares have nothing to do
-        made += prepare(Lineage(recipe), shared, QuietConsole(), f"{part}/5")
+    said = []
+    for part in range(2):
+        heard = QuietConsole()
+        made += prepare(Lineage(recipe), shared, heard, f"{part}/2")
+        said.append(heard.lines[0])
+    assert said[0].startswith("prepare: share 0/2 is math of 3 domains. A share is whole domains;")
+    assert "is code, chat of 3" in said[1]
     assert Counter(artifact.manifest["name"] for artifact in made) == Counter(DOMAINS)
     found = prepare_rows(Lineage(recipe), shared, DOMAINS, QuietConsole())
     for artifact in alone:

@@ -84,7 +84,8 @@ def test_compiled_parts_have_one_graph_and_plain_gradients(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     # Recomputation is still on: a compiled layer may not keep what a plain one drops.
-    assert saved < 1.5 * plain_bytes
+    # Under checkpointing stage I saves nothing that counts here.
+    assert saved <= 1.5 * plain_bytes
     # Hooks inside of compiled parts act, and no other graph is made.
     with torch.no_grad(), eagerly(), GateMeter(objective) as meter:
         meter.expect(batch.real)

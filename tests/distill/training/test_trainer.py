@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from xlstm_distill.errors import RunError
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.recipe import Training
 from xlstm_distill.runtime.console import QuietConsole
@@ -19,6 +20,8 @@ from xlstm_distill.runtime.device import forget_peak, peak_bytes
 from xlstm_distill.training.accelerator import clip_gradients
 from xlstm_distill.training.non_finite import first_bad_gradient
 from xlstm_distill.training.objectives import Objective, Sums
+from xlstm_distill.training.plan import TrainingPlan
+from xlstm_distill.training.trainer import _refuse_under_deepspeed
 from xlstm_distill.training.validation import validate
 from xlstm_kernels.testing import error_ratio
 
@@ -232,6 +235,14 @@ def test_going_on_with_other_micro_batches_is_said(
     go_on(1, None)
     assert go_on(2, 4).inexact == ()  # all four rows at once, as before
     assert go_on(3, 2).inexact == ("at step 2: micro_batch 4 -> 2",)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_recomputing_mixers_is_refused_under_zero_3(stage, align_settings):
+    optim = align_settings(activation_checkpointing=True)
+    plan = TrainingPlan("align", (), optim, Training(checkpoint_steps=None))
+    with pytest.raises(UserError, match="ZeRO-3") if stage == 3 else contextlib.nullcontext():
+        _refuse_under_deepspeed(plan, stage)
 
 
 @pytest.mark.parametrize("value", ["inf", "nan"])

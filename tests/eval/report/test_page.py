@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from xlstm_eval.records import TaskResult
-from xlstm_eval.report import page as report
+from xlstm_eval.report import environment as report
 from xlstm_eval.report.page import Curve, ReportData, ReportModel, render, write_report
 
 DATA_FILE = Path(__file__).parent / "report_data.json"

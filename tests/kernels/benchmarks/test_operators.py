@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from xlstm_kernels.benchmarks import entries, operators
+from xlstm_kernels.benchmarks import entries, operators, timing
+from xlstm_kernels.benchmarks.checking import Checker
 from xlstm_kernels.benchmarks.report import Row, ratio_to_ours
+
+CPU = torch.device("cpu")
 
 SMALL = [
     "--batch", "1", "--tokens", "40", "--heads", "2", "--groups", "1", "--key-dim", "8",
@@ -29,7 +33,7 @@ def test_torch_backends_are_timed_and_the_rest_left_out(
     assert len(timed) == 4 * 2 + 2  # mlstm, window, dense and causal, both ways; two steps
     assert all("of the roofline" in line for line in timed)
     left_out = [line for line in lines if " ms " not in line]
-    assert len(left_out) == 9
+    assert len(left_out) == 13
     assert all("left out: " in line for line in left_out)
 
 
@@ -37,10 +41,8 @@ def test_packed_documents_are_checked_and_timed(capsys: pytest.CaptureFixture[st
     assert operators.main([*SMALL, "--document", "9", "--operators", "window", "causal"]) == 0
     lines = capsys.readouterr().out
     assert lines.count(" ms ") == 4
-    assert (
-        "causal       sdpa                       T=40      left out: takes no packed documents"
-        in lines
-    )
+    causal = next(line for line in lines.splitlines() if line.startswith("causal"))
+    assert "left out: takes no packed documents; use --document 0" in causal
 
 
 @pytest.mark.parametrize("operator", ["mlstm", "mlstm step"])
@@ -50,10 +52,10 @@ def test_a_wrong_operator_is_not_timed(
     wanted = (operator, "torch")
     entry = next(e for e in entries.ENTRIES if (e.operator, e.backend) == wanted)
     wrong = entry._replace(run=lambda a, shape: 1.001 * entry.run(a, shape))
-    monkeypatch.setattr(operators, "ENTRIES", (wrong,))
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (wrong,))
     assert operators.main(SMALL) == 1
     _, line = capsys.readouterr().out.splitlines()
-    assert "not timed: RMS ratio 1.0e-03 to the reference; allowed: 1e-05" in line
+    assert "wrong: RMS ratio 1.0e-03 to the reference; allowed: 1e-05" in line
 
 
 WRONG_SETTINGS = [
@@ -73,24 +75,28 @@ def test_the_check_sees_beyond_window_and_sinks(operator: str, wrong: dict[str, 
     if operator == "causal":  # that is a window without end
         entry = entry._replace(operator="window", reference=entries.window_truth)
     changed = entry._replace(run=lambda a, s: entry.run(a, s._replace(**wrong)))
-    assert operators.worst_ratio(changed, shape, torch.device("cpu"), torch.float32) > 1e-2
+    checker = Checker(CPU, torch.float32)
+    assert checker.worst_ratio(changed, shape) > 1e-2
     if wrong:
-        assert operators.worst_ratio(entry, shape, torch.device("cpu"), torch.float32) < 1e-5
+        assert checker.worst_ratio(entry, shape) < 1e-5
 
 
 def test_documents_are_checked_where_rows_without_are_timed() -> None:
     entry = entries.ENTRIES[0]
     joined = entry._replace(run=lambda a, s: entry.run(a._replace(ids=None), s))
     shape = entries.Shape(1, 1000, 2, 1, 8, 8, 32, 4, 0)
-    assert operators.worst_ratio(joined, shape, torch.device("cpu"), torch.float32) > 1e-2
+    assert Checker(CPU, torch.float32).worst_ratio(joined, shape) > 1e-2
 
 
 def test_report_has_table_data_and_plot(tmp_path: Path) -> None:
     arguments = [*SMALL, "--operators", "mlstm", "--tokens", "20", "40", "--report", str(tmp_path)]
     assert operators.main(arguments) == 0
     table = (tmp_path / "kernels.md").read_text()
-    assert "| mlstm | torch | forward + backward | 40 |" in table
+    assert "| mlstm | torch | forward + backward | 1 | 2 | 40 |" in table
+    assert "Not timed:" in table
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    rows = [row for row in rows if row["status"] == "timed" and row["backend"] == "torch"]
+    assert all(0 < row["error"] < 1e-5 for row in rows)
     assert {(row["tokens"], row["passes"]) for row in rows} == {
         (tokens, passes) for tokens in (20, 40) for passes in ("forward", "forward + backward")
     }
@@ -120,3 +126,110 @@ def test_full_ring_is_what_decoding_would_have_left() -> None:
     ring = entries.full_ring(shape, torch.device("cpu"), torch.float32)
     assert ring.positions[0].tolist() == [0, 1, 5, 6, 2, 3, 4]
     assert ring.lengths.tolist() == [7]
+
+
+def entry_named(operator: str, backend: str) -> entries.Entry:
+    wanted = (operator, backend)
+    return next(e for e in entries.ENTRIES if (e.operator, e.backend) == wanted)
+
+
+def test_an_entry_that_raises_is_a_row_and_the_rest_is_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(a: entries.Inputs, shape: entries.Shape) -> torch.Tensor:
+        raise RuntimeError("Triton 3.6.0 is refused on Hopper\nand more")
+
+    entry = entry_named("mlstm step", "torch")
+    broken = entry._replace(backend="broken", run=refuse)
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (broken, entry))
+    assert operators.main([*SMALL, "--report", str(tmp_path)]) == 1
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("failed: RuntimeError: Triton 3.6.0 is refused on Hopper")
+    assert " ms " in second
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["failed", "timed"]
+
+
+def test_a_benchmark_that_is_started_again_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    entry, calls = entry_named("mlstm step", "torch"), []
+    assert entry.run is not None
+
+    def counted(a: entries.Inputs, shape: entries.Shape) -> torch.Tensor:
+        calls.append(shape.tokens)
+        return entry.run(a, shape)  # type: ignore[misc]
+
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (entry._replace(run=counted),))
+    arguments = [*SMALL, "--report", str(tmp_path), "--tokens"]
+    operators.main([*arguments, "20"])
+    calls.clear()
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"operator": "mlstm st')  # killed in the middle of a line
+    operators.main([*arguments, "20", "30"])
+    assert set(calls) == {30}
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [20, 30]
+
+
+def test_a_budget_stops_an_entry_that_never_ends_and_keeps_the_rows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def hang(a: entries.Inputs, shape: entries.Shape) -> torch.Tensor:
+        while True:
+            time.sleep(0.01)
+
+    entry = entry_named("mlstm step", "torch")
+    endless = entry._replace(backend="endless", run=hang)
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (entry, endless))
+    assert operators.main([*SMALL, "--report", str(tmp_path), "--budget-s", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Stopped: the time of --budget-s")
+    assert "| mlstm step | torch | forward | 1 | 2 | 40 |" in (tmp_path / "kernels.md").read_text()
+
+
+def test_a_reference_runs_once_for_all_backends_and_at_few_heads() -> None:
+    entry, shapes = entry_named("mlstm", "torch"), []
+    assert entry.reference is not None
+
+    def counted(a: entries.Inputs, shape: entries.Shape) -> torch.Tensor:
+        shapes.append(shape)
+        return entry.reference(a, shape)  # type: ignore[misc]
+
+    checker, large = Checker(CPU, torch.float32), entries.Shape(4, 40, 128, 32, 8, 8, 8, 4, 0)
+    for backend in ("one", "other"):
+        named = entry._replace(backend=backend, reference=counted)
+        checker.worst_ratio(named, large)
+        checker.worst_ratio(named, large._replace(batch=1))
+    assert len(shapes) == 2  # one document, and packed documents
+    assert {(shape.batch, shape.heads, shape.groups) for shape in shapes} == {(1, 8, 2)}
+
+
+def test_a_nan_is_wrong() -> None:
+    entry = entry_named("mlstm step", "torch")
+    nan = entry._replace(run=lambda a, s: entry.run(a, s).fill_(float("nan")))  # type: ignore[misc]
+    shape = entries.Shape(1, 1, 2, 1, 8, 8, 8, 4, 0)
+    assert not Checker(CPU, torch.float32).worst_ratio(nan, shape) < 1.0
+
+
+def test_decoding_is_timed_over_more_states_than_the_cache_holds() -> None:
+    shape = entries.Shape(1, 1, 2, 1, 8, 8, 8, 4, 0)
+    inputs = entries.draw(shape, CPU, torch.float32)
+    copies = timing.rotated(inputs, cache=2**14)
+    held = sum(x.nbytes for copy in copies for x in (*copy.state, *copy.ring))
+    assert held >= timing.ROTATED_CACHES * 2**14
+    assert len({copy.state.C.data_ptr() for copy in copies}) == len(copies)
+    assert len(timing.rotated(inputs, cache=0)) == 1
+
+
+def test_heads_keep_how_many_share_a_value_head() -> None:
+    options = operators.parse(["--heads", "32", "128", "--groups", "8", "--batch", "1"])
+    shapes = list(operators.shapes_of(options))
+    assert [(shape.heads, shape.groups) for shape in shapes] == [(32, 8), (128, 32)]
+
+
+def test_peers_are_timed_natively_too() -> None:
+    shape = entries.Shape(1, 40, 4, 2, 8, 8, 8, 4, 0)
+    inputs = entries.draw(shape, CPU, torch.float32)
+    for entry in operators.NATIVE:
+        assert entry.skipped(shape, inputs)
+        assert entry.run is None

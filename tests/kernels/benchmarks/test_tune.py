@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ tune = pytest.importorskip(
     "xlstm_kernels.benchmarks.tune", reason="triton is not installed", exc_type=ImportError
 )
 
-from xlstm_kernels.testing import outputs_and_grads, to_float64  # noqa: E402
+from xlstm_kernels.benchmarks import candidates  # noqa: E402
 from xlstm_kernels.triton import table as triton_table  # noqa: E402
 from xlstm_kernels.triton.configs import MLSTMConfig, WindowConfig, mlstm_config  # noqa: E402
 
@@ -24,36 +25,90 @@ def test_the_table_reads_back_as_it_was_written() -> None:
     assert found["MEASURED_ON"] == "some GPU"
 
 
-def test_candidates_hold_the_best_so_far_and_vary_one_thing() -> None:
+def test_candidates_vary_one_thing() -> None:
     best = mlstm_config(torch.bfloat16, 128, 128)
-    for candidates in tune.mlstm_rounds(128):
-        found = candidates(best)
-        assert best in found or best.chunk not in tune.CHUNKS
-        for config in found:
+    rounds = list(candidates.mlstm_rounds(128))
+    assert [kernels for _, kernels in rounds][1:] == [
+        (name,) for name in candidates.KERNELS.values()
+    ]
+    for make, _ in rounds:
+        for config in make(best):
             assert sum(a != b for a, b in zip(config, best, strict=True)) <= 1
-    assert len(list(tune.window_rounds())) == 3
+    assert len(list(candidates.window_rounds())) == 3
 
 
-def test_an_inexact_candidate_is_not_timed(device: str) -> None:
-    small = tune.draw("window", torch.float32, 16, 4, 12, device)
-    truth = outputs_and_grads(tune.exact_operator("window"), to_float64(small))
+@pytest.mark.parametrize(("version", "deepest"), [("3.6.0", {1}), ("3.8.0", {1, 2, 3})])
+def test_no_pipeline_is_tried_where_triton_makes_wrong_code_of_it(
+    version: str, deepest: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "triton_version", lambda: version)
+    best = mlstm_config(torch.bfloat16, 64, 64)
+    for (make, kernels), name in zip(candidates.mlstm_rounds(64), MLSTMConfig._fields, strict=True):
+        if kernels:
+            tried = {getattr(config, name).stages for config in make(best)}
+            assert tried == (deepest if name in candidates.FED_FROM_REGISTERS else {1, 2, 3})
+
+
+@pytest.fixture
+def small(device: str) -> tune.Case:
+    return tune.make_case("window", "float32", 16, [4], 12, device)
+
+
+def test_an_inexact_candidate_is_not_timed(small: tune.Case) -> None:
     exact = tune.operator_with(WindowConfig(16, 4, 1, 4, 1))
 
-    def time(operator: tune.Operator) -> float:
-        return tune.time_candidate(operator, small, truth, small, bound=1e-5, repeats=1)
+    def timed(operator: tune.Operator, *kernels: str) -> float:
+        return tune.time_candidate(
+            operator, small.small, small.truth, small.large, 1e-5, kernels, repeats=1
+        )
 
-    assert time(lambda **x: 1.001 * exact(**x)) == math.inf
-    assert 0 < time(exact) < math.inf
+    assert timed(lambda **x: 1.001 * exact(**x)) == math.inf
+    assert 0 < timed(exact, "window_kernel") < timed(exact) < math.inf
 
 
-def test_the_shortest_exact_time_wins(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {32: 3.0, 64: 1.0, 128: math.inf}
+def test_the_shortest_exact_time_wins_and_is_not_timed_again(
+    small: tune.Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    times, measured = {16: 3.0, 32: 1.0, 64: math.inf, 128: 2.0}, []
 
-    def timed(config: MLSTMConfig, *_: object) -> float:
-        return times[config.chunk] + config.output.stages
+    class Timed(tune.Tuner):
+        def _measure(self, case: tune.Case, config: WindowConfig, kernels: object) -> float:
+            measured.append(config)
+            return times[config.block] + config.warps
 
-    monkeypatch.setattr(tune, "operator_with", lambda config: config)
-    monkeypatch.setattr(tune, "time_candidate", timed)
-    best = tune.tune("mlstm", torch.float32, 32, 4, 8, device)
-    assert best.chunk == 64
-    assert best.output.stages == 1
+    def run(ends: float) -> WindowConfig:
+        tuner = Timed(tmp_path, candidates.Pruner(0, 0), ends, None)
+        return tuner.tune(small, WindowConfig(16, 8, 1, 8, 1))
+
+    assert run(ends=0.0) == WindowConfig(16, 8, 1, 8, 1)  # no time
+    best = run(ends=math.inf)
+    assert (best.block, best.warps) == (32, 4)
+    count = len(measured)
+    assert run(ends=math.inf) == best  # from what is kept
+    assert len(measured) == count
+
+
+def test_a_candidate_that_ended_the_process_is_not_tried_again(
+    small: tune.Case, tmp_path: Path
+) -> None:
+    class Dying(tune.Tuner):
+        def _measure(self, case: tune.Case, config: WindowConfig, kernels: object) -> float:
+            raise SystemExit
+
+    config = WindowConfig(16, 4, 1, 4, 1)
+    with pytest.raises(SystemExit):
+        Dying(tmp_path, candidates.Pruner(0, 0), math.inf, None).timed(small, config, ())
+    again = Dying(tmp_path, candidates.Pruner(0, 0), math.inf, None)
+    assert again.timed(small, config, ()) == math.inf
+
+
+@pytest.mark.slow
+def test_what_spills_or_does_not_fit_is_dropped_before_it_is_timed() -> None:
+    good, tight = WindowConfig(64, 4, 1, 8, 1), WindowConfig(128, 4, 3, 4, 3)
+    # A spawned process reads this when it imports Triton.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        pruner = candidates.Pruner(1, 90)
+        found = pruner.fitting("window", "bfloat16", 128, [good, tight], ("key_value_grad_kernel",))
+        pruner.close()
+    assert found == [good]

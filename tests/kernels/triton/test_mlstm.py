@@ -27,7 +27,7 @@ from xlstm_kernels.triton.mlstm import mlstm_triton
 pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = 1e-5
 CHUNK = 16  # tokens
-SMALL = MLSTMConfig(CHUNK, *[Launch(16, 16, 4, 1)] * 5)
+SMALL = MLSTMConfig(CHUNK, *[Launch(16, 16, 4, 1)] * 6)
 Tensors = dict[str, Tensor]
 
 
@@ -205,8 +205,8 @@ def test_passes_with_carried_state_equal_one_pass(device: str) -> None:
 def test_tiles_and_chunks_of_any_size_agree(device: str) -> None:
     inputs = on(device, random_inputs(1, 1, 70, 64, 32, seed=13))
     for config in (
-        MLSTMConfig(32, *[Launch(32, 16, 4, 1)] * 5),
-        MLSTMConfig(64, *[Launch(64, 32, 4, 1)] * 5),
+        MLSTMConfig(32, *[Launch(32, 16, 4, 1)] * 6),
+        MLSTMConfig(64, *[Launch(64, 32, 4, 1)] * 6),
     ):
         assert_matches(inputs, random_segments(1, 70, mean_length=25, seed=2).to(device), config)
 

@@ -12,7 +12,6 @@ from xlstm_distill.models.student import convert
 from xlstm_distill.planning.activations import Pass, layer_saved
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.recipe import MixerConfig
-from xlstm_kernels import dispatch
 
 pytest.importorskip("triton")
 ROWS, TOKENS = 2, 32
@@ -38,10 +37,8 @@ def saved_bytes(student: CausalLM, ids: torch.Tensor, segments: torch.Tensor) ->
 def test_activations_saved_by_the_triton_operators(
     tiny_teacher: Callable[..., CausalLM],
     device: str,
-    monkeypatch: pytest.MonkeyPatch,
     feature_map: str,
 ) -> None:
-    monkeypatch.setattr(dispatch, "AUTO", "triton")
     mixer = MixerConfig(window=16, feature_map=feature_map)
     ids = torch.ones(ROWS, TOKENS, dtype=torch.long, device=device)
     segments = (torch.arange(TOKENS, device=device) >= 20).long().expand(ROWS, -1)
@@ -49,6 +46,8 @@ def test_activations_saved_by_the_triton_operators(
     for layers in (1, 2):
         teacher = tiny_teacher(num_hidden_layers=layers)
         student = convert(teacher, mixer).train().to(device)
+        for layer in student.mixers():
+            layer.backend = "triton"
         measured.append(saved_bytes(student, ids, segments))
     forward = Pass(ROWS, TOKENS, "fp32", "triton", "cuda")
     architecture = read_architecture(teacher.config.to_dict(), "test")

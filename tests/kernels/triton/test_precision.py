@@ -25,12 +25,13 @@ from xlstm_kernels.torch.window import banded_attention
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig
 
 pytest.importorskip("triton")
-from xlstm_kernels.triton.mlstm import common_component, mlstm_triton
+from xlstm_kernels.triton.forward_pass import common_component
+from xlstm_kernels.triton.mlstm import mlstm_triton
 from xlstm_kernels.triton.window import window_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned", "gpu_arithmetic")
-TILES_OF_64 = MLSTMConfig(64, *[Launch(64, 64, 4, 1)] * 5)
-TILES_OF_32 = MLSTMConfig(32, *[Launch(32, 32, 4, 1)] * 5)
+TILES_OF_64 = MLSTMConfig(64, *[Launch(64, 64, 4, 1)] * 6)
+TILES_OF_32 = MLSTMConfig(32, *[Launch(32, 32, 4, 1)] * 6)
 BLOCKS_OF_64 = WindowConfig(64, 4, 1, 4, 1)
 WIDE = ("i", "f", "C", "n", "m")
 Tensors = dict[str, Tensor]

@@ -71,8 +71,12 @@ def check_words(
     Raises:
         UserError: there is none of this name.
     """
-    from xlstm_distill.runtime.launcher import parse_share
-    from xlstm_distill.stages.choices import choose_experts, choose_models, share_of_capture
+    from xlstm_distill.stages.choices import (
+        choose_experts,
+        choose_models,
+        share_of_capture,
+        share_of_domains,
+    )
     from xlstm_distill.stages.lineage import Lineage
 
     if expert is not None:
@@ -82,7 +86,7 @@ def check_words(
     if shard is not None and stage == "capture":
         share_of_capture(recipe, shard)
     elif shard is not None:
-        parse_share(shard)
+        share_of_domains(recipe, shard)
 
 
 def _is_made(recipe: Recipe, run: Path, label: str) -> bool:

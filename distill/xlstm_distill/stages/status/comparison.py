@@ -22,8 +22,8 @@ LARGEST_RECIPE = 2**22
 """Bytes from which a saved recipe is none that this program wrote."""
 
 
-def saved_lineage(run: Path) -> Lineage | None:
-    """The lineage of the recipe that the run was started with last; None where none was saved.
+def saved_recipe(run: Path) -> Recipe | None:
+    """The recipe that the run was started with last; None where none was saved.
 
     Raises:
         UserError: it cannot be read.
@@ -35,11 +35,17 @@ def saved_lineage(run: Path) -> Lineage | None:
         if not path.is_file() or path.stat().st_size > LARGEST_RECIPE:
             raise ValueError("no recipe")
         # Without the context of a folder, validation leaves paths alone: a teacher may have moved.
-        return Lineage(Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (*DAMAGE, yaml.YAMLError):
         raise UserError(
             f"{path}: damaged, or written by another version, so nothing can be compared with it."
         ) from None
+
+
+def saved_lineage(run: Path) -> Lineage | None:
+    """The lineage of the saved recipe; raises as `saved_recipe`."""
+    recipe = saved_recipe(run)
+    return None if recipe is None else Lineage(recipe)
 
 
 def compare(

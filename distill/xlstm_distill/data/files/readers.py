@@ -11,9 +11,10 @@ import functools
 import io
 import itertools
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 BATCH_RECORDS = 64
 AHEAD_RECORDS = 1000
@@ -30,6 +31,7 @@ FORMATS = {
 }
 """File endings and their formats, as `datasets` names them."""
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+Item = TypeVar("Item")
 RecordBatch = Mapping[str, list[Any]]
 State = dict[str, Any]
 Reader = Callable[[State | None], Iterator[tuple[RecordBatch, State]]]
@@ -176,9 +178,10 @@ def _json_batches(path: str, state: State | None) -> Iterator[tuple[RecordBatch,
         records = _json_records(file, state or {})
         # A column that only some records have must be known from the first batch on. A file that is
         # gone on with needs no look ahead: its columns have been chosen.
-        ahead = list(itertools.islice(records, 0 if state else AHEAD_RECORDS))
+        ahead = deque(itertools.islice(records, 0 if state else AHEAD_RECORDS))
         known = _keys(ahead)
-        rest = itertools.chain(ahead, records)
+        # Emptied as it is read: several files are open at once.
+        rest = itertools.chain(_emptied(ahead), records)
         while batch := list(itertools.islice(rest, BATCH_RECORDS)):
             names = known | _keys(batch)
             columns = {}
@@ -186,6 +189,11 @@ def _json_batches(path: str, state: State | None) -> Iterator[tuple[RecordBatch,
                 columns[name] = [record.get(name) for record, _ in batch]
             _, after = batch[-1]
             yield columns, after
+
+
+def _emptied(waiting: deque[Item]) -> Iterator[Item]:
+    while waiting:
+        yield waiting.popleft()
 
 
 def _keys(batch: Iterable[tuple[dict[str, Any], State]]) -> dict[str, None]:

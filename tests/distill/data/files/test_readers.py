@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from xlstm_distill.data.readers import BadRecord, csv_reader, json_reader
+from xlstm_distill.data.files.readers import BadRecord, csv_reader, json_reader
 
 RECORDS = [{"text": f"document {n}", "other": n} for n in range(150)]
 LONG = "x" * 1000

@@ -1,0 +1,1 @@
+"""Students for others: a directory that plain transformers loads, and its model card."""

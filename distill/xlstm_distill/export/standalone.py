@@ -1,0 +1,100 @@
+"""What stands in for other modules in a student's own modeling file, which needs torch alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
+from xlstm_kernels.torch.recurrent import hybrid_step_in_place, mlstm_step_in_place
+from xlstm_kernels.torch.window import banded_attention
+
+
+class MixerConfig(SimpleNamespace):
+    """The mixer's settings, as `config.mixer` holds them."""
+
+
+def check_backend(backend: str) -> None:
+    """Refuse all kernels but plain torch."""
+    if backend not in ("auto", "torch"):
+        raise ValueError(
+            f"backend: {backend!r} is not in this file, which has plain torch only; install "
+            "xlstm-distill, import xlstm_distill, and load the student without trust_remote_code."
+        )
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    segment_ids: Tensor | None = None,
+    state: MLSTMState | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, MLSTMState]:
+    """Run the mLSTM over a sequence, as `xlstm_kernels.mlstm` does in plain torch."""
+    check_backend(backend)
+    h, final = mlstm_chunkwise(q, k, v, i, f, segment_ids=segment_ids, state=state)
+    return (h, final) if return_state else h
+
+
+def mlstm_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Advance the mLSTM by one token, as `xlstm_kernels.mlstm_step` does in plain torch."""
+    check_backend(backend)
+    return mlstm_step_in_place(q, k, v, i, f, state).to(v.dtype)
+
+
+def hybrid_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    i: Tensor,
+    f: Tensor,
+    gate: Tensor,
+    state: MLSTMState,
+    ring: Ring,
+    *,
+    sinks: int,
+    scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Decode one token of the mixer, as `xlstm_kernels.hybrid_step` does in plain torch."""
+    check_backend(backend)
+    out = hybrid_step_in_place(
+        q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks=sinks, scale=scale
+    )
+    return out.to(v.dtype)
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    segment_ids: Tensor | None = None,
+    scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend to the window and the sinks, as `xlstm_kernels` does in plain torch."""
+    check_backend(backend)
+    return banded_attention(
+        q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale
+    )

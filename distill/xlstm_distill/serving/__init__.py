@@ -1,0 +1,1 @@
+"""Use a student: generate text, and chat."""

@@ -1,0 +1,130 @@
+"""Launch settings that the tuner tries, and which of them cannot be any good.
+
+A candidate is compiled for the device in another process before it is timed: one that spills or
+needs more shared memory than a program can have is dropped without the GPU's time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from xlstm_kernels.toolchain import numbers, triton_version
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig
+
+CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
+BLOCKS = (16, 32, 64, 128)
+MOST_SPILLS = 64  # bytes a thread; what spills more has never been the fastest of its kind
+# Up to 3.7, Triton overwrites operands in registers too early where a loop is pipelined (triton
+# 9433, 9514, 9530). These kernels have such products in a loop.
+FED_FROM_REGISTERS = ("key_grads", "query_gate_grads", "value_grads")
+SOUND_PIPELINE = (3, 8)
+# The kernel whose launch a field of MLSTMConfig sets.
+KERNELS = {
+    "states": "state_kernel",
+    "output": "output_kernel",
+    "state_grads": "state_grad_kernel",
+    "key_grads": "key_grad_kernel",
+    "query_gate_grads": "query_gate_grad_kernel",
+    "value_grads": "value_grad_kernel",
+}
+Config = MLSTMConfig | WindowConfig
+# From the best settings so far to the next candidates; and the kernels that they differ in, none
+# if they differ in all.
+Round = tuple[Callable[[Any], list[Any]], tuple[str, ...]]
+
+
+def stages(pipelines_registers: bool) -> tuple[int, ...]:
+    """Return the stages to try; one alone where Triton's pipeline makes wrong code."""
+    sound = numbers(triton_version() or "") >= SOUND_PIPELINE
+    return STAGES if sound or not pipelines_registers else (1,)
+
+
+def mlstm_rounds(dim: int) -> Iterator[Round]:
+    """Yield the rounds of the mLSTM: the chunk, then the launch of one kernel after the other."""
+    tiles = sorted({min(tile, dim) for tile in TILES})
+
+    def vary(name: str, values: Sequence[Any]) -> Callable[[MLSTMConfig], list[MLSTMConfig]]:
+        return lambda best: [best._replace(**{name: value}) for value in values]
+
+    yield vary("chunk", CHUNKS), ()
+    for name, kernel in KERNELS.items():
+        depth = stages(name in FED_FROM_REGISTERS)
+        product = itertools.product(tiles, tiles, WARPS, depth)
+        yield vary(name, list(itertools.starmap(Launch, product))), (kernel,)
+
+
+def window_rounds() -> Iterator[Round]:
+    """Yield the rounds of the window: the block, then forward, then backward."""
+    pairs = list(itertools.product(WARPS, stages(pipelines_registers=True)))
+    yield lambda best: [best._replace(block=block) for block in BLOCKS], ()
+    yield (
+        lambda best: [best._replace(warps=warps, stages=depth) for warps, depth in pairs],
+        ("window_kernel",),
+    )
+    yield (
+        lambda best: [best._replace(grad_warps=warps, grad_stages=depth) for warps, depth in pairs],
+        ("query_grad_kernel", "key_value_grad_kernel"),
+    )
+
+
+def objection(
+    operator: str, dtype: str, dim: int, config: Config, arch: int, kernels: tuple[str, ...]
+) -> str | None:
+    """Say why a candidate cannot be any good on sm_<arch>; None if it may be.
+
+    Compiles the operator's launches without a device; kernels: those to look at, all if empty.
+    """
+    from xlstm_kernels.triton import resources
+
+    launch = resources.launch_mlstm if operator == "mlstm" else resources.launch_window
+    try:
+        with resources.compiled_launches(arch, kernels) as found:
+            launch(dim, getattr(torch, dtype), config)  # type: ignore[arg-type]
+    except Exception as error:  # of a compiler: it raises whatever it likes
+        return f"does not compile: {type(error).__name__}"
+    for name, needs in found.items():
+        if needs.spills > MOST_SPILLS:
+            return f"{name} spills {needs.spills} bytes"
+        if needs.shared > resources.most_shared(arch):
+            return f"{name} needs {needs.shared} bytes of shared memory"
+    return None
+
+
+class Pruner:
+    """Drops candidates by compiling them in processes; with 0 processes, lets all through."""
+
+    def __init__(self, processes: int, arch: int) -> None:
+        self.arch = arch
+        # Spawned: a fork would take the CUDA context with it.
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(processes, context) if processes else None
+
+    def fitting(
+        self,
+        operator: str,
+        dtype: str,
+        dim: int,
+        configs: Sequence[Config],
+        kernels: tuple[str, ...],
+    ) -> list[Config]:
+        """Return the candidates that compile for the device and fit it."""
+        if self.pool is None:
+            return list(configs)
+        asked = [
+            self.pool.submit(objection, operator, dtype, dim, config, self.arch, kernels)
+            for config in configs
+        ]
+        return [
+            config for config, answer in zip(configs, asked, strict=True) if answer.result() is None
+        ]
+
+    def close(self) -> None:
+        """End the processes."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)

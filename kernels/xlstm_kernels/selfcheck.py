@@ -1,0 +1,232 @@
+"""Check the Triton kernels on this machine against torch in float64, on small cases.
+
+`python -m xlstm_kernels.selfcheck --questions '[["mlstm", "bfloat16", [["Dk", 64], ["Dv", 64]]]]'`
+
+The cases have an odd number of tokens, more than two chunks, two documents, grouped heads, states
+in and out, and every gradient. `verdicts` starts this module as a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlstm_kernels.api import hybrid_step, mlstm, mlstm_step, sliding_window_attention
+from xlstm_kernels.dispatch import Backend
+from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.testing import (
+    error_ratio,
+    outputs_and_grads,
+    random_inputs,
+    random_state,
+    to_float64,
+)
+from xlstm_kernels.verdicts import BEGUN, Question, Verdict
+
+# RMS ratio to float64 of every output and gradient. They hold in the interpreter with a GPU's
+# rounding (tests/kernels/test_verdicts.py), and are below 1e-2, so that an error of 1 % is one.
+BOUNDS = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 2e-3}
+TOKENS, WINDOW, SINKS, HEADS, GROUPS = 203, 70, 4, 4, 2
+TIMED_TOKENS, REPEATS, STEPS = 2048, 5, 3
+WIDE = ("i", "f", "C", "n", "m", "gate")  # float32 whatever the dtype of the others
+Tensors = dict[str, Tensor]
+Run = Callable[[Tensors, Backend], Tensors]
+
+
+def check(asked: Question, device: torch.device, tokens: int = TOKENS) -> Verdict:
+    """Answer a question on a device."""
+    start = time.monotonic()
+    try:
+        ratios = measure(asked, device, tokens)
+        times = timings(asked, device) if device.type == "cuda" else {}
+    except torch.OutOfMemoryError as error:
+        return Verdict(False, f"the check found too little memory: {_line(error)}", final=False)
+    except Exception as error:  # whatever a compiler or a driver raises is an answer
+        return Verdict(False, f"{type(error).__name__}: {_line(error)}")
+    bound = BOUNDS[asked.dtype]
+    over = {name: ratio for name, ratio in ratios.items() if not ratio < bound}  # NaN is over
+    reason = ""
+    if over:
+        figures = ", ".join(f"{name} {ratio:.1e}" for name, ratio in over.items())
+        reason = f"RMS ratio to float64 over {bound:.0e}: {figures}"
+    return Verdict(
+        not over, reason, ratios=ratios, bound=bound, milliseconds=times,
+        seconds=round(time.monotonic() - start, 1),
+    )  # fmt: skip
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def measure(asked: Question, device: torch.device, tokens: int) -> dict[str, float]:
+    """Return the RMS ratio of every output and gradient to float64."""
+    run, draw = CASES[asked.operator]
+    drawn = draw(dict(asked.dims), tokens)
+    dtype = getattr(torch, asked.dtype)
+    # Rounded before the truth is computed, so that both sides see the same numbers.
+    rounded = {name: x if name in WIDE else cast(x, dtype) for name, x in drawn.items()}
+    # The truth on the CPU: nothing of the device has a part in it.
+    truth = run(to_float64(rounded), "torch")
+    found = run({name: x.to(device) for name, x in leaves(rounded).items()}, "triton")
+    return {name: error_ratio(found[name].cpu(), truth[name]) for name in truth}
+
+
+def leaves(inputs: Mapping[str, Tensor]) -> Tensors:
+    """Copy inputs as they are, without gradients: `run_sequence` asks for them on the device."""
+    return {name: x.detach() for name, x in inputs.items()}
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round x and keep whether it requires gradients."""
+    return x.detach().to(dtype).requires_grad_(x.requires_grad)
+
+
+def documents(tokens: int, batch: int, device: torch.device) -> Tensor:
+    """Return two documents a row, whose border is inside a chunk."""
+    return (torch.arange(tokens, device=device) >= tokens // 2 - 5).long().expand(batch, -1)
+
+
+def with_gradients(inputs: Tensors) -> Tensors:
+    """Ask for gradients of all but m, which is a constant."""
+    return {name: x.detach().requires_grad_(name != "m") for name, x in inputs.items()}
+
+
+def run_mlstm(inputs: Tensors, backend: Backend) -> Tensors:
+    """Run the mLSTM from a state to a state, with all gradients."""
+
+    def operator(C: Tensor, n: Tensor, m: Tensor, **x: Tensor) -> tuple[Tensor, ...]:
+        ids = documents(x["q"].shape[2], len(x["q"]), x["q"].device)
+        h, final = mlstm(
+            **x, segment_ids=ids, state=MLSTMState(C, n, m), return_state=True, backend=backend
+        )
+        return h, final.C, final.n
+
+    return outputs_and_grads(operator, with_gradients(inputs))
+
+
+def run_window(inputs: Tensors, backend: Backend) -> Tensors:
+    """Run the attention, with all gradients."""
+
+    def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ids = documents(q.shape[2], len(q), q.device)
+        return sliding_window_attention(
+            q, k, v, window=WINDOW, sinks=SINKS, segment_ids=ids, backend=backend
+        )
+
+    return outputs_and_grads(operator, with_gradients(inputs))
+
+
+def run_mlstm_steps(inputs: Tensors, backend: Backend) -> Tensors:
+    """Decode some tokens from a state."""
+    x = {name: tensor.detach() for name, tensor in inputs.items()}
+    state = MLSTMState(*(x.pop(name).clone() for name in MLSTMState._fields))
+    outputs = []
+    for t in range(x["q"].shape[2]):
+        token = {name: tensor[:, :, t] for name, tensor in x.items()}
+        outputs.append(mlstm_step(**token, state=state, backend=backend))
+    return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
+
+
+def run_hybrid_steps(inputs: Tensors, backend: Backend) -> Tensors:
+    """Decode some tokens of the whole mixer from a state, past the end of a short window."""
+    x = {name: tensor.detach() for name, tensor in inputs.items()}
+    state = MLSTMState(*(x.pop(name).clone() for name in MLSTMState._fields))
+    q, k = x["q"], x["k"]
+    ring = Ring.empty(
+        len(q), k.shape[1], q.shape[-1], x["v"].shape[-1],
+        window=STEPS - 1, sinks=1, dtype=k.dtype, device=q.device,
+    )  # fmt: skip
+    outputs = []
+    for t in range(q.shape[2]):
+        token: dict[str, Any] = {name: tensor[:, :, t] for name, tensor in x.items()}
+        outputs.append(hybrid_step(**token, state=state, ring=ring, sinks=1, backend=backend))
+    return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
+
+
+def draw_mlstm(dims: Mapping[str, int], tokens: int) -> Tensors:
+    """Draw a sequence and a state."""
+    Dk, Dv = dims["Dk"], dims["Dv"]
+    return random_inputs(1, HEADS, tokens, Dk, Dv, GROUPS, seed=1) | random_state(
+        1, HEADS, Dk, Dv, seed=2
+    )
+
+
+def draw_window(dims: Mapping[str, int], tokens: int) -> Tensors:
+    """Draw a sequence of attention."""
+    draw, D = torch.Generator().manual_seed(3), dims["D"]
+    heads = {"q": HEADS, "k": GROUPS, "v": GROUPS}
+    return {name: torch.randn(1, n, tokens, D, generator=draw) for name, n in heads.items()}
+
+
+def draw_steps(dims: Mapping[str, int], _: int) -> Tensors:
+    """Draw some tokens of the mLSTM and a state."""
+    return draw_mlstm(dims, STEPS)
+
+
+def draw_hybrid_steps(dims: Mapping[str, int], _: int) -> Tensors:
+    """Draw what a mixer computes from some tokens, in the order of hybrid_step's arguments."""
+    x, attention = draw_mlstm(dims, STEPS), draw_window({"D": dims["D"]}, STEPS)
+    gate = torch.rand(1, HEADS, STEPS, generator=torch.Generator().manual_seed(4))
+    row = {"q": attention["q"], "k": attention["k"], "v": x["v"]}
+    row |= {"phi_q": x["q"], "phi_k": x["k"], "i": x["i"], "f": x["f"], "gate": gate}
+    return row | {name: x[name] for name in MLSTMState._fields}
+
+
+CASES: dict[str, tuple[Run, Callable[[Mapping[str, int], int], Tensors]]] = {
+    "mlstm": (run_mlstm, draw_mlstm),
+    "sliding_window_attention": (run_window, draw_window),
+    "mlstm_step": (run_mlstm_steps, draw_steps),
+    "hybrid_step": (run_hybrid_steps, draw_hybrid_steps),
+}
+
+
+def timings(asked: Question, device: torch.device) -> dict[str, float]:
+    """Return the median milliseconds of the case by backend, at more tokens than were checked."""
+    run, draw = CASES[asked.operator]
+    dtype = getattr(torch, asked.dtype)
+    inputs = {
+        name: x.detach().to(device, x.dtype if name in WIDE else dtype)
+        for name, x in draw(dict(asked.dims), TIMED_TOKENS).items()
+    }
+    found: dict[str, float] = {}
+    backends: tuple[Backend, ...] = ("triton", "torch")
+    for backend in backends:
+        times = []
+        for _ in range(REPEATS + 1):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            run(inputs, backend)
+            torch.cuda.synchronize(device)
+            times.append(1e3 * (time.perf_counter() - start))
+        found[backend] = statistics.median(times[1:])  # the first may compile
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the verdict of each question as a line of JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m xlstm_kernels.selfcheck", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--device", type=int, default=0, help="number of the CUDA device")
+    parser.add_argument(
+        "--questions", required=True, help="JSON: [[operator, dtype, [[letter, size], ...]], ...]"
+    )
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda", options.device)
+    torch.zeros(1, device=device)  # a device that is full or taken says so before a question begins
+    for operator, dtype, dims in json.loads(options.questions):
+        asked = Question(operator, dtype, tuple((letter, size) for letter, size in dims))
+        print(BEGUN, flush=True)
+        print(json.dumps(check(asked, device)._asdict()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

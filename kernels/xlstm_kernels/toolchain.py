@@ -1,0 +1,101 @@
+"""The compiler behind the Triton kernels: its versions, and what is known to be wrong with them.
+
+Nothing here imports Triton before it is asked about it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+Version = tuple[int, ...]
+
+# ptxas 12.8 and 13.0 make wrong code of correct kernels on Hopper (flash-linear-attention issue
+# 1262), and up to 13.2 it overwrites registers that a product in flight still reads (triton issues
+# 11781, 11854).
+SOUND_PTXAS: Version = (13, 3)
+HOPPER = 9  # major compute capability
+CUDA_HOMES = ("/usr/local/cuda/bin/ptxas", "/opt/cuda/bin/ptxas")
+
+
+class Assembler(NamedTuple):
+    """The ptxas that Triton calls: where it is, and its version, such as 13.3.27."""
+
+    path: str
+    version: str
+
+
+def numbers(version: str) -> Version:
+    """Read the leading numbers of a version: (3, 7, 1) of 3.7.1+cu130."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def triton_version() -> str | None:
+    """Return the version of the installed Triton, None without one."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return str(triton.__version__)
+
+
+@functools.cache  # it starts a process
+def assembler(capability: int) -> Assembler | None:
+    """Return the ptxas that Triton calls for a compute capability, such as 90; None without one."""
+    if triton_version() is None:
+        return None
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool = get_ptxas(capability)
+    # Triton 3.6 to 3.9 give a tool with a path.
+    path = str(tool.path)
+    version = ptxas_version(path)
+    return None if version is None else Assembler(path, version)
+
+
+def ptxas_version(path: str) -> str | None:
+    """Ask a ptxas for its version; None if it does not run."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.search(r"V(\d+\.\d+\.\d+)", said.stdout)
+    return found[1] if found else None
+
+
+def sounder_assembler() -> Assembler | None:
+    """Return a ptxas on this machine without the known faults, if there is one."""
+    for path in filter(None, (shutil.which("ptxas"), *CUDA_HOMES)):
+        version = ptxas_version(path) if Path(path).is_file() else None
+        if version is not None and numbers(version) >= SOUND_PTXAS:
+            return Assembler(path, version)
+    return None
+
+
+def known_faults(capability: int, triton: str, ptxas: str | None) -> list[str]:
+    """List what is known to be wrong with these versions on a device, and what to do.
+
+    capability: of the device, such as 90.
+    """
+    faults: list[str] = []
+    if capability // 10 != HOPPER:
+        return faults
+    if ptxas is not None and numbers(ptxas) < SOUND_PTXAS:
+        needed = ".".join(map(str, SOUND_PTXAS))
+        faults.append(
+            f"ptxas {ptxas} can make wrong code of correct kernels on sm_{capability}; set "
+            f"TRITON_PTXAS_PATH to a ptxas {needed} or newer (CUDA {needed}), or take Triton 3.9"
+        )
+    if numbers(triton) < (3, 8):
+        # fla 640, 826, 983; triton 9433, 9514, 9530. Our kernels have neither construct.
+        faults.append(
+            f"Triton {triton} makes wrong code of transposed products and of pipelined products "
+            "with operands in registers; these kernels have none, other libraries' may"
+        )
+    return faults

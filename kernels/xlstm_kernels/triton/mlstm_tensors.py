@@ -1,0 +1,106 @@
+"""What the passes of the chunkwise mLSTM hand to each other: tensors by name, and sizes.
+
+Letters: the legend in `xlstm_kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from xlstm_kernels.triton.common import dot_format
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig
+
+
+class Inputs(NamedTuple):
+    """What both passes read of the arguments.
+
+    centre (B, G, Dv): the common component, subtracted from v (B, G, T, Dv). C0, n0, m0: the
+    initial state. runs (B, T): the documents of each row, numbered; None for one document a row.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    centre: Tensor
+    C0: Tensor
+    n0: Tensor
+    m0: Tensor
+    runs: Tensor | None
+
+
+class Gates(NamedTuple):
+    """What the kernels read of the gates, each (B, H, T).
+
+    i, f: preactivations. sum_high + sum_low: sum of log f from the start of the token's chunk.
+    max_log_weight: largest log-weight that a token of the chunk has at this token.
+    """
+
+    i: Tensor
+    f: Tensor
+    sum_high: Tensor
+    sum_low: Tensor
+    max_log_weight: Tensor
+
+
+class Rows(NamedTuple):
+    """What the backward kernels read of each token: dh, denominator, its gradient, stabiliser."""
+
+    dh: Tensor
+    den: Tensor
+    d_den: Tensor
+    m: Tensor
+
+
+class Kept(NamedTuple):
+    """What the backward pass reads of the forward pass, beside the arguments.
+
+    h_centred: h less the centre; empty where nothing requires gradients. The rest: `Inputs`,
+    `Gates` and `Rows`.
+    """
+
+    centre: Tensor
+    sum_high: Tensor
+    sum_low: Tensor
+    max_log_weight: Tensor
+    h_centred: Tensor
+    den: Tensor
+    m: Tensor
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call, and the compile-time settings that follow from it."""
+
+    B: int
+    H: int
+    G: int
+    T: int
+    Dk: int
+    Dv: int
+    chunks: int
+    segmented: bool
+    dtype: torch.dtype  # of dot operands and of the states kept per chunk
+    dot: tl.dtype  # the same dtype, for Triton
+    precision: str
+
+    def head_settings(self, launch: Launch, chunk: int) -> dict[str, Any]:
+        """Return the keyword arguments that all kernels with tiles share."""
+        block_k, block_v, warps, stages = launch
+        return {
+            "SEGMENTED": self.segmented, "PRECISION": self.precision,
+            "L": chunk, "DK": self.Dk, "DV": self.Dv, "BK": block_k, "BV": block_v,
+            "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+
+    def state_tiles(self, launch: Launch) -> int:
+        """Count the tiles of the states of all heads."""
+        return self.B * self.H * (self.Dk // launch.block_k) * (self.Dv // launch.block_v)
+
+
+def sizes_of(q: Tensor, v: Tensor, segmented: bool, config: MLSTMConfig) -> Sizes:
+    """Return the sizes of a call."""
+    (B, H, T, Dk), (G, Dv) = q.shape, (v.shape[1], v.shape[3])
+    return Sizes(B, H, G, T, Dk, Dv, -(-T // config.chunk), segmented, *dot_format(q.dtype))

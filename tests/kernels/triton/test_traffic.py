@@ -1,0 +1,99 @@
+"""Bytes that the kernels load and store, and launches, counted in the interpreter.
+
+Each program's loads and stores count once each, whatever the caches save. `limits.json` holds the
+counts: a change that moves more fails.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from xlstm_kernels import mlstm, sliding_window_attention
+from xlstm_kernels.testing import random_inputs
+
+pytest.importorskip("triton")
+from xlstm_kernels.triton import common, mlstm_backward, mlstm_forward, window_kernels
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="counted in the interpreter, which a GPU does not use"
+)
+LIMITS = json.loads((Path(__file__).parent / "limits.json").read_text())["traffic"]
+HEADS, GROUPS, TOKENS, DIM = 4, 1, 128, 128
+MODULES = (common, mlstm_forward, mlstm_backward, window_kernels)
+
+
+class Counter:
+    """Bytes by kernel, and launches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bytes: dict[str, int] = collections.Counter()
+        self.launches: list[str] = []
+        self.running = ""
+        builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+        for name in ("create_masked_load", "create_masked_store"):
+            monkeypatch.setattr(builder, name, self.counted(getattr(builder, name), name))
+        for module in MODULES:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, Named(name, getattr(module, name), self))
+
+    def counted(self, access: Any, name: str) -> Any:
+        mask_at = 1 if name == "create_masked_load" else 2
+
+        def count(builder: Any, ptrs: Any, *rest: Any) -> Any:
+            width = ptrs.get_element_ty().primitive_bitwidth // 8
+            self.bytes[self.running] += int(rest[mask_at - 1].data.sum()) * width
+            return access(builder, ptrs, *rest)
+
+        return count
+
+    def per_token_and_head(self) -> dict[str, float]:
+        return {name: total / (HEADS * TOKENS) for name, total in self.bytes.items()}
+
+
+class Named:
+    """A kernel that says that it runs."""
+
+    def __init__(self, name: str, kernel: Any, counter: Counter) -> None:
+        self.name, self.kernel, self.counter = name, kernel, counter
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.counter.running = self.name
+        self.counter.launches.append(self.name)
+        return self.kernel[grid]
+
+
+def run(operator: str) -> None:
+    x = random_inputs(1, HEADS, TOKENS, DIM, DIM, GROUPS)
+    wide = {"i", "f"}
+    x = {
+        name: t.detach().to(torch.float32 if name in wide else torch.bfloat16).requires_grad_()
+        for name, t in x.items()
+    }
+    if operator == "mlstm":
+        h: Tensor = mlstm(**x, backend="triton")
+    else:
+        keys = x["v"].detach().clone().requires_grad_()
+        h = sliding_window_attention(x["q"], keys, x["v"], window=64, sinks=4, backend="triton")
+    h.float().sum().backward()
+
+
+# bf16 products are wrong in the interpreter; what is loaded and stored does not depend on them.
+@pytest.mark.parametrize("operator", ["mlstm", "window"])
+def test_bytes_and_launches_stay_within_the_recorded_limits(
+    operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter, limits = Counter(monkeypatch), LIMITS[operator]
+    run(operator)
+    found = counter.per_token_and_head()
+    assert found.keys() == limits["bytes"].keys(), found
+    over = {name: size for name, size in found.items() if size > limits["bytes"][name]}
+    assert not over
+    assert len(counter.launches) == limits["launches"]
