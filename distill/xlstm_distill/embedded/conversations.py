@@ -16,8 +16,8 @@ from xlstm_distill.errors import UserError
 
 SINGLE_SHARE = 0.1  # conversations of one question, the form that evaluation uses
 # Conversations about a long text; the rest chain questions of the domain's short tasks.
-RECALL_SHARE = 0.35
-MOST_TURNS = 8  # of short questions
+RECALL_SHARE = 0.3
+MOST_TURNS = 6  # of short questions
 # Harder tasks are drawn more often; 1 where not listed.
 WEIGHTS = {
     "add": 2.0,
@@ -82,14 +82,15 @@ def _about_a_text(task: Task, rng: random.Random) -> dict[str, Any]:
     passage = task.passage(rng, False)
     most = min(len(passage.questions), passage.turns)
     asked = rng.sample(passage.questions, rng.randint(most // 2, most))
-    kept = [(q, a) for q, a in asked if not is_held_out(task.name, passage.text + q)]
+    kept = [q for q in asked if not is_held_out(task.name, passage.text + q.prompt)]
     if not kept:
         return _conversation([draw(task, rng, held_out=False)], task.domain, task.name)
     # The text is written once, in the first turn; later turns only ask.
     items = []
-    for number, (question, answer) in enumerate(kept):
-        prompt = question if number else passage.text + question
-        items.append(Item(prompt, answer, passage.text + question))
+    for number, question in enumerate(kept):
+        whole = passage.text + question.prompt
+        prompt = question.prompt if number else whole
+        items.append(Item(prompt, question.answer, whole, question.level))
     return _conversation(items, task.domain, task.name)
 
 

@@ -11,7 +11,7 @@ import yaml
 from xlstm_distill.embedded.tasks import TASKS, Task, held_out_items
 
 COUNT = 500  # items of a task
-ANSWER_TOKENS = 20  # the longest answer and its end token
+ANSWER_TOKENS = 24  # the longest answer and its end token
 
 
 def files(count: int = COUNT) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Seeded generators of the short problems: arithmetic, programs, elements, strings of words.
 
 Each function draws one item at a random size. Sizes differ within a task, so that its score falls
-with size and not from all to nothing. The key names the problem whatever its wording and the order
-of its operands.
+with size and not from all to nothing; an item's level says its size. The key names the problem
+whatever its wording and the order of its operands.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from xlstm_distill.embedded import pools
 
 @dataclass(frozen=True)
 class Item:
-    """One question: the user's turn, the assistant's answer, and the problem's key in the split."""
+    """One question: the user's turn, the assistant's answer, and the problem's key in the split.
+
+    level: how hard it is, in its task's own measure.
+    """
 
     prompt: str
     answer: str
     key: str
+    level: int
 
 
 def add(rng: random.Random) -> Item:
-    """Add two numbers of two or three digits."""
+    """Add two numbers of two or three digits. Level: digits of both."""
     a, b = (rng.randint(10, rng.choice((99, 999))) for _ in range(2))
-    return Item(f"Compute {a}+{b}.", str(a + b), f"{min(a, b)}+{max(a, b)}")
+    return Item(f"Compute {a}+{b}.", str(a + b), f"{min(a, b)}+{max(a, b)}", len(f"{a}{b}"))
 
 
 def story(rng: random.Random) -> Item:
-    """Follow one or two changes of a count."""
+    """Follow one to three changes of a count. Level: changes."""
     total = have = rng.randint(20, 99)
     events, changes = [], []
-    for _ in range(rng.randint(1, 2)):
+    for _ in range(rng.randint(1, 3)):
         change, gains = rng.randint(1, 9), rng.random() < 0.5
         verb = rng.choice(("gets", "buys", "finds") if gains else ("loses", "sells", "gives"))
         total += change if gains else -change
@@ -40,27 +44,30 @@ def story(rng: random.Random) -> Item:
         changes.append(change if gains else -change)
     name, item = rng.choice(pools.NAMES), rng.choice(pools.ITEMS)
     prompt = f"{name} has {have} {item}, {', '.join(events)}. How many?"
-    return Item(prompt, str(total), f"{have} {sorted(changes)}")
+    return Item(prompt, str(total), f"{have} {sorted(changes)}", len(changes))
 
 
 def rank(rng: random.Random) -> Item:
-    """Find the largest, smallest or middle one of three to five numbers."""
-    count = rng.randint(3, 5)
+    """Find the largest, smallest or middle one of three to seven numbers. Level: numbers."""
+    count = rng.randint(3, 7)
     numbers = sorted(rng.sample(range(10, 1000), count))
     which = rng.choice(("Largest", "Smallest", "Middle") if count % 2 else ("Largest", "Smallest"))
     answer = {"Largest": numbers[-1], "Smallest": numbers[0], "Middle": numbers[count // 2]}[which]
     shown = rng.sample(numbers, count)
-    return Item(f"{which} of {' '.join(map(str, shown))}?", str(answer), str(numbers))
+    return Item(f"{which} of {' '.join(map(str, shown))}?", str(answer), str(numbers), count)
 
 
 def expression(rng: random.Random) -> Item:
-    """Evaluate a sum and difference of three or four terms, or a product and a term."""
+    """Evaluate a sum and difference of three or four terms, or a product and a term.
+
+    Level: terms, or 5 for a product.
+    """
     if rng.random() < 0.2:
         a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(1, 20)
         plus = a * b < c or rng.random() < 0.5
         text = f"{a}*{b}{'+' if plus else '-'}{c}"
         value = a * b + (c if plus else -c)
-        return Item(f"print({text})", str(value), f"{min(a, b)}*{max(a, b)} {plus} {c}")
+        return Item(f"print({text})", str(value), f"{min(a, b)}*{max(a, b)} {plus} {c}", 5)
     terms = [rng.randint(1, 20) for _ in range(rng.choice((3, 3, 4)))]
     signs = [1] + [rng.choice((1, -1)) for _ in terms[1:]]
     value = sum(sign * term for sign, term in zip(signs, terms, strict=True))
@@ -71,12 +78,15 @@ def expression(rng: random.Random) -> Item:
         text += f"{'+' if sign > 0 else '-'}{term}"
     # The sum is the same in any order of its terms, so the key is too.
     key = sorted(sign * term for sign, term in zip(signs, terms, strict=True))
-    return Item(f"print({text})", str(value), str(key))
+    return Item(f"print({text})", str(value), str(key), len(terms))
 
 
 def variables(rng: random.Random) -> Item:
-    """Follow two to five assignments; the wanted variable is one of the last two."""
-    count = rng.randint(2, 5)
+    """Follow two to six assignments; the wanted variable is one of the last two.
+
+    Level: assignments.
+    """
+    count = rng.randint(2, 6)
     names, values, lines, shape = rng.sample(pools.LETTERS, count), [], [], []
     for at, name in enumerate(names):
         other = rng.randrange(at) if at and rng.random() < 0.8 else None
@@ -94,65 +104,71 @@ def variables(rng: random.Random) -> Item:
         shape.append(lines[-1].translate(numbered))
     wanted = rng.randrange(count - 2, count)
     program = "\n".join([*lines, f"print({names[wanted]})"])
-    return Item(program, str(values[wanted]), f"{shape} {wanted}")
+    return Item(program, str(values[wanted]), f"{shape} {wanted}", count)
 
 
 def sort_numbers(rng: random.Random) -> Item:
-    """Sort four to six numbers of two digits."""
-    numbers = rng.sample(range(10, 100), rng.randint(4, 6))
+    """Sort four to eight numbers of two digits. Level: numbers."""
+    numbers = rng.sample(range(10, 100), rng.randint(4, 8))
     listed, answer = ",".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
-    return Item(f"print(*sorted([{listed}]))", answer, answer)
+    return Item(f"print(*sorted([{listed}]))", answer, answer, len(numbers))
 
 
 def heaviest(rng: random.Random) -> Item:
-    """Find the heaviest or lightest one of three to five elements, by atomic number."""
-    numbers = sorted(rng.sample(range(len(pools.ELEMENTS)), rng.randint(3, 5)))
+    """Find the heaviest or lightest one of three to six elements. Level: elements."""
+    numbers = sorted(rng.sample(range(len(pools.ELEMENTS)), rng.randint(3, 6)))
     most = rng.random() < 0.5
     answer = pools.ELEMENTS[numbers[-1] if most else numbers[0]]
     shown = " ".join(pools.ELEMENTS[number] for number in rng.sample(numbers, len(numbers)))
-    return Item(f"{'Heaviest' if most else 'Lightest'} of {shown}?", answer, str(numbers))
+    which = "Heaviest" if most else "Lightest"
+    return Item(f"{which} of {shown}?", answer, str(numbers), len(numbers))
 
 
 def unit(rng: random.Random) -> Item:
-    """Convert an amount; small units into large ones give decimals."""
-    amount = rng.randint(1, rng.choice((99, 999, 9999)))
+    """Convert an amount; small units into large ones give decimals. Level: zeros or decimals."""
+    amount = rng.randint(1, rng.choice((99, 999, 9999, 99999)))
     source, target, power = rng.choice(pools.UNITS)
     if power > 0:
         answer = f"{amount}{'0' * power}"
     else:
         whole, part = divmod(amount, 10**-power)
         answer = f"{whole}.{part:0{-power}d}".rstrip("0").rstrip(".")
-    return Item(f"Convert {amount} {source} to {target}.", answer, f"{amount} {source} {target}")
+    prompt = f"Convert {amount} {source} to {target}."
+    return Item(prompt, answer, f"{amount} {source} {target}", abs(power))
 
 
 def complement(rng: random.Random) -> Item:
-    """Write the complement of a strand of 5 to 12 bases."""
-    strand = "".join(rng.choices(tuple(pools.BASES), k=rng.randint(5, 12)))
+    """Write the complement of a strand of 6 to 20 bases. Level: bases."""
+    strand = "".join(rng.choices(tuple(pools.BASES), k=rng.randint(6, 20)))
     answer = "".join(pools.BASES[base] for base in strand)
-    return Item(f"Complement of {strand}?", answer, strand)
+    return Item(f"Complement of {strand}?", answer, strand, len(strand))
 
 
 def copy(rng: random.Random) -> Item:
-    """Repeat 4 to 9 words of which several stand twice, so that the word before is no guide."""
-    count = rng.randint(4, 9)
-    words = " ".join(rng.choices(rng.sample(pools.WORDS, count), k=count))
-    return Item(f"Repeat: {words}", words, words)
+    """Repeat 4 to 12 words, of which many stand several times: the word before is no guide.
+
+    Level: words.
+    """
+    count = rng.randint(4, 12)
+    words = " ".join(rng.choices(rng.sample(pools.WORDS, rng.randint(2, count)), k=count))
+    return Item(f"Repeat: {words}", words, words, count)
 
 
 def pick(rng: random.Random) -> Item:
-    """Name the first, second, third or last of 4 to 9 words."""
-    words = rng.sample(pools.WORDS, rng.randint(4, 9))
-    which = rng.choice(("First", "Second", "Third", "Last"))
-    answer = words[{"First": 0, "Second": 1, "Third": 2, "Last": -1}[which]]
+    """Name a word of 4 to 14 by its place from the start or the end. Level: the place."""
+    words = rng.sample(pools.WORDS, rng.randint(4, 14))
+    place, end = rng.randint(1, len(words)), rng.random() < 0.3
+    answer = words[-place if end else place - 1]
     listed = " ".join(words)
-    return Item(f"{which} word of: {listed}", answer, f"{which} {listed}")
+    which = f"Word {place} from the end of" if end else f"Word {place} of"
+    return Item(f"{which}: {listed}", answer, f"{which} {listed}", place)
 
 
 def sort_words(rng: random.Random) -> Item:
-    """Sort three to six words with different initials."""
-    count = rng.randint(3, 6)
+    """Sort three to eight words with different initials. Level: words."""
+    count = rng.randint(3, 8)
     words = rng.sample(pools.WORDS, count)
     while len({word[0] for word in words}) < count:
         words = rng.sample(pools.WORDS, count)
     answer = " ".join(sorted(words))
-    return Item(f"Sort: {' '.join(words)}", answer, answer)
+    return Item(f"Sort: {' '.join(words)}", answer, answer, count)

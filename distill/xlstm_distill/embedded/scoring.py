@@ -8,7 +8,7 @@ from xlstm_distill.embedded.tasks import TASKS, Item, held_out_items
 from xlstm_distill.embedded.tokenizer import ASSISTANT, BOS, END, USER
 
 BATCH = 100  # items answered together
-LONGEST_ANSWER = 20  # tokens, the end token included
+LONGEST_ANSWER = 24  # tokens, the end token included
 
 
 @torch.no_grad()

@@ -22,12 +22,16 @@ HELD_OUT_SHARE = 10  # one problem in ten is held out
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a domain; a recall task has the texts that it asks about."""
+    """One task of a domain; a recall task has the texts that it asks about.
+
+    levels: of its items, those that evaluation asks; all where empty. Training has all.
+    """
 
     name: str
     domain: str
     draw: Callable[[random.Random], Item]
     passage: PassageMaker | None = None
+    levels: tuple[int, ...] = ()
 
 
 def is_held_out(task: str, key: str) -> bool:
@@ -50,7 +54,8 @@ def held_out_items(task: Task, count: int, seed: int = 0) -> list[Item]:
     found: dict[str, Item] = {}
     while len(found) < count:
         item = draw(task, rng, held_out=True)
-        found.setdefault(item.key, item)
+        if not task.levels or item.level in task.levels:
+            found.setdefault(item.key, item)
     return list(found.values())
 
 
@@ -59,9 +64,9 @@ def _recall(name: str, domain: str, passage: PassageMaker) -> Task:
 
     def draw(rng: random.Random) -> Item:
         drawn = passage(rng, True)
-        question, answer = drawn.questions[rng.choice(drawn.far)]
-        prompt = drawn.text + question
-        return Item(prompt, answer, prompt)
+        asked = drawn.questions[rng.choice(drawn.far)]
+        prompt = drawn.text + asked.prompt
+        return Item(prompt, asked.answer, prompt, asked.level)
 
     return Task(name, domain, draw, passage)
 

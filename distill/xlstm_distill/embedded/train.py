@@ -29,7 +29,7 @@ from xlstm_distill.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
 
-SCORED_EVERY = 500  # steps between two checkpoints, each with a glance at held-out items
+SCORED_EVERY = 1000  # steps between two checkpoints, each with a glance at held-out items
 GLANCE = 20  # items of a task in such a glance
 
 
@@ -37,7 +37,7 @@ GLANCE = 20  # items of a task in such a glance
 class Settings:
     """Everything the checkpoint depends on, apart from the number of threads and the versions."""
 
-    tokens: int = 24_000_000
+    tokens: int = 20_000_000
     seed: int = 0
     hidden: int = 128
     layers: int = 4

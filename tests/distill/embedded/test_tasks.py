@@ -36,8 +36,9 @@ def by_words(prompt: str) -> str | None:
         return f"{(Decimal(found[1]) * sizes[found[2]] / sizes[found[3]]).normalize():f}"
     if found := re.fullmatch(r"Complement of ([ACGT]+)\?", prompt):
         return found[1].translate(str.maketrans("ACGT", "TGCA"))
-    if found := re.fullmatch(r"(First|Second|Third|Last) word of: (.*)", prompt):
-        return found[2].split()[{"First": 0, "Second": 1, "Third": 2, "Last": -1}[found[1]]]
+    if found := re.fullmatch(r"Word (\d+)( from the end)? of: (.*)", prompt):
+        place = int(found[1])
+        return found[3].split()[-place if found[2] else place - 1]
     if prompt.startswith(("Repeat: ", "Sort: ")):
         words = prompt.split(": ")[1].split()
         return " ".join(words if prompt.startswith("Repeat") else sorted(words))
@@ -54,7 +55,7 @@ def by_text(prompt: str) -> str | None:
     if found := re.fullmatch(r"What is in (\w+) and (\w+)\?", question):
         return ", ".join(f"{key} - {table[key]}" for key in found.groups())
     if found := re.fullmatch(r"Who sits at (\w+)\?", question):
-        return next(name for name, key in table.items() if key == found[1])
+        return [name for name, key in table.items() if key == found[1]][-1]
     if found := re.fullmatch(r"echo \$\{!(\w)\}", question):
         return table[table[found[1]]]
     return None
