@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from xlstm_distill.embedded.induction import start_with_induction
 from xlstm_distill.embedded.items import COUNT
 from xlstm_distill.embedded.packing import Batch, batches
-from xlstm_distill.embedded.scoring import accuracies
+from xlstm_distill.embedded.scoring import accuracies, by_level, outcomes
 from xlstm_distill.embedded.tasks import TASKS
 from xlstm_distill.embedded.tokenizer import train_tokenizer
 from xlstm_distill.embedded.unfinished import Checkpoint, Progress
@@ -176,7 +176,7 @@ def _log_scores(
     progress: Progress, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Score some held-out items, so that a training can be judged before it ends."""
-    scores = accuracies(model, tokenizer, count=GLANCE)
+    scores = accuracies(outcomes(model, tokenizer, count=GLANCE))
     model.train()
     progress.scores.append({"step": progress.step, "accuracy": scores})
     shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
@@ -189,7 +189,8 @@ def train(out: Path, settings: Settings) -> dict[str, float]:
     model = build(settings, tokenizer)
     checkpoint = Checkpoint(out, asdict(settings))
     progress = fit(model, tokenizer, settings, checkpoint)
-    scores = accuracies(model, tokenizer, count=COUNT)
+    found = outcomes(model, tokenizer, count=COUNT)
+    scores = accuracies(found)
     log = {
         "settings": asdict(settings),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -200,6 +201,7 @@ def train(out: Path, settings: Settings) -> dict[str, float]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "held_out_items_per_task": COUNT,
         "held_out_accuracy": scores,
+        "held_out_items_and_accuracy_by_level": by_level(found),
         "held_out_items_at_a_glance": GLANCE,
         "held_out_accuracy_while_training": progress.scores,
         "loss": progress.losses,

@@ -56,7 +56,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(
 ) -> None:
     monkeypatch.setattr(train, "SCORED_EVERY", 2)
     # What the model answers does not matter here.
-    monkeypatch.setattr(train, "accuracies", lambda *_, **__: {"add": 0.0})
+    monkeypatch.setattr(train, "outcomes", lambda *_, **__: {})
     settings = replace(SMALL, tokens=4 * 2 * 384, warmup_steps=2)
 
     def run(out: Path, stop: int | None = None) -> LlamaForCausalLM:
