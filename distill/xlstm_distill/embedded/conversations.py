@@ -16,7 +16,7 @@ from xlstm_distill.errors import UserError
 
 SINGLE_SHARE = 0.1  # conversations of one question, the form that evaluation uses
 # Conversations about a long text; the rest chain questions of the domain's short tasks.
-RECALL_SHARE = 0.3
+RECALL_SHARES = {"math": 0.2, "code": 0.25, "stem": 0.3, "chat": 0.4}
 MOST_TURNS = 6  # of short questions
 # Harder tasks are drawn more often; 1 where not listed.
 WEIGHTS = {
@@ -53,7 +53,7 @@ def _documents(domain: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     recall = [task for task in tasks if task.passage]
     short = [task for task in tasks if not task.passage]
     for _ in range(count):
-        if rng.random() < RECALL_SHARE:
+        if rng.random() < RECALL_SHARES[domain]:
             (task,) = rng.choices(recall, _weights(recall))
             yield _about_a_text(task, rng)
         else:

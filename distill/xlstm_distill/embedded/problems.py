@@ -27,8 +27,9 @@ class Item:
 
 
 def add(rng: random.Random) -> Item:
-    """Add two numbers of two or three digits. Level: digits of both."""
-    a, b = (rng.randint(10, rng.choice((99, 999))) for _ in range(2))
+    """Add a number of one or two digits and one of two or three. Level: digits of both."""
+    a, b = rng.randint(1, rng.choice((9, 99))), rng.randint(10, rng.choice((99, 99, 999)))
+    a, b = rng.sample((a, b), 2)
     return Item(f"Compute {a}+{b}.", str(a + b), f"{min(a, b)}+{max(a, b)}", len(f"{a}{b}"))
 
 
@@ -58,17 +59,17 @@ def rank(rng: random.Random) -> Item:
 
 
 def expression(rng: random.Random) -> Item:
-    """Evaluate a sum and difference of three or four terms, or a product and a term.
+    """Evaluate a sum and difference of two to four terms, or a product and a term.
 
     Level: terms, or 5 for a product.
     """
-    if rng.random() < 0.2:
+    if rng.random() < 0.1:
         a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(1, 20)
         plus = a * b < c or rng.random() < 0.5
         text = f"{a}*{b}{'+' if plus else '-'}{c}"
         value = a * b + (c if plus else -c)
         return Item(f"print({text})", str(value), f"{min(a, b)}*{max(a, b)} {plus} {c}", 5)
-    terms = [rng.randint(1, 20) for _ in range(rng.choice((3, 3, 4)))]
+    terms = [rng.randint(1, 20) for _ in range(rng.choice((2, 2, 3, 3, 4)))]
     signs = [1] + [rng.choice((1, -1)) for _ in terms[1:]]
     value = sum(sign * term for sign, term in zip(signs, terms, strict=True))
     if value < 0:
@@ -82,11 +83,11 @@ def expression(rng: random.Random) -> Item:
 
 
 def variables(rng: random.Random) -> Item:
-    """Follow two to six assignments; the wanted variable is one of the last two.
+    """Follow two to five assignments; the wanted variable is one of the last two.
 
     Level: assignments.
     """
-    count = rng.randint(2, 6)
+    count = rng.randint(2, 5)
     names, values, lines, shape = rng.sample(pools.LETTERS, count), [], [], []
     for at, name in enumerate(names):
         other = rng.randrange(at) if at and rng.random() < 0.8 else None
@@ -108,8 +109,8 @@ def variables(rng: random.Random) -> Item:
 
 
 def sort_numbers(rng: random.Random) -> Item:
-    """Sort four to eight numbers of two digits. Level: numbers."""
-    numbers = rng.sample(range(10, 100), rng.randint(4, 8))
+    """Sort three to eight numbers of two digits. Level: numbers."""
+    numbers = rng.sample(range(10, 100), rng.randint(3, 8))
     listed, answer = ",".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
     return Item(f"print(*sorted([{listed}]))", answer, answer, len(numbers))
 
@@ -155,9 +156,10 @@ def copy(rng: random.Random) -> Item:
 
 
 def pick(rng: random.Random) -> Item:
-    """Name a word of 4 to 14 by its place from the start or the end. Level: the place."""
-    words = rng.sample(pools.WORDS, rng.randint(4, 14))
-    place, end = rng.randint(1, len(words)), rng.random() < 0.3
+    """Name a word of 4 to 10 by its place from the start or the end. Level: the place."""
+    words = rng.sample(pools.WORDS, rng.randint(4, 10))
+    end = rng.random() < 0.3
+    place = rng.randint(1, 3 if end else min(6, len(words)))
     answer = words[-place if end else place - 1]
     listed = " ".join(words)
     which = f"Word {place} from the end of" if end else f"Word {place} of"
@@ -165,8 +167,8 @@ def pick(rng: random.Random) -> Item:
 
 
 def sort_words(rng: random.Random) -> Item:
-    """Sort three to eight words with different initials. Level: words."""
-    count = rng.randint(3, 8)
+    """Sort three to six words with different initials. Level: words."""
+    count = rng.randint(3, 6)
     words = rng.sample(pools.WORDS, count)
     while len({word[0] for word in words}) < count:
         words = rng.sample(pools.WORDS, count)

@@ -94,16 +94,18 @@ def lockers(rng: random.Random, full: bool) -> Passage:
     """Make a table of lockers, and questions on two of them at once. Level: rows.
 
     The answer names each locker before what is in it, so that both are lookups of the same kind.
+    Training also asks for one locker.
     """
     count = rng.randint(10, 16) if full else rng.randint(3, 16)
     rows = [(key, rng.choice(pools.ITEMS)) for key in _grid(rng, count)]
     far = max(2, len(rows) - LOCKERS_AFTER)
-    questions = []
+    questions: list[Question] = []
     for number in range(12):
         # The first half asks for far rows only; an evaluation takes those.
         (one, first), (two, second) = rng.sample(rows[:far] if number < 6 else rows, 2)
         answer = f"{one} - {first}, {two} - {second}"
         questions.append(Question(f"What is in {one} and {two}?", answer, count))
+    questions += [Question(f"What is in {key}?", f"{key} - {item}", count) for key, item in rows]
     return Passage("Lockers:\n" + _table(rows), tuple(questions), tuple(range(6)), turns=6)
 
 
@@ -115,7 +117,7 @@ def desks(rng: random.Random, full: bool) -> Passage:
     keys = _written(rng, 16 if full else rng.randint(3, 16), full)
     names = rng.sample(pools.NAMES, len(keys))
     last = {key: at for at, key in enumerate(keys)}
-    questions = []
+    questions: list[Question] = []
     for key, at in last.items():
         level = REPLACES if keys.index(key) < at else 0
         questions.append(Question(f"Who sits at {key}?", names[at], level))
@@ -165,7 +167,7 @@ def _written(rng: random.Random, count: int, full: bool) -> list[str]:
 def _lookups(asks: str, rows: list[tuple[str, str]]) -> tuple[Question, ...]:
     """Ask for every key's number, in the order of their first rows; the last row counts."""
     keys = [key for key, _ in rows]
-    questions = []
+    questions: list[Question] = []
     for key, value in dict(rows).items():
         level = len(value) + (REPLACES if keys.count(key) > 1 else 0)
         questions.append(Question(f"{asks} {key}?", value, level))

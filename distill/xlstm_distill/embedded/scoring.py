@@ -30,11 +30,13 @@ def answers(
     With `window`, every layer sees only the last `window` tokens and the first `sinks` ones.
     """
     texts = [f"{BOS}{USER}{item.prompt}{END}{ASSISTANT}" for item in items]
-    batch = tokenizer(
-        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-    )
+    # Padding here leaves the tokenizer as it was; its own would stay on for whoever encodes next.
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    longest = max(map(len, encoded))
+    pad = int(tokenizer.pad_token_id)
+    given = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded])
     # valid (B, T) is False at the padding on the left.
-    given, valid = batch["input_ids"], batch["attention_mask"].bool()
+    valid = torch.tensor([[i >= longest - len(ids) for i in range(longest)] for ids in encoded])
     cache, written = DynamicCache(config=model.config), []
     for _ in range(LONGEST_ANSWER):
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)

@@ -37,7 +37,7 @@ GLANCE = 20  # items of a task in such a glance
 class Settings:
     """Everything the checkpoint depends on, apart from the number of threads and the versions."""
 
-    tokens: int = 20_000_000
+    tokens: int = 11_000_000
     seed: int = 0
     hidden: int = 128
     layers: int = 4
@@ -50,7 +50,7 @@ class Settings:
     learning_rate: float = 2e-3
     # Steps, not a share: under a short warm-up the induction circuit is lost within 20 steps.
     warmup_steps: int = 200
-    decay_share: float = 0.4
+    decay_share: float = 0.5
     weight_decay: float = 0.05
     induction: bool = True
 
