@@ -40,18 +40,18 @@ ASKED = [{"role": "user", "content": "Sort: fog sun"}, {"role": "assistant", "co
 GOLDEN = {
     "text": (
         [{"text": "one two"}, {"text": "three " * 30}, {"text": "Größe: 42 €"}],
-        "cd19ad96c86532a8600848a5fcbcc290",
+        "4f53cda18c2baa0c0354bb5f9a3ecbe5",
     ),
     "prompt and response": (
         [
             {"prompt": "Sort: fog sun", "response": "fog sun"},
             {"prompt": ASKED + ASKED[:1], "response": "sun"},
         ],
-        "10a1ac50a227808ab6119f8d2060e33c",
+        "4f53cda18c2baa0c0354bb5f9a3ecbe5",
     ),
     "messages": (
         [{"messages": ASKED}, {"messages": ASKED * 2}],
-        "98318231f1a994fe001eee790fd50314",
+        "4f53cda18c2baa0c0354bb5f9a3ecbe5",
     ),
 }
 

@@ -44,6 +44,7 @@ def test_a_window_alone_fails_at_recall(
 def test_scoring_equals_generate(
     teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    tokenizer.backend_tokenizer.no_padding()
     items = [
         item for name in ("add", "copy", "pairs_12") for item in held_out_items(TASKS[name], 2)
     ]
@@ -55,3 +56,5 @@ def test_scoring_equals_generate(
         output = teacher.generate(**encoded, max_new_tokens=24, do_sample=False)
         start = encoded["input_ids"].shape[1]
         assert tokenizer.decode(output[0, start:], skip_special_tokens=True) == mine
+    # Padding that stays on would pad every conversation of a training that is scored on the way.
+    assert tokenizer.backend_tokenizer.padding is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from decimal import Decimal
 
 import pytest
@@ -88,6 +89,10 @@ def test_held_out_items_are_right_and_no_training_problem(name: str) -> None:
     assert all(is_held_out(name, item.key) for item in held)
     for item in held:
         assert solve(item.prompt) == item.answer
+    # Graded: no level has nearly all items, and a task that names levels asks no other.
+    levels = Counter(item.level for item in held)
+    assert max(levels.values()) < 0.8 * COUNT
+    assert not TASKS[name].levels or set(levels) == set(TASKS[name].levels)
 
 
 def test_order_of_operands_does_not_cross_the_split() -> None:
