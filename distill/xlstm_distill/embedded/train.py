@@ -48,7 +48,7 @@ class Settings:
     rope_theta: float = 500_000.0
     rows: int = 8
     learning_rate: float = 2e-3
-    # Steps, not a share: under a short warm-up the induction circuit is lost within 20 steps.
+    # Steps, not a share: a short training would begin with the full rate and lose its start.
     warmup_steps: int = 200
     decay_share: float = 0.5
     weight_decay: float = 0.05
