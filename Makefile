@@ -50,8 +50,9 @@ gpu:  ## run all that a GPU has to show, into OUT=DIR; DRY=1 tries it on a CPU
 	PYTHONPATH=distill:kernels:eval $(PYTHON) -m xlstm_kernels.benchmarks.gpu --out '$(OUT)' \
 		$(if $(DRY),--dry-run) $(GPU_ARGS)
 
-docs: $(STAMP)  ## write the generated documents: recipe schema and reference
+docs: $(STAMP)  ## write the generated documents: recipe schema and reference, schema of report.json
 	$(BIN)/python -m xlstm_distill.recipe.reference
+	$(BIN)/python -c "from xlstm_eval.report import values; values.write_schema('docs/report.schema.json')"
 
 clean:  ## delete the environment, caches and build files; runs stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

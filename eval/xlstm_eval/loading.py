@@ -58,6 +58,28 @@ def load_suite(suite: Suite) -> LoadedSuite:
     return loaded
 
 
+def shared_data(first: LoadedSuite, second: LoadedSuite) -> Iterator[tuple[str, str]]:
+    """Yield pairs of tasks, one of each suite, that are scored on the same items.
+
+    Told by data set, configuration, files and split: a task of another name may read the same.
+    """
+    known = {_data_of(leaf): entry.name for entry, leaf in second.leaves()}
+    for entry, leaf in first.leaves():
+        if (found := known.get(_data_of(leaf))) is not None:
+            yield entry.name, found
+
+
+def _data_of(leaf: Any) -> str:
+    """What a task's items are read from, in words that can be compared."""
+    # A task without a test split is scored on its validation split, as lm-eval does.
+    split = leaf.get_config("test_split") or leaf.get_config("validation_split")
+    found = [leaf.get_config("dataset_path"), leaf.get_config("dataset_name"), split]
+    files = (leaf.get_config("dataset_kwargs") or {}).get("data_files")
+    # Of files, those of the split alone: two tasks may name one file for different splits.
+    found.append(files.get(split, files) if isinstance(files, dict) else files)
+    return repr(found)
+
+
 def leaves_of(task: Any) -> list[Any]:
     """Return the tasks of a group and its groups, or the task itself."""
     from lm_eval.api.group import Group

@@ -214,6 +214,62 @@ class ScoreFile(Frozen):
         return self
 
 
+class Recall(Frozen):
+    """Hold how many needles of a kind a model found (definitions: docs/long-context.md).
+
+    ``distance_tokens`` is the upper end of a range of distances between the needle and the answer:
+    above half of it, up to it. ``length_tokens`` is the length of the whole item, prompt and
+    answer. Each has one of the two. ``interval`` is Wilson's of ``right / n``.
+    """
+
+    kind: Name
+    distance_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    length_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    n: Annotated[int, Field(strict=True, ge=1)]
+    right: Count
+    interval: Interval
+
+    @model_validator(mode="after")
+    def _is_one_measure(self) -> Self:
+        if (self.distance_tokens is None) == (self.length_tokens is None):
+            raise FieldError("", "distance_tokens and length_tokens: give one of them.")
+        if self.right > self.n:
+            raise FieldError("right", f"{self.right} is more than n ({self.n}). Give a count of n.")
+        return self
+
+
+class PositionLoss(Frozen):
+    """Hold the mean loss (nats) of ``tokens`` tokens at positions ``from`` to ``to`` - 1.
+
+    Positions count from 0 in each document. Python has the word ``from``, so the attribute is
+    ``start``; files have ``from``.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True
+    )
+
+    start: Count = Field(alias="from")
+    to: Annotated[int, Field(strict=True, ge=1)]
+    nll: Score
+    tokens: Annotated[int, Field(strict=True, ge=1)]
+
+
+class LongContext(Frozen):
+    """Hold one model's long-context results: the file ``long_context.json`` of its evaluation.
+
+    ``recall`` is over distance, ``recall_by_length`` over the length of the items: both count the
+    same items. ``items`` is the identity of the items and documents; models are compared where it
+    is equal. ``skipped_lengths`` do not fit the model's context.
+    """
+
+    items: Name
+    recall: tuple[Recall, ...]
+    recall_by_length: tuple[Recall, ...]
+    loss_by_position: tuple[PositionLoss, ...]
+    skipped_lengths: tuple[int, ...] = ()
+
+
 class TaskEvidence(Frozen):
     """Hold what the items of one task say. Intervals are of 95 %.
 

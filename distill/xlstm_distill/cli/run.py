@@ -90,7 +90,8 @@ def run(
         console = make_console()
         lineage, opened = _open(asked, console, check)
         # Before the first stage: a misspelt task would otherwise show after days of training.
-        _stage_module("evaluate").check(lineage, opened)
+        for stage in ("evaluate", "merge"):
+            _stage_module(stage).check(lineage, opened)
         for number, stage in enumerate(STAGES, start=1):
             console.stage = f"stage {number} of {len(STAGES)}"
             console.line(f"{console.stage}: {stage}")
@@ -189,11 +190,14 @@ def merge(
     recipe: RecipePath,
     run_dir: RunPath = None,
     overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
-    """Merge the experts into one student (stage III)."""
-    _one_stage("merge", Invocation(recipe, run_dir, overrides, replace=replace), debug)
+    """Merge the experts into one student (stage III). Only tuned weights use several processes."""
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
+    _one_stage("merge", asked, debug)
 
 
 def evaluate(

@@ -97,6 +97,7 @@ def examine(recipe: Recipe) -> Findings:
     findings.sources = preview_sources(recipe, tokenizer, EXAMPLES)
     findings.problems += [source.problem for source in findings.sources if source.problem]
     findings.problems += _task_problems(recipe)
+    findings.problems += _tuning_problems(recipe)
     return findings
 
 
@@ -136,6 +137,23 @@ def _task_problem(recipe: Recipe) -> str | None:
     except (EvalError, UserError, OSError) as error:
         return str(error)
     return None
+
+
+def _tuning_problems(recipe: Recipe) -> list[str]:
+    """Check what merge weights would be tuned on."""
+    from xlstm_distill.stages.weights.validation import check_tuning
+    from xlstm_eval.records import EvalError
+
+    merges = {"merge": recipe.merge}
+    merges |= {f"variant/{name}": variant for name, variant in recipe.merge.variants.items()}
+    found = []
+    for label, merge in merges.items():
+        try:
+            if merge.found == "tuned":
+                check_tuning(recipe, label, merge.tuning)
+        except (EvalError, UserError, OSError) as error:
+            found.append(str(error))
+    return found
 
 
 def _lines(findings: Findings) -> Iterator[Text]:

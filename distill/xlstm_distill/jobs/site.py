@@ -18,6 +18,7 @@ from xlstm_distill.recipe.problems import kind_of, problem_lines
 from xlstm_distill.recipe.shipped import recipes_folder
 
 Stage = Literal["prepare", "capture", "align", "distill", "merge", "evaluate", "report"]
+# A merge takes several processes only where it says so: its weights may be tuned.
 LAUNCHED = ("capture", "align", "distill", "evaluate")
 """Stages that run in several processes; the others run in one."""
 SHARED = ("prepare", "capture")
@@ -250,7 +251,7 @@ def _misplaced(stage: str, own: Settings) -> Iterator[FieldError]:
         yield FieldError(
             f"stages.{stage}.tasks", f"it is for stages {' and '.join(SHARED)} alone; remove it."
         )
-    if stage not in LAUNCHED:
+    if stage not in (*LAUNCHED, "merge"):
         for key in ("nodes", "launch", "processes", "launch_args"):
             if key in given and (key != "nodes" or own.nodes != 1):
                 yield FieldError(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from xlstm_distill.errors import UserError
+from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.merging import slerp as arcs
 from xlstm_distill.merging.dare import dare, mask
-from xlstm_distill.merging.files import NewWeights, SavedWeights
+from xlstm_distill.merging.files import SavedWeights
+from xlstm_distill.merging.groups import GroupedWeights
 from xlstm_distill.merging.linear import check_weights, linear, task_arithmetic
 from xlstm_distill.merging.selection import differences, kept_of, largest
 from xlstm_distill.merging.streaming import (
@@ -29,7 +31,8 @@ from xlstm_distill.merging.ties import ties
 class MergePlan:
     """How experts are merged: the recipe's section `merge`, with all values given.
 
-    `density` counts for `ties` and `dare` alone, `seed` for `dare`.
+    `grouped` replaces `weights` where groups of layers have weights of their own. `density` counts
+    for `ties` and `dare` alone, `seed` for `dare`.
     """
 
     method: str
@@ -37,6 +40,19 @@ class MergePlan:
     scale: float = 1.0
     density: float = 1.0
     seed: int = 0
+    grouped: GroupedWeights | None = None
+
+    def weights_of(self, tensor: str) -> list[float]:
+        """The experts' weights for a tensor, in the experts' order."""
+        weights = self.weights if self.grouped is None else self.grouped.of(tensor)
+        return [weights[name] for name in self.weights]
+
+
+def plan_for(grouped: GroupedWeights, method: str, **settings: Any) -> MergePlan:
+    """A plan with these weights for the experts that have any; `settings` are those of the plan."""
+    kept = grouped.only(grouped.used())
+    grouped.check()
+    return MergePlan(method, kept.sets[0], grouped=kept, **settings)
 
 
 @dataclass(frozen=True)
@@ -63,13 +79,51 @@ class Sources:
         return list(self.experts.values())
 
 
+class Target(Protocol):
+    """What merged numbers are written into, from several threads at once."""
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Write numbers of a tensor from `start` on."""
+
+    def finish(self) -> None:
+        """Raise an error where a number was not written."""
+
+
+class LoadedWeights:
+    """A loaded model as a target: its tensors are written in place, converted to their format."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # Tied weights are in the files once, and one tensor here.
+        self._tensors = model.state_dict()
+        self._lock = threading.Lock()
+        self._missing = {name: tensor.numel() for name, tensor in self._tensors.items()}
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Write numbers of a tensor from `start` on."""
+        flat = self._tensors[name].view(-1)
+        flat[start : start + len(values)] = values.to(flat.dtype)
+        with self._lock:
+            self._missing[name] -= len(values)
+
+    def finish(self) -> None:
+        """Check that each tensor was written, itself or one that it is tied to.
+
+        Raises:
+            RunError: one was not.
+        """
+        whole = {self._tensors[name].data_ptr() for name, n in self._missing.items() if n == 0}
+        for name, tensor in self._tensors.items():
+            if tensor.numel() and tensor.data_ptr() not in whole:
+                raise RunError(f"merge: {name} is in no expert; distill the experts again.")
+
+
 def merge_files(
     plan: MergePlan,
     sources: Sources,
-    target: NewWeights,
+    target: Target,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Merge experts of `plan.weights` into `target`, whose layout is that of the first expert.
+    """Merge experts of `plan.weights` into `target`: files like the first expert's, or a model.
 
     `advance` is called with the bytes that were written. Memory: a few blocks of each expert for
     each thread.
@@ -78,7 +132,10 @@ def merge_files(
         UserError: the weights are not allowed, or the experts do not have the same tensors.
         RunError: a file is damaged.
     """
-    check_weights(plan.weights)
+    if plan.grouped is None:
+        check_weights(plan.weights)
+    else:
+        plan.grouped.check()
     if list(plan.weights) != list(sources.experts):
         raise ValueError("weights and experts are in another order")
     check_accounts(sources.experts, sources.base)
@@ -102,7 +159,7 @@ def merge_block(
     tensors = sources.tensors(block)
     if not tensors[0].is_floating_point():
         return _same(block, tensors)
-    weights = list(plan.weights.values())
+    weights = plan.weights_of(block.name)
     if plan.method == "linear":
         return linear(tensors, weights)
     if plan.method == "slerp":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,13 @@ class HybridMixer(nn.Module):
         """Widths of the heads that kernels must have, by their letter."""
         dims = {"D": self.head_dim}
         return dims | ({"Dk": self.feature_map_q.out_features} if self.has_mlstm else {})
+
+    @property
+    def value_weight(self) -> Tensor:
+        """Weight (G * D, d) that makes the values; some families fuse it with others'."""
+        if not self.family.fused:
+            return cast(Tensor, self.v_proj.weight)
+        return cast(Tensor, self.qkv_proj.weight.split(self.widths)[2])
 
     def forward(
         self,

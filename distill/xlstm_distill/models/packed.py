@@ -44,12 +44,12 @@ def teacher_hidden(
         for layer in body.layers
     ]
     # transformers hands a four-dimensional mask through as it is, and looks for no documents.
-    placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    no_documents = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
     try:
         found = body(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=placeholder,
+            attention_mask=no_documents,
             use_cache=False,
         )
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -14,6 +14,7 @@ from xlstm_distill.recipe.fields import (
     Flag,
     Folder,
     Fraction,
+    NonNegative,
     Section,
     Text,
 )
@@ -52,6 +53,19 @@ class EvalTask(Section):
     )
 
 
+class SpeedSettings(Section):
+    """How long the decoding of the teacher and of the merged student is timed; no score depends on
+    it, so that a change holds for evaluations that are made later."""
+
+    seconds: NonNegative = Field(
+        default=60.0,
+        description="Seconds for each model, within which contexts double; 0 measures nothing.",
+    )
+    longest: Count = Field(
+        default=32_768, ge=128, description="Longest context (tokens), from 128 on by doubling."
+    )
+
+
 class Evaluate(Section):
     """What teacher and students are measured on, under the same settings."""
 
@@ -77,17 +91,27 @@ class Evaluate(Section):
     experts: Flag = Field(
         default=True, description="Evaluate each expert too, not only the merged student."
     )
+    # Not a part of the evaluation's fingerprint: no answer depends on it.
+    speed: SpeedSettings = Field(
+        default=SpeedSettings(),
+        description="Memory and tokens a second of decoding over the context, for the report.",
+    )
 
     def broken_rules(self) -> Iterator[FieldError]:
         """Yield an error for every task that is named a second time."""
-        names = [task.name for task in self.tasks]
-        # Results are kept by task name, so a second entry would overwrite the first.
-        for index, name in enumerate(names):
-            first = names.index(name)
-            if first < index:
-                yield FieldError(
-                    f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
-                )
+        yield from repeated_tasks(self.tasks)
+
+
+def repeated_tasks(tasks: Sequence[EvalTask]) -> Iterator[FieldError]:
+    """Yield an error for every task that is named a second time."""
+    names = [task.name for task in tasks]
+    # Results are kept by task name, so a second entry would overwrite the first.
+    for index, name in enumerate(names):
+        first = names.index(name)
+        if first < index:
+            yield FieldError(
+                f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
+            )
 
 
 class Report(Section):
@@ -106,6 +130,11 @@ class Report(Section):
         default=0.02,
         description="Share of the teacher's score that may be lost, for the decision over all "
         "tasks.",
+    )
+    items: CountOrZero = Field(
+        default=10_000,
+        description="Most items (prompt and both answers) that the page holds, those on which the "
+        "models differ first; 0 keeps prompts and answers out of it, as some benchmarks ask.",
     )
 
     def broken_rules(self) -> Iterator[FieldError]:

@@ -11,7 +11,7 @@ from pydantic import Field
 from xlstm_distill.recipe.data import Data
 from xlstm_distill.recipe.evaluation import Evaluate, Report
 from xlstm_distill.recipe.fields import FieldError, Name, Section
-from xlstm_distill.recipe.merging import Merge, merge_fits_experts
+from xlstm_distill.recipe.merging import Merge, merge_fits_experts, tuning_fits
 from xlstm_distill.recipe.model import Student, Teacher
 from xlstm_distill.recipe.training import Align, Capture, Distill, Optimization, Training
 
@@ -127,5 +127,6 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[FieldError]]], ...] =
     (("align", "data"), _align_fits_data),
     (("distill", "data"), _experts_fit_data),
     (("merge", "distill"), merge_fits_experts),
+    (("merge", "data", "evaluate"), tuning_fits),
 )
 """The sections that each rule reads, and the rule."""

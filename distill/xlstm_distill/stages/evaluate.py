@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +29,9 @@ from xlstm_distill.runtime.ranks import (
 )
 from xlstm_distill.stages.choices import choose_models
 from xlstm_distill.stages.kernels import choose_kernels
-from xlstm_distill.stages.lineage import TEACHER, Lineage
+from xlstm_distill.stages.lineage import MERGED, TEACHER, Lineage
 from xlstm_distill.stages.prepare import prepare_rows
+from xlstm_distill.stages.speed import measure_speed
 from xlstm_distill.stages.workbench import (
     load_student,
     open_domains,
@@ -40,6 +41,7 @@ from xlstm_eval.answering.coordinator import Tally
 from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.records import EvalError
+from xlstm_eval.report.speed import SPEED_FILE
 from xlstm_eval.results import ITEMS_FILE, write_items, write_samples
 from xlstm_eval.suites import Suite
 
@@ -66,7 +68,7 @@ def evaluate(
 
     @functools.cache  # takes seconds: only when something is to be scored, and on rank 0 alone
     def suite() -> LoadedSuite:
-        return load_suite(_suite(recipe))
+        return load_suite(suite_of(recipe))
 
     def build(name: str, draft: Draft) -> None:
         device = make_accelerator(recipe).device
@@ -90,6 +92,9 @@ def evaluate(
                 limits = dict.fromkeys(data, recipe.data.validation_rows)
                 held_out = open_domains(recipe, data, limits)
                 draft.write_json("gates.json", mean_gates(loaded, held_out, device))
+            # Of the students, the merged one alone: the experts have its shapes.
+            if name in (TEACHER, MERGED):
+                _time_decoding(loaded, recipe, draft, device)
 
     return [
         run.make(request, functools.partial(build, name), together=True, console=console)
@@ -101,7 +106,7 @@ def scores(model: CausalLM, lineage: Lineage) -> dict[str, float]:
     """Score a model that is no artifact on the recipe's tasks, in this process; nothing is kept."""
     batch = lineage.recipe.evaluate.batch
     session = Session(batch_size=None if batch == "auto" else batch)
-    suite, seed = _suite(lineage.recipe), lineage.recipe.seed
+    suite, seed = suite_of(lineage.recipe), lineage.recipe.seed
     result = evaluate_model(model.eval(), lineage.tokenizer, suite, session, seed=seed)
     return {task.task: task.score for task in result.tasks}
 
@@ -172,7 +177,7 @@ def check_tasks(lineage: Lineage) -> None:
         trust_remote_code=teacher.trust_remote_code,
     )
     try:
-        check_suite(_suite(lineage.recipe), config, tokenizer)
+        check_suite(suite_of(lineage.recipe), config, tokenizer)
     except EvalError as error:
         # What the evaluation calls its suite is the recipe's section `evaluate`.
         raise EvalError(str(error).replace("suite.", "evaluate.", 1)) from None
@@ -211,12 +216,15 @@ def _sources(lineage: Lineage, run: Run, names: Sequence[str]) -> dict[str, Arti
     return found
 
 
-def _suite(recipe: Recipe) -> Suite:
-    """The recipe's section `evaluate` as a suite: their fields have the same names."""
+def suite_of(recipe: Recipe, other: Mapping[str, Any] | None = None) -> Suite:
+    """The recipe's section `evaluate` as a suite: their fields have the same names.
+
+    `other` replaces settings of it, for other tasks that are asked alike.
+    """
     settings = recipe.evaluate.model_dump(include=set(Suite.model_fields) - {"name"})
     # The report takes it from the recipe, so that it can change without a new evaluation.
     settings["tasks"] = [task | {"chance": None} for task in settings["tasks"]]
-    return Suite(name=recipe.name, **settings)
+    return Suite(name=recipe.name, **{**settings, **(other or {})})
 
 
 def _score(
@@ -246,6 +254,14 @@ def _score(
         "warnings": list(result.warnings),
         "mean_score": sum(task.score for task in result.tasks) / len(result.tasks),
     }
+
+
+def _time_decoding(model: CausalLM, recipe: Recipe, draft: Draft, device: torch.device) -> None:
+    """Write what decoding costs over the context."""
+    found = measure_speed(model, recipe.evaluate.speed, device)
+    if found is not None:
+        backend = draft.results.get("backend", "")
+        draft.write_json(SPEED_FILE, found.model_dump(mode="json") | {"backend": backend})
 
 
 class Bar:

@@ -123,7 +123,7 @@ def questions(student: CausalLM, precision: str, decodes: bool) -> list[Question
     """List what has to be right: each operator of the mixers, at their dtype and head dims."""
     found: list[Question] = []
     for mixer in student.mixers():
-        dtype = COMPUTE.get(precision) or next(mixer.v_proj.parameters()).dtype
+        dtype = COMPUTE.get(precision) or next(mixer.o_proj.parameters()).dtype
         for operator, dims in _operators(mixer, decodes):
             asked = verdicts.question(operator, dtype, dims)
             if asked not in found:

@@ -40,7 +40,15 @@ STAGES = ("data", "capture", "align", "distill", "merge", "variant", "evaluate",
 """What an artifact's label begins with, in the order in which stages follow each other."""
 ALIGN_METHOD = 2
 """Version of how stage I computes. 2: output gates read values of RMS 1 while they train."""
-MERGE_KEYS = ("method", "weights", "scale", "density")
+MERGE_KEYS = ("method", "weights", "scale", "density", "layer_groups", "tuning", "learning")
+MERGE_RECIPE_KEYS = {
+    "experts": "distill.experts",
+    "dtype": "teacher.dtype",
+    "protocol": "the evaluation's protocol",
+    "apply_chat_template": "evaluate.apply_chat_template",
+    "top_k": "capture.top_k",
+}
+"""Recipe keys of what only merges with weights that are found depend on."""
 NOT_IN_FINGERPRINT = ("micro_batch", "non_finite", "activation_checkpointing")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
 NOT_IN_TARGETS = ("batch", "shard_teacher", "workers")
@@ -93,7 +101,11 @@ class Lineage:
             ]
         if stage in ("merge", "variant"):
             experts = [f"distill/{expert}" for expert in recipe.distill.experts]
-            return ["align", *experts] if self.merge(label).method in WITH_SCALE else experts
+            merge = self.merge(label)
+            # Learned weights match the experts on rows of their domains.
+            rows = self.learned_rows() if merge.found == "learned" else {}
+            seed = ["align"] if merge.method in WITH_SCALE else []
+            return [*(f"data/{domain}" for domain in rows), *seed, *experts]
         if stage == "evaluate" and name != TEACHER:
             data = [f"data/{domain}" for domain in recipe.data.domains]
             return [self.model_label(name), *data]
@@ -147,7 +159,7 @@ class Lineage:
 
     def _evaluate_settings(self) -> dict[str, Any]:
         """The section `evaluate` as far as answers and scores depend on it."""
-        found = part(self.recipe.evaluate, "include", "experts")
+        found = part(self.recipe.evaluate, "include", "experts", "speed")
         for task in found["tasks"]:
             # It decides what the report compares, which reads it anew.
             del task["chance"]
@@ -163,8 +175,9 @@ class Lineage:
             "capture": capture,
             "align": {"mixer": "student.mixer", "method": "the method of stage I"},
             "distill": {"expert": f"distill.experts.{name}"},
-            "merge": {key: f"merge.{key}" for key in MERGE_KEYS},
-            "variant": {key: f"merge.variants.{name}.{key}" for key in MERGE_KEYS},
+            "merge": MERGE_RECIPE_KEYS | {key: f"merge.{key}" for key in MERGE_KEYS},
+            "variant": MERGE_RECIPE_KEYS
+            | {key: f"merge.variants.{name}.{key}" for key in MERGE_KEYS},
             "evaluate": {"dtype": "teacher.dtype", "protocol": "the evaluation's protocol"},
             "report": {"recipe": ""},
         }[stage]
@@ -217,15 +230,32 @@ class Lineage:
         """Rows of each domain that alignment sees."""
         return {name: rows_to_align(self.recipe, name) for name in self.aligned_domains()}
 
+    def learned_rows(self) -> dict[str, int]:
+        """Rows of each domain that experts read, of which learned weights see some."""
+        return captured_rows(self.recipe)
+
     def merge(self, label: str) -> MergeSettings:
         """The recipe's settings of a merge, by its label."""
         _, _, name = label.partition("/")
         return self.recipe.merge.variants[name] if name else self.recipe.merge
 
     def _merge_settings(self, merge: MergeSettings) -> dict[str, Any]:
-        """What a merge depends on: of scale, density and seed what its method takes."""
-        weights = merge.weights_of(self.recipe.distill.experts)
+        """What a merge depends on: of its settings what its method and its weights take."""
+        experts = self.recipe.distill.experts
+        weights = merge.found or merge.weights_of(experts)
         found: dict[str, Any] = {"method": merge.method, "weights": weights}
+        if merge.found is not None:
+            found["experts"] = list(experts)
+            found["layer_groups"] = merge.layer_groups
+            found["seed"] = self.recipe.seed
+            found["dtype"] = self.recipe.teacher.dtype
+        if merge.found == "tuned":
+            found["tuning"] = part(merge.tuning, "include")
+            found["protocol"] = PROTOCOL
+            found["apply_chat_template"] = self.recipe.evaluate.apply_chat_template
+        if merge.found == "learned":
+            found["learning"] = part(merge.learning)
+            found["top_k"] = self.recipe.capture.top_k
         if merge.method in WITH_SCALE:
             found["scale"] = DEFAULT_SCALE if merge.scale is None else merge.scale
         if merge.method in WITH_DENSITY:
@@ -259,6 +289,8 @@ class Lineage:
 
     def _hashes(self) -> dict[str, Any]:
         paths: list[str] = [str(self.recipe.evaluate.include or "")]
+        for merge in (self.recipe.merge, *self.recipe.merge.variants.values()):
+            paths.append(str(merge.tuning.include or ""))
         for domain in self.recipe.data.domains.values():
             paths += [source.path for source in domain.sources if source.path is not None]
         return {
@@ -335,7 +367,21 @@ class Lineage:
         if stage == "evaluate":
             return self._evaluation_inputs(name)
         label = f"{stage}/{name}" if name else stage
-        return {need: self.request(need).fingerprint for need in self.needs(label)}
+        found: dict[str, str] = {}
+        for need in self.needs(label):
+            rows = stage_of(need) == "data"
+            domain = need.partition("/")[2]
+            found[need] = self.data_identity(domain) if rows else self.request(need).fingerprint
+        if stage in ("merge", "variant") and self.merge(label).found == "tuned":
+            found |= self._tuning_inputs(self.merge(label).tuning.include)
+        return found
+
+    def _tuning_inputs(self, include: str | None) -> dict[str, str]:
+        """What weights are tuned against, besides the experts."""
+        found = {"teacher": self.teacher_hash}
+        if include is not None:
+            found["tasks"] = str(hash_if_there(Path(include)))
+        return found
 
     def _evaluation_inputs(self, model: str) -> dict[str, str]:
         if model == TEACHER:

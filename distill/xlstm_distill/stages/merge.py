@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from xlstm_distill.artifacts import Artifact, Draft, Run
-from xlstm_distill.errors import RunError
-from xlstm_distill.merging.files import NewWeights, SavedWeights, copy_other_files
-from xlstm_distill.merging.merge import MergePlan, Sources, merge_files
+from xlstm_distill.merging.groups import GroupedWeights
 from xlstm_distill.recipe.merging import WITH_SCALE
 from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.ranks import from_rank_zero
 from xlstm_distill.stages.lineage import Lineage
-
-SEED_STUDENT = "align"
+from xlstm_distill.stages.weights.found import merge_with_found_weights
+from xlstm_distill.stages.weights.validation import check_tuning
+from xlstm_distill.stages.weights.writing import SEED_STUDENT, check_seed_student, write_merge
 
 
 def merge(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
@@ -21,74 +18,44 @@ def merge(lineage: Lineage, run: Run, console: Console) -> list[Artifact]:
 
     With one expert the result is that expert.
     """
-    labels = ["merge", *(f"variant/{name}" for name in lineage.recipe.merge.variants)]
-    return [_merge(lineage, run, label, console) for label in labels]
+    return [_merge(lineage, run, label, console) for label in labels(lineage)]
+
+
+def labels(lineage: Lineage) -> list[str]:
+    """Labels of the recipe's merges."""
+    return ["merge", *(f"variant/{name}" for name in lineage.recipe.merge.variants)]
+
+
+def check(lineage: Lineage, run: Run) -> None:
+    """Refuse before any training weights that could not be tuned after it.
+
+    Raises:
+        UserError: optuna is not installed, or a task of the search is held out.
+        EvalError: a task of the search cannot be loaded.
+    """
+
+    def missing() -> None:
+        for label in labels(lineage):
+            if lineage.merge(label).found == "tuned" and not run.find(lineage.request(label)):
+                check_tuning(lineage.recipe, label, lineage.merge(label).tuning)
+
+    from_rank_zero(missing)
 
 
 def _merge(lineage: Lineage, run: Run, label: str, console: Console) -> Artifact:
     settings = lineage.settings(label)
-    weights: dict[str, float] = settings["weights"]
     # All of them, also those of weight 0: they are inputs of the merge's fingerprint.
-    experts = {name: run.need(lineage.request(f"distill/{name}")) for name in weights}
+    names = list(lineage.recipe.distill.experts)
+    experts = {name: run.need(lineage.request(f"distill/{name}")) for name in names}
     base = None
     if settings["method"] in WITH_SCALE:
         base = run.need(lineage.request(SEED_STUDENT))
         check_seed_student(base, experts)
+    if lineage.merge(label).found is not None:
+        return merge_with_found_weights(lineage, run, label, experts, base, console)
 
     def build(draft: Draft) -> None:
-        # Experts of weight 0 are not read.
-        used = {name: weight for name, weight in weights.items() if weight > 0}
-        for artifact in (*(experts[name] for name in used), *([base] if base else [])):
-            artifact.check_content("model")
-        plan = MergePlan(**(settings | {"weights": used}))
-        places = {name: experts[name].model_path for name in used}
-        seed_student = base.model_path if base else None
-        write_merged(plan, places, seed_student, draft.path / "model", label, console)
-        draft.results |= {"weights": weights}
-        shown = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
-        console.line(f"{label}: {settings['method']}, {shown}")
+        grouped = GroupedWeights((settings["weights"],), layers=1)
+        write_merge(grouped, settings, experts, base, draft, label, console)
 
     return run.make(lineage.request(label), build, console=console)
-
-
-def check_seed_student(base: Artifact, experts: Mapping[str, Artifact]) -> None:
-    """Refuse experts that were not trained from this seed student.
-
-    Raises:
-        RunError: names the first such expert.
-    """
-    for name, expert in experts.items():
-        seed = expert.manifest["inputs"].get(SEED_STUDENT)
-        if seed != base.identity:
-            raise RunError(
-                f"{expert.path}: expert {name!r} was trained from another seed student than "
-                f"{base.path}; run the stage 'distill' again."
-            )
-
-
-def write_merged(
-    plan: MergePlan,
-    places: Mapping[str, Path],
-    base: Path | None,
-    target: Path,
-    label: str,
-    console: Console,
-) -> None:
-    """Merge the students saved in these folders, by expert, into a folder like the first one.
-
-    Memory does not grow with the students: a few blocks of a tensor for each thread.
-
-    Raises:
-        UserError: the experts differ in a tensor, or a weight is not allowed.
-        RunError: a file is damaged.
-    """
-    first = next(iter(places.values()))
-    sources = Sources(
-        {name: SavedWeights(place) for name, place in places.items()},
-        SavedWeights(base) if base else None,
-    )
-    copy_other_files(first, target)
-    written = NewWeights(next(iter(sources.experts.values())), target)
-    # In millions: the console writes a thousand million as B, which reads like bytes.
-    with console.progress(label, written.bytes / 1e6, unit="MB") as progress:
-        merge_files(plan, sources, written, lambda count: progress.update(count / 1e6))

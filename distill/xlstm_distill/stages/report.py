@@ -11,7 +11,9 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.artifacts.files import replace_directory
@@ -26,8 +28,11 @@ from xlstm_distill.stages.evaluate import find_evaluations
 from xlstm_distill.stages.lineage import MERGED, STAGES, TEACHER, Lineage, stage_of
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_eval.protocol import flat, require_same_protocol
-from xlstm_eval.records import TaskResult
-from xlstm_eval.report.page import Curve, ReportData, ReportModel, write_report
+from xlstm_eval.records import LongContext, TaskResult
+from xlstm_eval.report.data import Curve, ReportData, ReportModel
+from xlstm_eval.report.items import ItemSet, read_item_set
+from xlstm_eval.report.page import write_report
+from xlstm_eval.report.speed import SPEED_FILE, Speed
 from xlstm_eval.results import read_items, require_same_requests
 
 CURVE_POINTS = 200
@@ -37,6 +42,8 @@ UNITS = {
     "kl": "nats per token",
 }
 FOLDER = "report"
+LONG_CONTEXT_FILE = "long_context.json"
+Record = TypeVar("Record", bound=BaseModel)
 
 
 def report(lineage: Lineage, run: Run, console: Console) -> Artifact:
@@ -91,14 +98,24 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
     """Collect what the report shows; no path of this machine is among it."""
     students = {name: artifact for name, artifact in evaluated.items() if name != TEACHER}
     sources = ancestry(run, evaluated)
+    results = {name: read_results(recipe, artifact) for name, artifact in evaluated.items()}
     return ReportData(
         title=recipe.report.title or f"{recipe.name}: student against teacher",
         teacher=teacher_name(recipe.teacher),
-        teacher_results=read_results(recipe, evaluated[TEACHER]),
+        teacher_results=results[TEACHER],
         models=tuple(
-            ReportModel(name=name, role=_role(recipe, name), results=read_results(recipe, artifact))
-            for name, artifact in students.items()
+            ReportModel(
+                name=name,
+                role=_role(recipe, name),
+                results=results[name],
+                domains=_domains(recipe, name),
+            )
+            for name in students
         ),
+        items=_items(recipe, evaluated, results),
+        speed=_measured(evaluated, SPEED_FILE, Speed),
+        long_context=_measured(evaluated, LONG_CONTEXT_FILE, LongContext),
+        finished=max(artifact.manifest.get("finished", "") for artifact in evaluated.values()),
         gates=_gates(students),
         losses=_losses(recipe, sources),
         timings=_timings(sources),
@@ -113,6 +130,36 @@ def _role(recipe: Recipe, model: str) -> str:
     if model == MERGED:
         return "merged"
     return "variant" if model in recipe.merge.variants else "expert"
+
+
+def _domains(recipe: Recipe, model: str) -> tuple[str, ...]:
+    """Domains that an expert was trained on; none for a merge."""
+    expert = recipe.distill.experts.get(model)
+    phases = expert.phases if expert and _role(recipe, model) == "expert" else ()
+    return tuple(dict.fromkeys(domain for phase in phases for domain in phase.domains))
+
+
+def _items(
+    recipe: Recipe,
+    evaluated: Mapping[str, Artifact],
+    results: Mapping[str, tuple[TaskResult, ...]],
+) -> ItemSet | None:
+    """Answers of the teacher and of the merged student, item by item."""
+    teacher, merged = evaluated[TEACHER].path, evaluated[MERGED].path
+    pairs = list(zip(results[TEACHER], results[MERGED], strict=True))
+    return read_item_set(teacher, merged, pairs, recipe.report.items)
+
+
+def _measured(
+    evaluated: Mapping[str, Artifact], file: str, record: type[Record]
+) -> dict[str, Record]:
+    """What some evaluations left beside their scores; not all have it."""
+    found = {}
+    for name, artifact in evaluated.items():
+        path = artifact.path / file
+        if path.is_file():
+            found[name] = record.model_validate_json(path.read_text(encoding="utf-8"))
+    return found
 
 
 def read_results(recipe: Recipe, artifact: Artifact) -> tuple[TaskResult, ...]:
@@ -175,7 +222,8 @@ def _losses(recipe: Recipe, sources: Mapping[str, Artifact]) -> dict[str, dict[s
         # An ablation without new parameters has an `align` artifact and no log.
         lines = _logged_steps(sources[label]) if label in sources else []
         if lines:
-            curves[label] = {name: _curve(lines, name) for name in names}
+            own = sources[label].manifest["results"]
+            curves[label] = {name: _curve(lines, name, own) for name in names}
     return curves
 
 
@@ -188,8 +236,12 @@ def _logged_steps(artifact: Artifact) -> list[dict[str, Any]]:
     return [line for line in lines if not line.get("skipped")]
 
 
-def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
-    """At most `CURVE_POINTS` points, each the mean of its stretch of steps."""
+def _curve(lines: list[dict[str, Any]], name: str, results: Mapping[str, Any]) -> Curve:
+    """At most `CURVE_POINTS` points, each the mean of its stretch of steps; all held-out figures.
+
+    Held-out figures are those before and after the training, and in between as often as the recipe
+    has it (`training.validate_steps`).
+    """
     width = max(1, math.ceil(len(lines) / CURVE_POINTS))
     steps: list[int] = []
     means: list[float] = []
@@ -198,7 +250,20 @@ def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
         # Means and not samples: one step's loss depends on its rows more than on its place.
         steps.append(stretch[-1]["step"])
         means.append(sum(line[name] for line in stretch) / len(stretch))
-    return Curve(step=tuple(steps), value=tuple(means), unit=UNITS[name])
+    # Steps count from 0, and a line's held-out figures follow its step.
+    held = {
+        line["step"] + 1: line[f"held_out_{name}"] for line in lines if f"held_out_{name}" in line
+    }
+    for step, part in ((0, "validation_before"), (lines[-1]["step"] + 1, "validation_after")):
+        if name in (results.get(part) or {}):
+            held[step] = results[part][name]
+    return Curve(
+        step=tuple(steps),
+        value=tuple(means),
+        unit=UNITS[name],
+        held_out_step=tuple(sorted(held)),
+        held_out=tuple(held[step] for step in sorted(held)),
+    )
 
 
 def _timings(sources: Mapping[str, Artifact]) -> dict[str, float]:
@@ -217,6 +282,10 @@ def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
     name, revision = teacher_name(recipe.teacher), recipe.teacher.revision
     found = {
         "recipe": recipe.name,
+        "evaluated": ", ".join(
+            f"{model} {artifact.manifest.get('finished', 'at an unknown time')}"
+            for model, artifact in evaluated.items()
+        ),
         "seed": str(recipe.seed),
         "teacher": f"{name}@{revision}" if revision else name,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",

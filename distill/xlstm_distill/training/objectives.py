@@ -75,9 +75,9 @@ class Objective(nn.Module, abc.ABC):
         """Return modules whose weights FSDP2 leaves whole on every rank."""
         return []
 
+    @abc.abstractmethod
     def checkpoint_activations(self) -> None:
         """Keep only what enters each layer for the backward pass, which computes the rest again."""
-        raise NotImplementedError
 
 
 class AlignObjective(Objective):
@@ -195,7 +195,7 @@ class AlignObjective(Objective):
 
 def _value_scale(mixer: HybridMixer) -> Tensor:
     """Return one over the RMS of a layer's values, for inputs of RMS 1."""
-    weight = mixer.v_proj.weight.detach().float()
+    weight = mixer.value_weight.detach().float()
     return (weight.square().mean() * weight.shape[1]).clamp_min(torch.finfo().tiny).rsqrt()
 
 

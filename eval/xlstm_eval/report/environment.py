@@ -54,6 +54,7 @@ def environment() -> Any:
         "ends": ends,
         "bytes": byte_size,
         "tokens": token_count,
+        "breaks": _with_breaks,
     }
     environment.globals["with_stderr"] = with_stderr
     return environment
@@ -62,6 +63,13 @@ def environment() -> Any:
 def _score(value: float) -> str:
     # Perplexities and scores in percent need fewer digits than shares do.
     return f"{value:.3f}" if value < 10 else f"{value:.2f}"
+
+
+def _with_breaks(name: str) -> Any:
+    """Let a long name break after its underscores; it is escaped here."""
+    from markupsafe import Markup, escape
+
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
 def _markdown_cell(value: object) -> str:

@@ -26,7 +26,7 @@ def render_many(title: str, entries: Sequence[Entry]) -> dict[str, str]:
     """Return the files by name; the same text for the same entries."""
     from markupsafe import Markup
 
-    from xlstm_eval.report.pareto import pareto_figure  # matplotlib takes a second
+    from xlstm_eval.report.figures.pareto import pareto_figure  # matplotlib takes a second
 
     figures = {}
     for cost, label in COSTS.items():

@@ -2,110 +2,31 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from xlstm_eval.metrics import ALPHAS, MARGIN, compare, pair_results
-from xlstm_eval.problems import FieldError
-from xlstm_eval.records import Comparison, Frozen, Name, TaskResult
+from xlstm_eval.records import Comparison, TaskPair, TaskResult
+from xlstm_eval.report.data import HEADLINE_ALPHA, Curve, ReportData, ReportModel
 from xlstm_eval.report.environment import environment, write_files
+from xlstm_eval.report.items import LONGEST_TEXT, OUTCOMES, page_values, script_json
+from xlstm_eval.report.merging import Merging, merging_of, merging_sentence
 from xlstm_eval.report.names import short_names
 from xlstm_eval.report.sentence import sentence
-from xlstm_eval.score import statistics_values
+from xlstm_eval.report.speed import TEACHER, speed_sentence
+from xlstm_eval.report.values import report_values
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-HEADLINE_ALPHA = 0.05
+__all__ = ["Curve", "ReportData", "ReportModel", "render", "write_report"]
+
+OUTCOME_LABELS = dict(
+    zip(OUTCOMES, ("teacher only", "student only", "neither", "both"), strict=True)
+)
 FULL_SHADE = 0.3
 """How far a score must be from its teacher's to be shaded most strongly in the table."""
-
-
-class ReportModel(Frozen):
-    """Name one student, its role (merged, expert, generalist, ...) and its results."""
-
-    name: Name
-    role: Name
-    results: tuple[TaskResult, ...]
-
-
-class Curve(Frozen):
-    """Hold one training curve: values over steps."""
-
-    step: tuple[int, ...]
-    value: tuple[Finite, ...]
-    unit: str = ""
-
-    @model_validator(mode="after")
-    def _lengths_agree(self) -> Self:
-        if len(self.step) != len(self.value):
-            raise FieldError(
-                "value", f"{len(self.value)} values for {len(self.step)} steps. Give one for each."
-            )
-        return self
-
-
-class ReportData(Frozen):
-    """Hold all that a report shows.
-
-    ``gates`` maps a model's name to its mean output gates, layers x heads. ``losses`` maps a stage
-    ("align", "distill/math") to its named curves, ``timings`` to its seconds. ``provenance`` holds
-    seed, versions, machine and hashes; ``recipe`` is the recipe's text. ``margin`` is that of the
-    decision over all tasks (`xlstm_eval.statistics.pooled`).
-    """
-
-    title: Name
-    teacher: Name
-    teacher_results: Annotated[tuple[TaskResult, ...], Field(min_length=1)]
-    models: Annotated[tuple[ReportModel, ...], Field(min_length=1)]
-    gates: dict[str, tuple[tuple[Finite, ...], ...]] | None = None
-    losses: dict[str, dict[str, Curve]] = Field(default_factory=dict)
-    timings: dict[str, Finite] = Field(default_factory=dict)
-    provenance: dict[str, str] = Field(default_factory=dict)
-    recipe: str = ""
-    alphas: tuple[float, ...] = ALPHAS
-    margin: float = MARGIN
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        names: set[str] = set()
-        for model in self.models:
-            if model.name in names:
-                raise FieldError(
-                    "models", f"the name {model.name!r} appears twice. Give each model its own."
-                )
-            names.add(model.name)
-        for name, rows in (self.gates or {}).items():
-            lengths = {len(row) for row in rows}
-            if len(lengths) != 1 or 0 in lengths:
-                raise FieldError(
-                    f"gates.{name}", "rows of unequal length, or none. Give layers x heads."
-                )
-        return self
-
-    def headline(self) -> ReportModel:
-        """Return the model the report is about: the merged one, else the first."""
-        for model in self.models:
-            if model.role == "merged":
-                return model
-        return self.models[0]
-
-    def comparisons(self) -> list[Comparison]:
-        """Compare every model with the teacher, at ``alphas`` and at the headline's tolerances.
-
-        Each comparison has its statistics.
-        """
-        from xlstm_eval.statistics.measure import measure  # scipy takes a second to load
-
-        # The tables of models need these two, whatever the recipe lists.
-        alphas = sorted({*self.alphas, 0.0, HEADLINE_ALPHA})
-        comparisons = []
-        for model in self.models:
-            pairs = pair_results(self.teacher_results, model.results)
-            compared = compare(model.name, pairs, alphas)
-            comparisons.append(measure(compared, alphas, self.margin))
-        return comparisons
 
 
 def write_report(data: ReportData, directory: str | Path) -> Path:
@@ -119,12 +40,13 @@ def write_report(data: ReportData, directory: str | Path) -> Path:
 def render(data: ReportData) -> dict[str, str]:
     """Return the report's files by name; the same text for the same data."""
     comparisons = data.comparisons()
-    context = _context(data, comparisons)
-    figures = _figures(data, comparisons)
+    merging = merging_of(data)
+    context = _context(data, comparisons, merging)
+    figures = _figures(data, comparisons, merging)
     made = environment()
-    page = made.get_template("report.html.j2").render(context, figures=figures)
+    page = made.get_template("report.html.j2").render(context, figures=figures, **_script(data))
     text = made.get_template("report.md.j2").render(context)
-    values = report_values(data, comparisons)
+    values = report_values(data, comparisons, merging).model_dump(mode="json")
     return {
         "report.html": page,
         "report.md": text,
@@ -133,57 +55,21 @@ def render(data: ReportData) -> dict[str, str]:
     }
 
 
-def report_values(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
-    """Return the content of report.json."""
-    models = zip(data.models, comparisons, strict=True)
-    return {
-        "title": data.title,
-        "teacher": {
-            "name": data.teacher,
-            "scores": {result.task: result.score for result in data.teacher_results},
-            "stderr": {result.task: result.stderr for result in data.teacher_results},
-            "metrics": {result.task: result.metrics for result in data.teacher_results},
-        },
-        "models": [_model_values(model, result) for model, result in models],
-        "tasks": {result.task: _task_values(result) for result in data.teacher_results},
-        "gates": data.gates,
-        "timings": data.timings,
-        "provenance": data.provenance,
-    }
+def _script(data: ReportData) -> dict[str, Any]:
+    """Return the page's script, what it reads, and the hash by which browsers allow it alone."""
+    from markupsafe import Markup
+
+    script = (Path(__file__).parent / "templates" / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    items = None
+    if data.items:
+        items = Markup(script_json(page_values(data.items, data.teacher_results)))
+    return {"script": Markup(script), "script_hash": Markup(f"sha256-{digest}"), "items": items}
 
 
-def _model_values(model: ReportModel, result: Comparison) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "role": model.role,
-        "scores": {pair.task: pair.student for pair in result.tasks},
-        "stderr": {pair.task: pair.student_stderr for pair in result.tasks},
-        "metrics": {own.task: own.metrics for own in model.results},
-        "recovery": result.recovery,
-        "recovery_by_domain": result.recovery_by_domain,
-        "mean_recovery": result.mean_recovery,
-        "win_and_tie": result.win_and_tie,
-        "critical_tolerance": result.critical_tolerance,
-        "critical_tolerance_75": result.critical_tolerance_75,
-        "worst_drop": result.worst_drop,
-        "worst_task": result.worst_task,
-        "lossless": result.lossless,
-        "sentence": sentence(result),
-        "apart": result.apart,
-        **statistics_values(result),
-    }
-
-
-def _task_values(result: TaskResult) -> dict[str, Any]:
-    return {
-        "domain": result.domain,
-        "metric": result.metric,
-        "samples": result.samples,
-        "higher_is_better": result.higher_is_better,
-    }
-
-
-def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
+def _context(
+    data: ReportData, comparisons: Sequence[Comparison], merging: Merging | None
+) -> dict[str, Any]:
     headline = data.headline().name
     by_name = {result.name: result for result in comparisons}
     stages = _stage_times(data.timings)
@@ -194,52 +80,57 @@ def _context(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
         "headline_alpha": str(HEADLINE_ALPHA),
         "comparisons": comparisons,
         "roles": {model.name: model.role for model in data.models},
-        "domains": _domain_spans(data.teacher_results),
-        "short": short_names({result.task: result.domain for result in data.teacher_results}),
-        "cells": {result.name: _cells(result) for result in comparisons},
+        "domains": _by_domain(data.teacher_results, comparisons),
+        "short": _short(data),
         "total_seconds": sum(data.timings.values()),
         "stages": stages,
         "longest": longest,
-        "items": sum(result.samples for result in data.teacher_results),
+        "item_count": sum(result.samples for result in data.teacher_results),
         "sentence": sentence(by_name[headline]),
+        "merging": merging,
+        "merging_sentence": merging_sentence(merging) if merging else "",
+        "speed": _shown_speed(data),
+        "speed_sentence": speed_sentence(data.speed, headline),
+        "long_context": _shown_long_context(data),
+        "outcome_labels": OUTCOME_LABELS,
+        "longest_text": LONGEST_TEXT,
     }
 
 
-def _cells(result: Comparison) -> list[dict[str, Any]]:
-    """Return the table's cells: score, recovery, side of the teacher, strength of shading."""
-    cells = []
-    for pair in result.tasks:
-        rate = result.recovery[pair.task]
-        side, strength = "none", 0.0
-        # Without a rate (the teacher's score is 0) a cell has no side and no shade.
-        if rate is not None:
-            side = "above" if rate >= 1 else "below"
-            strength = min(1.0, abs(rate - 1) / FULL_SHADE)
-        cells.append(
-            {
-                "score": pair.student,
-                "stderr": pair.student_stderr,
-                "recovery": rate,
-                "side": side,
-                "strength": strength,
-            }
-        )
-    return cells
+def _short(data: ReportData) -> dict[str, str]:
+    return short_names({result.task: result.domain for result in data.teacher_results})
 
 
-def _domain_spans(results: tuple[TaskResult, ...]) -> list[tuple[str, int]]:
-    """Return runs of equal domains in table order, for the head of the score table."""
-    spans: list[tuple[str, int]] = []
-    for result in results:
-        domain = result.domain or "-"
-        if spans and spans[-1][0] == domain:
-            spans[-1] = (domain, spans[-1][1] + 1)
-        else:
-            spans.append((domain, 1))
-    return spans
+def _by_domain(
+    results: Sequence[TaskResult], comparisons: Sequence[Comparison]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the rows of the score table by domain: a task, and a cell for each student."""
+    rows = [
+        {"task": result, "cells": [_cell(own, own.tasks[index]) for own in comparisons]}
+        for index, result in enumerate(results)
+    ]
+    grouped = itertools.groupby(rows, key=lambda row: row["task"].domain or "-")
+    return [(domain, list(own)) for domain, own in grouped]
 
 
-def _stage_times(timings: dict[str, float]) -> dict[str, tuple[float, dict[str, float]]]:
+def _cell(result: Comparison, pair: TaskPair) -> dict[str, Any]:
+    """Return a cell of the table: score, recovery, side of the teacher, strength of shading."""
+    rate = result.recovery[pair.task]
+    side, strength = "none", 0.0
+    # Without a rate (the teacher's score is 0) a cell has no side and no shade.
+    if rate is not None:
+        side = "above" if rate >= 1 else "below"
+        strength = min(1.0, abs(rate - 1) / FULL_SHADE)
+    return {
+        "score": pair.student,
+        "stderr": pair.student_stderr,
+        "recovery": rate,
+        "side": side,
+        "strength": strength,
+    }
+
+
+def _stage_times(timings: Mapping[str, float]) -> dict[str, tuple[float, dict[str, float]]]:
     """Return each stage's total and its parts; "distill/math" is a part of "distill"."""
     stages: dict[str, tuple[float, dict[str, float]]] = {}
     for label, seconds in timings.items():
@@ -251,34 +142,72 @@ def _stage_times(timings: dict[str, float]) -> dict[str, tuple[float, dict[str, 
     return stages
 
 
-def _figures(data: ReportData, comparisons: list[Comparison]) -> dict[str, Any]:
+def _shown_speed(data: ReportData) -> list[tuple[int, list[Any]]]:
+    """Return a row for each context: what each model was measured at, or None."""
+    contexts = {point.context for speed in data.speed.values() for point in speed.points}
+    return [
+        (context, [speed.at(context) for speed in data.speed.values()])
+        for context in sorted(contexts)
+    ]
+
+
+def _shown_long_context(data: ReportData) -> dict[str, Any]:
+    """Return the teacher's and the headline's long-context results, where items are the same."""
+    names = [TEACHER, data.headline().name]
+    found = {name: data.long_context[name] for name in names if name in data.long_context}
+    if len({own.items for own in found.values()}) > 1:
+        # Other items: nothing to compare. The teacher's alone say nothing of the student.
+        return {names[1]: found[names[1]]}
+    return found
+
+
+def _figures(
+    data: ReportData, comparisons: Sequence[Comparison], merging: Merging | None
+) -> dict[str, Any]:
     """Draw every figure, as markup that the template places as it is."""
-    # Markup is not escaped again. That is safe: charts.py escapes every name it writes.
+    # Markup is not escaped again. That is safe: the figures escape every name they write.
     from markupsafe import Markup
 
     # matplotlib takes a second to import.
-    from xlstm_eval.report import charts
+    from xlstm_eval.report.figures import costs, distance, gates, scores
 
     headline = data.headline().name
-    gates = {}
-    for index, (name, rows) in enumerate((data.gates or {}).items()):
-        gates[name] = Markup(charts.gate_figure(name, rows, f"gate{index}"))
-    losses = {}
+    shown = next(result for result in comparisons if result.name == headline)
+    short = _short(data)
+    names = ("differences", "merging", "memory", "rate", "recall", "position", "gates")
+    found: dict[str, str | None] = dict.fromkeys(names) | {
+        "win_and_tie": scores.win_and_tie_figure(comparisons, headline),
+        "recovery": scores.recovery_figure(comparisons, headline),
+    }
+    if shown.statistics is not None and shown.statistics.tasks:
+        found["differences"] = scores.difference_figure(shown, short, "differences")
+    if merging and merging.comparison.statistics and merging.comparison.statistics.tasks:
+        labels = {task: f"{short[task]} ({expert})" for task, expert in merging.experts.items()}
+        found["merging"] = scores.difference_figure(merging.comparison, labels, "merging", "expert")
+    if data.speed:
+        found["memory"] = costs.memory_figure(data.speed)
+        found["rate"] = costs.rate_figure(data.speed)
+    long_context = _shown_long_context(data)
+    if long_context:
+        found["recall"] = distance.recall_figure(long_context)
+        found["position"] = distance.position_figure(long_context)
+    if data.gates:
+        found["gates"] = gates.gates_figure(data.gates)
+    drawn: dict[str, Any] = {name: svg and Markup(svg) for name, svg in found.items()}
+    drawn["losses"] = {stage: Markup(svg) for stage, svg in _loss_figures(data).items()}
+    return drawn
+
+
+def _loss_figures(data: ReportData) -> dict[str, str]:
+    from xlstm_eval.report.figures.curves import Series, loss_figure
+
+    found = {}
     for index, (stage, curves) in enumerate(data.losses.items()):
         series = {
-            name: (curve.step, curve.value, curve.unit)
+            name: Series(curve.step, curve.value, curve.unit, (curve.held_out_step, curve.held_out))
             for name, curve in curves.items()
             if curve.step
         }
         if series:
-            losses[stage] = Markup(charts.loss_figure(stage, series, f"loss{index}"))
-    shown = next(result for result in comparisons if result.name == headline)
-    short = short_names({result.task: result.domain for result in data.teacher_results})
-    has_items = shown.statistics is not None and bool(shown.statistics.tasks)
-    return {
-        "differences": Markup(charts.difference_figure(shown, short)) if has_items else None,
-        "win_and_tie": Markup(charts.win_and_tie_figure(comparisons, headline)),
-        "recovery": Markup(charts.recovery_figure(comparisons, headline)),
-        "gates": gates,
-        "losses": losses,
-    }
+            found[stage] = loss_figure(stage, series, f"loss{index}")
+    return found

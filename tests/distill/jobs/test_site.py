@@ -69,7 +69,7 @@ launcher: 3
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("stages: {merge: {nodes: 2}}", "stages.merge.nodes: merge runs in one process"),
+        ("stages: {report: {nodes: 2}}", "stages.report.nodes: report runs in one process"),
         ("stages: {align: {tasks: 2}}", "stages.align.tasks: it is for stages prepare and capture"),
         ("defaults: {tasks: 2}", "defaults.tasks: it is for stages prepare and capture"),
         ("stages: {align: {nodes: 2}}", "stages.align.launch: missing: 2 nodes need it"),

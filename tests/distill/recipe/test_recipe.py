@@ -353,7 +353,8 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
         ("distill.kl_weight=0", "distill.ce_weight: 0.0 beside kl_weight 0.0 leaves no loss;"),
         ("distill.kl_tail=false",
          "distill.kl_tail: false renormalises over targets that capture.mass (0.98) cuts"),
-        ("merge.weights=unifrm", "merge.weights: 'unifrm' is not allowed. Allowed: 'uniform'."),
+        ("merge.weights=unifrm",
+         "merge.weights: 'unifrm' is not allowed. Allowed: 'uniform', 'tuned' or"),
         ("merge.weights={math: 0.5}",
          "merge.weights: no weight for expert 'code'; give one (0 leaves it out)."),
         ("merge.weights={math: 0.5, code: 0.7}",
@@ -372,6 +373,18 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
          "merge.variants.x.method: 'slerp' merges two experts, and 1 have a weight above 0;"),
         ("merge.variants={code: {scale: 1.0, method: dare, density: 0.5}}",
          "merge.variants.code: an expert or the report uses this name; choose another."),
+        ("merge.layer_groups=2",
+         "merge.layer_groups: 2 has no effect with uniform weights; leave it out."),
+        ("merge={weights: learned, tuning: {trials: 5}}",
+         "merge.tuning: has no effect with learned weights; leave it out."),
+        ("merge.learning.steps=5",
+         "merge.learning: has no effect with uniform weights; leave it out."),
+        ("merge={weights: learned, method: ties, density: 0.5}",
+         "merge.weights: 'learned' needs a method that is linear in the weights (linear or"),
+        ("merge={weights: tuned, tuning: {tasks: [{name: qs_math_add}]}}",
+         "merge.tuning.tasks[0].name: 'qs_math_add' is a task of evaluate.tasks, which must stay"),
+        ("merge={weights: tuned, tuning: {tasks: [{name: v}, {name: v}]}}",
+         "merge.tuning.tasks[1].name: 'v' is already tasks[0]; keep one."),
         ("merge.variants={x: {variants: {}}}", "merge.variants.x.variants: unknown"),
         ("data.domains.math.sources=[]", "data.domains.math.sources: empty. Give at least one."),
         ("data.domains.math.sources=[{generator: math}]",
@@ -572,4 +585,16 @@ def test_missing_local_teacher_is_no_hub_id(small: Path, teacher: str) -> None:
 def test_missing_task_folder(small: Path) -> None:
     assert message(small, "evaluate.include=tasks").startswith(
         "evaluate.include: 'tasks' is not a folder (looked for "
+    )
+
+
+def test_weights_are_tuned_on_tasks_that_the_recipe_names_or_that_a_generator_has(
+    small: Path,
+) -> None:
+    sources = "[{path: a/b}]"
+    hub = f"data.domains={{math: {{sources: {sources}}}, code: {{sources: {sources}}}}}"
+    variant = "merge.variants={x: {weights: tuned}}"
+    assert load_recipe(small, [variant]).merge.variants["x"].found == "tuned"
+    assert message(small, hub, variant).startswith(
+        "merge.variants.x.tuning.tasks: missing; no domain is made by an embedded generator,"
     )

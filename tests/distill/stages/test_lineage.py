@@ -63,7 +63,8 @@ def test_inputs_are_what_an_artifact_needs(root):
 
 MERGES = [
     "merge.variants={added: {method: task_arithmetic, scale: 1.5},"
-    " drawn: {method: dare, density: 0.5}, half: {weights: {math: 1, code: 0, stem: 0, chat: 0}}}"
+    " drawn: {method: dare, density: 0.5}, half: {weights: {math: 1, code: 0, stem: 0, chat: 0}},"
+    " searched: {weights: tuned, layer_groups: 2}, matched: {weights: learned}}"
 ]
 
 
@@ -79,7 +80,16 @@ def test_a_merge_depends_on_what_its_method_takes(root):
     # Differences are taken from the aligned student; a weighted sum does not need it.
     assert "align" in lineage.needs("variant/added")
     assert "align" not in lineage.needs("variant/half")
-    assert lineage.evaluated_models()[-3:] == ["added", "drawn", "half"]
+    # Weights that are found depend on what they are found with, and on what they are measured by.
+    searched = lineage.settings("variant/searched")
+    assert (searched["weights"], searched["layer_groups"]) == ("tuned", 2)
+    assert searched["tuning"]["trials"] == 32
+    assert "learning" not in searched
+    assert "teacher" in lineage.request("variant/searched").inputs
+    assert lineage.settings("variant/matched")["learning"]["steps"] == 50
+    assert "data/math" in lineage.needs("variant/matched")
+    assert "data/math" not in lineage.needs("variant/searched")
+    assert lineage.evaluated_models()[-5:-2] == ["added", "drawn", "half"]
     assert lineage.needs("evaluate/half")[0] == "variant/half"
 
 

@@ -15,7 +15,7 @@ from xlstm_distill.errors import RunError
 from xlstm_distill.merging.merge import MergePlan
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import workbench
-from xlstm_distill.stages.merge import check_seed_student, write_merged
+from xlstm_distill.stages.weights.writing import check_seed_student, write_merged
 
 # Binary fractions: with others, ties are common, and whether a CPU fuses product and sum decides.
 PLAN = MergePlan("linear", {"a": 0.25, "b": 0.75})

@@ -24,6 +24,21 @@ def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domain
         assert error_ratio(mixed[batch.real], seen.heads[batch.real].double()) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["phi3", "qwen2", "olmo3", "cohere2"])
+def test_stage_one_gives_all_new_parameters_of_a_family_a_gradient(family, tiny_teacher, domains):
+    teacher = tiny_teacher(family)
+    student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=True)
+    objective = AlignObjective(student, teacher)
+    objective(load_batch(domains, [("a", 4), ("b", 5)])).loss.backward()
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
+    for mixer in student.mixers():
+        if not mixer.family.fused:
+            assert torch.equal(mixer.value_weight, mixer.v_proj.weight)
+
+
 def test_the_student_computes_what_was_aligned(tiny_teacher, domains):
     """Its output gates read values as they are, and not values of RMS 1."""
     teacher = tiny_teacher()

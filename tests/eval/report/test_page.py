@@ -10,19 +10,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
+from report_example import full_report, read_data, with_items
 
-from xlstm_eval.records import TaskResult
 from xlstm_eval.report import environment as report
-from xlstm_eval.report.page import Curve, ReportData, ReportModel, render, write_report
-
-DATA_FILE = Path(__file__).parent / "report_data.json"
+from xlstm_eval.report.data import Curve, ReportData, ReportModel
+from xlstm_eval.report.page import render, write_report
+from xlstm_eval.report.values import json_schema
 
 
 @pytest.fixture(scope="module")
 def data() -> ReportData:
-    return ReportData.model_validate_json(DATA_FILE.read_text(encoding="utf-8"))
+    return read_data()
 
 
 @pytest.fixture(scope="module")
@@ -75,25 +76,6 @@ def test_json_lists_the_models_with_their_figures(data: ReportData, files: dict[
     assert set(merged["metrics"]) == set(values["teacher"]["metrics"]) == set(teacher)
 
 
-def with_items(data: ReportData, worst: str = "kvfar") -> ReportData:
-    """Give every result items that fit its score; on one task the student loses by far."""
-
-    def items(result: TaskResult, right: int) -> TaskResult:
-        scores = (1.0,) * right + (0.0,) * (result.samples - right)
-        values = {"items": scores, "correct": right, "score": right / result.samples}
-        return result.model_copy(update=values)
-
-    models = []
-    for model in data.models:
-        results = [
-            items(own, own.correct // 2 if own.task == worst else own.correct)
-            for own in model.results
-        ]
-        models.append(model.model_copy(update={"results": tuple(results)}))
-    teacher = tuple(items(own, own.correct) for own in data.teacher_results)
-    return data.model_copy(update={"teacher_results": teacher, "models": tuple(models)})
-
-
 def test_items_give_a_sentence_a_decision_and_intervals_everywhere(data: ReportData) -> None:
     files = render(with_items(data))
     merged = json.loads(files["report.json"])["models"][0]
@@ -119,6 +101,55 @@ def test_items_give_a_sentence_a_decision_and_intervals_everywhere(data: ReportD
     names = [name for name in re.findall(r">([a-z]+)</text>", figure) if name in merged["scores"]]
     assert names[0] == "kvfar"
     assert len(names) == len(merged["scores"])
+
+
+@pytest.fixture(scope="module")
+def full() -> ReportData:
+    return full_report(items=30, left_out=4988)
+
+
+@pytest.fixture(scope="module")
+def full_files(full: ReportData) -> dict[str, str]:
+    return render(full)
+
+
+def test_all_sections_are_there_in_html_and_in_markdown(
+    full: ReportData, full_files: dict[str, str]
+) -> None:
+    page, text = full_files["report.html"], full_files["report.md"]
+    outline = Outline(page)
+    sections = {"differences", "merging", "items", "speed", "long-context", "gates", "losses"}
+    assert sections <= set(outline.ids)
+    assert outline.tags.count("svg") == 9 + len(full.losses)
+    assert len(set(outline.ids)) == len(outline.ids)
+    assert '<time datetime="2026-11-21T23:50:09Z">2026-11-21</time>' in page
+    assert "<b>This page holds 30 of 5,018 items</b>" in page
+    assert "both (5,000)" in page
+    for part in ("Evaluated 2026-11-21T23:50:09Z.", "## Merging", "## Long context"):
+        assert part in text
+    assert "| 4096 | 6.3 MB | 98 | 259.0 KB | 150 |" in text
+    assert_tables_are_well_formed(text, least=12)
+
+
+def test_json_keeps_its_schema(
+    full: ReportData, full_files: dict[str, str], files: dict[str, str]
+) -> None:
+    values = json.loads(full_files["report.json"])
+    assert values["finished"] == full.finished
+    assert values["items"] == full.items.counts
+    assert values["merging"]["tasks"]["add"]["expert"] == "math"
+    assert values["speed"]["merged"]["points"][0]["state_bytes"] == 258_984
+    assert values["long_context"]["teacher"]["loss_by_position"][0]["from"] == 128
+    for own in (values, json.loads(files["report.json"])):
+        jsonschema.validate(own, json_schema())
+    with pytest.raises(jsonschema.ValidationError, match="lossless"):
+        del values["models"][0]["lossless"]
+        jsonschema.validate(values, json_schema())
+
+
+def test_the_schema_in_the_docs_is_that_of_the_file() -> None:
+    file = Path(__file__).parents[3] / "docs" / "report.schema.json"
+    assert json.loads(file.read_text(encoding="utf-8")) == json_schema()
 
 
 def test_tasks_at_chance_are_listed_apart(data: ReportData) -> None:
@@ -151,12 +182,12 @@ def test_html_is_self_contained_and_its_ids_are_unique(
         "provenance",
     }
     assert {"headline", *sections} <= set(outline.ids)
-    assert not {"script", "link", "iframe", "img", "object"} & set(outline.tags)
+    assert not {"link", "iframe", "img", "object"} & set(outline.tags)
     inside = {link[1:] for link in outline.links if link.startswith("#")}
     assert inside <= set(outline.ids)
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in outline.links)
     assert set(re.findall(r"url\(#([^)]+)\)", files["report.html"])) <= set(outline.ids)
-    figures = 2 + len(data.gates or {}) + len(data.losses)
+    figures = 2 + 1 + len(data.losses)  # the gates of all models are one picture
     assert outline.tags.count("svg") == len(outline.labels) == figures
     assert all(outline.labels)
 
@@ -203,7 +234,8 @@ def test_names_are_escaped(data: ReportData) -> None:
             recipe=nasty,
         )
     )
-    assert "<script" not in files["report.html"]
+    assert nasty not in files["report.html"]
+    assert re.findall("<script[^>]*>", files["report.html"]) == ["<script>"]  # the page's own
     assert json.loads(files["report.json"])["title"] == nasty
     tables = [line for line in files["report.md"].splitlines() if line.startswith("|")]
     assert tables
@@ -233,8 +265,12 @@ def test_a_dollar_is_a_dollar_in_every_figure(data: ReportData) -> None:
 
 
 def test_markdown_tables_are_well_formed(files: dict[str, str]) -> None:
-    lines = files["report.md"].splitlines()
-    assert lines[0] == "# Quickstart"
+    assert files["report.md"].startswith("# Quickstart\n")
+    assert_tables_are_well_formed(files["report.md"], least=8)
+
+
+def assert_tables_are_well_formed(text: str, least: int) -> None:
+    lines = text.splitlines()
     tables, block = [], []
     for line in [*lines, ""]:
         if line.startswith("|"):
@@ -242,7 +278,7 @@ def test_markdown_tables_are_well_formed(files: dict[str, str]) -> None:
         elif block:
             tables.append(block)
             block = []
-    assert len(tables) >= 8
+    assert len(tables) >= least
     for table in tables:
         widths = {len(re.split(r"(?<!\\)\|", line)) for line in table}
         assert len(widths) == 1, table[0]
@@ -271,7 +307,7 @@ def test_times_are_summed_by_stage(data: ReportData, files: dict[str, str]) -> N
     assert json.loads(files["report.json"])["timings"] == data.timings
 
 
-def test_column_heads_leave_out_what_a_domains_tasks_share(data: ReportData) -> None:
+def test_the_table_names_every_task_in_full_under_its_domain(data: ReportData) -> None:
     names = [
         ("qs_math_add", "math"),
         ("qs_math_story", "math"),
@@ -287,8 +323,10 @@ def test_column_heads_leave_out_what_a_domains_tasks_share(data: ReportData) -> 
     text = render(ReportData(title="t", teacher="T", teacher_results=results, models=(model,)))[
         "report.html"
     ]
-    heads = re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', text)
-    assert heads == ["add", "story", "code", "code_run", "gpqa_main", "a", "a_b", "same_task"]
+    rows = re.findall(r'<th scope="row" title="[^"]*">(.*?)</th>', text)
+    assert [row.replace("<wbr>", "") for row in rows] == [task for task, _ in names]
+    groups = re.findall(r'<th scope="rowgroup"[^>]*>([^<]*)</th>', text)
+    assert groups == ["math", "code", "stem", "chat"]
 
 
 def test_writing_replaces_the_old_report_as_a_whole(data: ReportData, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from xlstm_eval.report.charts import INK, MUTED, PAPER, SERIES, new_figure, to_svg
 from xlstm_eval.report.entries import Entry, groups_of, pareto_front
+from xlstm_eval.report.figures.style import INK, MUTED, PAPER, SERIES, new_figure, to_svg
 from xlstm_eval.report.names import byte_size, token_count
 
 if TYPE_CHECKING:

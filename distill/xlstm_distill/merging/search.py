@@ -1,0 +1,129 @@
+"""Search merge weights: which weighted sums to score, and which of them is the best.
+
+Weights are on the simplex, in steps of 1/100, a set for each group of layers. What is proposed next
+depends on the seed and on the scores so far alone. So a search that is started again with the
+scores that it has already goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xlstm_distill.errors import UserError
+
+STEPS = 100
+"""Steps of a weight. Finer ones are within the noise of validation, and hit the cache less."""
+LARGEST = 1e7
+"""Weighs the worst tolerance against the mean recovery: any difference of tolerances counts more.
+
+Tolerances of up to 3,000 items a task differ by more than the inverse.
+"""
+RANDOM_TRIALS = 10
+"""Trials that are drawn at random, those that are given included; from then on TPE proposes."""
+LOWEST = 1e-3
+"""Smallest variable; the weight is its negative logarithm, relative to those of the others."""
+
+Weights = tuple[tuple[float, ...], ...]
+"""Weights by group of layers and expert."""
+
+
+@dataclass(frozen=True, order=True)
+class Score:
+    """How good a merge is; smaller is better: the worst tolerance first, then the mean recovery."""
+
+    worst_tolerance: float
+    negative_recovery: float
+
+    @property
+    def number(self) -> float:
+        """One number with this order."""
+        return LARGEST * self.worst_tolerance + self.negative_recovery
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Weights that were scored."""
+
+    weights: Weights
+    score: Score
+
+
+def search(
+    experts: int, groups: int, trials: int, seed: int, score: Callable[[Weights], Score]
+) -> Iterator[Trial]:
+    """Propose weights, have them scored, and yield each trial.
+
+    The first trials are uniform weights and each expert alone, as far as the budget goes. `score`
+    is called again for weights that are proposed again: the caller keeps its scores.
+
+    Raises:
+        UserError: optuna is not installed.
+    """
+    study = _study(seed)
+    names = [f"{group} {expert}" for group in range(groups) for expert in range(experts)]
+    for start in _starts(experts):
+        study.enqueue_trial(dict(zip(names, start * groups, strict=True)))
+    distributions = _distributions(names)
+    for _ in range(trials):
+        asked = study.ask(distributions)
+        drawn = [asked.params[name] for name in names]
+        sets = [on_simplex(drawn[g * experts : (g + 1) * experts]) for g in range(groups)]
+        trial = Trial(tuple(sets), score(tuple(sets)))
+        study.tell(asked, trial.score.number)
+        yield trial
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The best trial; of equally good ones the first."""
+    return min(trials, key=lambda trial: trial.score)
+
+
+def on_simplex(variables: Sequence[float]) -> tuple[float, ...]:
+    """Turn variables in (0, 1] into weights that sum to 1, in steps of 1/100.
+
+    Uniform variables become weights that are uniform on the simplex. Parts of a step go to the
+    largest remainders, so that the sum is exact.
+    """
+    lengths = [-math.log(value) for value in variables]
+    whole = math.fsum(lengths)
+    if whole == 0:  # all variables are 1
+        lengths, whole = [1.0] * len(lengths), float(len(lengths))
+    parts = [STEPS * length / whole for length in lengths]
+    counts = [math.floor(part) for part in parts]
+    rest = sorted(range(len(parts)), key=lambda at: (counts[at] - parts[at], at))
+    for at in rest[: STEPS - sum(counts)]:
+        counts[at] += 1
+    return tuple(count / STEPS for count in counts)
+
+
+def _starts(experts: int) -> list[list[float]]:
+    """Variables of uniform weights, and of each expert alone."""
+    found = [[0.5] * experts]
+    for chosen in range(experts):
+        found.append([0.5 if at == chosen else 1.0 for at in range(experts)])
+    return found
+
+
+def require_optuna() -> None:
+    """Raise UserError if optuna, which proposes weights, is not installed."""
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("merge.weights: 'tuned' needs optuna; install xlstm-distill[tuning].")
+
+
+def _study(seed: int) -> Any:
+    require_optuna()
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS)
+    return optuna.create_study(sampler=sampler, direction="minimize")
+
+
+def _distributions(names: Sequence[str]) -> dict[str, Any]:
+    from optuna.distributions import FloatDistribution
+
+    return {name: FloatDistribution(LOWEST, 1.0) for name in names}

@@ -1,0 +1,98 @@
+"""Tuned weights: the better expert is found, the same every time, on training problems alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+
+import pytest
+import yaml
+
+from xlstm_distill.errors import UserError
+from xlstm_distill.runtime.console import QuietConsole
+from xlstm_distill.stages.merge import merge
+from xlstm_distill.stages.weights.tuning import JOURNAL
+from xlstm_distill.stages.weights.validation import check_held_out
+
+pytest.importorskip("optuna")
+TUNED = {"weights": "tuned", "tuning": {"trials": 4, "items": 6}}
+
+
+class Stopping(QuietConsole):
+    """Stops the program after two trials of the merge `again`, as Ctrl-C does."""
+
+    @contextlib.contextmanager
+    def progress(self, label, *args, **kwargs):
+        with super().progress(label, *args, **kwargs) as bar:
+            self.left = 2 if label == "variant/again (tuning)" else math.inf
+            update, bar.update = bar.update, lambda *a, **k: (self.count(), update(*a, **k))
+            yield bar
+
+    def count(self):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def tuned(found_run):
+    """The same search twice, the second of which is stopped after two trials and started again."""
+    lineage, run = found_run({**TUNED, "variants": {"again": TUNED}})
+    with pytest.raises(KeyboardInterrupt):
+        merge(lineage, run, Stopping())
+    journal = run.work_directory(lineage.request("variant/again")) / JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    # A kill may tear the line that is being written: here a third trial's.
+    journal.write_bytes(b"".join(lines) + lines[-1][:40])
+    whole, resumed = merge(lineage, run, QuietConsole())
+    return whole, resumed, len(lines)
+
+
+@pytest.mark.slow
+def test_the_better_expert_is_found(tuned):
+    """No item of the evaluation is read: the recipe's tasks name files that are not there."""
+    whole, _, _ = tuned
+    results = whole.manifest["results"]
+    assert results["weights"] == {"good": 1.0, "broken": 0.0}
+    assert results["tuning"]["worst_tolerance"] == 0
+    assert results["tuning"]["uniform"]["worst_tolerance"] > 0
+    assert (results["tuning"]["trials"], results["tuning"]["seed"]) == (4, 3)
+    trials = whole.read_json("trials.json")
+    assert trials[0]["weights"] == [[0.5, 0.5]]
+    assert all(sum(group) == pytest.approx(1) for t in trials for group in t["weights"])
+
+
+@pytest.mark.slow
+def test_a_search_that_was_stopped_goes_on_and_finds_the_same(tuned):
+    whole, resumed, lines = tuned
+    assert lines == 1 + 2  # the teacher and two merges
+    assert resumed.read_json("trials.json") == whole.read_json("trials.json")
+    assert resumed.manifest["results"] == whole.manifest["results"]
+
+
+def test_validation_tasks_that_read_the_evaluation_s_items_are_refused(found_run, tmp_path):
+    (tmp_path / "items.jsonl").write_text(json.dumps({"prompt": "1+1", "answer": "2"}) + "\n")
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "1+2", "answer": "3"}) + "\n")
+    for name, file in (("qs_math_add", "items"), ("renamed", "items"), ("mine", "other")):
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": f"{file}.jsonl"}},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "prompt",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "exact_match"}],
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+    def check(task: str) -> None:
+        tuning = {"tasks": [{"name": task}], "include": str(tmp_path)}
+        merged = {"weights": "tuned", "tuning": tuning}
+        lineage, _ = found_run(merged, experts=("good",), include=tmp_path)
+        check_held_out(lineage.recipe, lineage.recipe.merge.tuning, "merge")
+
+    check("mine")
+    with pytest.raises(UserError, match=r"merge\.tuning\.tasks: 'renamed' reads the same items"):
+        check("renamed")
