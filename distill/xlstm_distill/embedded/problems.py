@@ -155,20 +155,20 @@ def copy(rng: random.Random) -> Item:
     return Item(f"Repeat: {words}", words, words, count)
 
 
-def pick(rng: random.Random) -> Item:
-    """Name a word of 4 to 10 by its place from the start or the end. Level: the place."""
-    words = rng.sample(pools.WORDS, rng.randint(4, 10))
+def pick(rng: random.Random, fewest: int = 4, most: int = 10) -> Item:
+    """Name one of some words by its place from the start or the end. Level: words."""
+    words = rng.sample(pools.WORDS, rng.randint(fewest, most))
     end = rng.random() < 0.3
     place = rng.randint(1, 3 if end else min(6, len(words)))
     answer = words[-place if end else place - 1]
     listed = " ".join(words)
     which = f"Word {place} from the end of" if end else f"Word {place} of"
-    return Item(f"{which}: {listed}", answer, f"{which} {listed}", place)
+    return Item(f"{which}: {listed}", answer, f"{which} {listed}", len(words))
 
 
-def sort_words(rng: random.Random) -> Item:
-    """Sort three to six words with different initials. Level: words."""
-    count = rng.randint(3, 6)
+def sort_words(rng: random.Random, fewest: int = 3, most: int = 6) -> Item:
+    """Sort words with different initials. Level: words."""
+    count = rng.randint(fewest, most)
     words = rng.sample(pools.WORDS, count)
     while len({word[0] for word in words}) < count:
         words = rng.sample(pools.WORDS, count)

@@ -90,13 +90,13 @@ def readings(windows: int) -> PassageMaker:
     return passage
 
 
-def lockers(rng: random.Random, full: bool) -> Passage:
+def lockers(rng: random.Random, full: bool, fewest: int = 10, most: int = 16) -> Passage:
     """Make a table of lockers, and questions on two of them at once. Level: rows.
 
     The answer names each locker before what is in it, so that both are lookups of the same kind.
     Training also asks for one locker.
     """
-    count = rng.randint(10, 16) if full else rng.randint(3, 16)
+    count = rng.randint(fewest if full else 3, most)
     rows = [(key, rng.choice(pools.ITEMS)) for key in _grid(rng, count)]
     far = max(2, len(rows) - LOCKERS_AFTER)
     questions: list[Question] = []

@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from xlstm_distill.embedded import problems, recall
 from xlstm_distill.embedded.problems import Item
@@ -24,13 +25,15 @@ HELD_OUT_SHARE = 10  # one problem in ten is held out
 class Task:
     """One task of a domain; a recall task has the texts that it asks about.
 
-    levels: of its items, those that evaluation asks; all where empty. Training has all.
+    asked: what evaluation draws where it is not what training draws: longer texts.
+    levels: of the drawn items, those that evaluation asks; all where empty. Training has all.
     """
 
     name: str
     domain: str
     draw: Callable[[random.Random], Item]
     passage: PassageMaker | None = None
+    asked: Callable[[random.Random], Item] | None = None
     levels: tuple[int, ...] = ()
 
 
@@ -42,8 +45,9 @@ def is_held_out(task: str, key: str) -> bool:
 
 def draw(task: Task, rng: random.Random, *, held_out: bool) -> Item:
     """Draw an item of one side of the split, by rejection."""
+    make = task.asked if held_out and task.asked else task.draw
     while True:
-        item = task.draw(rng)
+        item = make(rng)
         if is_held_out(task.name, item.key) == held_out:
             return item
 
@@ -59,42 +63,57 @@ def held_out_items(task: Task, count: int, seed: int = 0) -> list[Item]:
     return list(found.values())
 
 
-def _recall(name: str, domain: str, passage: PassageMaker) -> Task:
+def _recall(
+    name: str,
+    domain: str,
+    passage: PassageMaker,
+    *,
+    asked: PassageMaker | None = None,
+    levels: tuple[int, ...] = (),
+) -> Task:
     """Make a recall task; its items ask a passage of full size for something far back."""
+    evaluated = partial(_far_item, asked) if asked else None
+    return Task(name, domain, partial(_far_item, passage), passage, evaluated, levels)
 
-    def draw(rng: random.Random) -> Item:
-        drawn = passage(rng, True)
-        asked = drawn.questions[rng.choice(drawn.far)]
-        prompt = drawn.text + asked.prompt
-        return Item(prompt, asked.answer, prompt, asked.level)
 
-    return Task(name, domain, draw, passage)
+def _far_item(passage: PassageMaker, rng: random.Random) -> Item:
+    drawn = passage(rng, True)
+    asked = drawn.questions[rng.choice(drawn.far)]
+    prompt = drawn.text + asked.prompt
+    return Item(prompt, asked.answer, prompt, asked.level)
 
 
 TASKS = {
     task.name: task
     for task in (
         Task("add", "math", problems.add),
-        Task("story", "math", problems.story),
+        Task("story", "math", problems.story, levels=(1, 2)),
         Task("rank", "math", problems.rank),
         _recall("pairs_12", "math", recall.shelves(12)),
         _recall("pairs_18", "math", recall.shelves(18)),
         _recall("pairs_24", "math", recall.shelves(24)),
-        Task("expression", "code", problems.expression),
-        Task("variables", "code", problems.variables),
-        Task("sorted", "code", problems.sort_numbers),
-        _recall("two_hop", "code", recall.bindings),
+        Task("expression", "code", problems.expression, levels=(2, 3)),
+        Task("variables", "code", problems.variables, levels=(2, 3, 4)),
+        Task("sorted", "code", problems.sort_numbers, levels=(6, 7, 8)),
+        _recall("two_hop", "code", recall.bindings, levels=(6,)),
         Task("heaviest", "stem", problems.heaviest),
-        Task("unit", "stem", problems.unit),
-        Task("complement", "stem", problems.complement),
+        Task("unit", "stem", problems.unit, levels=(6,)),
+        Task("complement", "stem", problems.complement, levels=tuple(range(15, 21))),
         _recall("far_2", "stem", recall.readings(2)),
         _recall("far_4", "stem", recall.readings(4)),
         _recall("far_8", "stem", recall.readings(8)),
         _recall("far_16", "stem", recall.readings(16)),
         Task("copy", "chat", problems.copy),
-        Task("pick", "chat", problems.pick),
-        Task("sort", "chat", problems.sort_words),
-        _recall("two_queries", "chat", recall.lockers),
-        _recall("by_value", "chat", recall.desks),
+        Task("pick", "chat", problems.pick, asked=partial(problems.pick, fewest=8, most=13)),
+        Task(
+            "sort",
+            "chat",
+            problems.sort_words,
+            asked=partial(problems.sort_words, fewest=5, most=7),
+        ),
+        _recall(
+            "two_queries", "chat", recall.lockers, asked=partial(recall.lockers, fewest=40, most=60)
+        ),
+        _recall("by_value", "chat", recall.desks, levels=(recall.REPLACES,)),
     )
 }
