@@ -41,7 +41,7 @@ check: $(STAMP)  ## check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-teacher: $(STAMP)  ## train the embedded teacher again (about 45 minutes, one thread)
+teacher: $(STAMP)  ## train the embedded teacher again (about 35 minutes, one thread)
 	$(BIN)/python -m xlstm_distill.embedded.train --out recipes/quickstart/teacher
 
 # On a machine with a GPU, with what it has: it installs nothing and needs no .venv.
