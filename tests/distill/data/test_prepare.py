@@ -40,18 +40,18 @@ ASKED = [{"role": "user", "content": "Sort: fog sun"}, {"role": "assistant", "co
 GOLDEN = {
     "text": (
         [{"text": "one two"}, {"text": "three " * 30}, {"text": "Größe: 42 €"}],
-        "4f53cda18c2baa0c0354bb5f9a3ecbe5",
+        "5f92744a17b8b54d0b6063888ed09488",
     ),
     "prompt and response": (
         [
             {"prompt": "Sort: fog sun", "response": "fog sun"},
             {"prompt": ASKED + ASKED[:1], "response": "sun"},
         ],
-        "4f53cda18c2baa0c0354bb5f9a3ecbe5",
+        "f2d5765e84220bc26a7e6420ba5cf260",
     ),
     "messages": (
         [{"messages": ASKED}, {"messages": ASKED * 2}],
-        "4f53cda18c2baa0c0354bb5f9a3ecbe5",
+        "1e2d8a76eb7c5ae423db8f5c2ed0df60",
     ),
 }
 
