@@ -71,6 +71,9 @@ def make_teacher() -> Callable[..., torch.nn.Module]:
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
             # Granite's own scale of scores. It is 1 by default, which no released model has.
             "attention_multiplier": 0.25,
+            # Mixtures of experts have 8, of which a token uses 3.
+            "num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
         }  # fmt: skip
         config = FAMILIES[family].config(**{**settings, **overrides})
         return FAMILIES[family].causal_lm(config).eval()

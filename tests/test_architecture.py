@@ -63,12 +63,15 @@ ROOMS = {
         "score",
         "suites",
         "results",
+        "tasks",
         "protocol",
         "stock",
         "terminal",
         "loading",
         "answering",
+        "beside",
         "harness",
+        "long_context",
         "report",
     ),
 }
@@ -114,6 +117,7 @@ LIGHT = (
     "xlstm_eval/problems.py",
     "xlstm_eval/records.py",
     "xlstm_eval/score.py",
+    "xlstm_eval/suites/*.py",
 )
 
 
@@ -222,7 +226,8 @@ def test_no_room_is_crowded():
             assert count <= LARGEST_ROOM, f"{folder} holds {count} modules"
 
 
-# Besides these, the recipe uses its rendering of validation errors, which needs pydantic only.
+# Besides these, the recipe uses its rendering of validation errors and its named suites, which need
+# pydantic and yaml only.
 EVAL_USERS = ("stages", "cli")
 
 
@@ -234,7 +239,7 @@ def test_xlstm_eval_is_a_leaf_that_only_stages_and_the_cli_use():
     for path in modules("xlstm_distill"):
         used = {module_of(name) for name in imports(path) if name.startswith("xlstm_eval")}
         if path.parent.name == "recipe":
-            assert used <= {"xlstm_eval.problems"}, path
+            assert used <= {"xlstm_eval.problems", "xlstm_eval.records", "xlstm_eval.suites"}, path
         else:
             room = path.relative_to(PACKAGES["xlstm_distill"] / "xlstm_distill").parts[0]
             assert not used or room in EVAL_USERS, path

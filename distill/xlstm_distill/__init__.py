@@ -12,13 +12,20 @@ from typing import TYPE_CHECKING, Any
 from xlstm_distill.models.auto import register_when_libraries_load
 
 if TYPE_CHECKING:
+    from xlstm_distill.models.decoding.files import load_cache as load_cache
+    from xlstm_distill.models.decoding.files import save_cache as save_cache
     from xlstm_distill.models.student import convert as convert
     from xlstm_distill.recipe import MixerConfig as MixerConfig
 
 __version__ = "0.1.0"
-__all__ = ["MixerConfig", "__version__", "convert"]
+__all__ = ["MixerConfig", "__version__", "convert", "load_cache", "save_cache"]
 
-_EXPORTS = {"MixerConfig": "xlstm_distill.recipe", "convert": "xlstm_distill.models.student"}
+_EXPORTS = {
+    "MixerConfig": "xlstm_distill.recipe",
+    "convert": "xlstm_distill.models.student",
+    "load_cache": "xlstm_distill.models.decoding.files",
+    "save_cache": "xlstm_distill.models.decoding.files",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ inside the functions.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import random
 import sys
@@ -20,11 +21,21 @@ from xlstm_eval.answering.batches import PROTOCOL
 from xlstm_eval.answering.coordinator import Coordinator, OneRank, Progress, Ranks, Tally
 from xlstm_eval.answering.journal import Answered, Journal
 from xlstm_eval.answering.sizes import BatchSizes
+from xlstm_eval.beside import (
+    generate,
+    mt_bench,
+    open_judge,
+    sandbox_protocol,
+    sandbox_warnings,
+    skipped,
+)
 from xlstm_eval.loading import LoadedSuite, leaves_of, load_suite
 from xlstm_eval.protocol import task_protocols, text_hash
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
+from xlstm_eval.tasks.mt_bench import MT_BENCH
+from xlstm_eval.tasks.sandbox import require_sandbox
 from xlstm_eval.terminal import quiet
 
 if TYPE_CHECKING:
@@ -37,7 +48,8 @@ class Session:
 
     ``journal`` is a folder for answers until they are published, ``identity`` says which model is
     asked what: answers under another identity are not used. ``batch_size`` is the rows of a forward
-    pass; None finds it, and keeps it in ``sizes`` for the models that are compared.
+    pass; None finds it, and keeps it in ``sizes`` for the models that are compared. Prompts of more
+    than ``prefill`` tokens are read in chunks of so many; None reads them at once.
     """
 
     batch_size: int | None = None
@@ -46,6 +58,7 @@ class Session:
     identity: str = ""
     ranks: Ranks = field(default_factory=OneRank)
     progress: Progress | None = None
+    prefill: int | None = None
 
 
 def evaluate_model(
@@ -69,22 +82,36 @@ def evaluate_model(
     loaded = suite if isinstance(suite, LoadedSuite) else load_suite(suite)
     sizes = BatchSizes(session.batch_size, session.sizes)
     progress = _on_terminal(session.progress, sys.stderr)
-    with _in_evaluation(model), quiet() as warnings:
-        lm = AskedModel(model, tokenizer, warnings, sizes, seed)
+    with in_evaluation(model), quiet() as warnings:
+        lm = AskedModel(model, tokenizer, warnings, sizes, seed, session.prefill)
         _check(loaded, lm)
+        talk = mt_bench(loaded, lm)
+        judge = open_judge(loaded, seed, session.journal)
         lm.coordinator = Coordinator(
             lm.compute, _journal(session), session.ranks, progress, loaded.count_requests
         )
         raw = _run_all(lm, loaded, seed)
+        answers = talk.answer(functools.partial(generate, lm)) if talk else []
         lm.coordinator.finish()
+        warnings = [*warnings, *sandbox_warnings(loaded), *skipped(loaded)]
     batches = lm.coordinator.results()
     said = [message for batch in batches for message in batch.warnings]
     samples = {leaf.task_name: raw["samples"][leaf.task_name] for _, leaf in loaded.leaves()}
+    results = {task.name: _result_of(task, loaded, raw) for task in loaded.harnessed()}
+    if talk and judge:
+        results[MT_BENCH], samples[MT_BENCH] = talk.judged(answers, judge)
+        raw["protocols"][MT_BENCH] = talk.protocol(judge.settings)
     # Where the task files lie does not change what is asked, nor does the level of chance.
-    left_out: Any = {"include": True, "tasks": {"__all__": {"chance"}}}
+    # Consent to run code is no setting of it either; the judge is in the protocol.
+    left_out: Any = {
+        "include": True,
+        "confirm_run_unsafe_code": True,
+        "judge": True,
+        "tasks": {"__all__": {"chance"}},
+    }
     settings = loaded.suite.model_dump(mode="json", exclude=left_out)
     return EvaluationResult(
-        tasks=tuple(_result_of(entry, loaded, raw) for entry in loaded.suite.tasks),
+        tasks=tuple(results[task.name] for task in loaded.suite.tasks if task.name in results),
         samples=samples,
         seconds=time.perf_counter() - started,
         requests_hash=hash_requests(samples),
@@ -103,6 +130,7 @@ def evaluate_model(
                 tokenizer.chat_template if loaded.suite.apply_chat_template else None
             ),
             "tasks": raw["protocols"],
+            **sandbox_protocol(loaded),
         },
     )
 
@@ -113,8 +141,8 @@ def help_to_evaluate(
     """Answer what rank 0 deals out while it is in `evaluate_model` (all other ranks)."""
     from xlstm_eval.answering.language_model import BatchModel
 
-    with _in_evaluation(model), quiet() as warnings:
-        lm = BatchModel(model, tokenizer, warnings)
+    with in_evaluation(model), quiet() as warnings:
+        lm = BatchModel(model, tokenizer, warnings, session.prefill)
         Coordinator(lm.compute, _journal(session), session.ranks).follow()
 
 
@@ -135,7 +163,7 @@ def _protocol(sizes: BatchSizes, batches: Sequence[Answered]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+def in_evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into evaluation mode for the block: lm-eval leaves it there."""
     was_training = model.training
     try:
@@ -167,17 +195,24 @@ def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTok
         lm = _stand_in(config, tokenizer)
         _check(loaded, lm)
         raw = _run_all(lm, loaded, seed=0)
-    for entry in suite.tasks:
+    for entry in loaded.harnessed():
         pick_metric(entry, raw["results"][entry.name])
 
 
 def _check(loaded: LoadedSuite, lm: Any) -> None:
     """Refuse, before anything is run, what would fail or be cut short in the middle."""
+    if loaded.runs_code() and loaded.suite.confirm_run_unsafe_code:
+        require_sandbox()
     for entry, leaf in loaded.leaves():
         if getattr(leaf, "UNSAFE_CODE", False) and not loaded.suite.confirm_run_unsafe_code:
             raise EvalError(
-                f"{entry.name}: runs generated code. "
-                "Set confirm_run_unsafe_code to allow it, in a sandbox."
+                f"{entry.name}: runs code that a model wrote. Allow it with --run-code, or with "
+                "confirm_run_unsafe_code: true; it runs in a sandbox (docs/evaluation.md)."
+            )
+        if leaf.task_name in loaded.unconfined:
+            raise EvalError(
+                f"{entry.name}: runs code that a model wrote by means of its own, outside the "
+                "sandbox. Leave it out, or score it with xlstm_eval.tasks.code.pass_at_k."
             )
         if leaf.get_config("output_type") != "generate_until":
             continue
@@ -191,11 +226,18 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
             )
 
 
+def context_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the context (tokens) within which lm-eval asks a model."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import resolve_max_length
+
+    return int(resolve_max_length(config, tokenizer, default=HFLM._DEFAULT_MAX_LENGTH))
+
+
 def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Make lm-eval a model that answers nothing, with a real one's context and chat template."""
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import resolve_max_length
 
     class StandIn(LM):
         max_gen_toks = HFLM.max_gen_toks
@@ -206,9 +248,7 @@ def _stand_in(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> A
             super().__init__()
             self.tokenizer = tokenizer
             self.chat_template_args: dict[str, Any] = {}
-            self.max_length = resolve_max_length(
-                config, tokenizer, default=HFLM._DEFAULT_MAX_LENGTH
-            )
+            self.max_length = context_of(config, tokenizer)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             return [""] * len(requests)
@@ -230,7 +270,7 @@ def _run_all(lm: Any, loaded: LoadedSuite, seed: int) -> dict[str, dict[str, Any
     parts = ("results", "samples", "higher_is_better")
     raw: dict[str, dict[str, Any]] = {part: {} for part in (*parts, "protocols")}
     for multiturn in (False, True):
-        chosen = [task.name for task in loaded.suite.tasks if task.multiturn is multiturn]
+        chosen = [task.name for task in loaded.harnessed() if task.multiturn is multiturn]
         if chosen:
             lm.multiturn = multiturn
             output = _run(lm, loaded, chosen, multiturn, seed)
@@ -271,8 +311,10 @@ def _run(
 
 
 def _result_of(entry: SuiteTask, loaded: LoadedSuite, raw: dict[str, dict[str, Any]]) -> TaskResult:
-    rows = []
+    rows, written = [], True
     for leaf in leaves_of(loaded.tasks[entry.name]):
         rows.extend(raw["samples"][leaf.task_name])
+        written = written and leaf.get_config("output_type") == "generate_until"
     higher_is_better = raw["higher_is_better"].get(entry.name) or {}
-    return task_result(entry, raw["results"][entry.name], rows, higher_is_better)
+    result = task_result(entry, raw["results"][entry.name], rows, higher_is_better)
+    return result.model_copy(update={"kind": "generation" if written else "loglikelihood"})

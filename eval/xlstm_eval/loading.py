@@ -7,14 +7,17 @@ downloaded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from xlstm_eval.problems import did_you_mean
 from xlstm_eval.records import EvalError
 from xlstm_eval.suites import Suite, SuiteTask
+from xlstm_eval.tasks.code import is_confined, sandboxed_metrics
+from xlstm_eval.tasks.local import local_tasks
+from xlstm_eval.tasks.mt_bench import MT_BENCH, Question, load_questions
 from xlstm_eval.terminal import quiet
 
 FILE_BUILDERS = ("json", "csv", "parquet", "text")
@@ -28,16 +31,28 @@ class LoadedSuite:
     suite: Suite
     tasks: dict[str, Any]  # name -> lm_eval Task or Group
     manager: Any
+    unconfined: frozenset[str] = frozenset()
+    """Tasks that run generated code outside the sandbox, by lm-eval's names."""
+    questions: tuple[Question, ...] = ()
+    """Those of MT-Bench, where it is in the suite and there is a judge."""
+
+    def harnessed(self) -> list[SuiteTask]:
+        """Return the suite's tasks that lm-eval runs: all but MT-Bench."""
+        return _harnessed(self.suite)
 
     def leaves(self) -> Iterator[tuple[SuiteTask, Any]]:
         """Yield each lm-eval task with the suite's entry; the members of a group share one."""
-        for entry in self.suite.tasks:
+        for entry in self.harnessed():
             for leaf in leaves_of(self.tasks[entry.name]):
                 yield entry, leaf
 
+    def runs_code(self) -> bool:
+        """Tell whether a task of the suite runs code that the model wrote."""
+        return any(getattr(leaf, "UNSAFE_CODE", False) for _, leaf in self.leaves())
+
     def count_requests(self) -> int:
         """Return how many requests lm-eval has built for the suite so far."""
-        total = 0
+        total = 2 * len(self.questions)
         for _, leaf in self.leaves():
             total += sum(instance.repeats for instance in leaf.instances or ())
         return total
@@ -51,11 +66,38 @@ def load_suite(suite: Suite) -> LoadedSuite:
     """
     with quiet():
         manager = _find_tasks(suite)
-        tasks = {task.name: _load_task(manager, task.name) for task in suite.tasks}
-        loaded = LoadedSuite(suite, tasks, manager)
+        with sandboxed_metrics():
+            tasks = {task.name: _load_task(manager, task.name) for task in _harnessed(suite)}
+        loaded = LoadedSuite(suite, tasks, manager, questions=_questions(suite))
+        unconfined = set()
         for entry, leaf in loaded.leaves():
             _override(entry, leaf)
-    return loaded
+            if getattr(leaf, "UNSAFE_CODE", False) and not is_confined(leaf):
+                unconfined.add(leaf.task_name)
+    return replace(loaded, unconfined=frozenset(unconfined))
+
+
+def _harnessed(suite: Suite) -> list[SuiteTask]:
+    return [task for task in suite.tasks if task.name != MT_BENCH]
+
+
+def _questions(suite: Suite) -> tuple[Question, ...]:
+    """Read the questions of MT-Bench, where it is to be run."""
+    if suite.judge is not None and len(_harnessed(suite)) < len(suite.tasks):
+        return load_questions(suite.judge, suite.limit)
+    if not _harnessed(suite):
+        raise EvalError(f"suite.judge: none, and {MT_BENCH} is the only task. Name a judge.")
+    return ()
+
+
+def load_configs(suite: Suite, configs: Sequence[Mapping[str, Any]]) -> LoadedSuite:
+    """Make a suite's tasks from settings that are in no file; nothing else is read."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        manager = TaskManager(include_defaults=False)
+        loaded = manager.load([dict(config) for config in configs])
+    return LoadedSuite(suite, loaded["tasks"], manager)
 
 
 def shared_data(first: LoadedSuite, second: LoadedSuite) -> Iterator[tuple[str, str]]:
@@ -98,7 +140,8 @@ def _find_tasks(suite: Suite) -> Any:
     # lm-eval's own index takes seconds to read, so it is read only for a name that is not local.
     manager = TaskManager(include_path=path, include_defaults=False)
     local = manager.all_tasks
-    missing = [task.name for task in suite.tasks if task.name not in local]
+    names = [_original(task.name) for task in _harnessed(suite)]
+    missing = [name for name in names if name not in local]
     if not missing:
         return manager
     manager = _with_defaults(path)
@@ -121,18 +164,36 @@ def _load_task(manager: Any, name: str) -> Any:
     """Load one task or group; make a task file's relative data files absolute first."""
     from datasets.exceptions import DatasetsError
 
-    spec = _task_spec(manager.task_index[name])
     try:
+        spec = _task_spec(manager, name)
         loaded = manager.load([spec])
+    # lm-eval's tasks assert the versions of what they import.
+    except (ModuleNotFoundError, AssertionError) as error:
+        raise EvalError(
+            f"suite.tasks: {name} needs further packages, or other versions. "
+            f"Run pip install 'xlstm-distill[suites]'. ({_first_line(error)})"
+        ) from error
     except (OSError, ValueError, KeyError, ImportError, DatasetsError) as error:
         raise EvalError(f"suite.tasks: {name} cannot be loaded: {_first_line(error)}") from error
     return loaded["groups"].get(name) or loaded["tasks"][name]
 
 
-def _task_spec(entry: Any) -> str | dict[str, Any]:
-    """Return what lm-eval loads a task from: its name, or its settings with absolute data files."""
+def _original(name: str) -> str:
+    """Return the name of the lm-eval task that a task is, or is made from."""
+    own = local_tasks().get(name)
+    return name if own is None else own.original
+
+
+def _task_spec(manager: Any, name: str) -> str | dict[str, Any]:
+    """Return what lm-eval loads a task from: its name, or its settings.
+
+    Settings are those of a task of our own, or those with absolute data files.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    entry, own = manager.task_index[_original(name)], local_tasks().get(name)
+    if own is not None:
+        return own.settings(load_yaml(entry.yaml_path))
     if entry.yaml_path is None:
         return str(entry.name)
     config: dict[str, Any] = load_yaml(entry.yaml_path)

@@ -201,6 +201,7 @@ def _pair(teacher: TaskResult, student: TaskResult) -> TaskPair:
         teacher_items=teacher.items if paired else None,
         student_items=student.items if paired else None,
         chance=teacher.chance,
+        kind=teacher.kind,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from xlstm_eval.records import EvalError
 
-MEASURED = ("halved", "answer_seconds", "tokens")
+MEASURED = ("halved", "answer_seconds", "tokens", "code_not_isolated_from")
 """What an evaluation measures of itself: it may differ between models."""
 MOST_SHOWN = 5
 

@@ -27,6 +27,8 @@ Count = Annotated[int, Field(strict=True, ge=0)]
 Name = Annotated[str, Field(strict=True, min_length=1)]
 Chance = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Items = Annotated[tuple[Finite, ...], Field(min_length=1)]
+Kind = Literal["generation", "loglikelihood"]
+"""What a score is made of: answers that the model wrote, or its log-likelihoods of given texts."""
 Interval = tuple[float, float]
 """Lower and upper end of a 95 % interval."""
 
@@ -49,7 +51,8 @@ class TaskResult(Frozen):
     ``metrics`` has every score that lm-eval reports for the task, by its key ("acc_norm,none"), so
     that choosing another metric later needs no new evaluation. Older results have none.
     ``items`` are the scores of the single items, in the order in which they were asked; None where
-    the score is not their mean. ``chance`` is the score of guessing, where it is known.
+    the score is not their mean. ``chance`` is the score of guessing, where it is known. ``kind`` is
+    None in results of before it was recorded.
     """
 
     task: Name
@@ -62,6 +65,7 @@ class TaskResult(Frozen):
     samples: Annotated[int, Field(strict=True, ge=1)]
     correct: Count | None = None
     chance: Chance | None = None
+    kind: Kind | None = None
     items: Items | None = Field(default=None, repr=False)
 
     @model_validator(mode="after")
@@ -95,6 +99,7 @@ class TaskPair(Frozen):
     teacher_items: Items | None = Field(default=None, repr=False)
     student_items: Items | None = Field(default=None, repr=False)
     chance: Chance | None = None
+    kind: Kind | None = None
 
     @model_validator(mode="before")
     @classmethod

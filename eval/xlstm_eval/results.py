@@ -14,10 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from xlstm_eval.problems import did_you_mean, one_line
-from xlstm_eval.records import EvalError, TaskResult
+from xlstm_eval.records import EvalError, LongContext, TaskResult
 from xlstm_eval.suites import SuiteTask
 
 ITEMS_FILE = "items.json"
+LONG_CONTEXT_FILE = "long_context.json"
+ANSWERS_FILE = "long_context_answers.jsonl"
 
 Row = dict[str, Any]
 """One item of a task as lm-eval logs it: doc, arguments, resps, filter, each metric's value."""
@@ -110,6 +112,12 @@ def read_items(directory: Path, tasks: Sequence[TaskResult]) -> tuple[TaskResult
         TaskResult.model_validate(task.model_dump() | {"items": items.get(task.task)})
         for task in tasks
     )
+
+
+def read_long_context(directory: Path) -> LongContext | None:
+    """Return the long-context results that an evaluation left in its folder; None without any."""
+    file = directory / LONG_CONTEXT_FILE
+    return LongContext.model_validate_json(file.read_bytes()) if file.is_file() else None
 
 
 def _logged_items(folder: Path, task: TaskResult) -> list[float] | None:

@@ -7,17 +7,25 @@ Letters of all tensor shapes: B batch, T tokens, H query heads, G key/value head
 G), D head dim (Dk of keys after the feature map, Dv of values), W window, N sinks.
 """
 
-from xlstm_kernels.api import hybrid_step, mlstm, mlstm_step, sliding_window_attention
+from xlstm_kernels.api import (
+    hybrid_step,
+    mlstm,
+    mlstm_step,
+    sliding_window_attention,
+    window_step,
+)
 from xlstm_kernels.dispatch import BACKENDS, Backend
-from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.state import MLSTMState, Ring, RingSlots
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "MLSTMState",
     "Ring",
+    "RingSlots",
     "hybrid_step",
     "mlstm",
     "mlstm_step",
     "sliding_window_attention",
+    "window_step",
 ]

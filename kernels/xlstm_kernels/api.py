@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from xlstm_kernels.checks import (
@@ -15,11 +16,17 @@ from xlstm_kernels.checks import (
     check_sequence,
     check_step,
     check_window,
+    check_window_step,
 )
-from xlstm_kernels.dispatch import Backend, choose
-from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.dispatch import HEAD_DIMS, Backend, choose
+from xlstm_kernels.state import MLSTMState, Ring, RingSlots
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
-from xlstm_kernels.torch.recurrent import hybrid_step_in_place, mlstm_step_in_place
+from xlstm_kernels.torch.recurrent import (
+    hybrid_step_in_place,
+    mlstm_step_in_place,
+    next_slots,
+    window_step_in_place,
+)
 from xlstm_kernels.torch.window import banded_attention
 
 
@@ -106,23 +113,60 @@ def mlstm_step(
     f: Tensor,
     state: MLSTMState,
     *,
+    check: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """Advance the mLSTM by one token, updating `state` in place; for decoding.
 
     q, k (B, H, Dk); v (B, G, Dv); i, f (B, H); state as returned by `mlstm` or `MLSTMState.zeros`.
+    check: whether to check shapes, dtypes and devices, which takes as long as a small layer's
+    operators; a loop need not do it again for tensors like those before.
+
     Returns h (B, H, Dv) in v's dtype. The state's tensors keep their addresses. Never records
     gradients; for those, call `mlstm` with T = 1.
 
     Raises ValueError, which names the argument, its value and what is allowed.
     """
-    check_step("mlstm_step", q, k, v, i, f, state)
+    if check:
+        check_step("mlstm_step", q, k, v, i, f, state)
     dims = {"Dk": q.shape[-1], "Dv": v.shape[-1]}
     if choose("mlstm_step", backend, q, k, v, i, f, *state, dims=dims) == "triton":
         from xlstm_kernels.triton.step import mlstm_step_triton
 
         return mlstm_step_triton(q, k, v, i, f, state)
-    return mlstm_step_in_place(q, k, v, i, f, state).to(v.dtype)
+    with torch.no_grad():
+        return mlstm_step_in_place(q, k, v, i, f, state)
+
+
+def window_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: Ring,
+    *,
+    sinks: int,
+    scale: float | None = None,
+    slots: RingSlots | None = None,
+    check: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Decode one token of the attention to window and sinks.
+
+    Arguments, and what is updated and returned, as of `hybrid_step`.
+
+    Raises ValueError, which names the argument, its value and what is allowed.
+    """
+    if check:
+        check_window_step("window_step", q, k, v, ring, sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # On Triton it is the hybrid step without a memory, so that is what must have been checked.
+    dims = {"D": q.shape[-1], "Dk": min(HEAD_DIMS), "Dv": v.shape[-1]}
+    if choose("hybrid_step", backend, q, k, v, dims=dims) == "triton":
+        from xlstm_kernels.triton.step import window_step_triton
+
+        return window_step_triton(q, k, v, ring, slots, sinks=sinks, scale=scale, width=dims["Dk"])
+    with torch.no_grad():
+        return window_step_in_place(q, k, v, ring, slots or next_slots(ring, sinks), scale)
 
 
 def hybrid_step(
@@ -139,6 +183,8 @@ def hybrid_step(
     *,
     sinks: int,
     scale: float | None = None,
+    slots: RingSlots | None = None,
+    check: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """Decode one token of the hybrid mixer: gate * mLSTM + (1 - gate) * attention.
@@ -147,7 +193,9 @@ def hybrid_step(
 
     q (B, H, D), k (B, G, D): after RoPE. v (B, G, Dv). phi_q, phi_k (B, H, Dk): after the feature
     maps. i, f (B, H): preactivations. gate (B, H): the output gate after its sigmoid. scale: factor
-    of q . k, 1 / sqrt(D) by default.
+    of q . k, 1 / sqrt(D) by default. slots: where the token goes, where the caller has found it for
+    several layers at once; `ring.lengths` is then neither read nor changed. check: as in
+    `mlstm_step`.
 
     Updates `state` and `ring` in place; they keep their addresses. The window is the number of
     slots of the ring less the `sinks` (`Ring.empty`). Returns (B, H, Dv) in v's dtype. Never
@@ -155,21 +203,22 @@ def hybrid_step(
 
     Raises ValueError, which names the argument, its value and what is allowed.
     """
-    check_hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks)
+    if check:
+        check_hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dims = {"D": q.shape[-1], "Dk": phi_q.shape[-1], "Dv": v.shape[-1]}
     tensors = (q, k, v, phi_q, phi_k, i, f, gate, *state)
-    chosen = choose("hybrid_step", backend, *tensors, dims=dims)
-    if chosen == "triton":
+    if choose("hybrid_step", backend, *tensors, dims=dims) == "triton":
         from xlstm_kernels.triton.step import hybrid_step_triton
 
         return hybrid_step_triton(
-            q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks=sinks, scale=scale
+            q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, sinks=sinks, scale=scale
         )
-    out = hybrid_step_in_place(
-        q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks=sinks, scale=scale
-    )
-    return out.to(v.dtype)
+    with torch.no_grad():
+        slots = slots or next_slots(ring, sinks)
+        return hybrid_step_in_place(
+            q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale
+        )
 
 
 def sliding_window_attention(

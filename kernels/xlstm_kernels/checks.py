@@ -112,33 +112,38 @@ def check_hybrid_step(
 ) -> None:
     """Check one token of the hybrid mixer."""
     name = "hybrid_step"
-    check_floats(
-        name, q=q, k=k, v=v, gate=gate, **{"ring.keys": ring.keys, "ring.values": ring.values}
-    )
+    check_floats(name, q=q, k=k, v=v, gate=gate)
     check_step(name, phi_q, phi_k, v, i, f, state, prefix="phi_")
-    (B, H), G = phi_q.shape[:2], v.shape[1]
+    B, H = phi_q.shape[:2]
     check_shape(name, "q", q, "(B, H, D)", (B, H, None))
-    check_shape(name, "k", k, "(B, G, D)", (B, G, q.shape[-1]))
     check_shape(name, "gate", gate, "(B, H)", (B, H))
-    slots = ring.positions.shape[-1]
+    check_window_step(name, q, k, v, ring, sinks)
+
+
+def check_window_step(name: str, q: Tensor, k: Tensor, v: Tensor, ring: Ring, sinks: int) -> None:
+    """Check one token of the attention to window and sinks; name: the operator's."""
+    check_floats(name, q=q, k=k, v=v, **{"ring.keys": ring.keys, "ring.values": ring.values})
+    check_shape(name, "q", q, "(B, H, D)", (None, None, None))
+    B, G, D = len(q), v.shape[1], q.shape[-1]
+    check_shape(name, "v", v, "(B, G, Dv)", (B, None, None))
+    check_groups(name, "v", v, q)
+    check_shape(name, "k", k, "(B, G, D)", (B, G, D))
+    slots = ring.keys.shape[2] if ring.keys.ndim == 4 else 0
+    check_shape(name, "ring.keys", ring.keys, "(B, G, N + W, D)", (B, G, None, D))
     if not 0 <= sinks < slots:
         raise ValueError(
             f"{name}: sinks={sinks} is not allowed; the ring's {slots} slots hold 0 to {slots - 1}"
         )
-    check_shape(name, "ring.keys", ring.keys, "(B, G, N + W, D)", (B, G, slots, q.shape[-1]))
     check_shape(name, "ring.values", ring.values, "(B, G, N + W, Dv)", (B, G, slots, v.shape[-1]))
-    check_shape(name, "ring.positions", ring.positions, "(B, N + W)", (B, slots))
     check_shape(name, "ring.lengths", ring.lengths, "(B,)", (B,))
-    for field, x in (("positions", ring.positions), ("lengths", ring.lengths)):
-        if x.dtype != torch.int64:
-            raise ValueError(
-                f"{name}: ring.{field} has dtype {dtype_name(x.dtype)}; allowed: int64"
-            )
-    for field, x in zip(ring._fields, ring, strict=True):
-        if x.device != q.device:
-            raise ValueError(
-                f"{name}: ring.{field} is on {x.device}, but q is on {q.device}; use one"
-            )
+    if ring.lengths.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: ring.lengths has dtype {dtype_name(ring.lengths.dtype)}; allowed: int64"
+        )
+    if ring.lengths.device != q.device:
+        raise ValueError(
+            f"{name}: ring.lengths is on {ring.lengths.device}, but q is on {q.device}; use one"
+        )
 
 
 def check_floats(operator: str, **tensors: Tensor) -> None:

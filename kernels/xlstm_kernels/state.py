@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -46,9 +47,8 @@ class MLSTMState(NamedTuple):
 class Ring(NamedTuple):
     """Keys and values that decoding still needs: N slots of sinks, then a ring of W slots.
 
-    keys (B, G, N + W, D), values (B, G, N + W, Dv). positions (B, N + W), int64: the position, in
-    its document, of the token that a slot holds; -1 if the slot is empty. lengths (B,), int64:
-    tokens of the document so far.
+    keys (B, G, N + W, D), values (B, G, N + W, Dv). lengths (B,), int64: tokens of the document so
+    far. What a slot holds follows from them (`held_positions`).
 
     The token at position p is in slot N + p mod W until a later one overwrites it. The first N
     tokens are also in slots 0 to N - 1, for good.
@@ -56,7 +56,6 @@ class Ring(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    positions: Tensor
     lengths: Tensor
 
     @classmethod
@@ -77,9 +76,67 @@ class Ring(NamedTuple):
         return cls(
             keys=torch.zeros(batch, groups, slots, key_dim, dtype=dtype, device=device),
             values=torch.zeros(batch, groups, slots, value_dim, dtype=dtype, device=device),
-            positions=torch.full((batch, slots), -1, dtype=torch.int64, device=device),
             lengths=torch.zeros(batch, dtype=torch.int64, device=device),
         )
+
+
+def held_positions(lengths: Tensor, window: int, sinks: int) -> Tensor:
+    """Find the position, in its document, of the token that each slot of a ring holds.
+
+    lengths (B,) -> (B, N + W) int64; -1 where the slot is empty.
+    """
+    sink = torch.arange(sinks, device=lengths.device)
+    slot = torch.arange(window, device=lengths.device)
+    last = lengths[:, None] - 1
+    # Slot r of the ring holds the latest position p <= last with p mod W = r.
+    in_ring = last - (last - slot) % window
+    held = torch.cat([sink.expand(len(lengths), -1), in_ring], dim=1)
+    return torch.where(held < lengths[:, None], held, -1).clamp_min(-1)
+
+
+class RingSlots(NamedTuple):
+    """Where one token goes in a ring, and what it sees; the same for all rings of a window.
+
+    before (B,), int64: tokens of the document before it. index (B, 2): the slots that take it, the
+    second of which differs from the first where it is a sink. bias (B, 1, 1, N + W): 0 where it
+    sees the slot, itself included, else -inf.
+    """
+
+    before: Tensor
+    index: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, before: Tensor, window: int, sinks: int, dtype: torch.dtype) -> RingSlots:
+        """Find the slots of the token that comes after `before` (B,) others; bias in `dtype`."""
+        ring_slot = sinks + before % window
+        # Once the sinks are full, the second slot is the first again: shapes do not depend on data.
+        sink_slot = torch.where(before < sinks, before, ring_slot)
+        hidden = _seen_from(window, sinks, before.device) > before[:, None, None, None]
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=before.device)
+        index = torch.stack([ring_slot, sink_slot], dim=1)
+        return cls(before, index, bias.masked_fill_(hidden, -torch.inf))
+
+
+def _seen_from(window: int, sinks: int, device: torch.device) -> Tensor:
+    """Return after how many tokens of a document each slot of a ring is read, (N + W,).
+
+    A sink that is still in the window is read from the ring only, so that it counts once.
+    """
+    # Elsewhere a graph that is being captured would keep a constant that was never computed.
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        return _cached_seen_from(window, sinks)
+    return _make_seen_from(window, sinks, device)
+
+
+def _make_seen_from(window: int, sinks: int, device: torch.device | None) -> Tensor:
+    slot = torch.arange(sinks + window, device=device)
+    return torch.where(slot < sinks, slot + window, slot - sinks)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_seen_from(window: int, sinks: int) -> Tensor:
+    return _make_seen_from(window, sinks, None)
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:

@@ -108,6 +108,7 @@ def test_a_copied_recipe_runs_without_a_clone(installed: Path, tmp_path: Path) -
         "distill.warmup_steps=1",
         "evaluate.tasks=[{name: qs_math_add, domain: math}]",
         "evaluate.limit=2",
+        "evaluate.speed.seconds=0",
         "data.validation_rows=2",
     )
     overrides = [word for setting in settings for word in ("--set", setting)]

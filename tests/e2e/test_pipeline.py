@@ -24,6 +24,7 @@ SMALL = (
     "distill.experts={math: {phases: [{domain: math, tokens: 24576}]},"
     " chat: {phases: [{domain: chat, tokens: 24576}]}}",
     "distill.batch=4", "distill.warmup_steps=2", "evaluate.limit=6", "data.validation_rows=4",
+    "evaluate.speed.seconds=0.1",
     "evaluate.tasks=["
     + ", ".join(f"{{name: qs_{task}, domain: {task.partition('_')[0]}}}" for task in TASKS)
     + "]",
@@ -171,6 +172,11 @@ def test_the_report_holds_every_model(run):
         assert 0 <= model["critical_tolerance"] <= 1
         assert "0.05" in model["win_and_tie"]
         assert len(model["recovery"]) == len(model["scores"])
+    # The experts have the merged student's shapes.
+    assert set(report["speed"]) == {"teacher", "merged"}
+    assert sum(report["items"].values()) == 6 * len(TASKS)
+    own = {"qs_math_add": "math", "qs_chat_copy": "chat"}  # of two domains there are experts
+    assert {task: v["expert"] for task, v in report["merging"]["tasks"].items()} == own
     gates = report["gates"]["merged"]
     assert (len(gates), len(gates[0])) == (3, 4)
     html = (run / "report" / "report.html").read_text()

@@ -42,7 +42,7 @@ SETS = (
     "training.checkpoint_steps=1000", "training.validate_steps=null",
     "distill.batch=4", "distill.warmup_steps=1",
     *(f"distill.experts.{name}.phases=[{{domain: {name}, tokens: 6144}}]" for name in EXPERTS),
-    "evaluate.limit=2", "evaluate.experts=false",
+    "evaluate.limit=2", "evaluate.experts=false", "evaluate.speed.seconds=0",
     "evaluate.tasks=[{name: qs_math_add, domain: math}]",
 )  # fmt: skip
 PATHS = os.pathsep.join(str(ROOT / name) for name in ("distill", "kernels", "eval"))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 # The recipe's own budgets take about a minute on idle cores.
 SMALL = (
-    "align.tokens=16384", "evaluate.limit=6", "data.validation_rows=4",
+    "align.tokens=16384", "evaluate.limit=6", "evaluate.speed.seconds=0", "data.validation_rows=4",
     "distill.experts={words: {phases: [{domain: words, tokens: 8192}]},"
     " numbers: {phases: [{domain: numbers, tokens: 8192}]}}",
 )  # fmt: skip

@@ -15,6 +15,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from judge_server import judge_server
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,7 +37,7 @@ from xlstm_eval.results import (
     write_samples,
 )
 from xlstm_eval.stock import read_stock_results, require_same_items
-from xlstm_eval.suites import Suite, SuiteTask, paper_suite
+from xlstm_eval.suites import Judge, Suite, SuiteTask
 
 ITEMS = 24
 NEW_TOKENS = 5
@@ -99,11 +100,16 @@ def tiny_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def continuation(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+def continuation(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    tokens: int = NEW_TOKENS,
+) -> str:
     """Decode one item greedily, without cache, padding or batch: what the harness must see."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     new: list[int] = []
-    for _ in range(NEW_TOKENS):
+    for _ in range(tokens):
         with torch.no_grad():
             token = int(
                 model(torch.cat([ids, torch.tensor([new], dtype=torch.long)], dim=1))
@@ -509,10 +515,53 @@ def test_missing_data_and_unsafe_code_are_refused(
     (tmp_path / "data" / "code.jsonl").write_text((folder / "data" / "first.jsonl").read_text())
     (tmp_path / "code.yaml").write_text(GENERATE.format(name="code") + "unsafe_code: true\n")
     suite = Suite(include=tmp_path, tasks=(SuiteTask(name="code"),))
-    with pytest.raises(EvalError, match=r"code: runs generated code\. Set confirm_run_unsafe_code"):
+    with pytest.raises(
+        EvalError, match=r"code: runs code that a model wrote\. Allow it with --run"
+    ):
         evaluate_model(model, tokenizer, suite, Session(batch_size=2))
-    with pytest.raises(EvalError, match=r"code: runs generated code\. Set confirm_run_unsafe_code"):
+    with pytest.raises(
+        EvalError, match=r"code: runs code that a model wrote\. Allow it with --run"
+    ):
         check_suite(suite, model.config, tokenizer)
+
+
+def test_a_judged_task_stands_beside_the_others(
+    folder: Path, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    turns = [[f"w{n} w{n + 1}", "w7 w8"] for n in range(3)]
+    questions.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    first = SuiteTask(name="first")
+    both = (SuiteTask(name="mt_bench", domain="chat", max_gen_tokens=6), first)
+    with judge_server(lambda body: "Score: 4") as (endpoint, asked):
+        judge = Judge(endpoint=endpoint, model="j", questions=str(questions))
+        suite = Suite(include=folder, tasks=both, judge=judge, limit=2)
+        result = evaluate_model(model, tokenizer, suite, Session(batch_size=2))
+        other = evaluate_model(tiny_model(9), tokenizer, suite, Session(batch_size=2))
+        check_suite(suite, model.config, tokenizer)
+    # One word before all answers, then two turns of two questions; the check asks nothing.
+    assert len(asked) == 2 * (1 + 4)
+    judged, plain = result.tasks
+    assert (judged.task, judged.metric, judged.score) == ("mt_bench", "judge_score,none", 4.0)
+    assert (judged.kind, judged.samples, judged.items) == ("generation", 2, (4.0, 4.0))
+    assert judged.metrics["turn_2,none"] == 4.0
+    assert plain.kind == "generation"
+    # What the models said differs, and with it their second prompts; what they were asked does not.
+    rows, others = result.samples["mt_bench"], other.samples["mt_bench"]
+    assert rows[0]["resps"] != others[0]["resps"]
+    require_same_requests({"teacher": result.requests_hash, "student": other.requests_hash})
+    require_same_protocol({"teacher": result.protocol, "student": other.protocol})
+    assert rows[1]["judgements"][0]["replies"] == ["Score: 4"]
+    answer = rows[0]["resps"][0][0]
+    assert answer == continuation(model, tokenizer, "User: w0 w1\n\nAssistant:", 6)
+
+    skipped = evaluate_model(
+        model, tokenizer, suite.model_copy(update={"judge": None}), Session(batch_size=2)
+    )
+    assert [task.task for task in skipped.tasks] == ["first"]
+    assert skipped.warnings[-1].startswith("mt_bench is skipped: no judge is named")
+    with pytest.raises(EvalError, match="mt_bench is the only task"):
+        load_suite(Suite(tasks=both[:1]))
 
 
 @pytest.mark.parametrize(
@@ -553,14 +602,6 @@ def test_all_scores_are_kept_and_nothing_else() -> None:
 def test_several_unknown_metrics_need_a_name() -> None:
     with pytest.raises(EvalError, match=r"t\.metric: not named, and the task has odd, odder"):
         pick_metric(SuiteTask(name="t"), {"odd,none": 1.0, "odder,none": 1.0})
-
-
-def test_every_task_of_the_papers_suites_is_known_to_lm_eval() -> None:
-    from lm_eval.tasks import TaskManager
-
-    known = set(TaskManager().all_tasks)
-    tasks = [*paper_suite("base").tasks, *paper_suite("instruct").tasks]
-    assert {task.name for task in tasks} <= known
 
 
 class TwoRanks(OneRank):

@@ -32,6 +32,7 @@ SETS = (
     "distill.experts={math: {phases: [{domain: math, tokens: 768}]},"
     " chat: {phases: [{domain: chat, tokens: 512}]}}",
     "evaluate.limit=2", "evaluate.tasks=[{name: qs_math_add, domain: math}]",
+    "evaluate.speed.seconds=0",
 )  # fmt: skip
 CHANGED = {
     "prepare": "seed=1", "capture": "capture.top_k=32", "align": "align.lr=0.01",

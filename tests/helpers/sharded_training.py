@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.losses.plain import LossWeights
+from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.loading import empty_student
 from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.recipe import Align
@@ -70,12 +70,13 @@ def batch(ids: torch.Tensor) -> Batch:
 def make_objective(options: dict[str, Any], accelerator: Any) -> tuple[Objective, Any]:
     """Make an objective and the student it trains."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    family = FAMILIES[options.get("family", "llama")]
+    config = family.config(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.15,
-        tie_word_embeddings=options.get("tied", False),
+        tie_word_embeddings=options.get("tied", False), **options.get("own", {}),
     )  # fmt: skip
-    teacher = LlamaForCausalLM(config).eval()
+    teacher = family.causal_lm(config).eval()
     align = options.get("stage") == "align"
     student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=align)
     saved = None

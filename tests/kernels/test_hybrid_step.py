@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from xlstm_kernels import MLSTMState, Ring, hybrid_step
+from xlstm_kernels import MLSTMState, Ring, RingSlots, hybrid_step, window_step
 from xlstm_kernels.dispatch import Backend
 from xlstm_kernels.reference import mlstm_reference, sliding_window_reference
+from xlstm_kernels.state import held_positions
 from xlstm_kernels.testing import error_ratio, random_inputs
 
 D, Dk, Dv = 16, 32, 16
@@ -81,7 +82,8 @@ def test_steps_equal_the_sequence_operators(
             assert error_ratio(actual, expected) < BOUND, backend
         assert ring.lengths.tolist() == [tokens] * heads[0]
         rings.append(ring)
-    filled = rings[0].positions >= 0  # the slots of Triton's ring that are empty hold NaN
+    # The slots of Triton's ring that are empty hold NaN.
+    filled = held_positions(rings[0].lengths, window, sinks) >= 0
     for field, first, last in zip(Ring._fields, rings[0], rings[-1], strict=True):
         if field in ("keys", "values"):
             mask = filled[:, None, :, None]
@@ -91,8 +93,53 @@ def test_steps_equal_the_sequence_operators(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slots_hold_the_sinks_and_the_latest_tokens(device: str, backend: Backend) -> None:
-    _, _, ring = decode(draw_row(device, 1, 1, 1, 11, seed=1), 4, 2, backend)
-    assert ring.positions[0].tolist() == [0, 1, 8, 9, 10, 7]
+    row = draw_row(device, 1, 1, 1, 11, seed=1)
+    _, _, ring = decode(row, 4, 2, backend)
+    held = held_positions(ring.lengths, 4, 2)
+    assert held[0].tolist() == [0, 1, 8, 9, 10, 7]
+    assert torch.equal(ring.keys, row["k"][:, :, held[0]])
+    assert torch.equal(ring.values, row["v"][:, :, held[0]])
+    assert held_positions(torch.tensor([0, 3], device=device), 4, 2).tolist() == [
+        [-1, -1, -1, -1, -1, -1],
+        [0, 1, 0, 1, 2, -1],
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_found_once_serve_several_rings(device: str, backend: Backend) -> None:
+    rows = [draw_row(device, 2, 4, 2, 9, seed=seed) for seed in (1, 2)]
+    before = torch.tensor([0, 5], device=device)  # rows need not be equally long
+    states = [MLSTMState.zeros(2, 4, Dk, Dv, device=device) for _ in range(4)]
+    rings = [Ring.empty(2, 2, D, Dv, window=4, sinks=2, device=device) for _ in range(4)]
+    for ring in rings:
+        ring.lengths.copy_(before)
+    for t in range(9):
+        slots = RingSlots.of(before + t, 4, 2, torch.float32)
+        for n, row in enumerate(rows):
+            token = [x[:, :, t] for x in row.values()]
+            alone = hybrid_step(*token, states[n], rings[n], sinks=2, backend=backend)
+            together = hybrid_step(
+                *token, states[2 + n], rings[2 + n],
+                sinks=2, slots=slots, check=False, backend=backend,
+            )  # fmt: skip
+            assert torch.equal(alone, together)
+    for n in range(2):
+        assert torch.equal(rings[n].keys, rings[2 + n].keys)
+        assert torch.equal(rings[2 + n].lengths, before)  # the caller's
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_window_steps_equal_the_sequence_operator(device: str, backend: Backend) -> None:
+    row = draw_row(device, 1, 4, 2, 11)
+    ring = Ring.empty(1, 2, D, Dv, window=3, sinks=2, device=device)
+    outputs = []
+    for t in range(11):
+        token = (row[name][:, :, t] for name in "qkv")
+        outputs.append(window_step(*token, ring, sinks=2, backend=backend))
+    q, k, v = (row[name].double() for name in "qkv")
+    expected = sliding_window_reference(q, k, v, window=3, sinks=2)
+    assert error_ratio(torch.stack(outputs, dim=2), expected) < BOUND
+    assert ring.lengths.tolist() == [11]
 
 
 @pytest.mark.parametrize(
@@ -148,11 +195,10 @@ def test_a_ring_beyond_32_bits_is_refused_by_triton(device: str) -> None:
     slots = 2**31 // D
     # Expanded: the tensors have this shape and next to no memory.
     values = torch.zeros(1, device=device).expand(1, 1, slots, D)
-    positions = torch.zeros(1, dtype=torch.int64, device=device).expand(1, slots)
     lengths = torch.zeros(1, dtype=torch.int64, device=device)
     state = MLSTMState.zeros(1, 1, Dk, Dv, device=device)
     with pytest.raises(ValueError, match=f"has no kernel for a ring of {slots} slots of 16 values"):
         hybrid_step(
-            *token.values(), state, Ring(values, values, positions, lengths),
+            *token.values(), state, Ring(values, values, lengths),
             sinks=2, backend="triton",
         )  # fmt: skip

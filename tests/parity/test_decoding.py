@@ -17,7 +17,7 @@ from xlstm_distill.models.families import FAMILIES
 from xlstm_kernels.testing import error_ratio
 
 # One family of each kind; the others, which differ in a fact of the table, are slow tests.
-QUICK = ("llama", "qwen2", "qwen3", "olmo2", "olmo3", "cohere2", "phi3")
+QUICK = ("llama", "qwen2", "qwen3", "olmo2", "olmo3", "cohere2", "phi3", "gemma3_text", "qwen2_moe")
 ALL = [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in sorted(FAMILIES)]
 
 
@@ -398,3 +398,28 @@ def test_decoding_with_the_triton_kernels_equals_one_pass(branches):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 3e-6
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("said", ["nothing", "segment_ids", "position_ids", "attention_mask"])
+def test_long_prompts_are_read_in_chunks(said, keep, student):
+    model, tokens = student(), 23
+    segments = torch.tensor([[0] * 14 + [1] * 9, [0] * 23])
+    padding = torch.ones(2, tokens, dtype=torch.long)
+    padding[1, :9] = 0
+    positions = torch.cat([torch.arange(14), torch.arange(9)]).expand(2, -1)
+    ways = {"segment_ids": segments, "position_ids": positions, "attention_mask": padding}
+    given = {said: ways[said]} if said in ways else {}
+    rows, lengths = ids(2, tokens), []
+    model.model.register_forward_pre_hook(
+        lambda _, a, kw: lengths.append(kw["input_ids"].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        whole = model(rows, use_cache=False, logits_to_keep=keep, **given).logits
+        model.prefill_chunk = 5
+        del lengths[:]
+        out = model(rows, use_cache=True, logits_to_keep=keep, **given)
+    assert lengths == [5, 5, 5, 5, 3]
+    assert out.logits.shape == whole.shape
+    assert error_ratio(out.logits, whole.double()) < 3e-6
+    assert out.past_key_values.get_seq_length() == tokens

@@ -112,7 +112,7 @@ def test_past_key_values_format(student, ids):
         cache = student(ids, use_cache=True).past_key_values
     config = student.config
     for layer in cache.layers:
-        assert layer.ring.keys.shape == (2, config.num_key_value_heads, 8, config.head_dim)
+        assert layer.keys.shape == (2, config.num_key_value_heads, 8, config.head_dim)
         assert layer.state.C.shape == (2, config.num_attention_heads, 16, 16)
 
 

@@ -35,6 +35,7 @@ for command in (
     use.export,
     use.generate,
     use.chat,
+    use.long_context,
     slurm.slurm,
     validate.validate,
     inspect.plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -46,5 +47,19 @@ Full = Annotated[
         "--full", help="Answer all items of each task: the same as --set evaluate.limit=null."
     ),
 ]
+RunCode = Annotated[
+    bool,
+    typer.Option(
+        "--run-code",
+        help="Allow tasks that run code which a model wrote (in a sandbox); the same as "
+        "--set evaluate.confirm_run_unsafe_code=true.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def with_consent(overrides: Sequence[str] | None, run_code: bool) -> list[str]:
+    """Return the overrides, with consent to run generated code where it was given."""
+    consent = ["evaluate.confirm_run_unsafe_code=true"] if run_code else []
+    return [*(overrides or ()), *consent]

@@ -20,6 +20,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+DENSITY = 0.05
+"""Where neither a density nor a rank is given."""
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model, or artifact that holds one.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must be new.")]
 
@@ -34,8 +36,15 @@ def make(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, *.safetensors.")],
     density: Annotated[
-        float, typer.Option(help="Share of each tensor's differences to keep, the largest.")
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            help="Share of each tensor's differences to keep, the largest.", show_default="0.05"
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Keep factors of this rank for each matrix instead, by SVD."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the patch.", show_default="that of the file")
     ] = None,
@@ -43,7 +52,13 @@ def make(
 ) -> None:
     """Write the largest differences of an expert from its seed student into a file."""
     with one_line_errors(debug):
-        if not 0 < density <= 1:
+        if density is not None and rank is not None:
+            raise UserError(f"--rank: {rank} beside --density {density}; give one of the two.")
+        if rank is not None and rank < 1:
+            raise UserError(f"--rank: {rank} is below 1; try 16.")
+        if rank is None:
+            density = DENSITY if density is None else density
+        if density is not None and not 0 < density <= 1:
             raise UserError(f"--density: {density} is not above 0 and at most 1; try 0.05.")
         if out.suffix != ".safetensors" or out.exists():
             problem = "exists" if out.exists() else "does not end in .safetensors"
@@ -56,12 +71,18 @@ def make(
         console = Console()
         with console.progress("patch", size_of(places[0]) / 1e6, unit="MB") as progress:
             facts = make_patch(
-                *places, out, density, name or out.stem, lambda n: progress.update(n / 1e6)
+                *places,
+                out,
+                density,
+                name or out.stem,
+                lambda n: progress.update(n / 1e6),
+                rank=rank,
             )
         size = out.stat().st_size
+        held = "changes" if rank is None else "numbers, most of them of factors,"
         console.line(
             f"{out}: {byte_size(size)}, {size / facts.model_bytes:.1%} of the model; "
-            f"{short(facts.changes)} changes hold {facts.retained:.1%} of the difference's square"
+            f"{short(facts.changes)} {held} hold {facts.retained:.1%} of the difference's square"
         )
 
 
@@ -136,9 +157,10 @@ def show(
             return
         console = Console()
         console.line(f"{facts.name}: changes to the base {facts.base}")
+        kind = f"density {facts.density:g}" if facts.rank is None else f"rank {facts.rank}"
         console.line(
-            f"  {short(facts.changes)} of {short(facts.numbers)} numbers (density "
-            f"{facts.density:g}), {byte_size(size)}: {size / facts.model_bytes:.1%} of the model"
+            f"  {short(facts.changes)} of {short(facts.numbers)} numbers ({kind}), "
+            f"{byte_size(size)}: {size / facts.model_bytes:.1%} of the model"
         )
         console.line(f"  holds {facts.retained:.1%} of the square of the expert's difference")
 

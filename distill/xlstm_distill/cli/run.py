@@ -14,7 +14,16 @@ import typer
 
 from xlstm_distill.cli import completion, reports
 from xlstm_distill.cli.failures import in_run, one_line_errors
-from xlstm_distill.cli.options import Debug, Full, Overrides, RecipePath, Replace, RunPath
+from xlstm_distill.cli.options import (
+    Debug,
+    Full,
+    Overrides,
+    RecipePath,
+    Replace,
+    RunCode,
+    RunPath,
+    with_consent,
+)
 from xlstm_distill.cli.processes.launch import LaunchArgs, LaunchConfig, dispatch
 from xlstm_distill.cli.processes.preflight import check_batches, check_words
 from xlstm_distill.runtime.console import Console, QuietConsole
@@ -78,13 +87,14 @@ def run(
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
     full: Full = False,
+    run_code: RunCode = False,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Run all stages, from teacher to report; finished stages are skipped."""
     with one_line_errors(debug):
-        wanted = with_all_items(overrides, full)
-        asked = Invocation(recipe, run_dir, wanted, launch, launch_args, replace)
+        changes = with_consent(with_all_items(overrides, full), run_code)
+        asked = Invocation(recipe, run_dir, changes, launch, launch_args, replace)
         check = asked.check(STAGES)
         asked.dispatch(check)
         console = make_console()
@@ -216,12 +226,13 @@ def evaluate(
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
     full: Full = False,
+    run_code: RunCode = False,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Measure teacher and students on the recipe's tasks."""
-    wanted = with_all_items(overrides, full)
-    asked = Invocation(recipe, run_dir, wanted, launch, launch_args, replace)
+    changes = with_consent(with_all_items(overrides, full), run_code)
+    asked = Invocation(recipe, run_dir, changes, launch, launch_args, replace)
     _one_stage("evaluate", asked, debug, model=model)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from xlstm_eval.records import LongContext
+
 # At 0 it says whether the student is lossless (at least 0.5; paper). `report.json` has every
 # model's rate at these two, whatever the recipe lists.
 SHOWN_ALPHAS = (0.0, 0.05)
@@ -64,3 +66,28 @@ def _score(value: float) -> str:
 def _mean(values: Sequence[float] | Any) -> str:
     scores = list(values)
     return _score(sum(scores) / len(scores))
+
+
+def long_context_table(found: LongContext) -> Table:
+    """Lay out long-context results: a row per kind and length, then per range of positions."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("needles", "tokens", "right", "of", "95 %"):
+        table.add_column(name, justify="left" if name == "needles" else "right")
+    rows = found.recall_by_length
+    for index, row in enumerate(rows):
+        low, high = row.interval
+        ends = index + 1 == len(rows) or rows[index + 1].kind != row.kind
+        table.add_row(
+            row.kind,
+            f"{row.length_tokens:,}",
+            str(row.right),
+            str(row.n),
+            f"{low:.2f} to {high:.2f}",
+            end_section=ends,
+        )
+    for loss in found.loss_by_position:
+        table.add_row("loss at position", f"{loss.start:,} to {loss.to - 1:,}", f"{loss.nll:.3f}")
+    return table

@@ -1,4 +1,4 @@
-"""Commands for a finished student: export, generate and chat."""
+"""Commands for a finished student: export, generate, chat, and its long context."""
 
 from __future__ import annotations
 
@@ -188,6 +188,103 @@ def chat(
                 spoken = conversation.answer(words, sampling, _write)
                 _write("\n")
                 typer.echo(spoken.line(), err=True)
+
+
+def long_context(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Run directory (its merged student), a model's directory, or a name on the hub; "
+            "teachers too.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write (JSON).")],
+    model: ModelName = None,
+    lengths: Annotated[
+        str,
+        typer.Option(
+            metavar="A..B|A,B,...",
+            help="Tokens of prompt and answer: doubling from A to B, or a list. What the model's "
+            "context does not hold is left out.",
+        ),
+    ] = "256..65536",
+    kinds: Annotated[
+        str,
+        typer.Option(metavar="KIND,...", help="Kinds of needles."),
+    ] = "single,multi-key,multi-value,multi-query",
+    items: Annotated[int, typer.Option(min=1, help="Items of each kind and length.")] = 100,
+    documents: Annotated[int, typer.Option(min=0, help="Documents for the loss by position.")] = 16,
+    haystack: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text (UTF-8) for haystacks and documents.",
+            show_default="synthetic sentences",
+        ),
+    ] = None,
+    items_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where items stay for the next model.",
+            show_default="long-context-items beside FILE",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of items and documents.")] = 0,
+    chat_template: Annotated[
+        bool, typer.Option("--chat", help="Wrap prompts in the chat template.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how far a model remembers: needles in long texts, and loss by position."""
+    with one_line_errors(debug):
+        _check_dtype(dtype)
+        from xlstm_eval.long_context.settings import make_settings, read_lengths
+
+        settings = make_settings(
+            lengths=read_lengths(lengths),
+            kinds=tuple(kind.strip() for kind in kinds.split(",") if kind.strip()),
+            items=items,
+            documents=documents,
+            seed=seed,
+            haystack=haystack,
+        )
+        path = _model_path(place, model)
+        _quiet_transformers()
+        from xlstm_distill.stages.measuring.long_context import Place, measure_place
+
+        console = Console()
+        found = measure_place(
+            Place(path, dtype, device),
+            settings,
+            chat_template,
+            items_dir or out.parent / "long-context-items",
+            out,
+            console,
+        )
+        if as_json:
+            typer.echo(out.read_text(encoding="utf-8"), nl=False)
+            return
+        from xlstm_distill.cli.summary import long_context_table
+
+        console.rich().print(long_context_table(found))
+        console.line(f"Results: {out}")
+
+
+def _model_path(place: str, model: str | None) -> str:
+    """Return a model's directory or its name on the hub; of a run, that of a student."""
+    folder = Path(place)
+    if not (folder / "artifacts").is_dir():
+        if model is not None:
+            raise UserError(f"--model: {place} is no run directory; leave the option out.")
+        return place
+    from xlstm_distill.export.source import find_student
+
+    return str(find_student(folder, model).directory)
 
 
 def _next_message() -> str | None:

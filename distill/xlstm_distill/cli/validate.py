@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from xlstm_distill.data.preview import Example, SourcePreview
-    from xlstm_distill.recipe import Recipe
+    from xlstm_distill.recipe import MergeSettings, Recipe
 
 EXAMPLES = 3
 """Prepared documents to show of each source."""
@@ -119,6 +119,9 @@ def _task_problems(recipe: Recipe) -> list[str]:
         return []
     found = []
     for task in recipe.evaluate.tasks:
+        # Without a judge it is skipped, so alone it would leave nothing.
+        if task.name == "mt_bench" and recipe.evaluate.judge is None:
+            continue
         alone = recipe.evaluate.model_copy(update={"tasks": (task,)})
         problem = _task_problem(recipe.model_copy(update={"evaluate": alone}))
         if problem is not None:
@@ -144,7 +147,7 @@ def _tuning_problems(recipe: Recipe) -> list[str]:
     from xlstm_distill.stages.weights.validation import check_tuning
     from xlstm_eval.records import EvalError
 
-    merges = {"merge": recipe.merge}
+    merges: dict[str, MergeSettings] = {"merge": recipe.merge}
     merges |= {f"variant/{name}": variant for name, variant in recipe.merge.variants.items()}
     found = []
     for label, merge in merges.items():

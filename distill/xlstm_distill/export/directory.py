@@ -170,11 +170,13 @@ def state_bytes(directory: Path, dtype: torch.dtype) -> int:
     student = empty_student(directory, dtype)
     cache = student.new_cache()
     # On the meta device tensors have shapes and no memory.
+    cache.receive((1, 1), None, torch.device("meta"))
+    assert cache.lengths is not None
     for mixer, layer in zip(student.mixers(), cache.layers, strict=True):
         heads, groups = student.config.num_attention_heads, student.config.num_key_value_heads
         keys = torch.empty(1, groups, 1, mixer.head_dim, dtype=dtype, device="meta")
         if mixer.has_window:
-            layer.ring_for(keys, keys)
+            layer.ring_for(keys, keys, cache.lengths)
         if mixer.has_mlstm:
             features = keys.new_empty(1, heads, 1, mixer.feature_map_k.out_features)
             layer.state_for(features, keys, state_dtype(keys))

@@ -15,7 +15,13 @@ REPLACED: dict[Place, Place] = {
     ("xlstm_distill.recipe", "MixerConfig"): (STANDALONE, "MixerConfig"),
     **{
         ("xlstm_kernels.api", name): (STANDALONE, name)
-        for name in ("mlstm", "mlstm_step", "hybrid_step", "sliding_window_attention")
+        for name in (
+            "mlstm",
+            "mlstm_step",
+            "window_step",
+            "hybrid_step",
+            "sliding_window_attention",
+        )
     },
 }
 AUTO_CLASSES = {
@@ -66,7 +72,7 @@ class {name}Model(StudentBody, {body}):
     family = FAMILY
 
 
-class {name}ForCausalLM(StudentMixin, {prefix}ForCausalLM):
+class {name}ForCausalLM(StudentMixin, {causal}):
     """Student with its language model's head."""
 
     config_class = {name}Config
@@ -117,8 +123,7 @@ def modeling_source(model_type: str, version: str) -> str:
     for name in ("StudentBody", "StudentMixin", "MixerInit"):
         bundle.add((STUDENT, name))
     row = _family_row(model_type, bundle)
-    classes = [f"{family.class_prefix}{end}" for end in ("Config", "ForCausalLM")]
-    classes += [family.body_name, *(f"{family.class_prefix}{h}" for h in _heads(model_type)[1:])]
+    classes = [family.class_name(end) for end in ("Config", "Model", *_heads(model_type))]
     imports = {
         *bundle.imports.values(),
         "import zlib",
@@ -129,6 +134,7 @@ def modeling_source(model_type: str, version: str) -> str:
         "prefix": family.class_prefix,
         "name": f"Xlstm{family.class_prefix}",
         "body": family.body_name,
+        "causal": family.class_name("ForCausalLM"),
         "model_type": model_type,
         "row": row,
     }
@@ -145,7 +151,7 @@ def modeling_source(model_type: str, version: str) -> str:
 def _heads(model_type: str) -> list[str]:
     """Return the heads that the family has, the language model's first."""
     family = family_of(model_type)
-    return [h for h in AUTO_CLASSES if hasattr(family.modeling, family.class_prefix + h)]
+    return [h for h in AUTO_CLASSES if hasattr(family.modeling, family.class_name(h))]
 
 
 def _family_row(model_type: str, bundle: Bundle) -> str:

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.state import MLSTMState, Ring, RingSlots
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
-from xlstm_kernels.torch.recurrent import hybrid_step_in_place, mlstm_step_in_place
+from xlstm_kernels.torch.recurrent import (
+    hybrid_step_in_place,
+    mlstm_step_in_place,
+    window_step_in_place,
+)
 from xlstm_kernels.torch.window import banded_attention
 
 
@@ -51,11 +55,29 @@ def mlstm_step(
     f: Tensor,
     state: MLSTMState,
     *,
+    check: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Advance the mLSTM by one token, as `xlstm_kernels.mlstm_step` does in plain torch."""
     check_backend(backend)
-    return mlstm_step_in_place(q, k, v, i, f, state).to(v.dtype)
+    return mlstm_step_in_place(q, k, v, i, f, state)
+
+
+def window_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: Ring,
+    *,
+    sinks: int,
+    scale: float,
+    slots: RingSlots,
+    check: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Decode one token of the attention, as `xlstm_kernels.window_step` does in plain torch."""
+    check_backend(backend)
+    return window_step_in_place(q, k, v, ring, slots, scale)
 
 
 def hybrid_step(
@@ -72,14 +94,13 @@ def hybrid_step(
     *,
     sinks: int,
     scale: float,
+    slots: RingSlots,
+    check: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Decode one token of the mixer, as `xlstm_kernels.hybrid_step` does in plain torch."""
     check_backend(backend)
-    out = hybrid_step_in_place(
-        q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks=sinks, scale=scale
-    )
-    return out.to(v.dtype)
+    return hybrid_step_in_place(q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale)
 
 
 def sliding_window_attention(

@@ -43,12 +43,14 @@ def linear_distill_loss(
     targets: SparseTargets,
     weights: LossWeights,
     *,
+    cap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, LossParts]:
     """Weigh cross-entropy and sparse KL of the logits `hidden @ weight.T + bias` (paper, Eq. 13).
 
     hidden (N, d) of the kept tokens, weight (V, d), bias (V,), labels (N,) in 0..V-1, targets of
     the same N tokens; `chunk` tokens at a time (default: `chunk_rows`). Equal to `distill_loss`.
+    With a `cap` c the logits are c tanh(x / c) of these.
     Products are computed in autocast's dtype where it is on; softmax and the sum of the head's
     gradient in fp32.
 
@@ -60,36 +62,49 @@ def linear_distill_loss(
         ValueError: shapes do not fit (a sharded weight is read outside of its module's call).
     """
     _check_shapes(hidden, weight, labels, targets)
-    rows = chunk or chunk_rows(len(hidden), len(weight))
+    # Bounded logits are kept beside their own gradient, so chunks are half as long.
+    memory = CHUNK_BYTES if cap is None else CHUNK_BYTES // 2
+    rows = chunk or chunk_rows(len(hidden), len(weight), memory)
     # Inside the autograd function gradients are always off, so what is trained is asked here.
     needs = tuple(
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     )
     total, cross_entropy, kl = _LinearDistillLoss.apply(
-        hidden, weight, bias, labels, targets, weights, rows, needs
+        hidden, weight, bias, labels, targets, weights, cap, rows, needs
     )
     return total, LossParts(cross_entropy, kl)
 
 
 @torch.no_grad()
 def targets_from_hidden(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, *, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    *,
+    cap: float | None = None,
+    chunk: int | None = None,
 ) -> SparseTargets:
     """Take the teacher's targets from hidden states, a chunk of tokens at a time.
 
     hidden (N, d), weight (V, d), bias (V,). Equal to `SparseTargets.from_logits` of the logits
-    `hidden @ weight.T + bias`.
+    `hidden @ weight.T + bias`, or of c tanh(x / c) of these with a `cap` c.
     """
     parts = []
     for piece in hidden.split(chunk or chunk_rows(len(hidden), len(weight))):
-        logits = nn.functional.linear(piece, weight, bias)
+        logits = bounded(nn.functional.linear(piece, weight, bias), cap)
         parts.append(SparseTargets.from_logits(logits, top_k))
     return SparseTargets(
         ids=torch.cat([part.ids for part in parts]),
         log_probs=torch.cat([part.log_probs for part in parts]),
         tail=torch.cat([part.tail for part in parts]),
     )
+
+
+def bounded(logits: Tensor, cap: float | None) -> Tensor:
+    """Return c tanh(x / c) of logits for a cap c, as transformers' models compute it."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class _LinearDistillLoss(torch.autograd.Function):
@@ -104,10 +119,11 @@ class _LinearDistillLoss(torch.autograd.Function):
         labels: Tensor,
         targets: SparseTargets,
         weights: LossWeights,
+        cap: float | None,
         rows: int,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        work = _Work(hidden, weight, bias, needs)
+        work = _Work(hidden, weight, bias, cap, needs)
         # _Work converts to autocast's dtype itself, once; statistics must stay in fp32.
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), rows):
@@ -136,7 +152,7 @@ class _LinearDistillLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(scale).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        not_differentiable = [None] * 5  # labels, targets, weights, rows, needs
+        not_differentiable = [None] * 6  # labels, targets, weights, cap, rows, needs
         return *scaled, *not_differentiable
 
 
@@ -147,9 +163,14 @@ class _Work:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cap: float | None,
+        needs: tuple[bool, bool, bool],
     ) -> None:
-        self.dtype = _compute_dtype(hidden, weight)
+        self.dtype, self.cap = _compute_dtype(hidden, weight), cap
         # Statistics and sums are at least fp32: many bf16 chunks would lose digits.
         self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
         self.hidden, self.weight = hidden, weight.to(self.dtype)
@@ -172,7 +193,10 @@ class _Work:
     ) -> None:
         """Add a chunk of n tokens: labels (n,) and their targets."""
         hidden = self.hidden[piece].to(self.dtype)
-        logits = nn.functional.linear(hidden, self.weight, self.bias).to(self.sum_dtype)  # (n, V)
+        logits = nn.functional.linear(hidden, self.weight, self.bias)  # (n, V)
+        logits = bounded(logits, self.cap).to(self.sum_dtype)
+        # The bound's own gradient, 1 - tanh^2, needs the logits once more.
+        kept = logits.clone() if self.cap is not None and self.needs_gradients else None
         # From here on the logits change in place, so the label's are read first.
         at_label = logits.gather(1, labels[:, None])
         chunk = _Split.of(logits, targets)
@@ -191,6 +215,9 @@ class _Work:
         at_ids = weights.cross_entropy * chunk.log_p.exp() + weights.kl * kept_slope
         slope.scatter_add_(1, chunk.ids, at_ids)
         slope.scatter_add_(1, labels[:, None], torch.full_like(at_label, -weights.cross_entropy))
+        if kept is not None:
+            assert self.cap is not None
+            slope.mul_(kept.div_(self.cap).square_().neg_().add_(1.0))
         self._add_gradients(piece, hidden, slope)
 
     def _add_gradients(self, piece: slice, hidden: Tensor, slope: Tensor) -> None:

@@ -12,7 +12,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.losses.fused import linear_distill_loss, targets_from_hidden
 from xlstm_distill.losses.plain import LossParts, LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.models.families import logit_factor
+from xlstm_distill.models.families import logit_cap, logit_factor
 
 
 class FusedHead(nn.Linear):
@@ -20,17 +20,18 @@ class FusedHead(nn.Linear):
 
     The reduction runs inside the module's call, so the hooks by which FSDP and ZeRO-3 gather
     sharded weights act for it as they do for logits. The parameters are those of the head it
-    replaces, tied or not. A model that multiplies its logits by `factor` does that itself; the loss
-    and the targets, which see no logits, multiply what the head reads.
+    replaces, tied or not. A model that multiplies its logits by `factor`, or bounds them by `cap`,
+    does that itself; the loss and the targets, which see no logits, multiply what the head reads,
+    and bound the logits of each chunk.
     """
 
-    def __init__(self, head: nn.Linear, factor: float = 1.0) -> None:
+    def __init__(self, head: nn.Linear, factor: float = 1.0, cap: float | None = None) -> None:
         # On the meta device: weights of its own would be allocated and drawn, only to be dropped.
         super().__init__(
             head.in_features, head.out_features, bias=head.bias is not None, device="meta"
         )
         self.weight, self.bias = head.weight, head.bias
-        self.factor = factor
+        self.factor, self.cap = factor, cap
         self.train(head.training)
 
     def forward(
@@ -52,7 +53,9 @@ class FusedHead(nn.Linear):
         def reduce(
             hidden: Tensor, weight: Tensor, bias: Tensor | None
         ) -> tuple[Tensor, Tensor, Tensor]:
-            total, parts = linear_distill_loss(hidden, weight, bias, labels, targets, weights)
+            total, parts = linear_distill_loss(
+                hidden, weight, bias, labels, targets, weights, cap=self.cap
+            )
             # A plain tuple: the wrappers' hooks look for tensors in tuples, not in dataclasses.
             return total, parts.cross_entropy, parts.kl
 
@@ -61,7 +64,8 @@ class FusedHead(nn.Linear):
 
     def targets(self, hidden: Tensor, top_k: int) -> SparseTargets:
         """Call `targets_from_hidden` with this head."""
-        return self(self.scaled(hidden), functools.partial(targets_from_hidden, top_k=top_k))
+        reduce = functools.partial(targets_from_hidden, top_k=top_k, cap=self.cap)
+        return self(self.scaled(hidden), reduce)
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """Return the hidden states whose logits are the model's own."""
@@ -79,7 +83,7 @@ def fuse_head(model: Any) -> FusedHead:
         factor = logit_factor(model.config)
         if factor != 1 and head.bias is not None:
             raise UserError("lm_head: has a bias, which cannot be scaled; use another teacher.")
-        head = model.lm_head = FusedHead(head, factor)
+        head = model.lm_head = FusedHead(head, factor, logit_cap(model.config))
     if not isinstance(head, FusedHead):
         raise UserError(
             f"lm_head: a {type(head).__module__}.{type(head).__name__}, the loss needs a plain"

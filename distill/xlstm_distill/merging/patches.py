@@ -15,6 +15,7 @@ from torch import Tensor
 from xlstm_distill.artifacts.files import written_whole
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.merging.files import SavedWeights
+from xlstm_distill.merging.low_rank import decompose, matrix_of, saves
 from xlstm_distill.merging.selection import Cut, kept_of, largest
 from xlstm_distill.merging.sparse import Changes, SparseFile, SparseWriter
 from xlstm_distill.merging.streaming import (
@@ -28,7 +29,7 @@ from xlstm_distill.merging.streaming import (
 )
 from xlstm_distill.recipe.fields import NAME_PATTERN
 
-FORMAT = "xlstm-distill patch 1"
+FORMAT, LOW_RANK_FORMAT = "xlstm-distill patch 1", "xlstm-distill patch 2"
 VALUES = torch.bfloat16
 """Differences lose at most 1/512 of themselves: far less than a sparse patch leaves out."""
 
@@ -38,18 +39,19 @@ class PatchFacts:
     """What a patch says of itself.
 
     `base` and `expert` are hashes of weights. `retained` is the share of the difference's square
-    that the patch holds: 1 - |D - P|² / |D|².
+    that the patch holds: 1 - |D - P|² / |D|². A patch has a density or a rank.
     """
 
     name: str
     base: str
     expert: str
-    density: float
+    density: float | None
     block: int
     numbers: int
     changes: int
     retained: float
     model_bytes: int
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,24 @@ class _Found:
     expert_hashes: list[bytes]
     squares: float
     left_out: float
+    factors: tuple[Tensor, Tensor] | None = None
 
 
 def make_patch(
     base_place: Path,
     expert_place: Path,
     out: Path,
-    density: float,
+    density: float | None,
     name: str,
     advance: Callable[[int], None] = lambda count: None,
+    *,
+    rank: int | None = None,
 ) -> PatchFacts:
     """Write a patch that holds, of each tensor, the `density` largest differences.
 
-    Memory: a few tensors' changes. `advance` is called with the bytes of the base that were read.
+    With `rank` it holds factors of each matrix instead, and all differences of a tensor that
+    factors would not make smaller. Memory: a few tensors' changes; with `rank` a few copies of the
+    largest tensor, in float32. `advance` is called with the bytes of the base that were read.
 
     Raises:
         UserError: the two models do not have the same tensors, or do not differ.
@@ -87,9 +94,11 @@ def make_patch(
     names = sorted(base.entries)  # however the base is divided into files
     with written_whole(out) as file:
         writer = SparseWriter(file, names)
-        found = in_threads(lambda key: _differences(key, base, expert, density), names)
-        for key, tensor in zip(names, found, strict=True):
-            writer.add(key, tensor.changes)
+        for key, tensor in zip(names, _found(names, base, expert, density, rank), strict=True):
+            if tensor.factors is None:
+                writer.add(key, tensor.changes)
+            else:
+                writer.add_factors(key, *tensor.factors)
             hashes[0][key], hashes[1][key] = tensor.base_hashes, tensor.expert_hashes
             squares += tensor.squares
             left_out += tensor.left_out
@@ -103,14 +112,59 @@ def make_patch(
             base=hash_of_weights(base.entries, hashes[0]),
             expert=hash_of_weights(expert.entries, hashes[1]),
             density=density,
+            rank=rank,
             block=BLOCK,
             numbers=sum(entry.count for entry in base.entries.values()),
             changes=writer.count,
             retained=1 - left_out / squares,
             model_bytes=sum(entry.bytes for entry in base.entries.values()),
         )
-        writer.finish({"format": FORMAT, "patch": json.dumps(asdict(facts))})
+        file_format = FORMAT if rank is None else LOW_RANK_FORMAT
+        writer.finish({"format": file_format, "patch": json.dumps(asdict(facts))})
     return facts
+
+
+def _found(
+    names: Sequence[str],
+    base: SavedWeights,
+    expert: SavedWeights,
+    density: float | None,
+    rank: int | None,
+) -> Iterator[_Found]:
+    """Find the changes of these tensors, in their order."""
+    if rank is None:
+        assert density is not None, "a patch has a density or a rank"
+        yield from in_threads(lambda key: _differences(key, base, expert, density), names)
+        return
+    for key in names:
+        # One at a time: each is whole in memory, and the decomposition uses all cores.
+        entry = base.entries[key]
+        if entry.dtype.is_floating_point and saves(entry.shape, rank):
+            yield _factors(key, base, expert, rank)
+        else:
+            yield _differences(key, base, expert, 1.0)
+
+
+def _factors(name: str, base: SavedWeights, expert: SavedWeights, rank: int) -> _Found:
+    """Find a matrix's factors; none where it does not differ."""
+    entry = base.entries[name]
+    matrix = matrix_of(entry.shape)
+    assert matrix is not None
+    old, new = base.read(name), expert.read(name)
+    difference = _difference(old, new).reshape(matrix)
+    if not difference.isfinite().all():
+        raise UserError(f"{name}: holds numbers that are not finite.")
+    blocks = blocks_of(name, entry.count)
+    old_hashes = [hash_block(old[block.start : block.stop]) for block in blocks]
+    new_hashes = [hash_block(new[block.start : block.stop]) for block in blocks]
+    whole = (new.double() - old.double()).reshape(matrix)
+    squares = float(whole.square().sum())
+    if not difference.any():
+        return _Found([None] * len(blocks), old_hashes, new_hashes, squares, squares)
+    factors = decompose(difference, rank)
+    whole -= factors[0].double() @ factors[1].double()
+    left_out = float(whole.square().sum())
+    return _Found([], old_hashes, new_hashes, squares, left_out, factors)
 
 
 def _differences(name: str, base: SavedWeights, expert: SavedWeights, density: float) -> _Found:
@@ -203,7 +257,7 @@ class Patch(SparseFile):
     def __init__(self, path: Path) -> None:
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: a patch is a file NAME.safetensors, made by 'patch make'.")
-        super().__init__(path, FORMAT)
+        super().__init__(path, FORMAT, LOW_RANK_FORMAT)
         try:
             self.facts = PatchFacts(**json.loads(self.metadata["patch"]))
         except (ValueError, KeyError, TypeError):

@@ -3,7 +3,8 @@
 For a tensor NAME of a model the file holds `NAME.gaps`, `NAME.values` and `NAME.ends`. Positions
 count from the start of their block (`streaming.BLOCK`) and are stored as gaps of one byte: 255 adds
 255 and is no position, any other byte adds itself, and one for the position. Row b of `NAME.ends`
-says where block b ends: in bytes of gaps, and in values.
+says where block b ends: in bytes of gaps, and in values. A matrix may be held as two factors
+instead, `NAME.left` and `NAME.right` (`low_rank`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.merging.files import DTYPES, SavedWeights
+from xlstm_distill.merging.low_rank import matrix_of, product, rows_of
+from xlstm_distill.merging.streaming import Block
 
 SKIP = 255
 ALIGN = 8
@@ -30,6 +33,7 @@ HEADER_BYTES, METADATA_BYTES = 280, 2**11
 """Room in the header for one tensor, besides its name, and for metadata; spaces fill the rest."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PARTS = ("gaps", "values", "ends")
+FACTORS = ("left", "right")
 
 
 def encode(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -64,23 +68,44 @@ class SparseFile:
         RunError: the file is missing or damaged.
     """
 
-    def __init__(self, path: Path, file_format: str) -> None:
+    def __init__(self, path: Path, *formats: str) -> None:
         self.path = path
         self.weights = SavedWeights(path)
         self.metadata = self.weights.metadata
-        if self.metadata.get("format") != file_format:
-            raise UserError(f"{path}: is no {file_format!r}; make it again with this version.")
+        if self.metadata.get("format") not in formats:
+            raise UserError(f"{path}: is no {formats[0]!r}; make it again with this version.")
         self.ends: dict[str, Tensor] = {}
+        self.factors: list[str] = []
         for key in self.weights.entries:
             name, _, part = key.rpartition(".")
             if part == "ends":
                 self.ends[name] = self.weights.read(key).reshape(-1, 2)
+            if part == FACTORS[0]:
+                self.factors.append(name)
         expected = {f"{name}.{part}" for name in self.ends for part in PARTS}
+        expected |= {f"{name}.{part}" for name in self.factors for part in FACTORS}
         if set(self.weights.entries) != expected:
             raise RunError(f"{path}: holds other tensors than it should; make it again.")
 
-    def changes(self, name: str, block: int) -> Changes | None:
+    def changes(self, block: Block) -> Changes | None:
         """The changes of a block of a tensor; None where there are none."""
+        if block.name in self.factors:
+            return self._multiplied(block)
+        return self._stored(block.name, block.number)
+
+    def _multiplied(self, block: Block) -> Changes:
+        right = self._matrix(block.name, FACTORS[1])
+        rank, columns = right.shape
+        first, last = rows_of(block, columns)
+        left = self.weights.read(f"{block.name}.{FACTORS[0]}", first * rank, last * rank)
+        positions = np.arange(block.stop - block.start, dtype=np.int64)
+        return Changes(positions, product(left.reshape(-1, rank), right, block))
+
+    def _matrix(self, name: str, part: str) -> Tensor:
+        key = f"{name}.{part}"
+        return self.weights.read(key).reshape(self.weights.entries[key].shape)
+
+    def _stored(self, name: str, block: int) -> Changes | None:
         if name not in self.ends:
             return None
         ends = self.ends[name]
@@ -95,10 +120,25 @@ class SparseFile:
             raise RunError(f"{self.path}: {name} is damaged; make the patch again.")
         return Changes(positions, values)
 
+    def holds(self, name: str, shape: Sequence[int], blocks: int) -> bool:
+        """Whether what the file has of a tensor fits one of this shape and so many blocks."""
+        if name in self.ends:
+            return len(self.ends[name]) == blocks
+        parts = [self.weights.entries[f"{name}.{part}"].shape for part in FACTORS]
+        (rows, rank), (other_rank, columns) = parts
+        return rank == other_rank and matrix_of(shape) == (rows, columns)
+
+    @property
+    def names(self) -> list[str]:
+        """Tensors that the file changes."""
+        return [*self.ends, *self.factors]
+
     @property
     def count(self) -> int:
-        """Values in the file."""
-        return sum(int(ends[-1, 1]) for ends in self.ends.values())
+        """Values in the file, those of factors included."""
+        factors = [f"{name}.{part}" for name in self.factors for part in FACTORS]
+        stored = sum(int(ends[-1, 1]) for ends in self.ends.values())
+        return stored + sum(self.weights.entries[key].count for key in factors)
 
 
 class SparseWriter:
@@ -110,6 +150,7 @@ class SparseWriter:
     def __init__(self, file: BinaryIO, names: Sequence[str]) -> None:
         self.file = file
         self.header: dict[str, object] = {}
+        self.factors: dict[str, Tensor] = {}
         self.room = sum(HEADER_BYTES + 3 * len(name.encode()) for name in names)
         self.room += METADATA_BYTES - self.room % ALIGN
         self.start = 8 + self.room
@@ -129,8 +170,17 @@ class SparseWriter:
         self._put(f"{name}.ends", torch.from_numpy(ends.astype(np.int64)))
         self.count += sum(counts)
 
+    def add_factors(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Add the factors (M, R) and (R, N) of a matrix; they wait in memory for `finish`."""
+        for part, factor in zip(FACTORS, (left, right), strict=True):
+            self.factors[f"{name}.{part}"] = factor
+            self.count += factor.numel()
+
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the header."""
+        """Write what waits, then the header."""
+        # Last: a factor is as long as it is, and whole numbers after it would lie askew.
+        for key, factor in self.factors.items():
+            self._put(key, factor)
         content = {"__metadata__": dict(metadata), **self.header}
         text = json.dumps(content, separators=(",", ":")).encode()
         if len(text) > self.room:
@@ -143,7 +193,7 @@ class SparseWriter:
         flat = values.reshape(-1)
         # Filled up to whole numbers of ALIGN: a hole between two tensors is not allowed.
         missing = -flat.numel() * flat.itemsize % ALIGN // flat.itemsize
-        if missing:
+        if missing and values.ndim == 1:
             flat = torch.cat([flat, torch.zeros(missing, dtype=flat.dtype)])
         self.file.write(flat.view(torch.uint8).numpy().data)
         shape = [flat.numel()] if values.ndim == 1 else list(values.shape)

@@ -8,6 +8,7 @@ would have made.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import uuid
@@ -63,7 +64,7 @@ class Stack:
     def base(self, block: Block) -> tuple[Tensor, Tensor]:
         """Read a block of the model, and restore the base's: both (N,)."""
         now = self.weights.read(block.name, block.start, block.stop)
-        before = self.undo.changes(block.name, block.number) if self.undo else None
+        before = self.undo.changes(block) if self.undo else None
         if before is None:
             return now, now
         base = now.clone()
@@ -239,8 +240,13 @@ def _go_through(
     _check_tensors(stack, applied)
     entries = stack.weights.entries
     hashes: dict[str, dict[str, list[bytes]]] = {"old": {}, "base": {}, "new": {}}
-    found = in_threads(lambda name: _tensor(name, stack, applied, use), sorted(entries))
-    for name, tensor in zip(sorted(entries), found, strict=True):
+    names = sorted(entries)
+    work = functools.partial(_tensor, stack=stack, applied=applied, use=use)
+    # A low-rank patch changes every number: the values to be kept of several tensors, done and
+    # waiting for their turn, would be many GB.
+    wide_ones = any(one.patch.factors for one in (*applied, *stack.applied))
+    found = map(work, names) if wide_ones else in_threads(work, names)
+    for name, tensor in zip(names, found, strict=True):
         for kind, known in hashes.items():
             known[name] = getattr(tensor, kind)
         keep(name, tensor.undo)
@@ -264,9 +270,10 @@ def _go_through(
 def _check_tensors(stack: Stack, applied: Sequence[Applied]) -> None:
     """Refuse early a patch of another architecture; what is the same in that shows in the hash."""
     for one in applied:
-        for name, ends in one.patch.ends.items():
+        for name in one.patch.names:
             entry = stack.weights.entries.get(name)
-            if entry is None or len(blocks_of(name, entry.count)) != len(ends):
+            blocks = len(blocks_of(name, entry.count)) if entry else 0
+            if entry is None or not one.patch.holds(name, entry.shape, blocks):
                 raise UserError(
                     f"{one.patch.path}: {name} is not in {stack.model} like this; the patch was "
                     "made for another base."
@@ -281,7 +288,7 @@ def _tensor(
         old, base = stack.base(block)
         changes = []
         for one in applied:
-            change = one.patch.changes(name, block.number)
+            change = one.patch.changes(block)
             if change is not None:
                 changes.append((change, one.weight))
         new, undo = base, None

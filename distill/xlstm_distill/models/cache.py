@@ -5,6 +5,7 @@ Its size does not depend on the number of tokens seen. Decoding updates every te
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,16 +14,96 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from xlstm_distill.models.segments import RowEnds
-from xlstm_kernels import MLSTMState, Ring
-from xlstm_kernels.state import LOG_ZERO
+from xlstm_kernels import MLSTMState, Ring, RingSlots
+from xlstm_kernels.state import LOG_ZERO, held_positions
+
+
+class Arrival:
+    """The tokens that come to a cache in one call: what all layers would find out alike.
+
+    tokens: T. seen: tokens per row before these, padding included. segment_ids (B, T): rows whose
+    first id is 0 continue the document that is held, others begin one; None where all continue.
+    begins (B,) bool: which rows those are. held (B,): how many tokens of its document a row held.
+    before (B,): how many of them are of the document of these tokens' first one.
+    """
+
+    def __init__(self, tokens: int, seen: int, held: Tensor, segment_ids: Tensor | None) -> None:
+        self.tokens, self.seen, self.held, self.segment_ids = tokens, seen, held, segment_ids
+        # By the window and the device: layers may differ in both.
+        self._slots: dict[tuple[int, torch.device], RingSlots] = {}
+        self._fills: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        # Of the rotary positions: tensors of transformers, and what steps have made of them.
+        self.rotation: tuple[Tensor, Tensor, Tensor] | None = None
+        self.begins: Tensor | None = None
+        self.before = held
+        if segment_ids is not None:
+            begins = segment_ids[:, 0] != 0
+            # Asking makes nobody wait on a CPU, and most tokens continue their document.
+            if _asks_first(begins) and not bool(begins.any()):
+                return
+            self.begins, self.before = begins, held.masked_fill(begins, 0)
+
+    def begins_on(self, device: torch.device) -> Tensor:
+        """Return which rows begin a document, on the device of a layer."""
+        assert self.begins is not None
+        return self.begins if self.begins.device == device else self.begins.to(device)
+
+    def lengths_after(self) -> Tensor:
+        """Count the tokens of each row's last document, these included, (B,)."""
+        before, start = self._last_document()
+        return before + (self.tokens - start)
+
+    def _last_document(self) -> tuple[Tensor, Tensor | int]:
+        """Find how many tokens of each row's last document came before, and where it begins, (B,).
+
+        Of several documents only the last is kept: no later token sees an earlier one.
+        """
+        if self.segment_ids is None or self.tokens == 1:
+            return self.before, 0
+        in_last = self.segment_ids == self.segment_ids[:, -1:]
+        # An id may occur twice in a row; only the run of equal ids at the end is the last document.
+        run = in_last.long().flip(1).cumprod(dim=1).sum(dim=1)
+        start = self.tokens - run
+        return torch.where(start > 0, 0, self.before), start
+
+    def slots(self, ring: Ring, sinks: int) -> RingSlots:
+        """Find where a single token goes in a ring like this one."""
+        window, device = ring.keys.shape[2] - sinks, ring.keys.device
+        found = self._slots.get((window, device))
+        if found is None:
+            found = RingSlots.of(self.before.to(device), window, sinks, ring.keys.dtype)
+            self._slots[window, device] = found
+        return found
+
+    def fill(self, ring: Ring, sinks: int) -> tuple[Tensor, Tensor]:
+        """Find which token of the chunk each slot of a ring takes, and whether, (B, N + W)."""
+        window, device = ring.keys.shape[2] - sinks, ring.keys.device
+        if (window, device) not in self._fills:
+            before, start = self._last_document()
+            wanted = held_positions(before + (self.tokens - start), window, sinks)
+            source = wanted + (start - before)[:, None]
+            # A negative one means that the slot already holds its token.
+            is_new = (wanted >= 0) & (source >= 0)
+            index = source.clamp(0, self.tokens - 1)
+            self._fills[window, device] = index.to(device), is_new.to(device)
+        return self._fills[window, device]
+
+
+def _asks_first(x: Tensor) -> bool:
+    """Tell whether a question about a tensor's content costs nothing and breaks no graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class MixerCacheLayer(CacheLayerMixin):
     """Decoding state of one mixer: what `xlstm_kernels.hybrid_step` updates.
 
-    state: memory of the mLSTM. ring: keys and values of the window and the sinks. Each is None
-    before the first token, and stays None where the mixer lacks the branch that needs it.
-    seen: tokens per row, padding included; the mixer counts them.
+    state: memory of the mLSTM. keys, values: those of the window and the sinks, as
+    `xlstm_kernels.Ring` has them. Each is None before the first token, and stays None where the
+    mixer lacks the branch that needs it. How long the rows are is a fact of the whole cache. seen:
+    tokens per row, padding included; the mixer counts them.
+
+    checked: whether a step has checked these tensors. folded: what the mixer's steps have computed
+    of its weights.
     """
 
     is_sliding = False
@@ -32,12 +113,13 @@ class MixerCacheLayer(CacheLayerMixin):
         self.window, self.sinks = window, sinks
         self.seen = 0
         self.state: MLSTMState | None = None
-        self.ring: Ring | None = None
+        self.checked = False
+        self.folded: Any = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the ring for keys (B, G, *, D) and values (B, G, *, Dv), in their dtype."""
-        batch, groups, _, key_dim = key_states.shape
-        self.ring = Ring.empty(
+        """Allocate the ring for keys (B, G, ..., D) and values (B, G, ..., Dv), in their dtype."""
+        batch, groups, key_dim = *key_states.shape[:2], key_states.shape[-1]
+        self.keys, self.values, _ = Ring.empty(
             batch,
             groups,
             key_dim,
@@ -49,20 +131,24 @@ class MixerCacheLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def ring_for(self, keys: Tensor, values: Tensor) -> Ring:
-        """Return the ring; allocate it first if needed, for keys and values (B, G, *, D)."""
-        if self.ring is None:
+    def ring_for(self, keys: Tensor, values: Tensor, lengths: Tensor) -> Ring:
+        """Return the ring of rows of these lengths (B,); allocate it first if needed.
+
+        keys, values (B, G, ..., D).
+        """
+        if self.keys is None:
             self.lazy_initialization(keys, values)
-        assert self.ring is not None
-        return self.ring
+        assert self.keys is not None
+        assert self.values is not None
+        return Ring(self.keys, self.values, lengths)
 
     def state_for(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> MLSTMState:
         """Return the mLSTM's state; allocate it first if needed.
 
-        keys (B, H, *, Dk) after the feature map, values (B, G, *, Dv).
+        keys (B, H, ..., Dk) after the feature map, values (B, G, ..., Dv).
         """
         if self.state is None:
-            batch, heads, _, key_dim = keys.shape
+            batch, heads, key_dim = *keys.shape[:2], keys.shape[-1]
             self.state = MLSTMState.zeros(
                 batch, heads, key_dim, values.shape[-1], dtype=dtype, device=keys.device
             )
@@ -70,78 +156,43 @@ class MixerCacheLayer(CacheLayerMixin):
         return self.state
 
     @torch.no_grad()
-    def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        segment_ids: Tensor | None = None,
-        **kwargs: Any,
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, arrival: Arrival
     ) -> tuple[Tensor, Tensor]:
         """Fill the ring from a chunk of T tokens, (B, G, T, D), and return all slots of the ring.
 
-        segment_ids (B, T): rows whose first id is 0 continue the document that is held, others
-        begin one. Only the last document of a row is kept: no later token sees an earlier one.
         What is held is constant: no gradient flows into it.
         """
-        ring = self.ring_for(key_states, value_states)
-        tokens = key_states.shape[2]
-        start, before = _last_document(ring, tokens, segment_ids)
-        lengths = before + tokens - start  # (B,)
-        wanted = self._slot_positions(lengths)  # (B, N + W)
-        # Index into the chunk. A negative one means that the slot already holds its token.
-        source = start[:, None] + wanted - before[:, None]
-        is_new = (wanted >= 0) & (source >= 0)
-        index = source.clamp(0, tokens - 1)
+        ring = self.ring_for(key_states, value_states, arrival.before)
+        index, is_new = arrival.fill(ring, self.sinks)
         for slots, new in ((ring.keys, key_states), (ring.values, value_states)):
             slots.copy_(torch.where(is_new[:, None, :, None], _gather(new, index), slots))
-        ring.positions.copy_(wanted)
-        ring.lengths.copy_(lengths)
         return ring.keys, ring.values
 
-    def _slot_positions(self, lengths: Tensor) -> Tensor:
-        """Find the position that each slot holds after `lengths` (B,) tokens, (B, N + W).
-
-        It is -1 where the slot is empty.
-        """
-        sinks = torch.arange(self.sinks, device=lengths.device)
-        slots = torch.arange(self.window, device=lengths.device)
-        last = lengths[:, None] - 1
-        # Slot r of the ring holds the latest position p <= last with p mod W = r.
-        in_ring = last - (last - slots) % self.window
-        wanted = torch.cat([sinks.expand(len(lengths), -1), in_ring], dim=1)
-        return torch.where(wanted < lengths[:, None], wanted, -1).clamp_min(-1)
-
-    def restart_ring(self, segment_ids: Tensor) -> None:
-        """Empty the ring in rows that begin a document: first id not 0, (B, T)."""
-        assert self.ring is not None
-        begins = segment_ids[:, 0] != 0
-        # Some backends find the filled slots by positions, some by lengths. Keys may stay.
-        self.ring.positions.masked_fill_(begins[:, None], -1)
-        self.ring.lengths.masked_fill_(begins, 0)
-
-    def restart_state(self, segment_ids: Tensor) -> None:
-        """Empty the mLSTM's state in rows that begin a document: first id not 0, (B, T)."""
+    def restart_state(self, begins: Tensor) -> None:
+        """Empty the mLSTM's state in rows that begin a document, (B,) bool."""
         assert self.state is not None
-        begins = segment_ids[:, 0] != 0
         self.state.C.masked_fill_(begins[:, None, None, None], 0)
         self.state.n.masked_fill_(begins[:, None, None], 0)
         self.state.m.masked_fill_(begins[:, None], LOG_ZERO)
 
-    def prefix(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the held tokens in document order.
+    def prefix(self, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the held tokens of rows of these lengths (B,), in document order.
 
         Keys, values (B, G, N + W, D) and their validity (B, N + W) bool. Invalid slots come first,
         so that valid tokens adjoin the chunk that follows.
         """
-        ring = self.ring
-        assert ring is not None
+        assert self.keys is not None
+        assert self.values is not None
+        lengths = held.to(self.keys.device)
+        positions = held_positions(lengths, self.window, self.sinks)
         # A sink that is still in the window has two slots. Only the one in the ring counts.
-        oldest = (ring.lengths - self.window)[:, None]
-        in_ring = torch.arange(ring.positions.shape[1], device=oldest.device) >= self.sinks
-        held = torch.where(in_ring | (ring.positions < oldest), ring.positions, -1)
-        order = held.argsort(dim=1, stable=True)
-        valid = held.gather(1, order) >= 0
-        return _gather(ring.keys, order), _gather(ring.values, order), valid
+        oldest = (lengths - self.window)[:, None]
+        in_ring = torch.arange(positions.shape[1], device=oldest.device) >= self.sinks
+        counted = torch.where(in_ring | (positions < oldest), positions, -1)
+        order = counted.argsort(dim=1, stable=True)
+        valid = counted.gather(1, order) >= 0
+        return _gather(self.keys, order), _gather(self.values, order), valid
 
     def get_seq_length(self) -> int:
         """Tokens seen per row, padding included."""
@@ -157,7 +208,8 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are held, rows first."""
-        return [*(self.ring or ()), *(self.state or ())]
+        ring = () if self.keys is None else (self.keys, self.values)
+        return [*ring, *(self.state or ())]
 
     def nbytes(self) -> int:
         """Bytes held, a constant from the first token on."""
@@ -166,8 +218,8 @@ class MixerCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         # The tensors go, not only their content: the next use may have another batch size or dtype.
-        self.is_initialized, self.seen = False, 0
-        self.ring, self.state = None, None
+        self.is_initialized, self.seen, self.checked = False, 0, False
+        self.keys = self.values = self.state = self.folded = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: a state cannot give back what it has taken in."""
@@ -179,8 +231,10 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def _select(self, index: Tensor) -> None:
         """Keep the given rows, in this order."""
-        if self.ring is not None:
-            self.ring = Ring(*(t.index_select(0, index.to(t.device)) for t in self.ring))
+        self.checked = False
+        if self.keys is not None and self.values is not None:
+            self.keys = self.keys.index_select(0, index.to(self.keys.device))
+            self.values = self.values.index_select(0, index.to(self.values.device))
         if self.state is not None:
             self.state = MLSTMState(*(t.index_select(0, index.to(t.device)) for t in self.state))
 
@@ -199,32 +253,40 @@ class MixerCacheLayer(CacheLayerMixin):
             self._select(rows.repeat_interleave(repeats))
 
 
-def _last_document(ring: Ring, tokens: int, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Find where in a chunk each row's last document begins, (B,).
-
-    Also returns how many of its tokens, (B,), came before the chunk.
-    """
-    if segment_ids is None:
-        return torch.zeros_like(ring.lengths), ring.lengths.clone()
-    in_last = segment_ids == segment_ids[:, -1:]
-    # An id may occur twice in a row; only the run of equal ids at the end is the last document.
-    run = in_last.long().flip(1).cumprod(dim=1).sum(dim=1)
-    start = tokens - run
-    is_new = (start > 0) | (segment_ids[:, 0] != 0)
-    return start, torch.where(is_new, 0, ring.lengths)
-
-
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Take tokens of x (B, G, T, D) by index (B, S): (B, G, S, D)."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 class StudentCache(Cache):
-    """One `MixerCacheLayer` per layer, and how the rows end (None before the first token)."""
+    """One `MixerCacheLayer` per layer, and what is a fact of the rows in all layers.
+
+    ends: how the rows end. lengths (B,) int64: tokens of each row's last document. Both are None
+    before the first token. arrival: the tokens that the layers are taking in.
+    """
 
     def __init__(self, windows: Sequence[int], sinks: int) -> None:
         super().__init__(layers=[MixerCacheLayer(window, sinks) for window in windows])
         self.ends: RowEnds | None = None
+        self.lengths: Tensor | None = None
+        self.arrival: Arrival | None = None
+
+    def receive(
+        self, shape: tuple[int, int], segment_ids: Tensor | None, device: torch.device
+    ) -> None:
+        """Note that the layers will take in (B, T) tokens, and count them, in place."""
+        if self.lengths is None:
+            self.lengths = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        seen = self.get_seq_length()
+        self.arrival = Arrival(shape[1], seen, self.lengths.clone(), segment_ids)
+        self.lengths.copy_(self.arrival.lengths_after())
+
+    def copy(self) -> StudentCache:
+        """Return a cache that goes on by itself: one prompt's state, many continuations."""
+        found: StudentCache = copy.copy(self)
+        # What the last call found out is of no use to the next.
+        found.arrival = None
+        return copy.deepcopy(found)
 
     def end_rows(self, ends: RowEnds) -> None:
         """Copy how the rows end now, in place where the cache holds it already.
@@ -240,33 +302,36 @@ class StudentCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(layer.nbytes() for layer in self.layers if isinstance(layer, MixerCacheLayer))
+        layers = sum(layer.nbytes() for layer in self.layers if isinstance(layer, MixerCacheLayer))
+        return layers + (0 if self.lengths is None else 8 * len(self.lengths))
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.ends = None
+        self.ends = self.lengths = self.arrival = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows for beam search."""
         super().reorder_cache(beam_idx)
-        self._select_ends(beam_idx)
+        self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given rows."""
         super().batch_select_indices(indices)
-        self._select_ends(indices)
+        self._select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
-        if self.ends is not None:
-            rows = torch.arange(len(self.ends.position), device=self.ends.position.device)
-            self._select_ends(rows.repeat_interleave(repeats))
+        if self.lengths is not None:
+            rows = torch.arange(len(self.lengths), device=self.lengths.device)
+            self._select_rows(rows.repeat_interleave(repeats))
 
-    def _select_ends(self, index: Tensor) -> None:
+    def _select_rows(self, index: Tensor) -> None:
         if self.ends is not None:
             self.ends = self.ends.select(index)
+        if self.lengths is not None:
+            self.lengths = self.lengths.index_select(0, index.to(self.lengths.device))
 
 
 def _copied(new: Tensor, held: Tensor | None) -> Tensor:

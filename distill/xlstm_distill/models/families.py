@@ -54,6 +54,17 @@ def coheres(config: Any) -> float:
     return float(config.logit_scale)
 
 
+def uncapped(config: Any) -> float | None:
+    """Logits without a bound."""
+    return None
+
+
+def gemmas(config: Any) -> float | None:
+    """Gemma 3 may bound its logits, which no released model does."""
+    cap = config.final_logit_softcapping
+    return None if cap is None else float(cap)
+
+
 @dataclass(frozen=True)
 class Family:
     """A Transformer architecture that can be a teacher.
@@ -62,11 +73,15 @@ class Family:
     (Qwen3), or over the full projection before it (Olmo). `rotates` tells of a layer's attention
     whether it has rotary positions. `window`: whether a sliding window is a fact of each layer or
     of the whole model. `fused`: queries, keys and values are one projection, `qkv_proj`.
-    `logit_factor`: what the model multiplies its head's output with.
+    `logit_factor`: what the model multiplies its head's output with; `logit_cap`: the c of logits
+    that are bounded as c tanh(x / c), or None. `module` and `causal_prefix`: where transformers
+    does not use `model_type` and `class_prefix`.
 
-    For counting parameters: `norms` of the hidden width in each layer, which `biases` a
-    configuration can ask for, whether the MLP's first two projections are one, and whether
-    embeddings are `tied` where the configuration says nothing.
+    For counting parameters: `norms` of the hidden width in each layer and the vectors of weights
+    that each has (`norm_weights`), which `biases` a configuration can ask for, whether the MLP is
+    gated and whether its first two projections are one (`fused_mlp`), and whether embeddings are
+    `tied` where the configuration says nothing. `fp32_norms`: norms multiply by their weights
+    before they cast back. `experts`: MLPs are mixtures of experts, as Mixtral or Qwen name them.
     """
 
     model_type: str
@@ -76,10 +91,19 @@ class Family:
     window: Literal["layer", "model"] = "layer"
     fused: bool = False
     logit_factor: Callable[[Any], float] = one
+    logit_cap: Callable[[Any], float | None] = uncapped
+    module: str = ""
+    causal_prefix: str = ""
     norms: int = 2
-    biases: Literal["all", "attention", "qkv", "always qkv", "none"] = "attention"
+    norm_weights: int = 1
+    fp32_norms: bool = False
+    biases: Literal["all", "attention", "qkv", "always qkv", "qkv_bias", "use_bias", "none"] = (
+        "attention"
+    )
+    gated_mlp: bool = True
     fused_mlp: bool = False
     tied: bool = False
+    experts: Literal["none", "mixtral", "qwen"] = "none"
 
     def reach(self, attention: Any) -> int | None:
         """Return how many keys a layer of the teacher sees, its own included; None means all."""
@@ -92,29 +116,37 @@ class Family:
         return getattr(attention, "sliding_window", None)
 
     @property
+    def package(self) -> str:
+        """The family's package in transformers."""
+        return f"transformers.models.{self.module or self.model_type}"
+
+    @property
     def modeling(self) -> ModuleType:
         """The family's modeling module in transformers."""
-        return importlib.import_module(
-            f"transformers.models.{self.model_type}.modeling_{self.model_type}"
-        )
+        return importlib.import_module(f"{self.package}.modeling_{self.module or self.model_type}")
+
+    def class_name(self, suffix: str) -> str:
+        """Name one of the family's classes; `ForCausalLM` may have a prefix of its own."""
+        own = self.causal_prefix if suffix == "ForCausalLM" else ""
+        return (own or self.class_prefix) + suffix
 
     @property
     def causal_lm(self) -> Any:
         """The family's causal language model class."""
-        return getattr(self.modeling, f"{self.class_prefix}ForCausalLM")
+        return getattr(self.modeling, self.class_name("ForCausalLM"))
 
     @property
     def config(self) -> Any:
         """The family's configuration class."""
         module = importlib.import_module(
-            f"transformers.models.{self.model_type}.configuration_{self.model_type}"
+            f"{self.package}.configuration_{self.module or self.model_type}"
         )
-        return getattr(module, f"{self.class_prefix}Config")
+        return getattr(module, self.class_name("Config"))
 
     @property
     def body_name(self) -> str:
         """Name of the family's model without a head."""
-        return f"{self.class_prefix}Model"
+        return self.class_name("Model")
 
     @property
     def apply_rotary(self) -> Rotary:
@@ -130,9 +162,9 @@ FAMILIES = {
         # over.
         Family("qwen2", "Qwen2", "none", biases="always qkv"),
         Family("qwen3", "Qwen3", "head"),
-        Family("olmo2", "Olmo2", "projection"),
-        Family("olmo3", "Olmo3", "projection"),
-        Family("olmo", "Olmo", "none", norms=0),
+        Family("olmo2", "Olmo2", "projection", fp32_norms=True),
+        Family("olmo3", "Olmo3", "projection", fp32_norms=True),
+        Family("olmo", "Olmo", "none", norm_weights=0),
         Family("mistral", "Mistral", "none", window="model", biases="none"),
         Family("ministral", "Ministral", "none", biases="none"),
         Family("granite", "Granite", "none", logit_factor=granites, biases="all"),
@@ -143,9 +175,42 @@ FAMILIES = {
         ),
         Family("glm4", "Glm4", "none", norms=4, biases="qkv", fused_mlp=True),
         Family("phi3", "Phi3", "none", window="model", fused=True, biases="none", fused_mlp=True),
-        Family("gemma", "Gemma", "none", tied=True),
+        Family("gemma", "Gemma", "none", fp32_norms=True, tied=True),
+        Family(
+            "gemma3_text",
+            "Gemma3Text",
+            "head",
+            logit_cap=gemmas,
+            module="gemma3",
+            causal_prefix="Gemma3",
+            norms=4,
+            fp32_norms=True,
+            tied=True,
+        ),
+        Family(
+            "starcoder2",
+            "Starcoder2",
+            "none",
+            window="model",
+            norm_weights=2,
+            biases="use_bias",
+            gated_mlp=False,
+            tied=True,
+        ),
+        Family("apertus", "Apertus", "head", gated_mlp=False),
+        Family("mixtral", "Mixtral", "none", window="model", biases="none", experts="mixtral"),
+        Family("qwen2_moe", "Qwen2Moe", "none", biases="qkv_bias", experts="qwen"),
+        Family("qwen3_moe", "Qwen3Moe", "head", window="model", experts="qwen"),
     )
 }
+
+REFUSED = {
+    "gemma2": "its attention bounds the scores, which the window's kernels do not",
+    "gemma3": "it has a vision tower; its language model alone is of type 'gemma3_text'",
+    "gpt_oss": "its heads have learned sinks, which the window's kernels do not compute, and its"
+    " weights are in mxfp4",
+}
+"""Why architectures that may be looked for here have no row."""
 
 
 def family_of(model_type: str) -> Family:
@@ -155,8 +220,9 @@ def family_of(model_type: str) -> Family:
         UserError: the architecture is not supported.
     """
     if model_type not in FAMILIES:
+        reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
         raise UserError(
-            f"teacher.model_type: {model_type!r} cannot be converted; supported are"
+            f"teacher.model_type: {model_type!r} cannot be converted{reason}; supported are"
             f" {', '.join(FAMILIES)}. Choose a teacher of one of these architectures."
         )
     return FAMILIES[model_type]
@@ -166,3 +232,9 @@ def logit_factor(config: Any) -> float:
     """Return what a teacher or student multiplies its head's output with."""
     family = FAMILIES.get(config.model_type.removeprefix("xlstm_"))
     return 1.0 if family is None else family.logit_factor(config)
+
+
+def logit_cap(config: Any) -> float | None:
+    """Return the bound of a teacher's or student's logits, c in c tanh(x / c), or None."""
+    family = FAMILIES.get(config.model_type.removeprefix("xlstm_"))
+    return None if family is None else family.logit_cap(config)

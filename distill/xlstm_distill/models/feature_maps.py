@@ -59,11 +59,20 @@ class FeatureMap(nn.Module):
         heads, features, dim = self.weight.shape
         batch, groups, tokens, _ = x.shape
         # One product for the heads of a group: they read the same x.
-        weight = self.weight.view(groups, heads // groups * features, dim)
-        mapped = torch.matmul(in_dtype_of(x, weight), weight.transpose(1, 2))  # (B, G, T, H/G * F)
-        mapped = mapped.view(batch, groups, tokens, heads // groups, features).transpose(2, 3)
-        mapped = mapped.reshape(batch, heads, tokens, features).float()
+        weight = self.weight.view(groups, heads // groups * features, dim).mT
+        given = x if x.dtype == weight.dtype else in_dtype_of(x, weight)
+        if tokens == 1:
+            # The rows of a batch share the product too: no weight is copied for each of them.
+            mapped = torch.bmm(given.view(batch, groups, dim).transpose(0, 1), weight)
+            mapped = mapped.transpose(0, 1).reshape(batch, heads, 1, features)
+        else:
+            mapped = torch.matmul(given, weight)  # (B, G, T, H/G * F)
+            mapped = mapped.view(batch, groups, tokens, heads // groups, features).transpose(2, 3)
+            mapped = mapped.reshape(batch, heads, tokens, features)
+        mapped = mapped if mapped.dtype == torch.float32 else mapped.float()
         if self.name == "softmax":
-            return mapped.softmax(dim=-1).to(x.dtype)
-        both = torch.cat([mapped.softmax(dim=-1), (-mapped).softmax(dim=-1)], dim=-1)
-        return both.mul(0.5).to(x.dtype)
+            found = mapped.softmax(dim=-1)
+        else:
+            both = [mapped.softmax(dim=-1), (-mapped).softmax(dim=-1)]
+            found = torch.cat(both, dim=-1).mul(0.5)
+        return found if found.dtype == x.dtype else found.to(x.dtype)

@@ -31,7 +31,7 @@ BASE = ".base_layer."
 def empty_student(directory: Path, dtype: torch.dtype) -> CausalLM:
     """Make a saved student without its weights: its parameters are on the meta device.
 
-    Buffers, which no file holds, are computed. `load_shards` reads the weights.
+    Buffers that no file holds are computed, others are read. `load_shards` reads the weights.
 
     Raises:
         RunError: the model has a buffer that cannot be computed here.
@@ -42,9 +42,14 @@ def empty_student(directory: Path, dtype: torch.dtype) -> CausalLM:
     # RoPE's frequencies are in no file: a module of its own on the CPU computes them.
     rotary = student.model.rotary_emb
     student.model.rotary_emb = type(rotary)(config=config)
-    for module in student.modules():
+    files, saved = WeightFiles(directory), student.state_dict().keys()
+    for path, module in student.named_modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
+            full = f"{path}.{name}"
+            if buffer.is_meta and full in saved and full in files:
+                # Constants of Apertus's activation.
+                setattr(module, name, files[full].clone().to(buffer.dtype))
+            elif buffer.is_meta:
                 # A family may have others (Gemma's embedding scale), which it computes by itself.
                 module.register_buffer(
                     name, torch.full_like(buffer, torch.nan, device="cpu"), False

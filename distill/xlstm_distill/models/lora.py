@@ -23,6 +23,9 @@ def add_lora(student: CausalLM, rank: int, alpha: int) -> None:
     W x + (alpha / rank) B A x with A random and B zero, so the student starts unchanged. It keeps
     its class. Until `merge_lora` its state dict has `base_layer`, `lora_A` and `lora_B`.
 
+    Routers, and the experts they choose, are no linear layers but tensors of all experts at once:
+    they get no adapters and stay as they are. A shared expert has linear layers.
+
     Raises:
         UserError: peft is not installed.
     """

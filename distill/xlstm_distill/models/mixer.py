@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from xlstm_distill.models.cache import MixerCacheLayer, checked_cache
+from xlstm_distill.models.cache import Arrival, MixerCacheLayer, checked_cache
+from xlstm_distill.models.decoding.step import decode_token, turns_halves
 from xlstm_distill.models.families import Family
 from xlstm_distill.models.feature_maps import FeatureMap
 from xlstm_distill.models.gates import OutputGate, ScalarGate
@@ -16,13 +17,10 @@ from xlstm_distill.recipe import MixerConfig
 from xlstm_kernels import (
     Backend,
     MLSTMState,
-    hybrid_step,
     mlstm,
-    mlstm_step,
     sliding_window_attention,
 )
-from xlstm_kernels.dispatch import HEAD_DIMS
-from xlstm_kernels.state import LOG_ZERO, state_dtype
+from xlstm_kernels.state import state_dtype
 
 NEW_MODULES = ("feature_map_q", "feature_map_k", "input_gate", "forget_gate", "output_gate")
 """Names of the mixer's children that the teacher does not have; stage I trains these alone."""
@@ -78,11 +76,18 @@ class HybridMixer(nn.Module):
         self.head_dim: int = attention.head_dim
         self.scale: float = attention.scaling
         keys = teacher.num_key_value_heads * self.head_dim
+        self.heads: int = heads
         self.widths = (heads * self.head_dim, keys, keys)  # of queries, keys and values
         self.backend: Backend = "auto"
         self.family, self.mixer_config = family, config
         # Looked up once: an import in every layer and token costs time, and breaks graphs.
         self.apply_rotary = family.apply_rotary
+        # Phi-3 may turn a part of each head only; then there are fewer angles.
+        partial = getattr(teacher, "partial_rotary_factor", None) or 1.0
+        partial = (getattr(teacher, "rope_parameters", None) or {}).get(
+            "partial_rotary_factor", partial
+        )
+        self.turns_halves = partial == 1 and turns_halves(self.apply_rotary, self.head_dim)
         # Some families have layers without positions; a student keeps their queries as they are.
         self.rotates = family.rotates(attention)
         # Some families limit the reach of single layers; a student sees no further than they do.
@@ -150,6 +155,13 @@ class HybridMixer(nn.Module):
         Stage I aligns these. `value_scale`, a scalar, multiplies the values that the output gate
         reads.
         """
+        layer = self._cache_layer(past_key_values)
+        arrival = None if layer is None else checked_cache(past_key_values).arrival
+        # A prompt of a single token goes this way too: an empty cache is a state like any other.
+        # Not where gradients are recorded: a step has none.
+        if layer is not None and hidden_states.shape[1] == 1 and not self._records(hidden_states):
+            assert arrival is not None
+            return decode_token(self, hidden_states, position_embeddings, arrival, layer)
         q, k, v = self.project(hidden_states)
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
         gate = None
@@ -162,15 +174,10 @@ class HybridMixer(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)
         memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None
         inputs = MixerInputs(q, k, v, memory, gate)
-        layer = self._cache_layer(past_key_values)
-        # A prompt of a single token goes this way too: an empty cache is a state like any other.
-        # Not where gradients are recorded: a step has none.
-        if layer is not None and q.shape[2] == 1 and not _has_gradients(inputs):
-            mixed = self._decode(inputs, layer, segment_ids)
-        else:
-            mixed = self._mix_sequence(inputs, layer, segment_ids)
+        mixed = self._mix_sequence(inputs, layer, arrival, segment_ids)
         if layer is not None:
-            layer.seen += q.shape[2]
+            # Not before: transformers counts positions from it.
+            layer.seen += hidden_states.shape[1]
         return mixed.transpose(1, 2).flatten(2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,6 +187,8 @@ class HybridMixer(nn.Module):
         """
 
         def split(y: Tensor) -> Tensor:
+            if y.shape[1] == 1:  # the same in one operator less
+                return y.reshape(len(y), -1, 1, self.head_dim)
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         if self.family.fused:
@@ -201,6 +210,12 @@ class HybridMixer(nn.Module):
         i, f = self.input_gate(x), self.forget_gate(x)  # (B, T, H)
         return MLSTMInputs(features_q, features_k, i.mT.float(), f.mT.float())
 
+    def _records(self, x: Tensor) -> bool:
+        """Tell whether autograd records what the mixer computes of x."""
+        return torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+
     def _cache_layer(self, past_key_values: Cache | None) -> MixerCacheLayer | None:
         if past_key_values is None:
             return None
@@ -209,24 +224,31 @@ class HybridMixer(nn.Module):
         return layer
 
     def _mix_sequence(
-        self, inputs: MixerInputs, layer: MixerCacheLayer | None, segment_ids: Tensor | None
+        self,
+        inputs: MixerInputs,
+        layer: MixerCacheLayer | None,
+        arrival: Arrival | None,
+        segment_ids: Tensor | None,
     ) -> Tensor:
         """Mix the branches over T tokens, (B, H, T, D).
 
         With a cache, the tokens continue what it holds, and it takes them in.
         """
         q, k, v, memory, gate = inputs
-        recalled = None if memory is None else self._recall(memory, v, layer, segment_ids)
+        recalled = None
+        if memory is not None:
+            recalled = self._recall(memory, v, layer, arrival, segment_ids)
         if not self.has_window:
             assert recalled is not None
             return recalled
-        if layer is None or layer.seen == 0:
+        if layer is None or arrival is None or arrival.seen == 0:
             attended = self._attend(q, k, v, segment_ids)
         else:
-            attended = self._attend_after_prefix(q, k, v, layer, segment_ids)
-        if layer is not None:
+            prefix = layer.prefix(arrival.held)
+            attended = self._attend_after_prefix(q, k, v, prefix, segment_ids)
+        if layer is not None and arrival is not None:
             # Last, because the chunk's first queries see tokens that its last keys replace.
-            layer.update(k, v, segment_ids)
+            layer.update(k, v, arrival)
         if recalled is None or gate is None:
             return attended
         # (1 - o) SWA + o mLSTM (paper, Eq. 11).
@@ -237,13 +259,14 @@ class HybridMixer(nn.Module):
         memory: MLSTMInputs,
         v: Tensor,
         layer: MixerCacheLayer | None,
+        arrival: Arrival | None,
         segment_ids: Tensor | None,
     ) -> Tensor:
         """Run the mLSTM over T tokens, (B, H, T, D).
 
         With a cache, it continues from the cache's state and updates that in place.
         """
-        if layer is None:
+        if layer is None or arrival is None:
             return mlstm(
                 memory.q,
                 memory.k,
@@ -254,8 +277,8 @@ class HybridMixer(nn.Module):
                 backend=self.backend,
             )
         held = layer.state_for(memory.k, v, state_dtype(memory.q, v))
-        if segment_ids is not None:
-            layer.restart_state(segment_ids)
+        if arrival.begins is not None:
+            layer.restart_state(arrival.begins_on(v.device))
         # A backward pass must find the state as it was read here, and it changes below.
         before = MLSTMState(*(t.clone() for t in held)) if torch.is_grad_enabled() else held
         h, state = mlstm(
@@ -288,7 +311,12 @@ class HybridMixer(nn.Module):
         )
 
     def _attend_after_prefix(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: MixerCacheLayer, segment_ids: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix: tuple[Tensor, Tensor, Tensor],
+        segment_ids: Tensor | None,
     ) -> Tensor:
         """Attend from a chunk also to the tokens that the cache holds, (B, H, T, D).
 
@@ -296,7 +324,7 @@ class HybridMixer(nn.Module):
         the last W of their document. So distances inside the window are right, and no query sees
         the tokens that are missing between them.
         """
-        held_k, held_v, valid = layer.prefix()
+        held_k, held_v, valid = prefix
         batch, heads, tokens, dim = q.shape
         chunk = segment_ids if segment_ids is not None else valid.new_zeros(batch, tokens).long()
         # Empty slots are in a document of their own, -1.
@@ -306,70 +334,7 @@ class HybridMixer(nn.Module):
         keys, values = torch.cat([held_k, k], dim=2), torch.cat([held_v, v], dim=2)
         return self._attend(queries, keys, values, segments)[:, :, -tokens:]
 
-    def _decode(
-        self, inputs: MixerInputs, layer: MixerCacheLayer, segment_ids: Tensor | None
-    ) -> Tensor:
-        """Mix the branches for one token, (B, H, 1, D), and update the cache in place.
-
-        segment_ids (B, 1): rows whose id is 0 continue the document that is held, others begin one.
-        """
-        q, k, v, memory, gate = inputs
-        if memory is None:
-            memory, gate, state = _no_memory(q, v)
-        else:
-            state = layer.state_for(memory.k, v, state_dtype(memory.q, v))
-        phi_q, phi_k, i, f = (x[:, :, 0] for x in memory)
-        if segment_ids is not None:
-            # A closed forget gate empties the state as `restart_state` does, but saves a pass over
-            # its memory.
-            f = f.masked_fill(segment_ids != 0, LOG_ZERO)
-        if gate is None:  # the mixer has no window
-            h = mlstm_step(phi_q, phi_k, v[:, :, 0], i, f, state, backend=self.backend)
-            return h.unsqueeze(2)
-        ring = layer.ring_for(k, v)
-        if segment_ids is not None:
-            layer.restart_ring(segment_ids)
-        h = hybrid_step(
-            q[:, :, 0],
-            k[:, :, 0],
-            v[:, :, 0],
-            phi_q,
-            phi_k,
-            i,
-            f,
-            gate[:, :, 0, 0],
-            state,
-            ring,
-            sinks=self.sinks,
-            scale=self.scale,
-            backend=self.backend,
-        )
-        return h.unsqueeze(2)
-
 
 def projections(family: Family) -> tuple[str, ...]:
     """Return the names of a family's attention projections."""
     return ("qkv_proj", "o_proj") if family.fused else ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-def _has_gradients(inputs: MixerInputs) -> bool:
-    """Tell whether autograd records what is computed of these inputs."""
-    tensors = [inputs.q, inputs.k, inputs.v, *(inputs.memory or ()), inputs.gate]
-    recorded = any(t is not None and t.requires_grad for t in tensors)
-    return recorded and torch.is_grad_enabled()
-
-
-def _no_memory(q: Tensor, v: Tensor) -> tuple[MLSTMInputs, Tensor, MLSTMState]:
-    """Stand in for the mLSTM of a mixer that has the window alone.
-
-    For one token, q (B, H, 1, D) and v (B, G, 1, D): features are zero and the output gate
-    (B, H, 1, 1) is closed, so `hybrid_step` returns the attention.
-    """
-    batch, heads, tokens, _ = q.shape
-    width = min(HEAD_DIMS)  # the least that every backend has a kernel for
-    features, preactivations = q.new_zeros(batch, heads, tokens, width), q.new_zeros(q.shape[:3])
-    inputs = MLSTMInputs(features, features, preactivations, preactivations)
-    state = MLSTMState.zeros(
-        batch, heads, width, v.shape[-1], dtype=state_dtype(q, v), device=q.device
-    )
-    return inputs, q.new_zeros(batch, heads, tokens, 1), state

@@ -23,6 +23,11 @@ from transformers import (
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.cache import StudentCache, checked_cache
+from xlstm_distill.models.decoding.prefill import (
+    can_be_read_in_chunks,
+    chunk_size,
+    read_in_chunks,
+)
 from xlstm_distill.models.families import FAMILIES, CausalLM, Family, family_of
 from xlstm_distill.models.feature_maps import FeatureMap
 from xlstm_distill.models.gates import OutputGate, ScalarGate
@@ -44,6 +49,13 @@ else:
 
 class MixerInit(_Model):
     """What all models with mixers share: how new parameters start."""
+
+    family: Family
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Tell `set_experts_implementation`, which looks for experts in the class's own module."""
+        return cls.family.experts != "none"
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FeatureMap | ScalarGate | OutputGate):
@@ -79,6 +91,9 @@ class StudentMixin(MixerInit, _CausalLM):
     body_class: Any
     config: Any
     model: Any
+    prefill_chunk: int | None = None
+    """Tokens of each row that a prompt is read by at once where only its last logits are wanted
+    (`logits_to_keep`, as `generate` does); None: a default. It may be set at any time."""
     # transformers then refuses assisted decoding, which takes tokens back.
     _is_stateful = True
 
@@ -91,6 +106,9 @@ class StudentMixin(MixerInit, _CausalLM):
         # parameters start that a file does not have, so it must be one that knows the new ones.
         self.model = self.body_class(config)
         self.post_init()
+        names = tuple(inspect.signature(type(self).forward).parameters)[1:]
+        hook = functools.partial(_read_prompt, names=names)
+        self.register_forward_pre_hook(hook, with_kwargs=True)
 
     def new_cache(self) -> StudentCache:
         """Make an empty decoding cache; its memory does not grow with the tokens seen."""
@@ -181,6 +199,7 @@ def _prepare_inputs(
     )
     if cache is not None:
         cache.end_rows(found.ends)
+        cache.receive(shape, found.segments, given.device)
     kwargs |= {
         "past_key_values": cache,
         "use_cache": cache is not None,
@@ -189,6 +208,25 @@ def _prepare_inputs(
         "position_ids": found.positions,
     }
     return (), kwargs
+
+
+def _read_prompt(
+    model: Any, args: tuple, kwargs: dict[str, Any], names: tuple[str, ...]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Read a long prompt in chunks; a hook that runs before the student's forward pass.
+
+    Its arguments have these names. What is left to it is the prompt's last chunk.
+    """
+    given = args[0] if args else kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    # Soon: it is asked at every token.
+    if given is None or given.shape[1] <= (chunk := chunk_size(given, model.prefill_chunk)):
+        return None
+    kwargs = dict(zip(names, args, strict=False)) | kwargs
+    if not can_be_read_in_chunks(model, kwargs, chunk):
+        return None
+    cache = _cache_for(model.model, kwargs, kwargs.get("attention_mask"))
+    return None if cache is None else ((), read_in_chunks(model, kwargs, cache, chunk))
 
 
 def _cache_for(
@@ -289,7 +327,7 @@ def _student_classes(family: Family) -> dict[str, Any]:
     found = [config]
     own = {"config_class": config, "family": family}
     for suffix, auto in AUTOS.items():
-        teacher = getattr(family.modeling, family.class_prefix + suffix, None)
+        teacher = getattr(family.modeling, family.class_name(suffix), None)
         # Not every family has every head.
         if teacher is not None:
             mixin = MIXINS.get(suffix, MixerInit)
@@ -351,17 +389,31 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
     return student.train(teacher.training)
 
 
+NOISE = (
+    "attention_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "router_jitter_noise",
+)
+"""Settings of families that make a model in training mode random."""
+
+
 def _settings(teacher: CausalLM) -> dict[str, Any]:
-    """Copy the teacher's configuration for the student, which has no dropout in its mixers."""
+    """Copy the teacher's configuration for the student, which trains without noise."""
     settings = teacher.config.to_dict()
     for name in ("model_type", "architectures"):
         # Both name the teacher's class; the student's own sets them.
         settings.pop(name, None)
-    if settings.get("attention_dropout"):
-        warnings.warn(
-            f"teacher.attention_dropout: {settings['attention_dropout']}, but mixers drop nothing;"
-            " the student's is 0.",
-            stacklevel=3,  # the caller of `convert`
-        )
-        settings["attention_dropout"] = 0.0
+    # The mixers drop nothing, and targets come from a teacher that does not: half of a family's
+    # dropout would be neither.
+    for name in NOISE:
+        if settings.get(name):
+            warnings.warn(
+                f"teacher.{name}: {settings[name]}, but a student trains without noise; its own is"
+                " 0.",
+                stacklevel=3,  # the caller of `convert`
+            )
+            settings[name] = 0.0
     return settings

@@ -29,8 +29,8 @@ Precision = Literal["fp32", "bf16", "autocast"]
 Backend = Literal["torch", "triton"]
 FP32, BF16, INT64 = 4, 2, 8
 """Bytes of a number."""
-SPAN: Mapping[str, int] = {"cpu": 1 << 12, "cuda": 1 << 17}
-"""Tokens of all rows and heads in a span (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
+SPAN: Mapping[str, int] = {"cpu": 1 << 13, "cuda": 1 << 17}
+"""Tokens of all rows and heads in a part (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
 BLOCK_MIN, BLOCK_MAX, SCORES_AT_ONCE = 32, 128, 1 << 26
 """Blocks of the window in plain torch, and the scores that its gradient makes at once on a GPU."""
 
@@ -78,10 +78,25 @@ class Saved:
 
 
 def layer_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
-    """Count what one layer of the student saves when all its parameters train (stage II)."""
-    # The MLP saves four tensors of its inner width: gate, silu(gate), up, and their product.
-    total = Saved(4 * forward.compute * a.intermediate)
-    total += _norms(a, forward)
+    """Count what one layer of the student saves when all its parameters train (stage II).
+
+    Where some layers have experts and others an MLP, the one that saves more.
+    """
+    return _layer_saved(a, mixer, forward, _most_in_mlp(a, forward))
+
+
+def layers_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
+    """Count the bytes that all layers of the student save (stage II)."""
+    dense = _layer_saved(a, mixer, forward, _mlp(a, forward)).bytes(forward)
+    if a.experts is None:
+        return a.layers * dense
+    sparse = _layer_saved(a, mixer, forward, mixture_saved(a, forward)).bytes(forward)
+    return a.mlp_layers * dense + a.experts.layers * sparse
+
+
+def _layer_saved(a: Architecture, mixer: MixerConfig, forward: Pass, mlp: Saved) -> Saved:
+    """Count a layer whose MLP saves `mlp`."""
+    total = mlp + _norms(a, forward)
     total += _linear_inputs(a, mixer, forward)
     total += _query_key_norms(a, forward)
     total += _window(a, mixer, forward)
@@ -90,6 +105,43 @@ def layer_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
         total += mlstm_saved(a, mixer, forward)
         total += _output_gate(a, mixer, forward)
     return total
+
+
+def _mlp(a: Architecture, forward: Pass) -> Saved:
+    """Count an MLP's tensors of its inner width."""
+    if a.gated_mlp:
+        tensors = 4.0  # gate, silu(gate), up, and their product
+    elif a.activation:
+        # xIELU in plain torch: its input, three terms, its output, and a mask of one byte.
+        tensors = 5.0 + 1 / forward.compute
+    else:
+        tensors = 2.0  # before and after the activation
+    return Saved(tensors * forward.compute * a.intermediate)
+
+
+def mixture_saved(a: Architecture, forward: Pass) -> Saved:
+    """Count experts computed as one grouped product (transformers' `grouped_mm`).
+
+    Every token is copied for each expert that it uses. Products of experts leave autocast out.
+    """
+    e = a.experts
+    assert e is not None
+    size = BF16 if forward.precision == "bf16" else FP32
+    # Of a copy: its input and the expert's output; gate and up, silu(gate), and the product.
+    copies = e.active * size * (2 * a.hidden + 4 * e.width)
+    # Of a copy: which token, its place among the sorted and back, its expert; its weight.
+    routing = e.active * (4 * INT64 + 2 * FP32) + FP32 * e.count
+    shared = 4 * forward.compute * e.shared
+    if e.shared:
+        shared += forward.compute * (a.hidden + 1)  # its output and the sigmoid, multiplied
+    return Saved(copies + routing + shared)
+
+
+def _most_in_mlp(a: Architecture, forward: Pass) -> Saved:
+    """Return what the MLP or the experts of a layer save, whichever is more."""
+    kinds = [_mlp(a, forward)] if a.mlp_layers else []
+    kinds += [mixture_saved(a, forward)] if a.experts is not None else []
+    return max(kinds, key=lambda saved: saved.per_token)
 
 
 def mixer_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
@@ -117,7 +169,9 @@ def outside_layers(a: Architecture, forward: Pass) -> Saved:
     # Olmo keeps cosines and sines in fp32; the other families cast them to the residual stream's
     # precision.
     rope_size = FP32 if a.model_type.startswith("olmo") else forward.residual
-    rope = 2 * rope_size * a.head_dim
+    # Gemma 3 has frequencies of their own in layers with a window.
+    tables = len(set(a.reaches)) if a.model_type == "gemma3_text" else 1
+    rope = 2 * rope_size * a.head_dim * tables
     last_norm = _norm(a, forward, a.hidden) + forward.residual * a.hidden
     return Saved(INT64 + rope + last_norm)
 
@@ -135,14 +189,19 @@ def checkpoint_saved(a: Architecture, forward: Pass) -> Saved:
 
 
 def _norm(a: Architecture, forward: Pass, width: int) -> int:
-    """Count an RMSNorm: its input in fp32, one number per vector, and the normalised input."""
-    # Olmo multiplies by the weight in fp32, before it casts back.
-    normalised = FP32 if a.norm == "projection" else forward.residual
+    """Count an RMSNorm: its input in fp32, one number per vector, and the normalised input.
+
+    A LayerNorm of torch's (Olmo's in fp32, StarCoder2's) keeps its input and two numbers.
+    """
+    if a.norm_weights != 1:
+        return (FP32 if a.norm_weights == 0 else forward.residual) * width + 2 * FP32
+    # Some families multiply by the weight in fp32, before they cast back.
+    normalised = FP32 if a.fp32_norms else forward.residual
     return FP32 * width + FP32 + normalised * width
 
 
 def _norms(a: Architecture, forward: Pass) -> Saved:
-    return Saved(2 * _norm(a, forward, a.hidden))
+    return Saved(a.norms * _norm(a, forward, a.hidden))
 
 
 def _linear_inputs(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
@@ -163,7 +222,7 @@ def _query_key_norms(a: Architecture, forward: Pass) -> Saved:
     width = a.query_width + a.key_width
     # One normaliser per head (Qwen3), or one for all queries and one for all keys (Olmo).
     vectors = a.heads + a.groups if a.norm == "head" else 2
-    normalised = FP32 if a.norm == "projection" else forward.compute
+    normalised = FP32 if a.fp32_norms else forward.compute
     return Saved((FP32 + normalised) * width + FP32 * vectors)
 
 
@@ -240,7 +299,7 @@ def layer_excess(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     output projection and the gate have given up what they saved.
     """
     heads = forward.compute * a.query_width
-    freed = Saved(4 * forward.compute * a.intermediate + _norm(a, forward, a.hidden) + heads)
+    freed = _most_in_mlp(a, forward) + Saved(_norm(a, forward, a.hidden) + heads)
     # The gate read the outputs of both branches; the window's gradient needs its own again.
     in_window = window_work(a, mixer, forward) - (freed + Saved(heads)).bytes(forward)
     in_mlstm = _mlstm_work(a, mixer, forward) - (freed + Saved(2 * heads)).bytes(forward)
@@ -259,8 +318,8 @@ def mixer_excess(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
 def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     """Count what the mLSTM's backward pass in plain torch allocates, its results included.
 
-    It works on spans of tokens (`xlstm_kernels.torch.chunkwise`), in fp32. The factors of F and D
-    are the tensors of `differentiate_span` that live at once. The fused operator is not counted.
+    It works on parts of a call (`xlstm_kernels.torch.chunkwise`), in fp32. The factors of F and D
+    are the tensors of `differentiate_part` that live at once. The fused operator is not counted.
     """
     if "mlstm" not in mixer.branches or forward.backend == "triton":
         return 0.0

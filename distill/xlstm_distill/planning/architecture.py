@@ -6,7 +6,7 @@ Loads no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +24,26 @@ REQUIRED = (
     "num_attention_heads",
     "vocab_size",
 )
-FULL_ATTENTION_EVERY = 4
-"""Where a config names a pattern and no layer types: 3 layers with a window, 1 without."""
-PATTERNED = ("olmo3", "cohere2", "exaone4")
+PATTERNED = {"olmo3": 4, "cohere2": 4, "exaone4": 4, "gemma3_text": 6}
+"""Families whose configs may name no layer types: every n-th layer has no window."""
+XIELU = 2
+"""Parameters of Apertus's activation function."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of some layers' MLPs.
+
+    A token uses `active` of `count` experts of inner width `width`, and the `shared` width of one
+    that all tokens use (0: there is none). `layers`: how many layers have experts; the others have
+    an MLP.
+    """
+
+    count: int
+    active: int
+    width: int
+    shared: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -34,8 +51,10 @@ class Architecture:
     """A Transformer language model in numbers: widths, heads, layers, and what its family adds.
 
     `reaches`: how many keys each layer of the teacher attends to, its own included; None means all.
-    `norms`: norms of the hidden width in each layer. `fused`: queries, keys and values are one
-    projection; `fused_mlp`: so are the MLP's first two.
+    `norms`: norms of the hidden width in each layer, of `norm_weights` vectors each. `fused`:
+    queries, keys and values are one projection; `fused_mlp`: so are the MLP's first two.
+    `gated_mlp`: the MLP has two first products, not one; `activation`: parameters of what is
+    between its products.
     """
 
     layers: int
@@ -52,9 +71,14 @@ class Architecture:
     mlp_bias: bool
     norm: Literal["none", "head", "projection"]
     norms: int
+    norm_weights: int
+    fp32_norms: bool
     fused: bool
+    gated_mlp: bool
     fused_mlp: bool
+    activation: int
     reaches: tuple[int | None, ...]
+    experts: Experts | None = None
 
     @property
     def query_width(self) -> int:
@@ -65,6 +89,11 @@ class Architecture:
     def key_width(self) -> int:
         """G * D."""
         return self.groups * self.head_dim
+
+    @property
+    def mlp_layers(self) -> int:
+        """Layers with an MLP, and not with experts."""
+        return self.layers - (self.experts.layers if self.experts else 0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +111,13 @@ class Parameters:
     new: int
     """The mixers' feature maps and gates, in all layers."""
     layer: int
-    """One layer of the teacher."""
+    """One layer of the teacher, its largest where they differ."""
+    layers: int
+    """All layers of the teacher."""
+    experts: int
+    """Experts' weights, in all layers; part of `rest`."""
+    inactive: int
+    """Those of the experts' that a token does not use."""
 
     @property
     def teacher(self) -> int:
@@ -93,6 +128,11 @@ class Parameters:
     def student(self) -> int:
         """All of the student's."""
         return self.teacher + self.new
+
+    @property
+    def active(self) -> int:
+        """Those of the teacher's that a token uses."""
+        return self.teacher - self.inactive
 
     @property
     def mixer(self) -> int:
@@ -115,19 +155,41 @@ def count_parameters(architecture: Architecture, mixer: MixerConfig) -> Paramete
     # Weights of the norms on queries and keys: one head wide (Qwen3), or the whole projection
     # (Olmo).
     attention += {"none": 0, "head": 2 * a.head_dim, "projection": queries + keys}[a.norm]
-    mlp = 3 * d * a.intermediate + a.mlp_bias * (2 * a.intermediate + d)
-    rest = mlp + a.norms * d
+    norms = a.norms * a.norm_weights * d
+    mlp, mixture = _mlp_parameters(a), _mixture_parameters(a)
+    rest = a.layers * norms + a.mlp_layers * mlp
+    expert = 0
+    if a.experts is not None:
+        rest += a.experts.layers * mixture
+        expert = a.experts.layers * 3 * d * a.experts.width
     new = _new_parameters(a, mixer)
     table = a.vocabulary * d
     return Parameters(
         embedding=table,
         head=0 if a.tied else table,
         projections=a.layers * attention,
-        # Olmo's norms have no weights, the last one included.
-        rest=a.layers * rest + (d if a.norms else 0),
+        rest=rest + a.norm_weights * d,
         new=a.layers * new,
-        layer=attention + rest,
+        layer=attention + norms + max(mlp if a.mlp_layers else 0, mixture),
+        layers=a.layers * attention + rest,
+        experts=expert * a.experts.count if a.experts else 0,
+        inactive=expert * (a.experts.count - a.experts.active) if a.experts else 0,
     )
+
+
+def _mlp_parameters(a: Architecture) -> int:
+    """Count the MLP of a layer without experts."""
+    first = 2 if a.gated_mlp else 1
+    biases = a.mlp_bias * (first * a.intermediate + a.hidden)
+    return (first + 1) * a.hidden * a.intermediate + biases + a.activation
+
+
+def _mixture_parameters(a: Architecture) -> int:
+    """Count a layer's experts, their router, and the shared expert with its gate."""
+    if a.experts is None:
+        return 0
+    e, d = a.experts, a.hidden
+    return e.count * (3 * d * e.width + d) + (3 * d * e.shared + d if e.shared else 0)
 
 
 def _new_parameters(a: Architecture, mixer: MixerConfig) -> int:
@@ -145,12 +207,19 @@ def _new_parameters(a: Architecture, mixer: MixerConfig) -> int:
 def lora_parameters(a: Architecture, rank: int) -> int:
     """Count adapters of a rank on every projection of every layer (`models.lora.add_lora`).
 
-    An adapter of a projection from m to n numbers has rank * (m + n) parameters.
+    An adapter of a projection from m to n numbers has rank * (m + n) parameters. Routed experts and
+    routers have none.
     """
     # One adapter serves projections that are fused, so it reads their input once.
-    fused = 2 * a.fused + a.fused_mlp
     attention = 2 * (a.hidden + a.query_width) + 2 * (a.hidden + a.key_width)
-    return a.layers * rank * (attention + 3 * (a.hidden + a.intermediate) - fused * a.hidden)
+    attention -= 2 * a.fused * a.hidden
+    products = 3 if a.gated_mlp else 2
+    mlp = products * (a.hidden + a.intermediate) - a.fused_mlp * a.hidden
+    total = a.layers * attention + a.mlp_layers * mlp
+    if a.experts is not None and a.experts.shared:
+        gate = a.hidden + 1
+        total += a.experts.layers * (3 * (a.hidden + a.experts.shared) + gate)
+    return rank * total
 
 
 def find_architecture(recipe: Recipe, folder: Path, config: Path | None = None) -> Architecture:
@@ -219,7 +288,7 @@ def read_architecture(config: Mapping[str, Any], name: str) -> Architecture:
             f"{name}: num_key_value_heads {groups} does not divide num_attention_heads {heads}."
         )
     head_dim = {"head_dim": hidden // heads, **_given(config, "head_dim")}
-    bias = bool(config.get("attention_bias", False))
+    qkv_bias, output_bias, mlp_bias = _biases(config, family)
     return Architecture(
         model_type=family.model_type,
         hidden=hidden,
@@ -230,15 +299,63 @@ def read_architecture(config: Mapping[str, Any], name: str) -> Architecture:
         head_dim=_count(head_dim, "head_dim", name),
         vocabulary=numbers["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", family.tied)),
-        # Qwen2 has biases on q, k and v whatever its config says, and none on the output.
-        qkv_bias=family.biases == "always qkv" or (bias and family.biases != "none"),
-        output_bias=bias and family.biases in ("all", "attention"),
-        mlp_bias=bool(config.get("mlp_bias", False)) and family.biases == "all",
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        mlp_bias=mlp_bias,
         norm=family.norm,
         norms=family.norms,
+        norm_weights=family.norm_weights,
+        fp32_norms=family.fp32_norms,
         fused=family.fused,
+        gated_mlp=family.gated_mlp,
         fused_mlp=family.fused_mlp,
+        activation=XIELU if _activation(config, family) == "xielu" else 0,
         reaches=_reaches(config, family, numbers["num_hidden_layers"]),
+        experts=_experts(config, family, name),
+    )
+
+
+def _activation(config: Mapping[str, Any], family: Family) -> str:
+    default = "xielu" if family.model_type == "apertus" else ""
+    return str(config.get("hidden_act", default))
+
+
+def _biases(config: Mapping[str, Any], family: Family) -> tuple[bool, bool, bool]:
+    """Read whether queries, keys and values have biases, the output projection, and the MLP."""
+    if family.biases == "use_bias":
+        every = bool(config.get("use_bias", True))
+        return every, every, every
+    if family.biases == "qkv_bias":
+        return bool(config.get("qkv_bias", True)), False, False
+    asked = bool(config.get("attention_bias", False))
+    # Qwen2 has biases on q, k and v whatever its config says, and none on the output.
+    qkv = family.biases == "always qkv" or (asked and family.biases != "none")
+    output = asked and family.biases in ("all", "attention")
+    return qkv, output, bool(config.get("mlp_bias", False)) and family.biases == "all"
+
+
+def _experts(config: Mapping[str, Any], family: Family, name: str) -> Experts | None:
+    """Read a mixture of experts; None where all layers have an MLP."""
+    if family.experts == "none":
+        return None
+    layers: Sequence[int] = range(_count(config, "num_hidden_layers", name))
+    # Two names for one number: transformers saves Qwen's under Mixtral's.
+    names = [n for n in ("num_local_experts", "num_experts") if config.get(n) is not None]
+    count = _count(config, names[0] if names else "num_experts", name)
+    width = "intermediate_size"
+    if family.experts == "qwen":
+        width = "moe_intermediate_size"
+        dense = config.get("mlp_only_layers") or ()
+        step = config.get("decoder_sparse_step") or 1
+        layers = [n for n in layers if n not in dense and (n + 1) % step == 0]
+    return Experts(
+        count=count,
+        active=_count(config, "num_experts_per_tok", name),
+        width=_count(config, width, name),
+        shared=int(config.get("shared_expert_intermediate_size") or 0)
+        if family.model_type == "qwen2_moe"
+        else 0,
+        layers=len(layers),
     )
 
 
@@ -264,8 +381,8 @@ def _reaches(config: Mapping[str, Any], family: Family, layers: int) -> tuple[in
         return (window,) * layers
     types = config.get("layer_types")
     if types is None and family.model_type in PATTERNED:
+        every = PATTERNED[family.model_type]
         types = [
-            "full_attention" if (n + 1) % FULL_ATTENTION_EVERY == 0 else "sliding_attention"
-            for n in range(layers)
+            "full_attention" if (n + 1) % every == 0 else "sliding_attention" for n in range(layers)
         ]
     return tuple(window if kind == "sliding_attention" else None for kind in types or [""] * layers)

@@ -45,6 +45,7 @@ class TokenFlops:
     projections: float
     """Queries, keys, values and the output projection."""
     mlp: float
+    """MLPs; of a mixture, the experts that a token uses, and their router."""
     new: float
     """The student's feature maps and gates."""
     mixing: float
@@ -77,11 +78,22 @@ def token_flops(
         new, mixing = _hybrid_flops(a, context, mixer)
     return TokenFlops(
         projections=a.layers * 4 * a.hidden * a.head_dim * (a.heads + a.groups),
-        mlp=a.layers * 6 * a.hidden * a.intermediate,
+        mlp=_mlp_flops(a),
         new=a.layers * new,
         mixing=a.layers * mixing,
         head=2 * a.hidden * a.vocabulary,
     )
+
+
+def _mlp_flops(a: Architecture) -> float:
+    """Count a token's MLPs, in all layers."""
+    products = 3 if a.gated_mlp else 2
+    total = a.mlp_layers * 2 * products * a.hidden * a.intermediate
+    if (e := a.experts) is not None:
+        # The shared expert has a gate of one number.
+        inner = e.active * e.width + e.shared
+        total += e.layers * 2 * a.hidden * (3 * inner + e.count + bool(e.shared))
+    return total
 
 
 def attention_flops(

@@ -98,8 +98,7 @@ class MemoryInputs:
     @property
     def teacher_layers(self) -> float:
         """Bytes of the teacher's decoder layers, which `capture.shard_teacher` cuts."""
-        layers = self.architecture.layers * self.parameters.layer
-        return float(DTYPE_BYTES[self.teacher_dtype] * layers)
+        return float(DTYPE_BYTES[self.teacher_dtype] * self.parameters.layers)
 
     @property
     def teacher_shards(self) -> int:
@@ -114,7 +113,7 @@ class MemoryInputs:
         if self.teacher_shards == 1:
             return self.teacher_weights
         # FSDP2 gathers a layer while the one before it runs.
-        gathered = 2 * self.teacher_layers / self.architecture.layers
+        gathered = 2 * DTYPE_BYTES[self.teacher_dtype] * self.parameters.layer
         whole = self.teacher_weights - self.teacher_layers
         return whole + self.teacher_layers / self.teacher_shards + gathered
 

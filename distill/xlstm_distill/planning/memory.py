@@ -18,6 +18,7 @@ from xlstm_distill.planning.activations import (
     checkpoint_saved,
     layer_excess,
     layer_saved,
+    layers_saved,
     mixer_checkpoint_saved,
     mixer_excess,
     mixer_saved,
@@ -93,11 +94,14 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
         teacher=inputs.online_teacher,
     )
     layer = layer_saved(a, inputs.mixer, forward).bytes(forward)
+    kept = layers_saved(a, inputs.mixer, forward)
     if inputs.trainable == "lora":
         # Each adapter saves the vector of `rank` numbers between its two factors.
-        layer += LORA_MODULES * forward.compute * inputs.lora_rank * inputs.pass_tokens
-    kept = checkpoint_saved(a, forward).bytes(forward) if inputs.checkpointing else layer
-    saved = a.layers * kept + outside_layers(a, forward).bytes(forward)
+        between = LORA_MODULES * forward.compute * inputs.lora_rank * inputs.pass_tokens
+        layer, kept = layer + between, kept + a.layers * between
+    if inputs.checkpointing:
+        kept = a.layers * checkpoint_saved(a, forward).bytes(forward)
+    saved = kept + outside_layers(a, forward).bytes(forward)
     # Gradients are freed after each step, so only an earlier pass of the same step leaves some.
     left_over = states.gradients if inputs.accumulates else 0.0
     end_of_forward = replace(base, gradients=left_over, activations=saved, loss=_loss(inputs))
@@ -214,12 +218,11 @@ def student_cache(a: Architecture, mixer: MixerConfig, size: int) -> float:
     if "window" in mixer.branches:
         slots = mixer.window + mixer.sinks
         keys_and_values = 2 * a.key_width * slots * size
-        positions = 8 * (slots + 1)  # int64, and the length
-        ring = keys_and_values + positions
+        ring = keys_and_values
     if "mlstm" in mixer.branches:
         # Per head, in fp32: S (F x D), z (F) and the stabiliser m.
         state = a.heads * (features(mixer, a) * (a.head_dim + 1) + 1) * 4
-    return float(a.layers * (ring + state))
+    return float(a.layers * (ring + state) + 8)  # how long the row is, for all layers
 
 
 def teacher_cache(a: Architecture, tokens: int, size: int) -> float:
@@ -258,8 +261,11 @@ def _without_gradients(a: Architecture, forward: Pass) -> float:
     """Count what one layer needs at once where nothing is saved.
 
     That is the larger of the MLP's three products and of q, k, v, heads; and the residual stream.
+    Experts need their products of all copies of a token, and these copies.
     """
     mlp, attention = 3 * a.intermediate, 3 * a.query_width + 2 * a.key_width
+    if (e := a.experts) is not None:
+        mlp = max(mlp, e.active * (4 * e.width + 2 * a.hidden) + 3 * e.shared)
     products = forward.compute * max(mlp, attention)
     residual = 3 * forward.residual * a.hidden + 4 * a.hidden
     return forward.rows * forward.tokens * (products + residual)

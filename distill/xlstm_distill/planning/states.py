@@ -39,8 +39,9 @@ def _whole_states(inputs: MemoryInputs) -> States:
     held, trained = inputs.parameters.student + inputs.adapters, inputs.trained
     # Autocast keeps a bf16 copy of each weight of a product until the step ends; a look-up has
     # none.
-    looked_up = inputs.parameters.embedding
-    copies = 0.0 if inputs.precision == "fp32" else 2.0 * (held - looked_up)
+    # Products of experts do not take part in autocast.
+    uncast = inputs.parameters.embedding + inputs.parameters.experts
+    copies = 0.0 if inputs.precision == "fp32" else 2.0 * (held - uncast)
     buckets = 4.0 * trained if inputs.sharding == "ddp" else 0.0
     return States(4.0 * held, 4.0 * trained, float(ADAM * trained), copies + buckets)
 

@@ -37,7 +37,11 @@ WIDTH = 100
 def to_json(plan: CostPlan) -> dict[str, Any]:
     """Return a plan as JSON; bytes and operations are plain numbers."""
     parameters = plan.parameters
-    totals = {"teacher": parameters.teacher, "student": parameters.student}
+    totals = {
+        "teacher": parameters.teacher,
+        "student": parameters.student,
+        "active": parameters.active,
+    }
     return {
         "recipe": plan.recipe,
         "teacher": plan.teacher,
@@ -98,7 +102,8 @@ def _heading(plan: CostPlan) -> Iterator[str]:
     recomputing = " and ".join(plan.checkpointing) or "no stage"
     yield f"{plan.recipe} on {m.gpus} x {m.gpu.name}"
     yield f"sharding {m.sharding}, activation checkpointing in {recomputing}, {m.backend} kernels"
-    yield f"teacher {plan.teacher}: {short(p.teacher)} parameters"
+    active = f", {short(p.active)} of them active for a token" if p.inactive else ""
+    yield f"teacher {plan.teacher}: {short(p.teacher)} parameters{active}"
     yield f"student: {short(p.student)} parameters, {short(p.new)} of them new"
 
 

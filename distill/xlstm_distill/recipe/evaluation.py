@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from xlstm_distill.recipe.fields import (
     Count,
     CountOrZero,
     FieldError,
+    File,
     Flag,
     Folder,
     Fraction,
+    HubOrPath,
     NonNegative,
     Section,
     Text,
 )
+from xlstm_eval.problems import did_you_mean
+from xlstm_eval.records import EvalError
+from xlstm_eval.suites import suite_names, suite_settings
+
+
+def _suite_name(value: str) -> str:
+    # A known name never comes so far: the section takes its tasks and forgets it.
+    raise FieldError("", f"{value!r} is unknown. {did_you_mean(value, suite_names())}")
+
+
+SuiteName = Annotated[
+    str, AfterValidator(_suite_name), Field(json_schema_extra={"enum": list(suite_names())})
+]
+
+# The values of `xlstm_eval.long_context.settings`, which a recipe does not load.
+NeedleKind = Literal["single", "multi-key", "multi-value", "multi-query"]
+NEEDLE_KINDS: tuple[NeedleKind, ...] = ("single", "multi-key", "multi-value", "multi-query")
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 class EvalTask(Section):
@@ -53,12 +75,87 @@ class EvalTask(Section):
     )
 
 
+class Judge(Section):
+    """The judge of the task `mt_bench`: a model behind an OpenAI-compatible endpoint."""
+
+    endpoint: Text = Field(description="Address, as `http://localhost:8000/v1`.")
+    model: Text = Field(description="Name of the judge at the endpoint.")
+    questions: HubOrPath = Field(
+        description="MT-Bench's questions: a JSONL file with `turns` and `category`, relative to "
+        "the recipe, or a data set of the hub."
+    )
+    split: Text = Field(default="train", description="Split of the data set.")
+    api_key_env: Text = Field(
+        default="OPENAI_API_KEY",
+        description="Environment variable that holds the API key, which is never written.",
+    )
+    settings: dict[str, bool | int | float | str | None] = Field(
+        default_factory=lambda: {"temperature": 0.0, "max_tokens": 2048},
+        description="Further fields of each request; null leaves one out (`seed: null`).",
+    )
+    workers: Count = Field(default=8, description="Requests at the same time.")
+
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error for an address that is none, or that holds a secret."""
+        address = urllib.parse.urlsplit(self.endpoint)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            yield FieldError("endpoint", f"{self.endpoint!r}; give http://HOST:PORT/v1.")
+        # The recipe is saved in the run directory and shown in the report.
+        if address.username or address.password or address.query:
+            yield FieldError(
+                "endpoint",
+                "has a user, a password or a query; give the address alone, and the key in the "
+                f"environment variable {self.api_key_env}.",
+            )
+        if not self.api_key_env.isidentifier():
+            yield FieldError(
+                "api_key_env", "must be the name of an environment variable, not the key itself."
+            )
+
+
+class LongContext(Section):
+    """Needles in long texts, and loss by position, beside the tasks."""
+
+    lengths: tuple[Count, ...] = Field(
+        default=LENGTHS,
+        min_length=1,
+        description="Tokens of prompt and answer, ascending; what the teacher's context does not "
+        "hold is left out.",
+    )
+    kinds: tuple[NeedleKind, ...] = Field(
+        default=NEEDLE_KINDS,
+        description="Kinds of needles: one key, several keys, values, or questions.",
+    )
+    items: Count = Field(default=100, description="Items of each kind and length.")
+    documents: CountOrZero = Field(
+        default=16, description="Documents of the greatest length for the loss by position."
+    )
+    seed: CountOrZero = Field(default=0, description="Seed of items and documents.")
+    haystack: File | None = Field(
+        default=None,
+        description="Text file (UTF-8) for haystacks and documents; null means synthetic "
+        "sentences.",
+    )
+
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error for lengths out of order, a kind given twice, or nothing to measure."""
+        if list(self.lengths) != sorted(set(self.lengths)):
+            yield FieldError(
+                "lengths",
+                f"{list(self.lengths)} is not strictly ascending; sort, drop repetitions.",
+            )
+        if len(set(self.kinds)) < len(self.kinds):
+            yield FieldError("kinds", f"{list(self.kinds)} names a kind twice; keep one.")
+        if not self.kinds and not self.documents:
+            yield FieldError("documents", "0, and kinds is empty: nothing would be measured.")
+
+
 class SpeedSettings(Section):
     """How long the decoding of the teacher and of the merged student is timed; no score depends on
     it, so that a change holds for evaluations that are made later."""
 
     seconds: NonNegative = Field(
-        default=60.0,
+        default=20.0,
         description="Seconds for each model, within which contexts double; 0 measures nothing.",
     )
     longest: Count = Field(
@@ -72,7 +169,21 @@ class Evaluate(Section):
     include: Folder | None = Field(
         default=None, description="Folder of lm-eval YAML tasks, relative to the recipe."
     )
-    tasks: tuple[EvalTask, ...] = Field(min_length=1, description="The tasks.")
+    # Not kept: the recipe that a run saves holds the suite's tasks, so a later version of the suite
+    # changes no run that has begun.
+    suite: SuiteName | None = Field(
+        default=None,
+        exclude=True,
+        description="A suite that comes with the package: its tasks and its `apply_chat_template`.",
+    )
+    leave_out: tuple[Text, ...] = Field(
+        default=(), exclude=True, description="Tasks of the suite to leave out, by name."
+    )
+    tasks: tuple[EvalTask, ...] = Field(
+        default=(),
+        description="The tasks. With a suite: further tasks, and tasks of the suite by name, with "
+        "the settings that differ.",
+    )
     batch: Count | Literal["auto"] = Field(
         default="auto",
         description="Prompts per forward pass; auto tries what fits the memory, 32 on a CPU.",
@@ -83,10 +194,19 @@ class Evaluate(Section):
     limit: Count | None = Field(
         default=None, description="Maximum number of items of each task; null means all."
     )
-    # False by default, as in lm-eval: humaneval and mbpp run what the model wrote, without a
-    # sandbox.
+    # False by default, as in lm-eval: humaneval, mbpp and cruxeval run what the model wrote.
     confirm_run_unsafe_code: Flag = Field(
-        default=False, description="Allow tasks that run code which a model wrote."
+        default=False,
+        description="Allow tasks that run code which a model wrote, in a sandbox; "
+        "`--run-code` does the same.",
+    )
+    judge: Judge | None = Field(
+        default=None, description="Judge of `mt_bench`, which is skipped without one."
+    )
+    long_context: LongContext | None = Field(
+        default=None,
+        description="Needles in long texts, and loss by position ([long-context.md]"
+        "(long-context.md)); null means none.",
     )
     experts: Flag = Field(
         default=True, description="Evaluate each expert too, not only the merged student."
@@ -97,8 +217,34 @@ class Evaluate(Section):
         description="Memory and tokens a second of decoding over the context, for the report.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_tasks_of_suite(cls, data: Any, info: ValidationInfo) -> Any:
+        """Replace the name of a suite by its tasks."""
+        if not isinstance(data, Mapping) or data.get("suite") not in suite_names():
+            return data
+        settings = _settings_of(data["suite"], data.get("include"), info)
+        own = data.get("tasks") or []
+        left_out = data.get("leave_out") or []
+        # What is no list of mappings or of names is said by its field.
+        if not _are_named(own) or not isinstance(left_out, list | tuple):
+            return {key: value for key, value in data.items() if key != "suite"}
+        names = [task["name"] for task in settings["tasks"]]
+        for index, name in enumerate(left_out):
+            if name not in names:
+                hint = did_you_mean(str(name), names)
+                raise FieldError(f"leave_out[{index}]", f"{name!r} is not in the suite. {hint}")
+        kept = [task for task in settings["tasks"] if task["name"] not in left_out]
+        rest = {key: value for key, value in data.items() if key not in ("suite", "leave_out")}
+        return settings | rest | {"tasks": merged_tasks(kept, own)}
+
     def broken_rules(self) -> Iterator[FieldError]:
-        """Yield an error for every task that is named a second time."""
+        """Yield an error where there are no tasks, or a task is named a second time."""
+        if not self.tasks:
+            allowed = ", ".join(suite_names())
+            yield FieldError("tasks", f"missing; name a suite ({allowed}) or list tasks.")
+        if self.leave_out:
+            yield FieldError("leave_out", "leaves tasks out of a suite; name one in `suite`.")
         yield from repeated_tasks(self.tasks)
 
 
@@ -112,6 +258,33 @@ def repeated_tasks(tasks: Sequence[EvalTask]) -> Iterator[FieldError]:
             yield FieldError(
                 f"tasks[{index}].name", f"{name!r} is already tasks[{first}]; keep one."
             )
+
+
+def _settings_of(suite: str, include: Any, info: ValidationInfo) -> dict[str, Any]:
+    """Read a suite; a folder of tasks is relative to the recipe's."""
+    beside: Path = (info.context or {}).get("folder") or Path()
+    folder = beside / Path(include).expanduser() if isinstance(include, str) else None
+    try:
+        return suite_settings(suite, folder)
+    except EvalError as error:
+        raise FieldError("suite", str(error).removeprefix("suite: ")) from None
+
+
+def merged_tasks(suite: list[Any], own: list[Any]) -> list[Any]:
+    """Return a suite's tasks with the recipe's own settings, and then the recipe's other tasks."""
+    changes = {task["name"]: task for task in own}
+    names = [task["name"] for task in suite]
+    merged = [task | changes.get(task["name"], {}) for task in suite]
+    # Named twice, one stays as it is, and is refused as a task that is already there.
+    rest = [task for task in own if task["name"] not in names or changes[task["name"]] is not task]
+    return merged + rest
+
+
+def _are_named(tasks: Any) -> bool:
+    """Tell whether these are mappings with names, as far as a suite is merged with them."""
+    if not isinstance(tasks, list | tuple):
+        return False
+    return all(isinstance(task, Mapping) and isinstance(task.get("name"), str) for task in tasks)
 
 
 class Report(Section):

@@ -103,12 +103,26 @@ def _folder(value: str, info: ValidationInfo) -> str:
     return str(path.resolve())
 
 
+def _file(value: str, info: ValidationInfo) -> str:
+    """Make a local file's path absolute; it is relative to the recipe's folder."""
+    folder: Path | None = (info.context or {}).get("folder")
+    if folder is None:
+        return value
+    path = folder / Path(value).expanduser()
+    if not path.is_file():
+        raise FieldError(
+            "", f"{value!r} is not a file (looked for {path}); paths are relative to the recipe."
+        )
+    return str(path.resolve())
+
+
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[
     str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})
 ]
 HubOrPath = Annotated[str, Field(min_length=1), AfterValidator(_hub_or_path)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_folder)]
+File = Annotated[str, Field(min_length=1), AfterValidator(_file)]
 # Strict: pydantic would otherwise take "3", 3.0 and "yes" for 3 and true. A recipe that means
 # something else than it says is worse than one that is refused.
 Flag = Annotated[bool, Field(strict=True)]

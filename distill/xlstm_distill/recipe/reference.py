@@ -57,7 +57,7 @@ The recipes of the paper's models mark each line: "paper" or "chosen". These cho
 - **Query and key maps** stay modules of their own. Fig. 2 draws them merged after stage I.
 - **Targets** are the top k of the teacher's distribution. Appendix B.2 speaks of sampled ones.
 - **Long documents** are split into rows.
-- **Metrics** of tasks are named by the paper's figures: [metric.md](metric.md).
+- **Metrics** of tasks are named by the paper's figures: [evaluation.md](evaluation.md#suites).
 """
 
 
@@ -73,6 +73,7 @@ def json_schema() -> dict[str, Any]:
     }
     phase["required"] = ["tokens"]
     phase["oneOf"] = [{"required": ["domains"]}, {"required": ["domain"]}]
+    schema["$defs"]["Evaluate"]["anyOf"] = [{"required": ["suite"]}, {"required": ["tasks"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -119,6 +120,10 @@ def _below(field: Schema, suffix: str = "") -> tuple[Schema, str]:
     """Follow mappings and lists to what they hold; the suffix is what that adds to the path."""
     if "$ref" in field:
         return field, suffix
+    choices = [choice for choice in field.get("anyOf", ()) if choice.get("type") != "null"]
+    # A section that may be left out.
+    if len(choices) == 1 and "$ref" in choices[0]:
+        return choices[0], suffix
     values = _values(field)
     if values is not None:
         return _below(values, f"{suffix}.NAME")

@@ -11,7 +11,7 @@ import yaml
 from xlstm_distill.recipe.model import Teacher
 from xlstm_distill.recipe.recipe import Recipe
 
-PATH_KEYS = ("path", "include")
+PATH_KEYS = ("path", "include", "questions", "haystack")
 """The keys that may hold a local path, in any section."""
 
 

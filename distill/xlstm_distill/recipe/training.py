@@ -248,7 +248,7 @@ class Distill(Optimization):
         default="all",
         description="Parameters that train: `all` (the paper's); `mixer`, the mixers' own "
         "(projections, maps, gates); or `lora`, low-rank adapters on all projections and what "
-        "the mixers add.",
+        "the mixers add (experts that a router chooses stay as they are).",
     )
     lora_rank: Count = Field(
         default=256, description="Rank of the adapters, with `trainable: lora` (paper: 256)."

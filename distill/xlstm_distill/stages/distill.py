@@ -100,6 +100,10 @@ def _train(
         console,
         precision=accelerator.mixed_precision,
     )
+    if settings.trainable == "lora" and architecture_of(student).experts:
+        console.line(
+            f"distill/{name}: LoRA leaves routers and the experts they choose as they are."
+        )
     source = _targets(lineage, material.targets, accelerator)
     weights = LossWeights(settings.ce_weight, settings.kl_weight, settings.kl_tail)
     objective = DistillObjective(student, source, weights, saved)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.runtime.console import Console, Progress
+from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import (
     gather_objects,
     is_main_process,
@@ -30,14 +29,15 @@ from xlstm_distill.runtime.ranks import (
 from xlstm_distill.stages.choices import choose_models
 from xlstm_distill.stages.kernels import choose_kernels
 from xlstm_distill.stages.lineage import MERGED, TEACHER, Lineage
+from xlstm_distill.stages.measuring.long_context import (
+    check_long_context,
+    help_to_score,
+    score_long_context,
+)
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.speed import measure_speed
-from xlstm_distill.stages.workbench import (
-    load_student,
-    open_domains,
-)
+from xlstm_distill.stages.workbench import bar, load_student, open_domains
 from xlstm_distill.training.accelerator import make_accelerator
-from xlstm_eval.answering.coordinator import Tally
 from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.records import EvalError
@@ -86,8 +86,10 @@ def evaluate(
         with run.working(f"evaluate/{name}"):
             if not is_main_process():
                 help_to_evaluate(loaded.eval(), lineage.tokenizer, session)
+                help_to_score(loaded, lineage, session)
                 return
             _score(loaded.eval(), lineage, suite(), name, session, draft, console)
+            score_long_context(loaded, lineage, run, name, session, draft, console)
             if source is not None:
                 limits = dict.fromkeys(data, recipe.data.validation_rows)
                 held_out = open_domains(recipe, data, limits)
@@ -181,6 +183,10 @@ def check_tasks(lineage: Lineage) -> None:
     except EvalError as error:
         # What the evaluation calls its suite is the recipe's section `evaluate`.
         raise EvalError(str(error).replace("suite.", "evaluate.", 1)) from None
+    try:
+        check_long_context(lineage, config)
+    except EvalError as error:
+        raise EvalError(f"evaluate.long_context.{error}") from None
 
 
 def find_evaluations(lineage: Lineage, run: Run) -> dict[str, Artifact]:
@@ -237,8 +243,8 @@ def _score(
     console: Console,
 ) -> None:
     """Run lm-eval; write results, samples, and hashes that show what the model was asked."""
-    with console.progress(f"evaluate/{name}", None, unit="requests") as progress:
-        session = replace(session, progress=Bar(progress))
+    with bar(console, f"evaluate/{name}") as progress:
+        session = replace(session, progress=progress)
         result = evaluate_model(model, lineage.tokenizer, suite, session, seed=lineage.recipe.seed)
     for warning in result.warnings:
         console.line(f"evaluate/{name}: {warning}")
@@ -262,25 +268,6 @@ def _time_decoding(model: CausalLM, recipe: Recipe, draft: Draft, device: torch.
     if found is not None:
         backend = draft.results.get("backend", "")
         draft.write_json(SPEED_FILE, found.model_dump(mode="json") | {"backend": backend})
-
-
-class Bar:
-    """Shows a tally, which counts from the evaluation's beginning, on a bar, which counts on."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._bar, self._started = progress, time.monotonic()
-        self._done = self._kept = 0
-
-    def __call__(self, tally: Tally) -> None:
-        if tally.kept > self._kept:
-            # Answered before this run of the program: no part of its speed.
-            self._bar.skip(tally.kept - self._kept)
-            self._kept = tally.kept
-        done = tally.done - tally.kept
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = {"tokens/s": tally.tokens / seconds} if tally.tokens else {}
-        self._bar.update(done - self._done, total=tally.total, **rate)
-        self._done = done
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from xlstm_distill.recipe.merging import DEFAULT_SCALE, WITH_DENSITY, WITH_SCALE
 from xlstm_distill.recipe.shown import shown_values
 from xlstm_distill.runtime.ranks import from_rank_zero, process_count
 from xlstm_eval.answering.batches import PROTOCOL
+from xlstm_eval.long_context.settings import VERSION as LONG_CONTEXT
 
 if TYPE_CHECKING:
     from xlstm_distill.targets.shard import Identity
@@ -160,10 +161,29 @@ class Lineage:
     def _evaluate_settings(self) -> dict[str, Any]:
         """The section `evaluate` as far as answers and scores depend on it."""
         found = part(self.recipe.evaluate, "include", "experts", "speed")
+        # Consent changes no answer: `report` finds what `evaluate --run-code` has made.
+        found["confirm_run_unsafe_code"] = False
+        judge = found.pop("judge")
+        if judge is not None:
+            # Where it is reached changes no score. Its questions count by what they are.
+            found["judge"] = {"model": judge["model"], "settings": judge["settings"]}
+            found["judge"]["questions"] = self._questions_hash()
         for task in found["tasks"]:
             # It decides what the report compares, which reads it anew.
             del task["chance"]
+        if found["long_context"] is None:
+            # As in recipes of before there was such a key: their evaluations stay what they are.
+            del found["long_context"]
+        else:
+            del found["long_context"]["haystack"]  # its content counts, which is an input
+            found["long_context"]["version"] = LONG_CONTEXT
         return found
+
+    def _questions_hash(self) -> str:
+        judge = self.recipe.evaluate.judge
+        assert judge is not None
+        # A data set of the hub is named by itself.
+        return str(hash_if_there(Path(judge.questions)) or f"{judge.questions}/{judge.split}")
 
     def recipe_keys(self, label: str) -> dict[str, str]:
         """Recipe keys of those of `settings(label)` that have another name in the recipe."""
@@ -288,7 +308,12 @@ class Lineage:
         take_hashes(shared["paths"])
 
     def _hashes(self) -> dict[str, Any]:
-        paths: list[str] = [str(self.recipe.evaluate.include or "")]
+        evaluate = self.recipe.evaluate
+        paths: list[str] = [str(evaluate.include or "")]
+        if evaluate.long_context is not None:
+            paths.append(str(evaluate.long_context.haystack or ""))
+        if evaluate.judge is not None:
+            paths.append(evaluate.judge.questions)
         for merge in (self.recipe.merge, *self.recipe.merge.variants.values()):
             paths.append(str(merge.tuning.include or ""))
         for domain in self.recipe.data.domains.values():
@@ -392,6 +417,9 @@ class Lineage:
             inputs |= self.data_inputs(self.recipe.data.domains)  # its gates are measured on them
         if self.recipe.evaluate.include is not None:
             inputs["tasks"] = self._tasks_hash
+        long = self.recipe.evaluate.long_context
+        if long is not None and long.haystack is not None:
+            inputs["haystack"] = str(hash_if_there(Path(long.haystack)))
         return inputs
 
     @functools.cached_property

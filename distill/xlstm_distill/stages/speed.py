@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -39,7 +40,8 @@ def measure_speed(model: CausalLM, settings: SpeedSettings, device: torch.device
     if not settings.seconds:
         return None
     ends = _clock(device) + settings.seconds
-    cache, points = empty_cache(model), []
+    cache = empty_cache(model)
+    points: list[SpeedPoint] = []
     tokens = _random_tokens(model, settings.longest + STEPS + WARM_UP, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -74,7 +76,8 @@ def measure_speed(model: CausalLM, settings: SpeedSettings, device: torch.device
 def empty_cache(model: CausalLM) -> Cache:
     """Return the cache that decoding begins with: a student's own, or the teacher's."""
     if hasattr(model, "new_cache"):
-        return model.new_cache()
+        own: Cache = model.new_cache()
+        return own
     # With its configuration it drops keys beyond the windows of layers that have one.
     return DynamicCache(config=model.config)
 
@@ -83,7 +86,8 @@ def held_bytes(cache: Cache) -> int:
     """Count the bytes of all tensors of a cache."""
     if isinstance(cache, StudentCache):
         return cache.nbytes()
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = list(cache.layers)
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.loading import WeightFiles, empty_student, load_shards
 from xlstm_distill.planning.architecture import Architecture, read_architecture
 from xlstm_distill.recipe import Recipe
+from xlstm_distill.runtime.console import Console, Progress
 from xlstm_distill.runtime.device import host_memory
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_distill.training.plan import TrainingPlan, TrainingResult
+from xlstm_eval.answering.coordinator import Tally
 
 
 def open_domains(
@@ -137,3 +141,29 @@ def load_student(
         artifact.model_path, dtype=dtype, device_map={"": torch.device(device)}
     )
     return student
+
+
+class Bar:
+    """Shows a tally, which counts from the evaluation's beginning, on a bar, which counts on."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._bar, self._started = progress, time.monotonic()
+        self._done = self._kept = 0
+
+    def __call__(self, tally: Tally) -> None:
+        if tally.kept > self._kept:
+            # Answered before this run of the program: no part of its speed.
+            self._bar.skip(tally.kept - self._kept)
+            self._kept = tally.kept
+        done = tally.done - tally.kept
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = {"tokens/s": tally.tokens / seconds} if tally.tokens else {}
+        self._bar.update(done - self._done, total=tally.total, **rate)
+        self._done = done
+
+
+@contextmanager
+def bar(console: Console, label: str) -> Iterator[Bar]:
+    """Show an evaluation's requests on a bar during the block."""
+    with console.progress(label, None, unit="requests") as progress:
+        yield Bar(progress)

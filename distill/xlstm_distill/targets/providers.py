@@ -12,9 +12,10 @@ from torch import Tensor
 
 from xlstm_distill.data.rows import Batch
 from xlstm_distill.errors import RunError
+from xlstm_distill.losses.fused import bounded
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.sparse import SparseTargets
-from xlstm_distill.models.families import CausalLM, logit_factor
+from xlstm_distill.models.families import CausalLM, logit_cap, logit_factor
 from xlstm_distill.models.packed import teacher_hidden
 from xlstm_distill.targets.codec import TargetRow
 from xlstm_distill.targets.shard import refusal
@@ -43,7 +44,8 @@ def kept_logits(model: CausalLM, batch: Batch, **inputs: Any) -> Tensor:
     """Return the logits (K, V) at the kept tokens only."""
     logits: Tensor = model.lm_head(kept_hidden(model, batch, **inputs))
     factor = logit_factor(model.config)
-    return logits if factor == 1 else logits * factor
+    scaled = logits if factor == 1 else logits * factor
+    return bounded(scaled, logit_cap(model.config))
 
 
 class OnlineTargets:

@@ -24,7 +24,8 @@ PROTOCOL = 2
 log-probabilities in single precision.
 """
 
-Kind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
+Kind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until", "loss_by_position"]
+"""What is asked: three kinds of lm-eval's, and one of `long_context`."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Question:
     """One request of lm-eval, with its arguments as lm-eval gives them.
 
     loglikelihood: (context, continuation). loglikelihood_rolling: (text,). generate_until: (prompt,
-    settings). `repeat` counts equal requests whose answers are drawn at random. `key` names the
-    question, and seeds those draws.
+    settings). loss_by_position: (text, tokens). `repeat` counts equal requests whose answers are
+    drawn at random. `key` names the question, and seeds those draws.
     """
 
     kind: Kind

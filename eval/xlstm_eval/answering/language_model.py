@@ -41,9 +41,14 @@ class BatchModel(HFLM):
     """Computes a batch's answers with lm-eval's own tokenisation, truncation and stop sequences."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, warnings: Sequence[str]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        warnings: Sequence[str],
+        prefill: int | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        self.prefill = prefill
         # lm-eval's messages on truncated prompts, as they come.
         self.messages = warnings
         self.tokens = 0
@@ -140,6 +145,8 @@ class BatchModel(HFLM):
             settings |= {"do_sample": False}
             settings.pop("temperature", None)
         settings.pop("max_length", None)
+        if self.prefill is not None and prompt > self.prefill:
+            settings["prefill_chunk_size"] = self.prefill
         found = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -165,8 +172,7 @@ class BatchModel(HFLM):
             with torch.no_grad():
                 if batch.kind == "generate_until":
                     # One pass over prompts and answers fills the cache as the last token does.
-                    ids = torch.full((batch.rows, batch.width), self.eot_token_id)
-                    self.model(input_ids=ids.to(self.device), use_cache=True, logits_to_keep=1)
+                    self._fill_cache(batch.rows, batch.width)
                 else:
                     self.answer_at_once(batch)
             return True
@@ -176,6 +182,14 @@ class BatchModel(HFLM):
             return False
         finally:
             free_memory()
+
+    def _fill_cache(self, rows: int, width: int) -> None:
+        ids = torch.full((rows, width), self.eot_token_id).to(self.device)
+        cache = None
+        for chunk in ids.split(self.prefill or width, dim=1):
+            cache = self.model(
+                input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).past_key_values
 
 
 class AskedModel(BatchModel):
@@ -188,8 +202,9 @@ class AskedModel(BatchModel):
         warnings: Sequence[str],
         sizes: BatchSizes,
         seed: int,
+        prefill: int | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, warnings)
+        super().__init__(model, tokenizer, warnings, prefill)
         self.sizes, self.seed = sizes, seed
         self.multiturn = False  # which of lm-eval's calls it is
         self.coordinator: Coordinator | None = None
@@ -223,7 +238,8 @@ class AskedModel(BatchModel):
             largest = max(form_batches(measured, rows), key=lambda batch: batch.cost)
             return self.try_batch(largest)
 
-        return largest_that_fits(fits)
+        widest = max((entry.tokens for entry in measured), default=1)
+        return largest_that_fits(fits, widest)
 
     def _measure(self, kind: Kind, questions: Sequence[Question]) -> list[Measured]:
         """Count tokens; a continuation's are those of its text alone, which is near enough."""

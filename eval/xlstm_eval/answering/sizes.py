@@ -16,6 +16,9 @@ CPU_ROWS = 32
 MOST_ROWS = 256
 """Rows from which the search begins; it halves them until a trial fits the memory."""
 
+MOST_TOKENS = 2**20
+"""Tokens from which the search begins where rows are long: a trial of more takes minutes."""
+
 
 class BatchSizes:
     """Rows per forward pass for each kind of request, in each of lm-eval's two calls.
@@ -70,9 +73,12 @@ class BatchSizes:
         return self._kept(name) or rows
 
 
-def largest_that_fits(fits: Callable[[int], bool]) -> int:
-    """Return the most rows, from MOST_ROWS down by halves, for which `fits` is true; at least 1."""
+def largest_that_fits(fits: Callable[[int], bool], width: int = 1) -> int:
+    """Return the most rows, from MOST_ROWS down by halves, for which `fits` is true; at least 1.
+
+    `width` (tokens) is that of the longest row.
+    """
     rows = MOST_ROWS
-    while rows > 1 and not fits(rows):
+    while rows > 1 and (rows * width > MOST_TOKENS or not fits(rows)):
         rows //= 2
     return rows

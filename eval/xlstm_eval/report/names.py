@@ -52,6 +52,11 @@ def byte_size(count: int | None) -> str:
     return f"{size:.1f} GB"
 
 
+def context_length(count: int) -> str:
+    """Write a context's length for an axis of doublings: 512, 1k, 32k; 1k is 1024."""
+    return f"{count / 1024:g}k" if count >= 1024 else str(count)
+
+
 def token_count(count: int | None) -> str:
     """Write a number of tokens for a reader: 950, 4.1 K, 655.4 M, 20.0 B; a dash for None."""
     if count is None:

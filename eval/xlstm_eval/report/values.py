@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from xlstm_eval.records import Comparison, Frozen, Interval, LongContext, TaskResult
 from xlstm_eval.report.data import ReportData, ReportModel
@@ -15,7 +15,7 @@ from xlstm_eval.report.sentence import sentence
 from xlstm_eval.report.speed import Speed
 from xlstm_eval.score import statistics_values
 
-FORMAT = 2
+FORMAT: Final = 2
 """Version of the file: it grows where a key is removed or means something else."""
 
 ByTask = dict[str, float]

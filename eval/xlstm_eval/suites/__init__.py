@@ -1,6 +1,6 @@
 """Suites: which tasks are run, and how."""
 
-from xlstm_eval.suites.paper import paper_suite
-from xlstm_eval.suites.suite import Suite, SuiteTask
+from xlstm_eval.suites.named import named_suite, suite_names, suite_settings
+from xlstm_eval.suites.suite import Judge, Suite, SuiteTask
 
-__all__ = ["Suite", "SuiteTask", "paper_suite"]
+__all__ = ["Judge", "Suite", "SuiteTask", "named_suite", "suite_names", "suite_settings"]

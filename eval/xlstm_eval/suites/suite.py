@@ -6,7 +6,7 @@ The fields have the names of the recipe's keys, so its section `evaluate` is pas
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -39,12 +39,32 @@ class SuiteTask(Frozen):
     chance: Chance | None = None
 
 
+class Judge(Frozen):
+    """Name the judge of MT-Bench: a model behind an OpenAI-compatible endpoint.
+
+    ``questions`` is a JSONL file, or a data set of the hub with ``split``. ``api_key_env`` names
+    the environment variable that holds the key. ``settings`` go into each request as they are.
+    """
+
+    endpoint: Name
+    model: Name
+    questions: Name
+    split: Name = "train"
+    api_key_env: Name = "OPENAI_API_KEY"
+    settings: dict[str, Any] = Field(default_factory=lambda: dict(JUDGE_SETTINGS))
+    workers: Annotated[int, Field(strict=True, ge=1)] = 8
+
+
+JUDGE_SETTINGS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 2048}
+
+
 class Suite(Frozen):
     """Name the tasks that teacher and students are measured on.
 
     ``include`` is a folder of lm-eval task files (YAML). If it holds every named task, nothing else
     is read. ``limit`` takes only the first items of each task. Tasks that run generated code
-    (humaneval, mbpp, cruxeval) need ``confirm_run_unsafe_code``.
+    (humaneval, mbpp, cruxeval) need ``confirm_run_unsafe_code``. Without a ``judge``, the task
+    mt_bench is skipped.
     """
 
     name: Name = "suite"
@@ -53,6 +73,7 @@ class Suite(Frozen):
     limit: Annotated[int, Field(strict=True, ge=1)] | None = None
     apply_chat_template: bool = False
     confirm_run_unsafe_code: bool = False
+    judge: Judge | None = None
 
     @model_validator(mode="after")
     def _tasks_are_unique(self) -> Self:

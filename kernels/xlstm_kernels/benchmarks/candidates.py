@@ -60,7 +60,7 @@ def mlstm_rounds(dim: int) -> Iterator[Round]:
 
 
 def window_rounds() -> Iterator[Round]:
-    """Yield the rounds of the window: the block, then forward, then backward."""
+    """Yield the rounds of the window: the block, then forward, backward, and keys and values."""
     pairs = list(itertools.product(WARPS, stages(pipelines_registers=True)))
     yield lambda best: [best._replace(block=block) for block in BLOCKS], ()
     yield (
@@ -70,6 +70,10 @@ def window_rounds() -> Iterator[Round]:
     yield (
         lambda best: [best._replace(grad_warps=warps, grad_stages=depth) for warps, depth in pairs],
         ("query_grad_kernel", "key_value_grad_kernel"),
+    )
+    yield (
+        lambda best: [best._replace(key_grad_warps=warps) for warps in WARPS],
+        ("key_value_grad_kernel",),
     )
 
 

@@ -17,7 +17,7 @@ from xlstm_kernels.api import hybrid_step, mlstm, mlstm_step, sliding_window_att
 from xlstm_kernels.dispatch import Backend, triton_refuses
 from xlstm_kernels.reference import mlstm_reference, sliding_window_reference
 from xlstm_kernels.segments import document_runs, document_starts
-from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.state import MLSTMState, Ring, held_positions
 from xlstm_kernels.testing import random_segments, random_state
 
 DENSE_LIMIT = 4096  # the dense baseline holds T x T scores per head
@@ -143,11 +143,7 @@ def full_ring(shape: Shape, device: torch.device, dtype: torch.dtype) -> Ring:
     generator = torch.Generator().manual_seed(3)
     keys = torch.randn(empty.keys.shape, generator=generator).to(empty.keys)
     values = torch.randn(empty.values.shape, generator=generator).to(empty.values)
-    last = N + W - 1
-    ring = last - (last - torch.arange(W)) % W  # the latest position in each slot of the ring
-    held = torch.cat([torch.arange(N), ring]).to(device)
-    positions = held.expand_as(empty.positions).contiguous()
-    return Ring(keys, values, positions, torch.full_like(empty.lengths, N + W))
+    return Ring(keys, values, torch.full_like(empty.lengths, N + W))
 
 
 def run_mlstm(backend: Backend) -> Callable[[Inputs, Shape], Tensor]:
@@ -233,7 +229,8 @@ def hybrid_truth(a: Inputs, shape: Shape) -> Tensor:
     The per-query reference attends to the tokens of the ring, in order, and to the new one.
     """
     queries, keys, values = (a.x[n].detach()[:, :, :1] for n in ATTENDED)
-    order = a.ring.positions.argsort(dim=1)[:, None, :, None]
+    held = held_positions(a.ring.lengths, shape.window, shape.sinks)
+    order = held.argsort(dim=1)[:, None, :, None]
     k = torch.cat([a.ring.keys.gather(2, order.expand_as(a.ring.keys)), keys], dim=2)
     v = torch.cat([a.ring.values.gather(2, order.expand_as(a.ring.values)), values], dim=2)
     q = torch.zeros_like(queries).expand(-1, -1, k.shape[2] - 1, -1)

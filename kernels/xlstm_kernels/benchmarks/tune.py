@@ -55,12 +55,14 @@ TEMPLATE = '''\
 # and shared memory of the compiled kernels, and not from times.
 MEASURED_ON: str | None = {measured_on!r}
 
-# chunk, then (block_k, block_v, warps, stages) of: states, output, state grads, key grads, query
+# chunk, then (block_k, block_v, warps, stages) of: states, output, state grads; key grads, query
 # and gate grads, value grads
-MLSTM: dict[tuple[int, int], tuple] = {mlstm}
+MLSTM: dict[tuple[int, int], tuple] = {{
+{mlstm}
+}}  # fmt: skip
 
-# block, forward warps and stages, backward warps and stages
-WINDOW: dict[tuple[int, int], tuple[int, int, int, int, int]] = {window}
+# block, forward warps and stages, backward warps and stages, warps of keys' and values' gradients
+WINDOW: dict[tuple[int, int], tuple[int, ...]] = {window}
 '''
 Operator = Callable[..., Tensor]
 Tensors = dict[str, Tensor]
@@ -271,9 +273,16 @@ def table_source(mlstm: dict, window: dict, measured_on: str | None) -> str:
     """Write the source of `triton/table.py`."""
     return TEMPLATE.format(
         measured_on=measured_on,
-        mlstm=pprint.pformat(mlstm, width=100),
+        mlstm="\n".join(map(mlstm_lines, mlstm, mlstm.values())),
         window=pprint.pformat(window, width=100),
     )
+
+
+def mlstm_lines(key: tuple[int, int], entry: tuple) -> str:
+    """Write an entry in two lines: the forward kernels and the states' gradients, then the rest."""
+    chunk, *launches = entry
+    rows = [", ".join(map(str, map(tuple, half))) for half in (launches[:3], launches[3:])]
+    return f"    {key}: ({chunk}, {rows[0]},\n        {rows[1]}),"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

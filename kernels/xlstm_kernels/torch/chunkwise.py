@@ -6,6 +6,7 @@ Letters: the legend in `xlstm_kernels`; Dw = Dv + 1 (v and a column of ones for 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -14,14 +15,21 @@ from torch import Tensor
 from xlstm_kernels.registration import filled, refuse_second_derivative
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState, state_dtype
-from xlstm_kernels.torch.passes import Gradients, Kept, Tokens, differentiate_span, run_span
+from xlstm_kernels.torch.passes import (
+    Gradients,
+    Kept,
+    Part,
+    Tokens,
+    differentiate_part,
+    run_part,
+)
 from xlstm_kernels.torch.weights import Chunks, Documents
 
 CHUNK_CPU = 32  # measured: docs/math.md, "Chunk size"
 CHUNK_GPU = 64
 # Tokens of all rows and heads that a pass works on at once. So its working memory does not grow
 # with T, and on a CPU it stays in the cache.
-SPAN_CPU, SPAN_GPU = 1 << 12, 1 << 17
+SPAN_CPU, SPAN_GPU = 1 << 13, 1 << 17
 
 
 def mlstm_chunkwise(
@@ -57,16 +65,34 @@ def chunks_of(q: Tensor, v: Tensor) -> Chunks:
     return Chunks(B, G, H // G, T, Dk, Dv, L)
 
 
-def span_of(q: Tensor, sizes: Chunks) -> int:
-    """Return the chunks of a span."""
-    rows = SPAN_CPU if q.device.type == "cpu" else SPAN_GPU
-    return max(1, rows // (q.shape[0] * q.shape[1] * sizes.L))
+def parts(q: Tensor, sizes: Chunks) -> list[Part]:
+    """Return the parts of a call, each at most SPAN tokens of rows and heads, or one chunk."""
+    if q.device.type == "cpu":
+        # Whole rows of a few heads: without grouped heads they are not copied.
+        tokens = min(sizes.T, max(sizes.L, SPAN_CPU // sizes.R // sizes.L * sizes.L))
+        groups = min(sizes.G, max(1, SPAN_CPU // (sizes.R * tokens)))
+        rows = max(1, SPAN_CPU // (sizes.R * tokens * sizes.G))
+    else:
+        # A few chunks of all heads: each chunk of a part is a launch or two.
+        chunks = max(1, SPAN_GPU // (sizes.B * sizes.G * sizes.R * sizes.L))
+        rows, groups, tokens = sizes.B, sizes.G, min(sizes.T, chunks * sizes.L)
+    found, first = [], 0
+    for at in itertools.product(
+        _slices(sizes.B, rows), _slices(sizes.G, groups), _slices(sizes.T, tokens)
+    ):
+        found.append(Part(*at, first))
+        first += part_sizes(sizes, found[-1]).P
+    return found
 
 
-def spans(q: Tensor, sizes: Chunks) -> list[tuple[int, int]]:
-    """Return the first chunk of each span and the one after its last."""
-    step = span_of(q, sizes)
-    return [(first, min(first + step, sizes.C)) for first in range(0, sizes.C, step)]
+def part_sizes(sizes: Chunks, part: Part) -> Chunks:
+    """Return the sizes of a part."""
+    B, G, T = (at.stop - at.start for at in part[:3])
+    return sizes._replace(B=B, G=G, T=T)
+
+
+def _slices(whole: int, step: int) -> list[slice]:
+    return [slice(first, min(first + step, whole)) for first in range(0, whole, step)]
 
 
 def all_tokens(
@@ -98,18 +124,20 @@ def compute(
     """
     with torch.autocast(q.device.type, enabled=False):
         tokens, sizes = all_tokens(q, k, v, i, f, segment_ids), chunks_of(q, v)
-        h = v.new_empty(*q.shape[:3], v.shape[3])
-        # Without a backward pass, each span writes over what the one before it wrote.
-        held = sizes if keep else sizes._replace(T=min(sizes.T, span_of(q, sizes) * sizes.L))
-        kept = Kept.empty(held, C0)
-        memory, m = torch.cat([C0, n0.unsqueeze(-1)], dim=-1), m0
-        for first, last in spans(q, sizes):
-            part = kept.span(first, last) if keep else kept.span(0, last - first)
-            at = slice(first * sizes.L, last * sizes.L)
-            m = run_span(tokens.span(at), memory, m, part, h[:, :, at])
-            memory = part.states[-1]
+        h, found = v.new_empty(*q.shape[:3], v.shape[3]), parts(q, sizes)
+        # Without a backward pass, each part writes over what the one before it wrote. No part is
+        # larger than the first.
+        kept = Kept.empty(sizes if keep else part_sizes(sizes, found[0]), C0)
+        memory, m = torch.cat([C0, n0.unsqueeze(-1)], dim=-1), m0.clone()
+        for part in found:
+            heads, held = part.heads(sizes.R), part_sizes(sizes, part)
+            rows = kept.part(part.chunks if keep else 0, held)
+            # Copied: heads of several rows are not adjacent where a part has not all of them.
+            before, m_before = memory[heads].contiguous(), m[heads].contiguous()
+            run_part(tokens.part(part), before, m_before, rows, part.of(h, sizes.R))
+            memory[heads], m[heads] = before, m_before
         # Copies: the results of an operator may not share memory.
-        C, n, m = memory[..., :-1].contiguous(), memory[..., -1].contiguous(), m.clone()
+        C, n = memory[..., :-1].contiguous(), memory[..., -1].contiguous()
         return h, C, n, m, *(kept if keep else _nothing(C0))
 
 
@@ -166,10 +194,12 @@ def backward(
         out = Gradients(*grads) if values else Gradients(*grads)._replace(v=None)
         kept = Kept(weights, scores, outputs, states)
         d_memory = torch.cat([dC, dn.unsqueeze(-1)], dim=-1)
-        for first, last in reversed(spans(q, sizes)):
-            at = slice(first * sizes.L, last * sizes.L)
-            read = tokens.span(at), kept.span(first, last), dh[:, :, at]
-            d_memory = differentiate_span(*read, d_memory, out.span(at))
+        for part in reversed(parts(q, sizes)):
+            heads = part.heads(sizes.R)
+            rows = kept.part(part.chunks, part_sizes(sizes, part))
+            after, d_part = d_memory[heads].contiguous(), part.of(dh, sizes.R)
+            differentiate_part(tokens.part(part), rows, d_part, after, out.part(part, sizes.R))
+            d_memory[heads] = after
         dC0.copy_(d_memory[..., :-1])
         dn0.copy_(d_memory[..., -1])
         return [*grads, dC0, dn0]

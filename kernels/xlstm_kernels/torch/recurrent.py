@@ -1,4 +1,9 @@
-"""One decoding step, in place: of the mLSTM, and of the whole hybrid mixer."""
+"""One decoding step, in place: of the mLSTM, of the window, and of the whole hybrid mixer.
+
+Decoding small models is bound by the number of operators, so there are few of them here, and no
+conversion to a dtype that a tensor has already. Callers switch autograd off: nothing here is
+differentiable.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +11,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.state import MLSTMState, Ring, RingSlots
 
 
-@torch.no_grad()
 def mlstm_step_in_place(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState
 ) -> Tensor:
     """Update `state` by one token and read it: the four lines of docs/math.md.
 
-    Shapes as in `xlstm_kernels.mlstm_step`, which checks the arguments. Returns h in the state's
-    dtype.
+    Shapes as in `xlstm_kernels.mlstm_step`, which checks the arguments. Returns h in v's dtype.
     """
     C, n, m = state
-    G = v.shape[1]
-    q, k, v, i, f = (x.to(C.dtype) for x in (q, k, v, i, f))
-    log_decay = F.logsigmoid(f) + m
+    (B, H, Dk, Dv), G = C.shape, v.shape[1]
+    given = v.dtype
+    if not q.dtype == k.dtype == v.dtype == i.dtype == f.dtype == C.dtype:
+        q, k, v, i, f = (x.to(C.dtype) for x in (q, k, v, i, f))
+    log_decay = F.logsigmoid(f).add_(m)
     m_new = torch.maximum(log_decay, i)
-    decay = (log_decay - m_new).exp().unsqueeze(-1)  # (B, H, 1)
-    key = k * (i - m_new).exp().unsqueeze(-1)  # (B, H, Dk)
-    n.mul_(decay).add_(key)
+    decay = log_decay.sub_(m_new).exp_().unsqueeze(-1)  # (B, H, 1)
+    key = k * (i - m_new).exp_().unsqueeze(-1)  # (B, H, Dk)
+    torch.addcmul(key, n, decay, out=n)
     C.mul_(decay.unsqueeze(-1))
     # The heads of a group share v, which is broadcast over them and never repeated in memory.
-    C.unflatten(1, (G, -1)).addcmul_(key.unflatten(1, (G, -1)).unsqueeze(-1), v[:, :, None, None])
+    groups = (B, G, H // G, Dk)
+    C.view(*groups, Dv).addcmul_(key.view(*groups, 1), v[:, :, None, None])
     m.copy_(m_new)
-    num, den = (q.unsqueeze(-2) @ C).squeeze(-2), (q * n).sum(dim=-1, keepdim=True)
-    return torch.where(den == 0, 0.0, num / den)
+    h = torch.bmm(q.reshape(B * H, 1, Dk), C.reshape(B * H, Dk, Dv)).view(B, H, Dv)
+    den = (q * n).sum(dim=-1, keepdim=True)
+    h.div_(den.masked_fill_(den == 0, torch.inf))  # 0 where nothing was read
+    return h if h.dtype == given else h.to(given)
 
 
-@torch.no_grad()
+def window_step_in_place(
+    q: Tensor, k: Tensor, v: Tensor, ring: Ring, slots: RingSlots, scale: float
+) -> Tensor:
+    """Store one token in `ring` and attend to what it sees.
+
+    Shapes as in `xlstm_kernels.window_step`, which checks the arguments. `ring.lengths` is not read
+    and stays as it is. Returns (B, H, Dv) in v's dtype.
+    """
+    (B, H, D), (G, Dv) = q.shape, v.shape[1:]
+    index = slots.index[:, None, :, None]
+    for held, new in ((ring.keys, k), (ring.values, v)):
+        new = new if new.dtype == held.dtype else new.to(held.dtype)
+        shape = (B, G, 2, new.shape[2])
+        held.scatter_(2, index.expand(shape), new.unsqueeze(2).expand(shape))
+    # The heads of a group are rows of one query: each key is read once for all of them.
+    rows, keys, values, bias = q.reshape(B, G, H // G, D), ring.keys, ring.values, slots.bias
+    if keys.dtype != q.dtype:
+        keys, values = keys.to(q.dtype), values.to(q.dtype)
+    if bias.dtype != q.dtype:
+        bias = bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
+    return out.reshape(B, H, Dv).to(v.dtype)
+
+
 def hybrid_step_in_place(
     q: Tensor,
     k: Tensor,
@@ -46,39 +77,23 @@ def hybrid_step_in_place(
     gate: Tensor,
     state: MLSTMState,
     ring: Ring,
+    slots: RingSlots,
     *,
-    sinks: int,
     scale: float,
 ) -> Tensor:
     """Update `state` and `ring` by one token and read both.
 
-    Shapes as in `xlstm_kernels.hybrid_step`, which checks the arguments. Returns the output in the
-    state's dtype.
+    Shapes as in `xlstm_kernels.hybrid_step`, which checks the arguments. `ring.lengths` stays as it
+    is. Both branches are rounded to v's dtype before they are mixed, as in a sequence.
     """
-    append_to_ring(k, v, ring, sinks)
-    slots = ring.positions.shape[1]
-    oldest = (ring.lengths - (slots - sinks))[:, None]  # first position of the window
-    in_ring = torch.arange(slots, device=q.device) >= sinks
-    # A sink that is still in the window is read from the ring only, so that it counts once.
-    visible = (ring.positions >= 0) & (in_ring | (ring.positions < oldest))
-    attended = F.scaled_dot_product_attention(
-        q.unsqueeze(2), ring.keys.to(q.dtype), ring.values.to(q.dtype),
-        attn_mask=visible[:, None, None], scale=scale, enable_gqa=True,
-    ).squeeze(2)  # fmt: skip
+    attended = window_step_in_place(q, k, v, ring, slots, scale)
     recalled = mlstm_step_in_place(phi_q, phi_k, v, i, f, state)
-    attended = attended.to(recalled.dtype)
-    return torch.lerp(attended, recalled, gate.to(recalled.dtype).unsqueeze(-1))
+    gate = gate if gate.dtype == v.dtype else gate.to(v.dtype)
+    return torch.lerp(attended, recalled, gate.unsqueeze(-1))
 
 
-def append_to_ring(k: Tensor, v: Tensor, ring: Ring, sinks: int) -> None:
-    """Store one token, k (B, G, D) and v (B, G, Dv), in the ring and, if it is one, as a sink."""
-    window = ring.positions.shape[1] - sinks
-    ring_slot = sinks + ring.lengths % window  # (B,)
-    # Once the sinks are full, the second slot is the first again: the shapes do not depend on data.
-    sink_slot = torch.where(ring.lengths < sinks, ring.lengths, ring_slot)
-    slots = torch.stack([ring_slot, sink_slot], dim=1)  # (B, 2)
-    for held, new in ((ring.keys, k), (ring.values, v)):
-        index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[2])
-        held.scatter_(2, index, new.to(held.dtype).unsqueeze(2).expand(-1, -1, 2, -1))
-    ring.positions.scatter_(1, slots, ring.lengths[:, None].expand(-1, 2))
+def next_slots(ring: Ring, sinks: int) -> RingSlots:
+    """Find the slots of a ring's next token, and count it."""
+    before = ring.lengths.clone()
     ring.lengths.add_(1)
+    return RingSlots.of(before, ring.keys.shape[2] - sinks, sinks, ring.keys.dtype)

@@ -1,7 +1,8 @@
 """Weights of the chunkwise mLSTM: what each token takes from earlier ones and from the state.
 
 Letters here, beyond the legend in `xlstm_kernels`: C chunks of L tokens, R = H / G query heads of a
-group. Chunks come first in every tensor, so that what one chunk needs is adjacent in memory.
+group, P = B G C chunks of all groups. Chunks come in the order (B, G, C, R) everywhere: without
+grouped heads, that is the order of the arguments, which are then not copied.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from xlstm_kernels.state import LOG_ZERO
 
 
 class Chunks(NamedTuple):
-    """Sizes of a span of T tokens that is cut into chunks."""
+    """Sizes of a part of a call: T tokens of B rows and G groups, cut into chunks."""
 
     B: int
     G: int
@@ -30,8 +31,13 @@ class Chunks(NamedTuple):
 
     @property
     def C(self) -> int:
-        """Count the chunks; the last one may be filled up."""
+        """Count the chunks of a head; the last one may be filled up."""
         return -(-self.T // self.L)
+
+    @property
+    def P(self) -> int:
+        """Count the chunks of all groups."""
+        return self.B * self.G * self.C
 
     @property
     def fill(self) -> int:
@@ -39,29 +45,40 @@ class Chunks(NamedTuple):
         return -self.T % self.L
 
     def split(self, x: Tensor, dtype: torch.dtype, value: float = 0.0) -> Tensor:
-        """Copy x (B, heads, T, ...) as (C, B, heads, L, ...) in `dtype`, filled up with `value`."""
+        """Cut x (B, heads, T, ...) into chunks (P, heads / G, L, ...), filled up with `value`.
+
+        A view where x is in that order, else a copy.
+        """
         x = x.to(dtype)
         if self.fill:
             x = F.pad(x, [0, 0] * (x.ndim - 3) + [0, self.fill], value=value)
-        return x.unflatten(2, (self.C, self.L)).permute(2, 0, 1, *range(3, x.ndim + 1)).contiguous()
+        x = x.unflatten(2, (self.C, self.L)).unflatten(1, (self.G, -1)).transpose(2, 3)
+        return x.contiguous().flatten(0, 2)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """View x (C, B, H, ...) as (C, B, G, R, ...)."""
-        return x.unflatten(2, (self.G, self.R))
+    def place(self, out: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor of chunks to compute in, for `join`: `out` itself where it can be."""
+        heads, D = out.shape[1] // self.G, out.shape[3]
+        shape = (self.P, heads, self.L, D)
+        if heads == 1 and not self.fill and out.is_contiguous() and out.dtype == dtype:
+            return out.view(shape)
+        return out.new_empty(shape, dtype=dtype)
 
     def join(self, x: Tensor, out: Tensor) -> None:
-        """Copy x (C, B, heads, L, ...) into out (B, heads, T, ...), without what fills x up."""
-        x = x.permute(1, 2, 0, *range(3, x.ndim))
+        """Copy x (P, heads / G, L, ...) into out (B, heads, T, ...), without what fills x up."""
+        if x.data_ptr() == out.data_ptr():
+            return  # from `place`
+        x = x.unflatten(0, (self.B, self.G, self.C)).transpose(2, 3)
+        out = out.unflatten(1, (self.G, -1))
         if self.fill:
-            out.copy_(x.flatten(2, 3)[:, :, : self.T])
+            out.copy_(x.flatten(3, 4)[:, :, :, : self.T])
         else:
-            out.unflatten(2, (self.C, self.L)).copy_(x)
+            out.unflatten(3, (self.C, self.L)).copy_(x)
 
 
 class Documents(NamedTuple):
-    """Documents of a span: runs (B, T) numbers those of its tokens, entering (B,) the one before.
+    """Documents of a part: runs (B, T) numbers those of its tokens, entering (B,) the one before.
 
-    The state that enters the span belongs to `entering`.
+    The state that enters the part belongs to `entering`.
     """
 
     runs: Tensor
@@ -71,8 +88,8 @@ class Documents(NamedTuple):
 class Weights(NamedTuple):
     """Weights exp(D - m_t) of what token t reads; each is at most 1.
 
-    pairs (C, B, H, L, L): of token s at token t of its chunk, 0 where t does not see s. read
-    (C, B, H, L): of the state that enters the chunk. The last token's weights are those of the
+    pairs (P, R, L, L): of token s at token t of its chunk, 0 where t does not see s. read
+    (P, R, L): of the state that enters the chunk. The last token's weights are those of the
     state that leaves.
     """
 
@@ -81,18 +98,18 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, held: Tensor) -> Weights:
-        """View held (C, B, H, L L + L), which holds both in a row."""
+        """View held (P, R, L L + L), which holds both in a row."""
         L = int(held.shape[-1] ** 0.5)  # L L + L is between L² and (L + 1)²
         return cls(held[..., : L * L].unflatten(-1, (L, L)), held[..., L * L :])
 
     @property
     def write(self) -> Tensor:
-        """Return the weight of each token in the state that leaves its chunk (C, B, H, L)."""
+        """Return the weight of each token in the state that leaves its chunk (P, R, L)."""
         return self.pairs[..., -1, :]
 
     @property
     def decay(self) -> Tensor:
-        """Return the weight of the entering state in the leaving one (C, B, H)."""
+        """Return the weight of the entering state in the leaving one (P, R)."""
         return self.read[..., -1]
 
 
@@ -104,9 +121,9 @@ def write_weights(
     sizes: Chunks,
     held: Tensor,
 ) -> Tensor:
-    """Write the weights of a span's chunks to held (C, B, H, L L + L), as `Weights.of` reads it.
+    """Write the weights of a part's chunks to held (P, R, L L + L), as `Weights.of` reads it.
 
-    i, f (B, H, T); m (B, H): stabiliser of the state before the span. Returns that after it.
+    i, f (B, H, T); m (B, H): stabiliser of the state before the part. Returns that after it.
 
     The log-weight D_ts is the sum of log f over (s, t] plus i_s. Each sum is formed from its own
     terms, by a product with a 0/1 matrix. Differences of cumulative sums would cancel: one closed
@@ -115,16 +132,20 @@ def write_weights(
     # Off the CPU a float32 product may be rounded to TF32; log-weights cannot be.
     exact = m.dtype if i.device.type == "cpu" else torch.float64
     # Tokens after the end keep the state as it is: f -> 1, i -> 0.
-    log_f = F.logsigmoid(sizes.split(f, exact, -LOG_ZERO))
+    log_f = F.logsigmoid(sizes.split(f, exact, -LOG_ZERO)).flatten(0, 1)
     causal, spans = (x.to(exact) for x in _pair_sums(sizes.L, i.device))
-    sums = torch.addmm(causal, log_f.flatten(0, 2), spans)
-    pairs, read = Weights.of(held.copy_(sums.view_as(held)))
+    if exact == held.dtype:
+        torch.addmm(causal, log_f, spans, out=held.flatten(0, 1))
+    else:
+        held.copy_(torch.addmm(causal, log_f, spans).view_as(held))
+    pairs, read = Weights.of(held)
     pairs += sizes.split(i, m.dtype, LOG_ZERO).unsqueeze(-2)
     if documents is not None:
         hidden, cut_off = _other_documents(documents, sizes)
-        pairs.masked_fill_(hidden, LOG_ZERO)
-        read.masked_fill_(cut_off, LOG_ZERO)
-    m_in, m_end = _chunk_stabilisers(pairs[..., -1, :], read[..., -1], m)
+        groups = (sizes.B, sizes.G, sizes.C)
+        pairs.unflatten(0, groups).masked_fill_(hidden, LOG_ZERO)
+        read.unflatten(0, groups).masked_fill_(cut_off, LOG_ZERO)
+    m_in, m_end = _chunk_stabilisers(pairs[..., -1, :], read[..., -1], m, sizes)
     m_in = m_in.unsqueeze(-1)
     m_t = torch.maximum(pairs.amax(dim=-1), read + m_in)
     pairs -= m_t.unsqueeze(-1)
@@ -134,20 +155,19 @@ def write_weights(
     return m_end
 
 
-def gate_grads(d_pairs: Tensor, d_read: Tensor, f: Tensor, sizes: Chunks) -> tuple[Tensor, Tensor]:
-    """Return di and df, each (C, B, H, L), from the gradients of the log-weights.
+def gate_grads(d_sums: Tensor, f: Tensor, sizes: Chunks) -> tuple[Tensor, Tensor]:
+    """Return di and df, each (P, R, L), from the gradients of the log-weights.
 
-    d_pairs (C, B, H, L, L), d_read (C, B, H, L): shapes as in `Weights`, what the leaving state
-    adds to the last row included. f (B, H, T): preactivations.
+    d_sums (P R, L L + L): as `Weights.of` reads it, what the leaving state adds to the last row
+    included. f (B, H, T): preactivations.
     """
-    L, dtype = sizes.L, d_pairs.dtype
+    L, dtype = sizes.L, d_sums.dtype
     exact = dtype if f.device.type == "cpu" else torch.float64
     _, spans = _pair_sums(L, f.device)
-    d_sums = torch.cat([d_pairs.flatten(-2), d_read], dim=-1).flatten(0, 2)
     # Only the pairs that a gate lies between enter its gradient, as they enter the sums.
-    d_log_f = (d_sums.to(exact) @ spans.to(exact).T).to(dtype).unflatten(0, d_read.shape[:3])
+    d_log_f = (d_sums.to(exact) @ spans.to(exact).T).to(dtype).unflatten(0, (sizes.P, -1))
     d_f = d_log_f * torch.sigmoid(-sizes.split(f, dtype))  # the derivative of log sigmoid
-    return d_pairs.sum(dim=-2), d_f
+    return Weights.of(d_sums).pairs.sum(dim=-2).view_as(d_f), d_f
 
 
 def _pair_sums(L: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -178,17 +198,14 @@ def _cached_pair_sums(L: int) -> tuple[Tensor, Tensor]:
 def _other_documents(documents: Documents, sizes: Chunks) -> tuple[Tensor, Tensor]:
     """Say which tokens and which entering states belong to another document than token t.
 
-    Returns (C, B, 1, L, L) and (C, B, 1, L).
+    Returns (B, 1, C, 1, L, L) and (B, 1, C, 1, L).
     """
     fill = documents.runs[:, -1:].expand(-1, sizes.fill)
-    runs = torch.cat([documents.runs, fill], dim=1).unflatten(1, (sizes.C, sizes.L))
-    runs = runs.transpose(0, 1)  # (C, B, L)
+    runs = torch.cat([documents.runs, fill], dim=1).unflatten(1, (sizes.C, sizes.L))  # (B, C, L)
     # The state that enters a chunk belongs to the document of the token before it.
-    entering = torch.cat([documents.entering.unsqueeze(0), runs[:-1, :, -1]]).view(
-        -1, sizes.B, 1, 1
-    )
-    runs = runs.unsqueeze(2)
-    return runs.unsqueeze(-1) != runs.unsqueeze(-2), runs != entering
+    entering = torch.cat([documents.entering.unsqueeze(1), runs[:, :-1, -1]], dim=1)
+    runs = runs[:, None, :, None]
+    return runs.unsqueeze(-1) != runs.unsqueeze(-2), runs != entering[:, None, :, None, None]
 
 
 def _exponentials_in_place(x: Tensor) -> None:
@@ -202,14 +219,18 @@ def _exponentials_in_place(x: Tensor) -> None:
     F.threshold(x.clamp_(min=floor).exp_(), 1.001 * math.exp(floor), 0.0, inplace=True)
 
 
-def _chunk_stabilisers(last: Tensor, log_decay: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk_stabilisers(
+    last: Tensor, log_decay: Tensor, before: Tensor, sizes: Chunks
+) -> tuple[Tensor, Tensor]:
     """Return the stabiliser m of the state that enters each chunk, and of the one that leaves.
 
-    last (C, B, H, L): log-weights of each chunk's tokens at its end. log_decay (C, B, H): of the
-    state that enters it. before (B, H): m of the state before them. Returns (C, B, H) and (B, H).
+    last (P, R, L): log-weights of each chunk's tokens at its end. log_decay (P, R): of the state
+    that enters it. before (B, H): m of the state before them. Returns (P, R) and (B, H).
     """
-    largest = last.amax(dim=-1)
-    m = [before]
-    for largest_c, log_decay_c in zip(largest.unbind(), log_decay.unbind(), strict=True):
+    steps = (sizes.B * sizes.G, sizes.C)
+    largest = last.amax(dim=-1).unflatten(0, steps).unbind(1)
+    decays = log_decay.unflatten(0, steps).unbind(1)
+    m = [before.reshape(-1, sizes.R)]
+    for largest_c, log_decay_c in zip(largest, decays, strict=True):
         m.append(torch.maximum(log_decay_c + m[-1], largest_c))
-    return torch.stack(m[:-1]), m[-1]
+    return torch.stack(m[:-1], dim=1).flatten(0, 1), m[-1].view(before.shape)

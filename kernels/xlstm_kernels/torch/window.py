@@ -51,8 +51,20 @@ def banded_attention(
     band's first token: a later document starts inside the band. So each block gathers N more keys.
     """
     T = q.shape[2]
+    if segment_ids is None and window >= T:
+        return _causal_attention(q, k, v, scale)
     out, _ = forward(q, k, v, segment_ids, min(window, T), min(sinks, T), scale)
     return out
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attend to all earlier tokens, with torch's own attention, which skips the masked blocks."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if repeats > 1:  # torch's fast kernels for CPUs and for float32 take no grouped heads
+        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
 class Bands(NamedTuple):

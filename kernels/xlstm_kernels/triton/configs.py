@@ -54,13 +54,17 @@ class MLSTMConfig(NamedTuple):
 
 
 class WindowConfig(NamedTuple):
-    """Tokens of a block of queries or keys; warps and stages, forward and backward (grad)."""
+    """Tokens of a block of queries or keys; warps and stages, forward and backward (grad).
+
+    key_grad_warps: of the gradients of keys and values, whose two sums take more registers.
+    """
 
     block: int
     warps: int
     stages: int
     grad_warps: int
     grad_stages: int
+    key_grad_warps: int
 
 
 def width(dtype: torch.dtype) -> int:

@@ -184,7 +184,7 @@ def launch_steps(dim: int, dtype: torch.dtype) -> None:
     state = MLSTMState.zeros(1, 4, dim, dim, device="meta")
     mlstm_step_triton(q, k, v, i, f, state)
     ring = Ring.empty(1, 1, dim, dim, window=512, sinks=4, dtype=dtype, device="meta")
-    hybrid_step_triton(q, v, v, q, k, i, f, gate, state, ring, sinks=4, scale=1.0)
+    hybrid_step_triton(q, v, v, q, k, i, f, gate, state, ring, None, sinks=4, scale=1.0)
 
 
 def launch_window(dim: int, dtype: torch.dtype, config: WindowConfig | None = None) -> None:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.state import MLSTMState, Ring, RingSlots, state_dtype
 from xlstm_kernels.triton.common import contiguous_rows, log_sigmoid, on_device_of
 
 ROWS_AT_ONCE = 32  # rows of C, and slots of the ring, that a program holds at a time
@@ -123,20 +123,21 @@ def attend_ring(
 @triton.jit
 def hybrid_step_kernel(
     q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, i_ptr, f_ptr, gate_ptr, C_ptr, n_ptr, m_ptr,
-    keys_ptr, values_ptr, positions_ptr, lengths_ptr, out_ptr,
+    keys_ptr, values_ptr, before_ptr, out_ptr,
     q_b, q_h, k_b, k_h, v_b, v_h, phi_q_b, phi_q_h, phi_k_b, phi_k_h,
     i_b, i_h, f_b, f_h, gate_b, gate_h, C_b, C_h, C_row, scale, H, R, window, sinks,
     D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Decode one token of one head: mLSTM, attention to ring and sinks, output gate. Grid (B H).
 
-    The first head of a group stores the new key and value; the first head of a row the position.
+    before_ptr: tokens of each row before this one. The first head of a group stores the new key and
+    value. Both branches are rounded before they are mixed, as in a sequence.
     """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
     g = h // R
     d, dv = tl.arange(0, D), tl.arange(0, DV)
-    seen = tl.load(lengths_ptr + b)
+    seen = tl.load(before_ptr + b)
     q = tl.load(q_ptr + b * q_b + h * q_h + d).to(tl.float32) * scale
     v = tl.load(v_ptr + b * v_b + g * v_h + dv).to(tl.float32)
     # The new token is attended to as the ring will hold it, as later steps do.
@@ -158,8 +159,10 @@ def hybrid_step_kernel(
         phi_q_ptr, phi_k_ptr, v, i, f, C_ptr, n_ptr, m_ptr, bh, C_row, DK, DV, BK
     )
     gate = tl.load(gate_ptr + b * gate_b + h * gate_h).to(tl.float32)
+    rounded = out_ptr.dtype.element_ty
+    attended, recalled = attended.to(rounded).to(tl.float32), recalled.to(rounded).to(tl.float32)
     out = attended + gate * (recalled - attended)
-    tl.store(out_ptr + bh * DV + dv, out.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + bh * DV + dv, out.to(rounded))
     ring_slot = sinks + seen % window
     if h % R == 0:
         tl.store(keys_ptr + ring_slot * D + d, key)
@@ -167,11 +170,6 @@ def hybrid_step_kernel(
         if seen < sinks:
             tl.store(keys_ptr + seen * D + d, key)
             tl.store(values_ptr + seen * DV + dv, value)
-    if h == 0:
-        positions_ptr += b * (sinks + window)
-        tl.store(positions_ptr + ring_slot, seen)
-        if seen < sinks:
-            tl.store(positions_ptr + seen, seen)
 
 
 @torch.no_grad()
@@ -208,39 +206,68 @@ def hybrid_step_triton(
     gate: Tensor,
     state: MLSTMState,
     ring: Ring,
+    slots: RingSlots | None,
     *,
     sinks: int,
     scale: float,
 ) -> Tensor:
-    """Decode one token in two launches; the second one counts the token.
+    """Decode one token in one launch; without `slots`, a second one counts the token.
 
     Shapes as in `xlstm_kernels.hybrid_step`, which checks the arguments.
     """
     (B, H, D), Dv, Dk = q.shape, v.shape[-1], phi_q.shape[-1]
-    slots = ring.positions.shape[1]
-    if slots * max(D, Dv) >= 2**31:
+    count = ring.keys.shape[2]
+    if count * max(D, Dv) >= 2**31:
         raise ValueError(
-            f"hybrid_step: backend='triton' has no kernel for a ring of {slots} slots of "
+            f"hybrid_step: backend='triton' has no kernel for a ring of {count} slots of "
             f"{max(D, Dv)} values, 2^31 or more; use backend='torch'"
         )
     q, k, v, phi_q, phi_k = (contiguous_rows(x) for x in (q, k, v, phi_q, phi_k))
     out = torch.empty(B, H, Dv, dtype=v.dtype, device=v.device)
-    held = [near_rows(state.C), *(x.contiguous() for x in (*state[1:], *ring))]
-    C, n, m, keys, values, positions, lengths = held
+    written = (*state[1:], ring.keys, ring.values)
+    held = [near_rows(state.C), *(x.contiguous() for x in written)]
+    C, n, m, keys, values = held
+    before = ring.lengths if slots is None else slots.before
     with on_device_of(q):
         hybrid_step_kernel[(B * H,)](
             q_ptr=q, k_ptr=k, v_ptr=v, phi_q_ptr=phi_q, phi_k_ptr=phi_k,
             i_ptr=i, f_ptr=f, gate_ptr=gate, C_ptr=C, n_ptr=n, m_ptr=m,
-            keys_ptr=keys, values_ptr=values, positions_ptr=positions, lengths_ptr=lengths,
-            out_ptr=out,
+            keys_ptr=keys, values_ptr=values, before_ptr=before.contiguous(), out_ptr=out,
             **head_strides(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k, i=i, f=f, gate=gate, C=C),
             C_row=C.stride(2), scale=scale, H=H, R=H // k.shape[1],
-            window=slots - sinks, sinks=sinks,
+            window=count - sinks, sinks=sinks,
             D=D, DK=Dk, DV=Dv, BK=min(ROWS_AT_ONCE, Dk), SLOTS=ROWS_AT_ONCE, num_warps=WARPS,
         )  # fmt: skip
-    _write_back(held, (*state, *ring))
-    ring.lengths.add_(1)
+    _write_back(held, (state.C, *written))
+    if slots is None:
+        ring.lengths.add_(1)
     return out
+
+
+@torch.no_grad()
+def window_step_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: Ring,
+    slots: RingSlots | None,
+    *,
+    sinks: int,
+    scale: float,
+    width: int,
+) -> Tensor:
+    """Decode one token of the attention, by the hybrid kernel with a closed gate and no memory.
+
+    Shapes as in `xlstm_kernels.window_step`, which checks the arguments. width: of the features, 0
+    all of them; the narrowest that have a kernel.
+    """
+    B, H, _ = q.shape
+    features, closed = q.new_zeros(B, H, width), q.new_zeros(B, H)
+    state = MLSTMState.zeros(B, H, width, v.shape[-1], dtype=state_dtype(q, v), device=q.device)
+    return hybrid_step_triton(
+        q, k, v, features, features, closed, closed, closed, state, ring, slots,
+        sinks=sinks, scale=scale,
+    )  # fmt: skip
 
 
 def near_rows(C: Tensor) -> Tensor:

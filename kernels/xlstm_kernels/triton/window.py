@@ -15,11 +15,14 @@ from torch import Tensor
 from xlstm_kernels.registration import refuse_second_derivative
 from xlstm_kernels.segments import document_runs, document_starts
 from xlstm_kernels.triton import window_kernels as kernels
+from xlstm_kernels.triton import window_sinks
 from xlstm_kernels.triton.common import contiguous_rows, dot_format, on_device_of, strides
 from xlstm_kernels.triton.configs import WindowConfig, window_config
 
 MIN_TILE = 16  # rows of the smallest tensor-core product
 SINK_WARPS = 4
+# Blocks whose parts of a document's sinks one program sums, before another one adds these sums.
+SINK_RUN = 32
 
 
 class Band(NamedTuple):
@@ -146,11 +149,12 @@ def launch_backward(
             kernels.query_grad_kernel[(blocks * B * H,)](dq_ptr=dq, **shared)
         if keys_and_values:
             dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype, device=k.device) for _ in range(2))
-            kernels.key_value_grad_kernel[(blocks * B * G,)](dk_ptr=dk, dv_ptr=dv, **shared)
+            wider = shared | {"num_warps": config.key_grad_warps}
+            kernels.key_value_grad_kernel[(blocks * B * G,)](dk_ptr=dk, dv_ptr=dv, **wider)
             if sinks:
                 shape = (B, H, blocks, sinks, D)
                 parts = torch.empty(shape, device=q.device), torch.empty(shape, device=q.device)
-                kernels.sink_part_kernel[(blocks * B * H,)](
+                window_sinks.sink_part_kernel[(blocks * B * H,)](
                     sink_dk_ptr=parts[0], sink_dv_ptr=parts[1], **shared
                 )
                 add_sink_grads(band, parts, dk, dv, H, config)
@@ -217,14 +221,15 @@ def add_sink_grads(
     """
     B, G, T, D = dk.shape
     blocks, rows = band_blocks(T, config), triton.next_power_of_2(band.sinks)
-    sink_dk, sink_dv = parts
-    kernels.sink_grad_kernel[(blocks * B * G,)](
-        runs_ptr=band.runs, starts_ptr=band.starts, sink_dk_ptr=sink_dk, sink_dv_ptr=sink_dv,
-        dk_ptr=dk, dv_ptr=dv, T=T, H=heads, R=heads // G,
-        window=band.window, sinks=band.sinks, blocks=blocks,
-        SEGMENTED=band.runs is not None, L=config.block, D=D, S=rows,
-        AT_ONCE=max(1, MIN_TILE // rows), num_warps=SINK_WARPS,
-    )  # fmt: skip
+    settings = {
+        "runs_ptr": band.runs, "starts_ptr": band.starts,
+        "sink_dk_ptr": parts[0], "sink_dv_ptr": parts[1],
+        "T": T, "H": heads, "R": heads // G, "window": band.window, "sinks": band.sinks,
+        "blocks": blocks, "SEGMENTED": band.runs is not None, "L": config.block, "D": D, "S": rows,
+        "AT_ONCE": max(1, MIN_TILE // rows), "RUN": SINK_RUN, "num_warps": SINK_WARPS,
+    }  # fmt: skip
+    window_sinks.sink_sum_kernel[(blocks * B * G,)](**settings)
+    window_sinks.sink_grad_kernel[(blocks * B * G,)](dk_ptr=dk, dv_ptr=dv, **settings)
 
 
 def band_blocks(tokens: int, config: WindowConfig) -> int:

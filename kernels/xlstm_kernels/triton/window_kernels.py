@@ -1,9 +1,9 @@
 """Kernels of sliding-window attention with sinks: forward, and gradients without atomics.
 
 Block c of queries sees two kinds of keys. Its band, the blocks of keys from first_block(c) to c:
-there, window, document and sinks are a mask. And the sinks before the band: they belong to one
-document only, that of the band's first token. The gradients of those sinks are written per block
-of queries and summed in order afterwards. The softmax is in float32.
+there, window, document and sinks are a mask, and blocks that all queries see whole are not masked.
+And the sinks before the band: they belong to one document only, that of the band's first token;
+`window_sinks.py` has their gradients. The softmax is in float32.
 The letters and names are those of `triton/common.py`; S: rows of a tile of sinks.
 """
 
@@ -67,6 +67,59 @@ def in_band(t, s, run_t, run_s, start_s, T, window, sinks):
     return near & (t >= s) & (run_t == run_s) & (t < T)
 
 
+@triton.jit
+def band_of_block(starts_ptr, b, c, T, window, SEGMENTED: tl.constexpr, L: tl.constexpr):
+    """Return the first block of keys that block c of queries sees, and the first interior one.
+
+    Every query of block c sees every key of the blocks from the interior one on, before block c.
+    """
+    first = first_block(c, window, L)
+    interior = tl.maximum(c * L + 2 * L - 1 - window, 0) // L
+    if SEGMENTED:
+        # The first query's document is the earliest one that is read, the last query's the only one
+        # that all queries can share.
+        starts_ptr += b * T
+        first = tl.maximum(first, tl.load(starts_ptr + c * L) // L)
+        last_start = tl.load(starts_ptr + tl.minimum(c * L + L, T) - 1)
+        interior = tl.maximum(interior, (last_start + L - 1) // L)
+    return first, tl.minimum(tl.maximum(interior, first), c)
+
+
+@triton.jit
+def edge_block(step, first, interior, c):
+    """Return the block of keys of a step that masks: those before the interior, then block c."""
+    return tl.where(step < interior - first, first + step, c)
+
+
+@triton.jit
+def attend_block(
+    q, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, row_max, total, out,
+    scale, T, window, sinks, MASKED: tl.constexpr, SEGMENTED: tl.constexpr,
+    PRECISION: tl.constexpr, DOT: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Take block j of keys into the running softmax: `row_max`, `total` and `out`."""
+    s, d = j * L + tl.arange(0, L), tl.arange(0, D)
+    k = load_rows(k_ptr, k_t, s, T, d).to(DOT)
+    v = load_rows(v_ptr, v_t, s, T, d).to(DOT)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if MASKED:
+        run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
+        visible = in_band(
+            t[:, None], s[None, :], run[:, None], run_s[None, :], start_s[None, :],
+            T, window, sinks,
+        )  # fmt: skip
+        scores = tl.where(visible, scores, NEGATIVE)
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp(scores - new_max[:, None])
+    if MASKED:
+        weights = tl.where(visible, weights, 0.0)
+    # The running softmax of flash attention: `rescale` brings what is summed to the new maximum.
+    rescale = tl.exp(row_max - new_max)
+    total = total * rescale + tl.sum(weights, 1)
+    out = tl.dot(weights.to(DOT), v, out * rescale[:, None], input_precision=PRECISION)
+    return new_max, total, out
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def window_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, out_ptr, logsumexp_ptr,
@@ -102,24 +155,18 @@ def window_kernel(
         sink_weights = tl.where(sink_visible, tl.exp(sink_scores - row_max[:, None]), 0.0)
         total = tl.sum(sink_weights, 1)
         out = tl.dot(sink_weights.to(DOT), sink_v, out, input_precision=PRECISION)
-    # The running softmax of flash attention: `rescale` brings what is summed to the new maximum.
-    for j in range(first_block(c, window, L), c + 1):
-        s = j * L + tl.arange(0, L)
-        run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
-        k = load_rows(k_ptr, k_t, s, T, d).to(DOT)
-        v = load_rows(v_ptr, v_t, s, T, d).to(DOT)
-        visible = in_band(
-            t[:, None], s[None, :], run[:, None], run_s[None, :], start_s[None, :],
-            T, window, sinks,
+    first, interior = band_of_block(starts_ptr, b, c, T, window, SEGMENTED, L)
+    for step in range(0, interior - first + 1):
+        j = edge_block(step, first, interior, c)
+        row_max, total, out = attend_block(
+            q, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, row_max, total, out,
+            scale, T, window, sinks, True, SEGMENTED, PRECISION, DOT, L, D,
         )  # fmt: skip
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where(visible, products * scale, NEGATIVE)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        weights = tl.where(visible, tl.exp(scores - new_max[:, None]), 0.0)
-        rescale = tl.exp(row_max - new_max)
-        total = total * rescale + tl.sum(weights, 1)
-        out = tl.dot(weights.to(DOT), v, out * rescale[:, None], input_precision=PRECISION)
-        row_max = new_max
+    for j in range(interior, c):
+        row_max, total, out = attend_block(
+            q, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, row_max, total, out,
+            scale, T, window, sinks, False, SEGMENTED, PRECISION, DOT, L, D,
+        )  # fmt: skip
     # A token of the row sees itself, so its total is not 0; the tokens after the end see nothing.
     total = tl.where(t < T, total, 1.0)
     tile = out_ptr + bh * T * D + t[:, None].to(tl.int64) * D + d[None, :]
@@ -142,6 +189,43 @@ def mean_grad_kernel(
     tl.store(mean_grad_ptr + bh * T + t, tl.sum(out * dout, 1), mask=t < T)
 
 
+@triton.jit
+def load_query_block(
+    q_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr, q_b, q_h, q_t, b, h, H, t, T,
+    DOT: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Load what the gradients read of queries t of head h: q, dout, logsumexp, mean gradient."""
+    d, bh = tl.arange(0, D), b * H + h
+    q = load_rows(q_ptr + b * q_b + h * q_h, q_t, t, T, d).to(DOT)
+    dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(DOT)
+    logsumexp = tl.load(logsumexp_ptr + bh * T + t, mask=t < T, other=0.0)
+    mean_grad = tl.load(mean_grad_ptr + bh * T + t, mask=t < T, other=0.0)
+    return q, dout, logsumexp, mean_grad
+
+
+@triton.jit
+def query_grad_block(
+    q, dout, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, logsumexp, mean_grad, dq,
+    scale, T, window, sinks, MASKED: tl.constexpr, SEGMENTED: tl.constexpr,
+    PRECISION: tl.constexpr, DOT: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Add to dq what comes from block j of keys."""
+    s, d = j * L + tl.arange(0, L), tl.arange(0, D)
+    k = load_rows(k_ptr, k_t, s, T, d).to(DOT)
+    v = load_rows(v_ptr, v_t, s, T, d).to(DOT)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - logsumexp[:, None]
+    if MASKED:
+        run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
+        visible = in_band(
+            t[:, None], s[None, :], run[:, None], run_s[None, :], start_s[None, :],
+            T, window, sinks,
+        )  # fmt: skip
+        scores = tl.where(visible, scores, NEGATIVE)
+    d_weights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    d_scores = tl.exp(scores) * (d_weights - mean_grad[:, None]) * scale
+    return tl.dot(d_scores.to(DOT), k, dq, input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def query_grad_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr, dq_ptr,
@@ -156,10 +240,9 @@ def query_grad_kernel(
     t = c * L + tl.arange(0, L)
     k_ptr += b * k_b + (h // R) * k_h
     v_ptr += b * v_b + (h // R) * v_h
-    q = load_rows(q_ptr + b * q_b + h * q_h, q_t, t, T, d).to(DOT)
-    dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(DOT)
-    logsumexp = tl.load(logsumexp_ptr + bh * T + t, mask=t < T, other=0.0)
-    mean_grad = tl.load(mean_grad_ptr + bh * T + t, mask=t < T, other=0.0)
+    q, dout, logsumexp, mean_grad = load_query_block(
+        q_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr, q_b, q_h, q_t, b, h, H, t, T, DOT, D
+    )
     run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
     dq = tl.zeros((L, D), tl.float32)
     if S > 0:
@@ -175,65 +258,55 @@ def query_grad_kernel(
         sink_d_weights = tl.dot(dout, tl.trans(sink_v), input_precision=PRECISION)
         sink_d_scores = (sink_weights * (sink_d_weights - mean_grad[:, None]) * scale).to(DOT)
         dq = tl.dot(sink_d_scores, sink_k, dq, input_precision=PRECISION)
-    for j in range(first_block(c, window, L), c + 1):
-        s = j * L + tl.arange(0, L)
-        run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
-        k = load_rows(k_ptr, k_t, s, T, d).to(DOT)
-        v = load_rows(v_ptr, v_t, s, T, d).to(DOT)
-        visible = in_band(
-            t[:, None], s[None, :], run[:, None], run_s[None, :], start_s[None, :],
-            T, window, sinks,
+    first, interior = band_of_block(starts_ptr, b, c, T, window, SEGMENTED, L)
+    for step in range(0, interior - first + 1):
+        j = edge_block(step, first, interior, c)
+        dq = query_grad_block(
+            q, dout, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, logsumexp,
+            mean_grad, dq, scale, T, window, sinks, True, SEGMENTED, PRECISION, DOT, L, D,
         )  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - logsumexp[:, None]
-        weights = tl.exp(tl.where(visible, scores, NEGATIVE))
-        d_weights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        d_scores = weights * (d_weights - mean_grad[:, None]) * scale
-        dq = tl.dot(d_scores.to(DOT), k, dq, input_precision=PRECISION)
+    for j in range(interior, c):
+        dq = query_grad_block(
+            q, dout, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, logsumexp,
+            mean_grad, dq, scale, T, window, sinks, False, SEGMENTED, PRECISION, DOT, L, D,
+        )  # fmt: skip
     tile = dq_ptr + bh * T * D + t[:, None].to(tl.int64) * D + d[None, :]
     tl.store(tile, dq.to(dq_ptr.dtype.element_ty), mask=(t < T)[:, None])
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def sink_part_kernel(
-    q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
-    sink_dk_ptr, sink_dv_ptr,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+@triton.jit
+def key_value_grad_block(
+    k, v, q_ptr, dout_ptr, runs_ptr, starts_ptr, logsumexp_ptr, mean_grad_ptr, q_b, q_h, q_t,
+    c, b, h, H, s, run_s, start_s, dk, dv, scale, T, window, sinks,
+    MASKED: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Compute what one block of queries gives to the gradients of the sinks before its band.
+    """Add to dk and dv what comes from block c of the queries of head h.
 
-    Grid (blocks * B H). The sinks are the rows of all tiles, as of their gradients: no product is
-    transposed.
+    Without MASKED, queries see every key of their document. Queries after the end of the row add
+    nothing: their dout and mean gradient are 0.
     """
-    c, bh = chunk_and_head(blocks)
-    b, h = bh // H, bh % H
-    d = tl.arange(0, D)
     t = c * L + tl.arange(0, L)
-    k_ptr += b * k_b + (h // R) * k_h
-    v_ptr += b * v_b + (h // R) * v_h
-    q = load_rows(q_ptr + b * q_b + h * q_h, q_t, t, T, d).to(DOT)
-    dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(DOT)
-    logsumexp = tl.load(logsumexp_ptr + bh * T + t, mask=t < T, other=0.0)
-    mean_grad = tl.load(mean_grad_ptr + bh * T + t, mask=t < T, other=0.0)
-    run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
-    sink_t, sink_used, sink_run = load_sinks(
-        runs_ptr, starts_ptr, b, c, T, window, sinks, SEGMENTED, L, S
+    q, dout, logsumexp, mean_grad = load_query_block(
+        q_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr, q_b, q_h, q_t, b, h, H, t, T, DOT, D
     )
-    sink_k = load_rows(k_ptr, k_t, sink_t, T, d).to(DOT)
-    sink_v = load_rows(v_ptr, v_t, sink_t, T, d).to(DOT)
-    visible = sink_used[:, None] & (run == sink_run)[None, :] & (t < T)[None, :]
-    scores = tl.dot(sink_k, tl.trans(q), input_precision=PRECISION) * scale - logsumexp[None, :]
-    weights = tl.exp(tl.where(visible, scores, NEGATIVE))
-    d_weights = tl.dot(sink_v, tl.trans(dout), input_precision=PRECISION)
+    run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
+    # Keys are the rows of these tiles, as of dk and dv: no product is transposed.
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - logsumexp[None, :]
+    if MASKED:
+        visible = in_band(
+            t[None, :], s[:, None], run[None, :], run_s[:, None], start_s[:, None],
+            T, window, sinks,
+        )  # fmt: skip
+        scores = tl.where(visible, scores, NEGATIVE)
+    elif SEGMENTED:
+        scores = tl.where(run[None, :] == run_s[:, None], scores, NEGATIVE)
+    weights = tl.exp(scores)
+    dv = tl.dot(weights.to(DOT), dout, dv, input_precision=PRECISION)
+    d_weights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     d_scores = weights * (d_weights - mean_grad[None, :]) * scale
-    sink = tl.arange(0, S)
-    part = ((bh * blocks + c) * sinks + sink)[:, None] * D + d[None, :]
-    kept = (sink < sinks)[:, None]
-    sink_dk = tl.dot(d_scores.to(DOT), q, input_precision=PRECISION)
-    tl.store(sink_dk_ptr + part, sink_dk, mask=kept)
-    sink_dv = tl.dot(weights.to(DOT), dout, input_precision=PRECISION)
-    tl.store(sink_dv_ptr + part, sink_dv, mask=kept)
+    dk = tl.dot(d_scores.to(DOT), q, dk, input_precision=PRECISION)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -259,76 +332,25 @@ def key_value_grad_kernel(
     dk = tl.zeros((L, D), tl.float32)
     dv = tl.zeros((L, D), tl.float32)
     end = tl.minimum((j * L + L + window - 2) // L + 1, blocks)
-    readers = end - j  # blocks of queries whose band holds this block of keys
-    for step in range(readers * R):
-        h = (bg % G) * R + step // readers
-        bh = b * H + h
-        t = (j + step % readers) * L + tl.arange(0, L)
-        q = load_rows(q_ptr + b * q_b + h * q_h, q_t, t, T, d).to(DOT)
-        dout = load_rows(dout_ptr + bh * T * D, D, t, T, d).to(DOT)
-        logsumexp = tl.load(logsumexp_ptr + bh * T + t, mask=t < T, other=0.0)
-        mean_grad = tl.load(mean_grad_ptr + bh * T + t, mask=t < T, other=0.0)
-        run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
-        # Keys are the rows of these tiles, as of dk and dv: no product is transposed.
-        visible = in_band(
-            t[None, :], s[:, None], run[None, :], run_s[:, None], start_s[:, None],
-            T, window, sinks,
+    # The interior: blocks of queries after block j whose window holds all its keys.
+    interior = tl.minimum(tl.maximum(j * L + window - L, 0) // L + 1, blocks)
+    inner = tl.maximum(interior - j - 1, 0)
+    edges = end - j - inner  # block j itself, then those after the interior
+    for step in range(edges * R):
+        h, edge = (bg % G) * R + step // edges, step % edges
+        c = tl.where(edge == 0, j, j + inner + edge)
+        dk, dv = key_value_grad_block(
+            k, v, q_ptr, dout_ptr, runs_ptr, starts_ptr, logsumexp_ptr, mean_grad_ptr,
+            q_b, q_h, q_t, c, b, h, H, s, run_s, start_s, dk, dv, scale, T, window, sinks,
+            True, SEGMENTED, PRECISION, DOT, L, D,
         )  # fmt: skip
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - logsumexp[None, :]
-        weights = tl.exp(tl.where(visible, scores, NEGATIVE))
-        dv = tl.dot(weights.to(DOT), dout, dv, input_precision=PRECISION)
-        d_weights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        d_scores = weights * (d_weights - mean_grad[None, :]) * scale
-        dk = tl.dot(d_scores.to(DOT), q, dk, input_precision=PRECISION)
+    for step in range(inner * R):
+        h, c = (bg % G) * R + step // inner, j + 1 + step % inner
+        dk, dv = key_value_grad_block(
+            k, v, q_ptr, dout_ptr, runs_ptr, starts_ptr, logsumexp_ptr, mean_grad_ptr,
+            q_b, q_h, q_t, c, b, h, H, s, run_s, start_s, dk, dv, scale, T, window, sinks,
+            False, SEGMENTED, PRECISION, DOT, L, D,
+        )  # fmt: skip
     tile = bg * T * D + s[:, None].to(tl.int64) * D + d[None, :]
     tl.store(dk_ptr + tile, dk.to(dk_ptr.dtype.element_ty), mask=(s < T)[:, None])
     tl.store(dv_ptr + tile, dv.to(dv_ptr.dtype.element_ty), mask=(s < T)[:, None])
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def sink_grad_kernel(
-    runs_ptr, starts_ptr, sink_dk_ptr, sink_dv_ptr, dk_ptr, dv_ptr, T, H, R, window, sinks, blocks,
-    SEGMENTED: tl.constexpr, L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """Add to dk and dv what the sinks of a document get from later queries. Grid (blocks * B G).
-
-    The blocks of queries that read the sinks of one document from before their band are neighbours.
-    The program of the first of them sums their parts in order, AT_ONCE blocks at a time.
-    """
-    c, bg = chunk_and_head(blocks)
-    G = H // R
-    b = bg // G
-    sink, d = tl.arange(0, S), tl.arange(0, D)
-    run, start = load_documents(
-        runs_ptr, starts_ptr, b, first_block(c, window, L) * L, T, SEGMENTED
-    )
-    band_before = first_block(tl.maximum(c - 1, 0), window, L) * L
-    run_before, _start_before = load_documents(runs_ptr, starts_ptr, b, band_before, T, SEGMENTED)
-    dk = tl.zeros((S, D), tl.float32)
-    dv = tl.zeros((S, D), tl.float32)
-    is_first = (c == 0) | (run != run_before)
-    searching = is_first
-    next_block = c
-    while searching & (next_block < blocks):
-        block = next_block + tl.arange(0, AT_ONCE)
-        band = first_block(block, window, L) * L
-        run_block, _start_block = load_documents(runs_ptr, starts_ptr, b, band, T, SEGMENTED)
-        same = (block < blocks) & (run_block == run)
-        kept = same[:, None, None] & (sink < sinks)[None, :, None]
-        for r in range(R):
-            bh = b * H + (bg % G) * R + r
-            first_sink = (bh * blocks + block)[:, None] * sinks
-            part = (first_sink + sink[None, :])[:, :, None] * D + d[None, None, :]
-            dk += tl.sum(tl.load(sink_dk_ptr + part, mask=kept, other=0.0), 0)
-            dv += tl.sum(tl.load(sink_dv_ptr + part, mask=kept, other=0.0), 0)
-        next_block += AT_ONCE
-        searching = tl.sum(same.to(tl.int32), 0) == AT_ONCE
-    sink_t = start + sink
-    run_sink, _start_sink = load_documents(runs_ptr, starts_ptr, b, sink_t, T, SEGMENTED)
-    written = (sink < tl.where(is_first, sinks, 0)) & (sink_t < T) & (run_sink == run)
-    out = bg * T * D + sink_t[:, None].to(tl.int64) * D + d[None, :]
-    old_k = tl.load(dk_ptr + out, mask=written[:, None], other=0.0).to(tl.float32)
-    old_v = tl.load(dv_ptr + out, mask=written[:, None], other=0.0).to(tl.float32)
-    tl.store(dk_ptr + out, (old_k + dk).to(dk_ptr.dtype.element_ty), mask=written[:, None])
-    tl.store(dv_ptr + out, (old_v + dv).to(dv_ptr.dtype.element_ty), mask=written[:, None])

@@ -26,6 +26,7 @@ COMMANDS = (
     "export",
     "generate",
     "chat",
+    "long-context",
     "slurm",
     "validate",
     "plan",

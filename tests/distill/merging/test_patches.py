@@ -80,7 +80,7 @@ def test_a_patch_holds_the_largest_changes_of_each_tensor(patches, students):
         blocks = streaming.blocks_of(key, base.numel())
         held = torch.zeros(base.numel(), dtype=torch.float64)
         for block in blocks:
-            if change := patch.changes(key, block.number):
+            if change := patch.changes(block):
                 held[block.start + torch.from_numpy(change.positions)] = change.values.double()
         held = held.reshape(base.shape)
         assert torch.equal(held, expected[key]), key
@@ -189,7 +189,7 @@ def test_numbers_that_are_equal_do_not_exceed_the_density(places, students, tmp_
         save_file(tensors, tmp_path / name / "model.safetensors")
     facts = make_patch(tmp_path / "base", tmp_path / "expert", tmp_path / "p.safetensors", 0.2, "p")
     assert facts.changes == 7
-    change = Patch(tmp_path / "p.safetensors").changes("layer.bf16", 0)
+    change = Patch(tmp_path / "p.safetensors").changes(streaming.Block("layer.bf16", 0, 0, 35))
     assert change.positions.tolist() == list(range(7))
     assert facts.retained == pytest.approx(0.2)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.models.cache import MixerCacheLayer
-from xlstm_kernels import MLSTMState, Ring, hybrid_step
+from xlstm_distill.models.cache import StudentCache
+from xlstm_kernels import MLSTMState, Ring, window_step
+from xlstm_kernels.state import held_positions
 
 BRANCHES = {"both": ("mlstm", "window"), "mlstm": ("mlstm",), "window": ("window",)}
 PROMPT = torch.arange(3, 25).view(2, 11)
@@ -32,7 +33,7 @@ def prefilled(model):
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_a_layer_holds_what_its_branches_need(branches, student):
     for layer in prefilled(student(branches)).layers:
-        assert isinstance(layer.ring, Ring) == ("window" in BRANCHES[branches])
+        assert (layer.keys is not None) == ("window" in BRANCHES[branches])
         assert isinstance(layer.state, MLSTMState) == ("mlstm" in BRANCHES[branches])
 
 
@@ -53,13 +54,14 @@ def test_one_operator_decodes_a_token_on_the_mixers_backend(branches, operator, 
 def test_decoding_updates_in_place(branches, student):
     model = student(branches)
     cache = prefilled(model)
-    held = [tensor for layer in cache.layers for tensor in layer.tensors()]
+    held = [cache.lengths, *(tensor for layer in cache.layers for tensor in layer.tensors())]
     addresses = [tensor.data_ptr() for tensor in held]
     with torch.no_grad():
         for positions in ([[11], [11]], [[12], [0]]):  # the second row begins a document
             model(TOKEN, position_ids=torch.tensor(positions), past_key_values=cache)
-    now = [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()]
-    assert now == addresses
+    held = [cache.lengths, *(tensor for layer in cache.layers for tensor in layer.tensors())]
+    assert [tensor.data_ptr() for tensor in held] == addresses
+    assert cache.lengths.tolist() == [13, 1]
 
 
 SEGMENTS = torch.tensor([[0] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 2, 2, 3, 3]])
@@ -79,42 +81,40 @@ def ids_after(segments, first, tokens):
 
 
 def filled(window, sinks, parts):
-    layer, first = MixerCacheLayer(window, sinks), 0
+    """A cache of one layer that has taken in all tokens, in chunks."""
+    cache, first = StudentCache([window], sinks), 0
     for tokens in parts:
-        layer.update(*numbered(first, tokens), ids_after(SEGMENTS, first, tokens))
+        cache.receive((3, tokens), ids_after(SEGMENTS, first, tokens), torch.device("cpu"))
+        cache.layers[0].update(*numbered(first, tokens), cache.arrival)
         first += tokens
-    return layer.ring
+    return cache
 
 
 def stepped(window, sinks):
     """The same ring, filled by the operator that decodes."""
-    layer = MixerCacheLayer(window, sinks)
-    layer.ring_for(*numbered(0, 1))
-    state = MLSTMState.zeros(3, 2, 1, 1)
+    ring = Ring.empty(3, 2, 1, 1, window=window, sinks=sinks)
     for t in range(SEGMENTS.shape[1]):
-        layer.restart_ring(ids_after(SEGMENTS, t, 1))
+        ring.lengths.masked_fill_(ids_after(SEGMENTS, t, 1)[:, 0] != 0, 0)
         key, value = (x[:, :, 0] for x in numbered(t, 1))
-        phi, gate = torch.zeros(3, 2, 1), torch.zeros(3, 2)
-        hybrid_step(key, key, value, phi, phi, gate, gate, gate, state, layer.ring, sinks=sinks)
-    return layer.ring
+        window_step(key, key, value, ring, sinks=sinks)
+    return ring
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 1), (4, 6), (20, 2)])
 def test_chunks_fill_the_ring_as_decoded_tokens_do(window, sinks):
     expected = stepped(window, sinks)
     for parts in ([9], [1] * 9, [4, 5], [2, 1, 6], [8, 1]):
-        ring = filled(window, sinks, parts)
-        assert torch.equal(ring.lengths, expected.lengths), parts
-        assert torch.equal(ring.positions, expected.positions), parts
-        holds_a_token = (ring.positions >= 0)[:, None, :, None]
-        for mine, theirs in ((ring.keys, expected.keys), (ring.values, expected.values)):
+        cache = filled(window, sinks, parts)
+        layer = cache.layers[0]
+        assert torch.equal(cache.lengths, expected.lengths), parts
+        holds_a_token = (held_positions(cache.lengths, window, sinks) >= 0)[:, None, :, None]
+        for mine, theirs in ((layer.keys, expected.keys), (layer.values, expected.values)):
             assert torch.equal(mine * holds_a_token, theirs * holds_a_token), parts
 
 
 def test_the_prefix_holds_each_visible_token_once_in_order():
-    layer = MixerCacheLayer(window=4, sinks=3)
-    layer.update(*numbered(0, 9), SEGMENTS)
-    keys, values, valid = layer.prefix()
+    cache = filled(4, 3, [9])
+    keys, values, valid = cache.layers[0].prefix(cache.lengths)
     held = [keys[row, 0, valid[row], 0].tolist() for row in range(3)]
     # Row 0: three sinks and the last four; row 1: its document began at token 3; row 2: at 7.
     assert held == [[0, 1, 2, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8], [7, 8]]
@@ -122,13 +122,13 @@ def test_the_prefix_holds_each_visible_token_once_in_order():
 
 
 def test_rows_can_be_selected_and_repeated():
-    layer = MixerCacheLayer(window=4, sinks=1)
-    layer.update(*numbered(0, 9), SEGMENTS)
-    before = layer.ring
-    layer.batch_repeat_interleave(2)
-    layer.reorder_cache(torch.tensor([5, 0, 2]))
-    layer.batch_select_indices(torch.tensor([1, 2, 0]))
-    for mine, theirs in zip(layer.ring, before, strict=True):
+    cache = filled(4, 1, [9])
+    layer = cache.layers[0]
+    before = [cache.lengths, layer.keys, layer.values]
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([5, 0, 2]))
+    cache.batch_select_indices(torch.tensor([1, 2, 0]))
+    for mine, theirs in zip([cache.lengths, layer.keys, layer.values], before, strict=True):
         assert torch.equal(mine, theirs)
-    layer.reset()
-    assert (layer.tensors(), layer.nbytes(), layer.get_seq_length()) == ([], 0, 0)
+    cache.reset()
+    assert (layer.tensors(), cache.nbytes(), cache.get_seq_length()) == ([], 0, 0)

@@ -27,7 +27,10 @@ def saved(tiny_teacher, tmp_path):
     return save
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("olmo3", False)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [("llama", True), ("qwen2", False), ("olmo3", False), ("apertus", False), ("mixtral", False)],
+)
 def test_reading_later_gives_the_same_student(family, tied, saved):
     folder = saved(family, tie_word_embeddings=tied)
     assert len(list(folder.glob("*.safetensors"))) > 1

@@ -56,7 +56,17 @@ def test_adapters_and_new_parameters_alone_train(family, student):
     assert all(any(f"{name}.lora_" in adapter for name in projections) for adapter in adapters)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_routers_and_routed_experts_get_no_adapters(student):
+    adapted = student("qwen2_moe")
+    mlp = adapted.model.layers[0].mlp
+    assert not any(p.requires_grad for part in (mlp.experts, mlp.gate) for p in part.parameters())
+    trained = {n for n, p in mlp.named_parameters() if p.requires_grad}
+    shared = [f"shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    names = {f"{n}.lora_{m}.default.weight" for n in [*shared, "shared_expert_gate"] for m in "AB"}
+    assert trained == names
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2_moe"])
 def test_merging_keeps_outputs_class_and_names(family, student, ids):
     plain, adapted = student(family, adapted=False), student(family)
     before = adapted(ids).logits.detach()

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.errors import UserError
-from xlstm_distill.models.families import FAMILIES
+from xlstm_distill.models.families import FAMILIES, family_of
 
 ALL = sorted(FAMILIES)
 HYBRID = MixerConfig(window=8, sinks=2)
@@ -27,13 +27,22 @@ def stir(student: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
     return student
 
 
-def test_dropout_in_the_teachers_attention_is_left_out_with_a_warning(tiny_teacher):
-    teacher = tiny_teacher(attention_dropout=0.5)
-    with pytest.warns(
-        UserWarning, match=r"teacher.attention_dropout: 0.5, but mixers drop nothing"
-    ):
+@pytest.mark.parametrize(
+    ("family", "noise"),
+    [
+        ("llama", ("attention_dropout",)),
+        # Released StarCoder2 models have all three.
+        ("starcoder2", ("attention_dropout", "residual_dropout", "embedding_dropout")),
+        ("phi3", ("resid_pdrop", "embd_pdrop")),
+        ("mixtral", ("router_jitter_noise",)),
+    ],
+)
+def test_a_teachers_dropout_is_left_out_with_a_warning(family, noise, tiny_teacher):
+    teacher = tiny_teacher(family, **dict.fromkeys(noise, 0.5))
+    with pytest.warns(UserWarning, match=r"a student trains without noise") as warned:
         student = convert(teacher, HYBRID).train()
-    assert student.config.attention_dropout == 0
+    assert [str(w.message).split(":")[0] for w in warned] == [f"teacher.{name}" for name in noise]
+    assert not any(getattr(student.config, name) for name in noise)
     assert torch.equal(student(ids()).logits, student(ids()).logits)
 
 
@@ -105,3 +114,12 @@ def test_parameters_that_a_file_lacks_start_as_new_ones(tiny_teacher, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, parameter in loaded.new_parameters():
         assert torch.equal(parameter, new[name]), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("gemma2", "bounds the scores"), ("gpt_oss", "learned sinks"), ("gemma3", "'gemma3_text'")],
+)
+def test_families_that_the_kernels_cannot_have_are_refused_with_the_reason(model_type, reason):
+    with pytest.raises(UserError, match=f"'{model_type}' cannot be converted \\(.*{reason}"):
+        family_of(model_type)

@@ -82,6 +82,23 @@ def test_saved_activations_of_stage_two(
     assert outside_layers(a, forward).bytes(forward) == pytest.approx(outside, rel=SAVED_ERROR)
 
 
+OTHER_MLPS = [
+    "qwen2_moe",
+    *(pytest.param(f, marks=pytest.mark.slow) for f in ("mixtral", "starcoder2", "apertus")),
+    *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3_moe", "gemma3_text", "glm4")),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", OTHER_MLPS)
+def test_saved_activations_of_families_with_other_mlps_and_norms(
+    tiny_teacher: Make, small_batch: Any, family: str, precision: Any
+) -> None:
+    test_saved_activations_of_stage_two(
+        tiny_teacher, small_batch, family, precision, MIXERS["softmax"]
+    )
+
+
 @pytest.mark.parametrize("mixer", ["softmax", "hedgehog", "mlstm"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_saved_activations_of_stage_one(

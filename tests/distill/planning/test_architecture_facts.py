@@ -95,11 +95,77 @@ def test_parameters_of_every_family_with_biases(
     assert counted.student == sum(p.numel() for p in student.parameters())
 
 
-def test_adapters_are_counted_as_peft_makes_them(tiny_teacher: Make) -> None:
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE += ("num_key_value_heads", "vocab_size")
+MODELS = {
+    "starcoder2-3b": (
+        ("starcoder2", 3072, 12288, 30, 24, 2, 49152),
+        {},
+        (3.03, 3.03),
+    ),
+    "gemma-3-1b": (
+        ("gemma3_text", 1152, 6912, 26, 4, 1, 262144),
+        {"head_dim": 256, "sliding_window": 512},
+        (1.00, 1.00),
+    ),
+    "apertus-8b": (("apertus", 4096, 21504, 32, 32, 8, 131072), {}, (8.05, 8.05)),
+    "mixtral-8x7b": (
+        ("mixtral", 4096, 14336, 32, 32, 8, 32000),
+        {"num_local_experts": 8, "num_experts_per_tok": 2},
+        (46.70, 12.88),
+    ),
+    "qwen1.5-moe-a2.7b": (
+        ("qwen2_moe", 2048, 5632, 24, 16, 16, 151936),
+        {
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        (14.32, 2.69),
+    ),
+    "qwen3-30b-a3b": (
+        ("qwen3_moe", 2048, 6144, 48, 32, 4, 151936),
+        {
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        (30.53, 3.35),
+    ),
+}
+"""Shapes of released models, and billions of parameters: all of them, and those of a token."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_experts_in_use_are_those_published(name: str) -> None:
+    (model_type, *shape), own, (total, active) = MODELS[name]
+    config = {"model_type": model_type, **dict(zip(SHAPE, shape, strict=True)), **own}
+    counted = count_parameters(read_architecture(config, name), MixerConfig())
+    assert counted.teacher / 1e9 == pytest.approx(total, abs=0.0051)
+    assert counted.active / 1e9 == pytest.approx(active, abs=0.0051)
+
+
+def test_layers_with_and_without_experts_are_counted_apart(tiny_teacher: Make) -> None:
+    teacher = tiny_teacher("qwen3_moe", num_hidden_layers=5, mlp_only_layers=[1, 2])
+    a = architecture_of(teacher)
+    counted = count_parameters(a, MixerConfig(window=16))
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in teacher.model.layers]
+    assert (counted.layers, counted.layer) == (sum(sizes), max(sizes))
+    assert a.mlp_layers == 2
+    assert counted.teacher == sum(p.numel() for p in teacher.parameters())
+    experts = sum(p.numel() for n, p in teacher.named_parameters() if ".experts." in n)
+    assert counted.experts == experts
+    assert counted.inactive == experts * 5 // 8  # 3 of 8 are in use
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "starcoder2", "phi3"])
+def test_adapters_are_counted_as_peft_makes_them(tiny_teacher: Make, family: str) -> None:
     pytest.importorskip("peft", reason="peft is not installed")
     from xlstm_distill.models.lora import add_lora
 
-    teacher, mixer = tiny_teacher("qwen2"), MIXERS["softmax"]
+    teacher, mixer = tiny_teacher(family), MIXERS["softmax"]
     a = architecture_of(teacher)
     student = convert(teacher, mixer)
     add_lora(student, 4, 8)

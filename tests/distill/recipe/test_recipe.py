@@ -12,7 +12,7 @@ import yaml
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import MixerConfig, Recipe, load_recipe
 from xlstm_distill.recipe.load import recipe_to_yaml
-from xlstm_eval.suites import paper_suite
+from xlstm_eval.suites import named_suite
 
 SHIPPED = (
     "llama3.1-8b",
@@ -170,16 +170,94 @@ def test_published_instruct_recipe_mixes_in_percent(
 def test_published_recipe_has_the_papers_suite(
     root: Path, name: str, suite: Any, hellaswag: str
 ) -> None:
-    settings, expected = shipped(root, name).evaluate, paper_suite(suite)
-    # The paper lists no domains: the recipe and the suite may group differently.
-    own = {"domain", "generation"}
-    tasks = [task.model_dump(exclude=own) for task in settings.tasks]
-    papers = [task.model_dump(exclude=own) for task in expected.tasks]
+    settings, expected = shipped(root, name).evaluate, named_suite(suite)
+    tasks = [task.model_dump() for task in settings.tasks]
+    papers = [task.model_dump(exclude={"generation"}) for task in expected.tasks]
     for task in papers:
         if task["name"] == "hellaswag":
             task["metric"] = hellaswag
     assert tasks == papers
     assert settings.apply_chat_template == expected.apply_chat_template
+
+
+def test_a_suite_becomes_tasks_and_single_ones_may_differ(small: Path) -> None:
+    plain = [task.model_dump(exclude={"generation"}) for task in named_suite("base").tasks]
+    asked = ["evaluate.tasks=null", "evaluate.suite=base"]
+    recipe = load_recipe(small, asked)
+    assert [task.model_dump() for task in recipe.evaluate.tasks] == plain
+    # What a run saves are the tasks: it stays what it is when the package's suite changes.
+    saved = yaml.safe_load(recipe_to_yaml(recipe))
+    assert "suite" not in saved["evaluate"]
+    assert Recipe.model_validate(saved) == recipe
+    own = "evaluate.tasks=[{name: gsm8k, shots: 2}, {name: qs_math_add}]"
+    changed = load_recipe(small, [*asked, own, "evaluate.leave_out=[mmlu, piqa]"])
+    tasks = {task.name: task for task in changed.evaluate.tasks}
+    assert list(tasks)[-1] == "qs_math_add"
+    assert not {"mmlu", "piqa"} & set(tasks)
+    assert (tasks["gsm8k"].shots, tasks["gsm8k"].max_gen_tokens) == (2, 1024)
+    assert len(tasks) == len(plain) - 1
+    instruct = load_recipe(small, ["evaluate.suite=instruct"]).evaluate
+    assert instruct.apply_chat_template
+    assert not load_recipe(
+        small, ["evaluate.suite=instruct", "evaluate.apply_chat_template=false"]
+    ).evaluate.apply_chat_template
+
+
+def test_the_suite_of_a_folder_is_every_task_in_it(root: Path) -> None:
+    path = root / "recipes" / "quickstart.yaml"
+    listed = load_recipe(path).evaluate
+    named = load_recipe(path, ["evaluate.tasks=null", "evaluate.suite=quickstart"]).evaluate
+    assert {task.name: task.domain for task in named.tasks} == {
+        task.name: task.domain for task in listed.tasks
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            ["evaluate.suite=quickstart"],
+            "evaluate.suite: quickstart is a folder of task files. Name the folder in `include`.",
+        ),
+        (["evaluate.suite=bse"], "evaluate.suite: 'bse' is unknown. Did you mean 'base'?"),
+        (
+            ["evaluate.suite=base", "evaluate.leave_out=[mmlo]"],
+            "evaluate.leave_out[0]: 'mmlo' is not in the suite. Did you mean 'mmlu'?",
+        ),
+        (
+            ["evaluate.judge={endpoint: 'http://me:pw@host/v1', model: j, questions: a/b}"],
+            "evaluate.judge.endpoint: has a user, a password or a query; give the address alone, "
+            "and the key in the environment variable OPENAI_API_KEY.",
+        ),
+        (
+            ["evaluate.judge={endpoint: host, model: j, questions: a/b}"],
+            "evaluate.judge.endpoint: 'host'; give http://HOST:PORT/v1.",
+        ),
+        (
+            [
+                "evaluate.judge={endpoint: 'http://h/v1', model: j, questions: a/b, "
+                "api_key_env: sk-123}"
+            ],
+            "evaluate.judge.api_key_env: must be the name of an environment variable, not the key "
+            "itself.",
+        ),
+        (
+            ["evaluate.leave_out=[mmlu]"],
+            "evaluate.leave_out: leaves tasks out of a suite; name one in `suite`.",
+        ),
+        (
+            ["evaluate.suite=base", "evaluate.tasks=[{name: mmlu}, {name: mmlu, shots: 1}]"],
+            "evaluate.tasks[14].name: 'mmlu' is already tasks[13]; keep one.",
+        ),
+    ],
+)
+def test_wrong_suites_are_refused(small: Path, changes: list[str], expected: str) -> None:
+    assert message(small, *changes) == expected
+
+
+def test_an_evaluation_without_tasks_is_refused(small: Path) -> None:
+    line = message(small, "evaluate.tasks=[]")
+    assert line.startswith("evaluate.tasks: missing; name a suite (base, instruct")
 
 
 def test_the_papers_quickstart_differs_in_the_mixer_alone(root: Path) -> None:

@@ -18,6 +18,7 @@ from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages import evaluate
 from xlstm_distill.stages.choices import choose
 from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.workbench import Bar
 from xlstm_eval.answering.coordinator import Tally
 from xlstm_eval.answering.scoring import Pair, score_pairs
 from xlstm_eval.records import EvalError
@@ -173,7 +174,7 @@ def test_missing_evaluations_are_named_in_one_line(root: Path, tmp_path: Path) -
 def test_a_bar_counts_what_this_run_answers_and_not_what_it_found() -> None:
     console = QuietConsole()
     with console.progress("evaluate/teacher", None, unit="requests") as progress:
-        bar = evaluate.Bar(progress)
+        bar = Bar(progress)
         for done in (40, 50, 100):
             bar(Tally(done=done, total=100, kept=40, tokens=(done - 40) * 7))
     (line,) = console.lines

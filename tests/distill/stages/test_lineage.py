@@ -170,6 +170,27 @@ def test_what_changed_is_named_by_its_recipe_key(root, recipe):
     ]
     assert "distill/code" not in longer
     assert changes("evaluate.limit=5")["evaluate/teacher"] == ["evaluate.limit null -> 5"]
+    # Consent is none of an evaluation's settings: `report` finds what `evaluate --run-code` made.
+    assert set(changes("evaluate.confirm_run_unsafe_code=true")) == {"report"}
+
+
+def test_of_a_judge_counts_who_it_is_and_what_it_asks(root, tmp_path):
+    def fingerprint(**changes: str) -> str:
+        judge = {"endpoint": "http://h/v1", "model": "j", "questions": str(questions)} | changes
+        sets = [f"evaluate.judge={json.dumps(judge)}"]
+        lineage = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", sets))
+        return lineage.request("evaluate/teacher").fingerprint
+
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"turns": ["a", "b"]}')
+    first = fingerprint()
+    assert fingerprint(endpoint="http://elsewhere/v1", api_key_env="OTHER") == first
+    assert fingerprint(model="k") != first
+    (tmp_path / "moved").mkdir()
+    moved = questions.rename(tmp_path / "moved" / "questions.jsonl")
+    assert fingerprint(questions=str(moved)) == first
+    moved.write_text('{"turns": ["a", "c"]}')
+    assert fingerprint(questions=str(moved)) != first
 
 
 def test_skipping_bad_steps_keeps_the_checkpoints_of_a_training(root):

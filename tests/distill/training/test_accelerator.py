@@ -59,6 +59,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "spared": {"shard_teacher": True, "checkpoint": True, "by_shards": "seed-spared"},
     "align": {"stage": "align"},
     "spared-align": {"stage": "align", "checkpoint": True},
+    # Three experts, which two processes cannot share evenly.
+    "experts": {
+        "family": "mixtral",
+        "own": {"num_local_experts": 3},
+        "by_shards": "seed-experts",
+    },
     "tied-mixer": {"tied": True, "trainable": "mixer", "by_shards": "seed-tied"},
     **({"lora": {"trainable": "lora", "by_shards": "seed-lora"}} if has_peft else {}),
 }

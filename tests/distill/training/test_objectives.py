@@ -24,7 +24,7 @@ def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domain
         assert error_ratio(mixed[batch.real], seen.heads[batch.real].double()) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["phi3", "qwen2", "olmo3", "cohere2"])
+@pytest.mark.parametrize("family", ["phi3", "qwen2", "olmo3", "cohere2", "gemma3_text"])
 def test_stage_one_gives_all_new_parameters_of_a_family_a_gradient(family, tiny_teacher, domains):
     teacher = tiny_teacher(family)
     student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xlstm_eval.report.names import duration, short_names
+from xlstm_eval.report.names import context_length, duration, short_names
 
 
 def test_names_lose_what_all_tasks_of_a_domain_share() -> None:
@@ -40,3 +40,7 @@ def test_names_lose_what_all_tasks_of_a_domain_share() -> None:
 )
 def test_durations_are_written_for_readers(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_lengths_of_contexts_are_counted_in_doublings() -> None:
+    assert [context_length(n) for n in (128, 1024, 1536, 32768)] == ["128", "1k", "1.5k", "32k"]

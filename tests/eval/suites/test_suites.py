@@ -1,12 +1,23 @@
-"""Suites as data: validation, and the paper's two suites against the paper's list."""
+"""Suites as data: validation, the paper's settings, and lm-eval's own files of every task."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from xlstm_eval.records import EvalError
-from xlstm_eval.suites import Suite, SuiteTask, paper_suite
+from xlstm_eval.suites import Suite, SuiteTask, named_suite, suite_names, suite_settings
+from xlstm_eval.tasks.local import local_tasks
+from xlstm_eval.tasks.mt_bench import MT_BENCH
+
+ROOT = Path(__file__).parents[3]
+PAPERS = ("base", "instruct")
 
 
 def test_a_task_named_twice_is_refused() -> None:
@@ -20,10 +31,36 @@ def test_bad_suites_are_refused(change: dict[str, object]) -> None:
         Suite.model_validate({"tasks": ({"name": "a"},)} | change)
 
 
+def test_an_unknown_suite_is_refused() -> None:
+    with pytest.raises(EvalError, match=r"'bse' is unknown\. Did you mean 'base'\?"):
+        named_suite("bse")
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_every_suite_is_valid_and_nobody_changes_it(name: str) -> None:
+    folder = ROOT / "recipes" / "quickstart" / "tasks"
+    before = named_suite(name, folder)
+    suite_settings(name, folder)["tasks"].clear()
+    assert named_suite(name, folder) == before
+
+
+def test_the_quickstarts_suite_is_every_task_of_its_folder(tmp_path: Path) -> None:
+    folder = ROOT / "recipes" / "quickstart" / "tasks"
+    suite = named_suite("quickstart", folder)
+    listed = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())["evaluate"]
+    assert suite.apply_chat_template == listed["apply_chat_template"]
+    assert suite.domains() == {task["name"]: task["domain"] for task in listed["tasks"]}
+    for name, kind in (("z", "generate_until"), ("a", "multiple_choice"), ("m", "generate_until")):
+        text = f"task: {name}\noutput_type: {kind}\nprocess_results: !function utils.do\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert list(named_suite("quickstart", tmp_path).domains()) == ["m", "z", "a"]
+    with pytest.raises(EvalError, match=r"quickstart is a folder of task files\. Name the folder"):
+        named_suite("quickstart")
+
+
 def test_the_papers_base_suite() -> None:
-    suite = paper_suite("base")
+    suite = named_suite("base")
     shots = {task.name: (task.shots, task.max_gen_tokens) for task in suite.tasks}
-    assert len(shots) == 13
     assert shots["arc_challenge"] == (25, 100)
     assert shots["mmlu"] == (5, 10)
     assert shots["gsm8k"] == (8, 1024)
@@ -35,7 +72,7 @@ def test_the_papers_base_suite() -> None:
 
 
 def test_the_papers_instruct_suite() -> None:
-    suite = paper_suite("instruct")
+    suite = named_suite("instruct")
     by_name = {task.name: task for task in suite.tasks}
     assert suite.apply_chat_template
     assert by_name["gsm8k_cot"].shots == 5
@@ -45,13 +82,85 @@ def test_the_papers_instruct_suite() -> None:
         "arc_easy",
         "gpqa_diamond_cot_zeroshot",
         "gpqa_main_cot_zeroshot",
-        "humaneval_instruct",
-        "humaneval_plus",
+        "xlstm_humaneval_64_instruct",
+        "xlstm_humaneval_plus_64_instruct",
         "ifeval",
+        "mt_bench",
     }
     assert set(suite.domains().values()) == {"understanding", "math", "code", "stem", "chat"}
 
 
-def test_an_unknown_suite_is_refused() -> None:
-    with pytest.raises(EvalError, match=r"'bse' is unknown\. Allowed: base, instruct"):
-        paper_suite("bse")  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def task_files() -> dict[str, dict[str, Any]]:
+    """Settings of the lm-eval tasks that the paper's suites name, from the files it installs."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    wanted = {task.name for name in PAPERS for task in named_suite(name).tasks}
+    wanted |= {task.original for task in local_tasks().values()}
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None
+    assert spec.origin is not None
+    root = Path(spec.origin).parent / "tasks"
+    folders = [root / "benchmarks", root / "leaderboard"]
+    # Of 14,000 files only those in folders that begin as a name does.
+    folders += [
+        folder for folder in root.iterdir() if any(name.startswith(folder.name) for name in wanted)
+    ]
+    # No task of lm-eval: it generates, and a judge scores.
+    found: dict[str, dict[str, Any]] = {MT_BENCH: {"output_type": "generate_until"}}
+    for path in (path for folder in folders for path in folder.rglob("*.yaml")):
+        # MMLU alone has hundreds, one for each subject and prompt.
+        if "mmlu" in path.parts and path.stem != "_mmlu":
+            continue
+        named = re.search(r"^(?:task|group): *(\S+) *$", path.read_text(), re.MULTILINE)
+        if named and named[1] in wanted:
+            # Without importing the tasks' functions: those of code tasks ask the hub.
+            found[named[1]] = load_yaml(path, resolve_func=False)
+    return found
+
+
+def metrics_of(settings: dict[str, Any]) -> set[str]:
+    """Names of a task's metrics, as its file says."""
+    rows = settings.get("metric_list") or settings.get("aggregate_metric_list") or []
+    found = set()
+    for row in rows:
+        name = row["metric"].rpartition(".")[2]
+        counts = [f"pass@{k}" for k in row.get("k", ())]
+        found |= set(counts) or {name}
+    return found
+
+
+@pytest.mark.parametrize("suite", PAPERS)
+def test_lm_eval_knows_every_task_metric_and_filter(
+    suite: str, task_files: dict[str, dict[str, Any]]
+) -> None:
+    for task in named_suite(suite).tasks:
+        own = local_tasks().get(task.name)
+        settings = task_files[own.original if own else task.name]
+        if own is not None:
+            assert task.metric == "pass@1"
+            assert 1 in own.pass_at
+            assert max(own.pass_at) <= settings.get("repeats", 1)
+            continue
+        members = settings.get("task")
+        # Members of a group are files of their own; the group names the metric it aggregates.
+        if isinstance(members, list) and not metrics_of(settings):
+            continue
+        assert task.metric in metrics_of(settings) or task.name == MT_BENCH, task.name
+        filters = {row["name"] for row in settings.get("filter_list", ())}
+        assert task.filter is None or task.filter in filters, task.name
+
+
+@pytest.mark.parametrize("suite", PAPERS)
+def test_generation_leads_and_log_likelihood_follows(
+    suite: str, task_files: dict[str, dict[str, Any]]
+) -> None:
+    kinds = []
+    for task in named_suite(suite).tasks:
+        own = local_tasks().get(task.name)
+        settings = task_files[own.original if own else task.name]
+        # Groups: those of mathematics generate, MMLU does not.
+        generates = settings.get("output_type", "") == "generate_until" or "math" in task.name
+        kinds.append(generates)
+    assert kinds == sorted(kinds, reverse=True)
+    assert 0 < sum(kinds) < len(kinds)

@@ -21,6 +21,7 @@ from xlstm_kernels.testing import (
     random_state,
     to_float64,
 )
+from xlstm_kernels.torch import chunkwise as torch_chunkwise
 
 BOUND = 1e-5  # RMS ratio, float32 against float64
 Outputs = dict[str, Tensor]
@@ -237,6 +238,18 @@ def test_passes_with_carried_state_equal_one_pass(lengths: list[int]) -> None:
     assert_close(
         outputs_and_grads(in_passes, inputs), outputs_and_grads(in_one, inputs), bound=2e-6
     )
+
+
+# Of 2 rows, 2 groups of 2 heads and 100 tokens: one chunk of a group; two; a group; a row; all.
+@pytest.mark.parametrize("span", [64, 128, 256, 512, 1024])
+def test_parts_of_any_size_give_the_same_result(monkeypatch, span: int) -> None:
+    inputs = random_inputs(B=2, H=4, T=100, Dk=8, Dv=6, G=2, seed=23)
+    inputs |= random_state(2, 4, 8, 6, seed=24)
+    segment_ids = random_segments(2, 100, mean_length=40, seed=25)
+    operator = with_states(chunkwise, segment_ids)
+    expected = outputs_and_grads(operator, inputs)
+    monkeypatch.setattr(torch_chunkwise, "SPAN_CPU", span)
+    assert_close(outputs_and_grads(operator, inputs), expected, bound=2e-6)
 
 
 def test_gradients_match_finite_differences() -> None:

@@ -26,6 +26,7 @@ from xlstm_kernels.triton import (  # noqa: E402
     mlstm_backward,
     mlstm_forward,
     window_kernels,
+    window_sinks,
 )
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig  # noqa: E402
 from xlstm_kernels.triton.mlstm import mlstm_triton  # noqa: E402
@@ -34,7 +35,7 @@ from xlstm_kernels.triton.window import window_triton  # noqa: E402
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the GPU's memory has no holes; the interpreter shows it"
 )
-MODULES = (common, mlstm_forward, mlstm_backward, window_kernels)
+MODULES = (common, mlstm_forward, mlstm_backward, window_kernels, window_sinks)
 WALKS = ("state_kernel", "state_grad_kernel")  # over all chunks of a row
 CHUNK, TOKENS, DIM, HEADS, CHUNKS = 16, 20, 16, 2, 2
 FAR_CHUNKS = tl.constexpr(2**23)  # before the case: 2^27 tokens of 16 features
@@ -209,13 +210,13 @@ def test_every_kernel_of_the_window(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ids = torch.ones(1, TOKENS, dtype=torch.int64)
 
     def run() -> Tensor:
-        config = WindowConfig(CHUNK, 4, 1, 4, 1)
+        config = WindowConfig(CHUNK, 4, 1, 4, 1, 4)
         return window_triton(
             **x, window=5, sinks=2, segment_ids=ids, scale=0.25, config=config
         ).sum()
 
     log = record(monkeypatch, run)
-    assert len(log) == 6
+    assert len(log) == 7
     # In the long row, what comes before is another document.
     for launch in log:
         for arguments in (launch.before, launch.after):

@@ -18,9 +18,15 @@ from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, mlstm_step, slid
 from xlstm_kernels.testing import error_ratio, random_inputs
 
 pytest.importorskip("triton")
-from xlstm_kernels.triton import common, mlstm_backward, mlstm_forward, window_kernels
+from xlstm_kernels.triton import (
+    common,
+    mlstm_backward,
+    mlstm_forward,
+    window_kernels,
+    window_sinks,
+)
 
-MODULES = (common, mlstm_forward, mlstm_backward, window_kernels)
+MODULES = (common, mlstm_forward, mlstm_backward, window_kernels, window_sinks)
 Log = list[tuple[str, tuple[int, ...]]]
 
 
@@ -75,7 +81,7 @@ def test_mlstm_computes_the_gradients_asked_for(
     ("trained", "sinks", "expected"),
     [
         ("q", 2, {"mean_grad", "query_grad"}),
-        ("kv", 2, {"mean_grad", "key_value_grad", "sink_part", "sink_grad"}),
+        ("kv", 2, {"mean_grad", "key_value_grad", "sink_part", "sink_sum", "sink_grad"}),
         ("kv", 0, {"mean_grad", "key_value_grad"}),
     ],
 )
@@ -187,7 +193,7 @@ calls = {
     ),
     "step": lambda: mlstm_step_triton(q, k, v, i, f, state),
     "hybrid": lambda: hybrid_step_triton(
-        q, k, v, q, k, i, f, i, state, ring, sinks=2, scale=1.0
+        q, k, v, q, k, i, f, i, state, ring, None, sinks=2, scale=1.0
     ),
 }
 for grads in (False, True):

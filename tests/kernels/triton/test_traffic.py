@@ -20,14 +20,20 @@ from xlstm_kernels import mlstm, sliding_window_attention
 from xlstm_kernels.testing import random_inputs
 
 pytest.importorskip("triton")
-from xlstm_kernels.triton import common, mlstm_backward, mlstm_forward, window_kernels
+from xlstm_kernels.triton import (
+    common,
+    mlstm_backward,
+    mlstm_forward,
+    window_kernels,
+    window_sinks,
+)
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counted in the interpreter, which a GPU does not use"
 )
 LIMITS = json.loads((Path(__file__).parent / "limits.json").read_text())["traffic"]
 HEADS, GROUPS, TOKENS, DIM = 4, 1, 128, 128
-MODULES = (common, mlstm_forward, mlstm_backward, window_kernels)
+MODULES = (common, mlstm_forward, mlstm_backward, window_kernels, window_sinks)
 
 
 class Counter:

@@ -15,11 +15,12 @@ from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_segment
 from xlstm_kernels.triton.configs import WindowConfig
 
 pytest.importorskip("triton")
+from xlstm_kernels.triton import window as triton_window
 from xlstm_kernels.triton.window import window_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = 1e-5
-SMALL = WindowConfig(16, 4, 1, 4, 1)  # blocks of 16 tokens
+SMALL = WindowConfig(16, 4, 1, 4, 1, 4)  # blocks of 16 tokens
 
 
 def random_qkv(
@@ -74,14 +75,20 @@ def test_any_length_matches_reference(device: str, tokens: int) -> None:
 
 
 # One row each: documents that end at the borders of blocks, next to them and inside, and a long one
-# whose sinks more blocks read than `sink_grad_kernel` takes at once (two, with seven sinks).
+# whose sinks more blocks read than the sinks' kernels take at once (two, with seven sinks).
 DOCUMENTS = [[16, 32, 22], [15, 1, 16, 38], [2, 1, 67]]
 
 
-def test_documents_match_reference(device: str) -> None:
+# A window shorter than a block, whose sinks are summed over two blocks first; and one that holds
+# whole blocks of the longer documents.
+@pytest.mark.parametrize(("window", "sinks"), [(7, 7), (40, 3)])
+def test_documents_match_reference(
+    device: str, monkeypatch: pytest.MonkeyPatch, window: int, sinks: int
+) -> None:
+    monkeypatch.setattr(triton_window, "SINK_RUN", 2)
     rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]
     ids = torch.stack(rows).to(device)
-    assert_matches(random_qkv(device, len(rows), 2, 1, 70, seed=1), 7, 7, ids)
+    assert_matches(random_qkv(device, len(rows), 2, 1, 70, seed=1), window, sinks, ids)
 
 
 def test_grouped_heads_match_reference(device: str) -> None:

@@ -142,7 +142,9 @@ class _Learner:
             rows = slice(start, start + len(batch.input_ids))
             start = rows.stop
             kept, labels = _kept(batch, hidden[rows])
-            total, _ = linear_distill_loss(kept, weight, bias, labels, target.logits, KL_ALONE)
+            total, _ = linear_distill_loss(
+                kept, weight, bias, labels, target.logits, KL_ALONE, cap=self.student.head.cap
+            )
             kl = total / max(1, len(kept))
             pairs = zip(outputs, target.outputs, strict=True)
             error = torch.stack([_relative(a[rows], b, batch.real) for a, b in pairs]).mean()
@@ -164,7 +166,8 @@ class _Learner:
         weight, bias = self.student.head_weights()
         kept, _ = _kept(batch, hidden)
         top_k = min(self.material.lineage.recipe.capture.top_k, len(weight))
-        return _Targets(outputs, targets_from_hidden(kept, weight, bias, top_k))
+        cap = self.student.head.cap
+        return _Targets(outputs, targets_from_hidden(kept, weight, bias, top_k, cap=cap))
 
     def _keep(self) -> None:
         state = self.optimizer.state[self.logits]
@@ -230,10 +233,18 @@ class _Rows:
 
 def _joined(batches: list[Batch]) -> Batch:
     """All rows in one batch."""
-    names = ("input_ids", "position_ids", "segment_ids", "labels", "real")
-    found = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
-    rows = sum((batch.rows for batch in batches), ())
-    return Batch(rows=rows, **found)
+
+    def together(name: str) -> Tensor:
+        return torch.cat([getattr(batch, name) for batch in batches])
+
+    return Batch(
+        input_ids=together("input_ids"),
+        position_ids=together("position_ids"),
+        segment_ids=together("segment_ids"),
+        labels=together("labels"),
+        real=together("real"),
+        rows=sum((batch.rows for batch in batches), ()),
+    )
 
 
 def _kept(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:

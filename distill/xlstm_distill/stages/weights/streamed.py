@@ -83,7 +83,7 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         mixed, name, rows = ctx.source
         found = [torch.sum(gradient * mixed.read(files, name, rows)) for files in mixed.files]
         return torch.stack(found), None, None, None

@@ -53,8 +53,8 @@ def tune(
     with console.progress(f"{material.label} (tuning)", total, unit="merges") as progress:
         for trial in proposed:
             trials.append(trial)
-            best = best_of(trials).score
-            progress.update(1, worst_drop=best.worst_tolerance, recovery=-best.negative_recovery)
+            lead = best_of(trials).score
+            progress.update(1, worst_drop=lead.worst_tolerance, recovery=-lead.negative_recovery)
     best = best_of(trials)
     if is_main_process():
         draft.write_json(TRIALS, [asdict(trial) for trial in trials])

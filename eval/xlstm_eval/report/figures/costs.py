@@ -12,7 +12,7 @@ from xlstm_eval.report.figures.style import (
     new_figure,
     to_svg,
 )
-from xlstm_eval.report.names import byte_size, token_count
+from xlstm_eval.report.names import byte_size, context_length
 from xlstm_eval.report.speed import TEACHER, Speed, SpeedPoint
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def _figure(
     for index, (model, speed) in enumerate(speeds.items()):
         contexts = [point.context for point in speed.points]
         values = [value_of(point) for point in speed.points]
-        # The teacher comes after the students' colours, so that it has the same one as elsewhere.
-        color = SERIES[6] if model == TEACHER else SERIES[index % 6]
+        # The first student has the first colour, as in the figures without the teacher.
+        color = SERIES[6] if model == TEACHER else SERIES[max(0, index - 1) % 6]
         style = DASHES[1] if model == TEACHER else "-"
         axes.plot(contexts, values, "o", ms=4, color=color, zorder=3)
         axes.plot(contexts, values, color=color, lw=2.0, ls=style, label=model, zorder=3)
@@ -71,7 +71,7 @@ def _label_axes(axes: Axes, name: str, label: Callable[[int | None], str]) -> No
         axes.set_ylim(low / 2, high * 2)  # a flat line stays flat
     axes.set(xlabel="context (tokens)", ylabel=name)
     axes.xaxis.set_major_locator(LogLocator(2, numticks=7))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: token_count(round(value))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: context_length(round(value))))
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=7))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(round(value))))
     for own in (axes.xaxis, axes.yaxis):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xlstm_eval.report.figures.style import (
     DASHES,
@@ -82,5 +82,12 @@ def _draw(axes: Axes, index: int, name: str, series: Series) -> None:
     at, held = series.held_out
     if held:
         axes.plot(at, held, color=color, lw=1.0, ls=(0, (1, 2)), alpha=0.8)
-        points = {"ms": 6.0, "mfc": PAPER, "mec": color, "mew": 1.6, "ls": "none", "zorder": 4}
+        points: dict[str, Any] = {
+            "ms": 6.0,
+            "mfc": PAPER,
+            "mec": color,
+            "mew": 1.6,
+            "ls": "none",
+            "zorder": 4,
+        }
         axes.plot(at, held, "o", label=f"{name} held out", **points)

@@ -15,7 +15,7 @@ from xlstm_eval.report.figures.style import (
     new_grid,
     to_svg,
 )
-from xlstm_eval.report.names import token_count
+from xlstm_eval.report.names import context_length
 from xlstm_eval.report.speed import TEACHER
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def position_figure(found: Mapping[str, LongContext]) -> str | None:
 def _look(place: int, name: str) -> tuple[str, Any]:
     if name == TEACHER:
         return SERIES[6], DASHES[1]
-    return SERIES[place % 6], "-"
+    # The teacher, where it is there, comes first.
+    return SERIES[max(0, place - 1) % 6], "-"
 
 
 def _double(axes: Axes) -> None:
@@ -98,7 +99,7 @@ def _double(axes: Axes) -> None:
 
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(2, numticks=7))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: token_count(round(value))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: context_length(round(value))))
     axes.minorticks_off()
 
 

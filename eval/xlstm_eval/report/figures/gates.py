@@ -36,7 +36,7 @@ def gates_figure(gates: Mapping[str, Sequence[Sequence[float]]]) -> str:
     for index, (name, values) in enumerate(maps.items()):
         axes = grid[index // columns][index % columns]
         # A fixed scale from 0 to 1, so that the maps of several models can be compared.
-        scale = {"vmin": 0.0, "vmax": 1.0, "cmap": "cividis"}
+        scale: dict[str, Any] = {"vmin": 0.0, "vmax": 1.0, "cmap": "cividis"}
         mesh = axes.pcolormesh(values, rasterized=raster, edgecolors="none", **scale)
         _label_axes(axes, name, values.shape, is_left=index % columns == 0)
         if values.size <= LABELLED_CELLS:

@@ -46,7 +46,7 @@ def new_grid(
 
     # Not pyplot: it keeps every figure it makes, and looks for a display.
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         _dress(axes)
     return figure, [list(line) for line in grid]

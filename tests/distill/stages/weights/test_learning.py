@@ -46,14 +46,23 @@ def run(student, batch):
     return found.last_hidden_state, student.lm_head(found.last_hidden_state)
 
 
-@pytest.mark.parametrize(("tied", "scale"), [(True, 0.8), (False, 1.0)])
+@pytest.mark.parametrize(
+    ("family", "tied", "scale"),
+    [
+        ("llama", True, 0.8),
+        ("llama", False, 1.0),
+        pytest.param("gemma3_text", True, 1.0, marks=pytest.mark.slow),
+        pytest.param("apertus", False, 1.0, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", False, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_streamed_student_is_the_merged_one_and_so_are_its_gradients(
-    make_teacher, tmp_path, batch, tied, scale
+    make_teacher, tmp_path, batch, family, tied, scale
 ):
     """Against a student whose weights are sums of whole tensors, in torch's own graph."""
     places, weights = {}, []
     for seed, name in enumerate(("base", "a", "b")):
-        teacher = make_teacher(seed=seed, tie_word_embeddings=tied)
+        teacher = make_teacher(family, seed=seed, tie_word_embeddings=tied)
         student = convert(teacher, MixerConfig(window=4, sinks=2))
         student.save_pretrained(tmp_path / name)
         places[name] = tmp_path / name

@@ -1,0 +1,1 @@
+"""One token at a time, few operators each; caches as files."""

@@ -1,0 +1,216 @@
+"""One token of a mixer, in as few operators as the family allows.
+
+Decoding reads every weight once per token, and waits for every operator to start. So gates that
+are linear in the layer's input are one product, which is computed from the weights once per cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlstm_distill.models.cache import Arrival, MixerCacheLayer
+from xlstm_distill.models.families import Rotary
+from xlstm_distill.models.gates import ScalarGate
+from xlstm_kernels import hybrid_step, mlstm_step, window_step
+from xlstm_kernels.state import LOG_ZERO, state_dtype
+
+
+class FoldedGates(NamedTuple):
+    """Gates as one linear layer of the mixer's input, weight (K H, d) and bias (K H).
+
+    Input gate, forget gate, and with `output` the preactivation of the output gate.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    output: bool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedGates:
+        """Share the tensors with a copy of the cache: nobody changes them."""
+        return self
+
+
+@torch.no_grad()
+def fold_gates(mixer: Any) -> FoldedGates | None:
+    """Fold a mixer's gates into one linear layer; None where a part is no plain linear layer.
+
+    The output gate reads q, k and v before RoPE, W_q x and so on: o = W_h [W_q, W_k, W_v] x. Norms
+    between the two (Qwen3, Olmo2, Olmo3, Exaone4) and clipped projections (Olmo) are not linear,
+    and there its product stays apart. So it does under adapters, quantisation and sharding, whose
+    layers are not plain.
+    """
+    scalar = (mixer.input_gate, mixer.forget_gate)
+    if not all(_is_plain(gate) for gate in scalar):
+        return None
+    weights, biases = [gate.weight for gate in scalar], [gate.bias for gate in scalar]
+    folds = mixer.has_window and mixer.family.norm == "none" and mixer.clip is None
+    fused = mixer.family.fused
+    sources = [mixer.qkv_proj] if fused else [mixer.q_proj, mixer.k_proj, mixer.v_proj]
+    if folds and all(_is_plain(source) for source in sources):
+        weight, bias = _folded_output_gate(mixer, sources)
+        weights.append(weight.to(weights[0].dtype))
+        biases.append(bias.to(weights[0].dtype))
+    return FoldedGates(torch.cat(weights), torch.cat(biases), len(weights) == 3)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Tell whether a module is a linear layer that computes as torch does, on weights at hand."""
+    return (
+        type(layer) in (nn.Linear, ScalarGate)
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and layer.weight.shape == (layer.out_features, layer.in_features)
+        and layer.weight.is_floating_point()
+        and not layer.weight.is_meta
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        # Libraries that offload weights replace a module's forward.
+        and "forward" not in vars(layer)
+    )
+
+
+def _folded_output_gate(mixer: Any, sources: list[Any]) -> tuple[Tensor, Tensor]:
+    """Return weight (H, d) and bias (H) of the output gate as a function of the mixer's input."""
+    gate, exact = mixer.output_gate, state_dtype(mixer.output_gate.weight)
+    heads, _, dim = gate.weight.shape
+    parts = gate.weight.to(exact).unbind(1)  # of q, k and v, (H, D) each
+    widths = mixer.widths
+    weights = torch.cat([source.weight for source in sources]).to(exact).split(widths)
+    biases = [
+        torch.zeros(len(s.weight), device=gate.weight.device) if s.bias is None else s.bias
+        for s in sources
+    ]
+    bias = gate.bias.to(exact)
+    total = weights[0].new_zeros(heads, weights[0].shape[1])
+    for part, weight, offset in zip(
+        parts, weights, torch.cat(biases).to(exact).split(widths), strict=True
+    ):
+        groups = weight.shape[0] // dim
+        per_group = part.view(groups, heads // groups, dim)
+        total += (per_group @ weight.view(groups, dim, -1)).flatten(0, 1)
+        bias = bias + (per_group @ offset.view(groups, dim, 1)).flatten()
+    return total, bias
+
+
+def decode_token(
+    mixer: Any,
+    x: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    arrival: Arrival,
+    layer: MixerCacheLayer,
+) -> Tensor:
+    """Mix the branches for one token x (B, 1, d), and update the cache in place: (B, 1, H D)."""
+    q, k, v = mixer.project(x)
+    memory = gate = None
+    if mixer.has_mlstm:
+        # The output gate reads q and k before RoPE.
+        i, f, gate = _gates(mixer, layer, x, q, k, v)
+    if mixer.rotates:
+        q, k = _rotate(mixer, q, k, position_embeddings, arrival)
+    settings = {"check": not layer.checked, "backend": mixer.backend}
+    if mixer.has_mlstm:
+        phi_q, phi_k = mixer.feature_map_q(q).squeeze(2), mixer.feature_map_k(k).squeeze(2)
+        memory = layer.state_for(phi_k, v, state_dtype(phi_q, v))
+        if arrival.begins is not None:
+            # A closed forget gate empties the state as `restart_state` does, but saves a pass over
+            # its memory.
+            f = f.masked_fill(arrival.begins_on(f.device)[:, None], LOG_ZERO)
+    q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)
+    if not mixer.has_window:
+        h = mlstm_step(phi_q, phi_k, v, i, f, memory, **settings)
+    else:
+        ring = layer.ring_for(k, v, arrival.before)
+        slots = arrival.slots(ring, mixer.sinks)
+        ring = ring._replace(lengths=slots.before)  # on the ring's device
+        settings |= {"sinks": mixer.sinks, "scale": mixer.scale, "slots": slots}
+        if memory is None:
+            h = window_step(q, k, v, ring, **settings)
+        else:
+            h = hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, memory, ring, **settings)
+    layer.checked = True
+    layer.seen += 1
+    return h.flatten(1).unsqueeze(1)
+
+
+def _rotate(
+    mixer: Any,
+    q: Tensor,
+    k: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    arrival: Arrival,
+) -> tuple[Tensor, Tensor]:
+    """Apply the family's rotary positions to q (B, H, 1, D) and k (B, G, 1, D), in q's dtype."""
+    cos, sin = position_embeddings
+    dtype = q.dtype
+    if not mixer.turns_halves:
+        q, k = mixer.apply_rotary(q, k, cos, sin)
+        # Under autocast, projections are bf16 and rotary positions fp32.
+        return (q, k) if q.dtype == dtype else (q.to(dtype), k.to(dtype))
+    # Layers may have frequencies of their own, and each kind has its own tensors.
+    if arrival.rotation is None or arrival.rotation[0] is not sin:
+        arrival.rotation = (sin, cos.unsqueeze(1), _signed(sin).unsqueeze(1))
+    _, cos, sin = arrival.rotation
+    heads = q.shape[1]
+    turned = _turn_halves(torch.cat([q, k], dim=1), cos, sin)
+    turned = turned if turned.dtype == dtype else turned.to(dtype)
+    return turned[:, :heads], turned[:, heads:]
+
+
+def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (x_d, x_{d + D/2}) by their angles; the sines of the first half are negative."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def _signed(sin: Tensor) -> Tensor:
+    """Negate the sines (..., D) of the first half."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat([-first, second], dim=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def turns_halves(apply_rotary: Rotary, dim: int) -> bool:
+    """Tell whether a family's rotary function is Llama's, by what it does to random numbers.
+
+    Each family has a function of its own, and most are the same. It makes about 15 operators of
+    what takes 5 for one token.
+    """
+    draw = torch.Generator().manual_seed(0)
+    # Of this device and dtype, wherever models are made.
+    settings: dict[str, Any] = {"generator": draw, "device": "cpu", "dtype": torch.float32}
+    q, k = (torch.randn(1, 2, 1, dim, **settings) for _ in range(2))
+    cos, sin = (torch.randn(1, 1, dim, **settings) for _ in range(2))
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [x.to(dtype) for x in (q, k, cos, sin)]
+        found = apply_rotary(*given)
+        signed = _signed(given[3]).unsqueeze(1)
+        for x, theirs in zip(given[:2], found, strict=True):
+            if not torch.equal(_turn_halves(x, given[2].unsqueeze(1), signed), theirs):
+                return False
+    return True
+
+
+def _gates(
+    mixer: Any, layer: MixerCacheLayer, x: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return preactivations of input and forget gate, (B, H) in fp32, and the output gate (B, H).
+
+    The output gate is None where the mixer has the mLSTM alone.
+    """
+    if layer.folded is None:
+        # A tuple, so that what cannot be folded is not tried again.
+        layer.folded = (fold_gates(mixer),)
+    (folded,) = layer.folded
+    if folded is None:
+        i, f = mixer.input_gate(x).squeeze(1).float(), mixer.forget_gate(x).squeeze(1).float()
+    else:
+        x = x if x.dtype == folded.weight.dtype else x.to(folded.weight.dtype)
+        made = F.linear(x, folded.weight, folded.bias).view(len(x), -1, mixer.heads)
+        i, f, *rest = (made if made.dtype == torch.float32 else made.float()).unbind(1)
+        # Someone who listens to the gate (`GateMeter`) must hear it.
+        if rest and not mixer.output_gate._forward_hooks:
+            gate = rest[0].sigmoid()
+            return i, f, gate if gate.dtype == v.dtype else gate.to(v.dtype)
+    return i, f, mixer.output_gate(q, k, v)[:, :, 0, 0] if mixer.has_window else None

@@ -1,0 +1,139 @@
+"""Steps of few operators, caches as files, and branches of a prompt."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from xlstm_distill import MixerConfig, convert, load_cache, save_cache
+from xlstm_distill.errors import UserError
+from xlstm_distill.models.decoding.step import fold_gates, turns_halves
+from xlstm_distill.models.families import FAMILIES
+from xlstm_distill.models.gates import GateMeter
+from xlstm_kernels.testing import error_ratio
+
+PROMPT = torch.arange(3, 25).view(2, 11)
+TOKEN = PROMPT[:, :1]
+
+
+@pytest.fixture(scope="module")
+def student(make_teacher):
+    def make(family="llama", **settings):
+        found = convert(make_teacher(family, **settings), MixerConfig(window=4, sinks=2)).eval()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, p in found.named_parameters():
+                if name.endswith("bias") or "self_attn" in name:
+                    p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+        return found
+
+    return make
+
+
+@torch.no_grad()
+def prefilled(model):
+    cache = model.new_cache()
+    model(PROMPT, past_key_values=cache)
+    return cache
+
+
+# Plain projections, biases, one fused projection, a norm of each head.
+@pytest.mark.parametrize(
+    ("family", "folds"), [("llama", True), ("qwen2", True), ("phi3", True), ("qwen3", False)]
+)
+@torch.no_grad()
+def test_folded_gates_are_those_of_the_modules(family, folds, student):
+    mixer = student(family).mixers()[0]
+    x = torch.randn(2, 1, mixer.input_gate.in_features, generator=torch.Generator().manual_seed(1))
+    folded = fold_gates(mixer)
+    assert folded.output == folds
+    i, f, *o = (
+        nn.functional.linear(x, folded.weight, folded.bias).view(2, -1, mixer.heads).unbind(1)
+    )
+    assert error_ratio(i, mixer.input_gate(x)[:, 0].double()) < 1e-6
+    assert error_ratio(f, mixer.forget_gate(x)[:, 0].double()) < 1e-6
+    if folds:
+        gate = mixer.output_gate(*mixer.project(x))[:, :, 0, 0]
+        assert gate.std() > 0.01
+        assert error_ratio(o[0].sigmoid(), gate.double()) < 1e-6
+
+
+@torch.no_grad()
+def test_gates_that_are_no_plain_layers_are_not_folded(student):
+    mixer = student().mixers()[0]
+    mixer.v_proj = nn.Sequential(mixer.v_proj)  # as adapters wrap it
+    assert not fold_gates(mixer).output
+    mixer.forget_gate.register_forward_hook(lambda *_: None)
+    assert fold_gates(mixer) is None
+
+
+@torch.no_grad()
+def test_a_meter_hears_decoded_tokens(student):
+    model = student()
+    cache = prefilled(model)
+    model(TOKEN, past_key_values=cache)  # folds
+    with GateMeter(model) as meter:
+        meter.expect(torch.ones(2, 1, dtype=torch.bool))
+        model(TOKEN, past_key_values=cache)
+    assert len(meter.means()) == len(model.mixers())
+
+
+@torch.no_grad()
+def test_weights_that_change_change_the_next_caches_steps(student):
+    model = student()
+    before = model(TOKEN, past_key_values=prefilled(model)).logits
+    for mixer in model.mixers():
+        mixer.q_proj.weight.data.mul_(1.5)  # counted nowhere
+    row = torch.cat([PROMPT, TOKEN], dim=1)
+    now = model(TOKEN, past_key_values=prefilled(model)).logits[:, 0]
+    assert error_ratio(now, model(row, use_cache=False).logits[:, -1].double()) < 3e-6
+    assert not torch.allclose(now, before[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families_whose_positions_turn_halves(family):
+    turns_neighbours = family in ("cohere2", "glm4")
+    assert turns_halves(FAMILIES[family].apply_rotary, 16) == (not turns_neighbours)
+
+
+@torch.no_grad()
+def test_bf16_steps_mix_as_sequences_do(student):
+    """Both branches are rounded before they are mixed."""
+    model = student().bfloat16()
+    row = torch.cat([PROMPT, TOKEN], dim=1)
+    whole = model(row, use_cache=False).logits[:, -1]
+    step = model(TOKEN, past_key_values=prefilled(model)).logits[:, 0]
+    exact = copy.deepcopy(model).float()(row, use_cache=False).logits[:, -1].double()
+    assert error_ratio(step, exact) < 1.5 * error_ratio(whole, exact)
+
+
+@torch.no_grad()
+def test_a_prompts_state_goes_through_a_file_and_branches(student, tmp_path):
+    model = student()
+    cache = prefilled(model)
+    model(TOKEN, past_key_values=cache)
+    save_cache(model, cache, tmp_path / "prompt.safetensors")
+    expected = model(TOKEN + 1, past_key_values=cache.copy()).logits
+    # The copy went on by itself.
+    assert torch.equal(model(TOKEN + 1, past_key_values=cache.copy()).logits, expected)
+    loaded = load_cache(model, tmp_path / "prompt.safetensors")
+    assert loaded.get_seq_length() == cache.get_seq_length() == 12
+    assert torch.equal(model(TOKEN + 1, past_key_values=loaded).logits, expected)
+
+
+@torch.no_grad()
+def test_files_of_other_models_are_refused(student, tmp_path):
+    model, path = student(), tmp_path / "prompt.safetensors"
+    with pytest.raises(ValueError, match="cache: it holds nothing"):
+        save_cache(model, model.new_cache(), path)
+    save_cache(model, prefilled(model), path)
+    model.mixers()[0].q_proj.weight.mul_(1.01)
+    for other in (model, student("qwen2"), student().bfloat16()):
+        with pytest.raises(UserError, match="it is another model's cache"):
+            load_cache(other, path)
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(UserError, match="no cache can be read"):
+        load_cache(model, tmp_path / "text")

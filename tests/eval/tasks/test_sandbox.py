@@ -1,0 +1,186 @@
+"""The sandbox, against hostile programs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xlstm_eval.tasks.sandbox import (
+    ISOLATED,
+    Limits,
+    not_isolated,
+    require_sandbox,
+    run_program,
+    run_programs,
+)
+
+LIMITS = Limits(seconds=3, wall_seconds=30.0, memory=2**29, file_bytes=2**20)
+SHORT = Limits(seconds=1, wall_seconds=3.0)
+
+
+def needs(what: str) -> pytest.MarkDecorator:
+    """Leave a test out where the kernel cannot isolate (no Landlock, no seccomp)."""
+    assert what in ISOLATED
+    reason = f"this platform does not isolate {what}"
+    return pytest.mark.skipif(what in not_isolated(), reason=reason)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """After every program this process lives, and no folder of a program does."""
+    yield
+    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
+    assert not list(temporary.glob("xlstm-code-*"))
+
+
+def test_a_program_that_runs_to_its_end_passes() -> None:
+    require_sandbox()
+    outcome = run_program("open('note', 'w').write('x')\nassert open('note').read() == 'x'")
+    assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("assert 1 + 1 == 3, 'wrong sum'", "AssertionError: wrong sum"),
+        ("def f(:", "SyntaxError"),
+        # Leaving early is not passing, whatever the code says.
+        ("raise SystemExit(0)", "SystemExit"),
+        ("import os; os._exit(0)", "ended with code 0"),
+        ("import ctypes; ctypes.string_at(0)", "ended by signal 11"),
+        ("input()", "EOFError"),
+        # An answer that it made up, on every stream that it can find.
+        (
+            'import os\nfor n in range(3, 64):\n  try: os.write(n, b\'["0", "passed", ""]\\n\')\n'
+            "  except OSError: pass\nos._exit(0)",
+            "ended with code 0",
+        ),
+    ],
+)
+def test_other_programs_fail(program: str, reason: str) -> None:
+    outcome = run_program(program, LIMITS)
+    assert outcome.status == "failed"
+    assert reason in outcome.reason
+
+
+@pytest.mark.parametrize(
+    "program", ["while True: pass", "import time; time.sleep(60)"], ids=["loop", "sleep"]
+)
+def test_a_program_without_end_is_ended(program: str) -> None:
+    started = time.monotonic()
+    assert run_program(program, SHORT).status == "timed out"
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("x = []\nwhile True: x.append(bytearray(10**8))", "MemoryError"),
+        ("f = open('big', 'wb')\nfor _ in range(9): f.write(bytes(10**6))", "File too large"),
+        (
+            "import threading, time\nwhile True:\n"
+            "  threading.Thread(target=time.sleep, args=(60,)).start()",
+            "can't start new thread",
+        ),
+        ("x = [open('/dev/null') for _ in range(100)]", "Too many open files"),
+    ],
+    ids=["memory", "file", "threads", "open files"],
+)
+def test_bombs_do_not_go_off(program: str, reason: str) -> None:
+    outcome = run_program(program, LIMITS)
+    assert outcome.status == "failed"
+    assert reason in outcome.reason
+
+
+def test_much_output_goes_nowhere() -> None:
+    assert run_program("for _ in range(10_000): print('x' * 1000)", LIMITS).passed
+    # Straight into the stream of the answer: reading ends, and so does the program.
+    flood = "import os\nwhile True:\n  for n in range(3, 64):\n    try: os.write(n, b'x' * 65536)\n"
+    flood += "    except OSError: pass"
+    assert not run_program(flood, LIMITS).passed
+
+
+@needs("processes")
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nwhile True: os.fork()",
+        "import subprocess; subprocess.run(['true'])",
+        "import os; os.execv('/bin/true', ['true'])",
+        "import os; os.system('true') == 0 or 1 / 0",
+    ],
+    ids=["fork bomb", "subprocess", "exec", "shell"],
+)
+def test_there_is_no_second_process(program: str) -> None:
+    assert run_program(program, LIMITS).status == "failed"
+
+
+@needs("signals")
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
+        "import os, signal; os.kill(-1, signal.SIGKILL)",
+        # It would make the kernel end this process instead.
+        "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+    ],
+    ids=["parent", "all", "limits"],
+)
+def test_other_processes_are_out_of_reach(program: str) -> None:
+    outcome = run_program(program, LIMITS)
+    assert outcome.status == "failed"
+    assert "PermissionError" in outcome.reason or "ProcessLookupError" in outcome.reason
+
+
+@needs("files")
+def test_files_outside_are_out_of_reach(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("private")
+    for attempt in (
+        f"open({str(mine)!r}).read()",
+        f"open({str(mine)!r}, 'w').write('lost')",
+        f"import os; os.remove({str(mine)!r})",
+        f"import os; os.symlink({str(mine)!r}, 'link'); open('link').read()",
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        "import os; os.listdir('/')",
+    ):
+        outcome = run_program(attempt, LIMITS)
+        assert "PermissionError" in outcome.reason, (attempt, outcome)
+    assert mine.read_text() == "private"
+    assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_secrets_of_the_environment_do_not_get_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "s3cret")
+    assert run_program("import os; assert 's3cret' not in str(os.environ)", LIMITS).passed
+
+
+@needs("files")
+def test_secrets_of_this_process_do_not_get_in() -> None:
+    program = "import os; open(f'/proc/{os.getppid()}/environ').read()"
+    assert "PermissionError" in run_program(program, LIMITS).reason
+
+
+@needs("network")
+def test_there_is_no_network() -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(0.0)
+        place = listening.getsockname()
+        program = f"import socket; socket.create_connection({place!r}, timeout=1)"
+        assert run_program(program, LIMITS).status == "failed"
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+
+
+def test_equal_programs_run_once_and_order_stays(tmp_path: Path) -> None:
+    programs = ["x = 1", "1 / 0", "x = 1", "assert False"]
+    found = run_programs(programs, LIMITS)
+    assert [outcome.passed for outcome in found] == [True, False, True, False]
+    assert found[0] is found[2]
