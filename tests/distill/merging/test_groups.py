@@ -82,5 +82,7 @@ def test_what_lies_outside_the_layers_goes_with_its_neighbours():
         "lm_head.weight",
     ]
     assert [group_of(name, 3, 9) for name in names] == [0, 1, 2, 2]
+    # One set of weights, as the recipe gives them: all tensors, however many layers there are.
+    assert {group_of(name, 1, 1) for name in names} == {0}
     with pytest.raises(UserError, match=r"merge\.layer_groups: 10, and the student has 9 layers"):
         check_groups(10, 9, "merge")
