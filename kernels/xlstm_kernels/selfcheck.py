@@ -130,7 +130,7 @@ def run_mlstm_steps(inputs: Tensors, backend: Backend) -> Tensors:
     state = MLSTMState(*(x.pop(name).clone() for name in MLSTMState._fields))
     outputs = []
     for t in range(x["q"].shape[2]):
-        token = {name: tensor[:, :, t] for name, tensor in x.items()}
+        token: dict[str, Any] = {name: tensor[:, :, t] for name, tensor in x.items()}
         outputs.append(mlstm_step(**token, state=state, backend=backend))
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
 

@@ -97,13 +97,13 @@ def held_positions(lengths: Tensor, window: int, sinks: int) -> Tensor:
 class RingSlots(NamedTuple):
     """Where one token goes in a ring, and what it sees; the same for all rings of a window.
 
-    before (B,), int64: tokens of the document before it. index (B, 2): the slots that take it, the
+    before (B,), int64: tokens of the document before it. places (B, 2): the slots that take it, the
     second of which differs from the first where it is a sink. bias (B, 1, 1, N + W): 0 where it
     sees the slot, itself included, else -inf.
     """
 
     before: Tensor
-    index: Tensor
+    places: Tensor
     bias: Tensor
 
     @classmethod
@@ -114,8 +114,8 @@ class RingSlots(NamedTuple):
         sink_slot = torch.where(before < sinks, before, ring_slot)
         hidden = _seen_from(window, sinks, before.device) > before[:, None, None, None]
         bias = torch.zeros(hidden.shape, dtype=dtype, device=before.device)
-        index = torch.stack([ring_slot, sink_slot], dim=1)
-        return cls(before, index, bias.masked_fill_(hidden, -torch.inf))
+        places = torch.stack([ring_slot, sink_slot], dim=1)
+        return cls(before, places, bias.masked_fill_(hidden, -torch.inf))
 
 
 def _seen_from(window: int, sinks: int, device: torch.device) -> Tensor:

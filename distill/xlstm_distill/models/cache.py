@@ -156,7 +156,7 @@ class MixerCacheLayer(CacheLayerMixin):
         return self.state
 
     @torch.no_grad()
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, arrival: Arrival
     ) -> tuple[Tensor, Tensor]:
         """Fill the ring from a chunk of T tokens, (B, G, T, D), and return all slots of the ring.

@@ -90,7 +90,7 @@ class Judge(Section):
         description="Environment variable that holds the API key, which is never written.",
     )
     settings: dict[str, bool | int | float | str | None] = Field(
-        default_factory=lambda: {"temperature": 0.0, "max_tokens": 2048},
+        default={"temperature": 0.0, "max_tokens": 2048},
         description="Further fields of each request; null leaves one out (`seed: null`).",
     )
     workers: Count = Field(default=8, description="Requests at the same time.")

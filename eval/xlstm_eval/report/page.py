@@ -105,7 +105,7 @@ def _by_domain(
     results: Sequence[TaskResult], comparisons: Sequence[Comparison]
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the rows of the score table by domain: a task, and a cell for each student."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"task": result, "cells": [_cell(own, own.tasks[index]) for own in comparisons]}
         for index, result in enumerate(results)
     ]

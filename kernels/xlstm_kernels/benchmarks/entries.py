@@ -6,7 +6,7 @@ An entry is timed only where it agrees with the reference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +171,7 @@ def run_step(backend: Backend) -> Callable[[Inputs, Shape], Tensor]:
     """Make the call of `mlstm_step` with a backend."""
 
     def run(a: Inputs, shape: Shape) -> Tensor:
-        token = {n: a.x[n].detach()[:, :, 0] for n in GATED}
+        token: dict[str, Any] = {n: a.x[n].detach()[:, :, 0] for n in GATED}
         return mlstm_step(**token, state=a.state, backend=backend)
 
     return run

@@ -51,7 +51,7 @@ def window_step_in_place(
     and stays as it is. Returns (B, H, Dv) in v's dtype.
     """
     (B, H, D), (G, Dv) = q.shape, v.shape[1:]
-    index = slots.index[:, None, :, None]
+    index = slots.places[:, None, :, None]
     for held, new in ((ring.keys, k), (ring.values, v)):
         new = new if new.dtype == held.dtype else new.to(held.dtype)
         shape = (B, G, 2, new.shape[2])

@@ -77,8 +77,11 @@ def load_cache(student: CausalLM, path: Path | str) -> StudentCache:
     cache: StudentCache = student.new_cache()
     first = next(student.parameters()).device
     cache.lengths = tensors["lengths"].to(first)
-    ends = {name: tensors.get(f"ends.{name}") for name in RowEnds._fields}
-    cache.ends = RowEnds(**{name: x if x is None else x.to(first) for name, x in ends.items()})
+    ends: dict[str, Any] = dict.fromkeys(RowEnds._fields)
+    for name in ends:
+        if f"ends.{name}" in tensors:
+            ends[name] = tensors[f"ends.{name}"].to(first)
+    cache.ends = RowEnds(**ends)
     for n, (layer, mixer) in enumerate(zip(_layers(cache), student.mixers(), strict=True)):
         _fill(layer, tensors, f"layers.{n}.", next(mixer.parameters()).device)
         layer.seen = int(metadata["seen"])

@@ -58,7 +58,7 @@ def fold_gates(mixer: Any) -> FoldedGates | None:
     return FoldedGates(torch.cat(weights), torch.cat(biases), len(weights) == 3)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: Any) -> bool:
     """Tell whether a module is a linear layer that computes as torch does, on weights at hand."""
     return (
         type(layer) in (nn.Linear, ScalarGate)
@@ -104,7 +104,9 @@ def decode_token(
 ) -> Tensor:
     """Mix the branches for one token x (B, 1, d), and update the cache in place: (B, 1, H D)."""
     q, k, v = mixer.project(x)
-    memory = gate = None
+    # Typed loosely: a mixer has a memory, a window or both, and only then what they take.
+    memory: Any = None
+    gate: Any = None
     if mixer.has_mlstm:
         # The output gate reads q and k before RoPE.
         i, f, gate = _gates(mixer, layer, x, q, k, v)
