@@ -23,7 +23,8 @@ from xlstm_distill.merging.stack import load_patched
 from xlstm_distill.recipe import EvalTask, Recipe, load_recipe
 from xlstm_distill.runtime.console import byte_size
 from xlstm_distill.stages.evaluate import scores
-from xlstm_distill.stages.lineage import TEACHER, Lineage
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.outline import TEACHER
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
 

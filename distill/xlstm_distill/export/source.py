@@ -14,7 +14,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.models.teacher_files import CONFIG, weight_files
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.choices import choose
-from xlstm_distill.stages.lineage import MERGED, stage_of
+from xlstm_distill.stages.outline import MERGED, stage_of
 from xlstm_distill.stages.status.comparison import saved_recipe
 
 PREFIX = "xlstm_"

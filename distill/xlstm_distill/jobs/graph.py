@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from xlstm_distill.data.budget import rows_needed
 from xlstm_distill.jobs.site import CAPTURE_TASKS, Site
 from xlstm_distill.stages.choices import deal
-from xlstm_distill.stages.lineage import Lineage, stage_of
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.outline import stage_of
 
 ARRAYS = ("prepare", "capture", "distill", "evaluate")
 TITLES = {

@@ -45,7 +45,7 @@ class GroupedWeights:
 
 def group_of(tensor: str, groups: int, layers: int) -> int:
     """The group of a tensor: layer l of L is in group ⌊l · groups / L⌋."""
-    if groups == 1:  # the number of layers may not be known then
+    if groups == 1:  # the number of layers may be unknown then
         return 0
     found = LAYER.search(tensor)
     if found is not None:

@@ -219,8 +219,10 @@ def _read_prompt(
     """
     given = args[0] if args else kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
-    # Soon: it is asked at every token.
-    if given is None or given.shape[1] <= (chunk := chunk_size(given, model.prefill_chunk)):
+    # A graph for prompts of any length cannot depend on it. Soon: it is asked at every token.
+    if given is None or torch.compiler.is_compiling():
+        return None
+    if given.shape[1] <= (chunk := chunk_size(given, model.prefill_chunk)):
         return None
     kwargs = dict(zip(names, args, strict=False)) | kwargs
     if not can_be_read_in_chunks(model, kwargs, chunk):

@@ -326,7 +326,10 @@ def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     H, D, L, F = a.heads, a.head_dim, forward.chunk, features(mixer, a)
     all_rows = forward.rows * forward.tokens * H
     span = min(SPAN[forward.device], all_rows)
-    work = FP32 * (6 * F + 3 * D + 3 * L + F * (D + 1) / L)
+    # Without grouped heads, whole rows in fp32 are read and written where they are.
+    whole = forward.device == "cpu" and a.groups == H and forward.compute == FP32
+    copies = 2 if whole and forward.tokens % L == 0 else 5
+    work = FP32 * (copies * F + (1 + a.groups / H) * D + 2 * L + F * (D + 1) / L)
     results = forward.compute * (2 * F + D * a.groups / H) + 2 * FP32
     return span * work + all_rows * results
 

@@ -16,7 +16,8 @@ from xlstm_distill.planning.inputs import DTYPE_BYTES
 from xlstm_distill.planning.memory import student_cache
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.shown import teacher_name
-from xlstm_distill.stages.lineage import MERGED, TEACHER, Lineage
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.outline import MERGED, TEACHER
 from xlstm_distill.stages.report import check_measured_alike, read_results
 from xlstm_distill.stages.status.comparison import saved_lineage
 from xlstm_eval.metrics import ALPHAS, compare, pair_results

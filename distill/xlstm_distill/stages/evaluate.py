@@ -28,14 +28,15 @@ from xlstm_distill.runtime.ranks import (
 )
 from xlstm_distill.stages.choices import choose_models
 from xlstm_distill.stages.kernels import choose_kernels
-from xlstm_distill.stages.lineage import MERGED, TEACHER, Lineage
+from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.measuring.long_context import (
     check_long_context,
     help_to_score,
     score_long_context,
 )
+from xlstm_distill.stages.measuring.speed import measure_speed
+from xlstm_distill.stages.outline import MERGED, TEACHER
 from xlstm_distill.stages.prepare import prepare_rows
-from xlstm_distill.stages.speed import measure_speed
 from xlstm_distill.stages.workbench import bar, load_student, open_domains
 from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate

@@ -25,7 +25,8 @@ from xlstm_distill.recipe.shown import shown_recipe, teacher_name
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import is_main_process
 from xlstm_distill.stages.evaluate import find_evaluations
-from xlstm_distill.stages.lineage import MERGED, STAGES, TEACHER, Lineage, stage_of
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.outline import MERGED, STAGES, TEACHER, stage_of
 from xlstm_distill.training.log import LOG_FILE
 from xlstm_eval.protocol import flat, require_same_protocol
 from xlstm_eval.records import LongContext, TaskResult

@@ -222,6 +222,7 @@ def differentiate_part(
     d_scores.mul_(pairs)
     dq = sizes.place(out.q, scores.dtype)
     _query_grads(chunks, weights, (d_out, entering, d_scores), reading, (dq.flatten(0, 1), d_read))
+    del reading  # so that the keys' gradients can have its memory
     dk, d_write = _key_grads(chunks, weights, leaving, d_scores)
     if out.v is not None:
         dv = sizes.place(out.v, scores.dtype)
@@ -300,7 +301,12 @@ def _key_grads(
     sizes = chunks.sizes
     d_written = chunks.v @ leaving.view(sizes.P, -1, sizes.Dv + 1).mT
     d_written = d_written.view(sizes.P, sizes.L, sizes.R, sizes.Dk).transpose(1, 2)
-    dk = d_written.mul_(weights.write.unsqueeze(-1)).contiguous()
+    if sizes.R == 1:
+        dk = d_written.mul_(weights.write.unsqueeze(-1))
+    else:
+        dk = d_written.new_empty(d_written.shape)
+        torch.mul(d_written, weights.write.unsqueeze(-1), out=dk)
+    del d_written
     rows = dk.flatten(0, 1)
     d_write = (chunks.k * rows).sum(dim=-1)
     rows.baddbmm_(d_products.mT, chunks.q)

@@ -51,7 +51,10 @@ def banded_attention(
     band's first token: a later document starts inside the band. So each block gathers N more keys.
     """
     T = q.shape[2]
-    if segment_ids is None and window >= T:
+    # An exported program serves any T, so it takes no branch that depends on it. A short call is
+    # one block in any case.
+    known = not isinstance(T, torch.SymInt)
+    if known and segment_ids is None and BLOCK_MIN < T <= window:
         return _causal_attention(q, k, v, scale)
     out, _ = forward(q, k, v, segment_ids, min(window, T), min(sinks, T), scale)
     return out

@@ -137,7 +137,7 @@ def hybrid_step_kernel(
     b, h = bh // H, bh % H
     g = h // R
     d, dv = tl.arange(0, D), tl.arange(0, DV)
-    seen = tl.load(before_ptr + b)
+    seen = tl.load(before_ptr + b).to(tl.int32)  # a document has fewer than 2^31 tokens
     q = tl.load(q_ptr + b * q_b + h * q_h + d).to(tl.float32) * scale
     v = tl.load(v_ptr + b * v_b + g * v_h + dv).to(tl.float32)
     # The new token is attended to as the ring will hold it, as later steps do.
@@ -146,6 +146,15 @@ def hybrid_step_kernel(
     first_slot = (b * (H // R) + g) * (sinks + window)
     keys_ptr += first_slot * D
     values_ptr += first_slot * DV
+    # Before the attention, which never sees the slot: at the end, it takes half as many registers
+    # again.
+    ring_slot = sinks + seen % window
+    if h % R == 0:
+        tl.store(keys_ptr + ring_slot * D + d, key)
+        tl.store(values_ptr + ring_slot * DV + dv, value)
+        if seen < sinks:
+            tl.store(keys_ptr + seen * D + d, key)
+            tl.store(values_ptr + seen * DV + dv, value)
     attended = attend_ring(
         q, key.to(tl.float32), value.to(tl.float32), keys_ptr, values_ptr, seen, window, sinks,
         D, DV, SLOTS,
@@ -163,13 +172,6 @@ def hybrid_step_kernel(
     attended, recalled = attended.to(rounded).to(tl.float32), recalled.to(rounded).to(tl.float32)
     out = attended + gate * (recalled - attended)
     tl.store(out_ptr + bh * DV + dv, out.to(rounded))
-    ring_slot = sinks + seen % window
-    if h % R == 0:
-        tl.store(keys_ptr + ring_slot * D + d, key)
-        tl.store(values_ptr + ring_slot * DV + dv, value)
-        if seen < sinks:
-            tl.store(keys_ptr + seen * D + d, key)
-            tl.store(values_ptr + seen * DV + dv, value)
 
 
 @torch.no_grad()
@@ -237,11 +239,21 @@ def hybrid_step_triton(
             C_row=C.stride(2), scale=scale, H=H, R=H // k.shape[1],
             window=count - sinks, sinks=sinks,
             D=D, DK=Dk, DV=Dv, BK=min(ROWS_AT_ONCE, Dk), SLOTS=ROWS_AT_ONCE, num_warps=WARPS,
+            maxnreg=_registers(max(D, Dv, Dk), v.element_size()),
         )  # fmt: skip
     _write_back(held, (state.C, *written))
     if slots is None:
         ring.lengths.add_(1)
     return out
+
+
+def _registers(width: int, size: int) -> int:
+    """Return the registers of a thread, for heads of `width` numbers of `size` bytes.
+
+    ptxas takes half as many again, which spares no load: three or four programs on an SM become
+    two. None of these spills (tests/kernels/triton/test_resources.py).
+    """
+    return 48 + width // (2 * size)
 
 
 @torch.no_grad()

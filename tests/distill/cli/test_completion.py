@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from xlstm_distill.cli.app import app
 
 COMMANDS = (
-    "run prepare capture align distill merge evaluate report export generate chat slurm validate "
-    "plan status verify clean doctor score schema recipes patch"
+    "run prepare capture align distill merge evaluate report export generate chat long-context "
+    "slurm validate plan status verify clean doctor score schema recipes patch"
 )
 
 

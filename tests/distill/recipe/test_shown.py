@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from xlstm_distill.recipe import Recipe, Teacher, load_recipe
-from xlstm_distill.recipe.fields import Folder, HubOrPath
+from xlstm_distill.recipe.fields import File, Folder, HubOrPath
 from xlstm_distill.recipe.shown import PATH_KEYS, short_names, shown_recipe, teacher_name
 
 
@@ -69,8 +69,8 @@ def fields_of(model: type[BaseModel]) -> Iterator[tuple[str, str, Any]]:
 
 
 def test_every_key_that_takes_a_path_is_known() -> None:
-    """A new key of the type HubOrPath or Folder must be added to PATH_KEYS."""
-    validators = [str(kind.__metadata__[-1]) for kind in (HubOrPath, Folder)]
+    """A new key of the type HubOrPath, Folder or File must be added to PATH_KEYS."""
+    validators = [str(kind.__metadata__[-1]) for kind in (HubOrPath, Folder, File)]
     found = set()
     for _, key, metadata in fields_of(Recipe):
         text = str(metadata)

@@ -15,7 +15,8 @@ from xlstm_distill.artifacts.manifest import FORMAT
 from xlstm_distill.models import teacher as teachers
 from xlstm_distill.recipe import Recipe, load_recipe
 from xlstm_distill.stages import lineage as lineages
-from xlstm_distill.stages.lineage import Lineage, stage_of
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.outline import stage_of
 
 ONLINE = ["capture.targets=online", "capture.shard_teacher=false"]
 

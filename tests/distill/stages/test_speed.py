@@ -6,7 +6,7 @@ import torch
 
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig, SpeedSettings
-from xlstm_distill.stages.speed import held_bytes, measure_speed
+from xlstm_distill.stages.measuring.speed import held_bytes, measure_speed
 from xlstm_eval.report.speed import TEACHER, Speed, speed_sentence
 
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ import torch
 from xlstm_kernels.benchmarks import entries, operators, timing
 from xlstm_kernels.benchmarks.checking import Checker
 from xlstm_kernels.benchmarks.report import Row, ratio_to_ours
+from xlstm_kernels.state import held_positions
 
 CPU = torch.device("cpu")
 
@@ -124,8 +125,9 @@ def test_counted_work_of_the_mlstm_is_linear_in_tokens() -> None:
 def test_full_ring_is_what_decoding_would_have_left() -> None:
     shape = entries.Shape(1, 16, 2, 1, 8, 8, 5, 2, 0)
     ring = entries.full_ring(shape, torch.device("cpu"), torch.float32)
-    assert ring.keys.shape == (1, 2, 7, 8)
+    assert ring.keys.shape == (1, 1, 7, 8)
     assert ring.lengths.tolist() == [7]
+    assert held_positions(ring.lengths, 5, 2)[0].tolist() == [0, 1, 5, 6, 2, 3, 4]
 
 
 def entry_named(operator: str, backend: str) -> entries.Entry:

@@ -40,17 +40,14 @@ def chunk_size(given: Tensor, asked: int | None) -> int:
 
 def can_be_read_in_chunks(model: Any, kwargs: dict[str, Any], chunk: int) -> bool:
     """Tell whether a forward pass wants no more than the logits of its last tokens."""
-    given = kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
     kept = kwargs.get("logits_to_keep", 0)
-    if given is None or given.shape[1] <= chunk or not isinstance(kept, int):
+    if not isinstance(kept, int) or not 0 < kept <= chunk:
         return False
     hidden = kwargs.get("output_hidden_states")
     hidden = model.config.output_hidden_states if hidden is None else hidden
     wants_all = hidden or kwargs.get("labels") is not None
-    # A chunk's gradients would stop at the cache, and a trace would hold one copy of the body each.
-    records = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return 0 < kept <= chunk and not wants_all and not records
+    # A chunk's gradients would stop at the cache.
+    return not wants_all and not torch.is_grad_enabled()
 
 
 def _part(kwargs: dict[str, Any], tokens: int, start: int, end: int) -> dict[str, Any]:

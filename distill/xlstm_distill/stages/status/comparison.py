@@ -15,7 +15,8 @@ from xlstm_distill.artifacts.manifest import FORMAT
 from xlstm_distill.artifacts.run import RECIPE_FILE
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import Recipe
-from xlstm_distill.stages.lineage import Lineage, stage_of
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.outline import stage_of
 from xlstm_distill.stages.status.records import DAMAGE, StageStatus
 
 LARGEST_RECIPE = 2**22

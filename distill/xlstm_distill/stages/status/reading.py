@@ -22,7 +22,8 @@ from xlstm_distill.artifacts.manifest import MANIFEST, size_problem
 from xlstm_distill.artifacts.run import RECIPE_FILE
 from xlstm_distill.artifacts.shelf import KEPT, folders_of
 from xlstm_distill.errors import UserError
-from xlstm_distill.stages.lineage import Lineage, stage_of
+from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.outline import stage_of
 from xlstm_distill.stages.status.comparison import compare, saved_lineage
 from xlstm_distill.stages.status.records import DAMAGE, ROW_FIGURES, StageStatus
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-
 import pytest
 import torch
+from stopping import StoppingConsole
 from transformers import AutoModelForCausalLM
 
 from xlstm_distill.data.rows import Batch
@@ -117,28 +115,12 @@ def test_a_streamed_student_is_the_merged_one_and_so_are_its_gradients(
 LEARNED = {"weights": "learned", "layer_groups": 2, "learning": {"steps": 3, "rows": 1}}
 
 
-class Stopping(QuietConsole):
-    """Stops the program after two steps of the merge `again`, as Ctrl-C does."""
-
-    @contextlib.contextmanager
-    def progress(self, label, *args, **kwargs):
-        with super().progress(label, *args, **kwargs) as bar:
-            self.left = 2 if label == "variant/again (learning)" else math.inf
-            update, bar.update = bar.update, lambda *a, **k: (self.count(), update(*a, **k))
-            yield bar
-
-    def count(self):
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.slow
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(found_run):
     """Twice the same merge in one run, the second of which is stopped and started again."""
     lineage, run_ = found_run({**LEARNED, "variants": {"again": LEARNED}})
     with pytest.raises(KeyboardInterrupt):
-        merge(lineage, run_, Stopping())
+        merge(lineage, run_, StoppingConsole("variant/again (learning)"))
     request = lineage.request("variant/again")
     assert (run_.work_directory(request) / STATE).exists()
     whole, resumed = merge(lineage, run_, QuietConsole())

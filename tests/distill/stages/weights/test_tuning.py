@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 
 import pytest
 import yaml
+from stopping import StoppingConsole
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.console import QuietConsole
@@ -19,28 +18,12 @@ pytest.importorskip("optuna")
 TUNED = {"weights": "tuned", "tuning": {"trials": 4, "items": 6}}
 
 
-class Stopping(QuietConsole):
-    """Stops the program after two trials of the merge `again`, as Ctrl-C does."""
-
-    @contextlib.contextmanager
-    def progress(self, label, *args, **kwargs):
-        with super().progress(label, *args, **kwargs) as bar:
-            self.left = 2 if label == "variant/again (tuning)" else math.inf
-            update, bar.update = bar.update, lambda *a, **k: (self.count(), update(*a, **k))
-            yield bar
-
-    def count(self):
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def tuned(found_run):
     """The same search twice, the second of which is stopped after two trials and started again."""
     lineage, run = found_run({**TUNED, "variants": {"again": TUNED}})
     with pytest.raises(KeyboardInterrupt):
-        merge(lineage, run, Stopping())
+        merge(lineage, run, StoppingConsole("variant/again (tuning)"))
     journal = run.work_directory(lineage.request("variant/again")) / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     # A kill may tear the line that is being written: here a third trial's.
