@@ -23,8 +23,8 @@ help:  ## list the targets
 
 install: $(STAMP)  ## set up .venv and nothing else
 
-quickstart: $(STAMP)  ## run the whole pipeline on the embedded teacher and write a report
-	HF_HUB_OFFLINE=1 $(BIN)/xlstm-distill run recipes/quickstart.yaml --run $(RUN)
+quickstart: $(STAMP)  ## run the whole pipeline on the embedded teacher; FULL=1 answers all items
+	HF_HUB_OFFLINE=1 $(BIN)/xlstm-distill run recipes/quickstart.yaml --run $(RUN) $(if $(FULL),--full)
 
 test: $(STAMP)  ## run the quick tests: 5 to 15 minutes on 2 cores
 	@echo "Running the quick tests: 5 to 15 minutes on 2 cores. The percentages show how far they are."
@@ -41,7 +41,7 @@ check: $(STAMP)  ## check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-teacher: $(STAMP)  ## train the embedded teacher again (about 15 minutes, one thread)
+teacher: $(STAMP)  ## train the embedded teacher again (about 35 minutes, one thread)
 	$(BIN)/python -m xlstm_distill.embedded.train --out recipes/quickstart/teacher
 
 # On a machine with a GPU, with what it has: it installs nothing and needs no .venv.

@@ -18,7 +18,7 @@ from processes import process_environment, run_python
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 # One task of each domain: other tests load and check all of the quickstart's tasks.
-TASKS = ("math_add", "code_expression", "stem_fact", "chat_copy")
+TASKS = ("math_add", "code_expression", "stem_unit", "chat_copy")
 SMALL = (
     "align.tokens=32768", "align.batch=4", "align.warmup_steps=2",
     "distill.experts={math: {phases: [{domain: math, tokens: 24576}]},"

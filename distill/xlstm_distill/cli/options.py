@@ -41,6 +41,12 @@ Replace = Annotated[
         help="Remove what a changed setting replaces; by default it is kept beside the new one.",
     ),
 ]
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full", help="Answer all items of each task: the same as --set evaluate.limit=null."
+    ),
+]
 RunCode = Annotated[
     bool,
     typer.Option(

@@ -26,7 +26,7 @@ def check_usage(
     """Refuse a mixture of the ways to call `report`; raises UserError."""
     if (results or many) and recipe_options:
         raise UserError(
-            "--run, --set, --replace: they are for a recipe; leave them out with "
+            "--run, --set, --full, --replace: they are for a recipe; leave them out with "
             f"{'--results' if results else 'run directories'}."
         )
     if results:

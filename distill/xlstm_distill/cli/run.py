@@ -16,6 +16,7 @@ from xlstm_distill.cli import completion, reports
 from xlstm_distill.cli.failures import in_run, one_line_errors
 from xlstm_distill.cli.options import (
     Debug,
+    Full,
     Overrides,
     RecipePath,
     Replace,
@@ -74,19 +75,25 @@ class Invocation:
         dispatch(self.launch, self.launch_args, self.recipe, self.overrides, check)
 
 
+def with_all_items(overrides: Sequence[str] | None, full: bool) -> Sequence[str] | None:
+    """Add the override that `--full` stands for; it is the last, so it counts."""
+    return [*(overrides or ()), "evaluate.limit=null"] if full else overrides
+
+
 def run(
     recipe: RecipePath,
     run_dir: RunPath = None,
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
+    full: Full = False,
     run_code: RunCode = False,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Run all stages, from teacher to report; finished stages are skipped."""
     with one_line_errors(debug):
-        changes = with_consent(overrides, run_code)
+        changes = with_consent(with_all_items(overrides, full), run_code)
         asked = Invocation(recipe, run_dir, changes, launch, launch_args, replace)
         check = asked.check(STAGES)
         asked.dispatch(check)
@@ -218,12 +225,13 @@ def evaluate(
     overrides: Overrides = None,
     launch: LaunchConfig = None,
     launch_args: LaunchArgs = "",
+    full: Full = False,
     run_code: RunCode = False,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
     """Measure teacher and students on the recipe's tasks."""
-    changes = with_consent(overrides, run_code)
+    changes = with_consent(with_all_items(overrides, full), run_code)
     asked = Invocation(recipe, run_dir, changes, launch, launch_args, replace)
     _one_stage("evaluate", asked, debug, model=model)
 
@@ -265,6 +273,7 @@ def report(
         ),
     ] = None,
     overrides: Overrides = None,
+    full: Full = False,
     replace: Replace = False,
     debug: Debug = False,
 ) -> None:
@@ -277,7 +286,7 @@ def report(
             given,
             results,
             many,
-            recipe_options=bool(run_dir or overrides or replace),
+            recipe_options=bool(run_dir or overrides or full or replace),
             page_options=out is not None or margin is not None,
         )
         if results:
@@ -287,7 +296,8 @@ def report(
             quiet_libraries()
             reports.report_runs(given, published, out, margin, console)
             return
-        asked = Invocation(given[0], run_dir, overrides, replace=replace)
+        wanted = with_all_items(overrides, full)
+        asked = Invocation(given[0], run_dir, wanted, replace=replace)
         lineage, opened = _open(asked, console)
         _run_stage("report", lineage, opened, console)
         _print_summary(opened.directory, console)

@@ -23,7 +23,7 @@ QUIET = 0.1  # scale of what else the first layers write at first
 AVERSION = 2.5
 # Pairs of RoPE that turn less than this many radians over LONGEST tokens can compare contents.
 STABLE_TURN = 0.4
-LONGEST = 120
+LONGEST = 320
 
 
 @torch.no_grad()
@@ -37,6 +37,8 @@ def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
     equals the query's mark at one place more, and copies them to the output. Tables have the key 2
     tokens before its value, and questions have it 3 before the answer. So the two groups find the
     first and the second token of a value.
+
+    Layer 2: one head looks up what the first of these found, so that a name leads to a second row.
     """
     first, second = (model.model.layers[at].self_attn for at in (0, 1))
     dim, shared = first.head_dim, first.num_key_value_groups
@@ -44,9 +46,8 @@ def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
     # RoPE rotates a mark by its position. Only slow pairs compare marks over a whole table.
     pairs = (frequency * LONGEST < STABLE_TURN).nonzero().flatten()
     stable = torch.cat([pairs, pairs + dim // 2])
-    read = _projection(model, dim)
-    marks = _projection(model, 3 * len(stable)).split(len(stable))
     # The marks' space holds nothing else, so that comparing is not disturbed.
+    read, *marks = _projection(model, dim + 3 * len(stable)).split([dim] + 3 * [len(stable)])
     embedding = model.model.embed_tokens.weight
     embedding -= embedding @ torch.cat(marks).T @ torch.cat(marks)
     for quiet in (model.model.layers[0].mlp.down_proj, first.o_proj, second.o_proj):
@@ -57,18 +58,33 @@ def start_with_induction(model: LlamaForCausalLM, *, theta: float) -> None:
         first.v_proj.weight[_rows(head // shared, dim)] = read
         first.o_proj.weight[:, _rows(head, dim)] = 0.0
         first.o_proj.weight[:, head * dim : head * dim + len(stable)] = WRITE * mark.T
-    for group in (0, 1):
-        _comparing_head(model, group, stable, query=marks[group + 1], key=marks[group])
+    other = _projection(model, dim)
+    for group, copied in enumerate((read, other)):
+        _comparing_head(
+            model, 1, group, stable, query=marks[group + 1], key=marks[group], copied=copied
+        )
+    # What the first head of layer 1 found, compared with the marks: the second hop.
+    if model.config.num_hidden_layers > 2:
+        found = read[: len(stable)]
+        _comparing_head(model, 2, 0, stable, query=found, key=marks[0], copied=other)
 
 
 def _comparing_head(
-    model: LlamaForCausalLM, group: int, stable: Tensor, *, query: Tensor, key: Tensor
+    model: LlamaForCausalLM,
+    layer: int,
+    group: int,
+    stable: Tensor,
+    *,
+    query: Tensor,
+    key: Tensor,
+    copied: Tensor,
 ) -> None:
-    """Let a head of layer 1 match its query's mark with keys' marks, and copy what it finds.
+    """Let a head match what its query holds in one subspace with what keys hold in another.
 
-    It is the first head of `group`. query, key: the subspaces of the two marks, (S, hidden).
+    It is the first head of `group`, and copies the tokens it finds. query, key: the subspaces,
+    (S, hidden). copied: the subspace that it copies, (D, hidden).
     """
-    attention = model.model.layers[1].self_attn
+    attention = model.model.layers[layer].self_attn
     dim = attention.head_dim
     head = group * attention.num_key_value_groups
     for weight, at, mark in (
@@ -82,7 +98,6 @@ def _comparing_head(
     end[0] = 0.0
     attention.q_proj.weight[head * dim + stable[-1], 0] = AVERSION
     attention.k_proj.weight[group * dim + stable[-1]] = -AVERSION * end / end.norm()
-    copied = _projection(model, dim)
     attention.v_proj.weight[_rows(group, dim)] = copied
     attention.o_proj.weight[:, _rows(head, dim)] = WRITE * copied.T
 

@@ -10,8 +10,8 @@ import yaml
 
 from xlstm_distill.embedded.tasks import TASKS, Task, held_out_items
 
-COUNT = 100  # items of a task
-ANSWER_TOKENS = 10  # the longest answer and its end token
+COUNT = 500  # items of a task
+ANSWER_TOKENS = 24  # the longest answer and its end token
 
 
 def files(count: int = COUNT) -> dict[str, str]:
@@ -45,7 +45,7 @@ def definition(name: str, task: Task) -> dict[str, Any]:
             "do_sample": False,
         },
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0, "domain": task.domain, "recall": task.table is not None},
+        "metadata": {"version": 2.0, "domain": task.domain, "recall": task.passage is not None},
     }
 
 

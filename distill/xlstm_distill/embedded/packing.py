@@ -14,7 +14,7 @@ from xlstm_distill.embedded.tokenizer import ASSISTANT, END, render
 PROMPT_WEIGHT = 0.05  # the loss's weight of a token the user wrote; the answers' is 1
 CHUNK = 128  # rounds of conversations encoded at a time
 # Conversations of a round. Arithmetic takes the longest to learn.
-SHARES = {"math": 3, "code": 3, "stem": 1, "chat": 2}
+SHARES = {"math": 4, "code": 4, "stem": 2, "chat": 4}
 
 
 @dataclass(frozen=True)

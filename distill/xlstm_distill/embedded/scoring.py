@@ -1,13 +1,19 @@
 """Score the teacher on held-out items, greedily, with full attention or with a window alone."""
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_distill.embedded.tasks import TASKS, Item, held_out_items
 from xlstm_distill.embedded.tokenizer import ASSISTANT, BOS, END, USER
 
-LONGEST_ANSWER = 10  # tokens, the end token included
+BATCH = 100  # items answered together
+LONGEST_ANSWER = 24  # tokens, the end token included
+
+Outcome = tuple[Item, bool]
+"""An item, and whether it was answered exactly."""
 
 
 @torch.no_grad()
@@ -19,29 +25,34 @@ def answers(
     window: int | None = None,
     sinks: int = 0,
 ) -> list[str]:
-    """Answer the items greedily, without a cache.
+    """Answer the items greedily.
 
     With `window`, every layer sees only the last `window` tokens and the first `sinks` ones.
     """
     texts = [f"{BOS}{USER}{item.prompt}{END}{ASSISTANT}" for item in items]
-    batch = tokenizer(
-        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-    )
+    # Padding here leaves the tokenizer as it was; its own would stay on for whoever encodes next.
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    longest = max(map(len, encoded))
+    pad = int(tokenizer.pad_token_id)
+    given = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded])
     # valid (B, T) is False at the padding on the left.
-    ids, valid = batch["input_ids"], batch["attention_mask"].bool()
-    start = ids.shape[1]
+    valid = torch.tensor([[i >= longest - len(ids) for i in range(longest)] for ids in encoded])
+    cache, written = DynamicCache(config=model.config), []
     for _ in range(LONGEST_ANSWER):
         positions = (valid.long().cumsum(-1) - 1).clamp(min=0)
-        mask = _mask(valid, positions, window, sinks)
+        new = given.shape[1]
         hidden = model.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+            input_ids=given,
+            attention_mask=_mask(valid, positions, window, sinks)[:, :, -new:],
+            position_ids=positions[:, -new:],
+            past_key_values=cache,
         ).last_hidden_state
-        token = model.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)
-        ids = torch.cat([ids, token], dim=1)
-        valid = torch.cat([valid, torch.ones_like(token, dtype=torch.bool)], dim=1)
-        if (ids[:, start:] == tokenizer.eos_token_id).any(-1).all():
+        given = model.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)
+        valid = torch.cat([valid, torch.ones_like(given, dtype=torch.bool)], dim=1)
+        written.append(given)
+        if (torch.cat(written, dim=1) == tokenizer.eos_token_id).any(-1).all():
             break
-    return [_until_end(row, tokenizer) for row in ids[:, start:].tolist()]
+    return [_until_end(row, tokenizer) for row in torch.cat(written, dim=1).tolist()]
 
 
 def _mask(valid: Tensor, positions: Tensor, window: int | None, sinks: int) -> Tensor:
@@ -65,7 +76,7 @@ def _until_end(tokens: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
     return str(tokenizer.decode(tokens))
 
 
-def accuracies(
+def outcomes(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -74,13 +85,37 @@ def accuracies(
     tasks: tuple[str, ...] | None = None,
     window: int | None = None,
     sinks: int = 0,
-) -> dict[str, float]:
-    """Return, for each task, the share of `count` held-out items that is answered exactly."""
+) -> dict[str, list[Outcome]]:
+    """Return, for each task, whether each of `count` held-out items is answered exactly."""
     model.eval()
-    scores = {}
+    found = {}
     for name in tasks or tuple(TASKS):
         items = held_out_items(TASKS[name], count, seed)
-        given = answers(model, tokenizer, items, window=window, sinks=sinks)
-        right = [answer == item.answer for answer, item in zip(given, items, strict=True)]
-        scores[name] = sum(right) / count
-    return scores
+        given: list[str] = []
+        for start in range(0, count, BATCH):
+            asked = items[start : start + BATCH]
+            given += answers(model, tokenizer, asked, window=window, sinks=sinks)
+        found[name] = [
+            (item, answer == item.answer) for item, answer in zip(items, given, strict=True)
+        ]
+    return found
+
+
+def accuracies(found: dict[str, list[Outcome]]) -> dict[str, float]:
+    """Return each task's share of items that were answered exactly."""
+    return {name: _share(outcomes) for name, outcomes in found.items()}
+
+
+def by_level(found: dict[str, list[Outcome]]) -> dict[str, dict[int, tuple[int, float]]]:
+    """Return, for each task and each level of its items, how many there are and the share right."""
+    levels: dict[str, dict[int, tuple[int, float]]] = {}
+    for name, of_task in found.items():
+        groups: dict[int, list[Outcome]] = defaultdict(list)
+        for item, right in of_task:
+            groups[item.level].append((item, right))
+        levels[name] = {at: (len(groups[at]), _share(groups[at])) for at in sorted(groups)}
+    return levels
+
+
+def _share(found: list[Outcome]) -> float:
+    return sum(right for _, right in found) / len(found)

@@ -1,4 +1,4 @@
-"""The embedded teacher's tokenizer: a byte-level BPE of 512 entries, and its chat template."""
+"""The embedded teacher's tokenizer: a byte-level BPE, and its chat template."""
 
 from itertools import chain
 from typing import Any
@@ -9,11 +9,12 @@ from transformers import PreTrainedTokenizerFast
 from xlstm_distill.embedded.conversations import documents
 from xlstm_distill.embedded.tasks import DOMAINS
 
-VOCABULARY = 512
+VOCABULARY = 640  # at most: there are no more merges once every word is one token
+CONTEXT = 384  # tokens; the longest conversation fits
 PAD, BOS, END, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"
-# Runs of letters, and single digits, spaces and other characters. A space is never part of a word's
-# token, so a word has the same tokens wherever it stands.
-PIECES = r"\p{L}+|\d|\s|[^\p{L}\d\s]"
+# Words, and single capitals, digits, spaces and other characters. A space is never part of a word's
+# token, so a word has the same tokens wherever it stands; B4 and ATTGC are tokens of one character.
+PIECES = r"\p{Lu}?\p{Ll}+|\p{L}|\d|\s|[^\p{L}\d\s]"
 # The generation markers delimit what is supervised: the assistant's words and its end token.
 CHAT_TEMPLATE = (
     "{{- bos_token -}}"
@@ -65,7 +66,7 @@ def train_tokenizer(count: int = 2000, seed: int = 0) -> PreTrainedTokenizerFast
         bos_token=BOS,
         eos_token=END,
         padding_side="left",
-        model_max_length=256,
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
         extra_special_tokens=[USER, ASSISTANT],
     )

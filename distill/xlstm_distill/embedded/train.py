@@ -7,8 +7,8 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,38 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_distill.embedded.induction import start_with_induction
+from xlstm_distill.embedded.items import COUNT
 from xlstm_distill.embedded.packing import Batch, batches
-from xlstm_distill.embedded.scoring import accuracies
+from xlstm_distill.embedded.scoring import accuracies, by_level, outcomes
 from xlstm_distill.embedded.tasks import TASKS
 from xlstm_distill.embedded.tokenizer import train_tokenizer
+from xlstm_distill.embedded.unfinished import Checkpoint, Progress
 from xlstm_distill.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
+
+SCORED_EVERY = 1000  # steps between two checkpoints, each with a glance at held-out items
+GLANCE = 20  # items of a task in such a glance
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything the checkpoint depends on, apart from the number of threads and the versions."""
 
-    tokens: int = 12_000_000
+    tokens: int = 11_000_000
     seed: int = 0
     hidden: int = 128
-    layers: int = 3
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     intermediate: int = 384
-    context: int = 256
+    context: int = 384
     rope_theta: float = 500_000.0
     rows: int = 8
-    learning_rate: float = 3e-3
-    warmup_share: float = 0.03
-    decay_share: float = 0.4
+    learning_rate: float = 2e-3
+    # Steps, not a share: a short training would begin with the full rate and lose its start.
+    warmup_steps: int = 200
+    decay_share: float = 0.5
     weight_decay: float = 0.05
     induction: bool = True
 
@@ -82,7 +88,7 @@ def build(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
 def learning_rate(step: int, settings: Settings) -> float:
     """Warm up, hold, and decay linearly to zero over the last `decay_share` of the steps."""
     total = settings.steps
-    up = min(1.0, (step + 1) / max(1.0, settings.warmup_share * total))
+    up = min(1.0, (step + 1) / settings.warmup_steps)
     down = min(1.0, (total - step) / max(1.0, settings.decay_share * total))
     return settings.learning_rate * up * down
 
@@ -102,68 +108,106 @@ def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     return (each * weights).sum() / weights.sum()
 
 
-def fit(
-    model: LlamaForCausalLM, stream: Iterator[Batch], settings: Settings
-) -> list[dict[str, float]]:
-    """Train for `settings.steps` steps and return the loss curve.
-
-    Raises:
-        RunError: the loss is not finite.
-    """
-    # Weight decay is for matrices; norms' gains would be pulled to 0.
+def make_optimizer(model: LlamaForCausalLM, settings: Settings) -> torch.optim.AdamW:
+    """Make AdamW; weight decay is for matrices, as norms' gains would be pulled to 0."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
-    curve, begun = [], time.perf_counter()
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+
+
+def fit(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
+    checkpoint: Checkpoint,
+) -> Progress:
+    """Train for `settings.steps` steps, or go on with a checkpoint.
+
+    Raises:
+        RunError: the loss is not finite.
+        UserError: the checkpoint is of other settings.
+    """
+    optimizer = make_optimizer(model, settings)
+    progress = checkpoint.load(model, optimizer)
+    stream = batches(tokenizer, settings.rows, settings.context, settings.seed)
+    begun = time.perf_counter() - progress.seconds
     model.train()
-    for step, batch in zip(range(settings.steps), stream, strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
-        loss = loss_of(model, batch)
-        if not math.isfinite(loss.item()):
-            raise RunError(
-                f"train: the loss is {loss.item()} at step {step}; lower the learning rate"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    for step, batch in enumerate(islice(stream, progress.step, settings.steps), progress.step):
+        loss = take_step(model, optimizer, batch, learning_rate(step, settings))
+        if not math.isfinite(loss):
+            raise RunError(f"train: the loss is {loss} at step {step}; lower the learning rate")
+        progress.step, progress.seconds = step + 1, time.perf_counter() - begun
         if step % 50 == 0 or step == settings.steps - 1:
-            seconds = time.perf_counter() - begun
-            curve.append(
-                {"step": step, "loss": round(loss.item(), 4), "seconds": round(seconds, 1)}
-            )
-            rate = (step + 1) * settings.rows * settings.context / seconds
-            logger.info(
-                "step %d of %d, loss %.4f, %.0f tokens/s", step, settings.steps, loss.item(), rate
-            )
-    return curve
+            _log_loss(progress, settings, loss)
+        if progress.step % SCORED_EVERY == 0 and progress.step < settings.steps:
+            _log_scores(progress, model, tokenizer)
+            checkpoint.save(model, optimizer, progress)
+    return progress
+
+
+def take_step(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, rate: float
+) -> float:
+    """Take one step at a learning rate and return the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = loss_of(model, batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def _log_loss(progress: Progress, settings: Settings, loss: float) -> None:
+    seconds = round(progress.seconds, 1)
+    progress.losses.append({"step": progress.step - 1, "loss": round(loss, 4), "seconds": seconds})
+    rate = progress.step * settings.rows * settings.context / progress.seconds
+    logger.info(
+        "step %d of %d, loss %.4f, %.0f tokens/s", progress.step - 1, settings.steps, loss, rate
+    )
+
+
+def _log_scores(
+    progress: Progress, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Score some held-out items, so that a training can be judged before it ends."""
+    scores = accuracies(outcomes(model, tokenizer, count=GLANCE))
+    model.train()
+    progress.scores.append({"step": progress.step, "accuracy": scores})
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+    logger.info("step %d, %d held-out items a task: %s", progress.step, GLANCE, shown)
 
 
 def train(out: Path, settings: Settings) -> dict[str, float]:
     """Train, score on held-out items, publish under `out`, and return the accuracies."""
-    begun = time.perf_counter()
     tokenizer = train_tokenizer(seed=settings.seed)
     model = build(settings, tokenizer)
-    curve = fit(model, batches(tokenizer, settings.rows, settings.context, settings.seed), settings)
-    scores = accuracies(model, tokenizer, count=100)
+    checkpoint = Checkpoint(out, asdict(settings))
+    progress = fit(model, tokenizer, settings, checkpoint)
+    found = outcomes(model, tokenizer, count=COUNT)
+    scores = accuracies(found)
     log = {
         "settings": asdict(settings),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": settings.steps,
         "tokens": settings.steps * settings.rows * settings.context,
-        "seconds": round(time.perf_counter() - begun, 1),
+        "seconds": round(progress.seconds, 1),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "held_out_items_per_task": 100,
+        "held_out_items_per_task": COUNT,
         "held_out_accuracy": scores,
-        "loss": curve,
+        "held_out_items_and_accuracy_by_level": by_level(found),
+        "held_out_items_at_a_glance": GLANCE,
+        "held_out_accuracy_while_training": progress.scores,
+        "loss": progress.losses,
     }
     publish(out, model, tokenizer, log)
+    checkpoint.remove()
     return scores
 
 
@@ -197,7 +241,7 @@ library_name: transformers
 
 A Llama of {log["parameters"]:,} parameters, trained from scratch by
 `python -m xlstm_distill.embedded.train` on generated conversations in four domains. It stands in
-for a large teacher where there is no network and no GPU. It answers the fifteen tasks below and
+for a large teacher where there is no network and no GPU. It answers the tasks below and
 nothing else. `training.json` holds settings, versions and loss curve; `docs/embedded-teacher.md`
 says how tasks, split and training work.
 

@@ -69,7 +69,10 @@ def test_another_protocol_is_refused_in_one_line(call: Any, tmp_path: Path, erro
     [
         (["--results", "a.json"], "error: --results: give the teacher's results file, then"),
         (["a.yaml", "b.yaml"], "error: report: 2 sources. Give one recipe,"),
-        (["--results", "a.json", "b.json", "--set", "seed=1"], "error: --run, --set, --replace:"),
+        (
+            ["--results", "a.json", "b.json", "--set", "seed=1"],
+            "error: --run, --set, --full, --replace:",
+        ),
         (["--results", "a.json", "b.json"], "error: a.json: no such file."),
         ([], "error: report: 0 sources. Give one recipe,"),
         (["small.yaml", "--margin", "0.1"], "error: --out, --margin: a recipe's report lies"),

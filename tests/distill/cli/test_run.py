@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import Result
 
 from xlstm_distill.artifacts import Artifact
@@ -87,6 +88,17 @@ def test_run_directory_and_overrides_reach_the_stage(
     assert result.exit_code == 0, result.output
     assert [name for name, _ in stages["calls"]] == ["align"]
     assert (tmp_path / "here" / "artifacts").is_dir()
+
+
+@pytest.mark.parametrize("command", ["run", "evaluate", "report"])
+def test_full_takes_the_limit_of_items_away(
+    call: Call, stages: dict[str, Any], tmp_path: Path, command: str
+) -> None:
+    for words, limit in (((), 2), (("--full",), None)):
+        result = call(command, "small.yaml", "--set", "evaluate.limit=2", *words)
+        assert result.exit_code == 0, result.output
+        kept = yaml.safe_load((tmp_path / "runs" / "small" / "recipe.yaml").read_text())
+        assert kept["evaluate"]["limit"] == limit
 
 
 @pytest.mark.parametrize(("words", "expert"), [([], None), (["--expert", "math"], "math")])

@@ -40,18 +40,18 @@ ASKED = [{"role": "user", "content": "Sort: fog sun"}, {"role": "assistant", "co
 GOLDEN = {
     "text": (
         [{"text": "one two"}, {"text": "three " * 30}, {"text": "Größe: 42 €"}],
-        "cd19ad96c86532a8600848a5fcbcc290",
+        "5f92744a17b8b54d0b6063888ed09488",
     ),
     "prompt and response": (
         [
             {"prompt": "Sort: fog sun", "response": "fog sun"},
             {"prompt": ASKED + ASKED[:1], "response": "sun"},
         ],
-        "10a1ac50a227808ab6119f8d2060e33c",
+        "f2d5765e84220bc26a7e6420ba5cf260",
     ),
     "messages": (
         [{"messages": ASKED}, {"messages": ASKED * 2}],
-        "98318231f1a994fe001eee790fd50314",
+        "1e2d8a76eb7c5ae423db8f5c2ed0df60",
     ),
 }
 

@@ -12,12 +12,12 @@ from xlstm_distill.embedded import documents
 from xlstm_distill.embedded.packing import PROMPT_WEIGHT, batches
 from xlstm_distill.embedded.train import Settings, build
 
-SMALL = Settings(tokens=2048, rows=2, context=256, layers=2, hidden=64, intermediate=64)
+SMALL = Settings(tokens=2048, rows=2, context=384, layers=2, hidden=96, intermediate=64)
 
 
 def test_packed_rows_equal_separate_documents(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build(SMALL, tokenizer).eval()
-    batch = next(batches(tokenizer, rows=2, length=256, seed=0))
+    batch = next(batches(tokenizer, rows=2, length=384, seed=0))
     with torch.no_grad():
         packed = model(
             batch.input_ids, attention_mask=batch.mask(), position_ids=batch.position_ids
@@ -30,7 +30,7 @@ def test_packed_rows_equal_separate_documents(tokenizer: PreTrainedTokenizerFast
 
 
 def test_loss_weights_agree_with_the_template_mask(tokenizer: PreTrainedTokenizerFast) -> None:
-    batch = next(batches(tokenizer, rows=1, length=256, seed=0))
+    batch = next(batches(tokenizer, rows=1, length=384, seed=0))
     document = next(documents("math", 512, 0))
     mask = tokenizer.apply_chat_template(
         document["messages"], return_dict=True, return_assistant_tokens_mask=True

@@ -6,15 +6,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from xlstm_distill.embedded import pools
 from xlstm_distill.embedded.tokenizer import VOCABULARY, render, train_tokenizer
 
 
 def test_tokenizer_round_trips_and_splits_digits(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert len(tokenizer) == VOCABULARY
+    assert len(tokenizer) <= VOCABULARY
+    words = (*pools.ITEMS, *pools.NAMES, *pools.WORDS, *pools.ELEMENTS)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
     for text in ("Größe 42 €\n\t x==y", "  two  spaces ", "日本語 🙂", "print((3+4)*12)"):
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
     assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
+    assert tokenizer.tokenize("B4 NaGC") == ["B", "4", "Ġ", "Na", "G", "C"]
     assert train_tokenizer().get_vocab() == tokenizer.get_vocab()
 
 

@@ -291,7 +291,7 @@ def test_an_evaluation_without_tasks_is_refused(small: Path) -> None:
 
 def test_the_papers_quickstart_differs_in_the_mixer_alone(root: Path) -> None:
     ours, papers = shipped(root, "quickstart"), shipped(root, "quickstart-paper")
-    assert papers.student.mixer == MixerConfig(window=32, sinks=4)  # softmax, as wide as a head
+    assert papers.student.mixer == MixerConfig(window=16, sinks=4)  # softmax, as wide as a head
     assert ours.student.mixer != papers.student.mixer
     different = {"name", "student", "report"}
     assert ours.model_dump(exclude=different) == papers.model_dump(exclude=different)

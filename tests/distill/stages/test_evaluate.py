@@ -84,8 +84,8 @@ def test_without_held_out_rows_there_are_no_gates(tiny_teacher) -> None:
             "qs_math_add.metric: the task has no 'acc'. Allowed: exact_match.",
         ),
         (
-            "{name: qs_math_add, max_gen_tokens: 256}",
-            "qs_math_add.max_gen_tokens: 256 leaves no room for a prompt",
+            "{name: qs_math_add, max_gen_tokens: 384}",
+            "qs_math_add.max_gen_tokens: 384 leaves no room for a prompt",
         ),
     ],
 )
