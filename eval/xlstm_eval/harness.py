@@ -119,6 +119,7 @@ def evaluate_model(
         settings_hash=hash_value([settings, seed]),
         # First those of the batches, in their order: also of other ranks and of earlier runs.
         warnings=tuple(dict.fromkeys([*said, *warnings])),
+        groups=_groups(loaded),
         protocol={
             **_protocol(sizes, batches),
             "lm_eval": importlib.metadata.version("lm_eval"),
@@ -134,6 +135,14 @@ def evaluate_model(
             **sandbox_protocol(loaded),
         },
     )
+
+
+def _groups(loaded: LoadedSuite) -> dict[str, list[str]]:
+    """Return the members of the tasks that are groups, in the order of their items."""
+    found: dict[str, list[str]] = {}
+    for entry, leaf in loaded.leaves():
+        found.setdefault(entry.name, []).append(leaf.task_name)
+    return {name: members for name, members in found.items() if members != [name]}
 
 
 def help_to_evaluate(

@@ -26,7 +26,7 @@ from xlstm_eval.problems import did_you_mean
 from xlstm_eval.records import EvalError
 from xlstm_eval.suites import joined_settings, suite_names
 
-SUITE_NAME = {"enum": list(suite_names()), "type": "string"}
+SUITE_NAME: dict[str, Any] = {"enum": list(suite_names()), "type": "string"}
 """A suite's name in the schema. The field itself stays empty: the section takes the tasks."""
 
 # The values of `xlstm_eval.long_context.settings`, which a recipe does not load.
