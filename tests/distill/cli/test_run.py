@@ -49,14 +49,15 @@ def test_run_goes_through_all_stages_and_shows_the_scores(
 
 
 def test_a_run_says_something_before_it_loads_its_libraries(small: Path) -> None:
-    """The first line comes while torch is not loaded, and within a second of processor time."""
+    """The first line comes before the libraries that take seconds to load."""
     # `line` is called for the first line; what comes after it does not matter here.
+    slow = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "scipy", "matplotlib")
     code = (
         "import os, sys\n"
         "from xlstm_distill.cli.app import app\n"
         "from xlstm_distill.runtime.console import Console\n"
         "def line(self, text=''):\n"
-        "    print(text, 'torch' in sys.modules, sum(os.times()[:2]), flush=True)\n"
+        f"    print(text, [name for name in {slow} if name in sys.modules], flush=True)\n"
         "    os._exit(0)\n"
         "Console.line = line\n"
         "app(['run', 'small.yaml'])\n"
@@ -64,8 +65,7 @@ def test_a_run_says_something_before_it_loads_its_libraries(small: Path) -> None
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=small
     )
-    assert done.stdout.startswith("small: run directory runs/small False "), done.stderr
-    assert float(done.stdout.split()[-1]) < 1.0
+    assert done.stdout == "small: run directory runs/small []\n", done.stderr
 
 
 def test_run_checks_the_evaluation_before_the_first_stage(

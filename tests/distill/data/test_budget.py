@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 def needed(domain, *overrides):
     settings = [
+        "data.context=256",
         "data.validation_rows=5",
         "align.batch=16",
         "distill.batch=16",
