@@ -123,20 +123,20 @@ def test_a_stage_that_is_killed_and_then_told_to_stop_ends_as_if_nothing_had_bee
         _, told[number] = process.communicate(timeout=120)
         assert process.returncode == code, told[number]
     assert "stopped by SIGTERM after " in told[signal.SIGTERM]
-    stopped = r"stopped by Ctrl-C after (\d+) of 32 steps of align, with a checkpoint; .* \1 of 32"
+    stopped = r"stopped by Ctrl-C after (\d+) of 22 steps of align, with a checkpoint; .* \1 of 22"
     goes_on_at = re.search(stopped, told[signal.SIGINT])[1]
     status = cli("status", tmp_path, sets=()).stdout
-    assert re.search(r"align +stopped \d:\d\d ago at checkpoint \d+ +\d+ of 32", status)
+    assert re.search(r"align +stopped \d:\d\d ago at checkpoint \d+ +\d+ of 22", status)
     done = cli(*words)
-    assert f"align: goes on at step {goes_on_at} of 32" in done.stdout, done.stderr
+    assert f"align: goes on at step {goes_on_at} of 22" in done.stdout, done.stderr
     model = Path("artifacts", "align", "model", "model.safetensors")
     assert (tmp_path / model).read_bytes() == (run / model).read_bytes()
     assert not list((tmp_path / "training").iterdir())
     artifact = tmp_path / "artifacts" / "align"
     log = [json.loads(line) for line in (artifact / "log.jsonl").read_text().splitlines()]
     # The artifact's seconds count the work of all three processes.
-    steps = [32768 / 32 / line["tokens_per_second"] for line in log]
-    assert len(steps) == 32
+    steps = [4 * 384 / line["tokens_per_second"] for line in log]
+    assert len(steps) == 22
     assert json.loads((artifact / "manifest.json").read_text())["wall_seconds"] > sum(steps)
 
 
@@ -178,7 +178,7 @@ def test_the_report_holds_every_model(run):
     own = {"qs_math_add": "math", "qs_chat_copy": "chat"}  # of two domains there are experts
     assert {task: v["expert"] for task, v in report["merging"]["tasks"].items()} == own
     gates = report["gates"]["merged"]
-    assert (len(gates), len(gates[0])) == (3, 4)
+    assert (len(gates), len(gates[0])) == (4, 4)
     html = (run / "report" / "report.html").read_text()
     assert 'src="http' not in html
 

@@ -101,12 +101,13 @@ def test_the_store_reaches_the_goal_and_gives_the_loss_of_the_teacher_at_work(re
     assert len(shards(reference)) > 2
     rows = open_domains(loaded, data, captured_rows(loaded))
     stored = _targets(lineage, captured(run), Accelerator(cpu=True))
-    online = OnlineTargets(
-        load_teacher(loaded.teacher), 256, loaded.capture.mass, loaded.capture.min_k
-    )
+    teacher = load_teacher(loaded.teacher)
+    online = OnlineTargets(teacher, 256, loaded.capture.mass, loaded.capture.min_k)
     batch = load_batch(rows, [("math", 20), ("chat", 3), ("math", 0)])
     mine, theirs = stored(batch), online(batch)
-    student = torch.randn(len(mine.tail), 512, generator=torch.Generator().manual_seed(0))
+    student = torch.randn(
+        len(mine.tail), teacher.config.vocab_size, generator=torch.Generator().manual_seed(0)
+    )
     torch.testing.assert_close(
         sparse_kl(student, mine).mean(), sparse_kl(student, theirs).mean(), rtol=1e-3, atol=1e-3
     )

@@ -159,7 +159,7 @@ def test_what_changed_is_named_by_its_recipe_key(root, recipe):
         f"distill/{name} changed" for name in ("math", "code", "stem", "chat")
     ]
     assert not {"data/math", "capture/math", "evaluate/teacher"} & set(found)
-    assert changes("student.mixer.window=16")["align"] == ["student.mixer.window 32 -> 16"]
+    assert changes("student.mixer.window=8")["align"] == ["student.mixer.window 16 -> 8"]
     weights = changes("merge.weights={math: 0.4, code: 0.2, stem: 0.2, chat: 0.2}")
     assert weights["merge"][0] == "merge.weights.math 0.25 -> 0.4"
     assert set(weights) == {"merge", "evaluate/merged", "report"}
@@ -170,7 +170,7 @@ def test_what_changed_is_named_by_its_recipe_key(root, recipe):
         "distill.experts.math.phases[0].tokens 200000 -> 400000",
     ]
     assert "distill/code" not in longer
-    assert changes("evaluate.limit=5")["evaluate/teacher"] == ["evaluate.limit null -> 5"]
+    assert changes("evaluate.limit=5")["evaluate/teacher"] == ["evaluate.limit 50 -> 5"]
     # Consent is none of an evaluation's settings: `report` finds what `evaluate --run-code` made.
     assert set(changes("evaluate.confirm_run_unsafe_code=true")) == {"report"}
 

@@ -206,7 +206,7 @@ def test_what_other_settings_made_is_outdated_and_so_is_what_rests_on_it(finishe
 @pytest.mark.parametrize(
     ("override", "label", "why"),
     [
-        ("data.context=128", "data/math", "data.context 256 -> 128"),
+        ("data.context=128", "data/math", "data.context 384 -> 128"),
         (
             "data.domains.math.sources[0].documents=20_000",
             "data/math",
@@ -214,7 +214,7 @@ def test_what_other_settings_made_is_outdated_and_so_is_what_rests_on_it(finishe
         ),
         ("capture.top_k=32", "capture/chat", "capture.top_k 64 -> 32"),
         ("student.mixer.sinks=2", "align", "student.mixer.sinks 4 -> 2"),
-        ("evaluate.limit=5", "evaluate/teacher", "evaluate.limit null -> 5"),
+        ("evaluate.limit=5", "evaluate/teacher", "evaluate.limit 50 -> 5"),
         ("report.title=New", "report", "report.title Quickstart -> New"),
     ],
 )
@@ -225,9 +225,10 @@ def test_each_stage_names_its_own_key(finished, root, override, label, why):
 
 
 def test_more_rows_than_are_needed_are_not_outdated(finished, root):
-    stages = with_recipe(finished, root, "align.tokens=1_000_000")
+    key = "distill.experts.math.phases[0].tokens"
+    stages = with_recipe(finished, root, f"{key}=100_000")
     assert stages["data/math"].state == "done"
-    assert stages["align"].why == "align.tokens 2000000 -> 1000000"
+    assert stages["distill/math"].why == f"{key} 200000 -> 100000"
 
 
 def test_what_is_not_there_is_waiting_and_what_no_recipe_names_says_so(finished, root):
