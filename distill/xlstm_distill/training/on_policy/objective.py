@@ -79,11 +79,13 @@ class RefineObjective(DistillObjective):
         for opening in openings:
             own = sampled.get(opening.number)
             renewed.append(opening if own is None else replace(opening, continuation=np.array(own)))
+        # Samples of like length side by side: padding is computed too.
+        order = sorted(range(len(rows)), key=lambda n: len(renewed[n]))
         made, start = [], 0
         for batch in batches:
-            stop = start + len(batch.rows)
-            made.append(self._batch(renewed[start:stop], batch.rows))
-            start = stop
+            part = order[start : start + len(batch.rows)]
+            made.append(self._batch([renewed[n] for n in part], [rows[n] for n in part]))
+            start += len(batch.rows)
         return made, {
             "sampled": float(len(found)),
             "tokens": float(sum(map(len, found))),
@@ -115,7 +117,7 @@ class RefineObjective(DistillObjective):
 
     def _batch(self, openings: Sequence[Opening], rows: Sequence[Row]) -> Batch:
         """Put samples into rows of their own, padded on the right."""
-        lengths = torch.tensor([len(o.prompt) + len(o.continuation) for o in openings])
+        lengths = torch.tensor([len(opening) for opening in openings])
         width = self.width or -(-int(lengths.max()) // WIDTH) * WIDTH
         ids = torch.zeros(len(openings), width, dtype=torch.int64)
         supervised = torch.zeros(len(openings), width, dtype=torch.bool)

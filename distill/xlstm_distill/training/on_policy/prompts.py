@@ -26,6 +26,9 @@ class Opening:
     number: int
     sampled: bool
 
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.continuation)
+
 
 @dataclass(frozen=True)
 class Cutter:

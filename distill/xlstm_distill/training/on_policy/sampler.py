@@ -15,7 +15,10 @@ from xlstm_distill.models.families import CausalLM
 from xlstm_distill.training.on_policy.prompts import PURPOSE
 
 ASK_EVERY = 8
-"""Tokens after which the host asks whether all rows have ended; each question waits for a GPU."""
+"""Tokens after which the host asks which rows have ended; each question waits for a GPU.
+
+Once half of the rows have, the others go on alone: a row's state is read for every token.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,24 @@ class Sampler:
         cache: Any = model.new_cache()
         read: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         logits = model(input_ids=ids, attention_mask=mask, **read).logits[:, -1]
+        found = torch.zeros(len(prompts), settings.new_tokens, dtype=torch.int64, device=device)
+        # Where the rows that are still decoded belong, and which of them have ended.
+        places = torch.arange(len(prompts), device=device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        tokens: list[Tensor] = []
-        while True:
-            token = draw_tokens(logits, draws[:, len(tokens)], settings.temperature, settings.top_p)
-            tokens.append(token)
+        for step in range(settings.new_tokens):
+            if step % ASK_EVERY == 0 and step:
+                going = (~ended).nonzero().squeeze(1)
+                if not len(going):
+                    break
+                if 2 * len(going) <= len(ended):
+                    cache.batch_select_indices(going)
+                    places, ended, logits = places[going], ended[going], logits[going]
+            token = draw_tokens(logits, draws[places, step], settings.temperature, settings.top_p)
+            found[places, step] = token
             ended |= torch.isin(token, ends)
-            if len(tokens) == settings.new_tokens:
-                break
-            if len(tokens) % ASK_EVERY == 0 and bool(ended.all()):
-                break
-            logits = model(input_ids=token[:, None], **read).logits[:, -1]
-        rows = torch.stack(tokens, dim=1).tolist()
-        return [_until_end(row, settings.ends) for row in rows]
+            if step + 1 < settings.new_tokens:
+                logits = model(input_ids=token[:, None], **read).logits[:, -1]
+        return [_until_end(row, settings.ends) for row in found.tolist()]
 
 
 def pad_left(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
