@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from xlstm_distill.planning.architecture import Architecture, lora_parameters
-from xlstm_distill.recipe import MixerConfig, Refine
+from xlstm_distill.recipe import MixerConfig
 
 MLSTM_CHUNK = 64
 """Tokens of a chunk in this count. Backends may use another: the count must not depend on them."""
@@ -201,28 +201,6 @@ def distill_flops(
     if online:
         total += teacher_flops(a, context).forward()
     return total
-
-
-def refine_flops(
-    a: Architecture,
-    mixer: MixerConfig,
-    refine: Refine,
-    trainable: Literal["all", "mixer", "lora"] = "all",
-    *,
-    lora_rank: int = 0,
-) -> float:
-    """Count a token of on-policy refinement: sampling, the teacher, and the student's training.
-
-    Prompts are read once more to sample from them. A sample counts with all the tokens that it may
-    have.
-    """
-    training = distill_flops(
-        a, mixer, refine.row_tokens, trainable, lora_rank=lora_rank, online=True
-    )
-    # Of a prompt's tokens, only the last one has logits.
-    logits = (refine.new_tokens + 1) / refine.row_tokens
-    sampling = student_flops(a, mixer, refine.row_tokens).forward(supervised=logits)
-    return training + (1 - refine.off_policy) * sampling
 
 
 def recomputed_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:

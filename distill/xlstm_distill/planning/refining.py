@@ -26,8 +26,9 @@ from xlstm_distill.recipe.refining import MOST_SAMPLED
 def refine_cost(planner: Planner, name: str) -> StageCost:
     """Cost the on-policy refinement of one expert.
 
-    Its hours are those of training at stage II's utilisation, and of sampling, which reads all
-    weights and states from memory for every token.
+    Its hours are those of training at stage II's utilisation, and of sampling. A sampled token
+    reads all weights and states from memory, which takes longer than its operations: these are not
+    counted.
     """
     recipe, section = planner.recipe, planner.recipe.refine
     assert section is not None
@@ -44,8 +45,13 @@ def refine_cost(planner: Planner, name: str) -> StageCost:
     measure = functools.partial(refine_memory, sampled=sampled)
     memory = planner.reducing(StageMemory("refine", measure, inputs, section.batch))
     steps, tokens = section.steps(), section.steps() * section.batch * section.row_tokens
-    per_token = flops.refine_flops(
-        a, mixer, section, recipe.distill.trainable, lora_rank=recipe.distill.lora_rank
+    per_token = flops.distill_flops(
+        a,
+        mixer,
+        section.row_tokens,
+        recipe.distill.trainable,
+        lora_rank=recipe.distill.lora_rank,
+        online=True,
     )
     again = flops.recomputed_flops(a, mixer, section.row_tokens) if inputs.checkpointing else 0.0
     seconds = _sampling_seconds(planner, section, share, sampled)

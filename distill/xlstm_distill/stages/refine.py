@@ -22,7 +22,7 @@ from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.loading import empty_student, load_shards
 from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.models.teacher import download_teacher, load_teacher
-from xlstm_distill.planning.flops import refine_flops
+from xlstm_distill.planning.flops import distill_flops
 from xlstm_distill.recipe import Recipe, Refine
 from xlstm_distill.recipe.refining import MOST_SAMPLED
 from xlstm_distill.runtime.console import Console
@@ -212,12 +212,14 @@ def _plan(work: Work, student: CausalLM, domains: Mapping[str, DomainRows]) -> T
     steps = settings.steps()
     weights = mixture(recipe, work.name)
     schedule = RowSchedule(domains, weights, recipe.seed, steps * settings.batch)
-    flops = refine_flops(
+    # Of training alone: decoding is bound by memory, and no part of the MFU.
+    flops = distill_flops(
         architecture_of(student),
         recipe.student.mixer,
-        settings,
+        settings.row_tokens,
         recipe.distill.trainable,
         lora_rank=recipe.distill.lora_rank,
+        online=True,
     )
     stretch = Stretch(schedule, steps, settings.lr)
     return TrainingPlan(
