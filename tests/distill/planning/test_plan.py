@@ -64,7 +64,7 @@ def test_a_refinement_is_planned_with_its_teacher_its_copy_and_the_time_of_decod
     memory = stage.memory
     assert memory.teacher == pytest.approx(2 * plan.parameters.teacher)
     assert memory.working_copies >= 2 * plan.parameters.student
-    # 64 rows of this state: 32 layers x 32 heads x 128 features x 129 numbers, in fp32; and 516 keys.
+    # 64 rows and 32 layers: states of 32 heads x 128 x 129 numbers in fp32, and 516 keys.
     assert memory.cache == pytest.approx(64 * 32 * (32 * 128 * 129 * 4 + 2 * 1024 * 516 * 2), 0.01)
     # Each of 512 tokens reads the weights, and reads and writes the states, at 1.675 TB/s.
     seconds = 512 * (2 * plan.parameters.student + 2 * memory.cache) / 1.675e12
