@@ -62,6 +62,7 @@ ROOMS = {
         "statistics",
         "score",
         "suites",
+        "samples",
         "results",
         "tasks",
         "protocol",

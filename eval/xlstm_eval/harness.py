@@ -34,6 +34,7 @@ from xlstm_eval.protocol import task_protocols, text_hash
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
 from xlstm_eval.suites import Suite, SuiteTask
+from xlstm_eval.tasks.local import task_length
 from xlstm_eval.tasks.mt_bench import MT_BENCH
 from xlstm_eval.tasks.sandbox import require_sandbox
 from xlstm_eval.terminal import quiet
@@ -79,7 +80,7 @@ def evaluate_model(
     from xlstm_eval.answering.language_model import AskedModel
 
     started = time.perf_counter()
-    loaded = suite if isinstance(suite, LoadedSuite) else load_suite(suite)
+    loaded = suite if isinstance(suite, LoadedSuite) else load_suite(suite, tokenizer)
     sizes = BatchSizes(session.batch_size, session.sizes)
     progress = _on_terminal(session.progress, sys.stderr)
     with in_evaluation(model), quiet() as warnings:
@@ -118,6 +119,7 @@ def evaluate_model(
         settings_hash=hash_value([settings, seed]),
         # First those of the batches, in their order: also of other ranks and of earlier runs.
         warnings=tuple(dict.fromkeys([*said, *warnings])),
+        groups=_groups(loaded),
         protocol={
             **_protocol(sizes, batches),
             "lm_eval": importlib.metadata.version("lm_eval"),
@@ -133,6 +135,14 @@ def evaluate_model(
             **sandbox_protocol(loaded),
         },
     )
+
+
+def _groups(loaded: LoadedSuite) -> dict[str, list[str]]:
+    """Return the members of the tasks that are groups, in the order of their items."""
+    found: dict[str, list[str]] = {}
+    for entry, leaf in loaded.leaves():
+        found.setdefault(entry.name, []).append(leaf.task_name)
+    return {name: members for name, members in found.items() if members != [name]}
 
 
 def help_to_evaluate(
@@ -190,7 +200,7 @@ def check_suite(suite: Suite, config: PretrainedConfig, tokenizer: PreTrainedTok
     Raises EvalError as load_suite and evaluate_model do.
     """
     # Which metrics a task reports shows only when it has been run: a stand-in answers one item.
-    loaded = load_suite(suite.model_copy(update={"limit": 1}))
+    loaded = load_suite(suite.model_copy(update={"limit": 1}), tokenizer)
     with quiet():
         lm = _stand_in(config, tokenizer)
         _check(loaded, lm)
@@ -213,6 +223,12 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
             raise EvalError(
                 f"{entry.name}: runs code that a model wrote by means of its own, outside the "
                 "sandbox. Leave it out, or score it with xlstm_eval.tasks.code.pass_at_k."
+            )
+        length = task_length(entry.name)
+        if length > lm.max_length:
+            raise EvalError(
+                f"{entry.name}: its prompts and answers have {length} tokens, the model's context "
+                f"{lm.max_length}. Leave it out."
             )
         if leaf.get_config("output_type") != "generate_until":
             continue

@@ -18,10 +18,13 @@ from xlstm_eval.suites import Suite, SuiteTask
 from xlstm_eval.tasks.code import is_confined, sandboxed_metrics
 from xlstm_eval.tasks.local import local_tasks
 from xlstm_eval.tasks.mt_bench import MT_BENCH, Question, load_questions
+from xlstm_eval.tasks.ruler import drawn_alike, tokenizer_folder
 from xlstm_eval.terminal import quiet
 
 FILE_BUILDERS = ("json", "csv", "parquet", "text")
 """What a task file names as ``dataset_path`` to read its own ``data_files``."""
+LONG_TASKS = ("niah_", "ruler", "longbench")
+"""How those of lm-eval's tasks begin that need the extra `long-context`."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,19 @@ class LoadedSuite:
         return total
 
 
-def load_suite(suite: Suite) -> LoadedSuite:
+def load_suite(suite: Suite, tokenizer: Any = None) -> LoadedSuite:
     """Find the suite's tasks, apply its overrides, and read their data.
 
-    Relative ``data_files`` are taken from the folder of the task file that names them.
+    Relative ``data_files`` are taken from the folder of the task file that names them. Prompts of
+    RULER's tasks are sized by ``tokenizer``.
     Raises EvalError: no such folder, unknown task, data that cannot be loaded.
     """
     with quiet():
         manager = _find_tasks(suite)
-        with sandboxed_metrics():
-            tasks = {task.name: _load_task(manager, task.name) for task in _harnessed(suite)}
+        with sandboxed_metrics(), tokenizer_folder(tokenizer) as folder:
+            tasks = {
+                task.name: _load_task(manager, task.name, folder) for task in _harnessed(suite)
+            }
         loaded = LoadedSuite(suite, tasks, manager, questions=_questions(suite))
         unconfined = set()
         for entry, leaf in loaded.leaves():
@@ -119,6 +125,9 @@ def _data_of(leaf: Any) -> str:
     files = (leaf.get_config("dataset_kwargs") or {}).get("data_files")
     # Of files, those of the split alone: two tasks may name one file for different splits.
     found.append(files.get(split, files) if isinstance(files, dict) else files)
+    if leaf.get_config("custom_dataset") is not None:
+        # Items that a function makes have no data set's name.
+        found.append(leaf.task_name)
     return repr(found)
 
 
@@ -160,20 +169,22 @@ def _with_defaults(path: str | None) -> Any:
     return TaskManager(include_path=path, include_defaults=True)
 
 
-def _load_task(manager: Any, name: str) -> Any:
+def _load_task(manager: Any, name: str, tokenizer: str | None) -> Any:
     """Load one task or group; make a task file's relative data files absolute first."""
     from datasets.exceptions import DatasetsError
 
     try:
-        spec = _task_spec(manager, name)
-        loaded = manager.load([spec])
-    # lm-eval's tasks assert the versions of what they import.
-    except (ModuleNotFoundError, AssertionError) as error:
+        spec = _task_spec(manager, name, tokenizer)
+        with drawn_alike(name):
+            loaded = manager.load([spec])
+    # lm-eval's tasks assert the versions of what they import, or say what to install.
+    except (ImportError, AssertionError) as error:
+        extra = "long-context" if _original(name).startswith(LONG_TASKS) else "suites"
         raise EvalError(
             f"suite.tasks: {name} needs further packages, or other versions. "
-            f"Run pip install 'xlstm-distill[suites]'. ({_first_line(error)})"
+            f"Run pip install 'xlstm-distill[{extra}]'. ({_first_line(error)})"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, DatasetsError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise EvalError(f"suite.tasks: {name} cannot be loaded: {_first_line(error)}") from error
     return loaded["groups"].get(name) or loaded["tasks"][name]
 
@@ -184,7 +195,7 @@ def _original(name: str) -> str:
     return name if own is None else own.original
 
 
-def _task_spec(manager: Any, name: str) -> str | dict[str, Any]:
+def _task_spec(manager: Any, name: str, tokenizer: str | None) -> str | dict[str, Any]:
     """Return what lm-eval loads a task from: its name, or its settings.
 
     Settings are those of a task of our own, or those with absolute data files.
@@ -193,7 +204,7 @@ def _task_spec(manager: Any, name: str) -> str | dict[str, Any]:
 
     entry, own = manager.task_index[_original(name)], local_tasks().get(name)
     if own is not None:
-        return own.settings(load_yaml(entry.yaml_path))
+        return own.settings(load_yaml(entry.yaml_path), tokenizer)
     if entry.yaml_path is None:
         return str(entry.name)
     config: dict[str, Any] = load_yaml(entry.yaml_path)

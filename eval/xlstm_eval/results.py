@@ -15,14 +15,12 @@ from pydantic import ValidationError
 
 from xlstm_eval.problems import did_you_mean, one_line
 from xlstm_eval.records import EvalError, LongContext, TaskResult
+from xlstm_eval.samples import GROUPS_FILE, Row
 from xlstm_eval.suites import SuiteTask
 
 ITEMS_FILE = "items.json"
 LONG_CONTEXT_FILE = "long_context.json"
 ANSWERS_FILE = "long_context_answers.jsonl"
-
-Row = dict[str, Any]
-"""One item of a task as lm-eval logs it: doc, arguments, resps, filter, each metric's value."""
 
 # Taken in this order where a task reports several metrics and the suite names none.
 PREFERRED_METRICS = (
@@ -47,7 +45,8 @@ class EvaluationResult:
 
     ``requests_hash`` covers every request in order: task, item, prompt, generation settings. Two
     models with equal hashes were asked exactly the same. ``warnings`` are lm-eval's on truncated
-    prompts. ``protocol`` is how they were answered (`harness._protocol`).
+    prompts. ``protocol`` is how they were answered (`harness._protocol`). ``groups`` maps tasks
+    that are groups to their members, by which samples are kept.
     """
 
     tasks: tuple[TaskResult, ...]
@@ -57,6 +56,7 @@ class EvaluationResult:
     settings_hash: str
     warnings: tuple[str, ...] = ()
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def require_same_requests(hashes: Mapping[str, str], teacher: str = "teacher") -> None:
@@ -83,6 +83,8 @@ def write_samples(result: EvaluationResult, directory: Path) -> list[Path]:
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         paths.append(path)
+    if result.groups:
+        (directory / GROUPS_FILE).write_text(json.dumps(result.groups), encoding="utf-8")
     return paths
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from xlstm_eval.problems import one_line
 from xlstm_eval.protocol import require_same_protocol, task_protocols
-from xlstm_eval.records import EvalError, TaskResult
-from xlstm_eval.results import Row, task_result
+from xlstm_eval.records import EvalError, Kind, TaskResult
+from xlstm_eval.results import all_metrics, pick_metric, task_result
+from xlstm_eval.samples import Row, Rows, as_logged, counted, read_lines
 from xlstm_eval.suites import SuiteTask
 
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
@@ -23,21 +28,23 @@ ASKED = {"doc_hash": "document", "prompt_hash": "prompt", "target_hash": "target
 class StockResults:
     """Hold one model's results and what shows that it was asked the same as others.
 
-    ``asked`` maps each task to its items in order: number, filter, hashes.
+    ``asked`` maps each task with samples to its items in order: number, filter, hashes. ``rows``
+    reads them again.
     """
 
     name: str
     tasks: tuple[TaskResult, ...]
     protocol: dict[str, Any]
-    asked: dict[str, list[tuple[Any, ...]]]
+    asked: dict[str, list[tuple[Any, ...]]] = field(repr=False)
+    rows: Rows = field(repr=False)
 
 
 def read_stock_results(path: Path) -> StockResults:
     """Read a results file with the samples in it, or in the files that lm-eval writes beside it.
 
     Of a task's metrics counts the only one, else the first that is preferred
-    (`results.pick_metric`). A group is one task. Raises EvalError: not such a file, no samples, no
-    metric that stands out.
+    (`results.pick_metric`). A group is one task. Without samples, tasks have scores and no items.
+    Raises EvalError: not such a file, several files of samples, no metric that stands out.
     """
     data = _read_json(path)
     missing = {"results", "configs"} - set(data)
@@ -47,17 +54,68 @@ def read_stock_results(path: Path) -> StockResults:
             "Give a results file of lm-eval (--output_path DIR --log_samples)."
         )
     tasks, asked = [], {}
-    for name, leaves in _tasks(data).items():
-        rows: list[Row] = []
-        for leaf in leaves:
-            rows += sorted(_samples(data, path, leaf), key=lambda row: int(row["doc_id"]))
-        higher = data.get("higher_is_better", {}).get(name) or {}
-        own = {metric: is_better for metric, is_better in higher.items() if is_better is not None}
-        tasks.append(task_result(SuiteTask(name=name), data["results"][name], rows, own))
+    groups = _tasks(data)
+    for name, leaves in groups.items():
+        rows = _rows_of(data, path, leaves)
+        if rows is None:
+            tasks.append(_scored_alone(name, leaves, data))
+            continue
+        higher = _higher_is_better(data, name)
+        found = task_result(SuiteTask(name=name), data["results"][name], rows, higher)
+        tasks.append(found.model_copy(update={"kind": _kind(leaves, data)}))
         asked[name] = [
             (row["doc_id"], row["filter"], *(row.get(key) for key in ASKED)) for row in rows
         ]
-    return StockResults(_model_name(data, path), tuple(tasks), _protocol(data), asked)
+
+    def rows_again(task: TaskResult) -> Iterator[Row]:
+        own = _rows_of(data, path, groups[task.task]) if task.task in asked else None
+        return counted((as_logged(row) for row in own or ()), task)
+
+    return StockResults(_model_name(data, path), tuple(tasks), _protocol(data), asked, rows_again)
+
+
+def _rows_of(data: Mapping[str, Any], path: Path, leaves: Sequence[str]) -> list[Row] | None:
+    """Return the samples of a task or group, each member's by number; None if some are missing."""
+    rows: list[Row] = []
+    for leaf in leaves:
+        own = _samples(data, path, leaf)
+        if own is None:
+            return None
+        rows += sorted(own, key=lambda row: int(row["doc_id"]))
+    return rows or None
+
+
+def _scored_alone(name: str, leaves: Sequence[str], data: Mapping[str, Any]) -> TaskResult:
+    """Return a task's result from its score, without items."""
+    scores = data["results"][name]
+    metric, filter_name = pick_metric(SuiteTask(name=name), scores)
+    counts = data.get("n-samples") or {}
+    error = scores.get(f"{metric}_stderr,{filter_name}")
+    known = isinstance(error, int | float) and math.isfinite(error)
+    values = {
+        "task": name,
+        "metric": f"{metric},{filter_name}",
+        "score": scores[f"{metric},{filter_name}"],
+        "metrics": all_metrics(scores),
+        "stderr": error if known else None,
+        "higher_is_better": _higher_is_better(data, name).get(metric, True),
+        "kind": _kind(leaves, data),
+        "samples": sum((counts.get(leaf) or {}).get("effective", 0) for leaf in leaves),
+    }
+    try:
+        return TaskResult.model_validate(values)
+    except ValidationError as problem:
+        raise EvalError(f"{name}: {one_line(problem, TaskResult, whole='result')}") from None
+
+
+def _kind(leaves: Sequence[str], data: Mapping[str, Any]) -> Kind:
+    types = [(data["configs"].get(leaf) or {}).get("output_type") for leaf in leaves]
+    return "generation" if all(own == "generate_until" for own in types) else "loglikelihood"
+
+
+def _higher_is_better(data: Mapping[str, Any], task: str) -> dict[str, bool]:
+    found = data.get("higher_is_better", {}).get(task) or {}
+    return {metric: bool(value) for metric, value in found.items() if value is not None}
 
 
 def require_same_items(teacher: StockResults, student: StockResults) -> None:
@@ -131,7 +189,7 @@ def _leaves(name: str, below: Mapping[str, list[str]]) -> Iterator[str]:
         yield from _leaves(member, below)
 
 
-def _samples(data: Mapping[str, Any], path: Path, task: str) -> list[Row]:
+def _samples(data: Mapping[str, Any], path: Path, task: str) -> list[Row] | None:
     """Return one task's samples: from the results file, else from the file of its date."""
     inside = data.get("samples") or {}
     if task in inside:
@@ -142,17 +200,18 @@ def _samples(data: Mapping[str, Any], path: Path, task: str) -> list[Row]:
         # Renamed results: the samples are clear if there is only one such file.
         pattern = re.compile(rf"samples_{re.escape(task)}_\d{{4}}-.*\.jsonl")
         files = [file for file in sorted(path.parent.iterdir()) if pattern.fullmatch(file.name)]
-        if len(files) != 1:
+        if not files:
+            return None
+        if len(files) > 1:
             raise EvalError(
-                f"{path}: has {len(files) or 'no'} samples files of {task} beside it; one is "
-                "needed. Run lm-eval with --log_samples and keep its files together."
+                f"{path}: has {len(files)} samples files of {task} beside it; one is needed. "
+                "Keep each run's files in a folder of their own."
             )
         own = files[0]
-    with own.open(encoding="utf-8") as lines:
-        try:
-            return [json.loads(line) for line in lines if line.strip()]
-        except json.JSONDecodeError as error:
-            raise EvalError(f"{own}: not JSON lines ({error}).") from None
+    try:
+        return list(read_lines(own))
+    except ValueError as error:  # also what is not UTF-8
+        raise EvalError(f"{own}: not JSON lines ({error}).") from None
 
 
 def _model_name(data: Mapping[str, Any], path: Path) -> str:

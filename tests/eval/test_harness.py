@@ -36,6 +36,7 @@ from xlstm_eval.results import (
     write_items,
     write_samples,
 )
+from xlstm_eval.samples import folder_rows
 from xlstm_eval.stock import read_stock_results, require_same_items
 from xlstm_eval.suites import Judge, Suite, SuiteTask
 
@@ -412,9 +413,53 @@ def test_stock_results_of_another_protocol_are_refused(
     assert message in str(caught.value)
 
 
-def test_stock_results_of_other_items_or_without_samples_are_refused(
-    stock: Path, tmp_path: Path
-) -> None:
+def test_stock_results_show_prompts_and_both_answers(stock: Path) -> None:
+    data = stock_report([stock_file(stock, name) for name in ("teacher", "student")])
+    assert data.items is not None
+    assert data.items.total == 3 * ITEMS
+    assert data.no_items == ""
+    (item,) = (i for i in data.items.items if (i.task, i.number) == ("first", 3))
+    for name, answer in (("teacher", item.teacher), ("student", item.student)):
+        (file,) = (stock / name).rglob("samples_first_*.jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        (row,) = (row for row in rows if row["doc_id"] == 3)
+        assert item.prompt == row["arguments"]["gen_args_0"]["arg_0"]
+        assert answer.startswith(row["filtered_resps"][0])
+        assert getattr(item, f"{name}_score") == row["exact_match"]
+    chosen = [item for item in data.items.items if item.task == "choice"]
+    assert all("(log-likelihood -" in item.teacher for item in chosen)
+    page = render(data)["report.html"]
+    assert 'id="item-data"' in page
+    assert 'id="no-items"' not in page
+    # Some benchmarks ask not to publish their items.
+    kept = stock_report([stock_file(stock, name) for name in ("teacher", "student")], most_items=0)
+    assert kept.items is None
+
+
+def test_stock_results_without_samples_are_compared_and_said(stock: Path, tmp_path: Path) -> None:
+    teacher, student = (stock_file(stock, name) for name in ("teacher", "student"))
+    own = shutil.copy(student, tmp_path / "alone.json")
+    data = stock_report([teacher, own])
+    assert data.items is None
+    assert data.no_items.endswith("Run lm-eval with --log_samples.")
+    scores = {task.task: task.score for task in data.models[0].results}
+    assert scores == {task.task: task.score for task in read_stock_results(student).tasks}
+    files = render(data)
+    assert data.no_items in files["report.md"]
+    assert 'id="no-items"' in files["report.html"]
+    (model,) = json.loads(files["report.json"])["models"]
+    assert model["decision"] == "undecided"
+    # Of one task alone: the others keep their items.
+    (file,) = student.parent.glob("samples_first_*.jsonl")
+    shutil.copytree(student.parent, tmp_path / "some")
+    (tmp_path / "some" / file.name).unlink()
+    some = stock_report([teacher, tmp_path / "some" / student.name])
+    assert some.no_items.startswith(f"{some.models[0].name} has no samples of first:")
+    assert some.items is not None
+    assert {item.task for item in some.items.items} == {"second", "choice"}
+
+
+def test_stock_results_of_other_items_are_refused(stock: Path, tmp_path: Path) -> None:
     teacher, student = (stock_file(stock, name) for name in ("teacher", "student"))
     shutil.copytree(student.parent, tmp_path / "other")
     (file,) = (tmp_path / "other").glob("samples_first_*.jsonl")
@@ -423,9 +468,11 @@ def test_stock_results_of_other_items_or_without_samples_are_refused(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(EvalError, match=r"first: item 3 of .* has another prompt"):
         stock_report([teacher, tmp_path / "other" / student.name])
-    file.unlink()
-    with pytest.raises(EvalError, match=r"has no samples files of first beside it"):
-        stock_report([teacher, tmp_path / "other" / student.name])
+    second = file.with_name("samples_first_2025-01-01T00-00-00.jsonl")
+    shutil.copy(file, second)
+    renamed = (tmp_path / "other" / student.name).rename(tmp_path / "other" / "mine.json")
+    with pytest.raises(EvalError, match=r"has 2 samples files of first beside it; one is needed"):
+        stock_report([teacher, renamed])
     with pytest.raises(EvalError, match="no such file"):
         stock_report([teacher, tmp_path / "none.json"])
     (tmp_path / "scores.json").write_text('{"tasks": []}')
@@ -497,7 +544,14 @@ def test_a_suite_is_checked_without_a_model_as_its_tasks_report(
         text = (folder / f"{name}.yaml").read_text()
         (tmp_path / f"{name}.yaml").write_text(text.replace("data/", f"{folder}/data/"))
     group = SuiteTask(name="both", metric="exact_match", multiturn=True)
-    check_suite(Suite(include=tmp_path, tasks=(group,)), model.config, tokenizer)
+    both = Suite(include=tmp_path, tasks=(group,), limit=2)
+    check_suite(both, model.config, tokenizer)
+    found = evaluate_model(model, tokenizer, both, Session(batch_size=4))
+    assert found.groups == {"both": ["first", "second"]}
+    write_samples(found, tmp_path / "samples")
+    rows = list(folder_rows(tmp_path / "samples")(found.tasks[0]))
+    assert tuple(row["exact_match"] for row in rows) == found.tasks[0].items
+    assert [row["doc_id"] for row in rows] == [0, 1, 0, 1]
     wrong = Suite(include=tmp_path, tasks=(group.model_copy(update={"metric": "acc"}),))
     with pytest.raises(
         EvalError, match=r"both\.metric: the task has no 'acc'\. Allowed: exact_match\."

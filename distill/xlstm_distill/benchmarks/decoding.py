@@ -1,8 +1,12 @@
-"""Time prefill and decoding: `python -m xlstm_distill.benchmarks.decoding --model 8b`.
+"""Time prefill and decoding: `python -m xlstm_distill.benchmarks.decoding --model 28m`.
 
-A randomly initialised Llama and its student, in the run's dtype: the time to read a prompt, and to
-decode a token after it. Every case is a line of JSON as soon as it is there; one that fails says
-why. The student's memory does not grow with the prompt, the teacher's cache does.
+A randomly initialised Llama (`attention`) and its student, in one dtype: the time to read a prompt
+and to decode a token after it, the peak memory of reading, and the bytes of the decoding state. In
+each round the two take turns, and a ratio is of one round; so what else runs on the machine touches
+both. Peak memory is measured in a process of its own for each model and prompt.
+
+Every case is a row of the table as soon as it is there, and a line of JSON in `--out`. A case that
+fails says why. The attention's cache is transformers' default, which grows with the prompt.
 """
 
 from __future__ import annotations
@@ -10,18 +14,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from xlstm_distill.benchmarks.loss import clock
 from xlstm_distill.benchmarks.training import MODELS
+from xlstm_distill.models.cache import StudentCache
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig
-from xlstm_distill.runtime.device import peak_bytes
+from xlstm_distill.runtime.device import forget_peak, peak_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -32,6 +41,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 16,
         "vocab_size": 97,
+    },
+    "28m": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 8192,
+        "tie_word_embeddings": True,
     },
     "1b": MODELS["1b"],
     "8b": {
@@ -47,62 +66,199 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Llama configurations by name; 1b and 8b have the shapes of Llama 3.2 1B and 3.1 8B."""
 VARIANTS = ("student", "attention")
+MIB = 2**20
+WARM_UP = 16
+"""Tokens that are read before anything is measured."""
 
 
-def make_model(variant: str, options: argparse.Namespace) -> CausalLM:
-    """Make a model with random weights, at once on the device and in the dtype."""
+def make_models(variants: Iterable[str], options: argparse.Namespace) -> dict[str, CausalLM]:
+    """Make models of the same random weights, at once on the device and in the dtype."""
     torch.manual_seed(0)
     settings = SHAPES[options.model]
     if options.layers:
         settings = settings | {"num_hidden_layers": options.layers}
-    longest = max(options.prompts) + options.tokens
+    longest = max(options.prompts) + options.tokens * options.rounds + WARM_UP
     config = LlamaConfig(**settings, max_position_embeddings=longest)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, options.dtype))
+    found: dict[str, CausalLM] = {}
     try:
         with torch.device(options.device):
-            model: CausalLM = LlamaForCausalLM(config).eval()
-            if variant == "student":
-                model = convert(model, MixerConfig(window=options.window)).eval()
-                for mixer in model.mixers():
-                    mixer.backend = options.backend
+            teacher: CausalLM = LlamaForCausalLM(config).eval()
+            if "student" in variants:
+                mixer = MixerConfig(window=options.window)
+                found["student"] = convert(teacher, mixer, share_weights=True).eval()
+                for module in found["student"].mixers():
+                    module.backend = options.backend
+            if "attention" in variants:
+                found["attention"] = teacher
     finally:
         torch.set_default_dtype(before)
-    return model
+    return found
+
+
+def draw(prompt: int, batch: int, options: argparse.Namespace) -> Tensor:
+    """Draw random token ids (B, T)."""
+    vocabulary = SHAPES[options.model]["vocab_size"]
+    return torch.randint(vocabulary, (batch, prompt), device=options.device)
+
+
+def new_cache(model: CausalLM) -> Cache:
+    """Make an empty cache."""
+    return model.new_cache() if hasattr(model, "new_cache") else DynamicCache()
+
+
+def state_bytes(cache: Cache) -> int:
+    """Count what a cache holds."""
+    if isinstance(cache, StudentCache):
+        return cache.nbytes()
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+class Clock:
+    """Seconds since it was made: `process`, this process's own, and `wall`.
+
+    On CUDA both are the wall's, after all kernels. On a CPU, other processes disturb a process's
+    own time less.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter(), time.perf_counter()
+        return time.process_time(), time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds so far."""
+        process, wall = self._now()
+        return {"process": process - self.start[0], "wall": wall - self.start[1]}
 
 
 @torch.no_grad()
-def measured(
-    model: CausalLM, variant: str, prompt: int, batch: int, options: argparse.Namespace
-) -> dict[str, float]:
-    """Time a prompt and the tokens after it; medians in milliseconds, the peak in bytes."""
-    device = torch.device(options.device)
-    vocabulary = SHAPES[options.model]["vocab_size"]
-    ids = torch.randint(vocabulary, (batch, prompt), device=device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    reads, steps = [], []
-    for _ in range(options.repeats + 1):
-        cache = model.new_cache() if variant == "student" else DynamicCache()
-        start = clock(device)
-        model(ids, past_key_values=cache, logits_to_keep=1)
-        reads.append(1e3 * (clock(device) - start))
-    for _ in range(options.tokens):
-        start = clock(device)
-        model(ids[:, -1:], past_key_values=cache)
-        steps.append(1e3 * (clock(device) - start))
-    # The first of each may compile.
-    read, step = statistics.median(reads[1:]), statistics.median(steps[1:] or steps)
-    return {
-        "prefill_ms": read,
-        "prefill_tokens_per_second": 1e3 * batch * prompt / read,
-        "decode_ms": step,
-        "decode_tokens_per_second": 1e3 * batch / step,
-        "peak_bytes": peak_bytes(device),
-    }
+def one_round(model: CausalLM, ids: Tensor, tokens: int) -> dict[str, Any]:
+    """Read a prompt and decode `tokens` after it; seconds of the prompt and of one token."""
+    device = ids.device
+    cache, clock = new_cache(model), Clock(device)
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    read = clock.read()
+    token = ids[:, -1:]
+    model(token, past_key_values=cache)  # the first may fold weights or compile
+    clock = Clock(device)
+    for _ in range(tokens):
+        model(token, past_key_values=cache)
+    step = {name: seconds / tokens for name, seconds in clock.read().items()}
+    return {"prefill": read, "decode": step, "state_bytes": state_bytes(cache)}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def timed(
+    models: dict[str, CausalLM], prompt: int, batch: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Have the models take turns, and return medians with their spread."""
+    ids = draw(prompt, batch, options)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    for n in range(options.rounds):
+        # Who is first takes turns too.
+        for name in list(models)[:: -1 if n % 2 else 1]:
+            rounds[name].append(one_round(models[name], ids, options.tokens))
+    found: dict[str, Any] = {"rounds": rounds}
+    for name, seen in rounds.items():
+        read = statistics.median(one["prefill"]["process"] for one in seen)
+        step = statistics.median(one["decode"]["process"] for one in seen)
+        found[name] = {
+            "prefill_ms": 1e3 * read,
+            "prefill_tokens_per_second": batch * prompt / read,
+            "decode_ms": 1e3 * step,
+            "decode_tokens_per_second": batch / step,
+            "state_bytes": seen[-1]["state_bytes"],
+        }
+    # How many times the attention's tokens a second, and how much of its time for a token.
+    found["prefill_speedup"] = spread(rounds, "prefill", "attention", "student")
+    found["decode_time"] = spread(rounds, "decode", "student", "attention")
+    return found
+
+
+def spread(rounds: dict[str, list[Any]], what: str, above: str, below: str) -> dict[str, Any]:
+    """Return the ratio of two models' times in each round: median, least, most, by each clock."""
+    found = {}
+    for clock in ("process", "wall"):
+        pairs = zip(rounds[above], rounds[below], strict=True)
+        ratios = [a[what][clock] / b[what][clock] for a, b in pairs]
+        found[clock] = [statistics.median(ratios), min(ratios), max(ratios)]
+    return found
+
+
+@torch.no_grad()
+def reading_memory(options: argparse.Namespace) -> dict[str, int]:
+    """Return the most bytes that reading one prompt takes beyond what is held before it.
+
+    peak: of the prompt. total: of the whole process on a CPU, of the device on CUDA.
+    """
+    device, prompt = torch.device(options.device), options.prompts[0]
+    (model,) = make_models([options.only], options).values()
+    model(draw(WARM_UP, 1, options), past_key_values=new_cache(model), logits_to_keep=1)
+    ids, cache = draw(prompt, options.batches[0], options), new_cache(model)
+    forget_peak()
+    before = peak_bytes(device)
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    total = peak_bytes(device)
+    return {"peak": total - before, "total": total}
+
+
+def peaks(prompt: int, batch: int, arguments: list[str]) -> dict[str, dict[str, int]]:
+    """Measure the peak memory of each model in a process of its own."""
+    found = {}
+    for name in VARIANTS:
+        command = [sys.executable, "-m", "xlstm_distill.benchmarks.decoding", *arguments]
+        command += ["--only", name, "--prompts", str(prompt), "--batches", str(batch)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+COLUMNS = (
+    "context",
+    "batch",
+    "prefill tokens/s, student",
+    "attention",
+    "speedup (least to most)",
+    "decode ms, student",
+    "attention",
+    "ratio (least to most)",
+    "peak of prefill MiB, student",
+    "attention",
+    "state MiB, student",
+    "attention",
+)
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+
+
+def row(case: dict[str, Any]) -> str:
+    """Show a case as a row of the table."""
+    cells = [f"{case['prompt']:,}", str(case["batch"])]
+    if "failed" in case:
+        return f"| {' | '.join(cells)} | {case['failed']} |\n"
+    student, attention = case["student"], case["attention"]
+    for what, ratio, digits in (
+        ("prefill_tokens_per_second", "prefill_speedup", 0),
+        ("decode_ms", "decode_time", 2),
+    ):
+        median, least, most = case[ratio]["process"]
+        cells += [f"{x[what]:,.{digits}f}" for x in (student, attention)]
+        cells.append(f"**{median:.2f}** ({least:.2f} to {most:.2f})")
+    memory = case.get("memory")
+    for name in VARIANTS:
+        cells.append(f"{memory[name]['peak'] / MIB:,.0f}" if memory else "")
+    cells += [f"{x['state_bytes'] / MIB:,.2f}" for x in (student, attention)]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m xlstm_distill.benchmarks.decoding", description=__doc__.splitlines()[0]
@@ -111,33 +267,51 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--model", choices=SHAPES, default="tiny", help="default tiny")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default bfloat16 on CUDA, else float32"
+    )
     parser.add_argument(
         "--backend", choices=("auto", "torch", "triton"), default="auto", help="of the mixers"
     )
     parser.add_argument("--prompts", type=int, nargs="+", default=[1024], help="tokens read")
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="rows")
-    for name, default in {"tokens": 32, "window": 512, "repeats": 2}.items():
+    defaults = {"tokens": 32, "window": 128, "rounds": 3, "threads": 1}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="a file that gets a line of JSON for every case")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line of JSON for every case; returns 1 if one failed."""
+    """Print a table, a row as soon as its case is measured; returns 1 if a case failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options, failed = parse(arguments), False
-    for variant in VARIANTS:
-        model = make_model(variant, options)
-        for prompt in options.prompts:
-            for batch in options.batches:
-                case: dict[str, Any] = {"variant": variant, "prompt": prompt, "batch": batch}
-                try:
-                    case |= measured(model, variant, prompt, batch, options)
-                except RuntimeError as error:  # the cache of a long prompt may not fit
-                    failed = True
-                    case["failed"] = str(error).splitlines()[0]
-                sys.stdout.write(json.dumps(case) + "\n")
-                sys.stdout.flush()
-        del model
+    torch.set_num_threads(options.threads)
+    if options.only:
+        sys.stdout.write(json.dumps(reading_memory(options)) + "\n")
+        return 0
+    models = make_models(VARIANTS, options)
+    for model in models.values():
+        one_round(model, draw(WARM_UP, 1, options), 1)
+    sys.stdout.write(HEADER)
+    for prompt in options.prompts:
+        for batch in options.batches:
+            case: dict[str, Any] = {"model": options.model, "prompt": prompt, "batch": batch}
+            try:
+                case |= timed(models, prompt, batch, options)
+                if not options.no_memory:
+                    case["memory"] = peaks(prompt, batch, arguments)
+            except RuntimeError as error:  # the cache of a long prompt may not fit
+                failed, case["failed"] = True, str(error).splitlines()[0]
+            sys.stdout.write(row(case))
+            sys.stdout.flush()
+            if options.out:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(case) + "\n")
     return int(failed)
 
 

@@ -8,7 +8,7 @@ import typer
 
 from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, use, validate
 from xlstm_distill.cli.doctor import doctor
-from xlstm_distill.cli.processes import slurm
+from xlstm_distill.cli.processes import serve, slurm
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ for command in (
     use.export,
     use.generate,
     use.chat,
+    serve.serve,
     use.long_context,
     slurm.slurm,
     validate.validate,

@@ -21,13 +21,23 @@ OWN_COMPARISON = {"compare.html", "compare.md", "compare.json"}
 
 
 def check_usage(
-    sources: Sequence[Path], results: bool, many: bool, *, recipe_options: bool, page_options: bool
+    sources: Sequence[Path],
+    results: bool,
+    many: bool,
+    *,
+    recipe_options: bool,
+    page_options: bool,
+    item_option: bool,
 ) -> None:
     """Refuse a mixture of the ways to call `report`; raises UserError."""
     if (results or many) and recipe_options:
         raise UserError(
             "--run, --set, --replace: they are for a recipe; leave them out with "
             f"{'--results' if results else 'run directories'}."
+        )
+    if item_option and not results:
+        raise UserError(
+            "--items: it is for --results. A run's report has the recipe's report.items (--set)."
         )
     if results:
         if len(sources) < 2:
@@ -51,16 +61,24 @@ def check_usage(
 
 
 def report_results(
-    files: Sequence[Path], out: Path | None, margin: float | None, console: Console
+    files: Sequence[Path],
+    out: Path | None,
+    margin: float | None,
+    items: int | None,
+    console: Console,
 ) -> None:
     """Write the report of stock lm-eval's results files: the teacher's first."""
     from xlstm_eval.metrics import MARGIN
+    from xlstm_eval.report.items import MOST_ITEMS
     from xlstm_eval.report.outside import stock_report
     from xlstm_eval.report.page import write_report
 
     target = _checked_out(out, OWN_FILES)
-    page = write_report(stock_report(files, MARGIN if margin is None else margin), target)
-    show(page, console)
+    most = MOST_ITEMS if items is None else items
+    data = stock_report(files, MARGIN if margin is None else margin, most)
+    show(write_report(data, target), console)
+    if data.no_items:
+        console.line(data.no_items)
 
 
 def report_runs(

@@ -288,6 +288,14 @@ def report(
             show_default="the recipe's, or 0.02",
         ),
     ] = None,
+    items: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Most items on the page, with --results; 0 keeps prompts and answers out of it.",
+            show_default="10000",
+        ),
+    ] = None,
     overrides: Overrides = None,
     replace: Replace = False,
     debug: Debug = False,
@@ -303,9 +311,10 @@ def report(
             many,
             recipe_options=bool(run_dir or overrides or replace),
             page_options=out is not None or margin is not None,
+            item_option=items is not None,
         )
         if results:
-            reports.report_results(given, out, margin, console)
+            reports.report_results(given, out, margin, items, console)
             return
         if many:
             quiet_libraries()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from xlstm_distill.recipe.fields import (
     Count,
@@ -24,17 +24,10 @@ from xlstm_distill.recipe.fields import (
 )
 from xlstm_eval.problems import did_you_mean
 from xlstm_eval.records import EvalError
-from xlstm_eval.suites import suite_names, suite_settings
+from xlstm_eval.suites import joined_settings, suite_names
 
-
-def _suite_name(value: str) -> str:
-    # A known name never comes so far: the section takes its tasks and forgets it.
-    raise FieldError("", f"{value!r} is unknown. {did_you_mean(value, suite_names())}")
-
-
-SuiteName = Annotated[
-    str, AfterValidator(_suite_name), Field(json_schema_extra={"enum": list(suite_names())})
-]
+SUITE_NAME: dict[str, Any] = {"enum": list(suite_names()), "type": "string"}
+"""A suite's name in the schema. The field itself stays empty: the section takes the tasks."""
 
 # The values of `xlstm_eval.long_context.settings`, which a recipe does not load.
 NeedleKind = Literal["single", "multi-key", "multi-value", "multi-query"]
@@ -171,13 +164,19 @@ class Evaluate(Section):
     )
     # Not kept: the recipe that a run saves holds the suite's tasks, so a later version of the suite
     # changes no run that has begun.
-    suite: SuiteName | None = Field(
+    suite: tuple[Text, ...] | None = Field(
         default=None,
         exclude=True,
-        description="A suite that comes with the package: its tasks and its `apply_chat_template`.",
+        json_schema_extra={
+            "anyOf": [SUITE_NAME, {"items": SUITE_NAME, "type": "array"}, {"type": "null"}]
+        },
+        description="A suite that comes with the package, or several: tasks, "
+        "`apply_chat_template` and `long_context` are theirs where the recipe does not say.",
     )
     leave_out: tuple[Text, ...] = Field(
-        default=(), exclude=True, description="Tasks of the suite to leave out, by name."
+        default=(),
+        exclude=True,
+        description="Tasks of the suite to leave out: names, or patterns such as `longbench_*`.",
     )
     tasks: tuple[EvalTask, ...] = Field(
         default=(),
@@ -221,22 +220,20 @@ class Evaluate(Section):
     @classmethod
     def _take_tasks_of_suite(cls, data: Any, info: ValidationInfo) -> Any:
         """Replace the name of a suite by its tasks."""
-        if not isinstance(data, Mapping) or data.get("suite") not in suite_names():
+        if not isinstance(data, Mapping) or not (names := _suites(data.get("suite"))):
             return data
-        settings = _settings_of(data["suite"], data.get("include"), info)
         own = data.get("tasks") or []
         left_out = data.get("leave_out") or []
         # What is no list of mappings or of names is said by its field.
         if not _are_named(own) or not isinstance(left_out, list | tuple):
             return {key: value for key, value in data.items() if key != "suite"}
-        names = [task["name"] for task in settings["tasks"]]
-        for index, name in enumerate(left_out):
-            if name not in names:
-                hint = did_you_mean(str(name), names)
-                raise FieldError(f"leave_out[{index}]", f"{name!r} is not in the suite. {hint}")
-        kept = [task for task in settings["tasks"] if task["name"] not in left_out]
+        settings = _settings_of(names, [str(name) for name in left_out], data.get("include"), info)
         rest = {key: value for key, value in data.items() if key not in ("suite", "leave_out")}
-        return settings | rest | {"tasks": merged_tasks(kept, own)}
+        # A recipe's own keys of the section replace the suite's one by one; null leaves it out.
+        long = rest.get("long_context")
+        if isinstance(long, Mapping) and "long_context" in settings:
+            rest["long_context"] = settings["long_context"] | long
+        return settings | rest | {"tasks": merged_tasks(settings["tasks"], own)}
 
     def broken_rules(self) -> Iterator[FieldError]:
         """Yield an error where there are no tasks, or a task is named a second time."""
@@ -260,12 +257,27 @@ def repeated_tasks(tasks: Sequence[EvalTask]) -> Iterator[FieldError]:
             )
 
 
-def _settings_of(suite: str, include: Any, info: ValidationInfo) -> dict[str, Any]:
-    """Read a suite; a folder of tasks is relative to the recipe's."""
+def _suites(value: Any) -> list[str]:
+    """Return the suites that a recipe names; none where its field says what is wrong with them."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return []
+    for name in names:
+        if name not in suite_names():
+            raise FieldError("suite", f"{name!r} is unknown. {did_you_mean(name, suite_names())}")
+    if len(set(names)) < len(names):
+        raise FieldError("suite", f"{list(names)} names a suite twice; keep one.")
+    return list(names)
+
+
+def _settings_of(
+    suites: list[str], left_out: list[str], include: Any, info: ValidationInfo
+) -> dict[str, Any]:
+    """Read suites; a folder of tasks is relative to the recipe's."""
     beside: Path = (info.context or {}).get("folder") or Path()
     folder = beside / Path(include).expanduser() if isinstance(include, str) else None
     try:
-        return suite_settings(suite, folder)
+        return joined_settings(suites, folder, left_out)
     except EvalError as error:
         raise FieldError("suite", str(error).removeprefix("suite: ")) from None
 

@@ -69,7 +69,7 @@ def evaluate(
 
     @functools.cache  # takes seconds: only when something is to be scored, and on rank 0 alone
     def suite() -> LoadedSuite:
-        return load_suite(suite_of(recipe))
+        return load_suite(suite_of(recipe), lineage.tokenizer)
 
     def build(name: str, draft: Draft) -> None:
         device = make_accelerator(recipe).device

@@ -35,6 +35,7 @@ from xlstm_eval.report.items import ItemSet, read_item_set
 from xlstm_eval.report.page import write_report
 from xlstm_eval.report.speed import SPEED_FILE, Speed
 from xlstm_eval.results import read_items, require_same_requests
+from xlstm_eval.samples import folder_rows
 
 CURVE_POINTS = 200
 UNITS = {
@@ -146,7 +147,7 @@ def _items(
     results: Mapping[str, tuple[TaskResult, ...]],
 ) -> ItemSet | None:
     """Answers of the teacher and of the merged student, item by item."""
-    teacher, merged = evaluated[TEACHER].path, evaluated[MERGED].path
+    teacher, merged = (folder_rows(evaluated[name].path / "samples") for name in (TEACHER, MERGED))
     pairs = list(zip(results[TEACHER], results[MERGED], strict=True))
     return read_item_set(teacher, merged, pairs, recipe.report.items)
 

@@ -55,10 +55,11 @@ class ReportData(Frozen):
 
     ``gates`` maps a model's name to its mean output gates, layers x heads. ``losses`` maps a stage
     ("align", "distill/math") to its named curves, ``timings`` to its seconds. ``items`` are the
-    headline's answers beside its teacher's. ``speed`` and ``long_context`` map a model's name (the
-    teacher's is "teacher") to what was measured. ``finished`` is when the last evaluation was (ISO
-    8601, UTC). ``provenance`` holds seed, versions, machine and hashes; ``recipe`` is the recipe's
-    text. ``margin`` is that of the decision over all tasks (`xlstm_eval.statistics.pooled`).
+    headline's answers beside its teacher's; ``no_items`` says why some are not there. ``speed`` and
+    ``long_context`` map a model's name (the teacher's is "teacher") to what was measured.
+    ``finished`` is when the last evaluation was (ISO 8601, UTC). ``provenance`` holds seed,
+    versions, machine and hashes; ``recipe`` is the recipe's text. ``margin`` is that of the
+    decision over all tasks (`xlstm_eval.statistics.pooled`).
     """
 
     title: Name
@@ -69,6 +70,7 @@ class ReportData(Frozen):
     losses: dict[str, dict[str, Curve]] = Field(default_factory=dict)
     timings: dict[str, Finite] = Field(default_factory=dict)
     items: ItemSet | None = None
+    no_items: str = ""
     speed: dict[str, Speed] = Field(default_factory=dict)
     long_context: dict[str, LongContext] = Field(default_factory=dict)
     finished: str = ""

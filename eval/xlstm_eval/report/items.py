@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from xlstm_eval.records import Frozen, Name, TaskResult
+from xlstm_eval.samples import Row, Rows
 
 MOST_ITEMS = 10_000
 MOST_BYTES = 12_000_000
@@ -74,13 +74,13 @@ def outcome_of(teacher: float, student: float, higher_is_better: bool) -> Outcom
 
 
 def read_item_set(
-    teacher: Path,
-    student: Path,
+    teacher: Rows,
+    student: Rows,
     pairs: Sequence[tuple[TaskResult, TaskResult]],
     most: int = MOST_ITEMS,
     most_bytes: int = MOST_BYTES,
 ) -> ItemSet | None:
-    """Read the items of two evaluations' folders; None where there are none to show.
+    """Read the items of two evaluations; None where there are none to show.
 
     ``pairs`` are the teacher's and the student's results of the same tasks, with their items. Items
     on which they differ come first, then others, as many of each task as of the next.
@@ -127,8 +127,8 @@ def _by_priority(places: Sequence[Place]) -> list[Place]:
 
 
 def _read_task(
-    teacher: Path,
-    student: Path,
+    teacher: Rows,
+    student: Rows,
     own: TaskResult,
     other: TaskResult,
     wanted: Mapping[int, Outcome],
@@ -155,23 +155,13 @@ def _read_task(
 
 
 def _rows(
-    folder: Path, task: TaskResult, wanted: Mapping[int, Outcome]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read the wanted rows of a task's samples, one at a time; none where it is a group."""
-    file = folder / "samples" / f"{task.task}.jsonl"
-    if not wanted or not file.is_file():
-        return
-    filter_name = task.metric.rpartition(",")[2]
-    index = 0
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            # An item is logged once for each filter.
-            if row["filter"] != filter_name:
-                continue
+    source: Rows, task: TaskResult, wanted: Mapping[int, Outcome]
+) -> Iterator[tuple[int, Row]]:
+    """Read the wanted rows of a task's samples, one at a time."""
+    if wanted:
+        for index, row in enumerate(source(task)):
             if index in wanted:
                 yield index, row
-            index += 1
 
 
 def prompt_of(row: Mapping[str, Any]) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from xlstm_eval.metrics import MARGIN
 from xlstm_eval.protocol import flat
-from xlstm_eval.records import EvalError
+from xlstm_eval.records import EvalError, TaskResult
+from xlstm_eval.report.items import MOST_ITEMS, read_item_set
 from xlstm_eval.report.page import ReportData, ReportModel
 from xlstm_eval.stock import StockResults, read_stock_results, require_same_items
 
 
-def stock_report(files: Sequence[Path], margin: float = MARGIN) -> ReportData:
+def stock_report(
+    files: Sequence[Path], margin: float = MARGIN, most_items: int = MOST_ITEMS
+) -> ReportData:
     """Return the report of a teacher's results file and of one or more students'.
 
     Raises EvalError: fewer than two files, files that lm-eval did not write, models that were not
@@ -23,6 +27,7 @@ def stock_report(files: Sequence[Path], margin: float = MARGIN) -> ReportData:
     teacher, *students = _named_apart([read_stock_results(path) for path in files], files)
     for student in students:
         require_same_items(teacher, student)
+    pairs = _pairs(teacher, students[0])
     return ReportData(
         title=f"{students[0].name} against {teacher.name}",
         teacher=teacher.name,
@@ -31,8 +36,32 @@ def stock_report(files: Sequence[Path], margin: float = MARGIN) -> ReportData:
             ReportModel(name=student.name, role="student", results=student.tasks)
             for student in students
         ),
+        items=read_item_set(teacher.rows, students[0].rows, pairs, most_items),
+        no_items=_missing_samples([teacher, *students]),
         provenance=_provenance(teacher, files),
         margin=margin,
+    )
+
+
+def _pairs(teacher: StockResults, student: StockResults) -> list[tuple[TaskResult, TaskResult]]:
+    """Return the results of the tasks that both have; others are refused with the comparison."""
+    by_task = {result.task: result for result in student.tasks}
+    return [(own, by_task[own.task]) for own in teacher.tasks if own.task in by_task]
+
+
+def _missing_samples(models: Sequence[StockResults]) -> str:
+    """Say which results came without samples; empty where none did."""
+    parts = []
+    for model in models:
+        missing = [task.task for task in model.tasks if task.task not in model.asked]
+        if missing:
+            which = "" if len(missing) == len(model.tasks) else f" of {', '.join(missing)}"
+            parts.append(f"{model.name} has no samples{which}")
+    if not parts:
+        return ""
+    return (
+        f"{'; '.join(parts)}: items, tests and intervals are missing, and whether all were asked "
+        "the same could not be checked. Run lm-eval with --log_samples."
     )
 
 
@@ -43,10 +72,7 @@ def _named_apart(results: list[StockResults], files: Sequence[Path]) -> list[Sto
         names = [path.stem for path in files]
     if len(set(names)) < len(names):
         names = [f"{name} {number}" for number, name in enumerate(names)]
-    return [
-        StockResults(name, found.tasks, found.protocol, found.asked)
-        for name, found in zip(names, results, strict=True)
-    ]
+    return [replace(found, name=name) for name, found in zip(names, results, strict=True)]
 
 
 def _provenance(teacher: StockResults, files: Sequence[Path]) -> dict[str, str]:

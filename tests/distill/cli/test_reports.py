@@ -73,6 +73,7 @@ def test_another_protocol_is_refused_in_one_line(call: Any, tmp_path: Path, erro
         (["--results", "a.json", "b.json"], "error: a.json: no such file."),
         ([], "error: report: 0 sources. Give one recipe,"),
         (["small.yaml", "--margin", "0.1"], "error: --out, --margin: a recipe's report lies"),
+        (["small.yaml", "--items", "0"], "error: --items: it is for --results. A run's report has"),
         (["teacher", "small.yaml"], "error: small.yaml: no run directory."),
         (["teacher"], "error: teacher: no recipe.yaml there."),
         (["--published", "--out", "teacher/.."], "error: --out: teacher/.. holds other files"),

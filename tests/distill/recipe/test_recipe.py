@@ -203,6 +203,24 @@ def test_a_suite_becomes_tasks_and_single_ones_may_differ(small: Path) -> None:
     ).evaluate.apply_chat_template
 
 
+def test_two_suites_and_single_settings_of_them(small: Path) -> None:
+    changes = ["evaluate.suite=[instruct, long-context]", "evaluate.leave_out=['longbench_*']"]
+    changes += ["evaluate.long_context={items: 7}", "evaluate.tasks=[{name: ifeval, chance: 0.1}]"]
+    found = load_recipe(small, changes).evaluate
+    names = [task.name for task in found.tasks]
+    assert names.index("mmlu") < names.index("xlstm_niah_single_1k")
+    assert not any(name.startswith("longbench_") for name in names)
+    assert found.tasks[names.index("ifeval")].chance == 0.1
+    assert found.long_context is not None
+    assert (found.long_context.items, found.long_context.lengths[-1]) == (7, 65536)
+    # What a run saves is read again as it is, without the suites.
+    again = type(found).model_validate(found.model_dump(mode="json"))
+    assert again == found.model_copy(update={"suite": None, "leave_out": ()})
+    assert (
+        load_recipe(small, [*changes, "evaluate.long_context=null"]).evaluate.long_context is None
+    )
+
+
 def test_the_suite_of_a_folder_is_every_task_in_it(root: Path) -> None:
     path = root / "recipes" / "quickstart.yaml"
     listed = load_recipe(path).evaluate
@@ -220,6 +238,17 @@ def test_the_suite_of_a_folder_is_every_task_in_it(root: Path) -> None:
             "evaluate.suite: quickstart is a folder of task files. Name the folder in `include`.",
         ),
         (["evaluate.suite=bse"], "evaluate.suite: 'bse' is unknown. Did you mean 'base'?"),
+        (["evaluate.suite=[base, bse]"], "evaluate.suite: 'bse' is unknown. Did you mean 'base'?"),
+        (
+            ["evaluate.suite=[base, base]"],
+            "evaluate.suite: ['base', 'base'] names a suite twice; keep one.",
+        ),
+        (["evaluate.suite=3"], "evaluate.suite: 3 is a whole number; give a list."),
+        (
+            ["evaluate.suite=[base, instruct]"],
+            "evaluate.suite: base and instruct do not agree about apply_chat_template. Name one of "
+            "them.",
+        ),
         (
             ["evaluate.suite=base", "evaluate.leave_out=[mmlo]"],
             "evaluate.leave_out[0]: 'mmlo' is not in the suite. Did you mean 'mmlu'?",

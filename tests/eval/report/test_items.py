@@ -20,6 +20,7 @@ from xlstm_eval.report.items import (
     script_json,
     shortened,
 )
+from xlstm_eval.samples import GROUPS_FILE, Rows, as_logged, folder_rows
 
 HOSTILE = '</script><script>alert(1)</script><!-- <b>bold</b> & \\u003c \u2028 "quoted"'
 
@@ -50,7 +51,7 @@ def logged(folder: Path, task: str, answers: list[str], scores: list[float]) -> 
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Any]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, Rows, list[Any]]:
     """Two tasks: the student loses items 1 and 4 of `a` and item 0 of `b`, and wins 2 of `b`."""
     base = tmp_path_factory.mktemp("evaluations")
     pairs = []
@@ -61,7 +62,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[
         own = logged(base / "teacher", task, [f"t{i}" for i in range(len(teacher))], teacher)
         other = logged(base / "student", task, [f"s{i}" for i in range(len(student))], student)
         pairs.append((own, other))
-    return base / "teacher", base / "student", pairs
+    return (
+        folder_rows(base / "teacher" / "samples"),
+        folder_rows(base / "student" / "samples"),
+        pairs,
+    )
 
 
 def test_losses_come_first_then_wins_then_the_tasks_take_turns(folders: Any) -> None:
@@ -87,6 +92,38 @@ def test_limits_keep_the_items_on_which_the_models_differ(folders: Any) -> None:
     assert small is not None
     assert [(item.task, item.number) for item in small.items] == [("a", 1), ("b", 0)]
     assert read_item_set(*folders, most=0) is None
+
+
+def test_items_of_a_group_are_those_of_its_members(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        logged(tmp_path, name, [f"{name}0", f"{name}1"], [1.0, 0.0])
+    group = TaskResult(
+        task="all", metric="acc,strict", score=0.5, samples=4, items=(1.0, 0.0, 1.0, 0.0)
+    )
+    folder = tmp_path / "samples"
+    assert not list(folder_rows(folder)(group))
+    (folder / GROUPS_FILE).write_text('{"all": ["b", "a"]}')
+    answers = [row["filtered_resps"][0] for row in folder_rows(folder)(group)]
+    assert answers == ["b0", "b1", "a0", "a1"]
+    (folder / "a.jsonl").unlink()  # with a part alone, items would get others' scores
+    assert not list(folder_rows(folder)(group))
+
+
+def test_rows_that_lm_eval_saved_read_as_those_that_it_logged() -> None:
+    saved = {
+        "arguments": {
+            "gen_args_0": {"arg_0": "Q", "arg_1": " no"},
+            "gen_args_1": {"arg_0": "Q", "arg_1": " a much longer answer"},
+        },
+        "filtered_resps": [["-2.0", "False"], ["-6.0", "True"]],
+    }
+    row = as_logged(saved)
+    assert prompt_of(row) == "Q"
+    assert answer_of(row, "acc,none") == "no (log-likelihood -2.00)"
+    written = {"arguments": {"gen_args_0": {"arg_0": "Q", "arg_1": {}}}, "resps": [["True"]]}
+    assert answer_of(as_logged(written | {"filtered_resps": ["True"]}), "acc,none") == "True"
+    codes = ["def f(): ...", "False"]
+    assert as_logged({"filtered_resps": [codes]})["filtered_resps"] == [codes]
 
 
 def test_outcomes_follow_the_direction_of_the_score() -> None:

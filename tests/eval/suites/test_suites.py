@@ -11,13 +11,24 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from xlstm_eval.long_context.settings import LongContextSettings
+from xlstm_eval.problems import FieldError
 from xlstm_eval.records import EvalError
-from xlstm_eval.suites import Suite, SuiteTask, named_suite, suite_names, suite_settings
+from xlstm_eval.suites import (
+    Suite,
+    SuiteTask,
+    joined_settings,
+    named_suite,
+    suite_names,
+    suite_settings,
+)
+from xlstm_eval.tasks import ruler
 from xlstm_eval.tasks.local import local_tasks
 from xlstm_eval.tasks.mt_bench import MT_BENCH
 
 ROOT = Path(__file__).parents[3]
 PAPERS = ("base", "instruct")
+OF_LM_EVAL = (*PAPERS, "long-context")
 
 
 def test_a_task_named_twice_is_refused() -> None:
@@ -90,18 +101,56 @@ def test_the_papers_instruct_suite() -> None:
     assert set(suite.domains().values()) == {"understanding", "math", "code", "stem", "chat"}
 
 
+def test_the_suite_of_long_context() -> None:
+    settings = suite_settings("long-context")
+    assert set(settings) == {"long_context", "tasks"}  # the chat template is another suite's
+    # The same as without a suite.
+    defaults = LongContextSettings().model_dump()
+    listed = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in settings["long_context"].items()
+    }
+    assert listed.items() <= defaults.items()
+    lengths = {own.length for name, own in local_tasks().items() if "niah" in name}
+    assert lengths == {1024, 4096, 8192, 16384}  # the paper's
+    # LongBench's authors ask these without a chat template.
+    names = {task["name"] for task in settings["tasks"]}
+    assert not names & {"longbench_trec", "longbench_triviaqa", "longbench_lcc"}
+
+
+def test_several_suites_are_one_after_the_other() -> None:
+    joined = joined_settings(["instruct", "long-context"], leave_out=["longbench_*", "mmlu"])
+    expected = [task["name"] for task in suite_settings("instruct")["tasks"]]
+    expected += [task["name"] for task in suite_settings("long-context")["tasks"]]
+    assert [task["name"] for task in joined["tasks"]] == [
+        name for name in expected if name != "mmlu" and not name.startswith("longbench_")
+    ]
+    assert joined["apply_chat_template"] is True
+    assert joined["long_context"] == suite_settings("long-context")["long_context"]
+
+
+def test_suites_that_do_not_agree_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match="base and instruct do not agree about apply_chat_template"):
+        joined_settings(["base", "instruct"])
+    (tmp_path / "mmlu.yaml").write_text("task: mmlu\nmetadata: {domain: other}\n")
+    with pytest.raises(EvalError, match="mmlu has other settings in instruct than in quickstart"):
+        joined_settings(["instruct", "quickstart"], tmp_path)
+    with pytest.raises(FieldError, match=r"leave_out\[1\]: 'longbanch_\*' is not in the suite"):
+        joined_settings(["long-context"], leave_out=["longbench_*", "longbanch_*"])
+
+
 @pytest.fixture(scope="module")
 def task_files() -> dict[str, dict[str, Any]]:
-    """Settings of the lm-eval tasks that the paper's suites name, from the files it installs."""
+    """Settings of the lm-eval tasks that the suites name, from the files it installs."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    wanted = {task.name for name in PAPERS for task in named_suite(name).tasks}
+    wanted = {task.name for name in OF_LM_EVAL for task in named_suite(name).tasks}
     wanted |= {task.original for task in local_tasks().values()}
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None
     assert spec.origin is not None
     root = Path(spec.origin).parent / "tasks"
-    folders = [root / "benchmarks", root / "leaderboard"]
+    folders = [root / "benchmarks", root / "leaderboard", root / "ruler"]
     # Of 14,000 files only those in folders that begin as a name does.
     folders += [
         folder for folder in root.iterdir() if any(name.startswith(folder.name) for name in wanted)
@@ -130,13 +179,18 @@ def metrics_of(settings: dict[str, Any]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("suite", PAPERS)
+@pytest.mark.parametrize("suite", OF_LM_EVAL)
 def test_lm_eval_knows_every_task_metric_and_filter(
     suite: str, task_files: dict[str, dict[str, Any]]
 ) -> None:
     for task in named_suite(suite).tasks:
         own = local_tasks().get(task.name)
         settings = task_files[own.original if own else task.name]
+        if own is not None and own.length is not None:
+            assert task.metric == ruler.METRIC
+            # The prompt is sized for the whole budget of the answer.
+            assert task.max_gen_tokens == settings["generation_kwargs"]["max_gen_toks"]
+            continue
         if own is not None:
             assert task.metric == "pass@1"
             assert 1 in own.pass_at

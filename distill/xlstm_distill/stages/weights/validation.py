@@ -13,6 +13,7 @@ from xlstm_distill.embedded.validation import validation_files, validation_name
 from xlstm_distill.errors import UserError
 from xlstm_distill.merging.search import Score, require_optuna
 from xlstm_distill.models.families import CausalLM
+from xlstm_distill.models.teacher import load_tokenizer
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.merging import Tuning, embedded_domains
 from xlstm_distill.runtime.ranks import from_rank_zero, is_main_process
@@ -52,7 +53,7 @@ class Validator:
 
         def load() -> None:
             check_held_out(recipe, tuning, key)
-            self._suite = load_suite(validation_suite(recipe, tuning, work / FOLDER))
+            self._suite = load_suite(validation_suite(recipe, tuning, work / FOLDER), tokenizer)
 
         from_rank_zero(load)
 
@@ -138,8 +139,9 @@ def check_held_out(recipe: Recipe, tuning: Tuning, key: str) -> None:
     """
     if tuning.tasks is None:
         return
-    validation = load_suite(validation_suite(recipe, tuning, Path()))
-    evaluation = load_suite(suite_of(recipe))
+    tokenizer = load_tokenizer(recipe.teacher)
+    validation = load_suite(validation_suite(recipe, tuning, Path()), tokenizer)
+    evaluation = load_suite(suite_of(recipe), tokenizer)
     for first, second in shared_data(validation, evaluation):
         raise UserError(
             f"{key}.tuning.tasks: {first!r} reads the same items as {second!r} of evaluate.tasks, "

@@ -1,0 +1,45 @@
+"""The benchmark of prefill and decoding: what it measures, and what it prints."""
+
+from __future__ import annotations
+
+import json
+
+from xlstm_distill.benchmarks import decoding
+
+FLAGS = ["--device", "cpu", "--model", "tiny", "--window", "16", "--rounds", "2", "--tokens", "2"]
+
+
+def test_the_models_take_turns_and_each_case_is_written_at_once(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "cases.jsonl"
+
+    def fails_later(prompt, batch, arguments):
+        if prompt > 64:
+            raise RuntimeError("out of memory\nmore of it")
+        assert arguments[:2] == ["--device", "cpu"]
+        return {name: {"peak": 2**20, "total": 2**21} for name in decoding.VARIANTS}
+
+    monkeypatch.setattr(decoding, "peaks", fails_later)
+    assert decoding.main([*FLAGS, "--prompts", "64", "128", "--out", str(out)]) == 1
+    first, second = (json.loads(line) for line in out.read_text().splitlines())
+    rounds = first["rounds"]
+    assert len(rounds["student"]) == len(rounds["attention"]) == 2
+    pairs = zip(rounds["attention"], rounds["student"], strict=True)
+    times = [a["prefill"]["wall"] / s["prefill"]["wall"] for a, s in pairs]
+    assert first["prefill_speedup"]["wall"] == [sum(times) / 2, min(times), max(times)]
+    # 64 + 3 tokens, 2 key heads of 16 numbers, keys and values, in fp32.
+    assert first["attention"]["state_bytes"] == 67 * 2 * 16 * 2 * 4
+    assert second["failed"] == "out of memory"
+    table = capsys.readouterr().out.splitlines()
+    assert table[-2].startswith("| 64 | 1 |")
+    assert table[-2].count("|") == table[0].count("|")
+    assert table[-1] == "| 128 | 1 | out of memory |"
+
+
+def test_the_peak_is_that_of_the_prompt_alone():
+    found = {}
+    for prompt in (64, 4096):
+        options = decoding.parse([*FLAGS, "--only", "attention", "--prompts", str(prompt)])
+        found[prompt] = decoding.reading_memory(options)
+    # 4096 tokens have 1 MiB of keys and values, and activations of some MiB.
+    assert found[4096]["peak"] > found[64]["peak"] + 2**20
+    assert found[4096]["peak"] < found[4096]["total"]
