@@ -30,7 +30,7 @@ def tuned(found_run):
     two = shutil.copytree(run.directory, run.directory.with_name("two"))
     saved = yaml.safe_load((two / "recipe.yaml").read_text())
     saved["merge"]["variants"] = {}  # one search there is enough
-    (two / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    (two / "recipe.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
     with pytest.raises(KeyboardInterrupt):
         merge(lineage, run, StoppingConsole("variant/again (tuning)"))
     (stopped,) = [s for s in read_status(run.directory, lineage) if s.label == "variant/again"]
