@@ -262,7 +262,8 @@ class StudentCache(Cache):
     """One `MixerCacheLayer` per layer, and what is a fact of the rows in all layers.
 
     ends: how the rows end. lengths (B,) int64: tokens of each row's last document. Both are None
-    before the first token. arrival: the tokens that the layers are taking in.
+    before the first token. arrival: the tokens that the layers are taking in. outputs_unread:
+    nobody reads what the last layer would compute of them.
     """
 
     def __init__(self, windows: Sequence[int], sinks: int) -> None:
@@ -270,6 +271,7 @@ class StudentCache(Cache):
         self.ends: RowEnds | None = None
         self.lengths: Tensor | None = None
         self.arrival: Arrival | None = None
+        self.outputs_unread = False
 
     def receive(
         self, shape: tuple[int, int], segment_ids: Tensor | None, device: torch.device
@@ -280,6 +282,10 @@ class StudentCache(Cache):
         seen = self.get_seq_length()
         self.arrival = Arrival(shape[1], seen, self.lengths.clone(), segment_ids)
         self.lengths.copy_(self.arrival.lengths_after())
+
+    def wants_no_outputs(self, layer: int) -> bool:
+        """Tell whether nobody reads what this layer would compute of the tokens that come."""
+        return self.outputs_unread and layer == len(self.layers) - 1
 
     def copy(self) -> StudentCache:
         """Return a cache that goes on by itself: one prompt's state, many continuations."""
