@@ -5,8 +5,10 @@ Its size does not depend on the number of tokens seen. Decoding updates every te
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -94,6 +96,12 @@ def _asks_first(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _as_usual() -> AbstractContextManager[Any]:
+    """Allocate what may also be changed outside `torch.inference_mode`."""
+    inside = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if inside else contextlib.nullcontext()
+
+
 class MixerCacheLayer(CacheLayerMixin):
     """Decoding state of one mixer: what `xlstm_kernels.hybrid_step` updates.
 
@@ -119,16 +127,17 @@ class MixerCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the ring for keys (B, G, ..., D) and values (B, G, ..., Dv), in their dtype."""
         batch, groups, key_dim = *key_states.shape[:2], key_states.shape[-1]
-        self.keys, self.values, _ = Ring.empty(
-            batch,
-            groups,
-            key_dim,
-            value_states.shape[-1],
-            window=self.window,
-            sinks=self.sinks,
-            dtype=key_states.dtype,
-            device=key_states.device,
-        )
+        with _as_usual():
+            self.keys, self.values, _ = Ring.empty(
+                batch,
+                groups,
+                key_dim,
+                value_states.shape[-1],
+                window=self.window,
+                sinks=self.sinks,
+                dtype=key_states.dtype,
+                device=key_states.device,
+            )
         self.is_initialized = True
 
     def ring_for(self, keys: Tensor, values: Tensor, lengths: Tensor) -> Ring:
@@ -149,9 +158,10 @@ class MixerCacheLayer(CacheLayerMixin):
         """
         if self.state is None:
             batch, heads, key_dim = *keys.shape[:2], keys.shape[-1]
-            self.state = MLSTMState.zeros(
-                batch, heads, key_dim, values.shape[-1], dtype=dtype, device=keys.device
-            )
+            with _as_usual():
+                self.state = MLSTMState.zeros(
+                    batch, heads, key_dim, values.shape[-1], dtype=dtype, device=keys.device
+                )
             self.is_initialized = True
         return self.state
 
