@@ -288,7 +288,8 @@ class StudentCache(Cache):
     ) -> None:
         """Note that the layers will take in (B, T) tokens, and count them, in place."""
         if self.lengths is None:
-            self.lengths = torch.zeros(shape[0], dtype=torch.int64, device=device)
+            with _as_usual():
+                self.lengths = torch.zeros(shape[0], dtype=torch.int64, device=device)
         seen = self.get_seq_length()
         self.arrival = Arrival(shape[1], seen, self.lengths.clone(), segment_ids)
         self.lengths.copy_(self.arrival.lengths_after())
@@ -352,7 +353,10 @@ class StudentCache(Cache):
 
 def _copied(new: Tensor, held: Tensor | None) -> Tensor:
     """Copy `new` into the tensor that is held, or into one of its own."""
-    return new.clone() if held is None else held.copy_(new)
+    if held is not None:
+        return held.copy_(new)
+    with _as_usual():
+        return new.clone()
 
 
 def checked_cache(cache: Any) -> StudentCache:
