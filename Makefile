@@ -3,6 +3,7 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
 DEEPSPEED ?= deepspeed==0.19.8
+SERVE ?= 'fastapi>=0.136,<1' 'uvicorn>=0.54,<1' 'openai>=3.54,<4'
 PEERS ?= 'xlstm>=2.0.6,<2.1' 'mlstm_kernels>=2.0.6,<2.1' 'einops>=0.8'
 RUN ?= runs/quickstart
 # Test processes: auto is one for each core, as far as the memory goes (tests/conftest.py).
@@ -90,4 +91,6 @@ $(VENV)/extras: $(STAMP)
 		echo "DeepSpeed could not be installed: its tests are skipped."
 	@$(BIN)/pip install --quiet $(PEERS) || \
 		echo "xlstm and mlstm_kernels could not be installed: the comparisons with them are skipped."
+	@$(BIN)/pip install --quiet $(SERVE) || \
+		echo "fastapi, uvicorn and openai could not be installed: the server's tests are skipped."
 	@touch $@

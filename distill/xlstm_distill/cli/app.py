@@ -8,7 +8,7 @@ import typer
 
 from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, use, validate
 from xlstm_distill.cli.doctor import doctor
-from xlstm_distill.cli.processes import slurm
+from xlstm_distill.cli.processes import serve, slurm
 from xlstm_distill.cli.run import STAGES as STAGES
 
 app = typer.Typer(
@@ -29,12 +29,14 @@ for command in (
     run.capture,
     run.align,
     run.distill,
+    run.refine,
     run.merge,
     run.evaluate,
     run.report,
     use.export,
     use.generate,
     use.chat,
+    serve.serve,
     use.long_context,
     slurm.slurm,
     validate.validate,

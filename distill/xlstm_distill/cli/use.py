@@ -92,12 +92,12 @@ def export(
 ) -> None:
     """Write a student as a directory that plain transformers loads, without this package."""
     with one_line_errors(debug):
-        _check_dtype(dtype)
+        check_dtype(dtype)
         from xlstm_distill.artifacts.run import versions
         from xlstm_distill.export import directory
         from xlstm_distill.export.source import find_student
 
-        _quiet_transformers()
+        quiet_transformers()
         console = Console()
         # Before anything is read: the target may be a typing error away from a finished export.
         directory.check_target(out)
@@ -242,7 +242,7 @@ def long_context(
 ) -> None:
     """Measure how far a model remembers: needles in long texts, and loss by position."""
     with one_line_errors(debug):
-        _check_dtype(dtype)
+        check_dtype(dtype)
         from xlstm_eval.long_context.settings import make_settings, read_lengths
 
         settings = make_settings(
@@ -254,7 +254,7 @@ def long_context(
             haystack=haystack,
         )
         path = _model_path(place, model)
-        _quiet_transformers()
+        quiet_transformers()
         from xlstm_distill.stages.measuring.long_context import Place, measure_place
 
         console = Console()
@@ -300,12 +300,12 @@ def _next_message() -> str | None:
 def _speaker(
     place: Path, model: str | None, device: str | None, dtype: str | None, seed: int | None
 ) -> Speaker:
-    _check_dtype(dtype)
+    check_dtype(dtype)
     # torch and transformers take seconds to load; a wrong place is refused before that.
     from xlstm_distill.export.source import find_student
 
     found = find_student(place, model)
-    _quiet_transformers()
+    quiet_transformers()
     from xlstm_distill.serving.speaker import Speaker
 
     if seed is not None:
@@ -321,12 +321,14 @@ def _sampling(max_tokens: int, temperature: float | None, top_p: float | None) -
     return Sampling(max_tokens, temperature, top_p)
 
 
-def _check_dtype(dtype: str | None) -> None:
+def check_dtype(dtype: str | None) -> None:
+    """Refuse an unknown number format."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype: {dtype!r} is not allowed; one of {', '.join(DTYPES)}.")
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
+    """Keep transformers' notices and bars off the terminal."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
