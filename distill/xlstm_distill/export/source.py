@@ -77,7 +77,7 @@ def _models(run: Path) -> dict[str, Artifact]:
     """The published students of a run by name, the merged one first."""
     found: dict[str, Artifact] = {}
     for label, folder in folders_of(run):
-        if stage_of(label) not in ("merge", "distill") or KEPT.fullmatch(folder.name):
+        if stage_of(label) not in ("merge", "distill", "refine") or KEPT.fullmatch(folder.name):
             continue
         manifest = read_manifest(folder)
         if manifest is not None:

@@ -64,6 +64,8 @@ class StageCost:
     fit: Fit | None = None
     bound: Bound | None = None
     """What a step sends, and whether that takes longer than computing."""
+    sampling: float | None = 0.0
+    """Seconds in which tokens are decoded one by one; None where the GPU is not known."""
     batch_problem: Problem | None = None
     """The batch cannot be shared evenly by the GPUs."""
 
@@ -168,12 +170,15 @@ class Planner:
         rate = machine.gpus * peak * assumed.share
         # Recomputed work takes time, although it does not count in the MFU.
         hours = (cost.flops + cost.recomputed) / rate / 3600
+        if cost.sampling is None:
+            return cost
         steps = cost.steps
         if cost.bound is not None and steps:
             bound = self._timed_bound(cost.bound, 3600 * hours / steps)
             cost = replace(cost, bound=bound)
             if bound.by_communication and bound.communication is not None:
                 hours = steps * bound.communication / 3600
+        hours += cost.sampling / 3600
         gpu_hours = hours * machine.gpus
         price = None if machine.price is None else gpu_hours * machine.price
         return replace(cost, utilisation=assumed, hours=hours, gpu_hours=gpu_hours, cost=price)
@@ -232,9 +237,9 @@ def align_cost(planner: Planner) -> StageCost:
         recomputed=tokens * again,
         disk=student,
         scratch=planner.checkpoints(planner.parameters.new),
-        bound=Bound(align_traffic(memory.inputs, _passes(section, memory.inputs))),
+        bound=Bound(align_traffic(memory.inputs, passes_of_step(section, memory.inputs))),
         fit=what_fits(memory, planner.machine.gpu, search=planner.search),
-        batch_problem=_batch_problem("align", section, planner.machine.gpus),
+        batch_problem=batch_problem("align", section, planner.machine.gpus),
     )
     return planner.timed(cost)
 
@@ -268,9 +273,9 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
         recomputed=tokens * again,
         disk=FP32 * planner.parameters.student,
         scratch=planner.checkpoints(inputs.trained),
-        bound=Bound(distill_traffic(memory.inputs, _passes(section, memory.inputs))),
+        bound=Bound(distill_traffic(memory.inputs, passes_of_step(section, memory.inputs))),
         fit=what_fits(memory, planner.machine.gpu, search=planner.search),
-        batch_problem=_batch_problem("distill", section, planner.machine.gpus),
+        batch_problem=batch_problem("distill", section, planner.machine.gpus),
     )
     return planner.timed(cost)
 
@@ -304,7 +309,7 @@ def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:
     )
 
 
-def _batch_problem(name: str, section: Optimization, gpus: int) -> Problem | None:
+def batch_problem(name: str, section: Optimization, gpus: int) -> Problem | None:
     """Say that the GPUs cannot share a batch evenly."""
     if section.batch % gpus == 0:
         return None
@@ -317,7 +322,7 @@ def _batch_problem(name: str, section: Optimization, gpus: int) -> Problem | Non
     return Problem(text, (Way({f"{name}.batch": batch}),))
 
 
-def _passes(section: Optimization, inputs: MemoryInputs) -> int:
+def passes_of_step(section: Optimization, inputs: MemoryInputs) -> int:
     """Return the passes of a GPU in an optimiser step."""
     return math.ceil(max(1, section.batch // inputs.gpus) / inputs.rows)
 

@@ -119,6 +119,31 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
     return max(moments, key=lambda memory: memory.allocated)
 
 
+def refine_memory(inputs: MemoryInputs, sampled: int) -> Memory:
+    """Predict the memory of on-policy refinement; `sampled` rows are decoded at once.
+
+    It samples, and then trains as stage II does beside an online teacher. A student that computes
+    in another format than it trains in, or is cut over GPUs, samples with a whole copy.
+    """
+    a, size = inputs.architecture, 2 if inputs.precision != "fp32" else 4
+    copied = inputs.precision != "fp32" or inputs.sharding in ("fsdp2", "hsdp")
+    copy = float(size * inputs.student_numbers) if copied else 0.0
+    training = distill_memory(inputs)
+    states = held_states(inputs)
+    sampling = Memory(
+        weights=states.weights,
+        optimizer=states.optimizer,
+        working_copies=copy,
+        teacher=inputs.online_teacher,
+        activations=_without_gradients(a, replace(inputs.student_pass, rows=sampled)),
+        # Probabilities, their sums and what these are compared with, in float64.
+        loss=3.0 * 8 * sampled * a.vocabulary,
+        cache=sampled * student_cache(a, inputs.mixer, size),
+    )
+    training = replace(training, working_copies=training.working_copies + copy)
+    return max(training, sampling, key=lambda memory: memory.allocated)
+
+
 def _fsdp2_moments(
     inputs: MemoryInputs, end_of_forward: Memory, end_of_backward: Memory, recomputed: Memory
 ) -> list[Memory]:

@@ -148,7 +148,7 @@ def _memory_rows(plan: CostPlan) -> tuple[list[str], Rows]:
     for stage in plan.stages:
         if stage.memory:
             # All experts need the same, so they share a column.
-            name = "distill" if stage.stage == "distill" else stage.label
+            name = stage.stage if stage.stage in ("distill", "refine") else stage.label
             columns.setdefault(name, _memory_json(stage.memory))
     rows = []
     for part, title in PARTS.items():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html import unescape
 
 import pytest
+from matplotlib.text import Text
 
 from xlstm_eval.metrics import compare
 from xlstm_eval.records import TaskPair
 from xlstm_eval.report.entries import Entry, groups_of, pareto_front
+from xlstm_eval.report.figures.labels import make_room, place_labels
+from xlstm_eval.report.figures.style import INK, new_figure
 from xlstm_eval.report.many import render_many
 from xlstm_eval.report.published import published_entries
 from xlstm_eval.statistics.measure import measure
@@ -75,3 +79,26 @@ def test_published_rows_are_on_no_front(files: dict[str, str]) -> None:
     assert "LoLCATs" not in state
     tokens = next(label for label in labels if label.startswith("worst drop over tokens"))
     assert "xLSTM-Olmo3-7B" in tokens
+
+
+def test_names_lie_neither_on_each_other_nor_on_points() -> None:
+    """Six points, two of them nearly equal: the case of the paper's rows."""
+    places = [(5e9, 0.204), (2e10, 0.273), (2e10, 0.375), (2e10, 0.389), (2e10, 0.562), (3e6, 0.0)]
+    names = {place: (f"a student of number {n}", INK) for n, place in enumerate(places)}
+    figure, axes = new_figure(4.9, 3.9)
+    axes.plot(*zip(*places, strict=True), "o")
+    axes.set_xscale("log")
+    axes.set_ylim(0, 2)  # crowded: a line of text is higher than the distance of two points
+    make_room(axes, names)
+    place_labels(axes, names, places)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the line to the point
+    assert len(boxes) == len(places)
+    for first, second in itertools.combinations(boxes, 2):
+        assert not first.overlaps(second)
+    frame = axes.get_window_extent()
+    for box in boxes:
+        assert frame.x0 <= box.x0
+        assert box.x1 <= frame.x1
+        for place in places:
+            assert not box.contains(*axes.transData.transform(place))

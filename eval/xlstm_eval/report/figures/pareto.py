@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from xlstm_eval.report.entries import Entry, groups_of, pareto_front
+from xlstm_eval.report.figures.labels import make_room, place_labels
 from xlstm_eval.report.figures.style import INK, MUTED, PAPER, SERIES, new_figure, to_svg
 from xlstm_eval.report.names import byte_size, token_count
 
@@ -28,38 +29,33 @@ def pareto_figure(
         return None
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    figure, axes = new_figure(5.7, 3.9)
+    figure, axes = new_figure(4.9, 3.9)
     groups = groups_of(entries)
     sets = list(dict.fromkeys(groups[entry.name] for entry in known if entry.asked))
     labelled = [entry for entry in known if not entry.asked]
     for index, name in enumerate(sets):
         members = [entry for entry in known if groups[entry.name] == name]
         labelled += _draw_set(axes, members, cost, loss, SERIES[index % len(SERIES)])
+    names: dict[tuple[float, float], tuple[str, str]] = {}
     for place, own in _by_place(labelled, cost, loss).items():
         is_printed = not own[0].asked
         if is_printed:
             axes.plot(*place, "o", ms=7, mfc=PAPER, mec=MUTED, mew=1.5, zorder=3)
-        axes.annotate(
-            ", ".join(entry.name for entry in own),
-            place,
-            xytext=(7, 4),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=MUTED if is_printed else INK,
-        )
+        names[place] = ", ".join(entry.name for entry in own), MUTED if is_printed else INK
     axes.set_xscale("log")
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: SIZES[cost](round(value))))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    # Names stand to the right of their points.
     low, high = axes.get_xlim()
-    axes.set_xlim(low / 1.5, high * max(4.0, (high / low) ** 0.5))
+    axes.set_xlim(low / 1.5, high * 1.5)
+    make_room(axes, names)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    names = ", ".join(
+    place_labels(axes, names, list(_by_place(known, cost, loss)))
+    told = ", ".join(
         f"{entry.name} {getattr(entry.comparison, loss):.3f} at {getattr(entry, cost):.3g}"
         for entry in known
     )
-    return to_svg(figure, f"pareto-{cost}-{loss}", f"{labels[1]} over {labels[0]}: {names}.")
+    return to_svg(figure, f"pareto-{cost}-{loss}", f"{labels[1]} over {labels[0]}: {told}.")
 
 
 def _draw_set(

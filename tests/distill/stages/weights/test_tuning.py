@@ -11,6 +11,7 @@ from stopping import StoppingConsole
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages.merge import merge
+from xlstm_distill.stages.status.reading import read_status
 from xlstm_distill.stages.weights.tuning import JOURNAL
 from xlstm_distill.stages.weights.validation import check_held_out
 
@@ -24,6 +25,8 @@ def tuned(found_run):
     lineage, run = found_run({**TUNED, "variants": {"again": TUNED}})
     with pytest.raises(KeyboardInterrupt):
         merge(lineage, run, StoppingConsole("variant/again (tuning)"))
+    (stopped,) = [s for s in read_status(run.directory, lineage) if s.label == "variant/again"]
+    assert (stopped.state, stopped.step, stopped.steps) == ("stopped", 2, 4)
     journal = run.work_directory(lineage.request("variant/again")) / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     # A kill may tear the line that is being written: here a third trial's.
