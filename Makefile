@@ -96,12 +96,14 @@ $(VENV)/extras: $(STAMP)
 		echo "fastapi, uvicorn and openai could not be installed: the server's tests are skipped."
 	@touch $@
 
-# vLLM pins a torch and a transformers of its own, and what it brings for images is not needed.
+# vLLM pins a torch and a transformers of its own. What it brings for images and sound is made for
+# another torch, and transformers would fail to import it.
 $(VENV)/vllm/installed: $(STAMP)
 	@test -x $(VENV)/vllm/bin/python || $(PYTHON) -m venv $(VENV)/vllm
 	@$(BIN)/pip install --quiet uv && \
 		$(BIN)/uv pip install --quiet --python $(VENV)/vllm \
 			$${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} $(VLLM) && \
+		$(BIN)/uv pip uninstall --quiet --python $(VENV)/vllm torchvision torchaudio torchcodec && \
 		$(BIN)/uv pip install --quiet --python $(VENV)/vllm --no-deps --editable . || \
 		{ echo "vLLM could not be installed: its tests are skipped."; rm -rf $(VENV)/vllm; mkdir $(VENV)/vllm; }
 	@touch $@
