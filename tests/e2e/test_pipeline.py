@@ -17,6 +17,8 @@ from command_line import call_cli
 from processes import process_environment, run_python
 from safetensors.torch import load_file
 
+from xlstm_distill.export.source import find_student
+
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 # One task of each domain: other tests load and check all of the quickstart's tasks.
@@ -277,6 +279,8 @@ def test_a_refined_expert_is_merged_and_nothing_before_it_is_made_again(run, tmp
     torch.testing.assert_close(merged, (math + refined) / 2, rtol=0, atol=1e-7)
     report = json.loads((copy / "report" / "report.json").read_text())
     assert "refine/chat" in json.dumps(report)
+    # Who exports or chats gets the refined expert, as long as the recipe refines it.
+    assert find_student(copy, "chat").directory.parts[-3:-1] == ("refine", "chat")
     again = cli("refine", RECIPE, "--run", copy, "--expert", "0", sets=(*SMALL, section))
     assert again.stdout.splitlines()[-1].split() == ["refine", "already", "done"]
 

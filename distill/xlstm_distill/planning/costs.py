@@ -34,10 +34,6 @@ MARGIN = 0.9
 """As `training.reduction`: the share of a GPU's memory that whole gradients may fill."""
 CHECKPOINT_BYTES = 12
 """Bytes of a trained parameter in a checkpoint: fp32 weight and two moments."""
-MERGED_AT_ONCE = 16 * 2**20
-"""Numbers that a merge works on: `merging.streaming` has up to 16 threads with a block each."""
-MERGE_BYTES, EXPERT_BYTES = 48, 12
-"""Bytes of each such number: sums in float64, and of each expert a copy and a difference."""
 FP32 = 4.0
 
 
@@ -66,6 +62,8 @@ class StageCost:
     """What a step sends, and whether that takes longer than computing."""
     sampling: float | None = 0.0
     """Seconds in which tokens are decoded one by one; None where the GPU is not known."""
+    note: str | None = None
+    """What the table cannot show."""
     batch_problem: Problem | None = None
     """The batch cannot be shared evenly by the GPUs."""
 
@@ -170,7 +168,8 @@ class Planner:
         rate = machine.gpus * peak * assumed.share
         # Recomputed work takes time, although it does not count in the MFU.
         hours = (cost.flops + cost.recomputed) / rate / 3600
-        if cost.sampling is None:
+        sampling = cost.sampling
+        if sampling is None:
             return cost
         steps = cost.steps
         if cost.bound is not None and steps:
@@ -178,7 +177,7 @@ class Planner:
             cost = replace(cost, bound=bound)
             if bound.by_communication and bound.communication is not None:
                 hours = steps * bound.communication / 3600
-        hours += cost.sampling / 3600
+        hours += sampling / 3600
         gpu_hours = hours * machine.gpus
         price = None if machine.price is None else gpu_hours * machine.price
         return replace(cost, utilisation=assumed, hours=hours, gpu_hours=gpu_hours, cost=price)
@@ -280,18 +279,6 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
     return planner.timed(cost)
 
 
-def merge_costs(planner: Planner) -> list[StageCost]:
-    """Cost the merges, which hold a few blocks of every expert on the host, whatever the model."""
-    student = FP32 * planner.parameters.student
-    bytes_each = MERGE_BYTES + EXPERT_BYTES * len(planner.recipe.distill.experts)
-    # A small model has no more numbers than it has.
-    memory = min(MERGED_AT_ONCE, planner.parameters.student) * bytes_each
-    found = [StageCost("merge", disk=student, host_memory=memory)]
-    for name in planner.recipe.merge.variants:
-        found.append(StageCost("variant", name=name, disk=student, host_memory=memory))
-    return found
-
-
 def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:
     """Cost an evaluation: memory alone, because hours depend on how long the answers are."""
     batch = planner.recipe.evaluate.batch
@@ -300,13 +287,17 @@ def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:
     name = "student" if student else "teacher"
     memory = functools.partial(evaluation_memory, student=student)
     # By its tasks, and not by `data.context`, which packed rows alone have.
-    answers = [task.max_gen_tokens or ANSWER_TOKENS for task in planner.recipe.evaluate.tasks]
-    tokens = PROMPT_TOKENS + max(answers, default=ANSWER_TOKENS)
-    inputs = replace(planner.memory_inputs(rows), tokens=tokens)
+    inputs = replace(planner.memory_inputs(rows), tokens=longest_answer(planner.recipe))
     stage = StageMemory("evaluate", memory, inputs, rows, label=f"evaluate/{name}")
     return StageCost(
         "evaluate", name, fit=what_fits(stage, planner.machine.gpu, search=planner.search)
     )
+
+
+def longest_answer(recipe: Recipe) -> int:
+    """Return the tokens of a prompt and its answer, at most."""
+    answers = [task.max_gen_tokens or ANSWER_TOKENS for task in recipe.evaluate.tasks]
+    return PROMPT_TOKENS + max(answers, default=ANSWER_TOKENS)
 
 
 def batch_problem(name: str, section: Optimization, gpus: int) -> Problem | None:

@@ -136,7 +136,8 @@ def find_gpu(name: str | None, memory: float | None = None) -> Gpu:
 def utilisation(stage: str, backend: Backend, given: float | None) -> Utilisation:
     """Return the share of the peak assumed for a stage; `given` overrides it."""
     # A refinement trains as stage II does; its sampling is timed by itself.
-    stage = "distill" if stage == "refine" else stage
+    # So does one of learned merge weights.
+    stage = "distill" if stage in ("refine", "merge", "variant") else stage
     if given is not None:
         return Utilisation(given, "given by --mfu")
     return (_TRITON if backend == "triton" else _TORCH)[stage]

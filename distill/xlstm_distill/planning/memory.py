@@ -144,6 +144,26 @@ def refine_memory(inputs: MemoryInputs, sampled: int) -> Memory:
     return max(training, sampling, key=lambda memory: memory.allocated)
 
 
+def learning_memory(inputs: MemoryInputs, experts: int) -> Memory:
+    """Predict the memory of learned merge weights; `inputs.rows` are those of all experts.
+
+    A layer's merged weights exist while it computes, and experts are read tensor by tensor. What
+    every layer gives is kept twice, for the experts' and the merged student's; layers are computed
+    again.
+    """
+    a, forward = inputs.architecture, inputs.teacher_pass
+    p, size = inputs.parameters, DTYPE_BYTES[inputs.teacher_dtype]
+    # The sum, its gradient and an expert's tensor in fp32, and the sum in the teacher's dtype.
+    unit = max(inputs.layer_parameters, p.head or p.embedding)
+    kept = 2 * a.layers * forward.residual * a.hidden * inputs.pass_tokens
+    working = layer_saved(a, inputs.mixer, forward).bytes(forward)
+    return Memory(
+        working_copies=(4.0 + 4.0 + 4.0 + size) * unit,
+        activations=kept + working + layer_excess(a, inputs.mixer, forward),
+        loss=_loss(replace(inputs, rows=max(1, inputs.rows // experts))),
+    )
+
+
 def _fsdp2_moments(
     inputs: MemoryInputs, end_of_forward: Memory, end_of_backward: Memory, recomputed: Memory
 ) -> list[Memory]:

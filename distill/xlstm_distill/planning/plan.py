@@ -21,11 +21,11 @@ from xlstm_distill.planning.costs import (
     data_cost,
     evaluation_cost,
     expert_cost,
-    merge_costs,
 )
 from xlstm_distill.planning.fit import MOST_GPUS, Value
 from xlstm_distill.planning.inputs import Sharding
 from xlstm_distill.planning.machine import GPUS, Machine
+from xlstm_distill.planning.merging import merge_costs
 from xlstm_distill.planning.refining import refine_cost
 from xlstm_distill.recipe import Recipe
 

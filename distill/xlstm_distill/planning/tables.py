@@ -173,6 +173,7 @@ def _notes(plan: CostPlan) -> Iterator[str]:
         yield f"While an expert trains, its checkpoints take {_bytes(scratch)} of disk."
     merge = next(stage for stage in plan.stages if stage.stage == "merge")
     yield f"Merge runs on the host, with {_bytes(merge.host_memory or 0.0)} of its memory."
+    yield from (stage.note for stage in plan.stages if stage.note is not None)
     yield "Not counted: tokenisation, validation, loading, saving, hours of the evaluation."
     yield ""
     yield from _verdict(plan)

@@ -164,6 +164,31 @@ def test_an_evaluation_is_sized_by_its_tasks_not_by_the_rows_of_the_training() -
     assert generous.memory.cache > 2 * teacher.memory.cache
 
 
+def test_weights_that_are_found_are_counted_in_items_and_passes() -> None:
+    path = ROOT / "recipes" / "llama3.1-8b-instruct.yaml"
+    tasks = "{trials: 20, items: 40, tasks: [{name: x}, {name: y}]}"
+    variants = f"merge.variants={{tuned: {{weights: tuned, tuning: {tasks}}}, "
+    variants += "learned: {weights: learned, learning: {steps: 10, rows: 3}}}"
+    plan = planned(path, settings=[variants], price=2.0)
+    found = {stage.label: stage for stage in plan.stages}
+    tuned, learned = found["variant/tuned"], found["variant/learned"]
+    # 20 merges and the teacher, 2 tasks of 40 items; hours are unknown, as those of an evaluation.
+    assert (tuned.steps, tuned.hours) == (20, None)
+    assert "1,680 items" in tuned.note
+    assert tuned.memory == found["evaluate/student"].memory
+    # 4 experts x 3 rows of 4096 tokens, 10 times: the expert's pass, and three of the merged one.
+    assert (learned.steps, learned.tokens) == (10, 10 * 4 * 3 * 4096)
+    assert learned.flops / learned.tokens == pytest.approx(4 * 2 * 8.03e9, rel=0.1)
+    # One GPU computes and eight are held.
+    assert learned.gpu_hours == pytest.approx(8 * learned.hours)
+    assert learned.cost == pytest.approx(2 * learned.gpu_hours)
+    assert learned.memory.weights == learned.memory.optimizer == 0
+    assert "4 x 129 GB" in learned.note
+    quickstart = ROOT / "recipes" / "quickstart.yaml"
+    own = planned(quickstart, settings=["merge.weights=tuned"])
+    assert any(stage.note and "items" in stage.note for stage in own.stages)
+
+
 def test_a_merge_holds_blocks_however_large_the_student_is() -> None:
     recipe = ROOT / "recipes" / "llama3.1-8b-instruct.yaml"
     variant = "merge.variants={half: {method: ties, density: 0.5}}"
