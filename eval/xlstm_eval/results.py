@@ -192,7 +192,11 @@ def task_result(
     """
     metric, filter_name = pick_metric(entry, scores)
     score = scores[f"{metric},{filter_name}"]
+    if not isinstance(score, Real):
+        raise EvalError(f"{entry.name}: its {metric} is {score!r}, which is no number.")
     rows = [row for row in rows if row["filter"] == filter_name]
+    if not rows:
+        raise EvalError(f"{entry.name}: no item was logged under the filter {filter_name!r}.")
     values = [row[metric] for row in rows if _is_number(row.get(metric))]
     # Corpus scores (a perplexity, a group's weighted mean) are not the mean of their items.
     is_mean = len(values) == len(rows) and math.isclose(
@@ -224,7 +228,7 @@ def chance_of(rows: Sequence[Row], metric: str) -> float | None:
 
     lm-eval asks for the log-likelihood of each choice, so an item has as many requests as choices.
     """
-    choices = [len(row["arguments"]) for row in rows]
+    choices = [len(row.get("arguments") or ()) for row in rows]
     if metric not in CHOICE_METRICS or min(choices, default=0) < 2:
         return None
     return sum(1 / count for count in choices) / len(choices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +50,31 @@ def read_lines(path: Path) -> Iterator[Row]:
 
 
 def as_logged(row: Row) -> Row:
-    """Undo what lm-eval changes when it saves a row: arguments by name, numbers as texts."""
+    """Undo what lm-eval changes when it saves a row: arguments by name, numbers as texts.
+
+    Parts of another shape, of scripts that write such files, become lists too.
+    """
     arguments = row.get("arguments")
     if isinstance(arguments, Mapping):
         # {"gen_args_0": {"arg_0": prompt, "arg_1": continuation}}, in the order of the requests.
-        row = row | {"arguments": [_values(argument) for argument in arguments.values()]}
-    answers = row.get("filtered_resps")
-    if isinstance(answers, Sequence) and not isinstance(answers, str):
-        row = row | {"filtered_resps": [_likelihood(answer) for answer in answers]}
-    return row
+        arguments = list(arguments.values())
+    return row | {
+        "arguments": [_values(argument) for argument in _list(arguments)],
+        "resps": _list(row.get("resps")),
+        "filtered_resps": [_likelihood(answer) for answer in _list(row.get("filtered_resps"))],
+    }
 
 
-def _values(argument: Any) -> Any:
-    return list(argument.values()) if isinstance(argument, Mapping) else argument
+def _list(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [value]
+
+
+def _values(argument: Any) -> list[Any]:
+    """Return an argument's prompt and what follows it; never empty."""
+    found = list(argument.values()) if isinstance(argument, Mapping) else _list(argument)
+    return found or [""]
 
 
 def _likelihood(answer: Any) -> Any:

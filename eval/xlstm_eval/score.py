@@ -192,9 +192,17 @@ def _read_json(path: Path) -> object:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ScoreError(f"{path}: not JSON at {where} ({error.msg}). Correct it there.") from None
+    except ScoreError:
+        raise
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise ScoreError(f"{path}: a number cannot be read ({_first_words(error)}).") from None
     except RecursionError:
         message = f'{path}: nested too deeply. It must hold {{"tasks": [...]}}.'
         raise ScoreError(message) from None
+
+
+def _first_words(error: ValueError) -> str:
+    return str(error).partition(":")[0]
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from xlstm_eval.problems import one_line
+from xlstm_eval.problems import kind_of, one_line
 from xlstm_eval.protocol import require_same_protocol, task_protocols
 from xlstm_eval.records import EvalError, Kind, TaskResult
 from xlstm_eval.results import all_metrics, pick_metric, task_result
@@ -20,6 +20,17 @@ from xlstm_eval.samples import Row, Rows, as_logged, counted, read_lines
 from xlstm_eval.suites import SuiteTask
 
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
+PARTS: dict[str, Any] = {
+    "results": dict,
+    "configs": dict,
+    "group_subtasks": list,
+    "n-samples": dict,
+    "higher_is_better": dict | None,
+    "versions": object,
+    "n-shot": object,
+    "config": object,
+}
+"""What is read of a results file: objects, and what they hold."""
 ASKED = {"doc_hash": "document", "prompt_hash": "prompt", "target_hash": "target"}
 """lm-eval's hashes of what an item is, and what they stand for."""
 
@@ -53,8 +64,11 @@ def read_stock_results(path: Path) -> StockResults:
             f"{path}: has no {' and no '.join(sorted(missing))}. "
             "Give a results file of lm-eval (--output_path DIR --log_samples)."
         )
+    data = _checked(data, path)
     tasks, asked = [], {}
     groups = _tasks(data)
+    if not groups or not any(map(_has_scores, data["results"].values())):
+        raise EvalError(f"{path}: no task has a score. Give a results file of lm-eval.")
     for name, leaves in groups.items():
         rows = _rows_of(data, path, leaves)
         if rows is None:
@@ -74,6 +88,25 @@ def read_stock_results(path: Path) -> StockResults:
     return StockResults(_model_name(data, path), tuple(tasks), _protocol(data), asked, rows_again)
 
 
+def _checked(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a file's content with all parts that are read; raises EvalError: another shape."""
+    found = dict(data)
+    for key, kind in PARTS.items():
+        part = data.get(key)
+        found[key] = part = {} if part is None else part
+        if not isinstance(part, dict):
+            raise EvalError(f"{path}: {key} is no object. Give a results file of lm-eval.")
+        for name, value in part.items():
+            if not isinstance(value, kind):
+                raise EvalError(
+                    f"{path}: {key}.{name!r} is {kind_of(value)}. Give a results file of lm-eval."
+                )
+    for name in found["results"]:
+        if not name.isprintable() or not name:
+            raise EvalError(f"{path}: results: {name!r} is no task's name. Correct it there.")
+    return found
+
+
 def _rows_of(data: Mapping[str, Any], path: Path, leaves: Sequence[str]) -> list[Row] | None:
     """Return the samples of a task or group, each member's by number; None if some are missing."""
     rows: list[Row] = []
@@ -81,8 +114,29 @@ def _rows_of(data: Mapping[str, Any], path: Path, leaves: Sequence[str]) -> list
         own = _samples(data, path, leaf)
         if own is None:
             return None
+        _check_rows(own, path, leaf)
         rows += sorted(own, key=lambda row: int(row["doc_id"]))
     return rows or None
+
+
+def _check_rows(rows: Sequence[Row], path: Path, task: str) -> None:
+    """Raise EvalError for rows without number or filter, or an item that is there twice."""
+    seen = set()
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("doc_id"), int):
+            raise EvalError(f"{path}: samples of {task}: a row has no doc_id. Run lm-eval again.")
+        if "filter" not in row:
+            raise EvalError(
+                f"{path}: samples of {task}: item {row['doc_id']} has no filter. "
+                "Evaluate with lm-eval 0.4.3 or later."
+            )
+        key = (row["doc_id"], row["filter"])
+        if key in seen:
+            raise EvalError(
+                f"{path}: samples of {task}: item {row['doc_id']} is there twice. Evaluate again "
+                "into an empty folder: lm-eval appends to files."
+            )
+        seen.add(key)
 
 
 def _scored_alone(name: str, leaves: Sequence[str], data: Mapping[str, Any]) -> TaskResult:
@@ -152,7 +206,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise EvalError(f"{path}: cannot be read ({reason}).") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of more than 4,300 digits
         raise EvalError(f"{path}: not JSON ({error}).") from None
     if not isinstance(data, dict):
         raise EvalError(f"{path}: holds no object. Give a results file of lm-eval.")
@@ -170,7 +224,7 @@ def _tasks(data: Mapping[str, Any]) -> dict[str, list[str]]:
     found = {}
     for name, scores in data["results"].items():
         inside = any(name in below[group] for group in scored)
-        if name in below and name not in scored:
+        if not isinstance(scores, dict) or (name in below and name not in scored):
             continue
         if not inside and (_has_scores(scores) or name not in members):
             found[name] = list(_leaves(name, below))
@@ -181,18 +235,22 @@ def _has_scores(scores: Any) -> bool:
     return isinstance(scores, dict) and any("," in key for key in scores)
 
 
-def _leaves(name: str, below: Mapping[str, list[str]]) -> Iterator[str]:
+def _leaves(
+    name: str, below: Mapping[str, list[str]], above: tuple[str, ...] = ()
+) -> Iterator[str]:
+    if name in above:
+        raise EvalError(f"group_subtasks: {name} is a member of itself. Run lm-eval again.")
     if name not in below:
         yield name
         return
     for member in below[name]:
-        yield from _leaves(member, below)
+        yield from _leaves(member, below, (*above, name))
 
 
 def _samples(data: Mapping[str, Any], path: Path, task: str) -> list[Row] | None:
     """Return one task's samples: from the results file, else from the file of its date."""
     inside = data.get("samples") or {}
-    if task in inside:
+    if isinstance(inside, dict) and isinstance(inside.get(task), list):
         return list(inside[task])
     date = re.fullmatch(r"results_(.+)", path.stem)
     own = path.with_name(f"samples_{task}_{date[1]}.jsonl") if date else None
@@ -216,8 +274,9 @@ def _samples(data: Mapping[str, Any], path: Path, task: str) -> list[Row] | None
 
 def _model_name(data: Mapping[str, Any], path: Path) -> str:
     """Return the model's name without folders, else the file's."""
-    name = data.get("model_name") or ""
-    return str(name).rstrip("/").rpartition("/")[2] or path.stem
+    name = str(data.get("model_name") or "").rstrip("/").rpartition("/")[2]
+    # A terminal would obey control characters.
+    return "".join(letter if letter.isprintable() else "?" for letter in name) or path.stem
 
 
 def _protocol(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import call_cli
 from processes import process_environment, run_python
+from safetensors.torch import load_file
+
+from xlstm_distill.export.source import find_student
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -244,6 +248,41 @@ def test_a_longer_expert_redoes_only_itself(run, tmp_path):
         "data/math", "capture/math", "distill/math", "merge",
         "evaluate/math", "evaluate/merged", "report",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_refined_expert_is_merged_and_nothing_before_it_is_made_again(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", copy_function=shutil.copy2)
+    before = manifests(copy)
+    line = one_line(cli("refine", RECIPE, "--run", copy), 2)
+    assert "the recipe has no such section" in line
+    section = (
+        "refine={tokens: 6144, batch: 8, lr: 1.0e-4, prompt_tokens: 160, new_tokens: 32,"
+        " experts: [chat]}"
+    )
+    done = cli("run", RECIPE, "--run", copy, sets=(*SMALL, section))
+    assert done.returncode == 0, done.stderr
+    assert "stage 4 of 7: refine" in done.stdout
+    assert "on its own text KL" in done.stdout
+    after = manifests(copy)
+    made = {label for label in after if after[label] != before.get(label)}
+    assert made == {
+        "refine/chat", "merge", "evaluate/chat", "evaluate/merged", "report",
+    }  # fmt: skip
+    weights = {
+        label: load_file(copy / "artifacts" / label / "model" / "model.safetensors")
+        for label in ("distill/math", "distill/chat", "refine/chat", "merge")
+    }
+    name = "model.layers.0.mlp.up_proj.weight"
+    math, chat, refined, merged = (found[name].double() for found in weights.values())
+    assert not torch.equal(chat, refined)
+    torch.testing.assert_close(merged, (math + refined) / 2, rtol=0, atol=1e-7)
+    report = json.loads((copy / "report" / "report.json").read_text())
+    assert "refine/chat" in json.dumps(report)
+    # Who exports or chats gets the refined expert, as long as the recipe refines it.
+    assert find_student(copy, "chat").directory.parts[-3:-1] == ("refine", "chat")
+    again = cli("refine", RECIPE, "--run", copy, "--expert", "0", sets=(*SMALL, section))
+    assert again.stdout.splitlines()[-1].split() == ["refine", "already", "done"]
 
 
 @pytest.mark.parametrize("stage", ["distill", "merge", "evaluate", "report"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +459,73 @@ def test_stock_results_without_samples_are_compared_and_said(stock: Path, tmp_pa
     assert some.no_items.startswith(f"{some.models[0].name} has no samples of first:")
     assert some.items is not None
     assert {item.task for item in some.items.items} == {"second", "choice"}
+
+
+def stock_values() -> dict[str, Any]:
+    """A results file as lm-eval writes it, with its samples inside."""
+    rows = [
+        {
+            "doc_id": number,
+            "filter": "none",
+            "arguments": {"gen_args_0": {"arg_0": f"Q{number}", "arg_1": {}}},
+            "resps": [["<script>alert(1)</script>\x1b[2J\ud800"]],
+            "filtered_resps": ["<b>"],
+            "target": "t",
+            "exact_match": float(number % 2),
+        }
+        for number in range(10)
+    ]
+    return {
+        "results": {"a": {"exact_match,none": 0.5}},
+        "configs": {"a": {"output_type": "generate_until"}},
+        "n-samples": {"a": {"effective": 10}},
+        "higher_is_better": {"a": {"exact_match": True}},
+        "model_name": "\x1b[2J<i>m</i>",
+        "samples": {"a": rows},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["samples"]["a"].append(v["samples"]["a"][0]), "item 0 is there twice"),
+        (lambda v: v["samples"]["a"][0].pop("doc_id"), "a row has no doc_id"),
+        (lambda v: v["samples"]["a"][3].pop("filter"), "item 3 has no filter"),
+        (lambda v: [r.update(filter="z") for r in v["samples"]["a"]], "under the filter 'none'"),
+        (lambda v: v["results"]["a"].update({"exact_match,none": "0.5"}), "is no number"),
+        (lambda v: v["results"]["a"].update({"exact_match,none": math.nan}), "not a finite number"),
+        (lambda v: v.update(results={"a": {"alias": "a"}}), "no task has a score"),
+        (lambda v: v.update(configs={"a": None}), "configs.'a' is nothing"),
+        (lambda v: v.update(versions=[1]), "versions is no object"),
+        (lambda v: v.update(group_subtasks={"a": ["b"], "b": ["a"]}), "is a member of itself"),
+        (lambda v: v["results"].update({"\x1b": {"exact_match,none": 1}}), "is no task's name"),
+    ],
+)
+def test_damaged_stock_results_get_one_line(
+    tmp_path: Path, change: Callable[[Any], object], message: str
+) -> None:
+    for name in ("teacher", "student"):
+        values = stock_values()
+        change(values)
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    with pytest.raises(EvalError) as caught:
+        stock_report([tmp_path / "teacher.json", tmp_path / "student.json"])
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_odd_samples_are_shown_and_obeyed_by_nobody(tmp_path: Path) -> None:
+    odd = stock_values()
+    odd["samples"]["a"][0] |= {"resps": 5, "filtered_resps": None, "arguments": "x"}
+    odd["samples"]["a"][1] |= {"resps": [], "filtered_resps": [["-1.0", "True"]]}
+    for name, values in (("teacher", stock_values()), ("student", odd)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    files = render(stock_report([tmp_path / "teacher.json", tmp_path / "student.json"]))
+    for text in files.values():
+        assert text.encode()
+        assert "\x1b" not in text
+    assert "<script>alert" not in files["report.html"]
+    assert "<i>m</i>" not in files["report.html"]
 
 
 def test_stock_results_of_other_items_are_refused(stock: Path, tmp_path: Path) -> None:

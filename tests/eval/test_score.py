@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from pathlib import Path
 
@@ -103,6 +104,15 @@ def test_text_is_an_aligned_table(tmp_path: Path) -> None:
         ),
         ('{"tasks": [{"task": "a", "techer": 1, "student": 1}]}', "Did you mean 'teacher'?"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"tasks": [{"task": "a", "teacher": 1' + "0" * 5000 + "}]}", "a number cannot be read"),
+        (
+            '{"tasks": [{"task": "\\u001b[2J", "teacher": 1, "student": 1}]}',
+            r"tasks[0].task: '\x1b[2J' holds a control character",
+        ),
+        (
+            '{"tasks": [{"task": "a", "teacher_items": [1e200, 1], "student_items": [1, 1]}]}',
+            "tasks[0].teacher_items[0]: 1e+200 must be at most 1e+100",
+        ),
     ],
 )
 def test_a_bad_file_gets_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -187,6 +197,39 @@ def test_items_give_tests_intervals_and_a_decision(tmp_path: Path) -> None:
     assert pooled["smallest_margin"] == pytest.approx(1 - pooled["kept_interval"][0])
 
 
+def drawn_tasks(seed: int) -> list[dict[str, object]]:
+    """Tasks of few items on odd scales, as a script might hand them in."""
+    rng = random.Random(seed)
+    draw = {
+        "binary": lambda: rng.randint(0, 1),
+        "real": lambda: rng.random() * rng.choice([1, 100]),
+        "constant": lambda: 0.5,
+        "spread": lambda: abs(rng.gauss(0, 1)) * 10.0 ** rng.randint(-9, 9),
+    }
+    tasks: list[dict[str, object]] = []
+    for index in range(rng.choice([1, 2, 3, 6])):
+        one, count = draw[rng.choice(list(draw))], rng.choice([1, 2, 3, 30])
+        sides = {f"{side}_items": [one() for _ in range(count)] for side in ("teacher", "student")}
+        tasks.append({"task": f"t{index}", "higher_is_better": rng.random() < 0.7, **sides})
+    return tasks
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seed", [2, 38, *range(100, 140)])
+def test_odd_items_give_figures_and_no_traceback(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps({"tasks": drawn_tasks(seed)}))
+    report = json.loads(score_file(path).to_json())
+    for name in ("critical_tolerance", "critical_tolerance_75", "worst_drop"):
+        found = report["intervals"][name]
+        assert found is None or found[0] <= report[name] <= found[1]
+    for task, rate in report["recovery"].items():
+        found = report["intervals"]["recovery"].get(task)
+        assert found is None or found[0] <= rate <= found[1]
+    for task, value in report["p_values"].items():
+        assert 0 < value <= report["p_values_holm"][task] <= 1
+
+
 def test_the_margin_decides(tmp_path: Path) -> None:
     path = written(tmp_path, json.dumps({"tasks": ITEMS[:3]}))
     needed = score_file(path).comparison.statistics.pooled.smallest_margin
@@ -215,7 +258,7 @@ def test_one_task_without_items_leaves_no_decision(tmp_path: Path) -> None:
     tasks = [*ITEMS[:2], {"task": "mmlu", "teacher": 0.6, "student": 0.6}]
     report = json.loads(score_file(written(tmp_path, json.dumps({"tasks": tasks}))).to_json())
     assert report["decision"] == "undecided"
-    assert report["pooled"]["reason"] == "no items (or a single real one) of mmlu"
+    assert report["pooled"]["reason"] == "no items (or a single one) of mmlu"
     assert report["intervals"]["critical_tolerance"] is None
     assert set(report["p_values"]) == {"stock", "add"}
 

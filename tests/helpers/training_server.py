@@ -2,8 +2,8 @@
 
 It reads one JSON object a line:
 
-- `processes`: how many; `steps`: optimiser steps; `settings`: null, or an accelerate launcher's
-  variables, for sharding;
+- `kind`: `distill` or `refine`; `processes`: how many; `steps`: optimiser steps;
+- `settings`: null, or an accelerate launcher's variables, for sharding;
 - `directory`: folder for checkpoints and log; `out`: file for the weights;
 - `signals`: what to send to all processes, in turn: `signal`, `step` (once it is in the log; null:
   once `directory`/sleeping-RANK exists for all ranks) and `delay` (seconds after that);
@@ -16,6 +16,7 @@ would tell the user goes to `directory`/message-RANK.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import runpy
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,6 +52,9 @@ from xlstm_distill.runtime import signals
 from xlstm_distill.targets.providers import OnlineTargets, TargetSource
 from xlstm_distill.training.accelerator import full_state_dict, make_accelerator
 from xlstm_distill.training.objectives import DistillObjective
+from xlstm_distill.training.on_policy.objective import RefineObjective
+from xlstm_distill.training.on_policy.prompts import Cutter
+from xlstm_distill.training.on_policy.sampler import Sampler, SampleSettings
 from xlstm_distill.training.plan import Stretch, TrainingPlan
 from xlstm_distill.training.trainer import Trainer
 
@@ -114,10 +119,23 @@ def make_objective() -> DistillObjective:
     return DistillObjective(student, OnlineTargets(teacher, 16), LossWeights(0.9, 0.1))
 
 
-def train(out: Path, directory: Path, steps: int, fault: dict[str, int]) -> None:
+def make_refinement(cut: bool) -> RefineObjective:
+    """Make the objective of on-policy refinement; `cut`: whether FSDP2 will cut its weights."""
+    made = make_objective()
+    settings = SampleSettings(
+        new_tokens=10, temperature=1.0, top_p=1.0, rows=3, seed=0, ends=(5, 6, 7)
+    )
+    whole = copy.deepcopy(made.student) if cut else None
+    sampler = Sampler(made.student, settings, whole)
+    cutter = Cutter(prompt_tokens=12, new_tokens=10, off_policy=0.3, seed=0)
+    return RefineObjective(made.student, made.targets, sampler, cutter, kl_tail=True)
+
+
+def train(out: Path, directory: Path, steps: int, fault: dict[str, int], kind: str) -> None:
     recipe: Any = SimpleNamespace(teacher=SimpleNamespace(dtype="float32"))
     accelerator = make_accelerator(recipe)
-    objective = make_objective()
+    cut = accelerator.distributed_type == DistributedType.FSDP
+    objective = make_refinement(cut) if kind == "refine" else make_objective()
     rank = accelerator.process_index
     with tempfile.TemporaryDirectory() as folder:
         domains = make_domains(Path(folder))
@@ -131,9 +149,12 @@ def train(out: Path, directory: Path, steps: int, fault: dict[str, int]) -> None
             sign = directory / f"sleeping-{rank}"
             objective.targets = Sleeping(objective.targets, row, sign)
         optim = Align(tokens=4096, batch=BATCH, micro_batch=2)
-        plan = TrainingPlan("test", (stretch,), optim, Training(checkpoint_steps=3))
-        kind = StoppedAtTheEnd if fault.get("stop_at_end") == rank else Trainer
-        kind(objective, plan, domains, directory, accelerator).run()
+        length = 22 if kind == "refine" else None
+        plan = TrainingPlan(
+            "test", (stretch,), optim, Training(checkpoint_steps=3), row_tokens=length
+        )
+        loop = StoppedAtTheEnd if fault.get("stop_at_end") == rank else Trainer
+        loop(objective, plan, domains, directory, accelerator).run()
     weights = full_state_dict(accelerator, objective.student)
     if accelerator.is_main_process:
         save_file({name: tensor.clone() for name, tensor in weights.items()}, out)
@@ -155,7 +176,8 @@ def child(request: dict[str, Any], rank: int, port: int) -> int:
     directory = Path(request["directory"])
     message = directory / f"message-{rank}"
     try:
-        train(Path(request["out"]), directory, request["steps"], request["fault"] or {})
+        fault, kind = request["fault"] or {}, request["kind"]
+        train(Path(request["out"]), directory, request["steps"], fault, kind)
     except signals.Stopped as stopped:
         message.write_text(str(stopped))
         return stopped.exit_code

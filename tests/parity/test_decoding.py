@@ -423,3 +423,55 @@ def test_long_prompts_are_read_in_chunks(said, keep, student):
     assert out.logits.shape == whole.shape
     assert error_ratio(out.logits, whole.double()) < 3e-6
     assert out.past_key_values.get_seq_length() == tokens
+
+
+def long_prompt(model, rows, chunk=None):
+    """Read a prompt for its last logits; return them, the cache, and what the last MLP read."""
+    read, last = [], model.model.layers[-1].mlp
+    # For all modules: a hook of the layer's own would make it compute everything.
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: read.append(given[0].shape[1]) if module is last else None
+    )
+    model.prefill_chunk = chunk
+    try:
+        with torch.no_grad():
+            out = model(rows, use_cache=True, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return out.logits, out.past_key_values, read
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_last_layer_computes_only_what_is_wanted(family, student):
+    model, rows = student(family), ids()
+    with torch.no_grad():
+        whole = model(rows, use_cache=False).logits
+        expected = model(rows, use_cache=True).past_key_values  # all logits, in one piece
+    # 40 tokens of 2 rows are enough for 2 layers to read the last token alone.
+    for chunk, lengths in ((None, [1]), (16, [1])):
+        logits, cache, read = long_prompt(model, rows, chunk)
+        assert read == lengths
+        assert error_ratio(logits, whole[:, -1:].double()) < 3e-6
+        for layer, other in zip(cache.layers, expected.layers, strict=True):
+            for x, y in zip(layer.tensors(), other.tensors(), strict=True):
+                assert error_ratio(x, y.double()) < 3e-6
+
+
+@pytest.mark.parametrize("branches", [("window",), ("mlstm",)], ids="+".join)
+def test_a_last_layer_of_one_branch_takes_a_prompt_in(branches, student):
+    model, rows = student(branches=branches), ids()
+    with torch.no_grad():
+        whole = model(rows, use_cache=False).logits
+    logits, _, read = long_prompt(model, rows, 16)
+    assert read == [1]
+    assert error_ratio(logits, whole[:, -1:].double()) < 3e-6
+
+
+def test_who_listens_to_the_last_layer_hears_all_tokens(student):
+    model, heard = student(), []
+    output_gate = model.mixers()[-1].output_gate
+    output_gate.register_forward_hook(lambda _, __, gate: heard.append(gate.shape[2]))
+    _, _, read = long_prompt(model, ids(), 16)
+    assert read == heard == [16, 16, 8]
+    # A prompt of few tokens is read in one piece: a call of its own would cost more.
+    assert long_prompt(student(), ids(1, 30))[2] == [30]

@@ -29,6 +29,7 @@ for command in (
     run.capture,
     run.align,
     run.distill,
+    run.refine,
     run.merge,
     run.evaluate,
     run.report,

@@ -91,7 +91,7 @@ def report_runs(
 
     entries = []
     if runs:
-        from xlstm_distill.stages.compare import read_entries
+        from xlstm_distill.stages.measuring.compare import read_entries
 
         entries += read_entries(runs, margin)
     if published:

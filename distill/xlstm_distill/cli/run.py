@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from xlstm_distill.recipe import Recipe
     from xlstm_distill.stages.lineage import Lineage
 
-STAGES = ("capture", "align", "distill", "merge", "evaluate", "report")
+STAGES = ("capture", "align", "distill", "refine", "merge", "evaluate", "report")
 
 Check = Callable[["Recipe", int], None]
 """Raises UserError if a recipe and a number of processes do not fit."""
@@ -102,8 +102,9 @@ def run(
         # Before the first stage: a misspelt task would otherwise show after days of training.
         for stage in ("evaluate", "merge"):
             _stage_module(stage).check(lineage, opened)
-        for number, stage in enumerate(STAGES, start=1):
-            console.stage = f"stage {number} of {len(STAGES)}"
+        stages = [name for name in STAGES if name != "refine" or lineage.refined()]
+        for number, stage in enumerate(stages, start=1):
+            console.stage = f"stage {number} of {len(stages)}"
             console.line(f"{console.stage}: {stage}")
             _run_stage(stage, lineage, opened, console)
         _print_summary(opened.directory, console)
@@ -194,6 +195,29 @@ def distill(
     """Train the experts from the aligned student (stage II)."""
     asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
     _one_stage("distill", asked, debug, expert=expert)
+
+
+def refine(
+    recipe: RecipePath,
+    run_dir: RunPath = None,
+    expert: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Refine this expert alone (or its index among the refined ones, from 0).",
+            show_default="all, one by one",
+            autocompletion=completion.experts,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    launch: LaunchConfig = None,
+    launch_args: LaunchArgs = "",
+    replace: Replace = False,
+    debug: Debug = False,
+) -> None:
+    """Refine experts on text that they sample themselves (optional; between stages II and III)."""
+    asked = Invocation(recipe, run_dir, overrides, launch, launch_args, replace)
+    _one_stage("refine", asked, debug, expert=expert)
 
 
 def merge(

@@ -14,7 +14,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.models.teacher_files import CONFIG, weight_files
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.stages.choices import choose
-from xlstm_distill.stages.outline import MERGED, stage_of
+from xlstm_distill.stages.outline import MERGED, Outline
 from xlstm_distill.stages.status.comparison import saved_recipe
 
 PREFIX = "xlstm_"
@@ -75,14 +75,18 @@ def find_student(place: Path, model: str | None = None) -> FoundStudent:
 
 def _models(run: Path) -> dict[str, Artifact]:
     """The published students of a run by name, the merged one first."""
+    recipe = saved_recipe(run)
     found: dict[str, Artifact] = {}
+    # By name, so that a refined expert comes after what it was made from, and counts.
     for label, folder in folders_of(run):
-        if stage_of(label) not in ("merge", "distill") or KEPT.fullmatch(folder.name):
+        stage, _, name = label.partition("/")
+        if stage == "refine" and recipe is not None and name not in Outline(recipe).refined():
+            continue  # of an earlier recipe
+        if stage not in ("merge", "distill", "refine") or KEPT.fullmatch(folder.name):
             continue
         manifest = read_manifest(folder)
         if manifest is not None:
-            name = MERGED if label == "merge" else label.partition("/")[2]
-            found[name] = Artifact(folder, manifest)
+            found[MERGED if label == "merge" else name] = Artifact(folder, manifest)
     return dict(sorted(found.items(), key=lambda item: item[0] != MERGED))
 
 

@@ -11,12 +11,13 @@ from xlstm_distill.stages.choices import deal
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.outline import stage_of
 
-ARRAYS = ("prepare", "capture", "distill", "evaluate")
+ARRAYS = ("prepare", "capture", "distill", "refine", "evaluate")
 TITLES = {
     "prepare": "tokenise and pack the text, on CPUs",
     "capture": "store the teacher's targets",
     "align": "stage I: align each mixer with its teacher layer",
     "distill": "stage II: train the experts, one index per expert",
+    "refine": "refine experts on their own text, one index per expert",
     "merge": "stage III: merge the experts",
     "evaluate": "score the models, one index per model",
     "report": "write the report",
@@ -73,6 +74,8 @@ def _tasks(lineage: Lineage, site: Site) -> dict[str, tuple[Task, ...]]:
         found["capture"] = tuple(Task(n, f"{n}/{count}", captured) for n in range(count))
     for stage in ("align", "distill"):
         found[stage] = tuple(_one_each(stage, by_stage[stage]))
+    if refined := by_stage.get("refine"):
+        found["refine"] = tuple(_one_each("refine", refined))
     # The command makes the recipe's variants too.
     merges = (*by_stage["merge"], *by_stage.get("variant", ()))
     found["merge"] = (Task(None, "", merges),)

@@ -162,7 +162,7 @@ class Writer:
         """The words by which a task of the job takes its part; they are shell, already quoted."""
         if job.name in ("prepare", "capture"):
             return ["--shard", f"{INDEX}/{len(job.tasks)}"]
-        option = {"distill": "--expert", "evaluate": "--model"}.get(job.name)
+        option = {"distill": "--expert", "refine": "--expert", "evaluate": "--model"}.get(job.name)
         return [option, INDEX] if option is not None else []
 
     def _command(self, stage: str) -> list[str]:

@@ -17,9 +17,9 @@ from xlstm_distill.recipe.load import parse_yaml, read_file
 from xlstm_distill.recipe.problems import kind_of, problem_lines
 from xlstm_distill.recipe.shipped import recipes_folder
 
-Stage = Literal["prepare", "capture", "align", "distill", "merge", "evaluate", "report"]
+Stage = Literal["prepare", "capture", "align", "distill", "refine", "merge", "evaluate", "report"]
 # A merge takes several processes only where it says so: its weights may be tuned.
-LAUNCHED = ("capture", "align", "distill", "evaluate")
+LAUNCHED = ("capture", "align", "distill", "refine", "evaluate")
 """Stages that run in several processes; the others run in one."""
 SHARED = ("prepare", "capture")
 """Stages whose number of array tasks is chosen; the others have one for each expert or model."""

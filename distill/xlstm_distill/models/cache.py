@@ -5,8 +5,10 @@ Its size does not depend on the number of tokens seen. Decoding updates every te
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -94,6 +96,12 @@ def _asks_first(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _as_usual() -> AbstractContextManager[Any]:
+    """Allocate what may also be changed outside `torch.inference_mode`."""
+    inside = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if inside else contextlib.nullcontext()
+
+
 class MixerCacheLayer(CacheLayerMixin):
     """Decoding state of one mixer: what `xlstm_kernels.hybrid_step` updates.
 
@@ -119,16 +127,17 @@ class MixerCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the ring for keys (B, G, ..., D) and values (B, G, ..., Dv), in their dtype."""
         batch, groups, key_dim = *key_states.shape[:2], key_states.shape[-1]
-        self.keys, self.values, _ = Ring.empty(
-            batch,
-            groups,
-            key_dim,
-            value_states.shape[-1],
-            window=self.window,
-            sinks=self.sinks,
-            dtype=key_states.dtype,
-            device=key_states.device,
-        )
+        with _as_usual():
+            self.keys, self.values, _ = Ring.empty(
+                batch,
+                groups,
+                key_dim,
+                value_states.shape[-1],
+                window=self.window,
+                sinks=self.sinks,
+                dtype=key_states.dtype,
+                device=key_states.device,
+            )
         self.is_initialized = True
 
     def ring_for(self, keys: Tensor, values: Tensor, lengths: Tensor) -> Ring:
@@ -149,9 +158,10 @@ class MixerCacheLayer(CacheLayerMixin):
         """
         if self.state is None:
             batch, heads, key_dim = *keys.shape[:2], keys.shape[-1]
-            self.state = MLSTMState.zeros(
-                batch, heads, key_dim, values.shape[-1], dtype=dtype, device=keys.device
-            )
+            with _as_usual():
+                self.state = MLSTMState.zeros(
+                    batch, heads, key_dim, values.shape[-1], dtype=dtype, device=keys.device
+                )
             self.is_initialized = True
         return self.state
 
@@ -262,7 +272,8 @@ class StudentCache(Cache):
     """One `MixerCacheLayer` per layer, and what is a fact of the rows in all layers.
 
     ends: how the rows end. lengths (B,) int64: tokens of each row's last document. Both are None
-    before the first token. arrival: the tokens that the layers are taking in.
+    before the first token. arrival: the tokens that the layers are taking in. outputs_unread:
+    nobody reads what the last layer would compute of them.
     """
 
     def __init__(self, windows: Sequence[int], sinks: int) -> None:
@@ -270,16 +281,22 @@ class StudentCache(Cache):
         self.ends: RowEnds | None = None
         self.lengths: Tensor | None = None
         self.arrival: Arrival | None = None
+        self.outputs_unread = False
 
     def receive(
         self, shape: tuple[int, int], segment_ids: Tensor | None, device: torch.device
     ) -> None:
         """Note that the layers will take in (B, T) tokens, and count them, in place."""
         if self.lengths is None:
-            self.lengths = torch.zeros(shape[0], dtype=torch.int64, device=device)
+            with _as_usual():
+                self.lengths = torch.zeros(shape[0], dtype=torch.int64, device=device)
         seen = self.get_seq_length()
         self.arrival = Arrival(shape[1], seen, self.lengths.clone(), segment_ids)
         self.lengths.copy_(self.arrival.lengths_after())
+
+    def wants_no_outputs(self, layer: int) -> bool:
+        """Tell whether nobody reads what this layer would compute of the tokens that come."""
+        return self.outputs_unread and layer == len(self.layers) - 1
 
     def copy(self) -> StudentCache:
         """Return a cache that goes on by itself: one prompt's state, many continuations."""
@@ -336,7 +353,10 @@ class StudentCache(Cache):
 
 def _copied(new: Tensor, held: Tensor | None) -> Tensor:
     """Copy `new` into the tensor that is held, or into one of its own."""
-    return new.clone() if held is None else held.copy_(new)
+    if held is not None:
+        return held.copy_(new)
+    with _as_usual():
+        return new.clone()
 
 
 def checked_cache(cache: Any) -> StudentCache:

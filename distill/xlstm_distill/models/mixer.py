@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer, checked_cache
+from xlstm_distill.models.decoding.prefill import take_in
 from xlstm_distill.models.decoding.step import decode_token, turns_halves
 from xlstm_distill.models.families import Family
 from xlstm_distill.models.feature_maps import FeatureMap
@@ -162,6 +163,9 @@ class HybridMixer(nn.Module):
         if layer is not None and hidden_states.shape[1] == 1 and not self._records(hidden_states):
             assert arrival is not None
             return decode_token(self, hidden_states, position_embeddings, arrival, layer)
+        if layer is not None and checked_cache(past_key_values).wants_no_outputs(self.layer_idx):
+            assert arrival is not None
+            take_in(self, hidden_states, position_embeddings, arrival, layer, segment_ids)
         q, k, v = self.project(hidden_states)
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
         gate = None
@@ -206,9 +210,12 @@ class HybridMixer(nn.Module):
 
     def _mlstm_inputs(self, x: Tensor, q: Tensor, k: Tensor) -> MLSTMInputs:
         """Map q (B, H, T, D) and k (B, G, T, D) to features, and x (B, T, d) to scalar gates."""
-        features_q, features_k = self.feature_map_q(q), self.feature_map_k(k)
+        return MLSTMInputs(self.feature_map_q(q), self.feature_map_k(k), *self.scalar_gates(x))
+
+    def scalar_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return preactivations of input and forget gate of x (B, T, d), (B, H, T) in fp32."""
         i, f = self.input_gate(x), self.forget_gate(x)  # (B, T, H)
-        return MLSTMInputs(features_q, features_k, i.mT.float(), f.mT.float())
+        return i.mT.float(), f.mT.float()
 
     def _records(self, x: Tensor) -> bool:
         """Tell whether autograd records what the mixer computes of x."""
@@ -237,7 +244,7 @@ class HybridMixer(nn.Module):
         q, k, v, memory, gate = inputs
         recalled = None
         if memory is not None:
-            recalled = self._recall(memory, v, layer, arrival, segment_ids)
+            recalled = self.recall(memory, v, layer, arrival, segment_ids)
         if not self.has_window:
             assert recalled is not None
             return recalled
@@ -254,9 +261,9 @@ class HybridMixer(nn.Module):
         # (1 - o) SWA + o mLSTM (paper, Eq. 11).
         return torch.lerp(attended, recalled, gate.to(recalled.dtype))
 
-    def _recall(
+    def recall(
         self,
-        memory: MLSTMInputs,
+        memory: tuple[Tensor, Tensor, Tensor, Tensor],
         v: Tensor,
         layer: MixerCacheLayer | None,
         arrival: Arrival | None,
@@ -266,27 +273,20 @@ class HybridMixer(nn.Module):
 
         With a cache, it continues from the cache's state and updates that in place.
         """
+        q, k, i, f = memory
         if layer is None or arrival is None:
-            return mlstm(
-                memory.q,
-                memory.k,
-                v,
-                memory.i,
-                memory.f,
-                segment_ids=segment_ids,
-                backend=self.backend,
-            )
-        held = layer.state_for(memory.k, v, state_dtype(memory.q, v))
+            return mlstm(q, k, v, i, f, segment_ids=segment_ids, backend=self.backend)
+        held = layer.state_for(k, v, state_dtype(q, v))
         if arrival.begins is not None:
             layer.restart_state(arrival.begins_on(v.device))
         # A backward pass must find the state as it was read here, and it changes below.
         before = MLSTMState(*(t.clone() for t in held)) if torch.is_grad_enabled() else held
         h, state = mlstm(
-            memory.q,
-            memory.k,
+            q,
+            k,
             v,
-            memory.i,
-            memory.f,
+            i,
+            f,
             segment_ids=segment_ids,
             state=before,
             return_state=True,

@@ -24,9 +24,9 @@ from transformers import (
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.cache import StudentCache, checked_cache
 from xlstm_distill.models.decoding.prefill import (
-    can_be_read_in_chunks,
+    can_be_read_apart,
     chunk_size,
-    read_in_chunks,
+    read_prompt,
 )
 from xlstm_distill.models.families import FAMILIES, CausalLM, Family, family_of
 from xlstm_distill.models.feature_maps import FeatureMap
@@ -213,22 +213,23 @@ def _prepare_inputs(
 def _read_prompt(
     model: Any, args: tuple, kwargs: dict[str, Any], names: tuple[str, ...]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    """Read a long prompt in chunks; a hook that runs before the student's forward pass.
+    """Read all but the end of a prompt; a hook that runs before the student's forward pass.
 
-    Its arguments have these names. What is left to it is the prompt's last chunk.
+    Its arguments have these names. What is left to it is the prompt's end.
     """
     given = args[0] if args else kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
     # A graph for prompts of any length cannot depend on it. Soon: it is asked at every token.
     if given is None or torch.compiler.is_compiling():
         return None
-    if given.shape[1] <= (chunk := chunk_size(given, model.prefill_chunk)):
+    if given.shape[1] == 1:
         return None
     kwargs = dict(zip(names, args, strict=False)) | kwargs
-    if not can_be_read_in_chunks(model, kwargs, chunk):
+    chunk = chunk_size(given, model.prefill_chunk)
+    if not can_be_read_apart(model, kwargs, chunk):
         return None
     cache = _cache_for(model.model, kwargs, kwargs.get("attention_mask"))
-    return None if cache is None else ((), read_in_chunks(model, kwargs, cache, chunk))
+    return None if cache is None else ((), read_prompt(model, kwargs, cache, chunk))
 
 
 def _cache_for(

@@ -34,10 +34,6 @@ MARGIN = 0.9
 """As `training.reduction`: the share of a GPU's memory that whole gradients may fill."""
 CHECKPOINT_BYTES = 12
 """Bytes of a trained parameter in a checkpoint: fp32 weight and two moments."""
-MERGED_AT_ONCE = 16 * 2**20
-"""Numbers that a merge works on: `merging.streaming` has up to 16 threads with a block each."""
-MERGE_BYTES, EXPERT_BYTES = 48, 12
-"""Bytes of each such number: sums in float64, and of each expert a copy and a difference."""
 FP32 = 4.0
 
 
@@ -64,6 +60,10 @@ class StageCost:
     fit: Fit | None = None
     bound: Bound | None = None
     """What a step sends, and whether that takes longer than computing."""
+    sampling: float | None = 0.0
+    """Seconds in which tokens are decoded one by one; None where the GPU is not known."""
+    note: str | None = None
+    """What the table cannot show."""
     batch_problem: Problem | None = None
     """The batch cannot be shared evenly by the GPUs."""
 
@@ -168,12 +168,16 @@ class Planner:
         rate = machine.gpus * peak * assumed.share
         # Recomputed work takes time, although it does not count in the MFU.
         hours = (cost.flops + cost.recomputed) / rate / 3600
+        sampling = cost.sampling
+        if sampling is None:
+            return cost
         steps = cost.steps
         if cost.bound is not None and steps:
             bound = self._timed_bound(cost.bound, 3600 * hours / steps)
             cost = replace(cost, bound=bound)
             if bound.by_communication and bound.communication is not None:
                 hours = steps * bound.communication / 3600
+        hours += sampling / 3600
         gpu_hours = hours * machine.gpus
         price = None if machine.price is None else gpu_hours * machine.price
         return replace(cost, utilisation=assumed, hours=hours, gpu_hours=gpu_hours, cost=price)
@@ -232,9 +236,9 @@ def align_cost(planner: Planner) -> StageCost:
         recomputed=tokens * again,
         disk=student,
         scratch=planner.checkpoints(planner.parameters.new),
-        bound=Bound(align_traffic(memory.inputs, _passes(section, memory.inputs))),
+        bound=Bound(align_traffic(memory.inputs, passes_of_step(section, memory.inputs))),
         fit=what_fits(memory, planner.machine.gpu, search=planner.search),
-        batch_problem=_batch_problem("align", section, planner.machine.gpus),
+        batch_problem=batch_problem("align", section, planner.machine.gpus),
     )
     return planner.timed(cost)
 
@@ -268,23 +272,11 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
         recomputed=tokens * again,
         disk=FP32 * planner.parameters.student,
         scratch=planner.checkpoints(inputs.trained),
-        bound=Bound(distill_traffic(memory.inputs, _passes(section, memory.inputs))),
+        bound=Bound(distill_traffic(memory.inputs, passes_of_step(section, memory.inputs))),
         fit=what_fits(memory, planner.machine.gpu, search=planner.search),
-        batch_problem=_batch_problem("distill", section, planner.machine.gpus),
+        batch_problem=batch_problem("distill", section, planner.machine.gpus),
     )
     return planner.timed(cost)
-
-
-def merge_costs(planner: Planner) -> list[StageCost]:
-    """Cost the merges, which hold a few blocks of every expert on the host, whatever the model."""
-    student = FP32 * planner.parameters.student
-    bytes_each = MERGE_BYTES + EXPERT_BYTES * len(planner.recipe.distill.experts)
-    # A small model has no more numbers than it has.
-    memory = min(MERGED_AT_ONCE, planner.parameters.student) * bytes_each
-    found = [StageCost("merge", disk=student, host_memory=memory)]
-    for name in planner.recipe.merge.variants:
-        found.append(StageCost("variant", name=name, disk=student, host_memory=memory))
-    return found
 
 
 def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:
@@ -295,16 +287,20 @@ def evaluation_cost(planner: Planner, *, student: bool) -> StageCost:
     name = "student" if student else "teacher"
     memory = functools.partial(evaluation_memory, student=student)
     # By its tasks, and not by `data.context`, which packed rows alone have.
-    answers = [task.max_gen_tokens or ANSWER_TOKENS for task in planner.recipe.evaluate.tasks]
-    tokens = PROMPT_TOKENS + max(answers, default=ANSWER_TOKENS)
-    inputs = replace(planner.memory_inputs(rows), tokens=tokens)
+    inputs = replace(planner.memory_inputs(rows), tokens=longest_answer(planner.recipe))
     stage = StageMemory("evaluate", memory, inputs, rows, label=f"evaluate/{name}")
     return StageCost(
         "evaluate", name, fit=what_fits(stage, planner.machine.gpu, search=planner.search)
     )
 
 
-def _batch_problem(name: str, section: Optimization, gpus: int) -> Problem | None:
+def longest_answer(recipe: Recipe) -> int:
+    """Return the tokens of a prompt and its answer, at most."""
+    answers = [task.max_gen_tokens or ANSWER_TOKENS for task in recipe.evaluate.tasks]
+    return PROMPT_TOKENS + max(answers, default=ANSWER_TOKENS)
+
+
+def batch_problem(name: str, section: Optimization, gpus: int) -> Problem | None:
     """Say that the GPUs cannot share a batch evenly."""
     if section.batch % gpus == 0:
         return None
@@ -317,7 +313,7 @@ def _batch_problem(name: str, section: Optimization, gpus: int) -> Problem | Non
     return Problem(text, (Way({f"{name}.batch": batch}),))
 
 
-def _passes(section: Optimization, inputs: MemoryInputs) -> int:
+def passes_of_step(section: Optimization, inputs: MemoryInputs) -> int:
     """Return the passes of a GPU in an optimiser step."""
     return math.ceil(max(1, section.batch // inputs.gpus) / inputs.rows)
 

@@ -18,6 +18,8 @@ MOST_CHANGES = 4
 MOST_GPUS = 64
 SHORTEST_ROW = 1024
 """Tokens of a row at least, where a shorter context is proposed: two windows of the paper's."""
+SHARDED = ("distill", "refine")
+"""Stages whose student is cut over the GPUs."""
 Value = str | int | bool
 
 
@@ -175,22 +177,26 @@ def _memory_settings(stage: StageMemory) -> list[list[Change]]:
     if not inputs.checkpointing:
         key = f"{stage.stage}.activation_checkpointing"
         kinds.insert(0, [_change(key, True, checkpointing=True)])
-    if stage.stage == "distill":
+    if stage.stage in SHARDED:
         if inputs.gpus > 1:
-            others: list[Sharding] = ["fsdp2", "zero3"]
+            # Nothing samples under DeepSpeed.
+            others: list[Sharding] = ["fsdp2"] if stage.stage == "refine" else ["fsdp2", "zero3"]
             kinds.append(
                 [_change("--sharding", s, sharding=s) for s in others if s != inputs.sharding]
             )
         if inputs.online:
-            kinds += _teacher_settings(inputs)
+            kinds += _teacher_settings(stage)
     return [kind for kind in kinds if kind]
 
 
-def _teacher_settings(inputs: MemoryInputs) -> list[list[Change]]:
+def _teacher_settings(stage: StageMemory) -> list[list[Change]]:
     """List what makes an online teacher smaller: cut over the GPUs, or not there at all."""
-    kinds = []
+    inputs, kinds = stage.inputs, []
+    section = "refine" if stage.stage == "refine" else "capture"
     if inputs.gpus > 1 and not inputs.shard_teacher:
-        kinds.append([_change("capture.shard_teacher", True, shard_teacher=True)])
+        kinds.append([_change(f"{section}.shard_teacher", True, shard_teacher=True)])
+    if section == "refine":
+        return kinds  # samples cannot be scored before they are there
     stored = _change("capture.targets", "stored", online=False, shard_teacher=False)
     if inputs.shard_teacher:
         # A recipe refuses to cut a teacher that it does not have.
@@ -221,7 +227,7 @@ def _fewer_rows(stage: StageMemory, key: str) -> list[Change]:
 
 def _fewer_trained(stage: StageMemory) -> list[Change]:
     """List what `distill.trainable` could be; the paper's order of quality: all, mixer, lora."""
-    if stage.stage != "distill":
+    if stage.stage not in SHARDED:
         return []
     order = ("all", "mixer", "lora")
     fewer = order[order.index(stage.inputs.trainable) + 1 :]
@@ -230,7 +236,7 @@ def _fewer_trained(stage: StageMemory) -> list[Change]:
 
 def _shorter_rows(stage: StageMemory) -> list[Change]:
     """Halve the context; every stage then reads shorter rows."""
-    if stage.stage == "evaluate":
+    if stage.stage in ("evaluate", "refine"):
         return []
     changes, tokens = [], stage.inputs.tokens // 2
     while tokens >= SHORTEST_ROW:
@@ -250,9 +256,9 @@ def _with(stage: StageMemory, gpu: Gpu, more: Change) -> list[Way]:
 
 
 def _more_gpus(stage: StageMemory) -> Iterator[Change]:
-    """Double the GPUs while they can share the batch. Only stage II shards what it holds."""
+    """Double the GPUs while they can share the batch, where a stage shards what it holds."""
     inputs, gpus = stage.inputs, 2 * stage.inputs.gpus
-    while stage.stage == "distill" and gpus <= min(stage.batch, MOST_GPUS):
+    while stage.stage in SHARDED and gpus <= min(stage.batch, MOST_GPUS):
         if stage.batch % gpus == 0:
             settings: dict[str, Value] = {"--gpus": gpus}
             if inputs.sharding == "none":  # a single GPU shards nothing; several take FSDP2

@@ -24,6 +24,8 @@ class Gpu:
     bf16: float | None = None
     fp32: float | None = None
     links: Links | None = None
+    bandwidth: float | None = None
+    """Bytes a second of its memory."""
 
 
 REACHED = 0.8
@@ -37,10 +39,12 @@ def _gpu(
     fp32_tflops: float,
     within: float,
     network: float,
+    bandwidth: float,
 ) -> Gpu:
-    """Make a GPU; links in GB/s, one direction."""
+    """Make a GPU; links and memory bandwidth in GB/s, links in one direction."""
     links = Links(REACHED * within * 1e9, REACHED * network * 1e9)
-    return Gpu(name, gigabytes * 1e9, bf16_tflops * 1e12, fp32_tflops * 1e12, links)
+    rates = bf16_tflops * 1e12, fp32_tflops * 1e12
+    return Gpu(name, gigabytes * 1e9, *rates, links, bandwidth * 1e9)
 
 
 # NVIDIA's data sheets and architecture white papers. bf16 is without sparsity (half of the figure
@@ -51,18 +55,18 @@ def _gpu(
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        _gpu("rtx4090-24gb", 24, 165.2, 82.6, 32, 1.56),
-        _gpu("rtx5090-32gb", 32, 209.5, 104.8, 64, 1.56),
-        _gpu("l4-24gb", 24, 121, 30.3, 32, 1.56),
-        _gpu("a10g-24gb", 24, 70, 35, 32, 1.56),
-        _gpu("l40s-48gb", 48, 362, 91.6, 32, 1.56),
-        _gpu("a100-40gb", 40, 312, 19.5, 300, 25),
-        _gpu("a100-80gb", 80, 312, 19.5, 300, 25),
-        _gpu("h100-80gb", 80, 989.5, 67, 450, 50),
-        _gpu("h200-141gb", 141, 989.5, 67, 450, 50),
-        _gpu("b200-180gb", 180, 2250, 75, 900, 50),
+        _gpu("rtx4090-24gb", 24, 165.2, 82.6, 32, 1.56, 1008),
+        _gpu("rtx5090-32gb", 32, 209.5, 104.8, 64, 1.56, 1792),
+        _gpu("l4-24gb", 24, 121, 30.3, 32, 1.56, 300),
+        _gpu("a10g-24gb", 24, 70, 35, 32, 1.56, 600),
+        _gpu("l40s-48gb", 48, 362, 91.6, 32, 1.56, 864),
+        _gpu("a100-40gb", 40, 312, 19.5, 300, 25, 1555),
+        _gpu("a100-80gb", 80, 312, 19.5, 300, 25, 2039),
+        _gpu("h100-80gb", 80, 989.5, 67, 450, 50, 3350),
+        _gpu("h200-141gb", 141, 989.5, 67, 450, 50, 4800),
+        _gpu("b200-180gb", 180, 2250, 75, 900, 50, 8000),
         # Data sheets give 270 to 288 GB, depending on the system: the plan takes the least.
-        _gpu("b300", 270, 2250, 75, 900, 100),
+        _gpu("b300", 270, 2250, 75, 900, 100, 8000),
     )
 }
 
@@ -86,6 +90,8 @@ _TRITON: Mapping[str, Utilisation] = {
         0.33, "published for an 8B Llama under FSDP on 8 H100 without compilation"
     ),
 }
+SAMPLING = 0.5
+"""Share of a GPU's memory bandwidth that decoding reaches. Chosen: no GPU has run it yet."""
 _TORCH: Mapping[str, Utilisation] = {
     "capture": _TRITON["capture"],
     "align": Utilisation(0.10, "mLSTM and window in plain torch, bound by memory; chosen"),
@@ -129,6 +135,9 @@ def find_gpu(name: str | None, memory: float | None = None) -> Gpu:
 
 def utilisation(stage: str, backend: Backend, given: float | None) -> Utilisation:
     """Return the share of the peak assumed for a stage; `given` overrides it."""
+    # A refinement trains as stage II does; its sampling is timed by itself.
+    # So does one of learned merge weights.
+    stage = "distill" if stage in ("refine", "merge", "variant") else stage
     if given is not None:
         return Utilisation(given, "given by --mfu")
     return (_TRITON if backend == "triton" else _TORCH)[stage]

@@ -119,6 +119,51 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
     return max(moments, key=lambda memory: memory.allocated)
 
 
+def refine_memory(inputs: MemoryInputs, sampled: int) -> Memory:
+    """Predict the memory of on-policy refinement; `sampled` rows are decoded at once.
+
+    It samples, and then trains as stage II does beside an online teacher. A student that computes
+    in another format than it trains in, or is cut over GPUs, samples with a whole copy.
+    """
+    a, size = inputs.architecture, 2 if inputs.precision != "fp32" else 4
+    copied = inputs.precision != "fp32" or inputs.sharding in ("fsdp2", "hsdp")
+    copy = float(size * inputs.student_numbers) if copied else 0.0
+    training = distill_memory(inputs)
+    states = held_states(inputs)
+    sampling = Memory(
+        weights=states.weights,
+        optimizer=states.optimizer,
+        working_copies=copy,
+        teacher=inputs.online_teacher,
+        activations=_without_gradients(a, replace(inputs.student_pass, rows=sampled)),
+        # Probabilities, their sums and what these are compared with, in float64.
+        loss=3.0 * 8 * sampled * a.vocabulary,
+        cache=sampled * student_cache(a, inputs.mixer, size),
+    )
+    training = replace(training, working_copies=training.working_copies + copy)
+    return max(training, sampling, key=lambda memory: memory.allocated)
+
+
+def learning_memory(inputs: MemoryInputs, experts: int) -> Memory:
+    """Predict the memory of learned merge weights; `inputs.rows` are those of all experts.
+
+    A layer's merged weights exist while it computes, and experts are read tensor by tensor. What
+    every layer gives is kept twice, for the experts' and the merged student's; layers are computed
+    again.
+    """
+    a, forward = inputs.architecture, inputs.teacher_pass
+    p, size = inputs.parameters, DTYPE_BYTES[inputs.teacher_dtype]
+    # The sum, its gradient and an expert's tensor in fp32, and the sum in the teacher's dtype.
+    unit = max(inputs.layer_parameters, p.head or p.embedding)
+    kept = 2 * a.layers * forward.residual * a.hidden * inputs.pass_tokens
+    working = layer_saved(a, inputs.mixer, forward).bytes(forward)
+    return Memory(
+        working_copies=(4.0 + 4.0 + 4.0 + size) * unit,
+        activations=kept + working + layer_excess(a, inputs.mixer, forward),
+        loss=_loss(replace(inputs, rows=max(1, inputs.rows // experts))),
+    )
+
+
 def _fsdp2_moments(
     inputs: MemoryInputs, end_of_forward: Memory, end_of_backward: Memory, recomputed: Memory
 ) -> list[Memory]:

@@ -21,11 +21,12 @@ from xlstm_distill.planning.costs import (
     data_cost,
     evaluation_cost,
     expert_cost,
-    merge_costs,
 )
 from xlstm_distill.planning.fit import MOST_GPUS, Value
 from xlstm_distill.planning.inputs import Sharding
 from xlstm_distill.planning.machine import GPUS, Machine
+from xlstm_distill.planning.merging import merge_costs
+from xlstm_distill.planning.refining import refine_cost
 from xlstm_distill.recipe import Recipe
 
 TARGET_BYTES = 160.0
@@ -111,6 +112,9 @@ def make_plan(
         stages.append(capture_cost(planner))
     stages.append(align_cost(planner))
     stages += [expert_cost(planner, name) for name in recipe.distill.experts]
+    if recipe.refine is not None:
+        refined = recipe.refine.refined(recipe.distill)
+        stages += [refine_cost(planner, name) for name in refined]
     stages += merge_costs(planner)
     stages += [evaluation_cost(planner, student=student) for student in (False, True)]
     return CostPlan(
@@ -118,8 +122,12 @@ def make_plan(
         teacher=recipe.teacher.path,
         checkpointing=tuple(
             name
-            for name, section in (("align", recipe.align), ("distill", recipe.distill))
-            if section.activation_checkpointing
+            for name, section in (
+                ("align", recipe.align),
+                ("distill", recipe.distill),
+                ("refine", recipe.refine),
+            )
+            if section is not None and section.activation_checkpointing
         ),
         architecture=architecture,
         parameters=planner.parameters,

@@ -148,7 +148,7 @@ def _memory_rows(plan: CostPlan) -> tuple[list[str], Rows]:
     for stage in plan.stages:
         if stage.memory:
             # All experts need the same, so they share a column.
-            name = "distill" if stage.stage == "distill" else stage.label
+            name = stage.stage if stage.stage in ("distill", "refine") else stage.label
             columns.setdefault(name, _memory_json(stage.memory))
     rows = []
     for part, title in PARTS.items():
@@ -173,6 +173,7 @@ def _notes(plan: CostPlan) -> Iterator[str]:
         yield f"While an expert trains, its checkpoints take {_bytes(scratch)} of disk."
     merge = next(stage for stage in plan.stages if stage.stage == "merge")
     yield f"Merge runs on the host, with {_bytes(merge.host_memory or 0.0)} of its memory."
+    yield from (stage.note for stage in plan.stages if stage.note is not None)
     yield "Not counted: tokenisation, validation, loading, saving, hours of the evaluation."
     yield ""
     yield from _verdict(plan)

@@ -6,6 +6,7 @@ from xlstm_distill.recipe.load import load_recipe
 from xlstm_distill.recipe.merging import Merge, MergeSettings
 from xlstm_distill.recipe.model import MixerConfig, Student, Teacher
 from xlstm_distill.recipe.recipe import Recipe
+from xlstm_distill.recipe.refining import Refine
 from xlstm_distill.recipe.training import (
     Align,
     Capture,
@@ -18,6 +19,6 @@ from xlstm_distill.recipe.training import (
 
 __all__ = [
     "Align", "Capture", "Data", "Distill", "Domain", "EvalTask", "Evaluate", "Expert", "Merge",
-    "MergeSettings", "MixerConfig", "Optimization", "Phase", "Recipe", "Report", "Source",
-    "SpeedSettings", "Student", "Teacher", "Training", "load_recipe",
+    "MergeSettings", "MixerConfig", "Optimization", "Phase", "Recipe", "Refine", "Report",
+    "Source", "SpeedSettings", "Student", "Teacher", "Training", "load_recipe",
 ]  # fmt: skip

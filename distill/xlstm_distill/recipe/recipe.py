@@ -13,6 +13,7 @@ from xlstm_distill.recipe.evaluation import Evaluate, Report
 from xlstm_distill.recipe.fields import FieldError, Name, Section
 from xlstm_distill.recipe.merging import Merge, merge_fits_experts, tuning_fits
 from xlstm_distill.recipe.model import Student, Teacher
+from xlstm_distill.recipe.refining import Refine, refine_fits
 from xlstm_distill.recipe.training import Align, Capture, Distill, Optimization, Training
 
 
@@ -31,9 +32,14 @@ class Recipe(Section):
     capture: Capture = Field(default_factory=Capture, description="Teacher targets.")
     align: Align = Field(description="Stage I.")
     distill: Distill = Field(description="Stage II.")
+    refine: Refine | None = Field(
+        default=None,
+        description="On-policy refinement of the experts, between stages II and III; null means "
+        "none.",
+    )
     merge: Merge = Field(default_factory=Merge, description="Stage III.")
     training: Training = Field(
-        default_factory=Training, description="Checkpoints and logs of stages I and II."
+        default_factory=Training, description="Checkpoints and logs of all trainings."
     )
     evaluate: Evaluate = Field(description="The evaluation.")
     report: Report = Field(default_factory=Report, description="The report.")
@@ -126,6 +132,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterator[FieldError]]], ...] =
     (("distill", "capture"), _tail_fits_mass),
     (("align", "data"), _align_fits_data),
     (("distill", "data"), _experts_fit_data),
+    (("refine", "distill", "data"), refine_fits),
     (("merge", "distill"), merge_fits_experts),
     (("merge", "data", "evaluate"), tuning_fits),
 )

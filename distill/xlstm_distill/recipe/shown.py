@@ -36,6 +36,9 @@ def shown_recipe(recipe: Recipe) -> str:
 def shown_values(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's values as JSON, with local paths shortened to names."""
     values = recipe.model_dump(mode="json")
+    if recipe.refine is None:
+        # As in recipes of before there was such a section: their reports stay what they are.
+        del values["refine"]
     places = list(_local_paths(values))
     names = short_names(section[key] for section, key in places)
     for section, key in places:

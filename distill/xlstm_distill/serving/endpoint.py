@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from xlstm_distill.errors import UserError
 from xlstm_distill.export.source import FoundStudent
 
-NEEDED = ("fastapi", "uvicorn", "openai")
-LIMITS = (
-    "one request at a time, others wait; stop strings stay in the answer; n, logprobs and "
-    "response_format are ignored"
-)
+NEEDED = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn", "openai")}
+"""The packages of each engine, the preferred engine first."""
+EXTRAS = {"vllm": "vllm", "transformers": "serve"}
+LIMITS = {
+    "vllm": "requests in one batch, prompts in chunks; one device, no prefix caching",
+    "transformers": "one request at a time, others wait; stop strings stay in the answer; n, "
+    "logprobs and response_format are ignored",
+}
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """A student, the name that requests call it by, and where it listens.
 
-    device, dtype: None leaves the choice to the engine.
+    device: None leaves the choice to the engine. dtype: None takes that of the files.
     """
 
     student: FoundStudent
@@ -61,15 +64,22 @@ def check_address(endpoint: Endpoint) -> None:
             ) from None
 
 
-def check_packages() -> None:
-    """Refuse to begin without the packages of transformers' server.
+def choose_engine(asked: str | None) -> str:
+    """Return the engine that was asked for; by default vLLM where it is installed.
 
     Raises:
-        UserError: one is missing.
+        UserError: there is no such engine, or its packages are missing.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if asked is not None and asked not in NEEDED:
+        raise UserError(f"--engine: {asked!r} is not allowed; one of {', '.join(NEEDED)}.")
+    engine = asked or ("transformers" if _missing("vllm") else "vllm")
+    if missing := _missing(engine):
         raise UserError(
-            f"serve: {', '.join(missing)} missing, which transformers' server needs; pip install "
-            "'xlstm-distill[serve]'."
+            f"serve: {', '.join(missing)} missing, which the engine {engine} needs; pip install "
+            f"'xlstm-distill[{EXTRAS[engine]}]'."
         )
+    return engine
+
+
+def _missing(engine: str) -> list[str]:
+    return [name for name in NEEDED[engine] if importlib.util.find_spec(name) is None]

@@ -90,7 +90,8 @@ def _train(
     # The same for every expert: they differ by their data alone (paper: trained independently from
     # the same seed weights).
     torch.manual_seed(recipe.seed)
-    student, saved = _trainable_student(recipe, material.aligned, accelerator)
+    checkpointing = settings.activation_checkpointing
+    student, saved = trainable_student(recipe, material.aligned, accelerator, checkpointing)
     work = run.work_directory(lineage.request(f"distill/{name}"))
     draft.results["backend"] = choose_kernels(
         student,
@@ -123,17 +124,17 @@ def _train(
     )
 
 
-def _trainable_student(
-    recipe: Recipe, aligned: Artifact, accelerator: Accelerator
+def trainable_student(
+    recipe: Recipe, start: Artifact, accelerator: Accelerator, checkpointing: bool
 ) -> tuple[CausalLM, Path | None]:
-    """The seed student with the parameters that the recipe trains; see `start_student`."""
+    """Load a student with the parameters that the recipe trains; see `start_student`."""
     settings = recipe.distill
-    student, saved = start_student(aligned, accelerator)
+    student, saved = start_student(start, accelerator)
     if settings.trainable == "lora":
         add_lora(student, settings.lora_rank, settings.lora_alpha)
     else:
         choose_trainable(student, settings.trainable)
-    if settings.activation_checkpointing:
+    if checkpointing:
         checkpoint_activations(student)
     return student, saved
 

@@ -120,6 +120,14 @@ class Lineage(Outline):
                 **{f"capture/{domain}": self.capture_identity(domain) for domain in stored},
                 **self.data_inputs(domains),
             }
+        if stage == "refine":
+            return {
+                # As in the expert's own manifest: what it was trained from in the first place.
+                "align": self.request("align").fingerprint,
+                f"distill/{name}": self.request(f"distill/{name}").fingerprint,
+                "teacher": self.teacher_hash,
+                **self.data_inputs(expert_rows(self.recipe, name)),
+            }
         if stage == "evaluate":
             return self._evaluation_inputs(name)
         label = f"{stage}/{name}" if name else stage

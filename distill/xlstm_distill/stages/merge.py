@@ -46,7 +46,7 @@ def _merge(lineage: Lineage, run: Run, label: str, console: Console) -> Artifact
     settings = lineage.settings(label)
     # All of them, also those of weight 0: they are inputs of the merge's fingerprint.
     names = list(lineage.recipe.distill.experts)
-    experts = {name: run.need(lineage.request(f"distill/{name}")) for name in names}
+    experts = {name: run.need(lineage.request(lineage.expert_label(name))) for name in names}
     base = None
     if settings["method"] in WITH_SCALE:
         base = run.need(lineage.request(SEED_STUDENT))

@@ -28,7 +28,7 @@ from xlstm_eval.long_context.settings import VERSION as LONG_CONTEXT
 
 TEACHER, MERGED = "teacher", "merged"
 """Models that are evaluated besides the experts."""
-STAGES = ("data", "capture", "align", "distill", "merge", "variant", "evaluate", "report")
+STAGES = ("data", "capture", "align", "distill", "refine", "merge", "variant", "evaluate", "report")
 """What an artifact's label begins with, in the order in which stages follow each other."""
 ALIGN_METHOD = 2
 """Version of how stage I computes. 2: output gates read values of RMS 1 while they train."""
@@ -43,6 +43,8 @@ MERGE_RECIPE_KEYS = {
 """Recipe keys of what only merges with weights that are found depend on."""
 NOT_IN_FINGERPRINT = ("micro_batch", "non_finite", "activation_checkpointing")
 """Keys of a training that may change while it is under way: neither changes what is trained."""
+NOT_IN_REFINEMENT = (*NOT_IN_FINGERPRINT, "sample_batch", "shard_teacher")
+"""Keys of a refinement that may change while it is under way."""
 NOT_IN_TARGETS = ("batch", "shard_teacher", "workers")
 """Keys of the capture that do not change what is captured."""
 
@@ -67,6 +69,7 @@ class Outline:
             *(f"capture/{name}" for name in captured),
             "align",
             *(f"distill/{name}" for name in recipe.distill.experts),
+            *(f"refine/{name}" for name in self.refined()),
             "merge",
             *(f"variant/{name}" for name in recipe.merge.variants),
             *(f"evaluate/{name}" for name in self.evaluated_models()),
@@ -89,8 +92,11 @@ class Outline:
                 *(f"capture/{domain}" for domain in stored),
                 *(f"data/{domain}" for domain in domains),
             ]
+        if stage == "refine":
+            domains = expert_rows(recipe, name)
+            return ["align", f"distill/{name}", *(f"data/{domain}" for domain in domains)]
         if stage in ("merge", "variant"):
-            experts = [f"distill/{expert}" for expert in recipe.distill.experts]
+            experts = [self.expert_label(expert) for expert in recipe.distill.experts]
             merge = self.merge(label)
             # Learned weights match the experts on rows of their domains.
             rows = self.learned_rows() if merge.found == "learned" else {}
@@ -131,6 +137,12 @@ class Outline:
                     "distill": part(recipe.distill, "experts", *NOT_IN_FINGERPRINT),
                     "expert": part(recipe.distill.experts[name]),
                     "capture": part(recipe.capture, *NOT_IN_TARGETS),
+                    "seed": recipe.seed,
+                }
+            case "refine":
+                assert recipe.refine is not None
+                return {
+                    "refine": part(recipe.refine, "experts", *NOT_IN_REFINEMENT),
                     "seed": recipe.seed,
                 }
             case "merge" | "variant":
@@ -177,6 +189,7 @@ class Outline:
             "capture": capture,
             "align": {"mixer": "student.mixer", "method": "the method of stage I"},
             "distill": {"expert": f"distill.experts.{name}"},
+            "refine": {},
             "merge": MERGE_RECIPE_KEYS | {key: f"merge.{key}" for key in MERGE_KEYS},
             "variant": MERGE_RECIPE_KEYS
             | {key: f"merge.variants.{name}.{key}" for key in MERGE_KEYS},
@@ -236,6 +249,15 @@ class Outline:
         """Rows of each domain that experts read, of which learned weights see some."""
         return captured_rows(self.recipe)
 
+    def refined(self) -> list[str]:
+        """Names of the experts that are refined after stage II."""
+        refine = self.recipe.refine
+        return [] if refine is None else refine.refined(self.recipe.distill)
+
+    def expert_label(self, name: str) -> str:
+        """Label of the artifact that holds an expert as it is merged and evaluated."""
+        return f"refine/{name}" if name in self.refined() else f"distill/{name}"
+
     def merge(self, label: str) -> MergeSettings:
         """The recipe's settings of a merge, by its label."""
         _, _, name = label.partition("/")
@@ -278,7 +300,9 @@ class Outline:
         """Label of the artifact that holds an evaluated student."""
         if model == MERGED:
             return "merge"
-        return f"variant/{model}" if model in self.recipe.merge.variants else f"distill/{model}"
+        return (
+            f"variant/{model}" if model in self.recipe.merge.variants else self.expert_label(model)
+        )
 
 
 def part(model: Any, *exclude: str) -> dict[str, Any]:

@@ -215,10 +215,10 @@ def _finished(artifact: Artifact) -> int:
 
 
 def _losses(recipe: Recipe, sources: Mapping[str, Artifact]) -> dict[str, dict[str, Curve]]:
-    """Training curves of alignment and of every expert."""
+    """Training curves of alignment, and of every expert and its refinement."""
     series: dict[str, tuple[str, ...]] = {"align": ("relative_error",)}
     for name in recipe.distill.experts:
-        series[f"distill/{name}"] = ("ce", "kl")
+        series[f"distill/{name}"] = series[f"refine/{name}"] = ("ce", "kl")
     curves: dict[str, dict[str, Curve]] = {}
     for label, names in series.items():
         # An ablation without new parameters has an `align` artifact and no log.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 
 from xlstm_distill.data.rows import Batch, DomainRows, Row
 from xlstm_distill.runtime.prefetch import Prefetcher
@@ -49,15 +50,38 @@ class Feed:
             return StepBatches([], [], 0)
         stretch, place = self.plan.stretch_of(number)
         rows = stretch.schedule.rows(place, self.plan.batch)
-        mine = rows[self.rank :: self.ranks]
+        mine, places = rows[self.rank :: self.ranks], self.numbers(number)
         size = self.plan.micro_batch
         batches = []
         for start in range(0, len(mine), size):
-            batch = self.objective.load(self.domains, mine[start : start + size])
+            part = slice(start, start + size)
+            batch = self.objective.read(self.domains, mine[part], places[part])
             # Pinned, so that the copy to the GPU runs beside its work and not between.
             batches.append(batch.pinned() if self.device.type == "cuda" else batch)
         tokens = sum(self.objective.count(batch) for batch in batches)
         return StepBatches(rows, batches, tokens)
+
+    def numbers(self, step: int) -> range:
+        """Return the places in the training of this rank's rows of a step."""
+        first = step * self.plan.batch
+        return range(first + self.rank, first + self.plan.batch, self.ranks)
+
+    def renewed(
+        self, step: int, read: StepBatches, accelerator: Accelerator
+    ) -> tuple[StepBatches, int, dict[str, float]]:
+        """Return a step's batches as the objective renews them, just before the step.
+
+        Also their tokens over all ranks, and the figures. Waits for the device once more than
+        other trainings do: nobody can know the tokens before.
+        """
+        batches, sums = self.objective.renew(self.domains, read.batches, self.numbers(step))
+        if self.device.type == "cuda":
+            batches = [batch.pinned() for batch in batches]
+        mine = sum(self.objective.count(batch) for batch in batches)
+        told = torch.tensor([mine, *sums.values()], dtype=torch.float64, device=self.device)
+        tokens, *totals = accelerator.reduce(told, "sum").tolist()
+        figures = dict(zip(sums, totals, strict=True))
+        return StepBatches(read.rows, batches, mine), int(tokens), figures
 
     def ahead(self, first: int) -> Prefetcher[StepBatches]:
         """Make the steps from `first` on in a thread, one ahead of the training.

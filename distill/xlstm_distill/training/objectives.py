@@ -44,6 +44,8 @@ class Objective(nn.Module, abc.ABC):
     """
 
     shown = "loss"
+    renews = False
+    """Whether `renew` makes the batches of a step, once the step before has changed the weights."""
 
     def load_weights(self, device: torch.device) -> None:
         """Read the weights that are still on the meta device, once they are sharded."""
@@ -51,6 +53,21 @@ class Objective(nn.Module, abc.ABC):
     def load(self, domains: Mapping[str, DomainRows], rows: Sequence[Row]) -> Batch:
         """Read rows into a batch on the host, with all that `forward` needs of the disk."""
         return load_batch(domains, rows)
+
+    def read(
+        self, domains: Mapping[str, DomainRows], rows: Sequence[Row], numbers: Sequence[int]
+    ) -> Batch:
+        """Read rows to train on; `numbers` are their places in the training, over all ranks."""
+        return self.load(domains, rows)
+
+    def renew(
+        self, domains: Mapping[str, DomainRows], batches: list[Batch], numbers: Sequence[int]
+    ) -> tuple[list[Batch], dict[str, float]]:
+        """Make what a rank trains on in a step from what it has read, with the weights as they are.
+
+        `numbers` are those of the rows of all batches. Returns also figures to sum over ranks.
+        """
+        return batches, {}
 
     @abc.abstractmethod
     def count(self, batch: Batch) -> int:
@@ -66,6 +83,10 @@ class Objective(nn.Module, abc.ABC):
         Ratios of parts are made here: the ratio of two sums is no sum of ratios.
         """
         return means
+
+    def figures_of_renewal(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return what to log of the sums that `renew` has given on all ranks."""
+        return dict(sums)
 
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return modules with the name of the method that takes their time, for compiling."""

@@ -22,7 +22,8 @@ class TrainingPlan:
     """What a training does with its objective: rows, steps, optimiser, checkpoints.
 
     `label` is `align` or `distill/EXPERT`. `flops_per_token` are the useful operations per token of
-    text, for the model FLOPs utilisation (MFU).
+    text, for the model FLOPs utilisation (MFU). `row_tokens` is the length of the rows trained on,
+    where it is not that of the domains' rows.
     """
 
     label: str
@@ -30,6 +31,7 @@ class TrainingPlan:
     optim: Optimization  # the recipe's align or distill section
     settings: Training  # its training section: checkpoints, validation, trackers
     flops_per_token: float | None = None
+    row_tokens: int | None = None
 
     @property
     def batch(self) -> int:
@@ -46,12 +48,14 @@ class TrainingPlan:
         """Optimiser steps of all stretches."""
         return sum(stretch.steps for stretch in self.stretches)
 
-    def validation_rows(self, processes: int) -> int:
-        """Return the most rows of a validation's forward pass on one of so many ranks.
+    def validation_rows(self, processes: int, context: int) -> int:
+        """Return the most rows (of `context` tokens) of a validation's pass on one of the ranks.
 
-        They are no more than in training, so that validation needs no more memory.
+        They have no more tokens than in training, so that validation needs no more memory; but one
+        row always is.
         """
-        return min(self.micro_batch, self.batch // processes)
+        rows = min(self.micro_batch, self.batch // processes)
+        return max(1, rows * (self.row_tokens or context) // context)
 
     def stretch_of(self, step: int) -> tuple[Stretch, int]:
         """Return the stretch a step belongs to, and the step's number in it."""

@@ -75,7 +75,8 @@ class Trainer:
         self.directory = directory
         self.accelerator = accelerator
         self.console = console or QuietConsole()
-        self.tokens_per_step = plan.batch * next(iter(domains.values())).context
+        self.context = next(iter(domains.values())).context
+        self.tokens_per_step = plan.batch * (plan.row_tokens or self.context)
         self.wrapped, self.optimizer = prepare(
             accelerator,
             objective,
@@ -267,8 +268,11 @@ class Trainer:
         # Set at every step, not by a scheduler, whose state a checkpoint would have to hold.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        drawn: dict[str, float] = {}
+        if self.objective.renews:
+            read, tokens, drawn = self.feed.renewed(step, read, self.accelerator)
         figures, following, agreed = self._optimize(step, read, tokens, feed)
-        figures["lr"] = lr
+        figures |= {"lr": lr, **self.objective.figures_of_renewal(drawn)}
         return figures | self._speed(time.monotonic() - started), following, agreed
 
     def _speed(self, seconds: float) -> dict[str, float]:
@@ -358,7 +362,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Return the held-out figures of the objective as it is now."""
-        rows = self.plan.validation_rows(self.accelerator.num_processes)
+        rows = self.plan.validation_rows(self.accelerator.num_processes, self.context)
         return validate(self.wrapped, self.objective, self.domains, rows, self.accelerator)
 
 

@@ -178,7 +178,8 @@ def answer_of(row: Mapping[str, Any], metric: str) -> str:
     The text before filters is added where they changed it.
     """
     answers = row.get("filtered_resps") or []
-    if answers and all(_is_likelihood(answer) for answer in answers):
+    asked = len(row.get("arguments") or ())
+    if 0 < len(answers) <= asked and all(_is_likelihood(answer) for answer in answers):
         return _choice(row, answers, metric)
     answer = _text(answers[0] if len(answers) == 1 else answers)
     whole = (row.get("resps") or [[]])[0]

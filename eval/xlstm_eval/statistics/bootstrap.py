@@ -30,6 +30,8 @@ RESAMPLES = 10_000
 TAILS = (2.5, 97.5)
 NEAR = 3.0
 """Losses count as perhaps equal if they differ by fewer standard errors."""
+ALIKE = 100.0
+"""Tasks borrow strength only where neither is known more exactly than the other by this factor."""
 EQUAL = 0.3
 """Prior probability that tasks near each other lose exactly the same share."""
 SPREADS = 30
@@ -66,7 +68,14 @@ def draw_means(
     steady = steadied(items)
     values = np.stack([steady.teacher, steady.student])  # (2, n)
     covariance = np.cov(values) / steady.count
-    noise = rng.multivariate_normal(np.zeros(2), covariance, draws, method="eigh")
+    noise = rng.multivariate_normal(
+        # Of scores that always rise together, rounding leaves it a little below zero.
+        np.zeros(2),
+        covariance,
+        draws,
+        check_valid="ignore",
+        method="eigh",
+    )
     freedom = steady.count - 1
     noise *= np.sqrt(freedom / rng.chisquare(freedom, (draws, 1)))
     teacher, student = noise.T
@@ -85,8 +94,11 @@ def ranked_intervals(losses: Array, draws: Array, seed: int = 0) -> tuple[Array,
     low, high = np.empty_like(losses), np.empty_like(losses)
     generators = np.random.SeedSequence(seed).spawn(len(losses))
     for rank, at in enumerate(in_order):
-        noise = np.hypot(spread, spread[np.argmax(losses == at)])
-        near = np.abs(losses - at) <= NEAR * noise
+        own = spread[np.argmax(losses == at)]
+        near = np.abs(losses - at) <= NEAR * np.hypot(spread, own)
+        # What is hardly known is near to everything and tells nothing, and its variance beside
+        # theirs would make the model's equations singular.
+        near &= (spread <= ALIKE * own) & (own <= ALIKE * spread)
         drawn = draws.copy()
         if near.sum() > 1:
             rng = np.random.default_rng(generators[rank])

@@ -28,8 +28,12 @@ def measure(
     if not 0 <= margin <= 1:
         raise EvalError(f"margin: {margin} is not allowed. Give a number in [0, 1].")
     items = {pair.task: own for pair in comparison.tasks if (own := PairedItems.of(pair))}
-    # A single real item says nothing about its spread.
-    usable = {task: own for task, own in items.items() if own.is_binary or own.count > 1}
+    # A single item says nothing about its spread, but for a right or wrong answer.
+    usable = {
+        task: own
+        for task, own in items.items()
+        if own.count > 1 or (own.is_binary and own.higher_is_better)
+    }
     draws = bootstrap.draw_all(usable)
     counted = comparison.counted()
     missing = [pair.task for pair in counted if pair.task not in draws]
@@ -37,7 +41,7 @@ def measure(
     values: dict[str, Any] = {"tasks": _evidence(comparison, items, draws), "pooled": pooled}
     if missing:
         # Without them a decision would hold for a choice of tasks that nobody made on purpose.
-        reason = f"no items (or a single real one) of {', '.join(missing)}"
+        reason = f"no items (or a single one) of {', '.join(missing)}"
         left = {"decision": "undecided", "smallest_margin": None, "reason": reason}
         values |= {"pooled": pooled.model_copy(update=left), "reason": reason}
     elif counted:

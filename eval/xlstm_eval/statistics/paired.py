@@ -158,12 +158,12 @@ def steadied(items: PairedItems) -> PairedItems:
 
     Where all differences are equal, they would claim to be known exactly. Then two items that
     differ by the whole range of scores are added, one each way, as Bonett and Price add them to
-    zeros and ones.
+    zeros and ones. Scores that are all one number tell no range: then it is taken from 0.
     """
     if items.count < 2 or np.ptp(items.student - items.teacher) > 0:
         return items
     both = np.concatenate([items.teacher, items.student])
-    half = float(np.ptp(both)) / 2
+    half = float(np.ptp(both) or abs(both[0])) / 2
     teacher, student = items.teacher.mean(), items.student.mean()
     return PairedItems(
         items.task,

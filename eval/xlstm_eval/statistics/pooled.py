@@ -129,9 +129,10 @@ def _fieller(sums: Moments) -> Interval | None:
 def _p_value(tasks: Sequence[PairedItems], sums: Moments) -> float:
     """Test that teacher and student are alike, two-sided.
 
-    Zeros and ones on all tasks: McNemar's exact test over all items. Else a normal test of the sum.
+    Zeros and ones, as many on each task: McNemar's exact test over all items. Else a normal test of
+    the sum: over all items, one large task would decide against the sum, in which all weigh alike.
     """
-    if all(items.is_binary for items in tasks):
+    if all(items.is_binary for items in tasks) and len({items.count for items in tasks}) == 1:
         cells = [items.cells() for items in tasks]
         return mcnemar(sum(cell[1] for cell in cells), sum(cell[2] for cell in cells))
     variance = sums.var_student + sums.var_teacher - 2 * sums.covariance

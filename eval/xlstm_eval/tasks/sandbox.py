@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import platform
 import secrets
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from xlstm_eval.records import EvalError
 GUEST = Path(__file__).with_name("guest.py")
 ISOLATED = ("files", "network", "processes", "signals")
 """What a program cannot reach where the platform allows it; `guest.isolate` says which it does."""
+MACHINES = ("x86_64", "aarch64")
+"""Processors whose system calls `guest` knows by number, as Linux names them."""
 MOST_ANSWER_BYTES = 65_536
 MOST_WORKERS = 32
 
@@ -96,11 +99,19 @@ def run_programs(programs: Sequence[str], limits: Limits | None = None) -> list[
     return [outcomes[program] for program in programs]
 
 
-def require_sandbox() -> None:
-    """Raise EvalError unless a harmless program passes.
+def require_sandbox(machine: str | None = None) -> None:
+    """Raise EvalError unless this machine is known and a harmless program passes.
 
     Otherwise a Python whose libraries lie in an unusual place would score 0 in all tasks.
+    ``machine`` is the processor's name; None takes this machine's.
     """
+    machine = machine or platform.machine()
+    if sys.platform == "linux" and machine not in MACHINES:
+        raise EvalError(
+            f"generated code cannot run on this machine: the numbers of system calls on {machine} "
+            f"are not known, so none could be forbidden (known: {', '.join(MACHINES)}). "
+            "Leave its tasks out."
+        )
     found = _probed()
     if not found.passed:
         raise EvalError(

@@ -55,7 +55,11 @@ def window_step_in_place(
     for held, new in ((ring.keys, k), (ring.values, v)):
         new = new if new.dtype == held.dtype else new.to(held.dtype)
         shape = (B, G, 2, new.shape[2])
-        held.scatter_(2, index.expand(shape), new.unsqueeze(2).expand(shape))
+        new = new.unsqueeze(2).expand(shape)
+        if B == 1:  # the same in less than half the time
+            held.index_copy_(2, slots.places[0], new)
+        else:
+            held.scatter_(2, index.expand(shape), new)
     # The heads of a group are rows of one query: each key is read once for all of them.
     rows, keys, values, bias = q.reshape(B, G, H // G, D), ring.keys, ring.values, slots.bias
     if keys.dtype != q.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from xlstm_distill.benchmarks import decoding
+from xlstm_distill.benchmarks import curves, decoding
 
 FLAGS = ["--device", "cpu", "--model", "tiny", "--window", "16", "--rounds", "2", "--tokens", "2"]
 
@@ -43,3 +43,18 @@ def test_the_peak_is_that_of_the_prompt_alone():
     # 4096 tokens have 1 MiB of keys and values, and activations of some MiB.
     assert found[4096]["peak"] > found[64]["peak"] + 2**20
     assert found[4096]["peak"] < found[4096]["total"]
+
+
+def test_curves_are_drawn_of_the_cases_that_did_not_fail(tmp_path):
+    one = {"prefill_tokens_per_second": 9.0, "decode_ms": 2.0, "state_bytes": 2**20}
+    memory = {name: {"peak": 2**20} for name in decoding.VARIANTS}
+    cases = [
+        {"prompt": 2048, "memory": memory, **dict.fromkeys(decoding.VARIANTS, one)},
+        {"prompt": 1024, "memory": memory, **dict.fromkeys(decoding.VARIANTS, one)},
+        {"prompt": 4096, "failed": "out of memory"},
+    ]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, cases)))
+    assert curves.main([str(tmp_path / "cases.jsonl"), str(tmp_path / "out.svg")]) == 0
+    drawn = (tmp_path / "out.svg").read_text()
+    assert "<!-- 2,048 -->" in drawn
+    assert "<!-- 4,096 -->" not in drawn

@@ -20,6 +20,7 @@ COMMANDS = (
     "capture",
     "align",
     "distill",
+    "refine",
     "merge",
     "evaluate",
     "report",

@@ -6,7 +6,7 @@ import pytest
 
 from xlstm_distill.jobs.graph import array_words, job_graph, wanted_labels
 from xlstm_distill.jobs.site import Settings, Site
-from xlstm_distill.recipe import MergeSettings
+from xlstm_distill.recipe import MergeSettings, Refine
 from xlstm_distill.stages.lineage import Lineage
 
 
@@ -31,6 +31,19 @@ def test_the_graph_of_four_experts(recipe):
     assert jobs["evaluate"].tasks[0].labels == ("evaluate/teacher",)
     assert len(jobs["capture"].tasks) == 3
     assert jobs["merge"].tasks[0].index is None
+
+
+def test_refined_experts_are_an_array_between_distill_and_merge(recipe):
+    refine = Refine(
+        tokens=40000, lr=1e-5, prompt_tokens=64, new_tokens=64, batch=8, experts=("code", "chat")
+    )
+    refined = recipe.model_copy(update={"refine": refine})
+    jobs = graph(refined)
+    assert jobs["refine"].depends_on == ("distill",)
+    assert jobs["merge"].depends_on == ("refine",)
+    assert [(task.index, task.name) for task in jobs["refine"].tasks] == [(0, "code"), (1, "chat")]
+    made = {label for job in jobs.values() for task in job.tasks for label in task.labels}
+    assert made == set(Lineage(refined).labels())
 
 
 def test_every_artifact_is_made_by_a_job(recipe):

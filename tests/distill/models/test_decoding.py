@@ -137,3 +137,35 @@ def test_files_of_other_models_are_refused(student, tmp_path):
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(UserError, match="no cache can be read"):
         load_cache(model, tmp_path / "text")
+
+
+def test_hooks_may_change_what_a_steps_output_projection_reads(student):
+    model, row = student(), PROMPT
+    expected = model(row, use_cache=False).logits
+
+    def ablate(_, given):
+        given[0][..., :8] = 0
+
+    for mixer in model.mixers():
+        mixer.o_proj.register_forward_pre_hook(ablate)
+    with torch.no_grad():
+        whole = model(row, use_cache=False).logits
+        cache = model(row[:, :-1], use_cache=True).past_key_values
+        last = model(row[:, -1:], past_key_values=cache).logits
+    assert error_ratio(whole, expected.double()) > 1e-2
+    assert error_ratio(last, whole[:, -1:].double()) < 3e-6
+
+
+def test_a_cache_begun_in_inference_mode_goes_on_without(student):
+    model, row = student(), PROMPT
+    with torch.no_grad():
+        whole = model(row, use_cache=False).logits
+    with torch.inference_mode():
+        cache = model.new_cache()
+        model(row[:, :1], past_key_values=cache)
+        model(row[:, 1:4], past_key_values=cache)
+    rest = []
+    with torch.no_grad():
+        for t in range(4, row.shape[1]):
+            rest.append(model(row[:, t : t + 1], past_key_values=cache).logits)
+    assert error_ratio(torch.cat(rest, dim=1), whole[:, 4:].double()) < 3e-6

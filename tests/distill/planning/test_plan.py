@@ -50,6 +50,32 @@ def test_every_shipped_recipe_is_planned_offline(path: Path) -> None:
         assert expert.tokens <= stage.tokens < expert.tokens + len(expert.phases) * step
 
 
+REFINE = (
+    "refine={tokens: 100_000_000, batch: 512, micro_batch: 8, lr: 1.0e-6, new_tokens: 512,"
+    " experts: [math], activation_checkpointing: true}"
+)
+
+
+def test_a_refinement_is_planned_with_its_teacher_its_copy_and_the_time_of_decoding() -> None:
+    path = ROOT / "recipes" / "llama3.1-8b-instruct.yaml"
+    plan = planned(path, settings=[REFINE])
+    (stage,) = (stage for stage in plan.stages if stage.stage == "refine")
+    assert (stage.label, stage.steps) == ("refine/math", 191)
+    memory = stage.memory
+    assert memory.teacher == pytest.approx(2 * plan.parameters.teacher)
+    assert memory.working_copies >= 2 * plan.parameters.student
+    # 64 rows and 32 layers: states of 32 heads x 128 x 129 numbers in fp32, and 516 keys.
+    assert memory.cache == pytest.approx(64 * 32 * (32 * 128 * 129 * 4 + 2 * 1024 * 516 * 2), 0.01)
+    # Each of 512 tokens reads the weights, and reads and writes the states, at 1.675 TB/s.
+    seconds = 512 * (2 * plan.parameters.student + 2 * memory.cache) / 1.675e12
+    trained = (stage.flops + stage.recomputed) / (8 * 989.5e12 * 0.33)
+    assert 3600 * stage.hours == pytest.approx(trained + 191 * seconds, rel=0.01)
+    unknown = planned(path, settings=[REFINE], gpu=None, gpu_memory=80)
+    assert all(s.hours is None for s in unknown.stages if s.stage == "refine")
+    refused = planned(path, settings=[REFINE], sharding="zero3")
+    assert any("impossible under DeepSpeed" in problem for problem in refused.problems)
+
+
 def test_hours_follow_from_operations_rate_and_utilisation() -> None:
     path = ROOT / "recipes" / "llama3.1-8b.yaml"
     plan = planned(path, mfu=0.5, checkpointing=False)
@@ -136,6 +162,31 @@ def test_an_evaluation_is_sized_by_its_tasks_not_by_the_rows_of_the_training() -
     task = "evaluate.tasks=[{name: gsm8k, max_gen_tokens: 16384}]"
     (generous, _) = evaluations(task)
     assert generous.memory.cache > 2 * teacher.memory.cache
+
+
+def test_weights_that_are_found_are_counted_in_items_and_passes() -> None:
+    path = ROOT / "recipes" / "llama3.1-8b-instruct.yaml"
+    tasks = "{trials: 20, items: 40, tasks: [{name: x}, {name: y}]}"
+    variants = f"merge.variants={{tuned: {{weights: tuned, tuning: {tasks}}}, "
+    variants += "learned: {weights: learned, learning: {steps: 10, rows: 3}}}"
+    plan = planned(path, settings=[variants], price=2.0)
+    found = {stage.label: stage for stage in plan.stages}
+    tuned, learned = found["variant/tuned"], found["variant/learned"]
+    # 20 merges and the teacher, 2 tasks of 40 items; hours are unknown, as those of an evaluation.
+    assert (tuned.steps, tuned.hours) == (20, None)
+    assert "1,680 items" in tuned.note
+    assert tuned.memory == found["evaluate/student"].memory
+    # 4 experts x 3 rows of 4096 tokens, 10 times: the expert's pass, and three of the merged one.
+    assert (learned.steps, learned.tokens) == (10, 10 * 4 * 3 * 4096)
+    assert learned.flops / learned.tokens == pytest.approx(4 * 2 * 8.03e9, rel=0.1)
+    # One GPU computes and eight are held.
+    assert learned.gpu_hours == pytest.approx(8 * learned.hours)
+    assert learned.cost == pytest.approx(2 * learned.gpu_hours)
+    assert learned.memory.weights == learned.memory.optimizer == 0
+    assert "4 x 129 GB" in learned.note
+    quickstart = ROOT / "recipes" / "quickstart.yaml"
+    own = planned(quickstart, settings=["merge.weights=tuned"])
+    assert any(stage.note and "items" in stage.note for stage in own.stages)
 
 
 def test_a_merge_holds_blocks_however_large_the_student_is() -> None:

@@ -534,6 +534,16 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
         ("data.workers=-1", "data.workers: -1 must be at least 0."),
         ("data.domains={a/b: {sources: [{path: x/y}]}}",
          "data.domains.a/b: 'a/b' cannot name a folder;"),
+        ("refine={tokens: 9000, lr: 1.0e-5, batch: 4, prompt_tokens: 8, new_tokens: 8, "
+         "experts: [none]}",
+         "refine.experts: no expert 'none'. Experts: "),
+        ("refine={tokens: 90000, lr: 1.0e-5, batch: 4}",
+         "refine.new_tokens: 512 and prompt_tokens (512) are more than data.context"),
+        ("refine={tokens: 60, lr: 1.0e-5, batch: 4, prompt_tokens: 8, new_tokens: 8}",
+         "refine.tokens: 60 is less than one optimiser step"),
+        ("refine={tokens: 64, lr: 1.0e-5, batch: 4, prompt_tokens: 8, new_tokens: 8, "
+         "warmup_steps: 1}",
+         "refine.warmup_steps: 1 must be below the number of steps (1)."),
     ],
 )  # fmt: skip
 def test_rules_across_fields_give_one_line(small: Path, override: str, expected: str) -> None:

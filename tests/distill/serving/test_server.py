@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import importlib.util
 import json
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from command_line import call_cli
 from processes import process_environment
+from serving import Served, endless, serve
 
 from xlstm_distill.export.source import find_student
 from xlstm_distill.serving.conversation import Conversation
 from xlstm_distill.serving.endpoint import NEEDED
 from xlstm_distill.serving.speaker import Sampling, Speaker
 
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+MISSING = [name for name in NEEDED["transformers"] if importlib.util.find_spec(name) is None]
 needs_server = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
 GREEDY = {"temperature": 0, "max_tokens": 12}
 ENDLESS = {"temperature": 0, "max_tokens": 200_000}
@@ -39,13 +36,7 @@ def ask(words: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def model(saved_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student whose answers have no end."""
-    folder = tmp_path_factory.mktemp("endless") / "model"
-    shutil.copytree(saved_student, folder)
-    for name in ("config.json", "generation_config.json"):
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
-    return folder
+    return endless(saved_student, tmp_path_factory.mktemp("endless") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -59,58 +50,25 @@ def expected(speaker: Speaker, words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[SimpleNamespace]:
-    """A server of the student, and a client."""
-    import openai
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "xlstm_distill", "serve", model, "--port", str(port)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=process_environment(),
-        # A shell may start the tests with Ctrl-C ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    root = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(root, process)
-        # Without retries: a failure must show.
-        client = openai.OpenAI(base_url=f"{root}/v1", api_key="none", max_retries=0, timeout=120)
-        yield SimpleNamespace(root=root, process=process, client=client, name=str(model), port=port)
-    finally:
-        process.kill()
-        process.communicate()
+def server(model: Path) -> Iterator[Served]:
+    with serve(sys.executable, model, "--engine", "transformers") as found:
+        yield found
 
 
-def wait_until_healthy(root: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{root}/health"):
-            return
-        time.sleep(0.3)
-    raise AssertionError("the server did not start")
-
-
-def chat(server: Any, words: str, **more: Any) -> Any:
+def chat(server: Served, words: str, **more: Any) -> Any:
     settings = GREEDY | more
     return server.client.chat.completions.create(model=server.name, messages=ask(words), **settings)
 
 
 @needs_server
 @pytest.mark.slow
-def test_its_model_has_the_name_that_was_given(server: Any) -> None:
+def test_its_model_has_the_name_that_was_given(server: Served) -> None:
     assert [model.id for model in server.client.models.list()] == [server.name]
 
 
 @needs_server
 @pytest.mark.slow
-def test_answers_equal_generate(server: Any, speaker: Speaker) -> None:
+def test_answers_equal_generate(server: Served, speaker: Speaker) -> None:
     answer = chat(server, "Add 3 and 4.")
     assert answer.choices[0].message.content == expected(speaker, "Add 3 and 4.")
     assert answer.model == server.name
@@ -124,7 +82,7 @@ def test_answers_equal_generate(server: Any, speaker: Speaker) -> None:
 
 @needs_server
 @pytest.mark.slow
-def test_a_stream_brings_the_same_piece_by_piece(server: Any, speaker: Speaker) -> None:
+def test_a_stream_brings_the_same_piece_by_piece(server: Served, speaker: Speaker) -> None:
     chunks = list(chat(server, "Sort 5 2 9.", stream=True))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
     assert "".join(pieces) == expected(speaker, "Sort 5 2 9.")
@@ -134,7 +92,7 @@ def test_a_stream_brings_the_same_piece_by_piece(server: Any, speaker: Speaker) 
 
 @needs_server
 @pytest.mark.slow
-def test_a_stop_string_ends_the_answer(server: Any, speaker: Speaker) -> None:
+def test_a_stop_string_ends_the_answer(server: Served, speaker: Speaker) -> None:
     whole = expected(speaker, "Add 3 and 4.")
     stop = whole[3:5]
     found = chat(server, "Add 3 and 4.", stop=[stop]).choices[0]
@@ -147,7 +105,7 @@ def test_a_stop_string_ends_the_answer(server: Any, speaker: Speaker) -> None:
 
 @needs_server
 @pytest.mark.slow
-def test_eight_at_once_get_their_own_answers(server: Any, speaker: Speaker) -> None:
+def test_eight_at_once_get_their_own_answers(server: Served, speaker: Speaker) -> None:
     words = [f"Add {n} and {2 * n}." for n in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda w: chat(server, w), words))
@@ -157,7 +115,7 @@ def test_eight_at_once_get_their_own_answers(server: Any, speaker: Speaker) -> N
 
 @needs_server
 @pytest.mark.slow
-def test_a_client_that_leaves_stops_its_answer(server: Any, speaker: Speaker) -> None:
+def test_a_client_that_leaves_stops_its_answer(server: Served, speaker: Speaker) -> None:
     stream = chat(server, "Count.", stream=True, **ENDLESS)
     for _, _chunk in zip(range(3), stream, strict=False):
         pass
@@ -170,7 +128,7 @@ def test_a_client_that_leaves_stops_its_answer(server: Any, speaker: Speaker) ->
 
 @needs_server
 @pytest.mark.slow
-def test_malformed_requests_are_refused_and_the_server_goes_on(server: Any) -> None:
+def test_malformed_requests_are_refused_and_the_server_goes_on(server: Served) -> None:
     import openai
 
     good = {"model": server.name, "messages": ask("x")}
@@ -203,7 +161,7 @@ def test_malformed_requests_are_refused_and_the_server_goes_on(server: Any) -> N
 
 @needs_server
 @pytest.mark.slow
-def test_transformers_chat_talks_to_it(server: Any) -> None:
+def test_transformers_chat_talks_to_it(server: Served) -> None:
     """`transformers chat NAME URL`, with what a user types."""
     found = subprocess.run(
         [
@@ -229,22 +187,22 @@ def test_transformers_chat_talks_to_it(server: Any) -> None:
 
 @needs_server
 @pytest.mark.slow
-def test_a_taken_port_is_named(server: Any) -> None:
-    found = call_cli("serve", server.name, "--port", str(server.port))
+def test_a_taken_port_is_named(server: Served) -> None:
+    found = call_cli("serve", server.name, "--port", str(server.port), "--engine", "transformers")
     assert found.returncode == 2
     assert found.stderr.startswith(f"error: --port: cannot listen on 127.0.0.1:{server.port}")
 
 
 @needs_server
 @pytest.mark.slow
-def test_a_signal_ends_it_in_the_middle_of_an_answer(server: Any) -> None:
+def test_a_signal_ends_it_in_the_middle_of_an_answer(server: Served) -> None:
     """The last test: it ends the server."""
     stream = chat(server, "Count.", stream=True, **ENDLESS)
     next(iter(stream))
     server.process.send_signal(signal.SIGINT)
-    said, problems = server.process.communicate(timeout=60)
+    said, _ = server.process.communicate(timeout=60)
     stream.close()
-    assert server.process.returncode == 0, problems
+    assert server.process.returncode == 0, said
     # The server's log of requests lies between.
     first, second, *_, last = said.splitlines()
     assert first.startswith("Engine: transformers (one request at a time")
@@ -252,16 +210,31 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(server: Any) -> None:
     assert last == "Stopped."
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--engine", "other"), "--engine: 'other' is not allowed; one of vllm, transformers."),
+        (("--engine", "vllm"), "serve: vllm missing, which the engine vllm needs"),
+    ],
+)
+def test_an_engine_that_is_not_there_gives_one_line(
+    words: tuple[str, ...], problem: str, saved_student: Path
+) -> None:
+    found = call_cli("serve", saved_student, *words)
+    assert found.returncode == 2
+    assert found.stderr.startswith(f"error: {problem}")
+
+
 def test_missing_packages_give_one_line(
     saved_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = importlib.util.find_spec
+    there, gone = importlib.util.find_spec, {"vllm", *NEEDED["transformers"]}
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in NEEDED else there(name)
+        importlib.util, "find_spec", lambda name: None if name in gone else there(name)
     )
     found = call_cli("serve", saved_student)
     assert found.returncode == 2
     assert found.stderr == (
-        "error: serve: fastapi, uvicorn, openai missing, which transformers' server needs; pip "
-        "install 'xlstm-distill[serve]'.\n"
+        "error: serve: fastapi, uvicorn, openai missing, which the engine transformers needs; "
+        "pip install 'xlstm-distill[serve]'.\n"
     )

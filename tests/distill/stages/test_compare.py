@@ -11,7 +11,7 @@ import pytest
 from xlstm_distill.artifacts import Artifact, Draft, Request, Run
 from xlstm_distill.errors import UserError
 from xlstm_distill.recipe import Recipe, load_recipe
-from xlstm_distill.stages.compare import read_entries, trained_tokens
+from xlstm_distill.stages.measuring.compare import read_entries, trained_tokens
 
 CONFIG = {
     "model_type": "xlstm_llama",

@@ -53,7 +53,7 @@ def test_labels_follow_the_recipe(root, recipe):
 
 def test_inputs_are_what_an_artifact_needs(root):
     """A request names an identity for all that `needs` lists, and nothing else of the run."""
-    lineage = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", MERGES))
+    lineage = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", [*MERGES, REFINED]))
     for label in lineage.labels():
         if stage_of(label) == "data":
             continue
@@ -67,6 +67,34 @@ MERGES = [
     " drawn: {method: dare, density: 0.5}, half: {weights: {math: 1, code: 0, stem: 0, chat: 0}},"
     " searched: {weights: tuned, layer_groups: 2}, matched: {weights: learned}}"
 ]
+
+
+REFINED = (
+    "refine={tokens: 40000, lr: 1.0e-5, batch: 8, prompt_tokens: 64, new_tokens: 64,"
+    " experts: [math, chat]}"
+)
+
+
+def test_refined_experts_are_merged_and_evaluated_and_change_nothing_else(root, recipe):
+    plain = Lineage(recipe)
+    refined = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", [REFINED]))
+    merged = ["refine/math", "distill/code", "distill/stem", "refine/chat"]
+    assert refined.needs("merge") == merged
+    assert refined.model_label("math") == "refine/math"
+    assert refined.needs("evaluate/math")[0] == "refine/math"
+    for label in ("align", "distill/math", "evaluate/teacher", "evaluate/code"):
+        assert plain.request(label).fingerprint == refined.request(label).fingerprint
+    assert plain.request("merge").fingerprint != refined.request("merge").fingerprint
+    # Memory of a step is no part of what is trained.
+    other = REFINED.replace("tokens: 40000", "tokens: 40000, sample_batch: 2, micro_batch: 4")
+    again = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", [other]))
+    assert again.request("refine/math").fingerprint == refined.request("refine/math").fingerprint
+    made = {"recipe": refined.settings("refine/math")}
+    hotter = REFINED.replace("lr: 1.0e-5", "lr: 1.0e-5, temperature: 0.7")
+    changed = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", [hotter]))
+    assert changed.changes("refine/math", made) == ["refine.temperature 1.0 -> 0.7"]
+    # A recipe without the section is the recipe of before there was one.
+    assert "refine" not in plain.settings("report")["recipe"]
 
 
 def test_a_merge_depends_on_what_its_method_takes(root):
@@ -94,7 +122,7 @@ def test_a_merge_depends_on_what_its_method_takes(root):
     assert lineage.needs("evaluate/half")[0] == "variant/half"
 
 
-@pytest.mark.parametrize("sets", [[], MERGES])
+@pytest.mark.parametrize("sets", [[], [*MERGES, REFINED]])
 def test_settings_are_the_parts_of_the_request(root, sets):
     lineage = Lineage(load_recipe(root / "recipes" / "quickstart.yaml", sets))
     for label in lineage.labels():

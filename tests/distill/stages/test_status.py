@@ -94,6 +94,20 @@ def age(run, seconds):
         os.utime(path, (time.time() - seconds, time.time() - seconds))
 
 
+def test_a_search_of_merge_weights_shows_its_trials(run):
+    """While a process is at it, and after that died; no longer once the merge is there."""
+    work = run / "training" / "merge-0123456789ab"
+    work.mkdir(parents=True)
+    (work / "search.json").write_text('{"label": "merge", "step": 3, "steps": 32}\n')
+    found = {status.label: status for status in read_status(run)}["merge"]
+    assert (found.state, found.step, found.steps, found.checkpoint) == ("stopped", 3, 32, 3)
+    with working(run / ".locks", "merge"):
+        found = {status.label: status for status in read_status(run)}["merge"]
+    assert (found.state, found.step, found.steps) == ("running", 3, 32)
+    (work / "search.json").write_text('{"label": "merge", "step": "x"}')
+    assert {status.label: status for status in read_status(run)}[work.name].state == "unreadable"
+
+
 def test_a_training_that_holds_its_lock_runs_however_long_it_is_silent(run):
     age(run, 600)
     with held(run):

@@ -48,8 +48,11 @@ def train():
         env=process_environment(),
     )
 
-    def run(processes, folder, *signals, steps=STEPS, settings=None, fault=None) -> list[int]:
+    def run(
+        processes, folder, *signals, steps=STEPS, settings=None, fault=None, kind="distill"
+    ) -> list[int]:
         request = {
+            "kind": kind,
             "processes": processes,
             "steps": steps,
             "signals": signals,
@@ -144,6 +147,35 @@ def test_sharded_training_goes_on_exactly_and_on_one_process_nearly(train, whole
     assert train(1, alone) == [0]
     for folder in (reference, alone):
         assert_near(weights(folder), whole[1])
+
+
+@pytest.mark.slow
+def test_on_policy_training_is_the_same_however_it_is_cut(train, tmp_path):
+    """One process, two, two of which both are killed, and two that each hold a part of the weights.
+
+    The last ones sample with a whole copy, which gets the weights in every step.
+    """
+    one, two, broken, sharded = (tmp_path / name for name in ("one", "two", "broken", "sharded"))
+    for folder in (one, two, broken, sharded):
+        folder.mkdir()
+    options = {"steps": 6, "kind": "refine"}
+    assert train(1, one, **options) == [0]
+    assert train(2, two, **options) == [0, 0]
+    killed = train(2, broken, at(signal.SIGKILL, 3), **options)
+    assert killed == [-signal.SIGKILL] * 2
+    assert train(2, broken, **options) == [0, 0]
+    assert same(weights(broken), weights(two))
+    assert train(2, sharded, settings=FSDP2, **options) == [0, 0]
+    for folder in (two, sharded):
+        assert_near(weights(folder), weights(one))
+        lengths = [sample_lengths(place) for place in (folder, one)]
+        assert lengths[0] == lengths[1]
+
+
+def sample_lengths(folder: Path) -> list[float]:
+    """Mean length of the samples of every step: equal where all ends are at the same places."""
+    lines = (folder / "work" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["sample_length"] for line in lines]
 
 
 @pytest.mark.slow

@@ -101,6 +101,22 @@ def test_drawn_scores_below_zero_do_no_harm() -> None:
     assert np.isfinite([low[0], high[0]]).all()
 
 
+def test_tasks_that_are_hardly_known_change_nothing_for_others() -> None:
+    """Losses without any spread, and one of which the noise has no bound."""
+    rng = np.random.default_rng(0)
+    losses = np.array([0.0, 0.02, 0.05])
+    draws = losses + 0.01 * rng.standard_normal((2000, 3))
+    low, high = bootstrap.ranked_intervals(losses, draws)
+    for odd in (np.full(2000, 0.5), -1e12 * rng.random(2000)):
+        more, drawn = np.append(losses, 0.5), np.column_stack([draws, odd])
+        found = bootstrap.ranked_intervals(more, drawn)
+        assert np.isfinite(found).all()
+        if odd.std() == 0:
+            # The third was the worst of three, which has a rule of its own.
+            np.testing.assert_allclose(found[0][:2], low[:2], atol=0.002)
+            np.testing.assert_allclose(found[1][:2], high[:2], atol=0.002)
+
+
 # Binomial error of 150 repetitions: 1.8 points. docs/metric.md has a table of more.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["15 tasks, losses of 0 to 30 %", "15 tasks, all lose 3 %"])

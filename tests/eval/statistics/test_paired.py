@@ -142,3 +142,10 @@ def test_steadied_items_keep_their_means() -> None:
     assert math.isclose(steady.teacher.mean(), 0.5)
     assert math.isclose(steady.student.mean(), 0.6)
     assert np.ptp(steady.gains) > 0
+
+
+def test_two_scores_that_are_all_alike_are_not_certain() -> None:
+    steady = paired.steadied(items([0.5, 0.5], [0.5, 0.5]))
+    assert steady.count == 4
+    assert np.ptp(steady.gains) > 0
+    assert steady.teacher.mean() == 0.5

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from xlstm_eval.records import Pooled
-from xlstm_eval.statistics.paired import PairedItems
+from xlstm_eval.metrics import compare
+from xlstm_eval.records import Pooled, TaskPair
+from xlstm_eval.statistics.measure import measure
+from xlstm_eval.statistics.paired import PairedItems, mcnemar
 from xlstm_eval.statistics.pooled import decide
 
 
@@ -38,6 +41,35 @@ def test_few_items_decide_nothing_and_many_equal_ones_are_non_inferior() -> None
 def test_tasks_weigh_the_same_whatever_their_items() -> None:
     small, large = counted(40, 10, 0, 50), counted(8000, 0, 0, 2000)
     assert decide([small, large]).kept == pytest.approx((0.4 + 0.8) / (0.5 + 0.8))
+
+
+def test_the_p_value_is_that_of_the_sum_and_not_of_the_largest_task() -> None:
+    # The student gains on 10,000 items and loses more, as a share, on 100.
+    gains, loses = counted(6000, 100, 300, 3600), counted(60, 12, 0, 28)
+    found = decide([gains, loses])
+    assert mcnemar(112, 300) < 1e-19
+    assert found.p_value is not None
+    assert found.p_value > 1e-4
+    # A normal test by hand; the pairs of outcomes are smoothed by one half of an item.
+    worse = [(100.5 / 10001, 300.5 / 10001, 10001), (12.5 / 101, 0.5 / 101, 101)]
+    gain = sum(b - a for a, b, _ in worse)
+    variance = sum((a + b - (b - a) ** 2) / n for a, b, n in worse)
+    expected = 2 * stats.norm.sf(abs(gain) / variance**0.5)
+    assert found.p_value == pytest.approx(expected, rel=1e-9)
+    # Of as many items each, all items together are the sum.
+    alike = decide([counted(70, 12, 2, 16), counted(60, 8, 9, 23)])
+    assert alike.p_value == mcnemar(20, 11)
+
+
+def test_a_single_item_where_lower_is_better_decides_nothing() -> None:
+    pair = TaskPair.model_validate(
+        {"task": "t", "teacher_items": [1], "student_items": [1], "higher_is_better": False}
+    )
+    found = measure(compare("s", [pair])).statistics
+    assert found is not None
+    assert found.pooled.decision == "undecided"
+    assert found.pooled.kept is None
+    assert found.pooled.reason == "no items (or a single one) of t"
 
 
 def test_other_scales_count_as_shares_of_the_teacher() -> None:

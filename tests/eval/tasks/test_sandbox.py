@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from xlstm_eval.records import EvalError
+from xlstm_eval.tasks import guest
 from xlstm_eval.tasks.sandbox import (
     ISOLATED,
+    MACHINES,
     Limits,
     not_isolated,
     require_sandbox,
@@ -20,6 +25,7 @@ from xlstm_eval.tasks.sandbox import (
 )
 
 LIMITS = Limits(seconds=3, wall_seconds=30.0, memory=2**29, file_bytes=2**20)
+INCLUDE, GENERIC = Path("/usr/include"), "asm-generic/unistd.h"
 SHORT = Limits(seconds=1, wall_seconds=3.0)
 
 
@@ -42,6 +48,39 @@ def test_a_program_that_runs_to_its_end_passes() -> None:
     require_sandbox()
     outcome = run_program("open('note', 'w').write('x')\nassert open('note').read() == 'x'")
     assert outcome.passed, outcome
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the calls of Linux")
+def test_a_machine_whose_calls_are_not_known_is_refused() -> None:
+    with pytest.raises(EvalError, match="system calls on riscv64 are not known"):
+        require_sandbox("riscv64")
+    assert tuple(guest.MACHINES) == MACHINES
+
+
+def test_numbers_of_system_calls_are_those_of_the_kernels_headers() -> None:
+    """AArch64 has the generic table; a header of either platform is on most machines."""
+    numbers = guest.FORBIDDEN | {
+        "clone": guest.CLONE,
+        "clone3": guest.CLONE3,
+        "prlimit64": guest.PRLIMIT,
+        "landlock_create_ruleset": (guest.LANDLOCK_CREATE, guest.LANDLOCK_CREATE),
+        "landlock_restrict_self": (guest.LANDLOCK_RESTRICT, guest.LANDLOCK_RESTRICT),
+    }
+    headers = [next(iter(INCLUDE.glob("*/asm/unistd_64.h")), None), INCLUDE / GENERIC]
+    found = [header for header in headers if header is not None and header.is_file()]
+    if not found:
+        pytest.skip("no headers of the kernel")
+    for column, header in enumerate(headers):
+        if header not in found:
+            continue
+        lines = re.finditer(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text())
+        known = {line[1]: int(line[2]) for line in lines}
+        for name, own in numbers.items():
+            # An older kernel's header lacks the newest calls.
+            assert known.get(name, own[column]) == own[column], name
+    # EM_X86_64 and EM_AARCH64, 64 bits, little endian (linux/audit.h).
+    assert guest.MACHINES["x86_64"][1] == 62 | 0xC0000000
+    assert guest.MACHINES["aarch64"][1] == 183 | 0xC0000000
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.ranks import is_main_process
 
 if TYPE_CHECKING:
-    from xlstm_distill.recipe import Recipe
+    from xlstm_distill.recipe import Optimization, Recipe
 
 BAD_INPUT = 2
 PATIENCE_SECONDS = 5.0
@@ -35,13 +35,16 @@ def check_batches(
     from xlstm_distill.stages.choices import choose_experts
 
     # Also an index: a job array names experts so.
-    experts = choose_experts(list(recipe.distill.experts), expert)
+    experts = choose_experts(_experts_of(recipe, stages), expert)
     # Without the mLSTM branch there is nothing to align.
     aligned = ["align"] if "mlstm" in recipe.student.mixer.branches else []
-    trained = {
+    trained: dict[str, tuple[Optimization, list[str]]] = {
         "align": (recipe.align, aligned),
         "distill": (recipe.distill, [f"distill/{name}" for name in experts]),
     }
+    if recipe.refine is not None:
+        refined = [f"refine/{name}" for name in experts if name in _experts_of(recipe, ("refine",))]
+        trained["refine"] = (recipe.refine, refined)
     problems = []
     for stage, (section, labels) in trained.items():
         # Each rank gets the same number of rows of a step.
@@ -80,13 +83,20 @@ def check_words(
     from xlstm_distill.stages.lineage import Lineage
 
     if expert is not None:
-        choose_experts(list(recipe.distill.experts), expert)
+        choose_experts(_experts_of(recipe, (stage,)), expert)
     if model is not None:
         choose_models(Lineage(recipe), model)
     if shard is not None and stage == "capture":
         share_of_capture(recipe, shard)
     elif shard is not None:
         share_of_domains(recipe, shard)
+
+
+def _experts_of(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+    """Names of the experts that stages train: those that are refined where that is all they do."""
+    if tuple(stages) == ("refine",) and recipe.refine is not None:
+        return recipe.refine.refined(recipe.distill)
+    return list(recipe.distill.experts)
 
 
 def _is_made(recipe: Recipe, run: Path, label: str) -> bool:

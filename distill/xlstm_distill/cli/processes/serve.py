@@ -11,6 +11,7 @@ import typer
 from xlstm_distill.cli.failures import one_line_errors
 from xlstm_distill.cli.options import Debug
 from xlstm_distill.cli.use import Device, Dtype, ModelName, check_dtype, quiet_transformers
+from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.signals import Stopped
 
@@ -27,26 +28,44 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")
     ] = "127.0.0.1",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Engine: vllm or transformers.", show_default="vllm where it is installed"
+        ),
+    ] = None,
     model: ModelName = None,
     device: Device = None,
     dtype: Dtype = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- OPTION...]", help="After --: options of 'vllm serve'.", show_default=False
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a student over the OpenAI API, with the server of transformers."""
+    """Serve a student over the OpenAI API, by vLLM or by the server of transformers."""
     with one_line_errors(debug):
         check_dtype(dtype)
         from xlstm_distill.export.source import find_student
-        from xlstm_distill.serving.endpoint import LIMITS, Endpoint, check_address, check_packages
+        from xlstm_distill.serving.endpoint import LIMITS, Endpoint, check_address, choose_engine
 
-        check_packages()
+        engine = choose_engine(engine)
         found = find_student(Path(place), model)
         endpoint = Endpoint(found, place, host, port, device, dtype)
         check_address(endpoint)
+        console = Console()
+        console.line(f"Engine: {engine} ({LIMITS[engine]}).")
+        if engine == "vllm":
+            from xlstm_distill.serving import vllm_server
+
+            vllm_server.run(endpoint, options or [], console)
+        if options:
+            raise UserError(f"{options[0]}: only the engine vllm takes options of its own.")
         quiet_transformers()
         from xlstm_distill.serving import transformers_server
 
-        console = Console()
-        console.line(f"Engine: transformers ({LIMITS}).")
         # A server has no other end than a signal.
         with contextlib.suppress(Stopped, KeyboardInterrupt):
             transformers_server.run(endpoint, console)

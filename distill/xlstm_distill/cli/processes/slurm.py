@@ -116,7 +116,7 @@ def _check_batches(recipe: Recipe, site: Site, run: Path) -> None:
     from xlstm_distill.jobs.processes import process_count
 
     problems: list[str] = []
-    for stage in ("align", "distill"):
+    for stage in ("align", "distill", "refine"):
         try:
             check_batches(recipe, (stage,), process_count(site.settings(stage)), run)
         except UserError as error:

@@ -1,33 +1,129 @@
-"""Reading a long prompt in chunks, so that memory does not grow with its length."""
+"""Reading a prompt of which only the last logits are wanted.
+
+In chunks, so that memory does not grow with its length; and without what its outputs would cost:
+the last layer takes the tokens in and computes nothing else of them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from xlstm_distill.models.cache import Arrival, MixerCacheLayer
 
 CHUNK_CPU, CHUNK_GPU = 2048, 8192
 """Tokens of all rows that a body reads at once. On a CPU, where more do not make it faster, their
 activations are a small part of a model's; a GPU needs more to be busy."""
 
 
-def read_in_chunks(model: Any, kwargs: dict[str, Any], cache: Any, chunk: int) -> dict[str, Any]:
+# A call of its own for the last tokens reads all weights once more, P numbers; what the last of L
+# layers leaves out is 2 P / L operations a token. A CPU reads a number in the time of 20 to 30
+# operations. A GPU, which does hundreds, seldom gains.
+TOKENS_PER_LAYER = 32
+
+
+class PromptTaken(Exception):
+    """No error: the last layer has taken in tokens whose outputs nobody reads."""
+
+
+def read_prompt(model: Any, kwargs: dict[str, Any], cache: Any, chunk: int) -> dict[str, Any]:
     """Have a student's body read all but the end of a prompt, and return what is left to read.
 
-    kwargs: the arguments of the student's forward pass, by name; those returned are of its last
-    chunk, with the cache, which holds the rest.
+    kwargs: the arguments of the student's forward pass, by name; those returned are of the prompt's
+    last tokens, with the cache, which holds the rest.
     """
-    given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    tokens, kept = given.shape[1], kwargs["logits_to_keep"]
-    last = max(kept, (tokens - 1) % chunk + 1)
+    given = _given(kwargs)
+    (rows, tokens), kept = given.shape[:2], kwargs["logits_to_keep"]
     kwargs = kwargs | {"past_key_values": cache, "use_cache": True}
-    for start in range(0, tokens - last, chunk):
-        part = _part(kwargs, tokens, start, min(start + chunk, tokens - last))
-        for name in ("logits_to_keep", "labels"):  # of the head
-            part.pop(name, None)
-        model.model(**part)
+    alone = _ends_alone(model, given, rows * (tokens - kept))
+    last = kept if alone else max(kept, (tokens - 1) % chunk + 1)
+    # Outputs are computed all the same where somebody may be listening.
+    cache.outputs_unread = not _is_watched(model)
+    try:
+        for start in range(0, tokens - last, chunk):
+            part = _part(kwargs, tokens, start, min(start + chunk, tokens - last))
+            for name in ("logits_to_keep", "labels"):  # of the head
+                part.pop(name, None)
+            with contextlib.suppress(PromptTaken):
+                model.model(**part)
+    finally:
+        cache.outputs_unread = False
     return _part(kwargs, tokens, tokens - last, tokens)
+
+
+def take_in(
+    mixer: Any,
+    x: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    arrival: Arrival,
+    layer: MixerCacheLayer,
+    segment_ids: Tensor | None,
+) -> NoReturn:
+    """Have a mixer's cache take in tokens x (B, T, d) as `mix` does, and end the pass.
+
+    Raises:
+        PromptTaken: always; the rest of the layer would compute what nobody reads.
+    """
+    k, v = _keys_and_values(mixer, x)
+    if mixer.rotates:
+        k, _ = mixer.apply_rotary(k, k[:, :1], *position_embeddings)
+    k = k.to(v.dtype)
+    if mixer.has_mlstm:
+        features = mixer.feature_map_k(k)
+        # Whatever the queries are, the state is the same.
+        memory = (features, features, *mixer.scalar_gates(x))
+        mixer.recall(memory, v, layer, arrival, segment_ids)
+    if mixer.has_window:
+        layer.update(k, v, arrival)
+    layer.seen += x.shape[1]
+    raise PromptTaken
+
+
+def _keys_and_values(mixer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Make keys and values (B, G, T, D) as `HybridMixer.project` does."""
+    family = mixer.family
+    if family.fused:
+        _, k, v = mixer.qkv_proj(x).split(mixer.widths, dim=-1)
+    else:
+        k, v = mixer.k_proj(x), mixer.v_proj(x)
+    if mixer.clip is not None:
+        k, v = (y.clamp(-mixer.clip, mixer.clip) for y in (k, v))
+    if family.norm == "projection":
+        k = mixer.k_norm(k)
+    k, v = (y.unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2) for y in (k, v))
+    return (mixer.k_norm(k) if family.norm == "head" else k), v
+
+
+def _given(kwargs: dict[str, Any]) -> Tensor:
+    ids = kwargs.get("input_ids")
+    found: Tensor = kwargs["inputs_embeds"] if ids is None else ids
+    return found
+
+
+def _ends_alone(model: Any, given: Tensor, others: int) -> bool:
+    """Tell whether it pays to read the last tokens in a call of their own, after `others`."""
+    layers = len(model.model.layers)
+    on_cpu = given.device.type == "cpu"
+    return on_cpu and others >= TOKENS_PER_LAYER * layers and not _is_watched(model)
+
+
+def _is_watched(model: Any) -> bool:
+    """Tell whether somebody listens to the body's last layer or output, or has replaced a part."""
+    body = model.model
+    parts = list(body.layers[-1].modules())
+    # The body has a hook of the student's own before its pass.
+    if body._forward_hooks or any(part._forward_pre_hooks for part in parts):
+        return True
+    return any(
+        part._forward_hooks
+        or part._compiled_call_impl is not None
+        # Libraries that move weights replace a module's forward.
+        or "forward" in vars(part)
+        for part in (body, *parts)
+    )
 
 
 def chunk_size(given: Tensor, asked: int | None) -> int:
@@ -38,10 +134,14 @@ def chunk_size(given: Tensor, asked: int | None) -> int:
     return max(128, chunk // given.shape[0])
 
 
-def can_be_read_in_chunks(model: Any, kwargs: dict[str, Any], chunk: int) -> bool:
-    """Tell whether a forward pass wants no more than the logits of its last tokens."""
+def can_be_read_apart(model: Any, kwargs: dict[str, Any], chunk: int) -> bool:
+    """Tell whether a forward pass wants the logits of its last tokens alone, and it pays."""
     kept = kwargs.get("logits_to_keep", 0)
     if not isinstance(kept, int) or not 0 < kept <= chunk:
+        return False
+    given = _given(kwargs)
+    rows, tokens = given.shape[:2]
+    if tokens <= chunk and not _ends_alone(model, given, rows * (tokens - kept)):
         return False
     hidden = kwargs.get("output_hidden_states")
     hidden = model.config.output_hidden_states if hidden is None else hidden

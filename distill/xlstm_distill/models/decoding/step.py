@@ -105,11 +105,39 @@ def decode_token(
     """Mix the branches for one token x (B, 1, d), and update the cache in place: (B, 1, H D)."""
     q, k, v = mixer.project(x)
     # Typed loosely: a mixer has a memory, a window or both, and only then what they take.
-    memory: Any = None
+    i: Any = None
+    f: Any = None
     gate: Any = None
     if mixer.has_mlstm:
         # The output gate reads q and k before RoPE.
         i, f, gate = _gates(mixer, layer, x, q, k, v)
+    # Without the bookkeeping of autograd, which is a part of what each small operator takes.
+    given = (mixer, (q, k, v), (i, f, gate), position_embeddings, arrival, layer)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        h = _step(*given)
+    else:
+        with torch.inference_mode():
+            h = _step(*given)
+    layer.checked = True
+    layer.seen += 1
+    h = h.flatten(1).unsqueeze(1)
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return h
+    # A tensor like any other: hooks on the output projection may change what they get.
+    return h.clone() if h.is_inference() else h
+
+
+def _step(
+    mixer: Any,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    gates: tuple[Any, Any, Any],
+    position_embeddings: tuple[Tensor, Tensor],
+    arrival: Arrival,
+    layer: MixerCacheLayer,
+) -> Tensor:
+    """Mix the branches of one token of these projections and gates, (B, H, D)."""
+    (q, k, v), (i, f, gate) = qkv, gates
+    memory: Any = None
     if mixer.rotates:
         q, k = _rotate(mixer, q, k, position_embeddings, arrival)
     settings = {"check": not layer.checked, "backend": mixer.backend}
@@ -132,9 +160,7 @@ def decode_token(
             h = window_step(q, k, v, ring, **settings)
         else:
             h = hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, memory, ring, **settings)
-    layer.checked = True
-    layer.seen += 1
-    return h.flatten(1).unsqueeze(1)
+    return h
 
 
 def _rotate(

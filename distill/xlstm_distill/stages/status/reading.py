@@ -33,6 +33,8 @@ SILENT_SECONDS, SILENT_STEPS = 60.0, 5.0
 It validates, saves or hangs; where nothing else can be found out, it is not running any more.
 """
 UNDER_WAY = ("running", "silent")
+COUNTED = ("data", "merge", "variant")
+"""Stages whose progress is in a file of its own: rows, and trials or steps of merge weights."""
 
 
 def read_status(run: Path, lineage: Lineage | None = None) -> list[StageStatus]:
@@ -45,12 +47,17 @@ def read_status(run: Path, lineage: Lineage | None = None) -> list[StageStatus]:
     """
     manifests = _manifests(run)
     found = _published(run, manifests)
-    for status in (*_trainings(run, manifests), *_preparations(run, manifests), *_working(run)):
+    begun = (
+        *_trainings(run, manifests),
+        *_preparations(run, manifests),
+        *_searches(run, manifests),
+    )
+    for status in (*begun, *_working(run)):
         earlier = found.get(status.label)
         # A process at work replaces an earlier result, and also what a stopped one left.
         if earlier is None or earlier.state not in UNDER_WAY:
-            if earlier is not None and stage_of(status.label) == "data":
-                status = _with_rows(status, earlier)
+            if earlier is not None and stage_of(status.label) in COUNTED:
+                status = _with_count(status, earlier)
             found[status.label] = status
     try:
         lineage = lineage or saved_lineage(run)
@@ -122,12 +129,33 @@ def _preparation(progress: Path) -> StageStatus:
     )
 
 
-def _with_rows(work: StageStatus, rows: StageStatus) -> StageStatus:
-    """Say of rows that a process is making how far they are."""
-    if work.state not in UNDER_WAY or not (rows.steps and rows.step is not None):
+def _searches(run: Path, manifests: Mapping[str, Path]) -> list[StageStatus]:
+    """Merge weights that were being found, by the trials or steps that are done."""
+    published = {label: _modified(path) for label, path in manifests.items()}
+
+    def read(progress: Path) -> StageStatus | None:
+        facts = json.loads(progress.read_text())
+        label, step = _label(facts["label"]), int(_finite(facts["step"]))
+        if published.get(label, 0.0) > _modified(progress):
+            return None
+        since = time.time() - progress.stat().st_mtime
+        steps = int(_finite(facts["steps"]))
+        # What was scored is kept: a search goes on with the next trial.
+        return StageStatus(
+            label, "stopped", step=step, steps=steps, seconds_since=since, checkpoint=step
+        )
+
+    files = sorted((run / "training").glob("*/search.json"), key=_modified)
+    found = [_read(read, file, run, file.parent.name) for file in files]
+    return [status for status in found if status]
+
+
+def _with_count(work: StageStatus, counted: StageStatus) -> StageStatus:
+    """Say of rows or merge weights that a process is at how far they are."""
+    if work.state not in UNDER_WAY or not (counted.steps and counted.step is not None):
         return work
-    rate = rows.tokens_per_second
-    return replace(work, step=rows.step, steps=rows.steps, tokens_per_second=rate or None)
+    rate = counted.tokens_per_second
+    return replace(work, step=counted.step, steps=counted.steps, tokens_per_second=rate or None)
 
 
 def _working(run: Path) -> list[StageStatus]:

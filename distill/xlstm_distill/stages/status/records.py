@@ -25,7 +25,8 @@ class StageStatus:
     `state` is `done`, `outdated` (made from other settings than the saved recipe's; `why` names
     them), `running`, `silent` (running, but its log does not grow), `stopped`, `waiting` (not
     begun), `unreadable` (`path` names the file, from the run directory on) or `damaged` (`why`
-    names a file that is missing or has another size). Steps of `data/NAME` are its rows.
+    names a file that is missing or has another size). Steps of `data/NAME` are its rows,
+    and those of a merge whose weights are searched are trials.
     """
 
     label: str

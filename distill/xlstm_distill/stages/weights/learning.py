@@ -179,6 +179,7 @@ class _Learner:
         }
         # A float32 is the same number after a round trip through JSON.
         write_text(self.material.work / STATE, json.dumps(content) + "\n")
+        self.material.keep_progress(len(self.log), self.settings.steps)
 
     def _resume(self) -> None:
         path = self.material.work / STATE

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from xlstm_distill.artifacts import Artifact
+from xlstm_distill.artifacts.files import write_text
 from xlstm_distill.merging.groups import GroupedWeights, count_layers
 from xlstm_distill.merging.merge import Sources
 from xlstm_distill.merging.search import Weights
 from xlstm_distill.recipe import MergeSettings
 from xlstm_distill.stages.lineage import Lineage
+
+PROGRESS = "search.json"
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,11 @@ class Material:
     experts: dict[str, Artifact]
     sources: Sources
     work: Path
+
+    def keep_progress(self, step: int, steps: int) -> None:
+        """Say in a file how many trials or steps are done; `status` reads it (rank 0 only)."""
+        facts = {"label": self.label, "step": step, "steps": steps}
+        write_text(self.work / PROGRESS, json.dumps(facts) + "\n")
 
     @property
     def layers(self) -> int:

@@ -53,6 +53,8 @@ def tune(
     with console.progress(f"{material.label} (tuning)", total, unit="merges") as progress:
         for trial in proposed:
             trials.append(trial)
+            if is_main_process():
+                material.keep_progress(len(trials), total)
             lead = best_of(trials).score
             progress.update(1, worst_drop=lead.worst_tolerance, recovery=-lead.negative_recovery)
     best = best_of(trials)

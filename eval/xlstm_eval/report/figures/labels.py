@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from xlstm_eval.report.figures.style import MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIZE = 9.0
 LETTER, LINE = 0.62, 1.25
@@ -49,9 +50,10 @@ class Box:
 
 def make_room(axes: Axes, labels: Mapping[tuple[float, float], tuple[str, str]]) -> None:
     """Widen a logarithmic x-axis to the right until each name fits beside its point."""
-    axes.figure.draw_without_rendering()
+    figure = _figure(axes)
+    figure.draw_without_rendering()
     frame = axes.get_window_extent()
-    width = (frame.x1 - frame.x0) * 72 / axes.figure.dpi
+    width = (frame.x1 - frame.x0) * 72 / figure.dpi
     low, high = (math.log(end) for end in axes.get_xlim())
     wider = (high - low) / 10
     shares = [(math.log(x), (_width(text) + GAP) / width) for (x, _), (text, _) in labels.items()]
@@ -77,7 +79,7 @@ def place_labels(
     ``marks`` are all points of the figure, which names keep off. The axes' limits must be final. A
     name that had to move is joined to its point by a line.
     """
-    figure = axes.figure
+    figure = _figure(axes)
     # The layout decides where points are; names come after it and do not change it.
     figure.draw_without_rendering()
     scale = 72 / figure.dpi
@@ -96,6 +98,11 @@ def place_labels(
         box, to_left = _free_box(spot(place), text, inside, taken)
         taken.append(box)
         _write(axes, place, spot(place), box, to_left, text, color)
+
+
+def _figure(axes: Axes) -> Figure:
+    # No part of a figure, whose type the attribute allows too.
+    return cast("Figure", axes.figure)
 
 
 def _shortened(text: str) -> str:

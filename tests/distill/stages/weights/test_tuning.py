@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
+from processes import ROOT, run_python
 from stopping import StoppingConsole
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages.merge import merge
+from xlstm_distill.stages.status.reading import read_status
 from xlstm_distill.stages.weights.tuning import JOURNAL
 from xlstm_distill.stages.weights.validation import check_held_out
 
@@ -22,20 +26,27 @@ TUNED = {"weights": "tuned", "tuning": {"trials": 4, "items": 6}}
 def tuned(found_run):
     """The same search twice, the second of which is stopped after two trials and started again."""
     lineage, run = found_run({**TUNED, "variants": {"again": TUNED}})
+    run.keep_recipe()
+    two = shutil.copytree(run.directory, run.directory.with_name("two"))
+    saved = yaml.safe_load((two / "recipe.yaml").read_text())
+    saved["merge"]["variants"] = {}  # one search there is enough
+    (two / "recipe.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
     with pytest.raises(KeyboardInterrupt):
         merge(lineage, run, StoppingConsole("variant/again (tuning)"))
+    (stopped,) = [s for s in read_status(run.directory, lineage) if s.label == "variant/again"]
+    assert (stopped.state, stopped.step, stopped.steps) == ("stopped", 2, 4)
     journal = run.work_directory(lineage.request("variant/again")) / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     # A kill may tear the line that is being written: here a third trial's.
     journal.write_bytes(b"".join(lines) + lines[-1][:40])
     whole, resumed = merge(lineage, run, QuietConsole())
-    return whole, resumed, len(lines)
+    return whole, resumed, len(lines), two
 
 
 @pytest.mark.slow
 def test_the_better_expert_is_found(tuned):
     """No item of the evaluation is read: the recipe's tasks name files that are not there."""
-    whole, _, _ = tuned
+    whole, _, _, _ = tuned
     results = whole.manifest["results"]
     assert results["weights"] == {"good": 1.0, "broken": 0.0}
     assert results["tuning"]["worst_tolerance"] == 0
@@ -48,10 +59,23 @@ def test_the_better_expert_is_found(tuned):
 
 @pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_and_finds_the_same(tuned):
-    whole, resumed, lines = tuned
+    whole, resumed, lines, _ = tuned
     assert lines == 1 + 2  # the teacher and two merges
     assert resumed.read_json("trials.json") == whole.read_json("trials.json")
     assert resumed.manifest["results"] == whole.manifest["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_two_processes_find_what_one_finds(tuned):
+    """They share the validation items, and write the same trials and the same student."""
+    whole, _, _, copy = tuned
+    done = run_python(ROOT / "tests" / "helpers" / "merge_processes.py", copy, 2)
+    assert done.returncode == 0, done.stderr
+    merged = copy / "artifacts" / "merge"
+    assert json.loads((merged / "trials.json").read_text()) == whole.read_json("trials.json")
+    weights = Path("model") / "model.safetensors"
+    assert (merged / weights).read_bytes() == (whole.path / weights).read_bytes()
 
 
 def test_validation_tasks_that_read_the_evaluation_s_items_are_refused(found_run, tmp_path):

@@ -88,9 +88,13 @@ def _evaluations(directory: Path, lineage: Lineage) -> dict[str, Artifact]:
 
 def trained_tokens(recipe: Recipe, model: str) -> int:
     """Tokens of text that a student was trained on: alignment, and its expert or all of them."""
-    experts = recipe.distill.experts
-    chosen = experts.values() if model == MERGED else [experts[model]]
-    return recipe.align.tokens + sum(expert.tokens for expert in chosen)
+    experts, refine = recipe.distill.experts, recipe.refine
+    chosen = list(experts) if model == MERGED else [model]
+    found = recipe.align.tokens + sum(experts[name].tokens for name in chosen)
+    if refine is not None:
+        refined = refine.refined(recipe.distill)
+        found += refine.tokens * sum(name in refined for name in chosen)
+    return found
 
 
 def _state_bytes(directory: Path, lineage: Lineage, model: str) -> int | None:

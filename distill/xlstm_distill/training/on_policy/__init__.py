@@ -1,0 +1,1 @@
+"""On-policy training: prompts from rows, continuations sampled by the student that trains."""
