@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ def state_bytes(cache: Cache) -> int:
     """Count what a cache holds."""
     if isinstance(cache, StudentCache):
         return cache.nbytes()
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    layers = cast(list[Any], cache.layers)
+    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in layers)
 
 
 class Clock:

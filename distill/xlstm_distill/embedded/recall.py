@@ -142,7 +142,8 @@ def bindings(rng: random.Random, full: bool) -> Passage:
     order = rng.sample(names, len(names))
     text = "".join(f"{name}={values.get(name) or pointed[name]}\n" for name in order)
     place = {name: at for at, name in enumerate(order)}
-    questions, far = [], []
+    questions: list[Question] = []
+    far: list[int] = []
     for name in rng.sample(pointers, half):
         if max(place[name], place[pointed[name]]) < len(order) - BINDINGS_AFTER:
             far.append(len(questions))

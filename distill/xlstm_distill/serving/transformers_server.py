@@ -64,7 +64,7 @@ class StudentManager(ModelManager):
         """Return the name: students have no revisions."""
         return model_id
 
-    def load_model_and_processor(
+    def load_model_and_processor(  # type: ignore[override]
         self,
         model_id_and_revision: str,
         progress_callback: Callable[[dict[str, Any]], None] | None = None,

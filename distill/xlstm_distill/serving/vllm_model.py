@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,9 @@ class ServedMixer(nn.Module, MambaBase):
         assert isinstance(layer, MixerCacheLayer)
         self.layer: MixerCacheLayer = layer
         self.prefix = f"layers.{mixer.layer_idx}.mixer"
-        self.shapes = state_shapes(mixer, max(part.window for part in cache.layers))
+        self.shapes = state_shapes(
+            mixer, max(part.window for part in cache.layers if isinstance(part, MixerCacheLayer))
+        )
         self.kv_cache = tuple(torch.empty(0) for _ in self.shapes)
         config.compilation_config.static_forward_context[self.prefix] = self
 
@@ -234,9 +236,9 @@ class VllmStudent(nn.Module, HasInnerState, IsAttentionFree):
         if metadata is not None:
             step = Step(metadata[self.body.layers[0].self_attn.prefix])
         given = (
-            {"input_ids": input_ids[None]}
-            if inputs_embeds is None
-            else {"inputs_embeds": inputs_embeds[None]}
+            {"inputs_embeds": inputs_embeds[None]}
+            if inputs_embeds is not None
+            else {"input_ids": cast(Tensor, input_ids)[None]}
         )
         found = self.body(
             **given,
