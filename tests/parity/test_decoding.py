@@ -475,3 +475,32 @@ def test_who_listens_to_the_last_layer_hears_all_tokens(student):
     assert read == heard == [16, 16, 8]
     # A prompt of few tokens is read in one piece: a call of its own would cost more.
     assert long_prompt(student(), ids(1, 30))[2] == [30]
+
+
+@pytest.mark.parametrize("part", ["norm", "layers.0"])
+def test_who_listens_elsewhere_hears_the_prompt_in_one_piece(part, student):
+    model, heard = student(), []
+    listened = model.model.get_submodule(part)
+    listened.register_forward_hook(lambda _, __, out: heard.append(out.shape[1]))
+    long_prompt(model, ids())
+    assert heard == [40]
+
+
+def test_router_logits_are_those_of_all_tokens(student):
+    rows, wanted = ids(), {"output_router_logits": True}
+    with torch.no_grad():
+        whole = student("qwen3_moe")(rows, use_cache=False, **wanted)
+        # Another model: the first question leaves hooks in its own.
+        found = student("qwen3_moe")(rows, logits_to_keep=1, **wanted)
+    for x, y in zip(found.router_logits, whole.router_logits, strict=True):
+        assert error_ratio(x, y.double()) < 3e-6
+
+
+def test_a_model_that_checkpoints_activations_reads_a_prompt_in_one_piece(student):
+    model, rows = student(), ids()
+    with torch.no_grad():
+        whole = model(rows, use_cache=False).logits
+    model.gradient_checkpointing_enable()
+    model.train()
+    logits, _, _ = long_prompt(model, rows)
+    assert error_ratio(logits, whole[:, -1:].double()) < 3e-6

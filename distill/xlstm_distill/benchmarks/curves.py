@@ -64,8 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="an .svg or .png to write")
     options = parser.parse_args(arguments)
     lines = options.cases.read_text(encoding="utf-8").splitlines()
-    cases = [json.loads(line) for line in lines]
-    draw([case for case in cases if "memory" in case], options.out)
+    cases = [case for case in map(json.loads, lines) if "memory" in case]
+    if not cases:
+        parser.error(f"{options.cases}: no case with times and memory; there is nothing to draw")
+    draw(cases, options.out)
     return 0
 
 

@@ -217,7 +217,9 @@ def peaks(prompt: int, batch: int, arguments: list[str]) -> dict[str, dict[str, 
         command += ["--only", name, "--prompts", str(prompt), "--batches", str(batch)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+            # A process that the system kills for its memory says nothing.
+            said = done.stderr.strip() or f"ended with exit code {done.returncode}"
+            raise RuntimeError(f"{name}: {said.splitlines()[-1]}")
         found[name] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -6,6 +6,7 @@ imported here.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from xlstm_distill.models.families import FAMILIES
@@ -15,8 +16,16 @@ MODEL = "xlstm_distill.serving.vllm_model:VllmStudent"
 
 def register() -> None:
     """Register the students of all families."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    try:
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    except ImportError as error:
+        # An error here would end vLLM, whatever it serves.
+        warnings.warn(
+            f"xlstm-distill: this version of vLLM serves no students (0.32 does): {error}",
+            stacklevel=2,
+        )
+        return
 
     class StudentSettings(VerifyAndUpdateConfig):
         """Checks and completes vLLM's settings for a student."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+
+import pytest
 
 from xlstm_distill.benchmarks import curves, decoding
 
@@ -58,3 +61,15 @@ def test_curves_are_drawn_of_the_cases_that_did_not_fail(tmp_path):
     drawn = (tmp_path / "out.svg").read_text()
     assert "<!-- 2,048 -->" in drawn
     assert "<!-- 4,096 -->" not in drawn
+    (tmp_path / "failed.jsonl").write_text(json.dumps(cases[2]))
+    with pytest.raises(SystemExit) as refused:
+        curves.main([str(tmp_path / "failed.jsonl"), str(tmp_path / "none.svg")])
+    assert refused.value.code == 2
+    assert not (tmp_path / "none.svg").exists()
+
+
+def test_a_process_that_is_killed_is_a_case_that_failed(monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(RuntimeError, match="student: ended with exit code -9"):
+        decoding.peaks(64, 1, FLAGS)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from serving import Served, endless, serve
 
 from xlstm_distill.export.source import find_student
 from xlstm_distill.serving.speaker import Speaker
-from xlstm_distill.serving.vllm_plugin import settle
+from xlstm_distill.serving.vllm_plugin import register, settle
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv/vllm/bin/python"))
@@ -198,3 +199,9 @@ def test_a_request_has_one_block_for_its_state() -> None:
     settle(found)
     assert found.cache_config.mamba_block_size == 4096
     assert found.model_config.enforce_eager
+
+
+def test_another_vllm_goes_on_without_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    with pytest.warns(UserWarning, match="serves no students"):
+        register()

@@ -111,18 +111,21 @@ def _ends_alone(model: Any, given: Tensor, others: int) -> bool:
 
 
 def _is_watched(model: Any) -> bool:
-    """Tell whether somebody listens to the body's last layer or output, or has replaced a part."""
+    """Tell whether somebody listens to the body or a part of it, or has replaced a part.
+
+    Who listens to an earlier layer must hear a prompt in one piece too.
+    """
     body = model.model
-    parts = list(body.layers[-1].modules())
+    parts = list(body.modules())
     # The body has a hook of the student's own before its pass.
-    if body._forward_hooks or any(part._forward_pre_hooks for part in parts):
+    if any(part._forward_pre_hooks for part in parts if part is not body):
         return True
     return any(
         part._forward_hooks
         or part._compiled_call_impl is not None
         # Libraries that move weights replace a module's forward.
         or "forward" in vars(part)
-        for part in (body, *parts)
+        for part in parts
     )
 
 
@@ -143,9 +146,13 @@ def can_be_read_apart(model: Any, kwargs: dict[str, Any], chunk: int) -> bool:
     rows, tokens = given.shape[:2]
     if tokens <= chunk and not _ends_alone(model, given, rows * (tokens - kept)):
         return False
-    hidden = kwargs.get("output_hidden_states")
-    hidden = model.config.output_hidden_states if hidden is None else hidden
-    wants_all = hidden or kwargs.get("labels") is not None
+    # Layers that checkpoint activations give their mixers no cache.
+    if model.training and model.is_gradient_checkpointing:
+        return False
+    wants_all = kwargs.get("labels") is not None
+    for name in ("output_hidden_states", "output_router_logits"):
+        asked = kwargs.get(name)
+        wants_all |= bool(getattr(model.config, name, False) if asked is None else asked)
     # A chunk's gradients would stop at the cache.
     return not wants_all and not torch.is_grad_enabled()
 
