@@ -279,7 +279,7 @@ def test_validation_runs_no_more_rows_at_a_time_than_training(
 ):
     optim = align_settings(batch=6, micro_batch=micro_batch)
     made = trainer(Mute(()), tmp_path, steps=1, optim=optim)
-    assert made.plan.validation_rows(processes) == rows
+    assert made.plan.validation_rows(processes, context=64) == rows
 
 
 def poisoned(objective, rows):
