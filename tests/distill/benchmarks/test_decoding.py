@@ -7,8 +7,6 @@ import subprocess
 
 import pytest
 
-import pytest
-
 from xlstm_distill.benchmarks import curves, decoding
 
 FLAGS = ["--device", "cpu", "--model", "tiny", "--window", "16", "--rounds", "2", "--tokens", "2"]
