@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from xlstm_distill.benchmarks import curves, decoding
 
 FLAGS = ["--device", "cpu", "--model", "tiny", "--window", "16", "--rounds", "2", "--tokens", "2"]
@@ -35,11 +37,9 @@ def test_the_models_take_turns_and_each_case_is_written_at_once(tmp_path, capsys
     assert table[-1] == "| 128 | 1 | out of memory |"
 
 
+@pytest.mark.slow  # in processes of their own: here, earlier tests have left memory behind
 def test_the_peak_is_that_of_the_prompt_alone():
-    found = {}
-    for prompt in (64, 4096):
-        options = decoding.parse([*FLAGS, "--only", "attention", "--prompts", str(prompt)])
-        found[prompt] = decoding.reading_memory(options)
+    found = {prompt: decoding.peaks(prompt, 1, FLAGS)["attention"] for prompt in (64, 4096)}
     # 4096 tokens have 1 MiB of keys and values, and activations of some MiB.
     assert found[4096]["peak"] > found[64]["peak"] + 2**20
     assert found[4096]["peak"] < found[4096]["total"]

@@ -27,6 +27,7 @@ COMMANDS = (
     "export",
     "generate",
     "chat",
+    "serve",
     "long-context",
     "slurm",
     "validate",

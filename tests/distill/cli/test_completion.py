@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from xlstm_distill.cli.app import app
 
 COMMANDS = (
-    "run prepare capture align distill merge evaluate report export generate chat long-context "
-    "slurm validate plan status verify clean doctor score schema recipes patch"
+    "run prepare capture align distill refine merge evaluate report export generate chat serve "
+    "long-context slurm validate plan status verify clean doctor score schema recipes patch"
 )
 
 
@@ -45,7 +45,7 @@ def folder(small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("line", "expected"),
     [
         ("xlstm-distill ", COMMANDS),
-        ("xlstm-distill re", "report recipes"),
+        ("xlstm-distill re", "refine report recipes"),
         ("xlstm-distill run ", "mine/a.yaml mine/b.yml small.yaml"),
         ("xlstm-distill validate mi", "mine/a.yaml mine/b.yml"),
         ("xlstm-distill run mine/a", "mine/a.yaml"),
