@@ -125,7 +125,7 @@ def _check_rows(rows: Sequence[Row], path: Path, task: str) -> None:
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("doc_id"), int):
             raise EvalError(f"{path}: samples of {task}: a row has no doc_id. Run lm-eval again.")
-        if "filter" not in row:
+        if not isinstance(row.get("filter"), str):
             raise EvalError(
                 f"{path}: samples of {task}: item {row['doc_id']} has no filter. "
                 "Evaluate with lm-eval 0.4.3 or later."
@@ -154,7 +154,7 @@ def _scored_alone(name: str, leaves: Sequence[str], data: Mapping[str, Any]) -> 
         "stderr": error if known else None,
         "higher_is_better": _higher_is_better(data, name).get(metric, True),
         "kind": _kind(leaves, data),
-        "samples": sum((counts.get(leaf) or {}).get("effective", 0) for leaf in leaves),
+        "samples": sum((counts.get(leaf) or {}).get("effective") or 0 for leaf in leaves),
     }
     try:
         return TaskResult.model_validate(values)

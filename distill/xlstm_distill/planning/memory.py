@@ -119,29 +119,38 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
     return max(moments, key=lambda memory: memory.allocated)
 
 
-def refine_memory(inputs: MemoryInputs, sampled: int) -> Memory:
-    """Predict the memory of on-policy refinement; `sampled` rows are decoded at once.
+def refine_memory(inputs: MemoryInputs, sampled: int, prompt: int, context: int) -> Memory:
+    """Predict the memory of on-policy refinement; `sampled` prompts are continued at once.
 
     It samples, and then trains as stage II does beside an online teacher. A student that computes
-    in another format than it trains in, or is cut over GPUs, samples with a whole copy.
+    in another format than it trains in, or is cut over GPUs, samples with a whole copy. Validation
+    reads rows of `context` tokens, at least one at a time: far more than a sample has.
     """
     a, size = inputs.architecture, 2 if inputs.precision != "fp32" else 4
     copied = inputs.precision != "fp32" or inputs.sharding in ("fsdp2", "hsdp")
     copy = float(size * inputs.student_numbers) if copied else 0.0
     training = distill_memory(inputs)
     states = held_states(inputs)
+    reading = replace(inputs.student_pass, rows=sampled, tokens=prompt)
     sampling = Memory(
         weights=states.weights,
         optimizer=states.optimizer,
         working_copies=copy,
         teacher=inputs.online_teacher,
-        activations=_without_gradients(a, replace(inputs.student_pass, rows=sampled)),
+        activations=_without_gradients(a, reading),
         # Probabilities, their sums and what these are compared with, in float64.
         loss=3.0 * 8 * sampled * a.vocabulary,
         cache=sampled * student_cache(a, inputs.mixer, size),
     )
+    whole = replace(inputs, rows=max(1, inputs.pass_tokens // context), tokens=context)
+    validating = replace(
+        sampling,
+        activations=_without_gradients(a, whole.student_pass),
+        loss=_loss(whole),
+        cache=0.0,
+    )
     training = replace(training, working_copies=training.working_copies + copy)
-    return max(training, sampling, key=lambda memory: memory.allocated)
+    return max(training, sampling, validating, key=lambda memory: memory.allocated)
 
 
 def learning_memory(inputs: MemoryInputs, experts: int) -> Memory:

@@ -26,9 +26,9 @@ from xlstm_distill.recipe.refining import MOST_SAMPLED
 def refine_cost(planner: Planner, name: str) -> StageCost:
     """Cost the on-policy refinement of one expert.
 
-    Its hours are those of training at stage II's utilisation, and of sampling. A sampled token
-    reads all weights and states from memory, which takes longer than its operations: these are not
-    counted.
+    Its hours are those of training and of reading prompts at stage II's utilisation, and of
+    sampling. A sampled token reads all weights and states from memory, which takes longer than its
+    operations: these are not counted.
     """
     recipe, section = planner.recipe, planner.recipe.refine
     assert section is not None
@@ -42,7 +42,12 @@ def refine_cost(planner: Planner, name: str) -> StageCost:
         shard_teacher=section.shard_teacher,
         top_k=section.top_k,
     )
-    measure = functools.partial(refine_memory, sampled=sampled)
+    measure = functools.partial(
+        refine_memory,
+        sampled=sampled,
+        prompt=section.prompt_tokens,
+        context=recipe.data.context,
+    )
     memory = planner.reducing(StageMemory("refine", measure, inputs, section.batch))
     steps, tokens = section.steps(), section.steps() * section.batch * section.row_tokens
     per_token = flops.distill_flops(
@@ -54,6 +59,10 @@ def refine_cost(planner: Planner, name: str) -> StageCost:
         online=True,
     )
     again = flops.recomputed_flops(a, mixer, section.row_tokens) if inputs.checkpointing else 0.0
+    # Prompts are read at the speed of computing, and give no loss.
+    prompts = (1 - section.off_policy) * section.prompt_tokens / section.row_tokens
+    student = flops.student_flops(a, mixer, section.prompt_tokens)
+    again += prompts * student.forward(supervised=0)
     seconds = _sampling_seconds(planner, section, share, sampled)
     cost = StageCost(
         "refine",

@@ -44,6 +44,20 @@ def choose_experts(names: Sequence[str], wanted: str | None) -> Sequence[str]:
     return choose(names, wanted, "--expert", "the recipe's distill.experts")
 
 
+def choose_refined(recipe: Recipe, wanted: str | None) -> Sequence[str]:
+    """All experts that the recipe refines, or one of them, like `choose_experts`.
+
+    Raises:
+        UserError: the recipe refines none, or has none of this name or index.
+    """
+    if recipe.refine is None:
+        raise UserError(
+            "refine: the recipe has no such section; add one (docs/refine.md), or go on with merge."
+        )
+    names = recipe.refine.refined(recipe.distill)
+    return choose(names, wanted, "--expert", "the experts that the recipe refines")
+
+
 def choose_models(lineage: Lineage, wanted: str | None) -> Sequence[str]:
     """All models that the recipe evaluates, or one, like `choose_experts`."""
     return choose(lineage.evaluated_models(), wanted, "--model", "the recipe's models")

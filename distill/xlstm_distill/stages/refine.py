@@ -27,7 +27,7 @@ from xlstm_distill.recipe import Recipe, Refine
 from xlstm_distill.recipe.refining import MOST_SAMPLED
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import process_count
-from xlstm_distill.stages.choices import choose_experts
+from xlstm_distill.stages.choices import choose_refined
 from xlstm_distill.stages.distill import trainable_student
 from xlstm_distill.stages.kernels import choose_kernels
 from xlstm_distill.stages.lineage import Lineage
@@ -60,11 +60,7 @@ def refine(
     Raises:
         UserError: the recipe refines none, or has none of this name.
     """
-    if lineage.recipe.refine is None:
-        raise UserError(
-            "refine: the recipe has no such section; add one (docs/refine.md), or go on with merge."
-        )
-    names = choose_experts(lineage.refined(), expert)
+    names = choose_refined(lineage.recipe, expert)
     check_trackers(lineage.recipe.training.trackers)
     return [_expert(lineage, run, name, console) for name in names]
 

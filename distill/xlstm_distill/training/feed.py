@@ -19,12 +19,14 @@ class StepBatches:
     """A step's batches on the host, before the step.
 
     `rows` are those of all ranks. `batches` are this rank's micro-batches, in pinned memory where
-    the device is a GPU, and `tokens` counts what the loss is averaged over in them.
+    the device is a GPU, and `tokens` counts what the loss is averaged over in them. `text` counts
+    the tokens of all ranks' rows without padding, where rows are shorter than the plan has them.
     """
 
     rows: list[Row]
     batches: list[Batch]
     tokens: int
+    text: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,11 @@ class Feed:
         if self.device.type == "cuda":
             batches = [batch.pinned() for batch in batches]
         mine = sum(self.objective.count(batch) for batch in batches)
-        told = torch.tensor([mine, *sums.values()], dtype=torch.float64, device=self.device)
-        tokens, *totals = accelerator.reduce(told, "sum").tolist()
+        text = sum(batch.tokens for batch in batches)
+        told = torch.tensor([mine, text, *sums.values()], dtype=torch.float64, device=self.device)
+        tokens, text, *totals = accelerator.reduce(told, "sum").tolist()
         figures = dict(zip(sums, totals, strict=True))
-        return StepBatches(read.rows, batches, mine), int(tokens), figures
+        return StepBatches(read.rows, batches, mine, int(text)), int(tokens), figures
 
     def ahead(self, first: int) -> Prefetcher[StepBatches]:
         """Make the steps from `first` on in a thread, one ahead of the training.

@@ -88,6 +88,10 @@ class Objective(nn.Module, abc.ABC):
         """Return what to log of the sums that `renew` has given on all ranks."""
         return dict(sums)
 
+    def computed(self) -> dict[str, str | int]:
+        """Return settings that may change under way and then change the result's last bits."""
+        return {}
+
     def hot_methods(self) -> list[tuple[nn.Module, str]]:
         """Return modules with the name of the method that takes their time, for compiling."""
         return []

@@ -112,6 +112,7 @@ class Trainer:
             "layers": "compiled" if self.compiled else "plain",
             "layout": str(running_layout(accelerator)),
             "micro_batch": plan.micro_batch or plan.batch // accelerator.num_processes,
+            **objective.computed(),
         }
         self.arithmetic = gathered(arithmetic(accelerator.device) | computed)
         self.inexact: list[str] = []
@@ -273,17 +274,20 @@ class Trainer:
             read, tokens, drawn = self.feed.renewed(step, read, self.accelerator)
         figures, following, agreed = self._optimize(step, read, tokens, feed)
         figures |= {"lr": lr, **self.objective.figures_of_renewal(drawn)}
-        return figures | self._speed(time.monotonic() - started), following, agreed
+        text = self.tokens_per_step if read.text is None else read.text
+        return figures | self._speed(time.monotonic() - started, text), following, agreed
 
-    def _speed(self, seconds: float) -> dict[str, float]:
-        """Return tokens/s of all ranks, this rank's peak memory, and MFU where it is known."""
-        rate = self.tokens_per_step / seconds
+    def _speed(self, seconds: float, text: int) -> dict[str, float]:
+        """Return tokens/s of all ranks, this rank's peak memory, and MFU where it is known.
+
+        `text` are the tokens of the step that were there to compute: samples may end early.
+        """
         figures = {
-            "tokens_per_second": rate,
+            "tokens_per_second": self.tokens_per_step / seconds,
             "peak_memory_gib": peak_bytes(self.accelerator.device) / 2**30,
         }
         if self.plan.flops_per_token and self.peak:
-            rate_of_one = rate / self.accelerator.num_processes
+            rate_of_one = text / seconds / self.accelerator.num_processes
             figures["mfu"] = self.plan.flops_per_token * rate_of_one / self.peak[0]
         return figures
 

@@ -133,8 +133,13 @@ def _p_value(tasks: Sequence[PairedItems], sums: Moments) -> float:
     the sum: over all items, one large task would decide against the sum, in which all weigh alike.
     """
     if all(items.is_binary for items in tasks) and len({items.count for items in tasks}) == 1:
-        cells = [items.cells() for items in tasks]
-        return mcnemar(sum(cell[1] for cell in cells), sum(cell[2] for cell in cells))
+        worse = better = 0
+        for items in tasks:
+            _, teacher_only, student_only, _ = items.cells()
+            # Where lower is better, a one of the teacher alone speaks for the student.
+            worse += teacher_only if items.higher_is_better else student_only
+            better += student_only if items.higher_is_better else teacher_only
+        return mcnemar(worse, better)
     variance = sums.var_student + sums.var_teacher - 2 * sums.covariance
     if variance <= 0:
         return 1.0

@@ -135,6 +135,7 @@ def test_a_share_that_is_none_is_one_line(call: Call, error_of: ErrorOf) -> None
             "--shard: capture.targets is 'online', so there is nothing to share",
         ),
         (("distill", "--expert", "maths"), "--expert: 'maths' is not in the recipe's distill"),
+        (("refine",), "refine: the recipe has no such section"),
         (("evaluate", "--model", "7"), "--model: '7' is not in the recipe's models"),
     ],
 )

@@ -54,6 +54,7 @@ REFINE = (
     "refine={tokens: 100_000_000, batch: 512, micro_batch: 8, lr: 1.0e-6, new_tokens: 512,"
     " experts: [math], activation_checkpointing: true}"
 )
+LONG = ("data.context=131072", "align.warmup_steps=1", "distill.warmup_steps=1")
 
 
 def test_a_refinement_is_planned_with_its_teacher_its_copy_and_the_time_of_decoding() -> None:
@@ -70,6 +71,17 @@ def test_a_refinement_is_planned_with_its_teacher_its_copy_and_the_time_of_decod
     seconds = 512 * (2 * plan.parameters.student + 2 * memory.cache) / 1.675e12
     trained = (stage.flops + stage.recomputed) / (8 * 989.5e12 * 0.33)
     assert 3600 * stage.hours == pytest.approx(trained + 191 * seconds, rel=0.01)
+    # Prompts, half of the text, go through the student once, besides the recomputed layers.
+    own = planned(path, settings=[REFINE.replace("new_tokens: 512", "new_tokens: 3584")])
+    (longer,) = (other for other in own.stages if other.stage == "refine")
+    read = 2 * 7.5e9 * (1 / 2 - 1 / 8)
+    fewer = stage.recomputed / stage.tokens - longer.recomputed / longer.tokens
+    assert fewer == pytest.approx(read, rel=0.1)
+    # Validation reads a whole row of the data: 131,072 tokens, and not 64 prompts of 512.
+    wide = planned(path, settings=[REFINE, *LONG])
+    (whole,) = (other for other in wide.stages if other.stage == "refine")
+    assert whole.memory.activations == pytest.approx(4 * memory.activations)
+    assert whole.memory.cache == 0 < memory.cache
     unknown = planned(path, settings=[REFINE], gpu=None, gpu_memory=80)
     assert all(s.hours is None for s in unknown.stages if s.stage == "refine")
     refused = planned(path, settings=[REFINE], sharding="zero3")

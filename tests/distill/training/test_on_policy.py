@@ -189,6 +189,7 @@ def refine_training(
         (stretch(6),),
         settings,
         Training(checkpoint_steps=2),
+        flops_per_token=1.0,
         row_tokens=settings.row_tokens,
     )
     return Trainer(objective, plan, domains, folder, Accelerator(cpu=True))
@@ -226,7 +227,20 @@ def test_micro_batches_and_sampled_batches_do_not_change_it(
     refine_objective, domains, stretch, tmp_path
 ):
     whole, parts = refine_objective(), refine_objective(rows=3)
-    one = refine_training(whole, domains, stretch, tmp_path / "a").run()
+    training, renew, text = refine_training(whole, domains, stretch, tmp_path / "a"), whole.renew, 0
+
+    def count(domains, batches, numbers):
+        nonlocal text
+        made, sums = renew(domains, batches, numbers)
+        text = sum(batch.tokens for batch in made)
+        return made, sums
+
+    whole.renew, training.peak = count, (1.0, "a device of one operation a second")
+    one = training.run()
+    # Tokens that are not there take no operations: samples may be short.
+    nominal = 4 * (PROMPT + NEW)
+    assert text < nominal
+    assert one.last["mfu"] / one.last["tokens_per_second"] == pytest.approx(text / nominal)
     other = refine_training(parts, domains, stretch, tmp_path / "b", micro_batch=1).run()
     assert one.last["sample_length"] == other.last["sample_length"]
     assert one.last["kl"] == pytest.approx(other.last["kl"], rel=1e-4)

@@ -95,6 +95,14 @@ def test_lower_is_better() -> None:
     assert decide([better]).decision == "non-inferior"
 
 
+def test_a_mcnemar_test_counts_what_is_better_whatever_the_direction() -> None:
+    higher = counted(40, 12, 2, 6)
+    # The same outcomes, told as errors: a one where there was a zero.
+    errors = PairedItems("errors", 1 - higher.teacher, 1 - higher.student, False)
+    assert decide([higher, errors]).p_value == pytest.approx(mcnemar(24, 4))
+    assert mcnemar(24, 4) < 0.001
+
+
 def coverage(
     cells: list[tuple[float, ...]], counts: list[int], repetitions: int, margin: float
 ) -> tuple[float, float]:

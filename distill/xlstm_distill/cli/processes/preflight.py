@@ -32,10 +32,9 @@ def check_batches(
     """
     # Not at the top: building the recipe's models takes half of the time that `--help` may take.
     from xlstm_distill.recipe.problems import nearest_batches
-    from xlstm_distill.stages.choices import choose_experts
 
     # Also an index: a job array names experts so.
-    experts = choose_experts(_experts_of(recipe, stages), expert)
+    experts = _chosen_experts(recipe, stages, expert)
     # Without the mLSTM branch there is nothing to align.
     aligned = ["align"] if "mlstm" in recipe.student.mixer.branches else []
     trained: dict[str, tuple[Optimization, list[str]]] = {
@@ -43,8 +42,9 @@ def check_batches(
         "distill": (recipe.distill, [f"distill/{name}" for name in experts]),
     }
     if recipe.refine is not None:
-        refined = [f"refine/{name}" for name in experts if name in _experts_of(recipe, ("refine",))]
-        trained["refine"] = (recipe.refine, refined)
+        refined = recipe.refine.refined(recipe.distill)
+        labels = [f"refine/{name}" for name in experts if name in refined]
+        trained["refine"] = (recipe.refine, labels)
     problems = []
     for stage, (section, labels) in trained.items():
         # Each rank gets the same number of rows of a step.
@@ -75,15 +75,14 @@ def check_words(
         UserError: there is none of this name.
     """
     from xlstm_distill.stages.choices import (
-        choose_experts,
         choose_models,
         share_of_capture,
         share_of_domains,
     )
     from xlstm_distill.stages.lineage import Lineage
 
-    if expert is not None:
-        choose_experts(_experts_of(recipe, (stage,)), expert)
+    if expert is not None or stage == "refine":
+        _chosen_experts(recipe, (stage,), expert)
     if model is not None:
         choose_models(Lineage(recipe), model)
     if shard is not None and stage == "capture":
@@ -92,11 +91,13 @@ def check_words(
         share_of_domains(recipe, shard)
 
 
-def _experts_of(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+def _chosen_experts(recipe: Recipe, stages: Sequence[str], expert: str | None) -> Sequence[str]:
     """Names of the experts that stages train: those that are refined where that is all they do."""
-    if tuple(stages) == ("refine",) and recipe.refine is not None:
-        return recipe.refine.refined(recipe.distill)
-    return list(recipe.distill.experts)
+    from xlstm_distill.stages.choices import choose_experts, choose_refined
+
+    if tuple(stages) == ("refine",):
+        return choose_refined(recipe, expert)
+    return choose_experts(list(recipe.distill.experts), expert)
 
 
 def _is_made(recipe: Recipe, run: Path, label: str) -> bool:

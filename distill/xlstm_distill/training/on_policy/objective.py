@@ -107,6 +107,10 @@ class RefineObjective(DistillObjective):
             "sampled_tokens_per_second": sums["tokens"] / seconds,
         }
 
+    def computed(self) -> dict[str, str | int]:
+        """Return how many rows are decoded at once: products of another size round otherwise."""
+        return {"sample_batch": self.sampler[0].settings.rows}
+
     def _openings(
         self, domains: Mapping[str, DomainRows], rows: Sequence[Row], numbers: Sequence[int]
     ) -> list[Opening]:
