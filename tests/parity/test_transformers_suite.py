@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import unittest
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 from xlstm_distill.models import student
 
@@ -59,7 +61,17 @@ def cases(suite: ModuleType, family: str) -> unittest.TestSuite:
     return unittest.TestSuite(StudentTest(name) for name in chosen)
 
 
+@pytest.fixture
+def warnings_on() -> Iterator[None]:
+    """Have transformers log its warnings, which the suite reads; our commands make it quiet."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    yield
+    logging.set_verbosity(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("warnings_on")
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 def test_common_model_tests(family: str, suite: ModuleType, monkeypatch) -> None:
     for head, mapping in HEADS.items():
