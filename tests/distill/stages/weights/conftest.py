@@ -18,8 +18,8 @@ from xlstm_distill.recipe import load_recipe
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.workbench import save_model
 
-# As wide as the longest text, so that the student is the teacher.
-MIXER = {"branches": ["window"], "window": 384, "sinks": 4}
+# As wide as a row, so that the student is the teacher where its prompts are shorter.
+MIXER = {"branches": ["window"], "window": 96, "sinks": 4}
 NOISE = {"good": 0.0, "broken": 0.3}
 """Disturbance of each expert's weights, relative to their size."""
 

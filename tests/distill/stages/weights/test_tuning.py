@@ -49,8 +49,8 @@ def test_the_better_expert_is_found(tuned):
     whole, _, _, _ = tuned
     results = whole.manifest["results"]
     assert results["weights"] == {"good": 1.0, "broken": 0.0}
-    assert results["tuning"]["worst_tolerance"] == 0
-    assert results["tuning"]["uniform"]["worst_tolerance"] > 0
+    # Not 0: some problems are longer than the window.
+    assert results["tuning"]["worst_tolerance"] < results["tuning"]["uniform"]["worst_tolerance"]
     assert (results["tuning"]["trials"], results["tuning"]["seed"]) == (4, 3)
     trials = whole.read_json("trials.json")
     assert trials[0]["weights"] == [[0.5, 0.5]]
