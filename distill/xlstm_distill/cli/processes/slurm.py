@@ -116,7 +116,8 @@ def _check_batches(recipe: Recipe, site: Site, run: Path) -> None:
     from xlstm_distill.jobs.processes import process_count
 
     problems: list[str] = []
-    for stage in ("align", "distill", "refine"):
+    trained = ("align", "distill") if recipe.refine is None else ("align", "distill", "refine")
+    for stage in trained:
         try:
             check_batches(recipe, (stage,), process_count(site.settings(stage)), run)
         except UserError as error:
