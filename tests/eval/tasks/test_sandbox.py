@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +37,14 @@ def needs(what: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """After every program this process lives, and no folder of a program does."""
+    # Of this test alone: other processes run programs at the same time.
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     yield
-    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
     assert not list(temporary.glob("xlstm-code-*"))
 
 
