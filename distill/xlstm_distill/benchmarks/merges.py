@@ -81,7 +81,8 @@ def read_run(folder: Path) -> FinishedRun:
     # Evaluations of an earlier recipe would be taken for those of this one.
     for status in read_status(folder):
         if status.label.startswith("evaluate/") and status.state in ("outdated", "waiting"):
-            raise UserError(f"{folder}: {status.label} is {status.state}; finish the run first.")
+            why = f" ({status.why})" if status.why else ""
+            raise UserError(f"{folder}: {status.label} is {status.state}{why}; finish the run.")
     recipe, evaluated = lineage.recipe, read_evaluations(folder, lineage)
     results = {name: read_results(recipe, artifact) for name, artifact in evaluated.items()}
     made = Run(folder, recipe)
@@ -144,7 +145,7 @@ def _weights(recipe: Recipe, run: Run) -> dict[str, dict[str, float]]:
             groups = artifact.manifest["results"]["weights"]
             groups = groups if isinstance(groups, list) else [groups]
             found[name] = {
-                expert: statistics.fmean(group[expert] for group in groups) for expert in groups[0]
+                expert: statistics.fmean(group[expert] for group in groups) for expert in recipe.distill.experts
             }
     return found
 
@@ -244,7 +245,9 @@ def check(runs: Sequence[FinishedRun]) -> None:
     for run in runs:
         if run.aligned != aligned[run.seed].aligned:
             other = aligned[run.seed].name
-            raise UserError(f"{run.name}: its aligned student is not that of {other}, seed too.")
+            raise UserError(
+                f"{run.name}: its aligned student is not that of {other}, of the same seed."
+            )
         if [task.items for task in run.teacher] != [task.items for task in first.teacher]:
             raise UserError(
                 f"{run.name}: its teacher answered otherwise than that of {first.name}."
