@@ -145,7 +145,8 @@ def _weights(recipe: Recipe, run: Run) -> dict[str, dict[str, float]]:
             groups = artifact.manifest["results"]["weights"]
             groups = groups if isinstance(groups, list) else [groups]
             found[name] = {
-                expert: statistics.fmean(group[expert] for group in groups) for expert in recipe.distill.experts
+                expert: statistics.fmean(group[expert] for group in groups)
+                for expert in recipe.distill.experts
             }
     return found
 
