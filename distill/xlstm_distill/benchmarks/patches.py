@@ -73,7 +73,7 @@ class Measurement:
 
     def answers(self, student: Callable[[str], Any]) -> Any:
         """Ask each domain's tasks the student that `student` gives for it."""
-        found = []
+        found: list[Any] = []
         for domain in self.experts:
             tasks = tuple(self.tasks(domain))
             evaluate = self.recipe.evaluate.model_copy(update={"tasks": tasks})
