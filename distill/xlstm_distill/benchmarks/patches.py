@@ -123,7 +123,8 @@ class Measurement:
             cells[3] = f"{statistics.fmean(size.retained for size in sizes):.1%}"
         for domain in self.experts:
             asked = [task.name for task in self.tasks(domain) if task.name in found.items]
-            cells.append(f"{100 * found.recovery(asked).value:.1f}")
+            cells.append(f"{100 * found.recovery(asked).value:.1f}" if asked else "-")
+        # Without those on which the teacher has nothing to lose.
         every = list(found.items)
         cells.append(percent(found.recovery(every)))
         cells.append("" if found is whole else points(found.gain(whole, every)))

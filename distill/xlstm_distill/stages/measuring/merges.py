@@ -177,6 +177,8 @@ class Table:
         for pair in first.counted():
             self.domains.setdefault(pair.domain or "other", []).append(pair.task)
         self.tasks = [pair.task for pair in first.counted()]
+        if not self.tasks:
+            raise UserError("merges: the teacher has nothing to lose on any task.")
 
     def columns(self) -> dict[str, list[str]]:
         """Tasks of each domain, then all of them."""
