@@ -110,8 +110,9 @@ class MixerCacheLayer(CacheLayerMixin):
     mixer lacks the branch that needs it. How long the rows are is a fact of the whole cache. seen:
     tokens per row, padding included; the mixer counts them.
 
-    checked: whether a step has checked these tensors. folded: what the mixer's steps have computed
-    of its weights.
+    rows (B,): which rows of the tensors a step's tokens continue, where others hold more of them;
+    None where all, in order. checked: whether a step has checked these tensors. folded: what the
+    mixer's steps have computed of its weights.
     """
 
     is_sliding = False
@@ -121,6 +122,7 @@ class MixerCacheLayer(CacheLayerMixin):
         self.window, self.sinks = window, sinks
         self.seen = 0
         self.state: MLSTMState | None = None
+        self.rows: Tensor | None = None
         self.checked = False
         self.folded: Any = None
 
@@ -182,6 +184,11 @@ class MixerCacheLayer(CacheLayerMixin):
     def restart_state(self, begins: Tensor) -> None:
         """Empty the mLSTM's state in rows that begin a document, (B,) bool."""
         assert self.state is not None
+        if self.rows is not None:  # on a CPU, where nobody waits for their number
+            emptied = self.rows[begins]
+            for held, value in zip(self.state, (0.0, 0.0, LOG_ZERO), strict=True):
+                held.index_fill_(0, emptied, value)
+            return
         self.state.C.masked_fill_(begins[:, None, None, None], 0)
         self.state.n.masked_fill_(begins[:, None, None], 0)
         self.state.m.masked_fill_(begins[:, None], LOG_ZERO)
