@@ -26,7 +26,7 @@ def ties(
     start = base.to(wide(dtype))
     trimmed = []
     for tensor, cut in zip(tensors, cuts, strict=True):
-        trimmed.append((tensor - start).mul_(_mask(tensor.float() - base.float(), cut)))
+        trimmed.append(_trimmed(tensor, base, start, cut))
     elected = torch.zeros_like(start)
     for difference, weight in zip(trimmed, weights, strict=True):
         elected.add_(difference, alpha=weight)
@@ -41,11 +41,15 @@ def ties(
     return torch.add(start, mean, alpha=scale).to(dtype)
 
 
-def _mask(difference: Tensor, cut: float) -> Tensor:
-    """1 where a difference (float32, as the cut was found) is at least the cut, else 0.
+def _trimmed(tensor: Tensor, base: Tensor, start: Tensor, cut: float) -> Tensor:
+    """Return the difference from the seed student, 0 where it is below the cut.
 
-    Without booleans, which take several times as long on a CPU.
+    `start` is the seed student in the format of the sums. Cuts were found in float32.
     """
-    # `hardshrink` keeps what is above its bound.
+    # `hardshrink` keeps what is above its bound. Booleans take several times as long on a CPU.
     below = float(torch.nextafter(torch.tensor(cut), torch.tensor(0.0)))
-    return torch.nn.functional.hardshrink(difference, below).sign_().abs_()
+    difference = tensor - start
+    if difference.dtype == torch.float32:
+        return torch.nn.functional.hardshrink(difference, below)
+    kept = torch.nn.functional.hardshrink(tensor.float() - base.float(), below)
+    return difference.mul_(kept.sign_().abs_())
