@@ -39,6 +39,8 @@ class FinishedRun:
     students: dict[str, tuple[TaskResult, ...]]
     weights: dict[str, dict[str, float]]
     aligned: dict[str, str]
+    waiting: tuple[str, ...]
+    """Models that are not evaluated yet."""
     asked: str
     protocol: dict[str, object]
 
@@ -78,13 +80,13 @@ def merge_tables(folders: Sequence[Path]) -> str:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Read a finished run. Raises UserError: it is none, or is not finished."""
+    """Read a run. Raises UserError: it is none, or has no merge that is evaluated."""
     lineage = saved_lineage(folder)
     if lineage is None:
         raise UserError(f"{folder}: no recipe there. Give the directory of a finished run.")
     # Evaluations of an earlier recipe would be taken for those of this one.
     for status in read_status(folder):
-        if status.label.startswith("evaluate/") and status.state in ("outdated", "waiting"):
+        if status.label.startswith("evaluate/") and status.state == "outdated":
             why = f" ({status.why})" if status.why else ""
             raise UserError(f"{folder}: {status.label} is {status.state}{why}; finish the run.")
     recipe, evaluated = lineage.recipe, read_evaluations(folder, lineage)
@@ -104,6 +106,7 @@ def read_run(folder: Path) -> FinishedRun:
         students=_students(recipe, results),
         weights=_weights(recipe, made),
         aligned=_hashes(aligned),
+        waiting=tuple(name for name in lineage.evaluated_models() if name not in evaluated),
         asked=facts["requests_hash"],
         # Each seed answers under its own; greedy answers do not depend on it.
         protocol={key: own for key, own in facts.get("protocol", {}).items() if key != "seed"},
@@ -196,6 +199,9 @@ class Table:
         )
         if self.apart:
             yield f"Left out: {'; '.join(f'{task}: {why}' for task, why in self.apart.items())}."
+        for run in self.runs:
+            if run.waiting:
+                yield f"Not evaluated yet in {run.name}: {', '.join(run.waiting)}."
         yield from self._recoveries()
         yield from self._metric()
         if UNIFORM in self.methods:
