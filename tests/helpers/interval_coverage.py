@@ -164,11 +164,12 @@ def simulate(
     for _ in range(repetitions):
         tasks = case.evaluate(rng)
         drawn = np.stack([bootstrap.draw_losses(task, rng, draws) for task in tasks], axis=1)
-        low, high = ranked(np.array([estimate(task) for task in tasks]), drawn)
+        losses = np.array([estimate(task) for task in tasks])
+        low, high = ranked(losses, drawn)
         found = [ranks.tolerance_interval(low, high, rank) for rank in places]
         found.append(ranks.rate_intervals(low, high, [0.05])["0.05"])
         found.append(bootstrap.percentile_interval(drawn[:, 0]))
-        found.append(bootstrap.percentile_interval(drawn.mean(axis=1)))
+        found.append(bootstrap.mean_ratio_interval(drawn, float(losses.mean())))
         found.append(decide(tasks).kept_interval or (0.0, 9.0))
         # The true loss of a tie is 0 exactly, and rounding must not decide about it.
         ends = zip(found, true, strict=True)

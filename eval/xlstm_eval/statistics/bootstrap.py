@@ -68,6 +68,18 @@ def percentile_interval(draws: Array) -> Interval:
     return float(low), float(high)
 
 
+def mean_ratio_interval(draws: Array, estimate: float) -> Interval:
+    """Return the interval of the mean of several ratios from their draws (draws, n).
+
+    The mean of drawn ratios is too high where the denominators are noisy, and averaging makes the
+    noise smaller, but not this. So the draws are moved until their median is the estimate.
+    """
+    means = draws.mean(axis=1)
+    shift = float(np.median(means)) - estimate if draws.shape[1] > 1 else 0.0
+    low, high = percentile_interval(means)
+    return min(low - shift, estimate), max(high - shift, estimate)
+
+
 def draw_all(items: Mapping[str, PairedItems], seed: int = 0) -> dict[str, Array]:
     """Draw every task's losses. A task's draws depend on its items and its place alone."""
     children = np.random.SeedSequence(seed).spawn(len(items))

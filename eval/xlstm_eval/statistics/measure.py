@@ -114,5 +114,4 @@ def _mean_recovery(comparison: Comparison, draws: Draws) -> Interval | None:
         return None
     counted = (pair.task for pair in comparison.counted())
     rates = [1 - draws[task] for task in counted if comparison.recovery[task] is not None]
-    low, high = bootstrap.percentile_interval(np.mean(rates, axis=0))
-    return min(low, estimate), max(high, estimate)
+    return bootstrap.mean_ratio_interval(np.stack(rates, axis=1), estimate)

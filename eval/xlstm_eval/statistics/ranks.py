@@ -44,8 +44,8 @@ LEAST_STEP = 1e-15
 ENDS = np.concatenate([[-FAR], NODES, [FAR]])
 GRID = np.array([-FAR, -6.0, -4.0, -3.0, -REACH, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, FAR])
 """Normal scores of each task between which an end is searched; -REACH must be one of them."""
-STEPS = 14
-"""Halvings of a bracket, mostly of one standard error: finer than the error of 10,000 draws."""
+STEPS = 10
+"""Halvings of a bracket of mostly one standard error: finer than the error of 10,000 draws."""
 
 BLOCK = 1_000_000
 """Numbers worked on at a time, 8 MB: a thousand tasks fit as well."""
