@@ -1,8 +1,9 @@
 """How often the 95 % intervals of the metric hold the truth, and how wide they are, by simulation.
 
 ``python tests/helpers/interval_coverage.py [REPETITIONS] [--results FILE]`` prints the table of
-docs/metric.md: 1,000 evaluations a row take six minutes. With a file, a finished row is kept there,
-and simulated again only if the code, the row or the number of evaluations has changed.
+docs/metric.md: 1,000 evaluations a row take four minutes of a processor. With a file, finished
+blocks of 250 evaluations are kept there. They are simulated again only if their row or the code has
+changed, so a run may be stopped, continued and enlarged.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import argparse
 import ast
 import hashlib
 import inspect
+import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from xlstm_eval.statistics.pooled import decide
 
 COLUMNS = ("α*", "α* at .75", "worst drop", "C(.05)", "recovery", "mean recovery", "kept")
 WIDTHS = COLUMNS[:4]
+BLOCK = 250
 DRAWS = 1000
 """Draws of each task's loss. `score` takes 10,000, which only makes its ends less noisy."""
 
@@ -132,7 +136,6 @@ def scenarios() -> list[Scenario]:
         Scenario("15 tasks of 30 items", fifteen, 0.05 + 0.03 * bell, [30] * 15),
         Scenario("3 tasks", fifteen[:3], [0.0, 0.03, 0.1], [200] * 3),
         Scenario("5 tasks", fifteen[:5], [0.0, 0.02, 0.051, 0.08, 0.2], [200] * 5),
-        Scenario("60 tasks of 500 items", np.resize(fifteen, 60), sixty, [500] * 60),
         Scenario("a teacher at 99 %", [0.99] * 15, 0.02 + 0.01 * bell.clip(-1), [100] * 15, 0.005),
         Scenario("a teacher at 6 %", [0.06] * 15, small, [400] * 15, 0.015),
         replace(ties, luck=[0.0] * 8 + [0.03] * 7),
@@ -143,6 +146,7 @@ def scenarios() -> list[Scenario]:
         replace(even, name="11 lose 2 %, 4 lose 26 %", losses=[0.02] * 11 + [0.26] * 4),
         Scenario("judge's scores, 60 items", [0.0] * 15, 0.04 + 0.04 * bell, [60] * 15, 0, "judge"),
         Scenario("perplexity", [0.0] * 15, 0.04 + 0.04 * bell, [60] * 15, 0, "perplexity"),
+        Scenario("60 tasks of 500 items", np.resize(fifteen, 60), sixty, [500] * 60),
     ]
 
 
@@ -200,10 +204,10 @@ def paired_items(counts: Sequence[int]) -> PairedItems:
     return PairedItems("task", teacher, student, True)
 
 
-def identity(case: Scenario, repetitions: int) -> str:
-    """Return a hash of all that a row's figures depend on."""
-    told = [repr(case), str(repetitions), inspect.getsource(Scenario), inspect.getsource(simulate)]
-    told += [code_of(module) for module in (bootstrap, paired, pooled, ranks)]
+def identity(case: Scenario, block: int) -> str:
+    """Return a hash of all that the figures of a row's block depend on."""
+    told = [repr(case), f"{block} of {BLOCK}", inspect.getsource(Scenario)]
+    told += [inspect.getsource(simulate), *map(code_of, (bootstrap, paired, pooled, ranks))]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
@@ -216,31 +220,42 @@ def code_of(module: ModuleType) -> str:
     return ast.dump(tree)
 
 
+def read_results(path: Path | None) -> dict[str, list[list[float]]]:
+    """Return the finished blocks, by identity."""
+    if path is None or not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["identity"]: row["found"] for row in rows}
+
+
 def main() -> None:
-    """Print the table, row by row."""
+    """Simulate block after block of all rows, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("repetitions", nargs="?", type=int, default=1000)
-    parser.add_argument("--results", type=Path, help="JSON lines, one for each finished row")
+    parser.add_argument("--results", type=Path, help="JSON lines, one for each finished block")
     options = parser.parse_args()
-    known: dict[str, list[list[float]]] = {}
-    if options.results and options.results.exists():
-        lines = options.results.read_text().splitlines()
-        known = {row["identity"]: row["found"] for row in map(json.loads, lines)}
-    print("Coverage in %, of", options.repetitions, "evaluations; in brackets mean widths.")
-    print(
-        "Monte-Carlo error at 95 %:", f"{100 * math.sqrt(0.0475 / options.repetitions):.2f} points"
-    )
+    blocks, known = math.ceil(options.repetitions / BLOCK), read_results(options.results)
+    cases = scenarios()
+    for block, case in itertools.product(range(blocks), cases):
+        key = identity(case, block)
+        if key in known:
+            continue
+        known[key] = [*simulate(case, BLOCK, seed=block)]
+        if options.results:
+            row = {"name": case.name, "block": block, "identity": key, "found": known[key]}
+            with options.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        print(f"block {block + 1} of {blocks}: {case.name}", file=sys.stderr, flush=True)
+    count = blocks * BLOCK
+    error = 100 * math.sqrt(0.95 * 0.05 / count)
+    print(f"Coverage in %, of {count} evaluations; in brackets mean widths.")
+    print(f"Monte-Carlo standard error at 95 %: {error:.2f} points.")
     print("| known students |", " | ".join(COLUMNS), "|")
     print("|---|" + "---|" * len(COLUMNS))
-    for case in scenarios():
-        key = identity(case, options.repetitions)
-        if key not in known:
-            known[key] = [*simulate(case, options.repetitions)]
-            if options.results:
-                row = {"name": case.name, "identity": key, "found": known[key]}
-                with options.results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-        print(row_text(case.name, *known[key]), flush=True)
+    for case in cases:
+        found = [known[identity(case, block)] for block in range(blocks)]
+        shares, widths = (np.mean(part, axis=0) for part in zip(*found, strict=True))
+        print(row_text(case.name, shares, widths))
 
 
 def row_text(name: str, shares: Sequence[float], widths: Sequence[float]) -> str:
