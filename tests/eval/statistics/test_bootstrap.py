@@ -42,3 +42,19 @@ def test_one_tasks_intervals_cover_the_truth() -> None:
         low, high = bootstrap.percentile_interval(bootstrap.draw_losses(items, rng, 1000))
         held += low <= 1 - 0.78 / 0.82 <= high
     assert 0.93 <= held / 500 <= 0.97
+
+
+def test_a_mean_of_noisy_ratios_is_not_shifted() -> None:
+    """Teachers at 6 %: each drawn ratio is 1.4 points too high, and no averaging takes that out."""
+    rng = np.random.default_rng(0)
+    items = paired_items([16, 8, 4, 372])
+    rates = np.stack([1 - bootstrap.draw_losses(items, rng, 1000) for _ in range(600)], axis=1)
+    low, high = bootstrap.percentile_interval(rates.mean(axis=1))
+    estimate = 20 / 24
+    assert low > estimate
+    moved = bootstrap.mean_ratio_interval(rates, estimate)
+    assert np.mean(moved) == pytest.approx(estimate, abs=0.001)
+    assert np.ptp(moved) == pytest.approx(high - low)
+    # A single task keeps the interval that its recovery has.
+    alone = bootstrap.mean_ratio_interval(rates[:, :1], estimate)
+    assert alone == bootstrap.percentile_interval(rates[:, 0])
