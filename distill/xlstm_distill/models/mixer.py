@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from xlstm_distill.models.attention.full import full_attention
-from xlstm_distill.models.attention.heads import LayerHeads, take
+from xlstm_distill.models.attention.heads import joined, take
+from xlstm_distill.models.attention.layout import LayerHeads
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer, checked_cache
 from xlstm_distill.models.decoding.prefill import take_in
 from xlstm_distill.models.decoding.step import decode_token, turns_halves
@@ -202,7 +203,7 @@ class HybridMixer(nn.Module):
         if layer is not None:
             # Not before: transformers counts positions from it.
             layer.seen += hidden_states.shape[1]
-        return self.kept.joined(full, mixed).transpose(1, 2).flatten(2)
+        return joined(self.kept, full, mixed).transpose(1, 2).flatten(2)
 
     def of_mixer(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take queries, keys and values of the heads that are not kept."""

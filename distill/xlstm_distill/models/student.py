@@ -358,9 +358,10 @@ for _family in FAMILIES.values():
 def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = False) -> CausalLM:
     """Make a student that holds the teacher's weights, with a `HybridMixer` in every layer.
 
-    Heads that `mixer.attention` names stay as they are, all heads too. Window attention and mLSTM, whichever `mixer` has, read the teacher's projections; feature maps
-    and gates are new. With `share_weights` both models hold the same tensors: stage I trains none
-    of them and needs no second copy.
+    Heads that `mixer.attention` names stay as they are; all of them may. Window attention and
+    mLSTM, whichever `mixer` has, read the teacher's projections; feature maps and gates are new.
+    With `share_weights` both models hold the same tensors: stage I trains none of them and needs
+    no second copy.
 
     Raises:
         UserError: the teacher's architecture is not one of `FAMILIES`, or it has no such layers or

@@ -55,7 +55,9 @@ class KeptAttention(Section):
         for layer, heads in self.heads.items():
             field = f"heads.{layer}"
             if not heads or not _rises(heads):
-                yield FieldError(field, f"{list(heads)} must name heads in rising order, each once.")
+                yield FieldError(
+                    field, f"{list(heads)} must name heads in rising order, each once."
+                )
             if self._keeps_whole(layer):
                 yield FieldError(field, "the layer keeps all its heads already; leave it out here.")
 

@@ -32,9 +32,7 @@ def full_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
     size = _block(q, k)
-    if tokens <= size:
-        return _attend(q, k, v, scale, segments)
-    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     before, parts = k.shape[2] - tokens, []
     for start in range(0, tokens, size):
         end = min(start + size, tokens)
@@ -47,7 +45,7 @@ def full_attention(
             parts.append(checkpoint(_attend, *given, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(_attend(*given))
-    return torch.cat(parts, dim=2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _block(q: Tensor, k: Tensor) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xlstm_distill.models.attention.heads import take
+from xlstm_distill.models.attention.heads import joined, take
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer
 from xlstm_distill.models.families import Rotary
 from xlstm_distill.models.gates import ScalarGate
@@ -169,7 +169,7 @@ def _step(
             h = window_step(q, k, v, ring, **settings)
         else:
             h = hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, memory, ring, **settings)
-    return mixer.kept.joined(full, h)
+    return joined(mixer.kept, full, h)
 
 
 def _rotate(

@@ -11,7 +11,8 @@ from xlstm_distill import MixerConfig, convert
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.attention import full
 from xlstm_distill.models.attention.full import full_attention
-from xlstm_distill.models.attention.heads import LayerHeads, take
+from xlstm_distill.models.attention.heads import joined, take
+from xlstm_distill.models.attention.layout import LayerHeads
 from xlstm_distill.models.decoding.files import load_cache, save_cache
 from xlstm_kernels.testing import error_ratio
 
@@ -250,10 +251,8 @@ def test_heads_of_groups_that_keep_different_numbers(kept, shared):
         assert torch.equal(queries // 4, per_key)
         kept_names = take(queries, heads.full_outputs)
         assert kept_names.flatten().tolist() == list(kept)
-    joined = heads.joined(
-        names[:, list(kept)] if kept else None, names[:, list(heads.mixed)] if heads.mixed else None
-    )
-    assert torch.equal(joined, names)
+    parts = [names[:, list(part)] if part else None for part in (kept, heads.mixed)]
+    assert torch.equal(joined(heads, *parts), names)
 
 
 @pytest.mark.parametrize(
