@@ -48,7 +48,7 @@ class KeptAttention(Section):
             yield FieldError("offset", f"{self.offset} must be below `every` ({self.every}).")
         if self.every == 1:
             yield FieldError("every", "1 keeps all layers, so nothing would be distilled.")
-        if not self.layers and self.every is None and not self.heads:
+        if not (self.layers or self.heads) and self.every is None and self.offset is None:
             yield FieldError("", "keeps nothing; name layers or heads, or write null.")
         if not _rises(self.layers):
             yield FieldError("layers", f"{list(self.layers)} must rise, each layer once.")
