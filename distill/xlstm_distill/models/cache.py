@@ -148,8 +148,9 @@ class MixerCacheLayer(CacheLayerMixin):
     before the first token, and stays None where the mixer lacks what needs it. How long the rows
     are is a fact of the whole cache. seen: tokens per row, padding included; the mixer counts them.
 
-    checked: whether a step has checked these tensors. folded: what the mixer's steps have computed
-    of its weights.
+    rows (B,): which rows of the tensors a step's tokens continue, where others hold more of them;
+    None where all, in order. checked: whether a step has checked these tensors. folded: what the
+    mixer's steps have computed of its weights.
     """
 
     is_sliding = False
@@ -160,6 +161,7 @@ class MixerCacheLayer(CacheLayerMixin):
         self.seen = 0
         self.state: MLSTMState | None = None
         self.full: AllKeys | None = None
+        self.rows: Tensor | None = None
         self.checked = False
         self.folded: Any = None
 
@@ -259,6 +261,11 @@ class MixerCacheLayer(CacheLayerMixin):
     def restart_state(self, begins: Tensor) -> None:
         """Empty the mLSTM's state in rows that begin a document, (B,) bool."""
         assert self.state is not None
+        if self.rows is not None:  # on a CPU, where nobody waits for their number
+            emptied = self.rows[begins]
+            for held, value in zip(self.state, (0.0, 0.0, LOG_ZERO), strict=True):
+                held.index_fill_(0, emptied, value)
+            return
         self.state.C.masked_fill_(begins[:, None, None, None], 0)
         self.state.n.masked_fill_(begins[:, None, None], 0)
         self.state.m.masked_fill_(begins[:, None], LOG_ZERO)

@@ -108,7 +108,7 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         models=tuple(
             ReportModel(
                 name=name,
-                role=_role(recipe, name),
+                role=role_of(recipe, name),
                 results=results[name],
                 domains=_domains(recipe, name),
             )
@@ -128,7 +128,8 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
     )
 
 
-def _role(recipe: Recipe, model: str) -> str:
+def role_of(recipe: Recipe, model: str) -> str:
+    """Return what a student is: merged, variant (a further merge) or expert."""
     if model == MERGED:
         return "merged"
     return "variant" if model in recipe.merge.variants else "expert"
@@ -137,7 +138,7 @@ def _role(recipe: Recipe, model: str) -> str:
 def _domains(recipe: Recipe, model: str) -> tuple[str, ...]:
     """Domains that an expert was trained on; none for a merge."""
     expert = recipe.distill.experts.get(model)
-    phases = expert.phases if expert and _role(recipe, model) == "expert" else ()
+    phases = expert.phases if expert and role_of(recipe, model) == "expert" else ()
     return tuple(dict.fromkeys(domain for phase in phases for domain in phase.domains))
 
 

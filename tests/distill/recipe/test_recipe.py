@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ SHIPPED = (
     "olmo3-7b",
     "own-data",
     "quickstart",
+    "quickstart-merges",
     "quickstart-paper",
     "qwen2.5-7b-instruct",
 )
@@ -295,6 +297,19 @@ def test_the_papers_quickstart_differs_in_the_mixer_alone(root: Path) -> None:
     assert ours.student.mixer != papers.student.mixer
     different = {"name", "student", "report"}
     assert ours.model_dump(exclude=different) == papers.model_dump(exclude=different)
+
+
+def test_merges_are_compared_on_the_quickstarts_experts(root: Path) -> None:
+    ours, merges = shipped(root, "quickstart"), shipped(root, "quickstart-merges")
+    for section in ("teacher", "student", "data", "capture", "align", "distill"):
+        assert getattr(ours, section) == getattr(merges, section)
+    assert merges.merge.model_copy(update={"variants": {}}) == ours.merge
+    # The generalist, as the recipe's comment makes it, reads as much as the experts together.
+    text = (root / "recipes" / "quickstart-merges.yaml").read_text()
+    overrides = re.findall(r"--set '([^']+)'", text)
+    path = root / "recipes" / "quickstart-merges.yaml"
+    generalist = load_recipe(path, overrides).distill.experts["generalist"]
+    assert generalist.tokens == sum(own.tokens for own in ours.distill.experts.values())
 
 
 def test_the_recipe_for_one_gpu_keeps_the_papers_mixes_and_losses(root: Path) -> None:

@@ -150,6 +150,8 @@ def _step(
             return full
         q, k, v = mixer.of_mixer(q, k, v)
     settings = {"check": not layer.checked, "backend": mixer.backend}
+    if layer.rows is not None:
+        settings["index"] = layer.rows
     if mixer.has_mlstm:
         phi_q, phi_k = mixer.feature_map_q(q).squeeze(2), mixer.feature_map_k(k).squeeze(2)
         memory = layer.state_for(phi_k, v, state_dtype(phi_q, v))
