@@ -123,14 +123,15 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
     return max(moments, key=lambda memory: memory.allocated)
 
 
-def refine_memory(inputs: MemoryInputs, sampled: int, prompt: int, context: int) -> Memory:
-    """Predict the memory of on-policy refinement; `sampled` prompts are continued at once.
+def refine_memory(inputs: MemoryInputs, prompt: int, context: int) -> Memory:
+    """Predict the memory of on-policy refinement, where `inputs.sampled` prompts go on at once.
 
     It samples, and then trains as stage II does beside an online teacher. A student that computes
     in another format than it trains in, or is cut over GPUs, samples with a whole copy. Validation
     reads rows of `context` tokens, at least one at a time: far more than a sample has.
     """
     a, size = inputs.architecture, 2 if inputs.precision != "fp32" else 4
+    sampled = inputs.sampled
     copied = inputs.precision != "fp32" or inputs.sharding in ("fsdp2", "hsdp")
     copy = float(size * inputs.student_numbers) if copied else 0.0
     training = distill_memory(inputs)

@@ -34,19 +34,18 @@ def refine_cost(planner: Planner, name: str) -> StageCost:
     assert section is not None
     machine, a, mixer = planner.machine, planner.architecture, recipe.student.mixer
     share = max(1, section.batch // machine.gpus)
-    sampled = section.sample_batch or min(MOST_SAMPLED, share)
+    # A GPU has no more prompts than its share of a step.
+    sampled = min(section.sample_batch or MOST_SAMPLED, share)
     inputs = replace(
         planner.training_inputs(section),
         tokens=section.row_tokens,
         online=True,
         shard_teacher=section.shard_teacher,
         top_k=section.top_k,
+        sampled=sampled,
     )
     measure = functools.partial(
-        refine_memory,
-        sampled=sampled,
-        prompt=section.prompt_tokens,
-        context=recipe.data.context,
+        refine_memory, prompt=section.prompt_tokens, context=recipe.data.context
     )
     memory = planner.reducing(StageMemory("refine", measure, inputs, section.batch))
     steps, tokens = section.steps(), section.steps() * section.batch * section.row_tokens
@@ -96,7 +95,7 @@ def _sampling_seconds(planner: Planner, section: Refine, share: int, sampled: in
     # Kept keys are read alone, on average as many as halfway through the answer.
     tokens = section.prompt_tokens + section.new_tokens / 2
     kept = tokens * kept_bytes_per_token(a, mixer, size)
-    read = size * planner.parameters.student + min(sampled, share) * (2 * state + kept)
+    read = size * planner.parameters.student + sampled * (2 * state + kept)
     passes = math.ceil((1 - section.off_policy) * share / sampled)
     return passes * section.new_tokens * read / (SAMPLING * bandwidth)
 
