@@ -45,18 +45,25 @@ def stages(pipelines_registers: bool) -> tuple[int, ...]:
     return STAGES if sound or not pipelines_registers else (1,)
 
 
+def mlstm_space(dim: int) -> dict[str, list[Any]]:
+    """List what the tuner tries for each field of an MLSTMConfig, at a head dim."""
+    tiles = sorted({min(tile, dim) for tile in TILES})
+    space: dict[str, list[Any]] = {"chunk": list(CHUNKS)}
+    for name in KERNELS:
+        depths = stages(name in FED_FROM_REGISTERS)
+        launches = itertools.product(tiles, tiles, WARPS, depths)
+        space[name] = list(itertools.starmap(Launch, launches))
+    return space
+
+
 def mlstm_rounds(dim: int) -> Iterator[Round]:
     """Yield the rounds of the mLSTM: the chunk, then the launch of one kernel after the other."""
-    tiles = sorted({min(tile, dim) for tile in TILES})
 
     def vary(name: str, values: Sequence[Any]) -> Callable[[MLSTMConfig], list[MLSTMConfig]]:
         return lambda best: [best._replace(**{name: value}) for value in values]
 
-    yield vary("chunk", CHUNKS), ()
-    for name, kernel in KERNELS.items():
-        depth = stages(name in FED_FROM_REGISTERS)
-        product = itertools.product(tiles, tiles, WARPS, depth)
-        yield vary(name, list(itertools.starmap(Launch, product))), (kernel,)
+    for name, values in mlstm_space(dim).items():
+        yield vary(name, values), (KERNELS[name],) if name in KERNELS else ()
 
 
 def window_rounds() -> Iterator[Round]:
@@ -84,7 +91,7 @@ def objection(
 
     Compiles the operator's launches without a device; kernels: those to look at, all if empty.
     """
-    from xlstm_kernels.triton import resources
+    from xlstm_kernels.benchmarks import resources
 
     launch = resources.launch_mlstm if operator == "mlstm" else resources.launch_window
     try:
