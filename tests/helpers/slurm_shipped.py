@@ -4,16 +4,18 @@
 tests' cluster (root, Debian), submits recipes/quickstart.yaml as shipped, but for an evaluation of
 two items, runs the same recipe on this machine with as many threads, and prints the SHA-256 of
 every student. It ends with code 1 where one differs. `--against RUN` compares with a run that is
-there. FOLDER keeps both runs, with scripts and logs.
+there. FOLDER keeps both runs, with scripts and logs; given again, the command goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,9 +49,17 @@ def run_as_jobs(cluster: Cluster, run: Path, extra: list[str]) -> None:
     site = run.parent / "site.yaml"
     site.write_text(yaml.safe_dump(values))
     call("slurm", RECIPE, "--run", run, "--site", site, "--submit", *OVERRIDES)
-    while cluster.call("squeue", "--noheader"):
-        time.sleep(5)
+    wait_until_over(cluster)
     call("status", run)
+
+
+def wait_until_over(cluster: Cluster) -> None:
+    """Wait until the queue is empty; on a busy machine Slurm may not answer in time."""
+    waiting = True
+    while waiting:
+        time.sleep(5)
+        with contextlib.suppress(RuntimeError):
+            waiting = bool(cluster.call("squeue", "--noheader"))
 
 
 def weights(run: Path) -> dict[str, str]:
@@ -69,14 +79,15 @@ def main() -> int:
     parser.add_argument("--one", action="store_true", help="one job at a time, not two")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    (folder / "cluster").mkdir(parents=True)
-    cluster = Cluster(folder / "cluster")
-    cluster.start()
-    os.environ.update(cluster.environment)
-    try:
-        run_as_jobs(cluster, folder / "jobs", ["--nodelist=n0"] if options.one else [])
-    finally:
-        cluster.stop()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        cluster = Cluster(Path(place))
+        cluster.start()
+        os.environ.update(cluster.environment)
+        try:
+            run_as_jobs(cluster, folder / "jobs", ["--nodelist=n0"] if options.one else [])
+        finally:
+            cluster.stop()
     if not options.against:
         call("run", RECIPE, "--run", folder / "local", *OVERRIDES)
     jobs, local = weights(folder / "jobs"), weights(options.against or folder / "local")

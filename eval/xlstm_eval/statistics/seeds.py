@@ -108,7 +108,7 @@ class Students:
 
 def _mean_items(seeds: Sequence[Comparison], task: str) -> PairedItems:
     """Return the teacher's items, and the mean score of the students on each of them."""
-    found = []
+    found: list[PairedItems] = []
     for seed in seeds:
         pair = next(pair for pair in seed.tasks if pair.task == task)
         items = PairedItems.of(pair)

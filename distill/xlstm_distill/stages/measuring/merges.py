@@ -177,6 +177,8 @@ class Table:
         for pair in first.counted():
             self.domains.setdefault(pair.domain or "other", []).append(pair.task)
         self.tasks = [pair.task for pair in first.counted()]
+        if not self.tasks:
+            raise UserError("merges: the teacher has nothing to lose on any task.")
 
     def columns(self) -> dict[str, list[str]]:
         """Tasks of each domain, then all of them."""
@@ -204,7 +206,7 @@ class Table:
         yield from _head("Recovery, % of the teacher's score", ["", "seeds", *self.columns()])
         for method, seeds in self.methods.items():
             students = Students(list(seeds.values()))
-            cells = [_percent(students.recovery(own)) for own in self.columns().values()]
+            cells = [percent(students.recovery(own)) for own in self.columns().values()]
             yield _row(method, str(len(seeds)), *cells)
 
     def _metric(self) -> Iterator[str]:
@@ -224,11 +226,11 @@ class Table:
             ours = [seeds[seed] for seed in shared]
             theirs = [self.methods[UNIFORM][seed] for seed in shared]
             students, others = Students(ours), Students(theirs)
-            cells = [_points(students.gain(others, own)) for own in self.columns().values()]
+            cells = [points(students.gain(others, own)) for own in self.columns().values()]
             for figure in COMPARED:
                 pairs = zip(ours, theirs, strict=True)
                 changes = [figure.value(after) - figure.value(before) for after, before in pairs]
-                cells.append(_points(over_seeds(changes)))
+                cells.append(points(over_seeds(changes)))
             yield _row(method, *cells)
 
     def _found_weights(self) -> Iterator[str]:
@@ -281,11 +283,18 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _percent(found: Estimate) -> str:
+def one_student(teacher: Sequence[TaskResult], results: Sequence[TaskResult]) -> Students:
+    """Return what one seed says, for recoveries and differences with intervals of items alone."""
+    return Students([compare("student", pair_results(teacher, results), ALPHAS)])
+
+
+def percent(found: Estimate) -> str:
+    """Write a share in percent, with its interval."""
     return _cell(found, lambda value: f"{100 * value:.1f}")
 
 
-def _points(found: Estimate) -> str:
+def points(found: Estimate) -> str:
+    """Write a difference of shares in points, with its interval."""
     return _cell(found, lambda value: f"{100 * value:+.1f}")
 
 
