@@ -274,10 +274,10 @@ def _time_decoding(model: CausalLM, recipe: Recipe, draft: Draft, device: torch.
 @torch.no_grad()
 def mean_gates(
     model: CausalLM, domains: dict[str, DomainRows], device: torch.device
-) -> list[list[float]]:
+) -> list[list[float | None]]:
     """Mean output gate of every layer and head over held-out rows: layers x heads.
 
-    Empty where there are no gates.
+    None for heads that keep full attention. Empty where there are no gates.
     """
     rows: list[Row] = []
     for name, held in domains.items():

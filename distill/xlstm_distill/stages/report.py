@@ -121,7 +121,7 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         gates=_gates(students),
         losses=_losses(recipe, sources),
         timings=_timings(sources),
-        provenance=_provenance(recipe, run, evaluated),
+        provenance=_provenance(recipe, run, evaluated) | _kept_attention(sources),
         recipe=shown_recipe(recipe),
         alphas=recipe.report.alphas,
         margin=recipe.report.margin,
@@ -278,6 +278,12 @@ def _shown_protocol(protocol: Mapping[str, Any]) -> dict[str, str]:
     """The protocol of all models in lines; each task's settings are in the recipe."""
     settings = flat({key: value for key, value in protocol.items() if key != "tasks"})
     return {f"evaluation: {key}": str(value) for key, value in settings.items()}
+
+
+def _kept_attention(sources: Mapping[str, Artifact]) -> dict[str, str]:
+    """What the students keep of the teacher's attention, and its cost, where they keep any."""
+    results = sources["align"].manifest["results"] if "align" in sources else {}
+    return {"kept attention": results["kept_attention"]} if "kept_attention" in results else {}
 
 
 def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, str]:

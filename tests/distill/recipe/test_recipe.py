@@ -389,8 +389,11 @@ def test_recipe_is_immutable(small: Path) -> None:
 
 
 def test_mixer_round_trips_through_json() -> None:
-    mixer = MixerConfig(window=7, branches=("mlstm",))
+    kept = {"every": 4, "offset": 1, "heads": {2: [0, 3]}}
+    mixer = MixerConfig(window=7, branches=("mlstm",), attention=kept)
     assert MixerConfig(**json.loads(mixer.model_dump_json())) == mixer
+    assert mixer.kept(6, 4) == [(), (0, 1, 2, 3), (0, 3), (), (), (0, 1, 2, 3)]
+    assert MixerConfig(attention={"every": 3}).kept(6, 1) == [(), (), (0,), (), (), (0,)]
 
 
 def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> None:
@@ -456,6 +459,19 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
     ("override", "expected"),
     [
         ("student.mixer.window=64", "student.mixer.window: 64 must be below data.context (64)."),
+        ("student.mixer.attention={layers: [3], every: 4}",
+         "student.mixer.attention.every: 4 stands beside `layers`; give one of the two."),
+        ("student.mixer.attention={offset: 1}", "student.mixer.attention.offset: 1 needs `every`;"),
+        ("student.mixer.attention={every: 4, offset: 4}",
+         "student.mixer.attention.offset: 4 must be below `every` (4)."),
+        ("student.mixer.attention={every: 1}", "student.mixer.attention.every: 1 keeps all layers"),
+        ("student.mixer.attention={}", "student.mixer.attention: keeps nothing; name layers or"),
+        ("student.mixer.attention={layers: [3, 1]}",
+         "student.mixer.attention.layers: [3, 1] must rise, each layer once."),
+        ("student.mixer.attention={heads: {5: []}}",
+         "student.mixer.attention.heads.5: [] must name heads in rising order, each once."),
+        ("student.mixer.attention={every: 4, heads: {3: [1]}}",
+         "student.mixer.attention.heads.3: the layer keeps all its heads already; leave it out"),
         ("align.domains={mth: 1.0}", "align.domains.mth: no such domain. Domains: math, code."),
         ("distill.experts.code.phases=[{domain: mth, tokens: 2048}]",
          "distill.experts.code.phases[0].domains.mth: no such domain. Domains: math, code."),

@@ -13,7 +13,7 @@ from xlstm_distill.artifacts.run import RECIPE_FILE
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.inputs import DTYPE_BYTES
-from xlstm_distill.planning.memory import student_cache
+from xlstm_distill.planning.memory import kept_bytes_per_token, student_cache
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.shown import teacher_name
 from xlstm_distill.stages.lineage import Lineage
@@ -98,7 +98,10 @@ def trained_tokens(recipe: Recipe, model: str) -> int:
 
 
 def _state_bytes(directory: Path, lineage: Lineage, model: str) -> int | None:
-    """Bytes that decoding holds for one sequence; None where the student's files are gone."""
+    """Bytes that decoding holds for one sequence; None where the student's files are gone.
+
+    Where heads keep full attention, of a sequence as long as the recipe's context.
+    """
     file = directory / "artifacts" / lineage.model_label(model) / "model" / "config.json"
     if not file.is_file():
         return None
@@ -107,4 +110,6 @@ def _state_bytes(directory: Path, lineage: Lineage, model: str) -> int | None:
     config["model_type"] = str(config["model_type"]).removeprefix("xlstm_")
     recipe = lineage.recipe
     number = DTYPE_BYTES[recipe.teacher.dtype]
-    return int(student_cache(read_architecture(config, str(file)), recipe.student.mixer, number))
+    a, mixer = read_architecture(config, str(file)), recipe.student.mixer
+    kept = recipe.data.context * kept_bytes_per_token(a, mixer, number)
+    return int(student_cache(a, mixer, number)) + kept
