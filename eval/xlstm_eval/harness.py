@@ -50,7 +50,8 @@ class Session:
     ``journal`` is a folder for answers until they are published, ``identity`` says which model is
     asked what: answers under another identity are not used. ``batch_size`` is the rows of a forward
     pass; None finds it, and keeps it in ``sizes`` for the models that are compared. Prompts of more
-    than ``prefill`` tokens are read in chunks of so many; None reads them at once.
+    than ``prefill`` tokens are read in chunks of so many; None reads them at once. ``processes``
+    answer beside each other; None: one for each thread where the model is small and on a CPU.
     """
 
     batch_size: int | None = None
@@ -60,6 +61,7 @@ class Session:
     ranks: Ranks = field(default_factory=OneRank)
     progress: Progress | None = None
     prefill: int | None = None
+    processes: int | None = None
 
 
 def evaluate_model(
@@ -78,6 +80,7 @@ def evaluate_model(
     the device's memory.
     """
     from xlstm_eval.answering.language_model import AskedModel
+    from xlstm_eval.answering.processes import processes_for
 
     started = time.perf_counter()
     loaded = suite if isinstance(suite, LoadedSuite) else load_suite(suite, tokenizer)
@@ -88,8 +91,14 @@ def evaluate_model(
         _check(loaded, lm)
         talk = mt_bench(loaded, lm)
         judge = open_judge(loaded, seed, session.journal)
+        processes = session.processes or processes_for(model, session.ranks.count)
         lm.coordinator = Coordinator(
-            lm.compute, _journal(session), session.ranks, progress, loaded.count_requests
+            lm.compute,
+            _journal(session),
+            session.ranks,
+            progress,
+            loaded.count_requests,
+            processes,
         )
         raw = _run_all(lm, loaded, seed)
         answers = talk.answer(functools.partial(generate, lm)) if talk else []

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -777,6 +778,8 @@ def test_one_rank_two_ranks_and_an_interrupted_evaluation_give_the_same_bits(
     ranks = TwoRanks(tiny_model(0), tokenizer)
     shared = evaluate_model(model, tokenizer, everything, Session(batch_size=7, ranks=ranks))
     assert ranks.made > 3
+    beside = Session(batch_size=7, processes=2 if sys.platform == "linux" else 1)
+    forked = evaluate_model(model, tokenizer, everything, beside)
     first: list[Tally] = []
 
     def die(tally: Tally) -> None:
@@ -792,7 +795,7 @@ def test_one_rank_two_ranks_and_an_interrupted_evaluation_give_the_same_bits(
     resumed = evaluate_model(model, tokenizer, everything, on)
     assert seen[-1].kept == first[-1].done > 60
     assert seen[-1].done == seen[-1].total
-    for other in (shared, resumed):
+    for other in (shared, forked, resumed):
         assert other.samples == whole.samples
         assert other.tasks == whole.tasks
         assert other.requests_hash == whole.requests_hash
@@ -812,7 +815,8 @@ def test_drawn_answers_depend_on_the_question_alone(
     (entry,) = (task for task in everything.suite.tasks if task.name == "drawn")
     alone = Suite(include=everything.suite.include, tasks=(entry,), limit=5)
     found = evaluate_model(model, tokenizer, alone, Session(batch_size=3))
-    several = evaluate_model(model, tokenizer, everything, Session(batch_size=7))
+    # Rows that are done leave a batch of this size.
+    several = evaluate_model(model, tokenizer, everything, Session(batch_size=24))
     for row, other in zip(found.samples["drawn"], several.samples["drawn"], strict=False):
         assert row["resps"] == other["resps"]
     other_seed = evaluate_model(model, tokenizer, alone, Session(batch_size=3), seed=1)
