@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlstm_eval.answering.batches import PROTOCOL
+from xlstm_eval.answering.batches import PROTOCOL, draws
 from xlstm_eval.answering.coordinator import Coordinator, OneRank, Progress, Ranks, Tally
 from xlstm_eval.answering.journal import Answered, Journal
 from xlstm_eval.answering.sizes import BatchSizes
@@ -41,6 +41,9 @@ from xlstm_eval.terminal import quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLING = ("top_p", "top_k", "min_p")
+"""Settings that matter only where tokens are drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,12 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
         if leaf.get_config("output_type") != "generate_until":
             continue
         settings = leaf.get_config("generation_kwargs") or {}
+        given = [name for name in SAMPLING if entry.generation.get(name) is not None]
+        if given and not draws(settings):
+            raise EvalError(
+                f"{entry.name}.generation: the task is greedy, so {given[0]} has no effect. Give a "
+                "temperature above 0 too, or leave it out."
+            )
         budget = settings.get("max_gen_toks", lm.max_gen_toks)
         # lm-eval keeps max_length - budget tokens of a prompt: nothing would be left of it.
         if budget >= lm.max_length:

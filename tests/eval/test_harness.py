@@ -265,6 +265,33 @@ def test_overrides_reach_the_requests(folder: Path, model: Any, tokenizer: Any) 
         assert len(row["resps"][0][0].split()) <= 2
 
 
+def test_stops_and_sampling_of_a_suite_reach_the_requests_and_the_protocol(
+    folder: Path, model: Any, tokenizer: Any
+) -> None:
+    wanted = {"temperature": 0.9, "top_k": 20, "min_p": None}
+    task = SuiteTask(name="first", stop=("w1", "w2"), generation=wanted)
+    suite = Suite(include=folder, tasks=(task,), limit=6)
+    got = evaluate_model(model, tokenizer, suite, Session(batch_size=4))
+    own = evaluate_model(
+        model,
+        tokenizer,
+        suite.model_copy(update={"tasks": (SuiteTask(name="first"),)}),
+        Session(batch_size=4),
+    )
+    assert got.protocol["tasks"]["first"]["generation"] == {
+        "until": ["w1", "w2"],
+        "max_gen_toks": NEW_TOKENS,
+        "do_sample": True,
+        "temperature": 0.9,
+        "top_k": 20,
+    }
+    with pytest.raises(EvalError, match=r"tasks\.first\.generation"):
+        require_same_protocol({"teacher": own.protocol, "student": got.protocol})
+    answers = [row["resps"][0][0] for row in got.samples["first"]]
+    assert answers != [row["resps"][0][0] for row in own.samples["first"]]
+    assert not any(word in ("w1", "w2") for text in answers for word in text.split())
+
+
 def test_progress_counts_to_the_end_and_the_terminal_stays_clean(
     model: Any, tokenizer: Any, loaded: LoadedSuite, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -576,6 +603,16 @@ def test_samples_are_written_as_jsonl(result: Any, tmp_path: Path) -> None:
             {"name": "first", "filter": "strict"},
             {},
             "first.filter: exact_match has no 'strict'. Allowed: none.",
+        ),
+        (
+            {"name": "choice", "stop": ("x",)},
+            {},
+            "choice.stop: the task generates nothing, it compares probabilities. Leave it out.",
+        ),
+        (
+            {"name": "first", "generation": {"top_p": 0.9}},
+            {},
+            "first.generation: the task is greedy, so top_p has no effect. Give a temperature",
         ),
         (
             {"name": "first", "max_gen_tokens": 64},

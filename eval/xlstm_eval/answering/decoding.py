@@ -70,12 +70,13 @@ def generate_rows(
     ids, mask, draws, cache = prompts.ids, prompts.mask, prompts.draws, None
     left = list(range(len(ids)))
     answers: list[list[int]] = [[] for _ in left]
+    answer: Any = model.generate
     while left:
         processors = LogitsProcessorList(warpers)
         if draws is not None:
             processors.append(DrawRows(draws, start))
         stop = StopRows(model, tokenizer, prompts.stops, start, len(left), leaves=single)
-        found = model.generate(
+        found = answer(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
