@@ -32,7 +32,7 @@ test: $(STAMP)  ## run the quick tests: 5 to 15 minutes on 2 cores
 	@echo "Running the quick tests: 5 to 15 minutes on 2 cores. The percentages show how far they are."
 	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
-test-slow: $(STAMP) $(VENV)/extras $(VENV)/vllm/installed  ## run the tests that `make test` leaves out: kills, faults, DeepSpeed, peers, serving, serving
+test-slow: $(STAMP) $(VENV)/extras $(VENV)/vllm/installed  ## run the tests that `make test` leaves out: kills, faults, DeepSpeed, peers, serving
 	@echo "Running the slow tests: 20 to 40 minutes on 2 cores. The percentages show how far they are."
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
 

@@ -113,14 +113,17 @@ def mlstm_step(
     f: Tensor,
     state: MLSTMState,
     *,
+    index: Tensor | None = None,
     check: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """Advance the mLSTM by one token, updating `state` in place; for decoding.
 
     q, k (B, H, Dk); v (B, G, Dv); i, f (B, H); state as returned by `mlstm` or `MLSTMState.zeros`.
-    check: whether to check shapes, dtypes and devices, which takes as long as a small layer's
-    operators; a loop need not do it again for tensors like those before.
+    index (B,), int64: which row of the state each token continues, each row once; the state may
+    then have any number of rows. Without it, the rows of the state are those of the tokens. check:
+    whether to check shapes, dtypes and devices, which takes as long as a small layer's operators; a
+    loop need not do it again for tensors like those before.
 
     Returns h (B, H, Dv) in v's dtype. The state's tensors keep their addresses. Never records
     gradients; for those, call `mlstm` with T = 1.
@@ -128,14 +131,14 @@ def mlstm_step(
     Raises ValueError, which names the argument, its value and what is allowed.
     """
     if check:
-        check_step("mlstm_step", q, k, v, i, f, state)
+        check_step("mlstm_step", q, k, v, i, f, state, index=index)
     dims = {"Dk": q.shape[-1], "Dv": v.shape[-1]}
     if choose("mlstm_step", backend, q, k, v, i, f, *state, dims=dims) == "triton":
         from xlstm_kernels.triton.step import mlstm_step_triton
 
-        return mlstm_step_triton(q, k, v, i, f, state)
+        return mlstm_step_triton(q, k, v, i, f, state, index)
     with torch.no_grad():
-        return mlstm_step_in_place(q, k, v, i, f, state)
+        return mlstm_step_in_place(q, k, v, i, f, state, index)
 
 
 def window_step(
@@ -147,6 +150,7 @@ def window_step(
     sinks: int,
     scale: float | None = None,
     slots: RingSlots | None = None,
+    index: Tensor | None = None,
     check: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -157,16 +161,16 @@ def window_step(
     Raises ValueError, which names the argument, its value and what is allowed.
     """
     if check:
-        check_window_step("window_step", q, k, v, ring, sinks)
+        check_window_step("window_step", q, k, v, ring, sinks, index)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # On Triton it is the hybrid step without a memory, so that is what must have been checked.
     dims = {"D": q.shape[-1], "Dk": min(HEAD_DIMS), "Dv": v.shape[-1]}
     if choose("hybrid_step", backend, q, k, v, dims=dims) == "triton":
         from xlstm_kernels.triton.step import window_step_triton
 
-        return window_step_triton(q, k, v, ring, slots, sinks=sinks, scale=scale, width=dims["Dk"])
+        return window_step_triton(q, k, v, ring, slots, sinks=sinks, scale=scale, index=index)
     with torch.no_grad():
-        return window_step_in_place(q, k, v, ring, slots or next_slots(ring, sinks), scale)
+        return window_step_in_place(q, k, v, ring, slots or next_slots(ring, sinks), scale, index)
 
 
 def hybrid_step(
@@ -184,6 +188,7 @@ def hybrid_step(
     sinks: int,
     scale: float | None = None,
     slots: RingSlots | None = None,
+    index: Tensor | None = None,
     check: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -194,8 +199,9 @@ def hybrid_step(
     q (B, H, D), k (B, G, D): after RoPE. v (B, G, Dv). phi_q, phi_k (B, H, Dk): after the feature
     maps. i, f (B, H): preactivations. gate (B, H): the output gate after its sigmoid. scale: factor
     of q . k, 1 / sqrt(D) by default. slots: where the token goes, where the caller has found it for
-    several layers at once; `ring.lengths` is then neither read nor changed. check: as in
-    `mlstm_step`.
+    several layers at once; `ring.lengths` is then neither read nor changed. index (B,): as in
+    `mlstm_step`, of the state and of the ring's keys and values; `ring.lengths` stays (B,). check:
+    as in `mlstm_step`.
 
     Updates `state` and `ring` in place; they keep their addresses. The window is the number of
     slots of the ring less the `sinks` (`Ring.empty`). Returns (B, H, Dv) in v's dtype. Never
@@ -204,7 +210,7 @@ def hybrid_step(
     Raises ValueError, which names the argument, its value and what is allowed.
     """
     if check:
-        check_hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks)
+        check_hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, index)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dims = {"D": q.shape[-1], "Dk": phi_q.shape[-1], "Dv": v.shape[-1]}
     tensors = (q, k, v, phi_q, phi_k, i, f, gate, *state)
@@ -212,12 +218,13 @@ def hybrid_step(
         from xlstm_kernels.triton.step import hybrid_step_triton
 
         return hybrid_step_triton(
-            q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, sinks=sinks, scale=scale
-        )
+            q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots,
+            sinks=sinks, scale=scale, index=index,
+        )  # fmt: skip
     with torch.no_grad():
         slots = slots or next_slots(ring, sinks)
         return hybrid_step_in_place(
-            q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale
+            q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale, index=index
         )
 
 

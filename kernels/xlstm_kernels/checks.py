@@ -81,6 +81,7 @@ def check_step(
     f: Tensor,
     state: MLSTMState,
     prefix: str = "",
+    index: Tensor | None = None,
 ) -> None:
     """Check one token of the mLSTM.
 
@@ -94,7 +95,8 @@ def check_step(
     check_groups(operator, "v", v, q)
     for name, gate in (("i", i), ("f", f)):
         check_shape(operator, name, gate, "(B, H)", tuple(q.shape[:2]))
-    check_state(operator, state, q, v, state_dtype(q, k, v, i, f))
+    rows = check_index(operator, index, "state.C", state.C, q)
+    check_state(operator, state, q, v, state_dtype(q, k, v, i, f), rows)
 
 
 def check_hybrid_step(
@@ -109,18 +111,27 @@ def check_hybrid_step(
     state: MLSTMState,
     ring: Ring,
     sinks: int,
+    index: Tensor | None = None,
 ) -> None:
     """Check one token of the hybrid mixer."""
     name = "hybrid_step"
     check_floats(name, q=q, k=k, v=v, gate=gate)
-    check_step(name, phi_q, phi_k, v, i, f, state, prefix="phi_")
+    check_step(name, phi_q, phi_k, v, i, f, state, prefix="phi_", index=index)
     B, H = phi_q.shape[:2]
     check_shape(name, "q", q, "(B, H, D)", (B, H, None))
     check_shape(name, "gate", gate, "(B, H)", (B, H))
-    check_window_step(name, q, k, v, ring, sinks)
+    check_window_step(name, q, k, v, ring, sinks, index)
 
 
-def check_window_step(name: str, q: Tensor, k: Tensor, v: Tensor, ring: Ring, sinks: int) -> None:
+def check_window_step(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: Ring,
+    sinks: int,
+    index: Tensor | None = None,
+) -> None:
     """Check one token of the attention to window and sinks; name: the operator's."""
     check_floats(name, q=q, k=k, v=v, **{"ring.keys": ring.keys, "ring.values": ring.values})
     check_shape(name, "q", q, "(B, H, D)", (None, None, None))
@@ -129,12 +140,14 @@ def check_window_step(name: str, q: Tensor, k: Tensor, v: Tensor, ring: Ring, si
     check_groups(name, "v", v, q)
     check_shape(name, "k", k, "(B, G, D)", (B, G, D))
     slots = ring.keys.shape[2] if ring.keys.ndim == 4 else 0
-    check_shape(name, "ring.keys", ring.keys, "(B, G, N + W, D)", (B, G, None, D))
+    rows = check_index(name, index, "ring.keys", ring.keys, q)
+    check_shape(name, "ring.keys", ring.keys, "(B, G, N + W, D)", (rows, G, None, D))
     if not 0 <= sinks < slots:
         raise ValueError(
             f"{name}: sinks={sinks} is not allowed; the ring's {slots} slots hold 0 to {slots - 1}"
         )
-    check_shape(name, "ring.values", ring.values, "(B, G, N + W, Dv)", (B, G, slots, v.shape[-1]))
+    shape = (rows, G, slots, v.shape[-1])
+    check_shape(name, "ring.values", ring.values, "(B, G, N + W, Dv)", shape)
     check_shape(name, "ring.lengths", ring.lengths, "(B,)", (B,))
     if ring.lengths.dtype != torch.int64:
         raise ValueError(
@@ -203,9 +216,38 @@ def check_segments(operator: str, segment_ids: Tensor | None, q: Tensor) -> None
         )
 
 
-def check_state(operator: str, state: MLSTMState, q: Tensor, v: Tensor, dtype: torch.dtype) -> None:
-    """Check shapes, dtype and device of a state."""
+def check_index(operator: str, index: Tensor | None, name: str, held: Tensor, q: Tensor) -> int:
+    """Check which rows of what is held each token continues; return how many rows that must have.
+
+    index (B,), or None; name: that of `held` (rows, ...). Its values are not read: on a GPU that
+    would wait.
+    """
+    if index is None:
+        return len(q)
+    check_shape(operator, "index", index, "(B,)", (len(q),))
+    if index.dtype != torch.int64:
+        raise ValueError(f"{operator}: index has dtype {dtype_name(index.dtype)}; allowed: int64")
+    if index.device != q.device:
+        raise ValueError(f"{operator}: index is on {index.device}, but q is on {q.device}; use one")
+    rows = len(held) if held.ndim else 0
+    if rows < len(q):
+        raise ValueError(
+            f"{operator}: {name} has {rows} rows, but index names {len(q)} different ones"
+        )
+    return rows
+
+
+def check_state(
+    operator: str,
+    state: MLSTMState,
+    q: Tensor,
+    v: Tensor,
+    dtype: torch.dtype,
+    rows: int | None = None,
+) -> None:
+    """Check shapes, dtype and device of a state; rows: how many it must have, by default B."""
     B, H, Dk, Dv = *q.shape[:2], q.shape[-1], v.shape[-1]
+    B = B if rows is None else rows
     check_shape(operator, "state.C", state.C, "(B, H, Dk, Dv)", (B, H, Dk, Dv))
     check_shape(operator, "state.n", state.n, "(B, H, Dk)", (B, H, Dk))
     check_shape(operator, "state.m", state.m, "(B, H)", (B, H))

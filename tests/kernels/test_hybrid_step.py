@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from xlstm_kernels import MLSTMState, Ring, RingSlots, hybrid_step, window_step
+from xlstm_kernels import MLSTMState, Ring, RingSlots, hybrid_step, mlstm_step, window_step
 from xlstm_kernels.dispatch import Backend
 from xlstm_kernels.reference import mlstm_reference, sliding_window_reference
 from xlstm_kernels.state import held_positions
@@ -61,10 +62,10 @@ def decode(
 
 
 # Rows and heads; tokens beyond window and sinks, without sinks, with more sinks than window, and
-# fewer tokens than slots (44, which Triton's kernel holds in two tiles).
+# fewer tokens than slots (74, which two programs of Triton's share).
 @pytest.mark.parametrize(
     ("heads", "tokens", "window", "sinks"),
-    [((1, 4, 2), 11, 5, 2), ((2, 2, 1), 6, 3, 0), ((1, 2, 1), 12, 4, 6), ((1, 2, 2), 6, 40, 4)],
+    [((1, 4, 2), 11, 5, 2), ((2, 2, 1), 6, 3, 0), ((1, 2, 1), 12, 4, 6), ((1, 2, 2), 6, 70, 4)],
 )
 def test_steps_equal_the_sequence_operators(
     device: str, heads: tuple[int, int, int], tokens: int, window: int, sinks: int
@@ -126,6 +127,54 @@ def test_slots_found_once_serve_several_rings(device: str, backend: Backend) -> 
     for n in range(2):
         assert torch.equal(rings[n].keys, rings[2 + n].keys)
         assert torch.equal(rings[2 + n].lengths, before)  # the caller's
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_a_pool_are_stepped_by_index(device: str, backend: Backend) -> None:
+    """As the rows alone would be, bit for bit; other rows of the pool stay as they are."""
+    row, before = draw_row(device, 2, 4, 2, 5), torch.tensor([0, 3], device=device)
+    index, rest = torch.tensor([4, 1], device=device), [0, 2, 3]
+    # A request's tensors lie side by side, so the rows of each are far apart.
+    pool = torch.randn(5, 4096, generator=torch.Generator().manual_seed(1)).to(device)
+    shapes = [(4, Dk, Dv), (4, Dk), (4,), (2, 6, D), (2, 6, Dv)]
+    held, start = [], 0
+    for shape in shapes:
+        size = math.prod(shape)
+        held.append(pool[:, start : start + size].view(5, *shape))
+        start += size
+    untouched = pool[rest].clone()
+    alone = [x[index].clone() for x in held]
+    for t in range(5):
+        token = [x[:, :, t] for x in row.values()]
+        slots, outputs = RingSlots.of(before + t, 4, 2, torch.float32), []
+        for (C, n, m, keys, values), rows in ((alone, None), (held, index)):
+            given = (MLSTMState(C, n, m), Ring(keys, values, before))
+            settings = {"sinks": 2, "slots": slots, "index": rows, "backend": backend}
+            out = hybrid_step(*token, *given, **settings)
+            again = mlstm_step(
+                token[3], token[4], token[2], *token[5:7], given[0], index=rows, backend=backend
+            )
+            attended = window_step(*token[:3], given[1], **settings)
+            outputs.append(torch.stack([out, again, attended]))
+        assert torch.equal(*outputs)
+    for mine, theirs in zip(held, alone, strict=True):
+        assert torch.equal(mine[index], theirs)
+    assert torch.equal(pool[rest], untouched)
+
+
+def test_a_bad_index_is_refused() -> None:
+    token = [x[:, :, 0] for x in draw_row("cpu", 2, 4, 2, 1).values()]
+    state = MLSTMState.zeros(3, 4, Dk, Dv)
+    ring = Ring.empty(3, 2, D, Dv, window=4, sinks=2)._replace(lengths=torch.zeros(2).long())
+    for index, message in (
+        (torch.tensor([0]), r"index has shape \(1,\); expected \(B,\) = \(2\)"),
+        (torch.tensor([0, 1], dtype=torch.int32), "index has dtype int32; allowed: int64"),
+    ):
+        with pytest.raises(ValueError, match=f"^hybrid_step: {message}"):
+            hybrid_step(*token, state, ring, sinks=2, index=index)
+    small = state._replace(C=state.C[:1])
+    with pytest.raises(ValueError, match=r"^hybrid_step: state.C has 1 rows, but index names 2"):
+        hybrid_step(*token, small, ring, sinks=2, index=torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

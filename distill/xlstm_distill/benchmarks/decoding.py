@@ -25,46 +25,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from xlstm_distill.benchmarks.training import MODELS
+from xlstm_distill.benchmarks.llamas import MODELS
 from xlstm_distill.models.cache import StudentCache
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.runtime.device import forget_peak, peak_bytes
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 97,
-    },
-    "28m": {
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "vocab_size": 8192,
-        "tie_word_embeddings": True,
-    },
-    "1b": MODELS["1b"],
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
-}
-"""Llama configurations by name; 1b and 8b have the shapes of Llama 3.2 1B and 3.1 8B."""
 VARIANTS = ("student", "attention")
 MIB = 2**20
 WARM_UP = 16
@@ -74,7 +41,7 @@ WARM_UP = 16
 def make_models(variants: Iterable[str], options: argparse.Namespace) -> dict[str, CausalLM]:
     """Make models of the same random weights, at once on the device and in the dtype."""
     torch.manual_seed(0)
-    settings = SHAPES[options.model]
+    settings = MODELS[options.model]
     if options.layers:
         settings = settings | {"num_hidden_layers": options.layers}
     longest = max(options.prompts) + options.tokens * options.rounds + WARM_UP
@@ -99,7 +66,7 @@ def make_models(variants: Iterable[str], options: argparse.Namespace) -> dict[st
 
 def draw(prompt: int, batch: int, options: argparse.Namespace) -> Tensor:
     """Draw random token ids (B, T)."""
-    vocabulary = SHAPES[options.model]["vocab_size"]
+    vocabulary = MODELS[options.model]["vocab_size"]
     return torch.randint(vocabulary, (batch, prompt), device=options.device)
 
 
@@ -268,7 +235,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--model", choices=SHAPES, default="tiny", help="default tiny")
+    parser.add_argument("--model", choices=MODELS, default="tiny", help="default tiny")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="default bfloat16 on CUDA, else float32"

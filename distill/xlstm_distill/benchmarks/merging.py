@@ -2,7 +2,8 @@
 
 `python -m xlstm_distill.benchmarks.merging FOLDER` writes experts of the shapes of Llama-3.2-1B
 (1.24B parameters) into a new folder, merges them in a process of its own, and removes the folder.
-Speeds count bytes read and written. docs/merging.md has the results.
+Speeds count bytes read and written. Processor seconds, of all threads, say what a merge computes
+where other work takes the cores, or where the disk is slow. docs/merging.md has the results.
 """
 
 from __future__ import annotations
@@ -72,11 +73,12 @@ def merge(folder: Path, method: str, experts: int) -> dict[str, float]:
         {name: SavedWeights(folder / name) for name in names}, SavedWeights(folder / "base")
     )
     target = NewWeights(sources.experts["0"], folder / "merged")
-    seconds = timed(lambda: merge_files(plan, sources, target))
-    flushed = timed(lambda: flush_tree(folder / "merged"))
+    seconds, processor = timed(lambda: merge_files(plan, sources, target))
+    flushed, _ = timed(lambda: flush_tree(folder / "merged"))
     read = experts + (method != "linear")
     return {
         "seconds": seconds,
+        "processor": processor,
         "with_flush": seconds + flushed,
         "bytes": target.bytes * (read + 1),
         "peak": peak_memory(),
@@ -93,18 +95,23 @@ def peak_memory() -> int:
 
 def copy(folder: Path) -> dict[str, float]:
     """Copy an expert with the system's own means."""
-    seconds = timed(lambda: shutil.copytree(folder / "0", folder / "copy"))
-    flushed = timed(lambda: flush_tree(folder / "copy"))
+    seconds, processor = timed(lambda: shutil.copytree(folder / "0", folder / "copy"))
+    flushed, _ = timed(lambda: flush_tree(folder / "copy"))
     size = sum(path.stat().st_size for path in (folder / "copy").iterdir())
     shutil.rmtree(folder / "copy")
-    return {"seconds": seconds, "with_flush": seconds + flushed, "bytes": 2 * size}
+    return {
+        "seconds": seconds,
+        "processor": processor,
+        "with_flush": seconds + flushed,
+        "bytes": 2 * size,
+    }
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that a piece of work takes."""
-    started = time.perf_counter()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds, and processor seconds of all threads, that a piece of work takes."""
+    started, used = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
 def line(name: str, found: dict[str, float]) -> str:
@@ -113,7 +120,8 @@ def line(name: str, found: dict[str, float]) -> str:
     memory = "" if peak is None else f"{peak / 2**30:.2f}"
     return (
         f"| {name} | {found['seconds']:.1f} | {size / found['seconds']:.2f} "
-        f"| {size / found['with_flush']:.2f} | {memory} |"
+        f"| {size / found['with_flush']:.2f} | {found['processor']:.1f} "
+        f"| {size / found['processor']:.2f} | {memory} |"
     )
 
 
@@ -139,9 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_model(options.folder / name, seed, options.layers, options.vocabulary)
         flush_tree(options.folder)
         print(f"{threads()} threads")
-        print(
-            "| | seconds | GB/s | GB/s, flushed to disk | peak memory, GiB |\n|---|---|---|---|---|"
-        )
+        head = ["", "seconds", "GB/s", "GB/s, flushed to disk", "processor seconds"]
+        head += ["GB per processor second", "peak memory, GiB"]
+        print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
         print(line("copy of one expert", copy(options.folder)), flush=True)
         for method in options.methods:
             # A process of its own: the peak is the merge's alone.

@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from xlstm_distill.benchmarks.llamas import MODELS
 from xlstm_distill.benchmarks.loss import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
 from xlstm_distill.losses.plain import LossWeights, distill_loss
@@ -45,29 +46,6 @@ from xlstm_distill.training.optim import make_optimizer
 
 # The paper's weights (Eq. 13).
 WEIGHTS = LossWeights(cross_entropy=0.9, kl=0.1)
-MODELS: dict[str, dict[str, Any]] = {
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        "vocab_size": 32768,
-        "tie_word_embeddings": True,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-}
-"""Llama configurations by name; 1b has the shape of Llama 3.2 1B."""
 PRODUCT = 1024
 """Width of the product that is timed where no peak is published."""
 

@@ -359,6 +359,11 @@ def _open(asked: Invocation, console: Console, check: Check | None = None) -> tu
     if check is not None:
         # In every process: under torchrun and srun, `dispatch` has checked nothing.
         check(recipe, process_count())
+    if recipe.student.mixer.attention is not None:
+        # Stage I would find out, perhaps hours from now.
+        from xlstm_distill.stages.workbench import check_kept
+
+        check_kept(recipe)
     directory = asked.directory(recipe)
     # torch and transformers take seconds to load. Until then this line shows that something runs.
     console.line(f"{recipe.name}: run directory {directory}")

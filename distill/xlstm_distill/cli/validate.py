@@ -81,6 +81,7 @@ def examine(recipe: Recipe) -> Findings:
     from xlstm_distill.models.teacher import check_teacher
     from xlstm_distill.runtime.libraries import quiet_libraries
     from xlstm_distill.stages.lineage import Lineage
+    from xlstm_distill.stages.workbench import check_kept
 
     quiet_libraries()
     findings = Findings(recipe.name, tasks=[task.name for task in recipe.evaluate.tasks])
@@ -89,9 +90,10 @@ def examine(recipe: Recipe) -> Findings:
         tokenizer = lineage.tokenizer
         family = _teacher_config(recipe).model_type
         check_teacher(recipe.teacher)
+        check_kept(recipe)
     except (UserError, OSError) as error:
         # Without a tokenizer there is nothing to prepare examples with, or to measure tasks by.
-        findings.problems.append(str(error))
+        findings.problems += error.problems if isinstance(error, UserError) else [str(error)]
         return findings
     findings.teacher = {"path": recipe.teacher.path, "family": family}
     findings.sources = preview_sources(recipe, tokenizer, EXAMPLES)

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 import yaml
 
 from xlstm_distill.recipe import MixerConfig, Recipe
+from xlstm_distill.recipe.kept import KeptAttention
 from xlstm_distill.recipe.shown import shown_recipe, teacher_name
 from xlstm_distill.runtime.console import byte_size
 
@@ -21,7 +22,8 @@ class CardFacts:
     """What a model card says.
 
     model: the student's name in its run. report: the run's report, Markdown. state_bytes: what
-    decoding holds for a sequence. key_bytes: what the teacher's cache grows by with each token.
+    decoding holds for a sequence; bytes_per_token: what each token adds to that, where heads keep
+    full attention. key_bytes: what the teacher's cache grows by with each token.
     """
 
     name: str
@@ -33,6 +35,7 @@ class CardFacts:
     dtype: str
     weight_bytes: int
     state_bytes: int
+    bytes_per_token: int
     key_bytes: int
     version: str
     licence: str | None
@@ -86,11 +89,29 @@ def _summary(facts: CardFacts) -> str:
         "window": f"attention to the last {mixer.window} tokens and to the first {mixer.sinks}",
         "mlstm": f"an mLSTM over the whole document ({mixer.feature_map} feature map)",
     }
+    branches = " and ".join(parts[branch] for branch in sorted(mixer.branches)[::-1])
+    kept = f" {_kept(mixer.attention)}." if mixer.attention else ""
     return (
         f"A hybrid xLSTM student of {_teacher(facts)}: in place of the teacher's attention, every "
-        f"layer has {' and '.join(parts[branch] for branch in sorted(mixer.branches)[::-1])}. "
+        f"layer has {branches}.{kept} "
         f"Distilled as in {PAPER} with xlstm-distill {facts.version}."
     )
+
+
+def _kept(attention: KeptAttention) -> str:
+    """Say which layers and heads keep full attention."""
+    parts = []
+    if attention.layers:
+        parts.append(f"layers {', '.join(map(str, attention.layers))}")
+    if attention.every is not None:
+        first = attention.every - 1 if attention.offset is None else attention.offset
+        parts.append(f"one layer in {attention.every}, from layer {first} on")
+    parts += [
+        f"heads {', '.join(map(str, heads))} of layer {layer}"
+        for layer, heads in attention.heads.items()
+    ]
+    listed = "; ".join(parts)
+    return f"{listed[0].upper()}{listed[1:]} (from 0) keep the teacher's full attention"
 
 
 def _usage(facts: CardFacts) -> str:
@@ -121,13 +142,17 @@ Pad prompts on the left. A cache cannot give tokens back, so assisted decoding i
 
 
 def _state(facts: CardFacts) -> str:
-    equal = facts.state_bytes // facts.key_bytes
+    # More than all keys of the teacher are not kept.
+    equal = facts.state_bytes // max(1, facts.key_bytes - facts.bytes_per_token)
+    what = "state of one sequence, of any length"
+    if facts.bytes_per_token:
+        what = f"state of one sequence, and {facts.bytes_per_token:,} bytes for each token"
     return f"""## Size
 
 | what | bytes |
 |---|---|
 | weights ({facts.dtype}) | {byte_size(facts.weight_bytes)} |
-| state of one sequence, of any length | {byte_size(facts.state_bytes)} |
+| {what} | {byte_size(facts.state_bytes)} |
 | the teacher's cache, for each token | {byte_size(facts.key_bytes)} |
 
 From {equal + 1} tokens on the state is smaller than the teacher's cache."""

@@ -33,11 +33,15 @@ SHARD_SIZE = "5GB"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: the weights' and the state's bytes, the latter for one sequence."""
+    """What an export wrote: the weights' and the state's bytes, the latter for one sequence.
+
+    bytes_per_token: what each token adds to the state, where heads keep full attention.
+    """
 
     directory: Path
     weight_bytes: int
     state_bytes: int
+    bytes_per_token: int = 0
 
 
 def export(
@@ -75,7 +79,7 @@ def export(
         replace_directory(made, target.absolute())
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    return Exported(target, weight_bytes, facts.state_bytes)
+    return Exported(target, weight_bytes, facts.state_bytes, facts.bytes_per_token)
 
 
 def check_target(target: Path) -> None:
@@ -148,6 +152,7 @@ def card_facts(
     architecture = read_architecture(teacher, str(made / CONFIG))
     dtype = getattr(torch, config.get("dtype") or "float32")
     report = student.run / "report" / "report.md" if student.run else None
+    state, per_token = state_bytes(made, dtype)
     return CardFacts(
         name=student.recipe.name if student.recipe else student.directory.name,
         model=student.name,
@@ -157,7 +162,8 @@ def card_facts(
         mixer=MixerConfig(**config["mixer"]),
         dtype=str(dtype).removeprefix("torch."),
         weight_bytes=weight_bytes,
-        state_bytes=state_bytes(made, dtype),
+        state_bytes=state,
+        bytes_per_token=per_token,
         key_bytes=2 * architecture.layers * architecture.key_width * dtype.itemsize,
         version=version,
         licence=licence,
@@ -165,22 +171,25 @@ def card_facts(
     )
 
 
-def state_bytes(directory: Path, dtype: torch.dtype) -> int:
-    """Count the bytes that decoding holds for one sequence, however long it is."""
+def state_bytes(directory: Path, dtype: torch.dtype) -> tuple[int, int]:
+    """Count the bytes that decoding holds for one sequence, and those that each token adds."""
     student = empty_student(directory, dtype)
     cache = student.new_cache()
     # On the meta device tensors have shapes and no memory.
     cache.receive((1, 1), None, torch.device("meta"))
     assert cache.lengths is not None
     for mixer, layer in zip(student.mixers(), cache.layers, strict=True):
-        heads, groups = student.config.num_attention_heads, student.config.num_key_value_heads
-        keys = torch.empty(1, groups, 1, mixer.head_dim, dtype=dtype, device="meta")
+        heads = mixer.kept
+        keys = torch.empty(1, heads.mixed_keys, 1, mixer.head_dim, dtype=dtype, device="meta")
+        if heads.kept:
+            full = keys.new_empty(1, heads.kept_keys, 1, mixer.head_dim)
+            layer.extend(full, full)
         if mixer.has_window:
             layer.ring_for(keys, keys, cache.lengths)
         if mixer.has_mlstm:
-            features = keys.new_empty(1, heads, 1, mixer.feature_map_k.out_features)
+            features = keys.new_empty(1, len(heads.mixed), 1, mixer.feature_map_k.out_features)
             layer.state_for(features, keys, state_dtype(keys))
-    return cache.nbytes()
+    return cache.nbytes(), cache.bytes_per_token()
 
 
 def upload(directory: Path, repository: str, *, private: bool, api: Any = None) -> str:
@@ -207,11 +216,16 @@ def upload(directory: Path, repository: str, *, private: bool, api: Any = None) 
     return address
 
 
+def _growth(per_token: int) -> str:
+    """Say what a sequence's length adds to its state."""
+    return f"and {per_token:,} bytes for each token" if per_token else "however long it is"
+
+
 def describe(exported: Exported) -> list[str]:
     """Say what was written and how to load it."""
     return [
         f"{exported.directory}: {byte_size(exported.weight_bytes)} of weights; decoding holds "
-        f"{byte_size(exported.state_bytes)} for a sequence, however long it is.",
+        f"{byte_size(exported.state_bytes)} for a sequence, {_growth(exported.bytes_per_token)}.",
         f"Load it: AutoModelForCausalLM.from_pretrained({str(exported.directory)!r}, "
         "trust_remote_code=True)",
     ]

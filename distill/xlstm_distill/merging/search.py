@@ -17,11 +17,6 @@ from xlstm_distill.errors import UserError
 
 STEPS = 100
 """Steps of a weight. Finer ones are within the noise of validation, and hit the cache less."""
-LARGEST = 1e7
-"""Weighs the worst tolerance against the mean recovery: any difference of tolerances counts more.
-
-Tolerances of up to 3,000 items a task differ by more than the inverse.
-"""
 RANDOM_TRIALS = 10
 """Trials that are drawn at random, those that are given included; from then on TPE proposes."""
 LOWEST = 1e-3
@@ -33,15 +28,19 @@ Weights = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True, order=True)
 class Score:
-    """How good a merge is; smaller is better: the worst tolerance first, then the mean recovery."""
+    """How good a merge is; smaller is better: the worst tolerance first, then the mean recovery.
+
+    `error` is the standard error of the worst tolerance.
+    """
 
     worst_tolerance: float
     negative_recovery: float
+    error: float = 0.0
 
     @property
     def number(self) -> float:
-        """One number with this order."""
-        return LARGEST * self.worst_tolerance + self.negative_recovery
+        """What proposals follow: both, so that the noise of one task does not lead them."""
+        return self.worst_tolerance + self.negative_recovery
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,21 @@ def search(
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The best trial; of equally good ones the first."""
-    return min(trials, key=lambda trial: trial.score)
+    """Of the trials whose worst tolerance is near the least, the one with the largest recovery.
+
+    Near is within one standard error of the difference. A worst tolerance hangs on a few items of
+    one task; the least of many trials would be the luckiest one.
+    """
+    least = min(trial.score for trial in trials)
+
+    def near(score: Score) -> bool:
+        above = score.worst_tolerance - least.worst_tolerance
+        return above <= math.hypot(score.error, least.error)
+
+    return min(
+        (trial for trial in trials if near(trial.score)),
+        key=lambda trial: (trial.score.negative_recovery, trial.score.worst_tolerance),
+    )
 
 
 def on_simplex(variables: Sequence[float]) -> tuple[float, ...]:

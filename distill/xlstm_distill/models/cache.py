@@ -1,6 +1,7 @@
 """The student's decoding cache: an mLSTM state, and a ring of recent keys and values, per layer.
 
-Its size does not depend on the number of tokens seen. Decoding updates every tensor in place.
+Their size does not depend on the number of tokens seen. Heads that keep full attention hold the
+keys and values of all tokens besides. Decoding updates every tensor in place.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Arrival:
         # By the window and the device: layers may differ in both.
         self._slots: dict[tuple[int, torch.device], RingSlots] = {}
         self._fills: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._documents: dict[torch.device, tuple[Tensor, Tensor] | None] = {}
         # Of the rotary positions: tensors of transformers, and what steps have made of them.
         self.rotation: tuple[Tensor, Tensor, Tensor] | None = None
         self.begins: Tensor | None = None
@@ -90,6 +92,30 @@ class Arrival:
             self._fills[window, device] = index.to(device), is_new.to(device)
         return self._fills[window, device]
 
+    def documents(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Tell of which document these tokens (B, T) and all in the cache with them (B, S) are.
+
+        None where each row is one document.
+        """
+        if device not in self._documents:
+            self._documents[device] = self._find_documents(device)
+        return self._documents[device]
+
+    def _find_documents(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        ids = None if self.segment_ids is None else self.segment_ids.to(device)
+        if self.seen == 0:
+            return None if ids is None else (ids, ids)
+        continues = ids is None or (self.tokens == 1 and self.begins is None)
+        if continues and _asks_first(self.held) and bool((self.held == self.seen).all()):
+            return None
+        before = self.before.to(device)
+        if ids is None:
+            ids = before.new_zeros(len(before), self.tokens)
+        place = torch.arange(self.seen, device=device)
+        # What came before the document that goes on is of none that these tokens see.
+        held = (place >= self.seen - before[:, None]).long() - 1
+        return ids, torch.cat([held, ids], dim=1)
+
 
 def _asks_first(x: Tensor) -> bool:
     """Tell whether a question about a tensor's content costs nothing and breaks no graph."""
@@ -102,16 +128,29 @@ def _as_usual() -> AbstractContextManager[Any]:
     return torch.inference_mode(False) if inside else contextlib.nullcontext()
 
 
+ROOM, LEAST_ROOM = 4, 256
+"""A row of keys that is full gets room for a fourth of its tokens more, and for so many at least.
+Else each token would copy all before it."""
+
+
+class AllKeys(NamedTuple):
+    """Keys and values of all tokens, (B, G, S or more, D): behind the last token there is room."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class MixerCacheLayer(CacheLayerMixin):
     """Decoding state of one mixer: what `xlstm_kernels.hybrid_step` updates.
 
     state: memory of the mLSTM. keys, values: those of the window and the sinks, as
-    `xlstm_kernels.Ring` has them. Each is None before the first token, and stays None where the
-    mixer lacks the branch that needs it. How long the rows are is a fact of the whole cache. seen:
-    tokens per row, padding included; the mixer counts them.
+    `xlstm_kernels.Ring` has them. full: those of heads that keep full attention. Each is None
+    before the first token, and stays None where the mixer lacks what needs it. How long the rows
+    are is a fact of the whole cache. seen: tokens per row, padding included; the mixer counts them.
 
-    checked: whether a step has checked these tensors. folded: what the mixer's steps have computed
-    of its weights.
+    rows (B,): which rows of the tensors a step's tokens continue, where others hold more of them;
+    None where all, in order. checked: whether a step has checked these tensors. folded: what the
+    mixer's steps have computed of its weights.
     """
 
     is_sliding = False
@@ -121,6 +160,8 @@ class MixerCacheLayer(CacheLayerMixin):
         self.window, self.sinks = window, sinks
         self.seen = 0
         self.state: MLSTMState | None = None
+        self.full: AllKeys | None = None
+        self.rows: Tensor | None = None
         self.checked = False
         self.folded: Any = None
 
@@ -179,9 +220,52 @@ class MixerCacheLayer(CacheLayerMixin):
             slots.copy_(torch.where(is_new[:, None, :, None], _gather(new, index), slots))
         return ring.keys, ring.values
 
+    def extend(
+        self, keys: Tensor, values: Tensor, *, recorded: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Append those of T tokens (B, G, T, D), and return all, (B, G, S, D).
+
+        What is held is constant: gradients flow into the tokens that come, and into none before.
+        recorded: whether a backward pass may follow.
+        """
+        before, after = self.seen, self.seen + keys.shape[2]
+        with torch.no_grad():
+            found = self._with_room(keys, values, after)
+            found.keys[:, :, before:after] = keys
+            found.values[:, :, before:after] = values
+        if before == 0:
+            return keys, values
+        if not recorded:
+            return found.keys[:, :, :after], found.values[:, :, :after]
+        # A backward pass must find what is read here, and the next token changes these tensors.
+        return (
+            torch.cat([found.keys[:, :, :before], keys], dim=2),
+            torch.cat([found.values[:, :, :before], values], dim=2),
+        )
+
+    def _with_room(self, keys: Tensor, values: Tensor, tokens: int) -> AllKeys:
+        """Return the held keys and values, with room for so many tokens in all."""
+        held = self.full
+        if held is None or held.keys.shape[2] < tokens:
+            room = tokens + max(LEAST_ROOM, tokens // ROOM)
+            with _as_usual():
+                made = AllKeys(
+                    *(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values))
+                )
+            for new, old in zip(made, held or (), strict=False):
+                new[:, :, : self.seen] = old[:, :, : self.seen]
+            self.full, self.is_initialized = made, True
+            held = made
+        return held
+
     def restart_state(self, begins: Tensor) -> None:
         """Empty the mLSTM's state in rows that begin a document, (B,) bool."""
         assert self.state is not None
+        if self.rows is not None:  # on a CPU, where nobody waits for their number
+            emptied = self.rows[begins]
+            for held, value in zip(self.state, (0.0, 0.0, LOG_ZERO), strict=True):
+                held.index_fill_(0, emptied, value)
+            return
         self.state.C.masked_fill_(begins[:, None, None, None], 0)
         self.state.n.masked_fill_(begins[:, None, None], 0)
         self.state.m.masked_fill_(begins[:, None], LOG_ZERO)
@@ -219,17 +303,31 @@ class MixerCacheLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """All tensors that are held, rows first."""
         ring = () if self.keys is None else (self.keys, self.values)
-        return [*ring, *(self.state or ())]
+        full = () if self.full is None else self.all_keys()
+        return [*ring, *(self.state or ()), *full]
+
+    def all_keys(self) -> AllKeys:
+        """Return keys and values of all tokens that full attention has seen, without room."""
+        assert self.full is not None
+        return AllKeys(*(x[:, :, : self.seen] for x in self.full))
 
     def nbytes(self) -> int:
-        """Bytes held, a constant from the first token on."""
+        """Bytes held: a constant from the first token on, and those of full attention.
+
+        Room for further tokens does not count.
+        """
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def bytes_per_token(self) -> int:
+        """Bytes by which each further token of a row makes the cache larger."""
+        full = self.full or ()
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in full)
 
     def reset(self) -> None:
         """Forget everything."""
         # The tensors go, not only their content: the next use may have another batch size or dtype.
         self.is_initialized, self.seen, self.checked = False, 0, False
-        self.keys = self.values = self.state = self.folded = None
+        self.keys = self.values = self.state = self.full = self.folded = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: a state cannot give back what it has taken in."""
@@ -247,6 +345,8 @@ class MixerCacheLayer(CacheLayerMixin):
             self.values = self.values.index_select(0, index.to(self.values.device))
         if self.state is not None:
             self.state = MLSTMState(*(t.index_select(0, index.to(t.device)) for t in self.state))
+        if self.full is not None:
+            self.full = AllKeys(*(t.index_select(0, index.to(t.device)) for t in self.full))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows for beam search."""
@@ -319,8 +419,16 @@ class StudentCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        layers = sum(layer.nbytes() for layer in self.layers if isinstance(layer, MixerCacheLayer))
+        layers = sum(layer.nbytes() for layer in self.mixer_layers())
         return layers + (0 if self.lengths is None else 8 * len(self.lengths))
+
+    def bytes_per_token(self) -> int:
+        """Bytes by which each further token of a row makes it larger; 0 where no head keeps all."""
+        return sum(layer.bytes_per_token() for layer in self.mixer_layers())
+
+    def mixer_layers(self) -> list[MixerCacheLayer]:
+        """The layers, first one first."""
+        return [layer for layer in self.layers if isinstance(layer, MixerCacheLayer)]
 
     def reset(self) -> None:
         """Forget everything."""

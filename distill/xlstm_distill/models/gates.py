@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from xlstm_distill.models.attention.layout import LayerHeads
 from xlstm_distill.models.feature_maps import in_dtype_of
 
 
@@ -74,6 +75,8 @@ class GateMeter:
 
     def __init__(self, model: nn.Module) -> None:
         self.gates = [module for module in model.modules() if isinstance(module, OutputGate)]
+        kept = [getattr(module, "kept", None) for module in model.modules()]
+        self.heads = [heads for heads in kept if isinstance(heads, LayerHeads)]
         self.sums: dict[int, Tensor] = {}
         self.tokens = torch.zeros((), dtype=torch.int64)
         self.real: Tensor | None = None
@@ -105,12 +108,21 @@ class GateMeter:
         opened = (output.detach().float() * self.real[:, None, :, None]).sum(dim=(0, 2, 3))
         self.sums[number] = self.sums[number] + opened if number in self.sums else opened
 
-    def means(self) -> list[list[float]]:
-        """Return the mean gates, layers x heads; empty where mixers of one branch have no gate."""
-        layers = []
-        for number in sorted(self.sums):
-            means = (self.sums[number] / self.tokens).tolist()
-            layers.append([round(mean, 6) for mean in means])
+    def means(self) -> list[list[float | None]]:
+        """Return the mean gates, layers x heads: None for heads that keep full attention.
+
+        Empty where mixers of one branch have no gate.
+        """
+        found = [(self.sums[number] / self.tokens).tolist() for number in sorted(self.sums)]
+        if not found:
+            return []
+        means, layers = iter(found), []
+        for heads in self.heads:
+            row: list[float | None] = [None] * heads.total
+            if heads.mixed:
+                for head, mean in zip(heads.mixed, next(means), strict=True):
+                    row[head] = round(mean, 6)
+            layers.append(row)
         return layers
 
     def total(self) -> Tensor:

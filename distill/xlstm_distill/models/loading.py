@@ -80,6 +80,19 @@ def load_shards(student: CausalLM, directory: Path, device: torch.device) -> Non
     fill(student, read, directory)
 
 
+def allocate(student: CausalLM, device: torch.device, directory: Path) -> None:
+    """Give what is still on the meta device memory without values; the caller writes all of them.
+
+    `directory` is where the student was described.
+    """
+    made = {
+        name: torch.empty_like(parameter, device=device)
+        for name, parameter in student.named_parameters()
+        if parameter.is_meta
+    }
+    fill(student, made, directory)
+
+
 def fill(student: CausalLM, weights: Mapping[str, Tensor], directory: Path) -> None:
     """Give a student on the meta device these tensors as its weights; `directory` held them.
 

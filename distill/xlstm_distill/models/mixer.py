@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from xlstm_distill.models.attention.full import full_attention
+from xlstm_distill.models.attention.heads import joined, take
+from xlstm_distill.models.attention.layout import LayerHeads
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer, checked_cache
 from xlstm_distill.models.decoding.prefill import take_in
 from xlstm_distill.models.decoding.step import decode_token, turns_halves
@@ -37,7 +41,7 @@ class MLSTMInputs(NamedTuple):
 
 
 class MixerInputs(NamedTuple):
-    """What the branches read of T tokens.
+    """What the branches read of T tokens, of the heads that are not kept.
 
     q (B, H, T, D), k (B, G, T, D) after RoPE, v (B, G, T, D); memory: None without the mLSTM; gate
     (B, H, T, 1) after its sigmoid: None with one branch only.
@@ -57,6 +61,9 @@ class HybridMixer(nn.Module):
     projection. The mixer takes over the projections (and q/k norms) of `attention`; only the
     modules in `NEW_MODULES` are new.
 
+    Query heads `kept` have the teacher's full attention instead, before the same output projection;
+    a layer that keeps all is the teacher's.
+
     A sequence runs through `mlstm` and `sliding_window_attention`, a decoded token through
     `hybrid_step`. `backend` chooses their implementation; it may be set at any time, and is not
     saved.
@@ -69,7 +76,9 @@ class HybridMixer(nn.Module):
     qkv_proj: Any
     o_proj: Any
 
-    def __init__(self, attention: Any, family: Family, config: MixerConfig) -> None:
+    def __init__(
+        self, attention: Any, family: Family, config: MixerConfig, kept: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         teacher = attention.config
         heads, hidden = teacher.num_attention_heads, teacher.hidden_size
@@ -102,16 +111,19 @@ class HybridMixer(nn.Module):
         # Q/K norms belong to the teacher and stay between projection and RoPE.
         if family.norm != "none":
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.has_mlstm, self.has_window = "mlstm" in config.branches, "window" in config.branches
+        self.kept = LayerHeads(kept, heads, teacher.num_key_value_heads)
+        mixed = len(self.kept.mixed)
+        self.has_mlstm = mixed > 0 and "mlstm" in config.branches
+        self.has_window = mixed > 0 and "window" in config.branches
         if self.has_mlstm:
             features = config.feature_dim or self.head_dim
-            self.feature_map_q = FeatureMap(heads, self.head_dim, features, config.feature_map)
-            self.feature_map_k = FeatureMap(heads, self.head_dim, features, config.feature_map)
+            self.feature_map_q = FeatureMap(mixed, self.head_dim, features, config.feature_map)
+            self.feature_map_k = FeatureMap(mixed, self.head_dim, features, config.feature_map)
             # A constant input-gate bias cancels in the ratio, so its initial value is immaterial.
-            self.input_gate = ScalarGate(hidden, heads, 0.0)
-            self.forget_gate = ScalarGate(hidden, heads, config.forget_bias)
+            self.input_gate = ScalarGate(hidden, mixed, 0.0)
+            self.forget_gate = ScalarGate(hidden, mixed, config.forget_bias)
         if self.has_mlstm and self.has_window:
-            self.output_gate = OutputGate(heads, self.head_dim, config.output_gate_bias)
+            self.output_gate = OutputGate(mixed, self.head_dim, config.output_gate_bias)
 
     @property
     def kernel_dims(self) -> dict[str, int]:
@@ -150,11 +162,13 @@ class HybridMixer(nn.Module):
         past_key_values: Cache | None = None,
         segment_ids: Tensor | None = None,
         value_scale: Tensor | None = None,
+        *,
+        mixed_only: bool = False,
     ) -> Tensor:
         """Return the heads' outputs before the output projection, (B, T, H * D).
 
-        Stage I aligns these. `value_scale`, a scalar, multiplies the values that the output gate
-        reads.
+        Stage I aligns these: of the heads that are not kept, where `mixed_only`. `value_scale`, a
+        scalar, multiplies the values that the output gate reads.
         """
         layer = self._cache_layer(past_key_values)
         arrival = None if layer is None else checked_cache(past_key_values).arrival
@@ -170,19 +184,53 @@ class HybridMixer(nn.Module):
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
         gate = None
         if self.has_mlstm and self.has_window:
-            gate = self.output_gate(q, k, v if value_scale is None else v * value_scale)
+            scaled = v if value_scale is None else v * value_scale
+            gate = self.output_gate(*self.of_mixer(q, k, scaled))
         # RoPE is kept (paper): both branches read rotated queries and keys.
         if self.rotates:
             q, k = self.apply_rotary(q, k, *position_embeddings)
         # Under autocast, projections are bf16 and rotary positions fp32.
         q, k = q.to(v.dtype), k.to(v.dtype)
-        memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None
-        inputs = MixerInputs(q, k, v, memory, gate)
-        mixed = self._mix_sequence(inputs, layer, arrival, segment_ids)
+        full = None
+        if self.kept.kept and not mixed_only:
+            full = self.keep(q, k, v, layer, arrival, segment_ids)
+        mixed = None
+        if self.kept.mixed:
+            q, k, v = self.of_mixer(q, k, v)
+            memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None
+            inputs = MixerInputs(q, k, v, memory, gate)
+            mixed = self._mix_sequence(inputs, layer, arrival, segment_ids)
         if layer is not None:
             # Not before: transformers counts positions from it.
             layer.seen += hidden_states.shape[1]
-        return mixed.transpose(1, 2).flatten(2)
+        return joined(self.kept, full, mixed).transpose(1, 2).flatten(2)
+
+    def of_mixer(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take queries, keys and values of the heads that are not kept."""
+        heads = self.kept
+        return take(q, heads.queries), take(k, heads.keys), take(v, heads.keys)
+
+    def keep(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: MixerCacheLayer | None,
+        arrival: Arrival | None,
+        segment_ids: Tensor | None,
+    ) -> Tensor:
+        """Attend in full with the heads that are kept, of q, k, v of all heads: (B, K, T, D).
+
+        With a cache, which takes the tokens in, also to all tokens of their document that it holds.
+        """
+        heads = self.kept
+        q, k, v = take(q, heads.full_queries), take(k, heads.full_keys), take(v, heads.full_keys)
+        documents = None if segment_ids is None else (segment_ids, segment_ids)
+        if layer is not None and arrival is not None:
+            documents = arrival.documents(q.device)
+            recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            k, v = layer.extend(k, v, recorded=recorded)
+        return take(full_attention(q, k, v, self.scale, documents), heads.full_outputs)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Make queries (B, H, T, D), keys and values (B, G, T, D) of x (B, T, d), before RoPE.

@@ -1,4 +1,7 @@
-"""The student: the teacher's own class with every attention layer replaced by a `HybridMixer`."""
+"""The student: the teacher's own class with every attention layer replaced by a `HybridMixer`.
+
+Layers and heads may keep the teacher's attention.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ from xlstm_distill.models.gates import OutputGate, ScalarGate
 from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
 from xlstm_distill.models.segments import chunk_documents, ends_in_padding
 from xlstm_distill.recipe import MixerConfig
+from xlstm_distill.recipe.kept import kept_heads, kept_problems
 
 # transformers passes a four-dimensional mask on as it is. So none of size T x T is ever built.
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -111,7 +115,7 @@ class StudentMixin(MixerInit, _CausalLM):
         self.register_forward_pre_hook(hook, with_kwargs=True)
 
     def new_cache(self) -> StudentCache:
-        """Make an empty decoding cache; its memory does not grow with the tokens seen."""
+        """Make an empty decoding cache; its memory grows with kept attention alone."""
         return _new_cache(self.model)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -140,8 +144,10 @@ class StudentMixin(MixerInit, _CausalLM):
 def put_mixers(body: Any, family: Family, config: Any) -> None:
     """Replace every attention layer of a model's body, and have a hook prepare its inputs."""
     mixer = MixerConfig(**config.mixer)
-    for layer in body.layers:
-        layer.self_attn = HybridMixer(layer.self_attn, family, mixer)
+    attention = config.mixer.get("attention")
+    for number, layer in enumerate(body.layers):
+        kept = kept_heads(attention, number, config.num_attention_heads)
+        layer.self_attn = HybridMixer(layer.self_attn, family, mixer, kept)
     # On the body, not on the model around it: training calls `student.model` without the head.
     # Names of arguments are looked up once, because a signature takes longer than a small layer.
     names = tuple(inspect.signature(body.forward).parameters)
@@ -350,16 +356,19 @@ for _family in FAMILIES.values():
 
 
 def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = False) -> CausalLM:
-    """Make a student that holds the teacher's weights, with a new `HybridMixer` in every layer.
+    """Make a student that holds the teacher's weights, with a `HybridMixer` in every layer.
 
-    Window attention and mLSTM, whichever `mixer` has, read the teacher's projections; feature maps
-    and gates are new. With `share_weights` both models hold the same tensors: stage I trains none
-    of them and needs no second copy.
+    Heads that `mixer.attention` names stay as they are; all of them may. Window attention and
+    mLSTM, whichever `mixer` has, read the teacher's projections; feature maps and gates are new.
+    With `share_weights` both models hold the same tensors: stage I trains none of them and needs
+    no second copy.
 
     Raises:
-        UserError: the teacher's architecture is not one of `FAMILIES`.
+        UserError: the teacher's architecture is not one of `FAMILIES`, or it has no such layers or
+            heads to keep.
     """
     family = family_of(teacher.config.model_type)
+    _check_kept(teacher, family, mixer)
     cls = STUDENTS[family.model_type]
     config = cls.config_class(**_settings(teacher), mixer=mixer.model_dump(mode="json"))
     # On the meta device nothing is allocated; `assign` below puts the real tensors in place.
@@ -390,6 +399,16 @@ def convert(teacher: CausalLM, mixer: MixerConfig, *, share_weights: bool = Fals
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.train(teacher.training)
+
+
+def _check_kept(teacher: CausalLM, family: Family, mixer: MixerConfig) -> None:
+    if mixer.attention is None:
+        return
+    reaches = [family.reach(layer.self_attn) for layer in teacher.model.layers]
+    heads = teacher.config.num_attention_heads
+    found = kept_problems(mixer.attention, heads, reaches, may_keep_all=True)
+    if problems := [f"student.mixer.attention.{problem}" for problem in found]:
+        raise UserError(*problems)
 
 
 NOISE = (

@@ -152,7 +152,16 @@ def check_teacher(config: Teacher) -> None:
     _check_path(config)
     if Path(config.path).is_dir():
         weight_files(Path(config.path))
-    family_of(_load(AutoConfig, config, "a model").model_type)
+    family_of(teacher_config(config).model_type)
+
+
+def teacher_config(config: Teacher) -> Any:
+    """Load the teacher's configuration.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _load(AutoConfig, config, "a model")
 
 
 def _check_path(config: Teacher) -> None:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from xlstm_distill.planning.architecture import Architecture, features
+from xlstm_distill.models.attention.layout import LayerHeads
+from xlstm_distill.planning.architecture import Architecture, features, kinds_of_layers
 from xlstm_distill.recipe import MixerConfig
 
 Precision = Literal["fp32", "bf16", "autocast"]
@@ -80,31 +81,45 @@ class Saved:
 def layer_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
     """Count what one layer of the student saves when all its parameters train (stage II).
 
-    Where some layers have experts and others an MLP, the one that saves more.
+    Where some layers have experts and others an MLP, or keep other heads, the one that saves most.
     """
-    return _layer_saved(a, mixer, forward, _most_in_mlp(a, forward))
+    kinds = [_attention_saved(a, mixer, forward, kind) for kind, _ in kinds_of_layers(a, mixer)]
+    return _most_in_mlp(a, forward) + max(kinds, key=lambda saved: saved.bytes(forward))
 
 
 def layers_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     """Count the bytes that all layers of the student save (stage II)."""
-    dense = _layer_saved(a, mixer, forward, _mlp(a, forward)).bytes(forward)
-    if a.experts is None:
-        return a.layers * dense
-    sparse = _layer_saved(a, mixer, forward, mixture_saved(a, forward)).bytes(forward)
-    return a.mlp_layers * dense + a.experts.layers * sparse
-
-
-def _layer_saved(a: Architecture, mixer: MixerConfig, forward: Pass, mlp: Saved) -> Saved:
-    """Count a layer whose MLP saves `mlp`."""
-    total = mlp + _norms(a, forward)
-    total += _linear_inputs(a, mixer, forward)
-    total += _query_key_norms(a, forward)
-    total += _window(a, mixer, forward)
-    if "mlstm" in mixer.branches:
-        total += _feature_maps(a, mixer, forward)
-        total += mlstm_saved(a, mixer, forward)
-        total += _output_gate(a, mixer, forward)
+    total = a.mlp_layers * _mlp(a, forward).bytes(forward)
+    if a.experts is not None:
+        total += a.experts.layers * mixture_saved(a, forward).bytes(forward)
+    for heads, layers in kinds_of_layers(a, mixer):
+        total += layers * _attention_saved(a, mixer, forward, heads).bytes(forward)
     return total
+
+
+def _attention_saved(
+    a: Architecture, mixer: MixerConfig, forward: Pass, heads: LayerHeads
+) -> Saved:
+    """Count a layer but for its MLP: its mixer, the heads that it keeps, and its norms."""
+    total = _norms(a, forward)
+    total += _linear_inputs(a, mixer, forward, heads)
+    total += _query_key_norms(a, forward)
+    total += _kept(a, forward, heads)
+    if not heads.mixed:
+        return total
+    mixed = replace(a, heads=len(heads.mixed), groups=heads.mixed_keys)
+    total += _window(mixed, mixer, forward)
+    if "mlstm" in mixer.branches:
+        total += _feature_maps(mixed, mixer, forward)
+        total += mlstm_saved(mixed, mixer, forward)
+        total += _output_gate(mixed, mixer, forward)
+    return total
+
+
+def _kept(a: Architecture, forward: Pass, heads: LayerHeads) -> Saved:
+    """Count full attention: its queries, keys and values, from which it is computed again."""
+    queries = sum(end - first for first, end in heads.full_queries)
+    return Saved(forward.compute * a.head_dim * (queries + 2 * heads.kept_keys))
 
 
 def _mlp(a: Architecture, forward: Pass) -> Saved:
@@ -150,17 +165,30 @@ def mixer_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
     The teacher's tensors that it reads are included. The window branch has nothing to train, and
     queries, keys and values are constants.
     """
-    if "mlstm" not in mixer.branches:
+    return _mixer_saved(a, mixer, forward, LayerHeads((), a.heads, a.groups))
+
+
+def mixers_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
+    """Count the bytes that all mixers save in stage I; layers that keep all heads have none."""
+    kinds = kinds_of_layers(a, mixer)
+    return sum(n * _mixer_saved(a, mixer, forward, heads).bytes(forward) for heads, n in kinds)
+
+
+def _mixer_saved(a: Architecture, mixer: MixerConfig, forward: Pass, heads: LayerHeads) -> Saved:
+    """Count a mixer in a layer with these heads."""
+    if "mlstm" not in mixer.branches or not heads.mixed:
         return Saved()
+    mixed = replace(a, heads=len(heads.mixed), groups=heads.mixed_keys)
     layer_input = forward.compute * a.hidden
     teacher_heads = forward.compute * a.query_width
-    error = FP32 * a.query_width + FP32  # the difference to the teacher's heads, and its norm
+    error = FP32 * mixed.query_width + FP32  # the difference to the teacher's heads, and its norm
     total = Saved(layer_input + teacher_heads + error)
-    total += _feature_maps(a, mixer, forward)
-    total += mlstm_saved(a, mixer, forward)
-    total += _output_gate(a, mixer, forward)
+    total += _feature_maps(mixed, mixer, forward)
+    total += mlstm_saved(mixed, mixer, forward)
+    total += _output_gate(mixed, mixer, forward)
     if "window" in mixer.branches:
-        total += Saved(forward.compute * a.query_width)  # the window branch's output, a constant
+        # The window branch's output, a constant.
+        total += Saved(forward.compute * mixed.query_width)
     return total
 
 
@@ -204,13 +232,13 @@ def _norms(a: Architecture, forward: Pass) -> Saved:
     return Saved(a.norms * _norm(a, forward, a.hidden))
 
 
-def _linear_inputs(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
+def _linear_inputs(a: Architecture, mixer: MixerConfig, forward: Pass, layer: LayerHeads) -> Saved:
     """Count the inputs of the attention's and the MLP's products.
 
     Without autocast, q, k, v and the gates share one input, and the MLP's gate and up projection
     another. Autocast makes a bf16 copy for each product.
     """
-    gates = 2 if "mlstm" in mixer.branches else 0  # input and forget gate
+    gates = 2 if "mlstm" in mixer.branches and layer.mixed else 0  # input and forget gate
     copies = 3 + gates + 2 if forward.precision == "autocast" else 2
     heads = forward.compute * a.query_width  # the output projection's input
     return Saved(copies * forward.compute * a.hidden + heads)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xlstm_distill.errors import UserError
+from xlstm_distill.models.attention.layout import LayerHeads, layer_kinds
 from xlstm_distill.models.families import Family, family_of
 from xlstm_distill.recipe import MixerConfig, Recipe
+from xlstm_distill.recipe.kept import kept_problems
 
 ARCHITECTURES = "architectures"
 """Folder beside a recipe with the facts of teachers that are not here."""
@@ -162,14 +164,14 @@ def count_parameters(architecture: Architecture, mixer: MixerConfig) -> Paramete
     if a.experts is not None:
         rest += a.experts.layers * mixture
         expert = a.experts.layers * 3 * d * a.experts.width
-    new = _new_parameters(a, mixer)
+    mixed = sum(len(heads.mixed) * count for heads, count in kinds_of_layers(a, mixer))
     table = a.vocabulary * d
     return Parameters(
         embedding=table,
         head=0 if a.tied else table,
         projections=a.layers * attention,
         rest=rest + a.norm_weights * d,
-        new=a.layers * new,
+        new=mixed * _new_parameters(a, mixer),
         layer=attention + norms + max(mlp if a.mlp_layers else 0, mixture),
         layers=a.layers * attention + rest,
         experts=expert * a.experts.count if a.experts else 0,
@@ -193,15 +195,33 @@ def _mixture_parameters(a: Architecture) -> int:
 
 
 def _new_parameters(a: Architecture, mixer: MixerConfig) -> int:
-    """Count what one mixer adds to a layer: feature maps and gates, all of them per query head."""
+    """Count what the mixer adds for a query head: feature maps and gates."""
     if "mlstm" not in mixer.branches:
         return 0
     width = mixer.feature_dim or a.head_dim
-    feature_maps = 2 * a.heads * width * a.head_dim
-    input_and_forget_gate = 2 * a.heads * (a.hidden + 1)
+    feature_maps = 2 * width * a.head_dim
+    input_and_forget_gate = 2 * (a.hidden + 1)
     # The output gate mixes two branches; it reads q, k and v of a head.
-    output_gate = a.heads * (3 * a.head_dim + 1) if "window" in mixer.branches else 0
+    output_gate = 3 * a.head_dim + 1 if "window" in mixer.branches else 0
     return feature_maps + input_and_forget_gate + output_gate
+
+
+def kinds_of_layers(a: Architecture, mixer: MixerConfig) -> list[tuple[LayerHeads, int]]:
+    """Return the student's kinds of layers, by the heads they keep, and how many each has."""
+    return layer_kinds(mixer.kept(a.layers, a.heads), a.heads, a.groups)
+
+
+def check_kept_attention(mixer: MixerConfig, a: Architecture) -> None:
+    """Refuse layers and heads to keep that the teacher has not.
+
+    Raises:
+        UserError: names each.
+    """
+    if mixer.attention is None:
+        return
+    found = kept_problems(mixer.attention, a.heads, a.reaches)
+    if problems := [f"student.mixer.attention.{problem}" for problem in found]:
+        raise UserError(*problems)
 
 
 def lora_parameters(a: Architecture, rank: int) -> int:

@@ -263,6 +263,7 @@ def expert_cost(planner: Planner, name: str) -> StageCost:
         online=inputs.online,
     )
     again = flops.recomputed_flops(a, mixer, context) if inputs.checkpointing else 0.0
+    again += flops.kept_flops(a, mixer, context)
     cost = StageCost(
         "distill",
         name=name,

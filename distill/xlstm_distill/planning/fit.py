@@ -177,6 +177,8 @@ def _memory_settings(stage: StageMemory) -> list[list[Change]]:
     if not inputs.checkpointing:
         key = f"{stage.stage}.activation_checkpointing"
         kinds.insert(0, [_change(key, True, checkpointing=True)])
+    if stage.stage == "refine":
+        kinds.append(_fewer_samples(inputs))
     if stage.stage in SHARDED:
         if inputs.gpus > 1:
             # Nothing samples under DeepSpeed.
@@ -222,6 +224,15 @@ def _fewer_rows(stage: StageMemory, key: str) -> list[Change]:
     for rows in range(stage.inputs.rows - 1, 0, -1):
         if stage.batch % rows == 0:
             changes.append(_change(key, rows, rows=rows, accumulates=True))
+    return changes
+
+
+def _fewer_samples(inputs: MemoryInputs) -> list[Change]:
+    """Halve the rows that are decoded at once; each token then reads the weights more often."""
+    changes, rows = [], inputs.sampled // 2
+    while rows:
+        changes.append(_change("refine.sample_batch", rows, sampled=rows))
+        rows //= 2
     return changes
 
 
@@ -272,4 +283,13 @@ def _spread(inputs: MemoryInputs, *, gpus: int, batch: int) -> MemoryInputs:
     share = batch // gpus
     rows = min(inputs.rows, share)
     sharding: Sharding = "fsdp2" if inputs.sharding == "none" else inputs.sharding
-    return replace(inputs, gpus=gpus, rows=rows, accumulates=share > rows, sharding=sharding)
+    # Of what is sampled, too, a GPU has its share at most.
+    sampled = min(inputs.sampled, share)
+    return replace(
+        inputs,
+        gpus=gpus,
+        rows=rows,
+        accumulates=share > rows,
+        sharding=sharding,
+        sampled=sampled,
+    )

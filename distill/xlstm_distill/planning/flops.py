@@ -29,13 +29,16 @@ class MixerShape:
     """The hybrid mixer's sizes; 0 for a branch that it does not have.
 
     `window` and `sinks` are the attention's, in keys. `features` is the width of the linear map of
-    queries and keys; the feature map makes `expansion` features of each (hedgehog: 2).
+    queries and keys; the feature map makes `expansion` features of each (hedgehog: 2). `kept`: the
+    share of all layers' heads that keep full attention, and `whole` that of layers that keep all.
     """
 
     window: int
     sinks: int
     features: int
     expansion: int = 1
+    kept: float = 0.0
+    whole: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def token_flops(
         new, mixing = 0.0, attention_flops(a, context)
     else:
         new, mixing = _hybrid_flops(a, context, mixer)
+        mixing += mixer.kept * attention_flops(a, context)
     return TokenFlops(
         projections=a.layers * 4 * a.hidden * a.head_dim * (a.heads + a.groups),
         mlp=_mlp_flops(a),
@@ -132,7 +136,10 @@ def mlstm_flops(heads: int, key_dim: int, value_dim: int, chunk: int = MLSTM_CHU
 
 
 def _hybrid_flops(a: Architecture, context: int, mixer: MixerShape) -> tuple[float, float]:
-    """Count a token's mixer in one layer: maps and gates, and the two branches."""
+    """Count a token's mixer in one layer: maps and gates, and the two branches.
+
+    The mean over layers, where heads keep full attention.
+    """
     new = mixing = 0.0
     if mixer.features:
         feature_maps = 4 * a.heads * a.head_dim * mixer.features  # of queries and keys
@@ -143,7 +150,8 @@ def _hybrid_flops(a: Architecture, context: int, mixer: MixerShape) -> tuple[flo
         mixing += attention_flops(a, context, mixer.window, mixer.sinks)
     if mixer.features and mixer.window:
         new += 6 * a.heads * a.head_dim  # the output gate reads q, k and v
-    return new, mixing
+    mixed = 1 - mixer.kept
+    return mixed * new, mixed * mixing
 
 
 def _capped_sum(count: int, cap: int) -> int:
@@ -169,11 +177,14 @@ def student_flops(a: Architecture, mixer: MixerConfig, context: int) -> TokenFlo
 def mixer_shape(a: Architecture, mixer: MixerConfig) -> MixerShape:
     """Return the sizes of the mixer's branches, 0 for one that it does not have."""
     window, mlstm = "window" in mixer.branches, "mlstm" in mixer.branches
+    kept = mixer.kept(a.layers, a.heads)
     return MixerShape(
         window=mixer.window if window else 0,
         sinks=mixer.sinks if window else 0,
         features=(mixer.feature_dim or a.head_dim) if mlstm else 0,
         expansion=2 if mixer.feature_map == "hedgehog" else 1,
+        kept=sum(map(len, kept)) / (a.layers * a.heads),
+        whole=sum(len(heads) == a.heads for heads in kept) / a.layers,
     )
 
 
@@ -208,6 +219,14 @@ def recomputed_flops(a: Architecture, mixer: MixerConfig, context: int) -> float
     return student_flops(a, mixer, context).forward(supervised=0)
 
 
+def kept_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
+    """Count the kept attention's forward pass, which its backward pass does once more.
+
+    `models.attention.full`: a mask of documents is made block by block, and again.
+    """
+    return mixer_shape(a, mixer).kept * a.layers * attention_flops(a, context)
+
+
 def align_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
     """Count a token of stage I: the teacher's layers forward, the mixers forward and backward.
 
@@ -216,22 +235,25 @@ def align_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
     """
     student = student_flops(a, mixer, context)
     teacher = teacher_flops(a, context).forward(supervised=0)
-    mlstm = student.mixing - _window_flops(a, mixer, context)
+    kept = kept_flops(a, mixer, context)
+    mlstm = student.mixing - kept - _window_flops(a, mixer, context)
     return teacher + align_recomputed_flops(a, mixer, context) + student.new + 2 * mlstm
 
 
 def align_recomputed_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
     """Count what activation checkpointing adds to stage I: the mixers' forward pass once more.
 
-    The output projection is not computed in stage I.
+    The output projection is not computed in stage I, and of what is kept nothing is.
     """
     student = student_flops(a, mixer, context)
     # Of the four projections, whose widths are H, G, G and H heads, all but the output's.
     inputs = student.projections * (a.heads + 2 * a.groups) / (2 * (a.heads + a.groups))
-    return inputs + student.new + student.mixing
+    inputs *= 1 - mixer_shape(a, mixer).whole
+    return inputs + student.new + student.mixing - kept_flops(a, mixer, context)
 
 
 def _window_flops(a: Architecture, mixer: MixerConfig, context: int) -> float:
     if "window" not in mixer.branches:
         return 0.0
-    return a.layers * attention_flops(a, context, mixer.window, mixer.sinks)
+    mixed = 1 - mixer_shape(a, mixer).kept
+    return mixed * a.layers * attention_flops(a, context, mixer.window, mixer.sinks)

@@ -48,6 +48,8 @@ class MemoryInputs:
     device: Literal["cpu", "cuda"] = "cuda"
     node: int = 8
     """GPUs of a node: HSDP shards over them."""
+    sampled: int = 0
+    """On-policy refinement: rows that a GPU decodes at once."""
     waits: bool = False
     """FSDP2: whether gradients wait, whole, for the last pass of a step."""
 

@@ -22,11 +22,13 @@ from xlstm_distill.planning.activations import (
     mixer_checkpoint_saved,
     mixer_excess,
     mixer_saved,
+    mixers_saved,
     outside_layers,
 )
 from xlstm_distill.planning.architecture import (
     Architecture,
     features,
+    kinds_of_layers,
 )
 from xlstm_distill.planning.inputs import DTYPE_BYTES, MemoryInputs
 from xlstm_distill.planning.states import ADAM, held_states
@@ -46,6 +48,8 @@ PROMPT_TOKENS = 4096
 """Tokens of an evaluation's prompt, with its examples. Chosen; long documents need more."""
 ANSWER_TOKENS = 2048
 """Tokens of an answer, where a task keeps its own number. Chosen."""
+ROOM = 4
+"""A row of kept keys has room for a fourth of its tokens more (`models.cache`)."""
 CONTINUATION_TOKENS = 128
 """Tokens of a continuation that is scored. Chosen."""
 LORA_MODULES = 7
@@ -119,14 +123,15 @@ def distill_memory(inputs: MemoryInputs) -> Memory:
     return max(moments, key=lambda memory: memory.allocated)
 
 
-def refine_memory(inputs: MemoryInputs, sampled: int, prompt: int, context: int) -> Memory:
-    """Predict the memory of on-policy refinement; `sampled` prompts are continued at once.
+def refine_memory(inputs: MemoryInputs, prompt: int, context: int) -> Memory:
+    """Predict the memory of on-policy refinement, where `inputs.sampled` prompts go on at once.
 
     It samples, and then trains as stage II does beside an online teacher. A student that computes
     in another format than it trains in, or is cut over GPUs, samples with a whole copy. Validation
     reads rows of `context` tokens, at least one at a time: far more than a sample has.
     """
     a, size = inputs.architecture, 2 if inputs.precision != "fp32" else 4
+    sampled = inputs.sampled
     copied = inputs.precision != "fp32" or inputs.sharding in ("fsdp2", "hsdp")
     copy = float(size * inputs.student_numbers) if copied else 0.0
     training = distill_memory(inputs)
@@ -140,7 +145,7 @@ def refine_memory(inputs: MemoryInputs, sampled: int, prompt: int, context: int)
         activations=_without_gradients(a, reading),
         # Probabilities, their sums and what these are compared with, in float64.
         loss=3.0 * 8 * sampled * a.vocabulary,
-        cache=sampled * student_cache(a, inputs.mixer, size),
+        cache=sampled * _row_cache(a, inputs.mixer, inputs.tokens, size),
     )
     whole = replace(inputs, rows=max(1, inputs.pass_tokens // context), tokens=context)
     validating = replace(
@@ -213,11 +218,13 @@ def align_memory(inputs: MemoryInputs) -> Memory:
     new, forward = inputs.parameters.new, inputs.teacher_pass
     mixer = mixer_saved(inputs.architecture, inputs.mixer, forward).bytes(forward)
     excess = mixer_excess(inputs.architecture, inputs.mixer, forward)
-    kept, again = mixer, 0.0
+    saved = mixers_saved(inputs.architecture, inputs.mixer, forward)
     if inputs.checkpointing:
         kept = mixer_checkpoint_saved(inputs.architecture, inputs.mixer, forward).bytes(forward)
-        again = mixer  # the layer that is computed again
-    saved = inputs.architecture.layers * kept + again
+        # Layers that keep all their attention are not aligned.
+        kinds = kinds_of_layers(inputs.architecture, inputs.mixer)
+        aligned = sum(layers for heads, layers in kinds if heads.mixed)
+        saved = aligned * kept + mixer  # the layer that is computed again
     # The new parameters train in fp32; the student's other weights are the teacher's own tensors.
     return Memory(
         weights=4.0 * new,
@@ -249,7 +256,7 @@ def evaluation_memory(inputs: MemoryInputs, student: bool) -> Memory:
     p, a = inputs.parameters, inputs.architecture
     size = DTYPE_BYTES[inputs.teacher_dtype]
     if student:
-        parameters, row_cache = p.student, student_cache(a, inputs.mixer, size)
+        parameters, row_cache = p.student, _row_cache(a, inputs.mixer, inputs.tokens, size)
     else:
         parameters, row_cache = p.teacher, teacher_cache(a, inputs.tokens, size)
     logits = size * inputs.rows * CONTINUATION_TOKENS * a.vocabulary
@@ -266,17 +273,31 @@ def evaluation_memory(inputs: MemoryInputs, student: bool) -> Memory:
 def student_cache(a: Architecture, mixer: MixerConfig, size: int) -> float:
     """Count the bytes of a row's decoding state in all layers (`models.cache`).
 
-    They do not grow with the tokens it has seen. `size`: bytes of a number of keys and values.
+    They do not grow with the tokens it has seen; `kept_bytes_per_token` counts what does. `size`:
+    bytes of a number of keys and values.
     """
-    ring = state = 0
-    if "window" in mixer.branches:
-        slots = mixer.window + mixer.sinks
-        keys_and_values = 2 * a.key_width * slots * size
-        ring = keys_and_values
-    if "mlstm" in mixer.branches:
-        # Per head, in fp32: S (F x D), z (F) and the stabiliser m.
-        state = a.heads * (features(mixer, a) * (a.head_dim + 1) + 1) * 4
-    return float(a.layers * (ring + state) + 8)  # how long the row is, for all layers
+    total = 8  # how long the row is, for all layers
+    for heads, layers in kinds_of_layers(a, mixer):
+        if "window" in mixer.branches:
+            slots = mixer.window + mixer.sinks
+            total += layers * 2 * heads.mixed_keys * a.head_dim * slots * size
+        if "mlstm" in mixer.branches:
+            # Per head, in fp32: S (F x D), z (F) and the stabiliser m.
+            state = len(heads.mixed) * (features(mixer, a) * (a.head_dim + 1) + 1) * 4
+            total += layers * state
+    return float(total)
+
+
+def kept_bytes_per_token(a: Architecture, mixer: MixerConfig, size: int) -> int:
+    """Count the bytes that each token adds to a row's cache, where heads keep full attention."""
+    keys = sum(heads.kept_keys * layers for heads, layers in kinds_of_layers(a, mixer))
+    return 2 * keys * a.head_dim * size
+
+
+def _row_cache(a: Architecture, mixer: MixerConfig, tokens: int, size: int) -> float:
+    """Count a row's cache after so many tokens, with the room that kept keys have."""
+    kept = (1 + 1 / ROOM) * tokens * kept_bytes_per_token(a, mixer, size)
+    return student_cache(a, mixer, size) + kept
 
 
 def teacher_cache(a: Architecture, tokens: int, size: int) -> float:

@@ -12,7 +12,12 @@ from typing import Any
 
 from xlstm_distill.artifacts import Run
 from xlstm_distill.errors import UserError
-from xlstm_distill.planning.architecture import Architecture, Parameters, find_architecture
+from xlstm_distill.planning.architecture import (
+    Architecture,
+    Parameters,
+    check_kept_attention,
+    find_architecture,
+)
 from xlstm_distill.planning.costs import (
     Planner,
     StageCost,
@@ -23,8 +28,9 @@ from xlstm_distill.planning.costs import (
     expert_cost,
 )
 from xlstm_distill.planning.fit import MOST_GPUS, Value
-from xlstm_distill.planning.inputs import Sharding
+from xlstm_distill.planning.inputs import DTYPE_BYTES, Sharding
 from xlstm_distill.planning.machine import GPUS, Machine
+from xlstm_distill.planning.memory import kept_bytes_per_token, student_cache
 from xlstm_distill.planning.merging import merge_costs
 from xlstm_distill.planning.refining import refine_cost
 from xlstm_distill.recipe import Recipe
@@ -55,6 +61,12 @@ class CostPlan:
     measured: bool
     """Whether a run has measured them."""
     stages: tuple[StageCost, ...]
+    state_bytes: int = 0
+    """What the student's decoding holds for a sequence of any length."""
+    bytes_per_token: int = 0
+    """What each token adds to that, where heads keep full attention."""
+    teacher_bytes_per_token: int = 0
+    """What each token adds to the teacher's cache, where its layers have no window."""
     changes: Mapping[str, Value] | None = None
     """Settings with which every stage fits: empty where all do, None where none were found."""
     smallest: tuple[tuple[int, str], ...] = ()
@@ -81,9 +93,11 @@ def plan_recipe(
     `config` is the teacher's config.json. `run` is a run whose stored targets give their size.
 
     Raises:
-        UserError: the teacher's architecture is not known here, or the run cannot be read.
+        UserError: the teacher's architecture is not known here, it has no such layers or heads to
+            keep, or the run cannot be read.
     """
     architecture = find_architecture(recipe, folder, config)
+    check_kept_attention(recipe.student.mixer, architecture)
     measured = measured_target_bytes(run, recipe) if run else {}
     plan = make_plan(recipe, architecture, machine, measured)
     changes = changes_that_fit(recipe, architecture, machine, measured)
@@ -117,6 +131,7 @@ def make_plan(
         stages += [refine_cost(planner, name) for name in refined]
     stages += merge_costs(planner)
     stages += [evaluation_cost(planner, student=student) for student in (False, True)]
+    mixer, size = recipe.student.mixer, DTYPE_BYTES[recipe.teacher.dtype]
     return CostPlan(
         recipe=recipe.name,
         teacher=recipe.teacher.path,
@@ -135,6 +150,12 @@ def make_plan(
         target_bytes=target_bytes,
         measured=bool(measured),
         stages=tuple(stages),
+        state_bytes=int(student_cache(architecture, mixer, size)),
+        bytes_per_token=kept_bytes_per_token(architecture, mixer, size),
+        teacher_bytes_per_token=2
+        * size
+        * architecture.key_width
+        * architecture.reaches.count(None),
     )
 
 

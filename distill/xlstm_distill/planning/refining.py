@@ -18,7 +18,7 @@ from xlstm_distill.planning.costs import (
 from xlstm_distill.planning.fit import Problem, StageMemory, Way, what_fits
 from xlstm_distill.planning.inputs import DTYPE_BYTES
 from xlstm_distill.planning.machine import SAMPLING, Machine
-from xlstm_distill.planning.memory import refine_memory, student_cache
+from xlstm_distill.planning.memory import kept_bytes_per_token, refine_memory, student_cache
 from xlstm_distill.recipe import Refine
 from xlstm_distill.recipe.refining import MOST_SAMPLED
 
@@ -34,19 +34,18 @@ def refine_cost(planner: Planner, name: str) -> StageCost:
     assert section is not None
     machine, a, mixer = planner.machine, planner.architecture, recipe.student.mixer
     share = max(1, section.batch // machine.gpus)
-    sampled = section.sample_batch or min(MOST_SAMPLED, share)
+    # A GPU has no more prompts than its share of a step.
+    sampled = min(section.sample_batch or MOST_SAMPLED, share)
     inputs = replace(
         planner.training_inputs(section),
         tokens=section.row_tokens,
         online=True,
         shard_teacher=section.shard_teacher,
         top_k=section.top_k,
+        sampled=sampled,
     )
     measure = functools.partial(
-        refine_memory,
-        sampled=sampled,
-        prompt=section.prompt_tokens,
-        context=recipe.data.context,
+        refine_memory, prompt=section.prompt_tokens, context=recipe.data.context
     )
     memory = planner.reducing(StageMemory("refine", measure, inputs, section.batch))
     steps, tokens = section.steps(), section.steps() * section.batch * section.row_tokens
@@ -59,6 +58,7 @@ def refine_cost(planner: Planner, name: str) -> StageCost:
         online=True,
     )
     again = flops.recomputed_flops(a, mixer, section.row_tokens) if inputs.checkpointing else 0.0
+    again += flops.kept_flops(a, mixer, section.row_tokens)
     # Prompts are read at the speed of computing, and give no loss.
     prompts = (1 - section.off_policy) * section.prompt_tokens / section.row_tokens
     student = flops.student_flops(a, mixer, section.prompt_tokens)
@@ -90,8 +90,12 @@ def _sampling_seconds(planner: Planner, section: Refine, share: int, sampled: in
     if bandwidth is None:
         return None
     size = DTYPE_BYTES[planner.recipe.teacher.dtype]
-    state = student_cache(planner.architecture, planner.recipe.student.mixer, size)
-    read = size * planner.parameters.student + 2 * min(sampled, share) * state
+    a, mixer = planner.architecture, planner.recipe.student.mixer
+    state = student_cache(a, mixer, size)
+    # Kept keys are read alone, on average as many as halfway through the answer.
+    tokens = section.prompt_tokens + section.new_tokens / 2
+    kept = tokens * kept_bytes_per_token(a, mixer, size)
+    read = size * planner.parameters.student + sampled * (2 * state + kept)
     passes = math.ceil((1 - section.off_policy) * share / sampled)
     return passes * section.new_tokens * read / (SAMPLING * bandwidth)
 

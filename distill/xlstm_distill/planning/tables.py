@@ -49,6 +49,11 @@ def to_json(plan: CostPlan) -> dict[str, Any]:
         "parameters": asdict(parameters) | totals,
         "machine": asdict(plan.machine),
         "target_bytes_per_token": {"measured": plan.measured, **plan.target_bytes},
+        "decoding": {
+            "state_bytes": plan.state_bytes,
+            "bytes_per_token": plan.bytes_per_token,
+            "teacher_bytes_per_token": plan.teacher_bytes_per_token,
+        },
         "stages": [_stage_json(stage) for stage in plan.stages],
         "total": _totals(plan),
         "fits": not any(stage.fit and not stage.fit.fits for stage in plan.stages),
@@ -105,6 +110,11 @@ def _heading(plan: CostPlan) -> Iterator[str]:
     active = f", {short(p.active)} of them active for a token" if p.inactive else ""
     yield f"teacher {plan.teacher}: {short(p.teacher)} parameters{active}"
     yield f"student: {short(p.student)} parameters, {short(p.new)} of them new"
+    if plan.bytes_per_token:
+        yield (
+            f"decoding holds {_bytes(plan.state_bytes)} for a sequence and, for kept attention, "
+            f"{plan.bytes_per_token:,} bytes a token (teacher: {plan.teacher_bytes_per_token:,})"
+        )
 
 
 def _stage_rows(plan: CostPlan) -> tuple[list[str], Rows]:

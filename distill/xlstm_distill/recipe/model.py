@@ -17,6 +17,7 @@ from xlstm_distill.recipe.fields import (
     Section,
     Text,
 )
+from xlstm_distill.recipe.kept import KeptAttention
 
 
 class Teacher(Section):
@@ -39,7 +40,7 @@ class Teacher(Section):
 
 
 class MixerConfig(Section):
-    """The mixer that replaces every attention layer (paper, Eq. 11)."""
+    """The mixer that replaces the teacher's attention (paper, Eq. 11)."""
 
     # W = 512 and 4 sinks in the paper's trainings.
     window: Count = Field(
@@ -78,6 +79,11 @@ class MixerConfig(Section):
         min_length=1,
         description="Branches of the mixer. The paper's mixer has both; one alone is an ablation.",
     )
+    attention: KeptAttention | None = Field(
+        default=None,
+        description="Layers and heads that keep the teacher's full attention, whose keys and values"
+        " then grow with the text; null means none.",
+    )
 
     def broken_rules(self) -> Iterator[FieldError]:
         """Yield an error if a branch is named twice."""
@@ -85,6 +91,10 @@ class MixerConfig(Section):
             yield FieldError(
                 "branches", f"{list(self.branches)} names a branch twice; name each once."
             )
+
+    def kept(self, layers: int, heads: int) -> list[tuple[int, ...]]:
+        """Return which of H query heads each of L layers keeps; mostly none."""
+        return [()] * layers if self.attention is None else self.attention.of(layers, heads)
 
 
 class Student(Section):

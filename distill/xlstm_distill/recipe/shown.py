@@ -39,6 +39,8 @@ def shown_values(recipe: Recipe) -> dict[str, Any]:
     if recipe.refine is None:
         # As in recipes of before there was such a section: their reports stay what they are.
         del values["refine"]
+    if recipe.student.mixer.attention is None:
+        del values["student"]["mixer"]["attention"]
     places = list(_local_paths(values))
     names = short_names(section[key] for section, key in places)
     for section, key in places:

@@ -48,7 +48,8 @@ class Spoken:
     """What was generated, and what it took.
 
     prompt_tokens: read now, without those that the cache held. prompt_seconds: until the first new
-    token; seconds: after it. state_bytes: what the cache holds, however long the text is.
+    token; seconds: after it. state_bytes: what the cache holds; bytes_per_token: by how much each
+    further token makes it larger, which kept attention alone does.
     """
 
     text: str
@@ -58,6 +59,7 @@ class Spoken:
     new_tokens: int
     seconds: float
     state_bytes: int
+    bytes_per_token: int = 0
     interrupted: bool = False
 
     def line(self) -> str:
@@ -68,7 +70,10 @@ class Spoken:
             parts.append(f"{self.new_tokens} new ones at {rate:,.0f} tokens/s")
         else:
             parts.append(f"{self.new_tokens} new ones")
-        parts.append(f"state {byte_size(self.state_bytes)}, whatever the length")
+        grows = "whatever the length"
+        if self.bytes_per_token:
+            grows = f"{self.bytes_per_token:,} bytes more for each token"
+        parts.append(f"state {byte_size(self.state_bytes)}, {grows}")
         return "; ".join(parts)
 
     def values(self) -> dict[str, Any]:
@@ -169,6 +174,7 @@ class Speaker:
             new_tokens=len(streamer.ids),
             seconds=streamer.last - streamer.first,
             state_bytes=self.cache.nbytes(),
+            bytes_per_token=self.cache.bytes_per_token(),
             interrupted=interrupted,
         )
         if interrupted:

@@ -14,6 +14,8 @@ from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.models.teacher import download_teacher, load_teacher
 from xlstm_distill.planning.flops import align_flops
+from xlstm_distill.planning.inputs import DTYPE_BYTES
+from xlstm_distill.planning.memory import kept_bytes_per_token
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.stages.kernels import choose_kernels
 from xlstm_distill.stages.lineage import Lineage
@@ -21,6 +23,7 @@ from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import (
     architecture_of,
     keep_training,
+    kept_line,
     open_domains,
     save_model,
 )
@@ -57,6 +60,11 @@ def _align(
     download_teacher(recipe.teacher)
     teacher = load_teacher(recipe.teacher, accelerator.device)
     student = convert(teacher, recipe.student.mixer, share_weights=True)
+    if kept := kept_line(student):
+        number = DTYPE_BYTES[recipe.teacher.dtype]
+        grows = kept_bytes_per_token(architecture_of(teacher), recipe.student.mixer, number)
+        console.line(f"align: {kept} ({grows:,} bytes a token); nothing is aligned there")
+        draft.results["kept_attention"] = f"{kept}: {grows:,} bytes of cache for each token"
     if not any(student.new_parameters()):
         # An ablation: the window branch alone has nothing to learn here.
         branches = list(recipe.student.mixer.branches)

@@ -42,7 +42,7 @@ from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.answering.processes import processes_for, side_by_side
 from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate
 from xlstm_eval.loading import LoadedSuite, load_suite
-from xlstm_eval.records import EvalError
+from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.report.speed import SPEED_FILE
 from xlstm_eval.results import ITEMS_FILE, write_items, write_samples
 from xlstm_eval.suites import Suite
@@ -108,13 +108,13 @@ def evaluate(
     ]
 
 
-def scores(model: CausalLM, lineage: Lineage) -> dict[str, float]:
-    """Score a model that is no artifact on the recipe's tasks, in this process; nothing is kept."""
+def ask(model: CausalLM, lineage: Lineage) -> tuple[TaskResult, ...]:
+    """Ask a model that is no artifact the recipe's tasks, in this process; nothing is kept."""
     batch = lineage.recipe.evaluate.batch
     session = Session(batch_size=None if batch == "auto" else batch)
     suite, seed = suite_of(lineage.recipe), lineage.recipe.seed
     result = evaluate_model(model.eval(), lineage.tokenizer, suite, session, seed=seed)
-    return {task.task: task.score for task in result.tasks}
+    return result.tasks
 
 
 class AllRanks:
@@ -276,10 +276,10 @@ def _time_decoding(model: CausalLM, recipe: Recipe, draft: Draft, device: torch.
 
 def mean_gates(
     model: CausalLM, domains: dict[str, DomainRows], device: torch.device
-) -> list[list[float]]:
+) -> list[list[float | None]]:
     """Mean output gate of every layer and head over held-out rows: layers x heads.
 
-    Empty where there are no gates.
+    None for heads that keep full attention. Empty where there are no gates.
     """
     rows: list[Row] = []
     for name, held in domains.items():

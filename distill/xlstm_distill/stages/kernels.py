@@ -140,7 +140,7 @@ def _operators(mixer: HybridMixer, decodes: bool) -> list[tuple[str, dict[str, i
         found.append(("mlstm", memory))
     if mixer.has_window:
         found.append(("sliding_window_attention", width))
-    if decodes:
+    if decodes and found:
         found.append(
             ("hybrid_step", width | memory) if mixer.has_window else ("mlstm_step", memory)
         )
@@ -155,6 +155,8 @@ def _objection(student: CausalLM, device: torch.device, *, asked_for: bool) -> s
     if device.type != "cuda" and not asked_for:
         return "needs CUDA"
     for mixer in student.mixers():
+        if not mixer.kept.mixed:
+            continue
         objection = dispatch.triton_lacks(mixer.kernel_dims, mixer.sinks)
         if objection is None and asked_for:
             probe = (torch.empty(0, device=device),)

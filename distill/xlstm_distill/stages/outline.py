@@ -129,7 +129,7 @@ class Outline:
                 return {
                     "align": part(recipe.align, *NOT_IN_FINGERPRINT),
                     "method": ALIGN_METHOD,
-                    "mixer": part(recipe.student.mixer),
+                    "mixer": mixer_part(recipe),
                     "seed": recipe.seed,
                 }
             case "distill":
@@ -308,6 +308,12 @@ class Outline:
 def part(model: Any, *exclude: str) -> dict[str, Any]:
     """A part of the recipe as JSON, for manifests and fingerprints."""
     return model.model_dump(mode="json", exclude=set(exclude) or None)
+
+
+def mixer_part(recipe: Recipe) -> dict[str, Any]:
+    """The mixer's settings, as in recipes of before there was kept attention where none is kept."""
+    mixer = recipe.student.mixer
+    return part(mixer, *(("attention",) if mixer.attention is None else ()))
 
 
 def _without_files(source: Mapping[str, Any]) -> dict[str, Any]:

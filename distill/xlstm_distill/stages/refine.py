@@ -19,7 +19,7 @@ from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.data.schedule import RowSchedule
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
-from xlstm_distill.models.loading import empty_student, load_shards
+from xlstm_distill.models.loading import allocate, empty_student
 from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.models.teacher import download_teacher, load_teacher
 from xlstm_distill.planning.flops import distill_flops
@@ -184,7 +184,8 @@ def _sampler(work: Work, student: CausalLM, accelerator: Accelerator) -> Sampler
     copy = empty_student(folder, torch.bfloat16 if bf16 else torch.float32)
     if recipe.distill.trainable == "lora":
         add_lora(copy, recipe.distill.lora_rank, recipe.distill.lora_alpha)
-    load_shards(copy, folder, accelerator.device)
+    # Not read from the files: the sampler writes all weights before each use.
+    allocate(copy, accelerator.device, folder)
     copy.to(accelerator.device).requires_grad_(False)
     for mixer, own in zip(copy.mixers(), student.mixers(), strict=True):
         mixer.backend = own.backend

@@ -108,7 +108,7 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         models=tuple(
             ReportModel(
                 name=name,
-                role=_role(recipe, name),
+                role=role_of(recipe, name),
                 results=results[name],
                 domains=_domains(recipe, name),
             )
@@ -121,14 +121,15 @@ def report_data(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> 
         gates=_gates(students),
         losses=_losses(recipe, sources),
         timings=_timings(sources),
-        provenance=_provenance(recipe, run, evaluated),
+        provenance=_provenance(recipe, run, evaluated) | _kept_attention(sources),
         recipe=shown_recipe(recipe),
         alphas=recipe.report.alphas,
         margin=recipe.report.margin,
     )
 
 
-def _role(recipe: Recipe, model: str) -> str:
+def role_of(recipe: Recipe, model: str) -> str:
+    """Return what a student is: merged, variant (a further merge) or expert."""
     if model == MERGED:
         return "merged"
     return "variant" if model in recipe.merge.variants else "expert"
@@ -137,7 +138,7 @@ def _role(recipe: Recipe, model: str) -> str:
 def _domains(recipe: Recipe, model: str) -> tuple[str, ...]:
     """Domains that an expert was trained on; none for a merge."""
     expert = recipe.distill.experts.get(model)
-    phases = expert.phases if expert and _role(recipe, model) == "expert" else ()
+    phases = expert.phases if expert and role_of(recipe, model) == "expert" else ()
     return tuple(dict.fromkeys(domain for phase in phases for domain in phase.domains))
 
 
@@ -277,6 +278,12 @@ def _shown_protocol(protocol: Mapping[str, Any]) -> dict[str, str]:
     """The protocol of all models in lines; each task's settings are in the recipe."""
     settings = flat({key: value for key, value in protocol.items() if key != "tasks"})
     return {f"evaluation: {key}": str(value) for key, value in settings.items()}
+
+
+def _kept_attention(sources: Mapping[str, Artifact]) -> dict[str, str]:
+    """What the students keep of the teacher's attention, and its cost, where they keep any."""
+    results = sources["align"].manifest["results"] if "align" in sources else {}
+    return {"kept attention": results["kept_attention"]} if "kept_attention" in results else {}
 
 
 def _provenance(recipe: Recipe, run: Run, evaluated: Mapping[str, Artifact]) -> dict[str, str]:

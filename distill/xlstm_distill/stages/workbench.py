@@ -21,7 +21,12 @@ from xlstm_distill.data.rows import DomainRows
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.loading import WeightFiles, empty_student, load_shards
-from xlstm_distill.planning.architecture import Architecture, read_architecture
+from xlstm_distill.models.teacher import teacher_config
+from xlstm_distill.planning.architecture import (
+    Architecture,
+    check_kept_attention,
+    read_architecture,
+)
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console, Progress
 from xlstm_distill.runtime.device import host_memory
@@ -47,6 +52,29 @@ def architecture_of(model: CausalLM) -> Architecture:
     config = model.config.to_dict()
     config["model_type"] = config["model_type"].removeprefix("xlstm_")
     return read_architecture(config, "config")
+
+
+def kept_line(student: CausalLM) -> str:
+    """Say what a student keeps of the teacher's full attention; nothing where it keeps none."""
+    whole = [m.layer_idx for m in student.mixers() if not m.kept.mixed]
+    parts = [f"layers {', '.join(map(str, whole))}"] if whole else []
+    for mixer in student.mixers():
+        if mixer.kept.kept and mixer.kept.mixed:
+            heads = ", ".join(map(str, mixer.kept.kept))
+            parts.append(f"heads {heads} of layer {mixer.layer_idx}")
+    return f"the student keeps full attention in {'; '.join(parts)}" if parts else ""
+
+
+def check_kept(recipe: Recipe) -> None:
+    """Refuse layers and heads to keep that the teacher has not, before any work.
+
+    Raises:
+        UserError: it has no such layers or heads, or the teacher cannot be found.
+    """
+    if recipe.student.mixer.attention is None:
+        return
+    config = teacher_config(recipe.teacher).to_dict()
+    check_kept_attention(recipe.student.mixer, read_architecture(config, recipe.teacher.path))
 
 
 def keep_training(draft: Draft, work: Path, plan: TrainingPlan, result: TrainingResult) -> None:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from xlstm_distill.data.rows import Batch, DomainRows, Row, load_batch
 from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.plain import LossWeights, alignment_error
+from xlstm_distill.models.attention.heads import take
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.loading import load_shards
 from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
@@ -109,7 +110,8 @@ class AlignObjective(Objective):
     """Stage I: every mixer regresses its teacher layer's heads (paper, Eq. 12).
 
     Each mixer gets the hidden states that reach the layer in the *teacher*. So layers do not depend
-    on each other, and one forward of the teacher serves all. Only the new parameters train.
+    on each other, and one forward of the teacher serves all. Only the new parameters train. Layers
+    and heads that keep the teacher's attention are left out.
     """
 
     shown = "relative_error"
@@ -118,7 +120,8 @@ class AlignObjective(Objective):
         super().__init__()
         teacher.requires_grad_(False)
         student.requires_grad_(False)
-        self.mixers = nn.ModuleList(student.mixers())
+        self.mixers = nn.ModuleList(mixer for mixer in student.mixers() if mixer.kept.mixed)
+        self.layer_numbers = [mixer.layer_idx for mixer in student.mixers() if mixer.kept.mixed]
         for _, parameter in student.new_parameters():
             parameter.requires_grad_(True)
         for mixer in student.mixers():
@@ -127,13 +130,13 @@ class AlignObjective(Objective):
                 # full speed, and a large constant costs the gates' last bits in bf16.
                 mixer.input_gate.bias.requires_grad_(False)
         # In a list it is no submodule: the teacher is neither wrapped nor saved.
-        self.observer = [TeacherObserver(teacher)]
+        self.observer = [TeacherObserver(teacher, self.layer_numbers)]
         self.checkpointing = False
         # By the gate's name in the student. No buffers: the student itself has no such scale.
         self.value_scales = {
             f"{name}.output_gate": _value_scale(mixer)
             for name, mixer in student.named_modules()
-            if isinstance(mixer, HybridMixer)
+            if isinstance(mixer, HybridMixer) and mixer.kept.mixed
         }
 
     def count(self, batch: Batch) -> int:
@@ -162,8 +165,10 @@ class AlignObjective(Objective):
             norms.append(norm)
         total = torch.stack(errors).sum()
         # By layer: a layer with small values is a small part of the sum, however wrong it is.
-        parts = {f"{ERROR}/{n}": error.detach() for n, error in enumerate(errors)}
-        parts |= {f"{POWER}/{n}": norm for n, norm in enumerate(norms)}
+        layers = zip(self.layer_numbers, errors, norms, strict=True)
+        parts = {}
+        for n, error, norm in layers:
+            parts |= {f"{ERROR}/{n}": error.detach(), f"{POWER}/{n}": norm}
         return Sums(total, parts)
 
     def folded(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,11 +188,10 @@ class AlignObjective(Objective):
         Over all layers; and of the layers' own, their mean and the largest. A squared error alone
         says nothing: its scale is that of the teacher's values.
         """
-        layers = range(len(self.mixers))
         if not means:  # of no rows
             return means
-        errors = [means[f"{ERROR}/{n}"] for n in layers]
-        powers = [means[f"{POWER}/{n}"] for n in layers]
+        errors = [means[f"{ERROR}/{n}"] for n in self.layer_numbers]
+        powers = [means[f"{POWER}/{n}"] for n in self.layer_numbers]
         figures = {name: value for name, value in means.items() if "/" not in name}
         figures |= {ERROR: sum(errors), POWER: sum(powers)}
         # 0 means that all heads give zeros; a share of nothing is left out.
@@ -233,8 +237,17 @@ def _compare(
         layer.position_embeddings,
         segment_ids=batch.segment_ids,
         value_scale=value_scale,
+        mixed_only=True,
     )
-    return alignment_error(mixed, layer.heads, batch.real)
+    return alignment_error(mixed, _of_mixer(mixer, layer.heads), batch.real)
+
+
+def _of_mixer(mixer: HybridMixer, heads: Tensor) -> Tensor:
+    """Take a teacher's heads (B, T, H * D) that are not kept, (B, T, M * D)."""
+    if not mixer.kept.kept:
+        return heads
+    split = heads.unflatten(-1, (mixer.heads, mixer.head_dim))
+    return take(split.transpose(1, 2), mixer.kept.queries).transpose(1, 2).flatten(2)
 
 
 @dataclass
@@ -249,11 +262,13 @@ class LayerView:
 class TeacherObserver:
     """Runs the teacher's body and records each attention's input and its heads.
 
-    The heads are what the output projection gets.
+    The heads are what the output projection gets. layers: which layers; None means all.
     """
 
-    def __init__(self, teacher: CausalLM) -> None:
+    def __init__(self, teacher: CausalLM, layers: Sequence[int] | None = None) -> None:
         self.teacher = teacher.eval()
+        body = list(self.teacher.model.layers)
+        self.layers = body if layers is None else [body[n] for n in layers]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> list[LayerView]:
@@ -268,7 +283,7 @@ class TeacherObserver:
             heads.append(args[0])
 
         handles = []
-        for layer in self.teacher.model.layers:
+        for layer in self.layers:
             attention = layer.self_attn
             handles += [
                 attention.register_forward_pre_hook(record_input, with_kwargs=True),

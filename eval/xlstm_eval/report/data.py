@@ -53,7 +53,8 @@ class Curve(Frozen):
 class ReportData(Frozen):
     """Hold all that a report shows.
 
-    ``gates`` maps a model's name to its mean output gates, layers x heads. ``losses`` maps a stage
+    ``gates`` maps a model's name to its mean output gates, layers x heads (null: the head keeps
+    full attention). ``losses`` maps a stage
     ("align", "distill/math") to its named curves, ``timings`` to its seconds. ``items`` are the
     headline's answers beside its teacher's; ``no_items`` says why some are not there. ``speed`` and
     ``long_context`` map a model's name (the teacher's is "teacher") to what was measured.
@@ -66,7 +67,7 @@ class ReportData(Frozen):
     teacher: Name
     teacher_results: Annotated[tuple[TaskResult, ...], Field(min_length=1)]
     models: Annotated[tuple[ReportModel, ...], Field(min_length=1)]
-    gates: dict[str, tuple[tuple[Finite, ...], ...]] | None = None
+    gates: dict[str, tuple[tuple[Finite | None, ...], ...]] | None = None
     losses: dict[str, dict[str, Curve]] = Field(default_factory=dict)
     timings: dict[str, Finite] = Field(default_factory=dict)
     items: ItemSet | None = None

@@ -124,7 +124,7 @@ class ReportValues(Frozen):
     merging: MergingValues | None
     speed: dict[str, Speed]
     long_context: dict[str, LongContext]
-    gates: dict[str, tuple[tuple[float, ...], ...]] | None
+    gates: dict[str, tuple[tuple[float | None, ...], ...]] | None
     timings: ByTask
     provenance: dict[str, str]
 

@@ -18,7 +18,7 @@ from xlstm_kernels.toolchain import numbers, triton_version
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig
 
 CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
-BLOCKS = (16, 32, 64, 128)
+BLOCKS, QUERIES = (16, 32, 64, 128), (16, 32, 64)
 MOST_SPILLS = 64  # bytes a thread; what spills more has never been the fastest of its kind
 # Up to 3.7, Triton overwrites operands in registers too early where a loop is pipelined (triton
 # 9433, 9514, 9530). These kernels have such products in a loop.
@@ -45,18 +45,25 @@ def stages(pipelines_registers: bool) -> tuple[int, ...]:
     return STAGES if sound or not pipelines_registers else (1,)
 
 
+def mlstm_space(dim: int) -> dict[str, list[Any]]:
+    """List what the tuner tries for each field of an MLSTMConfig, at a head dim."""
+    tiles = sorted({min(tile, dim) for tile in TILES})
+    space: dict[str, list[Any]] = {"chunk": list(CHUNKS)}
+    for name in KERNELS:
+        depths = stages(name in FED_FROM_REGISTERS)
+        launches = itertools.product(tiles, tiles, WARPS, depths)
+        space[name] = list(itertools.starmap(Launch, launches))
+    return space
+
+
 def mlstm_rounds(dim: int) -> Iterator[Round]:
     """Yield the rounds of the mLSTM: the chunk, then the launch of one kernel after the other."""
-    tiles = sorted({min(tile, dim) for tile in TILES})
 
     def vary(name: str, values: Sequence[Any]) -> Callable[[MLSTMConfig], list[MLSTMConfig]]:
         return lambda best: [best._replace(**{name: value}) for value in values]
 
-    yield vary("chunk", CHUNKS), ()
-    for name, kernel in KERNELS.items():
-        depth = stages(name in FED_FROM_REGISTERS)
-        product = itertools.product(tiles, tiles, WARPS, depth)
-        yield vary(name, list(itertools.starmap(Launch, product))), (kernel,)
+    for name, values in mlstm_space(dim).items():
+        yield vary(name, values), (KERNELS[name],) if name in KERNELS else ()
 
 
 def window_rounds() -> Iterator[Round]:
@@ -72,7 +79,11 @@ def window_rounds() -> Iterator[Round]:
         ("query_grad_kernel", "key_value_grad_kernel"),
     )
     yield (
-        lambda best: [best._replace(key_grad_warps=warps) for warps in WARPS],
+        lambda best: [
+            best._replace(key_grad_warps=warps, key_grad_queries=queries)
+            for warps, queries in itertools.product(WARPS, QUERIES)
+            if queries <= best.block
+        ],
         ("key_value_grad_kernel",),
     )
 
@@ -84,7 +95,7 @@ def objection(
 
     Compiles the operator's launches without a device; kernels: those to look at, all if empty.
     """
-    from xlstm_kernels.triton import resources
+    from xlstm_kernels.benchmarks import resources
 
     launch = resources.launch_mlstm if operator == "mlstm" else resources.launch_window
     try:

@@ -15,12 +15,25 @@ from xlstm_kernels.state import MLSTMState, Ring, RingSlots
 
 
 def mlstm_step_in_place(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MLSTMState
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Update `state` by one token and read it: the four lines of docs/math.md.
 
     Shapes as in `xlstm_kernels.mlstm_step`, which checks the arguments. Returns h in v's dtype.
     """
+    if index is not None:
+        # torch's operators take no rows by index, so the rows of this step are copied out and back.
+        rows = MLSTMState(*(x.index_select(0, index) for x in state))
+        h = mlstm_step_in_place(q, k, v, i, f, rows)
+        for held, new in zip(state, rows, strict=True):
+            held.index_copy_(0, index, new)
+        return h
     C, n, m = state
     (B, H, Dk, Dv), G = C.shape, v.shape[1]
     given = v.dtype
@@ -43,7 +56,13 @@ def mlstm_step_in_place(
 
 
 def window_step_in_place(
-    q: Tensor, k: Tensor, v: Tensor, ring: Ring, slots: RingSlots, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: Ring,
+    slots: RingSlots,
+    scale: float,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Store one token in `ring` and attend to what it sees.
 
@@ -51,17 +70,22 @@ def window_step_in_place(
     and stays as it is. Returns (B, H, Dv) in v's dtype.
     """
     (B, H, D), (G, Dv) = q.shape, v.shape[1:]
-    index = slots.places[:, None, :, None]
+    places = slots.places[:, None, :, None]
     for held, new in ((ring.keys, k), (ring.values, v)):
         new = new if new.dtype == held.dtype else new.to(held.dtype)
         shape = (B, G, 2, new.shape[2])
         new = new.unsqueeze(2).expand(shape)
-        if B == 1:  # the same in less than half the time
+        if index is not None:
+            held[index[:, None], :, slots.places] = new.transpose(1, 2)
+        elif B == 1:  # the same in less than half the time
             held.index_copy_(2, slots.places[0], new)
         else:
-            held.scatter_(2, index.expand(shape), new)
+            held.scatter_(2, places.expand(shape), new)
+    keys, values = ring.keys, ring.values
+    if index is not None:
+        keys, values = keys.index_select(0, index), values.index_select(0, index)
     # The heads of a group are rows of one query: each key is read once for all of them.
-    rows, keys, values, bias = q.reshape(B, G, H // G, D), ring.keys, ring.values, slots.bias
+    rows, bias = q.reshape(B, G, H // G, D), slots.bias
     if keys.dtype != q.dtype:
         keys, values = keys.to(q.dtype), values.to(q.dtype)
     if bias.dtype != q.dtype:
@@ -84,14 +108,15 @@ def hybrid_step_in_place(
     slots: RingSlots,
     *,
     scale: float,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Update `state` and `ring` by one token and read both.
 
     Shapes as in `xlstm_kernels.hybrid_step`, which checks the arguments. `ring.lengths` stays as it
     is. Both branches are rounded to v's dtype before they are mixed, as in a sequence.
     """
-    attended = window_step_in_place(q, k, v, ring, slots, scale)
-    recalled = mlstm_step_in_place(phi_q, phi_k, v, i, f, state)
+    attended = window_step_in_place(q, k, v, ring, slots, scale, index)
+    recalled = mlstm_step_in_place(phi_q, phi_k, v, i, f, state, index)
     gate = gate if gate.dtype == v.dtype else gate.to(v.dtype)
     return torch.lerp(attended, recalled, gate.unsqueeze(-1))
 

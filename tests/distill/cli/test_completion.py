@@ -58,7 +58,7 @@ def folder(small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("xlstm-distill run small.yaml --set align.l", "align.lr="),
         ("xlstm-distill run small.yaml --set student.mixer.w", "student.mixer.window="),
         ("xlstm-distill recipes ", "copy"),
-        ("xlstm-distill recipes copy qui", "quickstart quickstart-paper"),
+        ("xlstm-distill recipes copy qui", "quickstart quickstart-merges quickstart-paper"),
     ],
 )
 def test_a_tab_completes(folder: Path, line: str, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,11 +14,11 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from processes import process_environment
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.errors import UserError
-from xlstm_distill.export.directory import export, upload
+from xlstm_distill.export.directory import describe, export, upload
 from xlstm_distill.export.source import find_student
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.student import CODE_FILE
@@ -102,6 +103,67 @@ def test_the_card_says_what_it_is(saved_student: Path, tmp_path: Path) -> None:
     assert f"| state of one sequence, of any length | {byte_size(cache.nbytes())} |" in card
     assert "trust_remote_code=True" in card
     assert "xlstm-distill 1.2.3" in card
+
+
+def own_class(folder: Path) -> type:
+    """Import an exported student's modeling file, and return its class of the language model."""
+    (path,) = folder.glob("modeling_*.py")
+    name = f"exported_{folder.parent.name}".replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.XlstmLlamaForCausalLM
+
+
+def test_an_exported_student_that_keeps_attention_equals_itself(
+    make_teacher, tmp_path: Path
+) -> None:
+    kept = {"layers": [1], "heads": {0: [0], 2: [1, 3]}}
+    teacher = make_teacher(num_hidden_layers=3)
+    student = convert(teacher, MixerConfig(window=6, sinks=2, attention=kept)).eval()
+    student.save_pretrained(tmp_path / "saved")
+    out = tmp_path / "out"
+    made = export(find_student(tmp_path / "saved"), out, QuietConsole(), version="1.2.3")
+    loaded = own_class(out).from_pretrained(out)
+    assert type(loaded).__module__ != type(student).__module__
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")  # by the package
+    loss = [model(IDS).logits.logsumexp(-1).sum() for model in (student, loaded, again)]
+    for one in loss:
+        one.backward()
+    gradients = dict(student.named_parameters())
+    for model in (loaded, again):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.grad, gradients[name].grad), name
+        tokens = model.generate(IDS, max_new_tokens=9, do_sample=False, eos_token_id=None)
+        expected = student.generate(IDS, max_new_tokens=9, do_sample=False, eos_token_id=None)
+        assert torch.equal(tokens, expected)
+    with torch.no_grad():
+        cache = student(IDS[:1], use_cache=True).past_key_values
+    # Two keys and values in layer 1, one in layer 0, two in layer 2; fp32, D = 16.
+    assert made.bytes_per_token == cache.bytes_per_token() == 5 * 2 * 16 * 4
+    assert made.state_bytes == cache.nbytes() - 20 * made.bytes_per_token
+    card = (out / "README.md").read_text()
+    assert "Layers 1; heads 0 of layer 0; heads 1, 3 of layer 2 (from 0) keep" in card
+    assert "| state of one sequence, and 640 bytes for each token |" in card
+    assert "and 640 bytes for each token." in describe(made)[0]
+
+
+def test_a_pipeline_takes_an_exported_student(saved_student: Path, tmp_path: Path) -> None:
+    out = exported(saved_student, tmp_path / "out")
+    student = AutoModelForCausalLM.from_pretrained(saved_student)
+    tokenizer = AutoTokenizer.from_pretrained(saved_student)
+    prompts = ["What is 3 + 4?", "a"]
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    alone = own_class(out).from_pretrained(out)
+    for given in (
+        {"model": str(out), "trust_remote_code": True},
+        {"model": alone, "tokenizer": AutoTokenizer.from_pretrained(out)},
+    ):
+        generate = pipeline("text-generation", **given)
+        for prompt, (answer,) in zip(prompts, generate(prompts, **options), strict=True):
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            row = student.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+            assert answer["generated_text"] == tokenizer.decode(row, skip_special_tokens=True)
 
 
 def test_nothing_is_written_over(saved_student: Path, tmp_path: Path) -> None:

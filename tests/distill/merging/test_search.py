@@ -20,13 +20,28 @@ def test_weights_sum_to_one_in_whole_steps(variables):
     assert math.fsum(weights) == pytest.approx(1, abs=1e-12)
 
 
+def best(*scores):
+    return scores.index(best_of([Trial(((1.0,),), score) for score in scores]).score)
+
+
 def test_the_worst_task_counts_first():
-    scores = [Score(0.2, -1.0), Score(0.1, -0.5), Score(0.1, -0.6)]
-    trials = [Trial(((float(n),),), score) for n, score in enumerate(scores)]
-    assert best_of(trials).weights == ((2.0,),)
-    assert sorted(scores, key=lambda score: score.number) == sorted(scores)
-    # A single item of 1,000 weighs more than any recovery.
-    assert Score(0.001, 0.0).number > Score(0.0, 0.0).number > Score(0.0, -2.0).number
+    assert best(Score(0.2, -1.0), Score(0.1, -0.5), Score(0.1, -0.6)) == 2
+
+
+def test_a_difference_within_the_noise_of_the_worst_task_does_not_count():
+    """One more right answer of 50 on the hardest task, against a tenth of all the others."""
+    uniform, lucky, bad = (
+        Score(1.0, -0.57, 0.053),
+        Score(0.947, -0.47, 0.053),
+        Score(1.0, -0.4, 0.053),
+    )
+    assert best(uniform, lucky, bad) == 0
+    # Of 5,000 items, the same difference is no luck.
+    assert best(Score(1.0, -0.57, 0.005), Score(0.947, -0.47, 0.005)) == 1
+
+
+def test_of_equally_good_merges_the_first_is_the_best():
+    assert best(Score(0.3, -0.5), Score(0.3, -0.5)) == 0
 
 
 def test_a_search_nears_the_best_weights_and_repeats_itself():

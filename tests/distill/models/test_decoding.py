@@ -10,9 +10,11 @@ from torch import nn
 
 from xlstm_distill import MixerConfig, convert, load_cache, save_cache
 from xlstm_distill.errors import UserError
+from xlstm_distill.models.cache import Arrival
 from xlstm_distill.models.decoding.step import fold_gates, turns_halves
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.gates import GateMeter
+from xlstm_kernels import MLSTMState
 from xlstm_kernels.testing import error_ratio
 
 PROMPT = torch.arange(3, 25).view(2, 11)
@@ -108,6 +110,36 @@ def test_bf16_steps_mix_as_sequences_do(student):
     step = model(TOKEN, past_key_values=prefilled(model)).logits[:, 0]
     exact = copy.deepcopy(model).float()(row, use_cache=False).logits[:, -1].double()
     assert error_ratio(step, exact) < 1.5 * error_ratio(whole, exact)
+
+
+@torch.no_grad()
+def test_rows_of_a_pool_decode_as_a_cache_of_their_own_and_where_they_lie(student):
+    """As a server of many requests decodes: the first row begins a document."""
+    model, pools = student(), []
+    alone, pooled = prefilled(model), prefilled(model)
+    rows, begins = torch.tensor([3, 1]), torch.tensor([[1], [0]])
+    for layer in pooled.layers:
+        held = []
+        for x in layer.tensors():
+            pool = torch.randn(5, *x.shape[1:])
+            pool[rows] = x
+            held.append(pool)
+        layer.keys, layer.values = held[:2]
+        layer.state, layer.rows = MLSTMState(*held[2:]), rows
+        pools.append([(pool, pool.clone()) for pool in held])
+    for cache in (alone, pooled):
+        cache.arrival = Arrival(1, 11, cache.lengths.clone(), begins)
+        for mixer, layer in zip(model.mixers(), cache.layers, strict=True):
+            layer.restart_state(cache.arrival.begins)
+            layer.mixed = mixer.mix(
+                torch.ones(2, 1, 64), (torch.ones(1, 1, 16), torch.zeros(1, 1, 16)), cache
+            )
+    for mine, theirs, held in zip(pooled.layers, alone.layers, pools, strict=True):
+        assert torch.equal(mine.mixed, theirs.mixed)
+        for (pool, before), x in zip(held, theirs.tensors(), strict=True):
+            assert torch.equal(pool[rows], x)
+            assert not torch.equal(pool[rows], before[rows])
+            assert torch.equal(pool[[0, 2, 4]], before[[0, 2, 4]])
 
 
 @torch.no_grad()

@@ -79,3 +79,18 @@ def test_adapters_on_all_linear_layers_start_as_the_student_and_train(tokens, ti
     assert not torch.equal(changed, expected)
     changed.sum().backward()
     assert gate.lora_A["default"].weight.grad.abs().sum() > 0
+
+
+def test_heads_that_keep_full_attention_have_no_gate(tiny_teacher):
+    attention = {"layers": [1], "heads": {2: [0, 3]}}
+    teacher = tiny_teacher(num_hidden_layers=3)
+    student = convert(teacher, MixerConfig(window=6, attention=attention)).eval()
+    with torch.no_grad(), GateMeter(student) as meter:
+        meter.expect(torch.ones(1, 9, dtype=torch.bool))
+        student(torch.arange(3, 12)[None])
+    first, second, third = meter.means()
+    gate = round(torch.tensor(-2.0).sigmoid().item(), 6)
+    assert first == pytest.approx([gate] * 4)
+    assert second == [None] * 4
+    assert [third[0], third[3]] == [None, None]
+    assert third[1:3] == pytest.approx([gate] * 2)

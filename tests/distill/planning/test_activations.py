@@ -16,6 +16,7 @@ from xlstm_distill.planning.activations import (
     Pass,
     layer_excess,
     layer_saved,
+    layers_saved,
     mixer_saved,
     outside_layers,
     window_work,
@@ -80,6 +81,23 @@ def test_saved_activations_of_stage_two(
     )
     outside = 2 * measured[0] - measured[1]
     assert outside_layers(a, forward).bytes(forward) == pytest.approx(outside, rel=SAVED_ERROR)
+
+
+@pytest.mark.parametrize("attention", [{"layers": [1]}, {"heads": {1: [1]}}], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_saved_activations_where_attention_is_kept(
+    tiny_teacher: Make, small_batch: Any, precision: Any, attention: dict[str, Any]
+) -> None:
+    teacher = tiny_teacher()
+    mixer = MixerConfig(window=40, sinks=4, attention=attention)
+    student = convert(teacher.bfloat16() if precision == "bf16" else teacher, mixer).train()
+    batch = small_batch(ROWS, TOKENS)
+    inputs = {"input_ids": batch.input_ids, "segment_ids": batch.segment_ids, "use_cache": False}
+    measured = saved_bytes(lambda: student(**inputs), [student])
+    a, forward = architecture_of(teacher), Pass(ROWS, TOKENS, precision, "torch", "cpu")
+    planned = layers_saved(a, mixer, forward) + outside_layers(a, forward).bytes(forward)
+    assert planned == pytest.approx(measured, rel=SAVED_ERROR)
+    assert layers_saved(a, MIXERS["softmax"], forward) > layers_saved(a, mixer, forward)
 
 
 OTHER_MLPS = [

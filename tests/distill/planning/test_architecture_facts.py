@@ -29,6 +29,7 @@ MIXERS = {
     "hedgehog": MixerConfig(window=16, sinks=4, feature_map="hedgehog", feature_dim=24),
     "mlstm": MixerConfig(window=40, branches=("mlstm",)),
     "window": MixerConfig(window=40, branches=("window",)),
+    "kept": MixerConfig(window=40, attention={"layers": [1], "heads": {0: [0, 3]}}),
 }
 Make = Callable[..., CausalLM]
 PUBLISHED = {

@@ -82,6 +82,20 @@ def test_products_with_weights_are_those_that_torch_counts(family, tiny_teacher)
     assert new == counted(student, NEW) + output_gate
 
 
+def test_kept_heads_are_counted_as_the_teachers(facts):
+    a = facts("llama-3.1-8b")
+    mixers = [MixerConfig(), MixerConfig(attention={"every": 2})]
+    mixers.append(MixerConfig(attention={"layers": list(range(a.layers))}))
+    plain, half, whole = (student_flops(a, mixer, 4096) for mixer in mixers)
+    assert whole == teacher_flops(a, 4096)
+    assert half.mixing == pytest.approx((plain.mixing + whole.mixing) / 2)
+    assert half.new == plain.new / 2
+    # Stage I has nothing to do with what is kept but for the teacher's own pass.
+    aligned = [align_flops(a, mixer, 4096) for mixer in mixers]
+    assert aligned[2] == teacher_flops(a, 4096).forward(supervised=0)
+    assert aligned[1] == pytest.approx((aligned[0] + aligned[2]) / 2)
+
+
 @pytest.mark.parametrize(
     ("context", "window", "sinks"), [(1, 4, 2), (10, 4, 2), (10, 4, 9), (10, 20, 3), (64, 1, 0)]
 )

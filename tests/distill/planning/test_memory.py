@@ -25,6 +25,7 @@ from xlstm_distill.planning.memory import (
     CHUNK_BYTES,
     align_memory,
     distill_memory,
+    kept_bytes_per_token,
     student_cache,
     teacher_cache,
 )
@@ -64,6 +65,12 @@ PEAKS = {
         "num_hidden_layers": 4,
     },
     "align-checkpointed": {"align": True, "checkpointing": True, "num_hidden_layers": 6},
+    "distill-kept": {"num_hidden_layers": 3, "attention": {"layers": [1], "heads": {2: [1]}}},
+    "align-kept": {
+        "align": True,
+        "num_hidden_layers": 4,
+        "attention": {"layers": [1, 3]},
+    },
     "align-accumulated": {"align": True, "micro_batches": 2},
 }
 
@@ -74,7 +81,8 @@ def test_peak_memory_of_a_training_step(tiny_teacher: Make, small_batch: Any, ca
     settings: dict[str, Any] = {"rows": ROWS, "tokens": 256, "micro_batches": 1, **PEAKS[case]}
     rows, tokens, passes = (settings.pop(name) for name in ("rows", "tokens", "micro_batches"))
     align, checkpointing = settings.pop("align", False), settings.pop("checkpointing", False)
-    teacher, mixer = tiny_teacher(**settings), MixerConfig(window=32)
+    mixer = MixerConfig(window=32, attention=settings.pop("attention", None))
+    teacher = tiny_teacher(**settings)
     student = convert(teacher, mixer, share_weights=align).train()
     batch = small_batch(rows, tokens)
     targets = SparseTargets.from_logits(torch.randn(rows * tokens, teacher.config.vocab_size), 8)
@@ -158,6 +166,35 @@ def test_decoding_cache_of_a_student_is_counted_exactly(
     with torch.no_grad():
         cache = student(torch.ones(1, 7, dtype=torch.long), use_cache=True).past_key_values
     assert cache.nbytes() == student_cache(architecture_of(teacher), mixer, 4)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [{"layers": [1]}, {"heads": {0: [1]}}, {"heads": {0: [0, 1, 2], 1: [3]}}],
+    ids=str,
+)
+def test_decoding_cache_with_kept_attention_is_counted_exactly(
+    tiny_teacher: Make, attention: dict[str, Any]
+) -> None:
+    teacher = tiny_teacher()
+    mixer = MixerConfig(**{**HEDGEHOG.model_dump(), "attention": attention})
+    student, a = convert(teacher, mixer), architecture_of(teacher)
+    with torch.no_grad():
+        cache = student(torch.ones(1, 7, dtype=torch.long), use_cache=True).past_key_values
+    assert cache.bytes_per_token() == kept_bytes_per_token(a, mixer, 4)
+    assert cache.nbytes() == student_cache(a, mixer, 4) + 7 * kept_bytes_per_token(a, mixer, 4)
+
+
+def test_a_kept_layer_of_llama_8b_costs_4096_bytes_a_token(facts: Facts) -> None:
+    a = facts("llama-3.1-8b")
+    kept = MixerConfig(attention={"layers": [3]})
+    assert kept_bytes_per_token(a, kept, 2) == 8 * 128 * 2 * 2 == 4096
+    # Four query heads read one key/value head.
+    heads = MixerConfig(attention={"heads": {3: [0, 1, 9]}})
+    assert kept_bytes_per_token(a, heads, 2) == 2 * 512
+    # The mixer of the layer is gone: 32 states of 128 x 129 + 1 numbers, and 516 slots.
+    mixer = 32 * (128 * 129 + 1) * 4 + 4096 * 516
+    assert student_cache(a, MixerConfig(), 2) - student_cache(a, kept, 2) == mixer
 
 
 def test_teacher_cache_stops_at_the_window_of_its_layers(facts: Facts) -> None:

@@ -88,6 +88,27 @@ def test_a_refinement_is_planned_with_its_teacher_its_copy_and_the_time_of_decod
     assert any("impossible under DeepSpeed" in problem for problem in refused.problems)
 
 
+def test_samples_that_do_not_fit_are_decoded_in_smaller_batches() -> None:
+    path = ROOT / "recipes" / "llama3.1-8b-instruct.yaml"
+
+    def of_refine(*more: str) -> tuple[list[str], CostPlan]:
+        plan = planned(path, settings=[REFINE, "refine.batch=2048", *more])
+        return [p for p in plan.problems if p.startswith("refine:")], plan
+
+    (problem,), crowded = of_refine("refine.sample_batch=256")
+    # 256 states of 0.14 GB, and the prompts that lead to them, beside 50 GB of weights.
+    assert "it fits with --set refine.sample_batch=128 (75.4 GB)." in problem
+    none, smaller = of_refine("refine.sample_batch=128")
+    assert none == []
+    slow, fast = (
+        next(stage.hours for stage in plan.stages if stage.stage == "refine")
+        for plan in (smaller, crowded)
+    )
+    assert slow > fast  # two passes, each of which reads the weights
+    # No GPU decodes more than its share of a step.
+    assert of_refine("refine.sample_batch=512")[0] == [problem]
+
+
 def test_hours_follow_from_operations_rate_and_utilisation() -> None:
     path = ROOT / "recipes" / "llama3.1-8b.yaml"
     plan = planned(path, mfu=0.5, checkpointing=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ SHIPPED = (
     "olmo3-7b",
     "own-data",
     "quickstart",
+    "quickstart-merges",
     "quickstart-paper",
     "qwen2.5-7b-instruct",
 )
@@ -311,6 +313,19 @@ def test_the_papers_quickstart_differs_in_the_mixer_alone(root: Path) -> None:
     assert ours.model_dump(exclude=different) == papers.model_dump(exclude=different)
 
 
+def test_merges_are_compared_on_the_quickstarts_experts(root: Path) -> None:
+    ours, merges = shipped(root, "quickstart"), shipped(root, "quickstart-merges")
+    for section in ("teacher", "student", "data", "capture", "align", "distill"):
+        assert getattr(ours, section) == getattr(merges, section)
+    assert merges.merge.model_copy(update={"variants": {}}) == ours.merge
+    # The generalist, as the recipe's comment makes it, reads as much as the experts together.
+    text = (root / "recipes" / "quickstart-merges.yaml").read_text()
+    overrides = re.findall(r"--set '([^']+)'", text)
+    path = root / "recipes" / "quickstart-merges.yaml"
+    generalist = load_recipe(path, overrides).distill.experts["generalist"]
+    assert generalist.tokens == sum(own.tokens for own in ours.distill.experts.values())
+
+
 def test_the_recipe_for_one_gpu_keeps_the_papers_mixes_and_losses(root: Path) -> None:
     small, large = shipped(root, "llama3.2-1b-instruct"), shipped(root, "llama3.1-8b-instruct")
     assert small.data.domains == large.data.domains
@@ -388,8 +403,11 @@ def test_recipe_is_immutable(small: Path) -> None:
 
 
 def test_mixer_round_trips_through_json() -> None:
-    mixer = MixerConfig(window=7, branches=("mlstm",))
+    kept = {"every": 4, "offset": 1, "heads": {2: [0, 3]}}
+    mixer = MixerConfig(window=7, branches=("mlstm",), attention=kept)
     assert MixerConfig(**json.loads(mixer.model_dump_json())) == mixer
+    assert mixer.kept(6, 4) == [(), (0, 1, 2, 3), (0, 3), (), (), (0, 1, 2, 3)]
+    assert MixerConfig(attention={"every": 3}).kept(6, 1) == [(), (), (0,), (), (), (0,)]
 
 
 def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> None:
@@ -455,6 +473,19 @@ def test_bad_value_gives_one_line(small: Path, override: str, expected: str) -> 
     ("override", "expected"),
     [
         ("student.mixer.window=64", "student.mixer.window: 64 must be below data.context (64)."),
+        ("student.mixer.attention={layers: [3], every: 4}",
+         "student.mixer.attention.every: 4 stands beside `layers`; give one of the two."),
+        ("student.mixer.attention={offset: 1}", "student.mixer.attention.offset: 1 needs `every`;"),
+        ("student.mixer.attention={every: 4, offset: 4}",
+         "student.mixer.attention.offset: 4 must be below `every` (4)."),
+        ("student.mixer.attention={every: 1}", "student.mixer.attention.every: 1 keeps all layers"),
+        ("student.mixer.attention={}", "student.mixer.attention: keeps nothing; name layers or"),
+        ("student.mixer.attention={layers: [3, 1]}",
+         "student.mixer.attention.layers: [3, 1] must rise, each layer once."),
+        ("student.mixer.attention={heads: {5: []}}",
+         "student.mixer.attention.heads.5: [] must name heads in rising order, each once."),
+        ("student.mixer.attention={every: 4, heads: {3: [1]}}",
+         "student.mixer.attention.heads.3: the layer keeps all its heads already; leave it out"),
         ("align.domains={mth: 1.0}", "align.domains.mth: no such domain. Domains: math, code."),
         ("distill.experts.code.phases=[{domain: mth, tokens: 2048}]",
          "distill.experts.code.phases[0].domains.mth: no such domain. Domains: math, code."),

@@ -37,6 +37,7 @@ def validator() -> Any:
         "llama3.2-1b-instruct",
         "olmo3-7b",
         "quickstart",
+        "quickstart-merges",
         "quickstart-paper",
         "qwen2.5-7b-instruct",
     ],

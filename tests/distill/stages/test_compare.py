@@ -68,6 +68,8 @@ def test_runs_give_their_students_with_costs(tmp_path: Path, recipe: Recipe) -> 
     experts = recipe.distill.experts
     assert first.tokens == recipe.align.tokens + sum(own.tokens for own in experts.values())
     assert trained_tokens(recipe, "math") == recipe.align.tokens + experts["math"].tokens
+    # A further merge has all experts, as the first one has.
+    assert trained_tokens(recipe, "tuned") == first.tokens
     # Per layer: C, n and m of 4 heads in fp32, and keys and values of the window and its sinks.
     assert first.state_bytes is not None
     assert first.state_bytes > 3 * 4 * 4 * 32 * 32

@@ -39,6 +39,31 @@ def test_stage_one_gives_all_new_parameters_of_a_family_a_gradient(family, tiny_
             assert torch.equal(mixer.value_weight, mixer.v_proj.weight)
 
 
+def test_what_is_kept_is_not_aligned(tiny_teacher, domains):
+    teacher = tiny_teacher(num_hidden_layers=3)
+    mixer = MixerConfig(window=8, sinks=2, attention={"layers": [1], "heads": {2: [1, 2]}})
+    student = convert(teacher, mixer, share_weights=True)
+    objective = AlignObjective(student, teacher)
+    batch = load_batch(domains, [("a", 4), ("b", 5)])
+    sums = objective(batch)
+    assert {name for name in sums.parts if name.startswith("squared")} == {
+        "squared_error/0", "squared_error/2",
+    }  # fmt: skip
+    plain = AlignObjective(convert(teacher, MixerConfig(window=8, sinks=2)), teacher)(batch).parts
+    # The power is that of the teacher's other heads alone; layer 0 keeps none.
+    assert torch.equal(sums.parts["teacher_power/0"], plain["teacher_power/0"])
+    seen = TeacherObserver(teacher)(batch)[2].heads[batch.real].unflatten(-1, (4, 16))
+    power = seen[:, [0, 3]].double().square().sum()
+    assert float(sums.parts["teacher_power/2"]) == pytest.approx(float(power), rel=1e-5)
+    sums.loss.backward()
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
+    figures = objective.figures({"loss": 1.0} | {k: float(v) for k, v in sums.parts.items()})
+    assert 0 < figures["relative_error"] < 1
+
+
 def test_the_student_computes_what_was_aligned(tiny_teacher, domains):
     """Its output gates read values as they are, and not values of RMS 1."""
     teacher = tiny_teacher()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from xlstm_distill.data.rows import IGNORE_INDEX
 from xlstm_distill.data.tokenization import Tokens
 from xlstm_distill.losses.plain import tail_kl
 from xlstm_distill.losses.sparse import SparseTargets
+from xlstm_distill.models.loading import allocate, empty_student
 from xlstm_distill.recipe import Refine, Training
 from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.training.on_policy.objective import RefineObjective
@@ -86,7 +86,7 @@ def student(tiny_teacher: Callable[..., torch.nn.Module]) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def test_samples_are_those_of_one_prompt_alone_without_a_cache(student):
+def test_samples_are_those_of_one_prompt_alone_without_a_cache(student, tmp_path):
     """A reference without cache, padding or batch draws the same tokens."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(7, 97, length) for length in (3, 10, 6, 1)]
@@ -106,8 +106,12 @@ def test_samples_are_those_of_one_prompt_alone_without_a_cache(student):
     assert Sampler(student, sample_settings(**settings))(prompts, numbers) == expected
     assert Sampler(student, sample_settings(3, **settings))(prompts, numbers) == expected
     assert student.training
-    # A copy gets the weights as they are now.
-    whole = copy.deepcopy(student)
+    # A copy gets the weights as they are now: it needs none of its own.
+    student.save_pretrained(tmp_path)
+    whole = empty_student(tmp_path, torch.float32)
+    allocate(whole, torch.device("cpu"), tmp_path)
+    for parameter in whole.parameters():
+        parameter.fill_(torch.nan)
     for parameter in student.parameters():
         parameter.add_(0.01)
     moved = Sampler(student, sample_settings())(prompts, numbers)

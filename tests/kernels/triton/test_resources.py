@@ -1,7 +1,7 @@
 """Every kernel compiles for sm_80 and sm_90 within its recorded resources; needs no GPU.
 
-`limits.json` holds what `python -m xlstm_kernels.triton.resources --json` printed, and with which
-Triton. One target is in the quick suite, the others take a minute each on a slow machine.
+`limits.json` holds what `python -m xlstm_kernels.benchmarks.resources --json` printed, and with
+which Triton. One target is in the quick suite, the others take a minute each on a slow machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Table = dict[str, list[int]]
 def compile_for(arch: int, *options: str) -> Table:
     """Compile in a process of its own: this one interprets kernels instead."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "xlstm_kernels.triton.resources", "--json"]
+    command = [sys.executable, "-m", "xlstm_kernels.benchmarks.resources", "--json"]
     command += ["--archs", str(arch), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

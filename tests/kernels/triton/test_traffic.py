@@ -1,4 +1,4 @@
-"""Bytes that the kernels load and store, and launches, counted in the interpreter.
+"""Bytes that the kernels load and store, launches and programs, counted in the interpreter.
 
 Each program's loads and stores count once each, whatever the caches save. `limits.json` holds the
 counts: a change that moves more fails.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xlstm_kernels import mlstm, sliding_window_attention
+from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, sliding_window_attention
 from xlstm_kernels.testing import random_inputs
 
 pytest.importorskip("triton")
@@ -24,6 +25,7 @@ from xlstm_kernels.triton import (
     common,
     mlstm_backward,
     mlstm_forward,
+    step_kernels,
     window_kernels,
     window_sinks,
 )
@@ -33,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 LIMITS = json.loads((Path(__file__).parent / "limits.json").read_text())["traffic"]
 HEADS, GROUPS, TOKENS, DIM = 4, 1, 128, 128
-MODULES = (common, mlstm_forward, mlstm_backward, window_kernels, window_sinks)
+MODULES = (common, mlstm_forward, mlstm_backward, step_kernels, window_kernels, window_sinks)
 
 
 class Counter:
@@ -42,6 +44,7 @@ class Counter:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes: dict[str, int] = collections.Counter()
         self.launches: list[str] = []
+        self.programs = 0
         self.running = ""
         builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
         for name in ("create_masked_load", "create_masked_store"):
@@ -60,8 +63,8 @@ class Counter:
 
         return count
 
-    def per_token_and_head(self) -> dict[str, float]:
-        return {name: total / (HEADS * TOKENS) for name, total in self.bytes.items()}
+    def per_token_and_head(self, tokens: int) -> dict[str, float]:
+        return {name: total / (HEADS * tokens) for name, total in self.bytes.items()}
 
 
 class Named:
@@ -73,6 +76,7 @@ class Named:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         self.counter.running = self.name
         self.counter.launches.append(self.name)
+        self.counter.programs += math.prod(grid)
         return self.kernel[grid]
 
 
@@ -98,8 +102,26 @@ def test_bytes_and_launches_stay_within_the_recorded_limits(
 ) -> None:
     counter, limits = Counter(monkeypatch), LIMITS[operator]
     run(operator)
-    found = counter.per_token_and_head()
+    found = counter.per_token_and_head(TOKENS)
     assert found.keys() == limits["bytes"].keys(), found
     over = {name: size for name, size in found.items() if size > limits["bytes"][name]}
     assert not over
     assert len(counter.launches) == limits["launches"]
+
+
+def test_a_decoding_step_reads_each_ring_once_by_many_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One row, one group of four heads; window 512 and 4 sinks, all slots filled."""
+    counter, limits = Counter(monkeypatch), LIMITS["hybrid_step"]
+    x = random_inputs(1, HEADS, 1, DIM, DIM, GROUPS)
+    phi_q, phi_k, v, i, f = (t.detach()[:, :, 0] for t in x.values())
+    q, v = phi_q.bfloat16(), v.bfloat16()
+    state = MLSTMState.zeros(1, HEADS, DIM, DIM)
+    ring = Ring.empty(1, GROUPS, DIM, DIM, window=512, sinks=4, dtype=torch.bfloat16)
+    ring.lengths.fill_(1000)
+    hybrid_step(q, v, v, q, phi_k.bfloat16(), i, f, i, state, ring, sinks=4, backend="triton")
+    assert counter.launches == ["hybrid_step_kernel"]
+    assert ring.lengths.tolist() == [1001]
+    assert counter.per_token_and_head(1)["hybrid_step_kernel"] <= limits["bytes"]
+    assert counter.programs >= limits["programs"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xlstm_distill.artifacts.files import written_whole
 from xlstm_distill.errors import UserError
-from xlstm_distill.models.cache import MixerCacheLayer, StudentCache
+from xlstm_distill.models.cache import AllKeys, MixerCacheLayer, StudentCache
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.segments import RowEnds
 from xlstm_kernels import MLSTMState
@@ -37,8 +37,10 @@ def save_cache(student: CausalLM, cache: StudentCache, path: Path | str) -> None
     tensors = {"lengths": cache.lengths}
     ends = zip(RowEnds._fields, cache.ends, strict=True)
     tensors |= {f"ends.{name}": x for name, x in ends if x is not None}
-    for n, layer in enumerate(_layers(cache)):
+    for n, layer in enumerate(cache.mixer_layers()):
         found = {"keys": layer.keys, "values": layer.values}
+        if layer.full is not None:
+            found |= {f"full_{name}": x for name, x in layer.all_keys()._asdict().items()}
         if layer.state is not None:
             found |= layer.state._asdict()
         tensors |= {f"layers.{n}.{name}": x for name, x in found.items() if x is not None}
@@ -82,14 +84,10 @@ def load_cache(student: CausalLM, path: Path | str) -> StudentCache:
         if f"ends.{name}" in tensors:
             ends[name] = tensors[f"ends.{name}"].to(first)
     cache.ends = RowEnds(**ends)
-    for n, (layer, mixer) in enumerate(zip(_layers(cache), student.mixers(), strict=True)):
+    for n, (layer, mixer) in enumerate(zip(cache.mixer_layers(), student.mixers(), strict=True)):
         _fill(layer, tensors, f"layers.{n}.", next(mixer.parameters()).device)
         layer.seen = int(metadata["seen"])
     return cache
-
-
-def _layers(cache: StudentCache) -> list[MixerCacheLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, MixerCacheLayer)]
 
 
 def _fill(
@@ -105,6 +103,8 @@ def _fill(
         layer.keys, layer.values = found["keys"], found["values"]
     if "C" in found:
         layer.state = MLSTMState(found["C"], found["n"], found["m"])
+    if "full_keys" in found:
+        layer.full = AllKeys(found["full_keys"], found["full_values"])
     layer.is_initialized = True
 
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from xlstm_distill.models.attention.heads import take
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer
 
 CHUNK_CPU, CHUNK_GPU = 2048, 8192
@@ -71,6 +72,10 @@ def take_in(
     if mixer.rotates:
         k, _ = mixer.apply_rotary(k, k[:, :1], *position_embeddings)
     k = k.to(v.dtype)
+    heads = mixer.kept
+    if heads.kept:
+        layer.extend(take(k, heads.full_keys), take(v, heads.full_keys))
+    k, v = take(k, heads.keys), take(v, heads.keys)
     if mixer.has_mlstm:
         features = mixer.feature_map_k(k)
         # Whatever the queries are, the state is the same.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlstm_distill.models.attention.heads import joined, take
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer
 from xlstm_distill.models.families import Rotary
 from xlstm_distill.models.gates import ScalarGate
@@ -77,7 +78,7 @@ def _folded_output_gate(mixer: Any, sources: list[Any]) -> tuple[Tensor, Tensor]
     gate, exact = mixer.output_gate, state_dtype(mixer.output_gate.weight)
     heads, _, dim = gate.weight.shape
     parts = gate.weight.to(exact).unbind(1)  # of q, k and v, (H, D) each
-    widths = mixer.widths
+    widths, read = mixer.widths, (mixer.kept.queries, mixer.kept.keys, mixer.kept.keys)
     weights = torch.cat([source.weight for source in sources]).to(exact).split(widths)
     biases = [
         torch.zeros(len(s.weight), device=gate.weight.device) if s.bias is None else s.bias
@@ -85,13 +86,15 @@ def _folded_output_gate(mixer: Any, sources: list[Any]) -> tuple[Tensor, Tensor]
     ]
     bias = gate.bias.to(exact)
     total = weights[0].new_zeros(heads, weights[0].shape[1])
-    for part, weight, offset in zip(
-        parts, weights, torch.cat(biases).to(exact).split(widths), strict=True
-    ):
-        groups = weight.shape[0] // dim
+    offsets = torch.cat(biases).to(exact).split(widths)
+    for part, weight, offset, runs in zip(parts, weights, offsets, read, strict=True):
+        # Of the heads that the mixer reads.
+        weight = take(weight.view(1, -1, dim, weight.shape[1]), runs)[0]
+        offset = take(offset.view(1, -1, dim), runs)[0]
+        groups = len(weight)
         per_group = part.view(groups, heads // groups, dim)
-        total += (per_group @ weight.view(groups, dim, -1)).flatten(0, 1)
-        bias = bias + (per_group @ offset.view(groups, dim, 1)).flatten()
+        total += (per_group @ weight).flatten(0, 1)
+        bias = bias + (per_group @ offset[..., None]).flatten()
     return total, bias
 
 
@@ -110,7 +113,7 @@ def decode_token(
     gate: Any = None
     if mixer.has_mlstm:
         # The output gate reads q and k before RoPE.
-        i, f, gate = _gates(mixer, layer, x, q, k, v)
+        i, f, gate = _gates(mixer, layer, x, *mixer.of_mixer(q, k, v))
     # Without the bookkeeping of autograd, which is a part of what each small operator takes.
     given = (mixer, (q, k, v), (i, f, gate), position_embeddings, arrival, layer)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -140,7 +143,15 @@ def _step(
     memory: Any = None
     if mixer.rotates:
         q, k = _rotate(mixer, q, k, position_embeddings, arrival)
+    full = None
+    if mixer.kept.kept:
+        full = mixer.keep(q, k, v, layer, arrival, None).squeeze(2)
+        if not mixer.kept.mixed:
+            return full
+        q, k, v = mixer.of_mixer(q, k, v)
     settings = {"check": not layer.checked, "backend": mixer.backend}
+    if layer.rows is not None:
+        settings["index"] = layer.rows
     if mixer.has_mlstm:
         phi_q, phi_k = mixer.feature_map_q(q).squeeze(2), mixer.feature_map_k(k).squeeze(2)
         memory = layer.state_for(phi_k, v, state_dtype(phi_q, v))
@@ -160,7 +171,7 @@ def _step(
             h = window_step(q, k, v, ring, **settings)
         else:
             h = hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, memory, ring, **settings)
-    return h
+    return joined(mixer.kept, full, h)
 
 
 def _rotate(
@@ -235,7 +246,7 @@ def _gates(
         i, f = mixer.input_gate(x).squeeze(1).float(), mixer.forget_gate(x).squeeze(1).float()
     else:
         x = x if x.dtype == folded.weight.dtype else x.to(folded.weight.dtype)
-        made = F.linear(x, folded.weight, folded.bias).view(len(x), -1, mixer.heads)
+        made = F.linear(x, folded.weight, folded.bias).view(len(x), -1, len(mixer.kept.mixed))
         i, f, *rest = (made if made.dtype == torch.float32 else made.float()).unbind(1)
         # Someone who listens to the gate (`GateMeter`) must hear it.
         if rest and not mixer.output_gate._forward_hooks:

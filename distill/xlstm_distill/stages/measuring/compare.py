@@ -13,12 +13,12 @@ from xlstm_distill.artifacts.run import RECIPE_FILE
 from xlstm_distill.errors import UserError
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.inputs import DTYPE_BYTES
-from xlstm_distill.planning.memory import student_cache
+from xlstm_distill.planning.memory import kept_bytes_per_token, student_cache
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.recipe.shown import teacher_name
 from xlstm_distill.stages.lineage import Lineage
-from xlstm_distill.stages.outline import MERGED, TEACHER
-from xlstm_distill.stages.report import check_measured_alike, read_results
+from xlstm_distill.stages.outline import TEACHER
+from xlstm_distill.stages.report import check_measured_alike, read_results, role_of
 from xlstm_distill.stages.status.comparison import saved_lineage
 from xlstm_eval.metrics import ALPHAS, compare, pair_results
 from xlstm_eval.records import EvalError
@@ -47,7 +47,7 @@ def _entries_of(directory: Path, run: str, margin: float | None) -> Iterator[Ent
     if lineage is None:
         raise UserError(f"{directory}: no {RECIPE_FILE} there. Give the directory of a run.")
     recipe = lineage.recipe
-    evaluated = _evaluations(directory, lineage)
+    evaluated = read_evaluations(directory, lineage)
     if TEACHER not in evaluated or len(evaluated) < 2:
         raise UserError(
             f"{directory}: evaluations of the teacher and of a student are not there yet; "
@@ -66,7 +66,7 @@ def _entries_of(directory: Path, run: str, margin: float | None) -> Iterator[Ent
         chosen = recipe.report.margin if margin is None else margin
         yield Entry(
             name=f"{run}/{name}",
-            role="merged" if name == MERGED else "expert",
+            role=role_of(recipe, name),
             teacher=teacher_name(recipe.teacher),
             comparison=measure(compared, ALPHAS, chosen),
             state_bytes=_state_bytes(directory, lineage, name),
@@ -75,8 +75,8 @@ def _entries_of(directory: Path, run: str, margin: float | None) -> Iterator[Ent
         )
 
 
-def _evaluations(directory: Path, lineage: Lineage) -> dict[str, Artifact]:
-    """The published evaluations of a run's models, the teacher's first."""
+def read_evaluations(directory: Path, lineage: Lineage) -> dict[str, Artifact]:
+    """Return the published evaluations of a run's models, the teacher's first."""
     found = {}
     for name in lineage.evaluated_models():
         path = directory / "artifacts" / "evaluate" / name
@@ -89,7 +89,7 @@ def _evaluations(directory: Path, lineage: Lineage) -> dict[str, Artifact]:
 def trained_tokens(recipe: Recipe, model: str) -> int:
     """Tokens of text that a student was trained on: alignment, and its expert or all of them."""
     experts, refine = recipe.distill.experts, recipe.refine
-    chosen = list(experts) if model == MERGED else [model]
+    chosen = [model] if model in experts else list(experts)  # every merge has all of them
     found = recipe.align.tokens + sum(experts[name].tokens for name in chosen)
     if refine is not None:
         refined = refine.refined(recipe.distill)
@@ -98,7 +98,10 @@ def trained_tokens(recipe: Recipe, model: str) -> int:
 
 
 def _state_bytes(directory: Path, lineage: Lineage, model: str) -> int | None:
-    """Bytes that decoding holds for one sequence; None where the student's files are gone."""
+    """Bytes that decoding holds for one sequence; None where the student's files are gone.
+
+    Where heads keep full attention, of a sequence as long as the recipe's context.
+    """
     file = directory / "artifacts" / lineage.model_label(model) / "model" / "config.json"
     if not file.is_file():
         return None
@@ -107,4 +110,6 @@ def _state_bytes(directory: Path, lineage: Lineage, model: str) -> int | None:
     config["model_type"] = str(config["model_type"]).removeprefix("xlstm_")
     recipe = lineage.recipe
     number = DTYPE_BYTES[recipe.teacher.dtype]
-    return int(student_cache(read_architecture(config, str(file)), recipe.student.mixer, number))
+    a, mixer = read_architecture(config, str(file)), recipe.student.mixer
+    kept = recipe.data.context * kept_bytes_per_token(a, mixer, number)
+    return int(student_cache(a, mixer, number)) + kept

@@ -65,6 +65,7 @@ def tune(
         "evaluated": len({trial.weights for trial in trials}),
         "seed": recipe.seed,
         "worst_tolerance": best.score.worst_tolerance,
+        "worst_tolerance_error": best.score.error,
         "mean_recovery": -best.score.negative_recovery,
         "uniform": asdict(trials[0].score),
     }

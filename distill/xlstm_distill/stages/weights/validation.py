@@ -22,7 +22,7 @@ from xlstm_distill.stages.weights.material import recipe_key
 from xlstm_eval.harness import Session, evaluate_model, help_to_evaluate
 from xlstm_eval.loading import LoadedSuite, load_suite, shared_data
 from xlstm_eval.metrics import mean_recovery, no_evidence, pair_results, required_tolerance
-from xlstm_eval.records import TaskResult
+from xlstm_eval.records import TaskPair, TaskResult
 from xlstm_eval.suites import Suite
 
 FOLDER = "validation"
@@ -90,8 +90,24 @@ def judge(teacher: Sequence[dict[str, Any]], student: Sequence[dict[str, Any]]) 
         raise UserError(
             "merge.tuning.tasks: the teacher is at chance or at 0 on all of them; name others."
         )
-    worst = max(required_tolerance(pair) for pair in counted)
-    return Score(float(worst), -(mean_recovery(counted) or 0.0))
+    worst = max(counted, key=required_tolerance)
+    return Score(
+        float(required_tolerance(worst)), -(mean_recovery(counted) or 0.0), tolerance_error(worst)
+    )
+
+
+def tolerance_error(pair: TaskPair) -> float:
+    """The standard error of a required tolerance, over the items, given the teacher's score.
+
+    All merges have the same teacher, so its noise does not tell them apart.
+    """
+    error = pair.student_stderr or 0.0
+    if pair.samples is not None:
+        # No right answer at all has an error too: that of one item.
+        error = max(error, 1 / pair.samples)
+    if pair.higher_is_better:
+        return error / pair.teacher
+    return error * pair.teacher / pair.student**2 if pair.student else 0.0
 
 
 def validation_suite(recipe: Recipe, tuning: Tuning, folder: Path) -> Suite:

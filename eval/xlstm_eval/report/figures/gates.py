@@ -18,10 +18,11 @@ LABELLED_CELLS = 32
 COLUMNS = 2
 
 
-def gates_figure(gates: Mapping[str, Sequence[Sequence[float]]]) -> str:
+def gates_figure(gates: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
     """Draw mean output gates of each model, layers by heads, on one scale.
 
-    0 is window attention alone, 1 the mLSTM alone.
+    0 is window attention alone, 1 the mLSTM alone; None, a head that keeps full attention, is
+    blank.
     """
     import numpy as np
 
@@ -47,7 +48,7 @@ def gates_figure(gates: Mapping[str, Sequence[Sequence[float]]]) -> str:
     bar = figure.colorbar(mesh, ax=shown, fraction=0.03, pad=0.02, ticks=[0, 0.5, 1])
     bar.ax.tick_params(colors=MUTED, length=0)
     bar.outline.set_visible(False)
-    means = ", ".join(f"{name} {values.mean():.2f}" for name, values in maps.items())
+    means = ", ".join(f"{name} {np.nanmean(values):.2f}" for name, values in maps.items())
     return to_svg(figure, "gates", f"Mean output gates, layers by heads. Means: {means}.")
 
 
@@ -68,6 +69,8 @@ def _label_cells(axes: Axes, values: Any) -> None:
     """Write each gate into its cell, in the tone that reads on the cell's colour."""
     for layer, row in enumerate(values):
         for head, value in enumerate(row):
+            if value != value:  # no gate
+                continue
             tone = "#ffffff" if value < 0.55 else "#111111"
             x, y = head + 0.5, layer + 0.5
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=tone, fontsize=8)

@@ -1,6 +1,6 @@
 """Measure what the compiled kernels need, without a GPU.
 
-`python -m xlstm_kernels.triton.resources --dims 64 128`
+`python -m xlstm_kernels.benchmarks.resources --dims 64 128`
 
 The real launches of every operator are compiled for a target instead of being started. Registers
 and spills are those that the assembler reports; shared memory is what Triton reports. It must not
@@ -225,7 +225,7 @@ def measure(archs: list[int], dims: list[int], dtype: torch.dtype) -> dict[str, 
 def main() -> None:
     """Print the table as JSON, or as lines."""
     parser = argparse.ArgumentParser(
-        prog="python -m xlstm_kernels.triton.resources", description=__doc__.splitlines()[0]
+        prog="python -m xlstm_kernels.benchmarks.resources", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
         "--archs", type=int, nargs="+", default=[80, 90], help="compute capabilities; default 80 90"
