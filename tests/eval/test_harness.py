@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import math
+import operator
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -540,6 +543,48 @@ def test_damaged_stock_results_get_one_line(
         stock_report([tmp_path / "teacher.json", tmp_path / "student.json"])
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Name every place of a value: those of mappings, and the first one of lists."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value[:1])
+    for key, inside in entries:
+        yield (*above, key)
+        if isinstance(inside, dict | list):
+            yield from places(inside, (*above, key))
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_any_damage_of_stock_results_is_read_or_gets_one_line(
+    tmp_path: Path, samples: bool
+) -> None:
+    whole = stock_values()
+    whole |= {"versions": {"a": 1}, "n-shot": {"a": 0}, "group_subtasks": {"a": []}}
+    whole |= {"config": {"model_dtype": "torch.float32", "batch_size": 8, "random_seed": 0}}
+    whole["results"]["a"] |= {"exact_match_stderr,none": 0.1, "alias": "a"}
+    whole["configs"]["a"]["generation_kwargs"] = {"until": ["x"]}
+    if not samples:
+        del whole["samples"]
+    paths = [tmp_path / f"{name}.json" for name in ("teacher", "student")]
+    paths[0].write_text(json.dumps(whole))
+    missing = object()
+    odd = [None, "text", [], [1], [[None]], {}, {"a": 1}, {"a": None}, {"a": [1]}]
+    refused: list[str] = []
+    for place in places(whole):
+        for value in (missing, *odd, math.nan, -math.inf, -1, True, 10**400):
+            changed = copy.deepcopy(whole)
+            inside = functools.reduce(operator.getitem, place[:-1], changed)
+            if value is missing:
+                del inside[place[-1]]
+            else:
+                inside[place[-1]] = value
+            paths[1].write_text(json.dumps(changed))
+            try:
+                stock_report(paths)
+            except EvalError as error:
+                refused.append(str(error))
+    assert len(refused) > 50
+    assert all(line.isprintable() for line in refused)
 
 
 def test_odd_samples_are_shown_and_obeyed_by_nobody(tmp_path: Path) -> None:
