@@ -10,7 +10,7 @@ import numpy as np
 
 from xlstm_eval.metrics import ALPHAS, MARGIN, signed_loss
 from xlstm_eval.records import Comparison, EvalError, Interval, Statistics, TaskEvidence
-from xlstm_eval.statistics import bootstrap, paired
+from xlstm_eval.statistics import bootstrap, paired, ranks
 from xlstm_eval.statistics.paired import PairedItems
 from xlstm_eval.statistics.pooled import decide
 
@@ -88,11 +88,11 @@ def _over_tasks(comparison: Comparison, draws: Draws, alphas: Sequence[float]) -
     """Return the intervals of what is computed over all tasks that count."""
     pairs = comparison.counted()
     drawn = np.stack([draws[pair.task] for pair in pairs], axis=1)  # (draws, J)
-    low, high = bootstrap.ranked_intervals(np.array([signed_loss(pair) for pair in pairs]), drawn)
+    low, high = ranks.ranked_intervals(np.array([signed_loss(pair) for pair in pairs]), drawn)
     count = len(pairs)
 
     def interval(rank: int, estimate: float) -> Interval:
-        found = bootstrap.tolerance_interval(low, high, rank)
+        found = ranks.tolerance_interval(low, high, rank)
         # The estimate is exact; the ends are floats.
         return min(found[0], estimate), max(found[1], estimate)
 
@@ -103,7 +103,7 @@ def _over_tasks(comparison: Comparison, draws: Draws, alphas: Sequence[float]) -
         ),
         "worst_drop": interval(count, comparison.worst_drop),
         "mean_recovery": _mean_recovery(comparison, draws),
-        "win_and_tie": bootstrap.rate_intervals(low, high, alphas),
+        "win_and_tie": ranks.rate_intervals(low, high, alphas),
         "sorted_losses": tuple(zip(low.tolist(), high.tolist(), strict=True)),
     }
 
@@ -114,5 +114,4 @@ def _mean_recovery(comparison: Comparison, draws: Draws) -> Interval | None:
         return None
     counted = (pair.task for pair in comparison.counted())
     rates = [1 - draws[task] for task in counted if comparison.recovery[task] is not None]
-    low, high = bootstrap.percentile_interval(np.mean(rates, axis=0))
-    return min(low, estimate), max(high, estimate)
+    return bootstrap.mean_ratio_interval(np.stack(rates, axis=1), estimate)
