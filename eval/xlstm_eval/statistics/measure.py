@@ -10,7 +10,7 @@ import numpy as np
 
 from xlstm_eval.metrics import ALPHAS, MARGIN, signed_loss
 from xlstm_eval.records import Comparison, EvalError, Interval, Statistics, TaskEvidence
-from xlstm_eval.statistics import bootstrap, paired
+from xlstm_eval.statistics import bootstrap, paired, ranks
 from xlstm_eval.statistics.paired import PairedItems
 from xlstm_eval.statistics.pooled import decide
 
@@ -81,18 +81,19 @@ def _recovery(rate: float | None, losses: bootstrap.Array | None) -> Interval | 
     if rate is None or losses is None:
         return None
     low, high = bootstrap.percentile_interval(1 - losses)
-    return min(low, rate), max(high, rate)
+    # Means of a few real scores may be drawn below 0; scores, and so their ratios, are not.
+    return max(0.0, min(low, rate)), max(high, rate)
 
 
 def _over_tasks(comparison: Comparison, draws: Draws, alphas: Sequence[float]) -> dict[str, Any]:
     """Return the intervals of what is computed over all tasks that count."""
     pairs = comparison.counted()
     drawn = np.stack([draws[pair.task] for pair in pairs], axis=1)  # (draws, J)
-    low, high = bootstrap.ranked_intervals(np.array([signed_loss(pair) for pair in pairs]), drawn)
+    low, high = ranks.ranked_intervals(np.array([signed_loss(pair) for pair in pairs]), drawn)
     count = len(pairs)
 
     def interval(rank: int, estimate: float) -> Interval:
-        found = bootstrap.tolerance_interval(low, high, rank)
+        found = ranks.tolerance_interval(low, high, rank)
         # The estimate is exact; the ends are floats.
         return min(found[0], estimate), max(found[1], estimate)
 
@@ -103,7 +104,7 @@ def _over_tasks(comparison: Comparison, draws: Draws, alphas: Sequence[float]) -
         ),
         "worst_drop": interval(count, comparison.worst_drop),
         "mean_recovery": _mean_recovery(comparison, draws),
-        "win_and_tie": bootstrap.rate_intervals(low, high, alphas),
+        "win_and_tie": ranks.rate_intervals(low, high, alphas),
         "sorted_losses": tuple(zip(low.tolist(), high.tolist(), strict=True)),
     }
 
@@ -114,5 +115,5 @@ def _mean_recovery(comparison: Comparison, draws: Draws) -> Interval | None:
         return None
     counted = (pair.task for pair in comparison.counted())
     rates = [1 - draws[task] for task in counted if comparison.recovery[task] is not None]
-    low, high = bootstrap.percentile_interval(np.mean(rates, axis=0))
-    return min(low, estimate), max(high, estimate)
+    low, high = bootstrap.mean_ratio_interval(np.stack(rates, axis=1), estimate)
+    return max(0.0, low), high

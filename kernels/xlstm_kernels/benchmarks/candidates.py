@@ -18,7 +18,7 @@ from xlstm_kernels.toolchain import numbers, triton_version
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig
 
 CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
-BLOCKS = (16, 32, 64, 128)
+BLOCKS, QUERIES = (16, 32, 64, 128), (16, 32, 64)
 MOST_SPILLS = 64  # bytes a thread; what spills more has never been the fastest of its kind
 # Up to 3.7, Triton overwrites operands in registers too early where a loop is pipelined (triton
 # 9433, 9514, 9530). These kernels have such products in a loop.
@@ -79,7 +79,11 @@ def window_rounds() -> Iterator[Round]:
         ("query_grad_kernel", "key_value_grad_kernel"),
     )
     yield (
-        lambda best: [best._replace(key_grad_warps=warps) for warps in WARPS],
+        lambda best: [
+            best._replace(key_grad_warps=warps, key_grad_queries=queries)
+            for warps, queries in itertools.product(WARPS, QUERIES)
+            if queries <= best.block
+        ],
         ("key_value_grad_kernel",),
     )
 

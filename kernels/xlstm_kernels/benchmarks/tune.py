@@ -62,6 +62,7 @@ MLSTM: dict[tuple[int, int], tuple] = {{
 }}  # fmt: skip
 
 # block, forward warps and stages, backward warps and stages, warps of keys' and values' gradients
+# and how many queries these take at a time
 WINDOW: dict[tuple[int, int], tuple[int, ...]] = {window}
 '''
 Operator = Callable[..., Tensor]

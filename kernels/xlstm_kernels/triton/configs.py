@@ -56,7 +56,8 @@ class MLSTMConfig(NamedTuple):
 class WindowConfig(NamedTuple):
     """Tokens of a block of queries or keys; warps and stages, forward and backward (grad).
 
-    key_grad_warps: of the gradients of keys and values, whose two sums take more registers.
+    key_grad_warps, key_grad_queries: of the gradients of keys and values, whose two sums take more
+    registers; its queries come so many at a time, at most a block.
     """
 
     block: int
@@ -65,6 +66,7 @@ class WindowConfig(NamedTuple):
     grad_warps: int
     grad_stages: int
     key_grad_warps: int
+    key_grad_queries: int
 
 
 def width(dtype: torch.dtype) -> int:

@@ -150,7 +150,9 @@ def launch_backward(
         if keys_and_values:
             dk, dv = (torch.empty(B, G, T, D, dtype=k.dtype, device=k.device) for _ in range(2))
             wider = shared | {"num_warps": config.key_grad_warps}
-            kernels.key_value_grad_kernel[(blocks * B * G,)](dk_ptr=dk, dv_ptr=dv, **wider)
+            kernels.key_value_grad_kernel[(blocks * B * G,)](
+                dk_ptr=dk, dv_ptr=dv, Q=min(config.key_grad_queries, config.block), **wider
+            )
             if sinks:
                 shape = (B, H, blocks, sinks, D)
                 parts = torch.empty(shape, device=q.device), torch.empty(shape, device=q.device)

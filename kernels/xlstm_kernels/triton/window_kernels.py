@@ -279,14 +279,14 @@ def key_value_grad_block(
     k, v, q_ptr, dout_ptr, runs_ptr, starts_ptr, logsumexp_ptr, mean_grad_ptr, q_b, q_h, q_t,
     c, b, h, H, s, run_s, start_s, dk, dv, scale, T, window, sinks,
     MASKED: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr,
+    Q: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv what comes from block c of the queries of head h.
+    """Add to dk and dv what comes from queries c Q to c Q + Q - 1 of head h.
 
     Without MASKED, queries see every key of their document. Queries after the end of the row add
     nothing: their dout and mean gradient are 0.
     """
-    t = c * L + tl.arange(0, L)
+    t = c * Q + tl.arange(0, Q)
     q, dout, logsumexp, mean_grad = load_query_block(
         q_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr, q_b, q_h, q_t, b, h, H, t, T, DOT, D
     )
@@ -315,7 +315,7 @@ def key_value_grad_kernel(
     dk_ptr, dv_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one block of keys and values. Grid (blocks * B G).
 
@@ -331,25 +331,27 @@ def key_value_grad_kernel(
     run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
     dk = tl.zeros((L, D), tl.float32)
     dv = tl.zeros((L, D), tl.float32)
-    end = tl.minimum((j * L + L + window - 2) // L + 1, blocks)
-    # The interior: blocks of queries after block j whose window holds all its keys.
-    interior = tl.minimum(tl.maximum(j * L + window - L, 0) // L + 1, blocks)
-    inner = tl.maximum(interior - j - 1, 0)
-    edges = end - j - inner  # block j itself, then those after the interior
+    # Queries come Q at a time. The interior: those after block j whose window holds all its keys.
+    units = L // Q
+    end = tl.minimum((j * L + L + window - 2) // Q + 1, (T + Q - 1) // Q)
+    diagonal = tl.minimum(j * units + units, end)
+    interior = tl.minimum(tl.maximum(j * L + window, 0) // Q, end)
+    inner = tl.maximum(interior - diagonal, 0)
+    edges = end - j * units - inner  # the diagonal, then those after the interior
     for step in range(edges * R):
-        h, edge = (bg % G) * R + step // edges, step % edges
-        c = tl.where(edge == 0, j, j + inner + edge)
+        h, edge = (bg % G) * R + step // edges, j * units + step % edges
+        c = tl.where(edge < diagonal, edge, edge + inner)
         dk, dv = key_value_grad_block(
             k, v, q_ptr, dout_ptr, runs_ptr, starts_ptr, logsumexp_ptr, mean_grad_ptr,
             q_b, q_h, q_t, c, b, h, H, s, run_s, start_s, dk, dv, scale, T, window, sinks,
-            True, SEGMENTED, PRECISION, DOT, L, D,
+            True, SEGMENTED, PRECISION, DOT, Q, D,
         )  # fmt: skip
     for step in range(inner * R):
-        h, c = (bg % G) * R + step // inner, j + 1 + step % inner
+        h, c = (bg % G) * R + step // inner, diagonal + step % inner
         dk, dv = key_value_grad_block(
             k, v, q_ptr, dout_ptr, runs_ptr, starts_ptr, logsumexp_ptr, mean_grad_ptr,
             q_b, q_h, q_t, c, b, h, H, s, run_s, start_s, dk, dv, scale, T, window, sinks,
-            False, SEGMENTED, PRECISION, DOT, L, D,
+            False, SEGMENTED, PRECISION, DOT, Q, D,
         )  # fmt: skip
     tile = bg * T * D + s[:, None].to(tl.int64) * D + d[None, :]
     tl.store(dk_ptr + tile, dk.to(dk_ptr.dtype.element_ty), mask=(s < T)[:, None])

@@ -55,7 +55,7 @@ def small(device: str) -> tune.Case:
 
 
 def test_an_inexact_candidate_is_not_timed(small: tune.Case) -> None:
-    exact = tune.operator_with(WindowConfig(16, 4, 1, 4, 1, 4))
+    exact = tune.operator_with(WindowConfig(16, 4, 1, 4, 1, 4, 16))
 
     def timed(operator: tune.Operator, *kernels: str) -> float:
         return tune.time_candidate(
@@ -78,9 +78,9 @@ def test_the_shortest_exact_time_wins_and_is_not_timed_again(
 
     def run(ends: float) -> WindowConfig:
         tuner = Timed(tmp_path, candidates.Pruner(0, 0), ends, None)
-        return tuner.tune(small, WindowConfig(16, 8, 1, 8, 1, 8))
+        return tuner.tune(small, WindowConfig(16, 8, 1, 8, 1, 8, 16))
 
-    assert run(ends=0.0) == WindowConfig(16, 8, 1, 8, 1, 8)  # no time
+    assert run(ends=0.0) == WindowConfig(16, 8, 1, 8, 1, 8, 16)  # no time
     best = run(ends=math.inf)
     assert (best.block, best.warps) == (32, 4)
     count = len(measured)
@@ -95,7 +95,7 @@ def test_a_candidate_that_ended_the_process_is_not_tried_again(
         def _measure(self, case: tune.Case, config: WindowConfig, kernels: object) -> float:
             raise SystemExit
 
-    config = WindowConfig(16, 4, 1, 4, 1, 4)
+    config = WindowConfig(16, 4, 1, 4, 1, 4, 16)
     with pytest.raises(SystemExit):
         Dying(tmp_path, candidates.Pruner(0, 0), math.inf, None).timed(small, config, ())
     again = Dying(tmp_path, candidates.Pruner(0, 0), math.inf, None)
@@ -104,7 +104,7 @@ def test_a_candidate_that_ended_the_process_is_not_tried_again(
 
 @pytest.mark.slow
 def test_what_spills_or_does_not_fit_is_dropped_before_it_is_timed() -> None:
-    good, tight = WindowConfig(64, 4, 1, 8, 1, 8), WindowConfig(128, 4, 3, 4, 3, 4)
+    good, tight = WindowConfig(64, 4, 1, 8, 1, 8, 64), WindowConfig(128, 4, 3, 4, 3, 4, 128)
     # A spawned process reads this when it imports Triton.
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)

@@ -210,7 +210,7 @@ def test_every_kernel_of_the_window(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ids = torch.ones(1, TOKENS, dtype=torch.int64)
 
     def run() -> Tensor:
-        config = WindowConfig(CHUNK, 4, 1, 4, 1, 4)
+        config = WindowConfig(CHUNK, 4, 1, 4, 1, 4, CHUNK)
         return window_triton(
             **x, window=5, sinks=2, segment_ids=ids, scale=0.25, config=config
         ).sum()

@@ -32,7 +32,7 @@ from xlstm_kernels.triton.window import window_triton
 pytestmark = pytest.mark.usefixtures("poisoned", "gpu_arithmetic")
 TILES_OF_64 = MLSTMConfig(64, *[Launch(64, 64, 4, 1)] * 6)
 TILES_OF_32 = MLSTMConfig(32, *[Launch(32, 32, 4, 1)] * 6)
-BLOCKS_OF_64 = WindowConfig(64, 4, 1, 4, 1, 4)
+BLOCKS_OF_64 = WindowConfig(64, 4, 1, 4, 1, 4, 64)
 WIDE = ("i", "f", "C", "n", "m")
 Tensors = dict[str, Tensor]
 

@@ -138,11 +138,11 @@ def test_the_mlstm_is_right_with_all_tiles_of_the_table(device: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", candidates.CHUNKS)
-def test_the_mlstm_is_right_with_all_tiles_that_the_tuner_tries(device: str, chunk: int) -> None:
-    wanted = {tiles for tiles in of_tuner() - of_table() if tiles.chunk == chunk}
-    for config, Dk, Dv in runs_of(wanted):
-        check_mlstm(config, Dk, Dv, device)
+@pytest.mark.parametrize(("config", "Dk", "Dv"), list(runs_of(of_tuner() - of_table())), ids=str)
+def test_the_mlstm_is_right_with_all_tiles_that_the_tuner_tries(
+    device: str, config: MLSTMConfig, Dk: int, Dv: int
+) -> None:
+    check_mlstm(config, Dk, Dv, device)
 
 
 def test_nothing_that_the_tuner_tries_is_left_out() -> None:
@@ -162,23 +162,30 @@ def test_nothing_that_the_tuner_tries_is_left_out() -> None:
             assert tried <= covered
 
 
-def blocks_of_the_tuner() -> set[int]:
-    """The blocks of all settings that the rounds of the window try."""
-    best, blocks = WindowConfig(*WINDOW[2, 64]), set()
+def blocks_of(config: WindowConfig) -> tuple[int, int]:
+    """The block, and the queries that the gradients of keys and values take at a time."""
+    return config.block, min(config.key_grad_queries, config.block)
+
+
+def blocks_of_the_tuner() -> set[tuple[int, int]]:
+    """Those of all settings that the rounds of the window try, one after the other."""
+    found = {WindowConfig(*settings) for settings in WINDOW.values()}
     for make, _ in candidates.window_rounds():
-        blocks |= {config.block for config in make(best)}
-    return blocks
+        for best in list(found):
+            found.update(make(best))
+    return {blocks_of(config) for config in found}
 
 
-# Nothing but the block changes what the interpreter computes; the head dim is not cut into tiles.
-BLOCKS = {settings[0] for settings in WINDOW.values()}
-OTHERS = sorted(blocks_of_the_tuner() - BLOCKS)
+# Nothing else changes what the interpreter computes; the head dim is not cut into tiles.
+OF_TABLE = {blocks_of(WindowConfig(*settings)) for settings in WINDOW.values()}
+OTHERS = sorted(blocks_of_the_tuner() - OF_TABLE)
 
 
 @pytest.mark.parametrize(
-    "block", [*sorted(BLOCKS), *(pytest.param(block, marks=pytest.mark.slow) for block in OTHERS)]
+    ("block", "queries"),
+    [*sorted(OF_TABLE), *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)],
 )
-def test_window_is_right_with_every_block(device: str, block: int) -> None:
+def test_the_window_is_right_with_all_blocks(device: str, block: int, queries: int) -> None:
     # Four blocks, of which the last ends early: band, interior, edge, and sinks before the band. A
     # document begins in the first block, and one in the last.
     tokens, window = 3 * block + 5, 2 * block + 1
@@ -190,7 +197,7 @@ def test_window_is_right_with_every_block(device: str, block: int) -> None:
         name: torch.randn(1, heads, tokens, 16, generator=draw).to(device).requires_grad_()
         for name, heads in (("q", 2), ("k", 1), ("v", 1))
     }
-    config = WindowConfig(block, WARPS, STAGES, WARPS, STAGES, WARPS)
+    config = WindowConfig(block, WARPS, STAGES, WARPS, STAGES, WARPS, queries)
     settings = {"window": window, "sinks": SINKS, "segment_ids": ids, "scale": 0.25}
     found = outputs_and_grads(lambda **x: window_triton(**x, **settings, config=config), inputs)
     truth = outputs_and_grads(lambda **x: banded_attention(**x, **settings), to_float64(inputs))

@@ -20,7 +20,7 @@ from xlstm_kernels.triton.window import window_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = 1e-5
-SMALL = WindowConfig(16, 4, 1, 4, 1, 4)  # blocks of 16 tokens
+SMALL = WindowConfig(16, 4, 1, 4, 1, 4, 16)  # blocks of 16 tokens
 
 
 def random_qkv(
