@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlstm_eval.answering.batches import PROTOCOL
+from xlstm_eval.answering.batches import PROTOCOL, draws
 from xlstm_eval.answering.coordinator import Coordinator, OneRank, Progress, Ranks, Tally
 from xlstm_eval.answering.journal import Answered, Journal
 from xlstm_eval.answering.sizes import BatchSizes
@@ -42,6 +42,9 @@ from xlstm_eval.terminal import quiet
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+SAMPLING = ("top_p", "top_k", "min_p")
+"""Settings that matter only where tokens are drawn at random."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -50,7 +53,8 @@ class Session:
     ``journal`` is a folder for answers until they are published, ``identity`` says which model is
     asked what: answers under another identity are not used. ``batch_size`` is the rows of a forward
     pass; None finds it, and keeps it in ``sizes`` for the models that are compared. Prompts of more
-    than ``prefill`` tokens are read in chunks of so many; None reads them at once.
+    than ``prefill`` tokens are read in chunks of so many; None reads them at once. ``processes``
+    answer beside each other; None: one for each thread where the model is small and on a CPU.
     """
 
     batch_size: int | None = None
@@ -60,6 +64,7 @@ class Session:
     ranks: Ranks = field(default_factory=OneRank)
     progress: Progress | None = None
     prefill: int | None = None
+    processes: int | None = None
 
 
 def evaluate_model(
@@ -78,6 +83,7 @@ def evaluate_model(
     the device's memory.
     """
     from xlstm_eval.answering.language_model import AskedModel
+    from xlstm_eval.answering.processes import processes_for
 
     started = time.perf_counter()
     loaded = suite if isinstance(suite, LoadedSuite) else load_suite(suite, tokenizer)
@@ -88,8 +94,14 @@ def evaluate_model(
         _check(loaded, lm)
         talk = mt_bench(loaded, lm)
         judge = open_judge(loaded, seed, session.journal)
+        processes = session.processes or processes_for(model, session.ranks.count)
         lm.coordinator = Coordinator(
-            lm.compute, _journal(session), session.ranks, progress, loaded.count_requests
+            lm.compute,
+            _journal(session),
+            session.ranks,
+            progress,
+            loaded.count_requests,
+            processes,
         )
         raw = _run_all(lm, loaded, seed)
         answers = talk.answer(functools.partial(generate, lm)) if talk else []
@@ -233,6 +245,12 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
         if leaf.get_config("output_type") != "generate_until":
             continue
         settings = leaf.get_config("generation_kwargs") or {}
+        given = [name for name in SAMPLING if entry.generation.get(name) is not None]
+        if given and not draws(settings):
+            raise EvalError(
+                f"{entry.name}.generation: the task is greedy, so {given[0]} has no effect. Give a "
+                "temperature above 0 too, or leave it out."
+            )
         budget = settings.get("max_gen_toks", lm.max_gen_toks)
         # lm-eval keeps max_length - budget tokens of a prompt: nothing would be left of it.
         if budget >= lm.max_length:

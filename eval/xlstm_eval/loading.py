@@ -75,6 +75,7 @@ def load_suite(suite: Suite, tokenizer: Any = None) -> LoadedSuite:
                 task.name: _load_task(manager, task.name, folder) for task in _harnessed(suite)
             }
         loaded = LoadedSuite(suite, tasks, manager, questions=_questions(suite))
+        _check_generation(loaded)
         unconfined = set()
         for entry, leaf in loaded.leaves():
             _override(entry, leaf)
@@ -240,12 +241,42 @@ def _override(entry: SuiteTask, leaf: Any) -> None:
         shots = leaf.get_config("num_fewshot") or 0
     # Set even where it is the task's own number, so that the task object says what is run.
     leaf.set_config(key="num_fewshot", value=shots)
-    # Only what the suite names changes; a task's stop sequences stay.
-    changes: dict[str, Any] = dict(entry.generation)
+    # Only what the suite names changes.
+    changes = _generation(entry)
     if entry.max_gen_tokens is not None:
         changes["max_gen_toks"] = entry.max_gen_tokens
     if changes and leaf.get_config("output_type") == "generate_until":
         leaf.set_config(key="generation_kwargs", value=changes, update=True)
+
+
+def _check_generation(loaded: LoadedSuite) -> None:
+    """Refuse settings of answers for tasks that none of them would reach."""
+    written = {
+        entry.name
+        for entry, leaf in loaded.leaves()
+        if leaf.get_config("output_type") == "generate_until"
+    }
+    for entry in loaded.suite.tasks:
+        if entry.name not in written and (given := _generation(entry)):
+            field = "stop" if "until" in given else "generation"
+            why = (
+                "MT-Bench has settings of its own"
+                if entry.name == MT_BENCH
+                else "the task generates nothing, it compares probabilities"
+            )
+            raise EvalError(f"{entry.name}.{field}: {why}. Leave it out.")
+
+
+def _generation(entry: SuiteTask) -> dict[str, Any]:
+    """Return the settings of lm-eval's that a task's `generation` and `stop` replace."""
+    given: dict[str, Any] = dict(entry.generation)
+    found = {key: value for key, value in given.items() if value is not None}
+    if "temperature" in found:
+        # Tasks that are greedy say so, and lm-eval then reads no temperature.
+        found.setdefault("do_sample", float(found["temperature"] or 0) > 0)
+    if entry.stop is not None:
+        found["until"] = list(entry.stop)
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -228,7 +228,9 @@ def chance_of(rows: Sequence[Row], metric: str) -> float | None:
 
     lm-eval asks for the log-likelihood of each choice, so an item has as many requests as choices.
     """
-    choices = [len(row.get("arguments") or ()) for row in rows]
+    asked = [row.get("arguments") for row in rows]
+    # Files of others may hold anything there.
+    choices = [len(each) if isinstance(each, Sequence | Mapping) else 0 for each in asked]
     if metric not in CHOICE_METRICS or min(choices, default=0) < 2:
         return None
     return sum(1 / count for count in choices) / len(choices)

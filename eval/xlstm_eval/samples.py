@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from xlstm_eval.records import TaskResult
 
 GROUPS_FILE = "groups.json"
 """In a folder of samples: the tasks of which each group consists, in the order of its items."""
+
+LARGEST = 300
+"""Digits of whole numbers that a float holds too."""
 
 Row = dict[str, Any]
 """One item of a task as lm-eval logs it: doc, arguments, resps, filter, each metric's value."""
@@ -41,12 +45,17 @@ def counted(rows: Iterator[Row], task: TaskResult) -> Iterator[Row]:
     return (row for row in rows if row["filter"] == filter_name)
 
 
+def whole_number(digits: str) -> int | float:
+    """Read a whole number of JSON; one that is beyond every score is infinite."""
+    return int(digits) if len(digits) <= LARGEST else math.copysign(math.inf, float(digits))
+
+
 def read_lines(path: Path) -> Iterator[Row]:
     """Read JSON lines, one at a time."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             if line.strip():
-                yield json.loads(line)
+                yield json.loads(line, parse_int=whole_number)
 
 
 def as_logged(row: Row) -> Row:

@@ -16,7 +16,7 @@ from xlstm_eval.problems import kind_of, one_line
 from xlstm_eval.protocol import require_same_protocol, task_protocols
 from xlstm_eval.records import EvalError, Kind, TaskResult
 from xlstm_eval.results import all_metrics, pick_metric, task_result
-from xlstm_eval.samples import Row, Rows, as_logged, counted, read_lines
+from xlstm_eval.samples import Row, Rows, as_logged, counted, read_lines, whole_number
 from xlstm_eval.suites import SuiteTask
 
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
@@ -101,6 +101,12 @@ def _checked(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
                 raise EvalError(
                     f"{path}: {key}.{name!r} is {kind_of(value)}. Give a results file of lm-eval."
                 )
+    for name, members in found["group_subtasks"].items():
+        if not all(isinstance(member, str) for member in members):
+            raise EvalError(
+                f"{path}: group_subtasks.{name!r} must be a list of names. "
+                "Give a results file of lm-eval."
+            )
     for name in found["results"]:
         if not name.isprintable() or not name:
             raise EvalError(f"{path}: results: {name!r} is no task's name. Correct it there.")
@@ -154,12 +160,22 @@ def _scored_alone(name: str, leaves: Sequence[str], data: Mapping[str, Any]) -> 
         "stderr": error if known else None,
         "higher_is_better": _higher_is_better(data, name).get(metric, True),
         "kind": _kind(leaves, data),
-        "samples": sum((counts.get(leaf) or {}).get("effective") or 0 for leaf in leaves),
+        "samples": sum(_count(counts, leaf) for leaf in leaves),
     }
     try:
         return TaskResult.model_validate(values)
     except ValidationError as problem:
         raise EvalError(f"{name}: {one_line(problem, TaskResult, whole='result')}") from None
+
+
+def _count(counts: Mapping[str, Any], task: str) -> int:
+    found = (counts.get(task) or {}).get("effective")
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int)):
+        raise EvalError(
+            f"n-samples.{task!r}.effective is {kind_of(found)}, and must be a whole number. "
+            "Give a results file of lm-eval."
+        )
+    return found or 0
 
 
 def _kind(leaves: Sequence[str], data: Mapping[str, Any]) -> Kind:
@@ -200,7 +216,7 @@ def _part(ours: Sequence[Any], theirs: Sequence[Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_int=whole_number)
     except FileNotFoundError:
         raise EvalError(f"{path}: no such file. Give a results file of lm-eval.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,9 @@ from xlstm_eval.answering.batches import (
 )
 from xlstm_eval.answering.coordinator import Coordinator, OneRank, Tally
 from xlstm_eval.answering.journal import Answered, Journal
+from xlstm_eval.answering.processes import TOKENS_AT_ONCE, answer_side_by_side, side_by_side
 from xlstm_eval.answering.sizes import MOST_ROWS, BatchSizes, largest_that_fits
+from xlstm_eval.records import EvalError
 
 GREEDY = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
 SAMPLED = {"until": ["\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 0.8}
@@ -249,3 +256,50 @@ def test_halves_hold_all_questions_in_order() -> None:
     first, second = halves(batch)
     assert first.questions + second.questions == batch.questions
     assert len(first.questions) == 3
+
+
+forks = pytest.mark.skipif(sys.platform != "linux", reason="only Linux answers in forks")
+
+
+@forks
+def test_processes_beside_each_other_answer_what_one_answers(tmp_path: Path) -> None:
+    measured, own = generations(30), Counting()
+    coordinator = Coordinator(own, Journal(tmp_path, "me"), OneRank(), processes=2)
+    answers, batches = ask(coordinator, measured)
+    assert answers == [entry.question.arguments[0][::-1] for entry in measured] * 2
+    assert own.computed == []  # not in this process
+    assert set(read_back(tmp_path)) == set(keys(batches))
+    assert multiprocessing.active_children() == []
+    # Batches that are too large to be held side by side are answered one by one.
+    large = [Batch(b.kind, b.questions, b.rows, TOKENS_AT_ONCE) for b in batches]
+    assert len(list(answer_side_by_side(own, large, 2))) == len(own.computed) == len(batches)
+
+
+@forks
+def test_a_killed_process_is_named_and_a_stop_waits_for_none() -> None:
+    parent = os.getpid()
+
+    def die(item: int) -> int:
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    with pytest.raises(EvalError, match=r"one of 2 processes that answered was killed; the memory"):
+        list(side_by_side(die, [1, 2, 3], 2))
+
+    def wait(item: int) -> int:
+        time.sleep(item)
+        return item
+
+    began = time.monotonic()
+    found = side_by_side(wait, [0, 600, 600], 2)
+    assert next(found) == 0
+    found.close()
+    assert time.monotonic() - began < 60
+    assert multiprocessing.active_children() == []
+    with pytest.raises(EvalError, match="its own"):
+        list(side_by_side(refuse, [1, 2], 2))
+
+
+def refuse(item: int) -> int:
+    raise EvalError("its own error arrives")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import math
+import operator
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +268,33 @@ def test_overrides_reach_the_requests(folder: Path, model: Any, tokenizer: Any) 
         assert len(row["resps"][0][0].split()) <= 2
 
 
+def test_stops_and_sampling_of_a_suite_reach_the_requests_and_the_protocol(
+    folder: Path, model: Any, tokenizer: Any
+) -> None:
+    wanted = {"temperature": 0.9, "top_k": 20, "min_p": None}
+    task = SuiteTask(name="first", stop=("w1", "w2"), generation=wanted)
+    suite = Suite(include=folder, tasks=(task,), limit=6)
+    got = evaluate_model(model, tokenizer, suite, Session(batch_size=4))
+    own = evaluate_model(
+        model,
+        tokenizer,
+        suite.model_copy(update={"tasks": (SuiteTask(name="first"),)}),
+        Session(batch_size=4),
+    )
+    assert got.protocol["tasks"]["first"]["generation"] == {
+        "until": ["w1", "w2"],
+        "max_gen_toks": NEW_TOKENS,
+        "do_sample": True,
+        "temperature": 0.9,
+        "top_k": 20,
+    }
+    with pytest.raises(EvalError, match=r"tasks\.first\.generation"):
+        require_same_protocol({"teacher": own.protocol, "student": got.protocol})
+    answers = [row["resps"][0][0] for row in got.samples["first"]]
+    assert answers != [row["resps"][0][0] for row in own.samples["first"]]
+    assert not any(word in ("w1", "w2") for text in answers for word in text.split())
+
+
 def test_progress_counts_to_the_end_and_the_terminal_stays_clean(
     model: Any, tokenizer: Any, loaded: LoadedSuite, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -514,6 +545,48 @@ def test_damaged_stock_results_get_one_line(
     assert str(caught.value).isprintable()
 
 
+def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Name every place of a value: those of mappings, and the first one of lists."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value[:1])
+    for key, inside in entries:
+        yield (*above, key)
+        if isinstance(inside, dict | list):
+            yield from places(inside, (*above, key))
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_any_damage_of_stock_results_is_read_or_gets_one_line(
+    tmp_path: Path, samples: bool
+) -> None:
+    whole = stock_values()
+    whole |= {"versions": {"a": 1}, "n-shot": {"a": 0}, "group_subtasks": {"a": []}}
+    whole |= {"config": {"model_dtype": "torch.float32", "batch_size": 8, "random_seed": 0}}
+    whole["results"]["a"] |= {"exact_match_stderr,none": 0.1, "alias": "a"}
+    whole["configs"]["a"]["generation_kwargs"] = {"until": ["x"]}
+    if not samples:
+        del whole["samples"]
+    paths = [tmp_path / f"{name}.json" for name in ("teacher", "student")]
+    paths[0].write_text(json.dumps(whole))
+    missing = object()
+    odd = [None, "text", [], [1], [[None]], {}, {"a": 1}, {"a": None}, {"a": [1]}]
+    refused: list[str] = []
+    for place in places(whole):
+        for value in (missing, *odd, math.nan, -math.inf, -1, True, 10**400):
+            changed = copy.deepcopy(whole)
+            inside = functools.reduce(operator.getitem, place[:-1], changed)
+            if value is missing:
+                del inside[place[-1]]
+            else:
+                inside[place[-1]] = value
+            paths[1].write_text(json.dumps(changed))
+            try:
+                stock_report(paths)
+            except EvalError as error:
+                refused.append(str(error))
+    assert len(refused) > 50
+    assert all(line.isprintable() for line in refused)
+
+
 def test_odd_samples_are_shown_and_obeyed_by_nobody(tmp_path: Path) -> None:
     odd = stock_values()
     odd["samples"]["a"][0] |= {"resps": 5, "filtered_resps": None, "arguments": "x"}
@@ -575,6 +648,16 @@ def test_samples_are_written_as_jsonl(result: Any, tmp_path: Path) -> None:
             {"name": "first", "filter": "strict"},
             {},
             "first.filter: exact_match has no 'strict'. Allowed: none.",
+        ),
+        (
+            {"name": "choice", "stop": ("x",)},
+            {},
+            "choice.stop: the task generates nothing, it compares probabilities. Leave it out.",
+        ),
+        (
+            {"name": "first", "generation": {"top_p": 0.9}},
+            {},
+            "first.generation: the task is greedy, so top_p has no effect. Give a temperature",
         ),
         (
             {"name": "first", "max_gen_tokens": 64},
@@ -777,6 +860,8 @@ def test_one_rank_two_ranks_and_an_interrupted_evaluation_give_the_same_bits(
     ranks = TwoRanks(tiny_model(0), tokenizer)
     shared = evaluate_model(model, tokenizer, everything, Session(batch_size=7, ranks=ranks))
     assert ranks.made > 3
+    beside = Session(batch_size=7, processes=2 if sys.platform == "linux" else 1)
+    forked = evaluate_model(model, tokenizer, everything, beside)
     first: list[Tally] = []
 
     def die(tally: Tally) -> None:
@@ -792,7 +877,7 @@ def test_one_rank_two_ranks_and_an_interrupted_evaluation_give_the_same_bits(
     resumed = evaluate_model(model, tokenizer, everything, on)
     assert seen[-1].kept == first[-1].done > 60
     assert seen[-1].done == seen[-1].total
-    for other in (shared, resumed):
+    for other in (shared, forked, resumed):
         assert other.samples == whole.samples
         assert other.tasks == whole.tasks
         assert other.requests_hash == whole.requests_hash
@@ -812,7 +897,8 @@ def test_drawn_answers_depend_on_the_question_alone(
     (entry,) = (task for task in everything.suite.tasks if task.name == "drawn")
     alone = Suite(include=everything.suite.include, tasks=(entry,), limit=5)
     found = evaluate_model(model, tokenizer, alone, Session(batch_size=3))
-    several = evaluate_model(model, tokenizer, everything, Session(batch_size=7))
+    # Rows that are done leave a batch of this size.
+    several = evaluate_model(model, tokenizer, everything, Session(batch_size=24))
     for row, other in zip(found.samples["drawn"], several.samples["drawn"], strict=False):
         assert row["resps"] == other["resps"]
     other_seed = evaluate_model(model, tokenizer, alone, Session(batch_size=3), seed=1)

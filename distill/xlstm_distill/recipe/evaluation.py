@@ -19,7 +19,9 @@ from xlstm_distill.recipe.fields import (
     Fraction,
     HubOrPath,
     NonNegative,
+    Positive,
     Section,
+    ShareOfAll,
     Text,
 )
 from xlstm_eval.problems import did_you_mean
@@ -33,6 +35,26 @@ SUITE_NAME: dict[str, Any] = {"enum": list(suite_names()), "type": "string"}
 NeedleKind = Literal["single", "multi-key", "multi-value", "multi-query"]
 NEEDLE_KINDS: tuple[NeedleKind, ...] = ("single", "multi-key", "multi-value", "multi-query")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
+class Generation(Section):
+    """How a task's answers are made; null means the task's own setting."""
+
+    temperature: NonNegative | None = Field(
+        default=None, description="0 is greedy; above 0, tokens are drawn at random (seeded)."
+    )
+    top_p: ShareOfAll | None = Field(
+        default=None, description="Draw from the most probable tokens that have this much mass."
+    )
+    top_k: CountOrZero | None = Field(
+        default=None, description="Draw from so many of the most probable tokens; 0 means all."
+    )
+    min_p: Fraction | None = Field(
+        default=None, description="Draw from tokens of at least this share of the best one's mass."
+    )
+    repetition_penalty: Positive | None = Field(
+        default=None, description="Above 1, tokens that are there already become less probable."
+    )
 
 
 class EvalTask(Section):
@@ -49,6 +71,13 @@ class EvalTask(Section):
     )
     max_gen_tokens: Count | None = Field(
         default=None, description="Longest answer (tokens); null means the task's own length."
+    )
+    stop: tuple[Text, ...] | None = Field(
+        default=None,
+        description="Texts that end an answer, beside the end of text; null means the task's own.",
+    )
+    generation: Generation = Field(
+        default=Generation(), description="Settings of sampling that replace the task's own."
     )
     multiturn: Flag = Field(default=False, description="Write the examples as turns of a chat.")
     metric: Text | None = Field(

@@ -39,6 +39,7 @@ from xlstm_distill.stages.outline import MERGED, TEACHER
 from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import bar, load_student, open_domains
 from xlstm_distill.training.accelerator import make_accelerator
+from xlstm_eval.answering.processes import processes_for, side_by_side
 from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.records import EvalError, TaskResult
@@ -48,6 +49,8 @@ from xlstm_eval.suites import Suite
 
 GATE_ROWS = 16
 """Held-out rows of each domain over which the output gates are averaged."""
+GATE_TOKENS = 4096
+"""Tokens that are read at a time for it: all rows at once do not fit beside a large model."""
 
 
 def evaluate(
@@ -271,7 +274,6 @@ def _time_decoding(model: CausalLM, recipe: Recipe, draft: Draft, device: torch.
         draft.write_json(SPEED_FILE, found.model_dump(mode="json") | {"backend": backend})
 
 
-@torch.no_grad()
 def mean_gates(
     model: CausalLM, domains: dict[str, DomainRows], device: torch.device
 ) -> list[list[float | None]]:
@@ -283,10 +285,15 @@ def mean_gates(
     for name, held in domains.items():
         # The first rows of a domain are the held-out ones (`DomainRows`).
         rows += [(name, row) for row in range(min(GATE_ROWS, held.validation))]
-    with GateMeter(model) as meter:
-        # One by one: all rows at once do not fit beside a large model.
-        for row in rows:
-            batch = load_batch(domains, [row]).to(device)
+    context = max((held.context for held in domains.values()), default=1)
+    at_once = max(1, GATE_TOKENS // context)
+    parts = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+
+    @torch.no_grad()
+    def measure(part: list[Row]) -> tuple[list[list[float]], int]:
+        """Mean gates over some rows, and over how many tokens."""
+        batch = load_batch(domains, part).to(device)
+        with GateMeter(model) as meter:
             meter.expect(batch.real)
             model.model(
                 input_ids=batch.input_ids,
@@ -294,4 +301,12 @@ def mean_gates(
                 segment_ids=batch.segment_ids,
                 use_cache=False,
             )
-    return meter.means()
+        return meter.means(), int(batch.real.sum())
+
+    measured = list(side_by_side(measure, parts, processes_for(model, process_count())))
+    total = sum(tokens for _, tokens in measured)
+    weighted = [torch.tensor(means).double() * tokens / total for means, tokens in measured]
+    if not weighted:
+        return []
+    found: list[list[float]] = torch.stack(weighted).sum(dim=0).tolist()
+    return [[round(mean, 6) for mean in layer] for layer in found]

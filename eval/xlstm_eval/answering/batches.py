@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised when the same requests get other answers: batches, seeds, arithmetic of scores.
 
 2: batches that do not depend on the number of ranks, a seed for each request, contexts read once,
-log-probabilities in single precision.
+log-probabilities in single precision. 3: rows that are done leave their batch.
 """
 
 Kind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until", "loss_by_position"]

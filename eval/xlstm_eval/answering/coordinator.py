@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from xlstm_eval.answering.batches import Batch, Question, deal
 from xlstm_eval.answering.journal import Answered, Journal
+from xlstm_eval.answering.processes import answer_side_by_side
 
 TICK_SECONDS = 2.0
 """How often rank 0 looks into the journals of the others while it waits for them."""
@@ -76,7 +77,7 @@ class Coordinator:
     """Answers batches on all ranks; what is in the journal is not asked again.
 
     On rank 0 `answer` is called for each group of questions, and `finish` at the end. The other
-    ranks call `follow`.
+    ranks call `follow`. `processes`: how many answer beside each other on this rank.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class Coordinator:
         ranks: Ranks,
         progress: Progress | None = None,
         count: Callable[[], int] = lambda: 0,
+        processes: int = 1,
     ) -> None:
         self.compute, self.journal, self.ranks = compute, journal, ranks
-        self._progress, self._count = progress, count
+        self._progress, self._count, self._processes = progress, count, processes
         # Batches by their keys, in the order in which they were asked, and how many requests each
         # answers: several requests can be one question.
         self._asked: dict[str, int] = {}
@@ -140,8 +142,7 @@ class Coordinator:
 
     def _compute(self, batches: Sequence[Batch]) -> list[Answered]:
         found = []
-        for batch in batches:
-            entry = self.compute(batch)
+        for entry in answer_side_by_side(self.compute, batches, self._processes):
             self.journal.add(entry)
             found.append(entry)
             if self.ranks.index == 0:

@@ -14,7 +14,7 @@ from lm_eval.models.utils import (
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlstm_eval.answering.batches import (
     Batch,
@@ -27,7 +27,7 @@ from xlstm_eval.answering.batches import (
     make_questions,
 )
 from xlstm_eval.answering.coordinator import Coordinator
-from xlstm_eval.answering.decoding import StopRows, row_draws, sampling
+from xlstm_eval.answering.decoding import Prompts, generate_rows, row_draws
 from xlstm_eval.answering.journal import Answered
 from xlstm_eval.answering.scoring import Pair, score_pairs
 from xlstm_eval.answering.sizes import CPU_ROWS, BatchSizes, largest_that_fits
@@ -135,33 +135,19 @@ class BatchModel(HFLM):
             prompts, left_truncate_len=self.max_length - budget, truncation=self.truncation
         )
         ids, mask = ids.to(self.device), mask.to(self.device)
-        prompt = ids.shape[1]
-        processors = None
+        random = None
         if draws(given):
             random = row_draws([question.seed for question in questions], budget, self.device)
-            processors = sampling(self.model, settings, random, prompt)
         elif not settings.get("temperature"):
             # Greedy: transformers would warn of a temperature that it does not use.
             settings |= {"do_sample": False}
             settings.pop("temperature", None)
         settings.pop("max_length", None)
-        if self.prefill is not None and prompt > self.prefill:
-            settings["prefill_chunk_size"] = self.prefill
-        found = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=budget,
-            stopping_criteria=StoppingCriteriaList(
-                [StopRows(self.tokenizer, stops, prompt, len(prompts))]
-            ),
-            logits_processor=processors,
-            pad_token_id=self.tokenizer.pad_token_id,
-            use_cache=True,
-            **settings,
-        )
-        new = found[:, prompt:]
-        self.tokens += int(mask.sum()) + int((new != self.tokenizer.pad_token_id).sum())
-        return [self._text(row, stops) for row in new.tolist()]
+        asked = Prompts(ids, mask, budget, stops, random, self.prefill)
+        found = generate_rows(self.model, self.tokenizer, asked, settings)
+        padding = self.tokenizer.pad_token_id
+        self.tokens += int(mask.sum()) + sum(len(row) - row.count(padding) for row in found)
+        return [self._text(row, stops) for row in found]
 
     def _text(self, tokens: Any, stops: list[str]) -> str:
         return postprocess_generated_text(self.tok_decode(tokens), stop=stops, think_end_token=None)

@@ -81,7 +81,8 @@ def _recovery(rate: float | None, losses: bootstrap.Array | None) -> Interval | 
     if rate is None or losses is None:
         return None
     low, high = bootstrap.percentile_interval(1 - losses)
-    return min(low, rate), max(high, rate)
+    # Means of a few real scores may be drawn below 0; scores, and so their ratios, are not.
+    return max(0.0, min(low, rate)), max(high, rate)
 
 
 def _over_tasks(comparison: Comparison, draws: Draws, alphas: Sequence[float]) -> dict[str, Any]:
@@ -114,4 +115,5 @@ def _mean_recovery(comparison: Comparison, draws: Draws) -> Interval | None:
         return None
     counted = (pair.task for pair in comparison.counted())
     rates = [1 - draws[task] for task in counted if comparison.recovery[task] is not None]
-    return bootstrap.mean_ratio_interval(np.stack(rates, axis=1), estimate)
+    low, high = bootstrap.mean_ratio_interval(np.stack(rates, axis=1), estimate)
+    return max(0.0, low), high

@@ -23,8 +23,9 @@ class SuiteTask(Frozen):
 
     ``shots`` and ``max_gen_tokens`` are lm-eval's ``num_fewshot`` and ``max_gen_toks``; None keeps
     the task's own. ``multiturn`` gives the examples as turns of a chat. ``metric`` and ``filter``
-    pick the score to report (results.pick_metric says what happens without them). ``generation``
-    overrides single generation settings, for example ``{"temperature": 0.6, "do_sample": True}``.
+    pick the score to report (results.pick_metric says what happens without them). ``stop`` replaces
+    the texts that end an answer, ``generation`` single settings of transformers' ``generate``, for
+    example ``{"temperature": 0.6}``, which also draws answers at random; None keeps the task's own.
     ``chance`` is the score of guessing; None takes it from the choices of a multiple-choice task.
     """
 
@@ -32,7 +33,8 @@ class SuiteTask(Frozen):
     domain: Name | None = None
     shots: Shots | None = None
     max_gen_tokens: Tokens | None = None
-    generation: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    stop: tuple[Name, ...] | None = None
+    generation: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     multiturn: bool = False
     metric: Name | None = None
     filter: Name | None = None

@@ -49,11 +49,23 @@ class Chunks(NamedTuple):
 
         A view where x is in that order, else a copy.
         """
-        x = x.to(dtype)
         if self.fill:
-            x = F.pad(x, [0, 0] * (x.ndim - 3) + [0, self.fill], value=value)
-        x = x.unflatten(2, (self.C, self.L)).unflatten(1, (self.G, -1)).transpose(2, 3)
+            return self._split_filled(x, dtype, value)
+        x = x.to(dtype).unflatten(2, (self.C, self.L)).unflatten(1, (self.G, -1)).transpose(2, 3)
         return x.contiguous().flatten(0, 2)
+
+    def _split_filled(self, x: Tensor, dtype: torch.dtype, value: float) -> Tensor:
+        """Cut x as `split` does, in one pass: filling it up before would copy it twice."""
+        x = x.unflatten(1, (self.G, -1))  # (B, G, R, T, ...)
+        shape = (self.B, self.G, self.C, x.shape[2], self.L, *x.shape[4:])
+        out = torch.empty(shape, dtype=dtype, device=x.device)
+        whole = self.T // self.L * self.L
+        if whole:
+            chunks = x[:, :, :, :whole].unflatten(3, (-1, self.L)).transpose(2, 3)
+            out[:, :, :-1].copy_(chunks)
+        out[:, :, -1, :, : self.T - whole].copy_(x[:, :, :, whole:])
+        out[:, :, -1, :, self.T - whole :].fill_(value)
+        return out.flatten(0, 2)
 
     def place(self, out: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a tensor of chunks to compute in, for `join`: `out` itself where it can be."""

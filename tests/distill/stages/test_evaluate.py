@@ -20,6 +20,7 @@ from xlstm_distill.stages.choices import choose
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.workbench import Bar
 from xlstm_eval.answering.coordinator import Tally
+from xlstm_eval.answering.decoding import Prompts, generate_rows
 from xlstm_eval.answering.scoring import Pair, score_pairs
 from xlstm_eval.records import EvalError
 
@@ -40,7 +41,10 @@ class Rows:
         return PackedRow(ids, ids > 0, segments, self.context - index)
 
 
-def test_gates_are_measured_row_by_row_and_equal_those_of_all_rows_at_once(tiny_teacher) -> None:
+def test_gates_are_measured_in_parts_and_equal_those_of_all_rows_at_once(
+    tiny_teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "GATE_TOKENS", 4 * Rows.context)
     student = convert(tiny_teacher(), MixerConfig(window=4, sinks=2)).eval()
     for _, parameter in student.new_parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=torch.manual_seed(0))
@@ -50,7 +54,7 @@ def test_gates_are_measured_row_by_row_and_equal_those_of_all_rows_at_once(tiny_
         lambda _, __, given: seen.append(len(given["input_ids"])), with_kwargs=True
     ):
         found = evaluate.mean_gates(student, domains, torch.device("cpu"))
-    assert seen == [1] * 6
+    assert seen == [4, 2]
     batch = load_batch(domains, [(name, row) for name in domains for row in range(3)])
     with torch.no_grad(), GateMeter(student) as meter:
         meter.expect(batch.real)
@@ -61,6 +65,49 @@ def test_gates_are_measured_row_by_row_and_equal_those_of_all_rows_at_once(tiny_
         )
     assert torch.tensor(found).shape == (2, 4)
     assert torch.allclose(torch.tensor(found), torch.tensor(meter.means()), atol=2e-6)
+
+
+def test_rows_that_are_done_leave_the_batch_and_answers_stay(tiny_teacher) -> None:
+    teacher = tiny_teacher()
+    student = convert(teacher, MixerConfig(window=4, sinks=2)).eval()
+    for _, parameter in student.new_parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.manual_seed(0))
+    # Answers end at any of these, and so at different lengths.
+    ends = [*range(3, 20)]
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 12, (24,), generator=draw)
+    ids = torch.randint(20, 97, (24, 12), generator=draw)
+    mask = (torch.arange(12) >= 12 - lengths[:, None]).long()
+
+    class Plain:
+        pad_token_id = 0
+
+        def batch_decode(self, rows: list[list[int]]) -> list[str]:
+            return ["" for _ in rows]
+
+    for model in (teacher, student):
+        model.generation_config.eos_token_id = ends
+        rows: list[int] = []
+        with (
+            torch.no_grad(),
+            model.model.register_forward_pre_hook(
+                lambda _, __, given, rows=rows: rows.append(len(given["input_ids"])),
+                with_kwargs=True,
+            ),
+        ):
+            asked = Prompts(ids, mask, 30, (), None, None)
+            found = generate_rows(model, Plain(), asked, {"do_sample": False})
+            shrinking = list(rows)
+            for row in range(24):
+                alone = Prompts(ids[row : row + 1], mask[row : row + 1], 30, (), None, None)
+                (expected,) = generate_rows(model, Plain(), alone, {"do_sample": False})
+                while found[row][-1] == 0:
+                    found[row].pop()
+                assert found[row] == expected
+        assert shrinking == sorted(shrinking, reverse=True)
+        assert shrinking[0] == 24
+        assert len(set(shrinking)) > 2
+        assert len({len(row) for row in found}) > 3
 
 
 def test_without_held_out_rows_there_are_no_gates(tiny_teacher) -> None:

@@ -7,7 +7,10 @@ import pytest
 from interval_coverage import paired_items
 from scipy import stats
 
+from xlstm_eval.metrics import compare
+from xlstm_eval.records import TaskPair
 from xlstm_eval.statistics import bootstrap
+from xlstm_eval.statistics.measure import measure
 from xlstm_eval.statistics.paired import PairedItems
 
 
@@ -58,3 +61,15 @@ def test_a_mean_of_noisy_ratios_is_not_shifted() -> None:
     # A single task keeps the interval that its recovery has.
     alone = bootstrap.mean_ratio_interval(rates[:, :1], estimate)
     assert alone == bootstrap.percentile_interval(rates[:, 0])
+
+
+def test_recovery_is_never_below_zero() -> None:
+    """Two real items: drawn means of the teacher come near 0, on both sides of it."""
+    few = {"teacher_items": [1.0, 3.0], "student_items": [2.0, 1.0]}
+    pairs = [TaskPair.model_validate({"task": task} | few) for task in ("a", "b")]
+    found = measure(compare("s", pairs)).statistics
+    assert found is not None
+    for interval in (found.mean_recovery, found.tasks["a"].recovery_interval):
+        assert interval is not None
+        assert interval[0] == 0
+        assert interval[1] > 0.75

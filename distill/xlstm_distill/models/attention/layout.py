@@ -49,7 +49,8 @@ class LayerHeads:
         self.mixed_keys = len(keys)
         full = _by_group(self.kept, per_group)
         most = max((len(found) for found in full.values()), default=0)
-        queries, outputs = [], []
+        queries: list[int] = []
+        outputs: list[int] = []
         for found in full.values():
             outputs += [len(queries) + place for place in range(len(found))]
             queries += [*found, *found[-1:] * (most - len(found))]
