@@ -301,5 +301,43 @@ def test_a_killed_process_is_named_and_a_stop_waits_for_none() -> None:
         list(side_by_side(refuse, [1, 2], 2))
 
 
+@forks
+def test_errors_that_cannot_be_sent_and_missing_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="TwoParts: the cause, 3"):
+        list(side_by_side(raise_two_parts, [1, 2], 2))
+
+    fork, forked = os.fork, []
+
+    def once() -> int:
+        if forked:
+            raise BlockingIOError("no more processes")
+        forked.append(1)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", once)
+    # One was begun: it ends, and the items are computed here.
+    assert list(side_by_side(lambda item: (item, os.getpid()), [1, 2, 3], 2)) == [
+        (item, os.getpid()) for item in (1, 2, 3)
+    ]
+    assert forked and multiprocessing.active_children() == []
+
+    def no_semaphores(*given: Any) -> None:
+        raise FileNotFoundError("/dev/shm")
+
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", no_semaphores)
+    assert list(side_by_side(abs, [-1, 2], 2)) == [1, 2]
+
+
+class TwoParts(Exception):
+    """An error that pickle cannot make again."""
+
+    def __init__(self, words: str, number: int) -> None:
+        super().__init__(f"{words}, {number}")
+
+
+def raise_two_parts(item: int) -> int:
+    raise TwoParts("the cause", 3)
+
+
 def refuse(item: int) -> int:
     raise EvalError("its own error arrives")

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_eval.answering.coordinator import OneRank, Tally
+from xlstm_eval.answering.decoding import Prompts, generate_rows, row_draws
 from xlstm_eval.answering.sizes import CPU_ROWS
 from xlstm_eval.harness import Session, check_suite, evaluate_model
 from xlstm_eval.loading import LoadedSuite, load_suite
@@ -903,6 +904,28 @@ def test_drawn_answers_depend_on_the_question_alone(
         assert row["resps"] == other["resps"]
     other_seed = evaluate_model(model, tokenizer, alone, Session(batch_size=3), seed=1)
     assert other_seed.samples["drawn"] != found.samples["drawn"]
+
+
+def test_settings_that_count_from_the_start_keep_rows_together(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every second token ends an answer, but not among its first three.
+    ends = list(range(0, model.config.vocab_size, 2))
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    rows, budget = 20, 9
+    ids = torch.arange(rows)[:, None] % 7 + torch.tensor([[3, 5, 4]])
+    random = row_draws(range(rows), budget, ids.device)
+
+    def answers(chosen: slice) -> list[list[int]]:
+        own = ids[chosen]
+        prompts = Prompts(own, torch.ones_like(own), budget, [], random[chosen], None)
+        found = generate_rows(model, tokenizer, prompts, {"min_new_tokens": 3})
+        cut = [next((at for at, t in enumerate(row) if t in ends), budget) for row in found]
+        return [row[: at + 1] for row, at in zip(found, cut, strict=True)]
+
+    together = answers(slice(None))
+    assert {len(row) for row in together} > {4, 5}
+    assert together == [*answers(slice(0, 8)), *answers(slice(8, 16)), *answers(slice(16, 20))]
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_said(

@@ -63,6 +63,7 @@ def make(
         if out.suffix != ".safetensors" or out.exists():
             problem = "exists" if out.exists() else "does not end in .safetensors"
             raise UserError(f"{out}: {problem}; give a new file NAME.safetensors.")
+        check_place(out)
         places = model_folder(base), model_folder(expert)
 
         from xlstm_distill.merging.patches import make_patch
@@ -102,8 +103,9 @@ def apply(
         weights = weight or [1.0] * len(patches)
         if len(weights) != len(patches) or not all(map(math.isfinite, weights)):
             raise UserError(
-                f"--weight: {weights} for {len(patches)} patches; give one number for each."
+                f"--weight: {weights} for {len(patches)} patches; give one finite number for each."
             )
+        check_place(out)
         folder = model_folder(model)
 
         from xlstm_distill.merging.stack import apply_patches
@@ -129,6 +131,7 @@ def remove(
 ) -> None:
     """Take a patch off a model, to the last bit; the result lies in a new folder."""
     with one_line_errors(debug):
+        check_place(out)
         folder = model_folder(model)
 
         from xlstm_distill.merging.stack import remove_patch
@@ -150,7 +153,9 @@ def show(
     with one_line_errors(debug):
         from xlstm_distill.merging.patches import Patch
 
-        facts = Patch(patch).facts
+        opened = Patch(patch)
+        opened.check()
+        facts = opened.facts
         size = patch.stat().st_size
         if as_json:
             typer.echo(json.dumps({**asdict(facts), "bytes": size}, indent=2))
@@ -175,6 +180,13 @@ def model_folder(place: Path) -> Path:
         if any(folder.glob("*.safetensors")):
             return folder
     raise UserError(f"{place}: no model here; give a folder with *.safetensors files.")
+
+
+def check_place(out: Path) -> None:
+    """Raise UserError if what is to be written would lie inside a file."""
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{out}: {nearest} is a file, not a folder; give another place.")
 
 
 def size_of(folder: Path) -> int:

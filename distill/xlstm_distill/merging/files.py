@@ -137,7 +137,7 @@ def _entry(file: str, fact: Mapping[str, Any], data: int) -> Entry:
 
 
 def _cut_short(path: Path) -> RunError:
-    return RunError(f"{path}: the file is cut short; write the model again.")
+    return RunError(f"{path}: the file is cut short; make it again.")
 
 
 class NewWeights:

@@ -250,13 +250,15 @@ class Patch(SparseFile):
     """A saved patch.
 
     Raises:
-        UserError: the file is no patch, or one of another version.
-        RunError: the file is missing or damaged.
+        UserError: the file is missing, no patch, or one of another version.
+        RunError: the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: a patch is a file NAME.safetensors, made by 'patch make'.")
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a patch, made by 'patch make'.")
         super().__init__(path, FORMAT, LOW_RANK_FORMAT)
         try:
             self.facts = PatchFacts(**json.loads(self.metadata["patch"]))

@@ -4,11 +4,12 @@ For a tensor NAME of a model the file holds `NAME.gaps`, `NAME.values` and `NAME
 count from the start of their block (`streaming.BLOCK`) and are stored as gaps of one byte: 255 adds
 255 and is no position, any other byte adds itself, and one for the position. Row b of `NAME.ends`
 says where block b ends: in bytes of gaps, and in values. A matrix may be held as two factors
-instead, `NAME.left` and `NAME.right` (`low_rank`).
+instead, `NAME.left` and `NAME.right` (`low_rank`). The metadata has a checksum of all the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -31,9 +32,11 @@ ALIGN = 8
 """Tensors begin at multiples of this: the library cannot read others in place."""
 HEADER_BYTES, METADATA_BYTES = 280, 2**11
 """Room in the header for one tensor, besides its name, and for metadata; spaces fill the rest."""
+PIECE = 2**22
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PARTS = ("gaps", "values", "ends")
 FACTORS = ("left", "right")
+CHECKSUM = "sha256"
 
 
 def encode(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -86,6 +89,28 @@ class SparseFile:
         expected |= {f"{name}.{part}" for name in self.factors for part in FACTORS}
         if set(self.weights.entries) != expected:
             raise RunError(f"{path}: holds other tensors than it should; make it again.")
+
+    def check(self) -> None:
+        """Compare the checksum; files of before there was one pass. Reads the whole file.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        (head,) = self.weights.headers.values()
+        content = json.loads(head[8:])
+        known = content["__metadata__"].pop(CHECKSUM, None)
+        if known is None:
+            return
+        found = hashlib.sha256()
+        with self.path.open("rb") as file:
+            file.seek(len(head))
+            while piece := file.read(PIECE):
+                found.update(piece)
+        found.update(_json(content))
+        if found.hexdigest() != known:
+            raise RunError(
+                f"{self.path}: its checksum is wrong, the file is damaged; make it again."
+            )
 
     def changes(self, block: Block) -> Changes | None:
         """The changes of a block of a tensor; None where there are none."""
@@ -151,6 +176,7 @@ class SparseWriter:
         self.file = file
         self.header: dict[str, object] = {}
         self.factors: dict[str, Tensor] = {}
+        self.checksum = hashlib.sha256()
         self.room = sum(HEADER_BYTES + 3 * len(name.encode()) for name in names)
         self.room += METADATA_BYTES - self.room % ALIGN
         self.start = 8 + self.room
@@ -181,8 +207,11 @@ class SparseWriter:
         # Last: a factor is as long as it is, and whole numbers after it would lie askew.
         for key, factor in self.factors.items():
             self._put(key, factor)
-        content = {"__metadata__": dict(metadata), **self.header}
-        text = json.dumps(content, separators=(",", ":")).encode()
+        known = dict(metadata)
+        content = {"__metadata__": known, **self.header}
+        self.checksum.update(_json(content))
+        known[CHECKSUM] = self.checksum.hexdigest()
+        text = _json(content)
         if len(text) > self.room:
             raise RunError("the patch's header does not fit; give it a shorter name.")
         self.file.seek(0)
@@ -195,7 +224,9 @@ class SparseWriter:
         missing = -flat.numel() * flat.itemsize % ALIGN // flat.itemsize
         if missing and values.ndim == 1:
             flat = torch.cat([flat, torch.zeros(missing, dtype=flat.dtype)])
-        self.file.write(flat.view(torch.uint8).numpy().data)
+        data = flat.view(torch.uint8).numpy().data
+        self.file.write(data)
+        self.checksum.update(data)
         shape = [flat.numel()] if values.ndim == 1 else list(values.shape)
         stop = self.file.tell() - self.start
         self.header[key] = {
@@ -203,3 +234,7 @@ class SparseWriter:
             "shape": shape,
             "data_offsets": [start, stop],
         }
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()

@@ -112,8 +112,14 @@ def apply_patches(
     """
     stack = read_stack(model)
     applied = list(stack.applied)
+    given = set()
     for path, weight in patches:
-        one = Applied(Patch(path), weight, sha256(path))
+        one = Applied(_open(path), weight, sha256(path))
+        if one.sha256 in given:
+            raise UserError(
+                f"{path}: this patch is given twice; give it once, with the sum's weight."
+            )
+        given.add(one.sha256)
         if one.sha256 in [other.sha256 for other in applied]:
             raise UserError(f"{path}: this patch is in {model} already; remove it first.")
         applied.append(one)
@@ -155,7 +161,7 @@ def load_patched(
         RunError: a file is damaged.
     """
     stack = read_stack(model)
-    applied = [*stack.applied, *(Applied(Patch(path), weight, "") for path, weight in patches)]
+    applied = [*stack.applied, *(Applied(_open(path), weight, "") for path, weight in patches)]
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     # Its tensors are the model's own. Tied weights are in the file once.
     tensors = loaded.state_dict()
@@ -166,6 +172,13 @@ def load_patched(
 
     _go_through(stack, applied, use)
     return loaded
+
+
+def _open(path: Path) -> Patch:
+    """Open a patch that is to be applied; a damaged one would spoil the model unnoticed."""
+    patch = Patch(path)
+    patch.check()
+    return patch
 
 
 def summed(base: Tensor, changes: Sequence[tuple[Changes, float]]) -> Changes:
@@ -294,6 +307,12 @@ def _tensor(
         new, undo = base, None
         if changes:
             added = summed(base, changes)
+            if not added.values.isfinite().all():
+                weights = ", ".join(f"{one.weight:g}" for one in applied)
+                raise UserError(
+                    f"--weight: {weights} is too large: {name} would hold numbers that are not "
+                    "finite; give smaller weights."
+                )
             places = torch.from_numpy(added.positions)
             undo = Changes(added.positions, base[places])
             new = base.clone()

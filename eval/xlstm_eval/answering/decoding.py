@@ -29,6 +29,8 @@ EXTRA_TOKENS = 2
 """Tokens looked back beyond a stop sequence's own: it may be written with others than its own."""
 DEFAULT_TOP_K = 50
 """What transformers takes where neither the task nor the model's files name a top_k."""
+FROM_THE_START = ("min_new_tokens", "exponential_decay_length_penalty", "begin_suppress_tokens")
+"""Settings that count from the start of a call of `generate`: a second call would count anew."""
 FEW_ROWS = 8
 """Rows that stay together until the last is done: a new call would take longer than they do."""
 
@@ -63,7 +65,7 @@ def generate_rows(
     settings, start = dict(settings), prompts.ids.shape[1]
     end = start + prompts.budget
     warpers = [] if prompts.draws is None else sampling(model, settings)
-    single = _beams(model, settings) == 1
+    leaves = _rows_may_leave(model, settings)
     first = {}
     if prompts.prefill is not None and start > prompts.prefill:
         first["prefill_chunk_size"] = prompts.prefill
@@ -75,7 +77,7 @@ def generate_rows(
         processors = LogitsProcessorList(warpers)
         if draws is not None:
             processors.append(DrawRows(draws, start))
-        stop = StopRows(model, tokenizer, prompts.stops, start, len(left), leaves=single)
+        stop = StopRows(model, tokenizer, prompts.stops, start, len(left), leaves=leaves)
         found = answer(
             input_ids=ids,
             attention_mask=mask,
@@ -104,10 +106,17 @@ def generate_rows(
     return answers
 
 
-def _beams(model: PreTrainedModel, settings: dict[str, Any]) -> int:
-    """Return how many beams a prompt has: with several, rows are no answers."""
-    asked = settings.get("num_beams")
-    return int((model.generation_config.num_beams if asked is None else asked) or 1)
+def _rows_may_leave(model: PreTrainedModel, settings: dict[str, Any]) -> bool:
+    """Tell whether an answer may be made by several calls of `generate`.
+
+    With several beams rows are no answers.
+    """
+
+    def value(name: str) -> Any:
+        asked = settings.get(name)
+        return getattr(model.generation_config, name, None) if asked is None else asked
+
+    return (value("num_beams") or 1) == 1 and not any(value(name) for name in FROM_THE_START)
 
 
 class StopRows(StoppingCriteria):

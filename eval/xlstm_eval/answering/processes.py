@@ -12,10 +12,12 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from xlstm_eval.answering.batches import Batch
@@ -68,7 +70,8 @@ def side_by_side(
 ) -> Iterator[Found]:
     """Yield compute(item) of all items as they come, by at most so many processes.
 
-    What `compute` holds is not sent to them; items and results are.
+    What `compute` holds is not sent to them; items and results are. Where the system has no
+    semaphores (no /dev/shm) or allows no more processes, this process computes alone.
 
     Raises:
         EvalError: a process was killed.
@@ -77,15 +80,24 @@ def side_by_side(
     if count < 2:
         yield from map(compute, items)
         return
-    before = multiprocessing.active_children()
-    with _quiet_fork():
+    try:
         pool = concurrent.futures.ProcessPoolExecutor(
             count, multiprocessing.get_context("fork"), _begin, (compute, os.getpid())
         )
-        asked = [pool.submit(_apply, item) for item in items]
-    mine = [child for child in multiprocessing.active_children() if child not in before]
-    over = False
+    except (OSError, NotImplementedError):
+        yield from map(compute, items)
+        return
+    before = multiprocessing.active_children()
+    asked, over = None, False
     try:
+        # A signal may come here already: what was begun has to end.
+        with _quiet_fork(), contextlib.suppress(OSError):
+            asked = [pool.submit(_apply, item) for item in items]
+        mine = _others(before)
+        if asked is None:
+            _end(mine)
+            yield from map(compute, items)
+            return
         for done in concurrent.futures.as_completed(asked):
             yield done.result()
         over = True
@@ -97,9 +109,17 @@ def side_by_side(
     finally:
         if not over:
             # Whoever stops an evaluation does not wait for batches that it will ask for again.
-            for child in mine:
-                child.kill()
+            _end(_others(before) if asked is None else mine)
         pool.shutdown(cancel_futures=True)
+
+
+def _others(before: Sequence[BaseProcess]) -> list[BaseProcess]:
+    return [child for child in multiprocessing.active_children() if child not in before]
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _begin(compute: Callable[[Any], Any], parent: int) -> None:
@@ -132,7 +152,21 @@ def _apply(item: Any) -> Any:
     import torch
 
     with torch.no_grad():
-        return _compute(item)
+        try:
+            return _compute(item)
+        except Exception as error:
+            if _can_be_sent(error):
+                raise
+            # Sent as it is, it would break the pool as if this process had been killed.
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _can_be_sent(error: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 @contextlib.contextmanager

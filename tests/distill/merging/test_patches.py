@@ -158,6 +158,27 @@ def test_another_base_and_other_mistakes_are_refused(patches, places, students, 
     with pytest.raises(UserError, match=r"is no .xlstm-distill patch 1."):
         Patch(base / "model.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+    with pytest.raises(UserError, match="no such file; give a patch"):
+        Patch(tmp_path / "nothing.safetensors")
+    with pytest.raises(UserError, match="this patch is given twice"):
+        apply_patches(base, [(patches["a"], 1.0), (patches["a"], 1.0)], tmp_path / "two")
+    with pytest.raises(UserError, match="would hold numbers that are not finite"):
+        apply_patches(base, [(patches["a"], 1e60)], tmp_path / "huge")
+    assert not (tmp_path / "huge").exists()
+
+
+def test_a_damaged_patch_changes_no_model(patches, places, tmp_path):
+    good, damaged = bytearray(patches["a"].read_bytes()), tmp_path / "a.safetensors"
+    data = 8 + int.from_bytes(good[:8], "little")
+    facts = good.index(b'"retained')
+    # A value, a position, the last byte, a digit of the facts.
+    for place in (data, (data + len(good)) // 2, len(good) - 1, good.index(b".", facts) + 2):
+        bad = bytearray(good)
+        bad[place] ^= 1
+        damaged.write_bytes(bad)
+        with pytest.raises(RunError, match=r"a\.safetensors: its checksum is wrong"):
+            apply_patches(places(1)["base"], [(damaged, 1.0)], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_a_patched_model_that_was_changed_is_refused(patches, places, tmp_path):
