@@ -319,7 +319,8 @@ def test_errors_that_cannot_be_sent_and_missing_processes(monkeypatch: pytest.Mo
     assert list(side_by_side(lambda item: (item, os.getpid()), [1, 2, 3], 2)) == [
         (item, os.getpid()) for item in (1, 2, 3)
     ]
-    assert forked and multiprocessing.active_children() == []
+    assert forked
+    assert multiprocessing.active_children() == []
 
     def no_semaphores(*given: Any) -> None:
         raise FileNotFoundError("/dev/shm")

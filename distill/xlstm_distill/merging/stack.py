@@ -40,6 +40,7 @@ from xlstm_distill.merging.streaming import (
 FOLDER, STACK, UNDO = "patches", "stack.json", "undo.safetensors"
 UNDO_FORMAT = "xlstm-distill undo 1"
 Advance = Callable[[int], None]
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def apply_patches(
     applied = list(stack.applied)
     given = set()
     for path, weight in patches:
-        one = Applied(_open(path), weight, sha256(path))
+        one = Applied(_open(path, weight), weight, sha256(path))
         if one.sha256 in given:
             raise UserError(
                 f"{path}: this patch is given twice; give it once, with the sum's weight."
@@ -161,7 +162,10 @@ def load_patched(
         RunError: a file is damaged.
     """
     stack = read_stack(model)
-    applied = [*stack.applied, *(Applied(_open(path), weight, "") for path, weight in patches)]
+    applied = [
+        *stack.applied,
+        *(Applied(_open(path, weight), weight, "") for path, weight in patches),
+    ]
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     # Its tensors are the model's own. Tied weights are in the file once.
     tensors = loaded.state_dict()
@@ -174,8 +178,10 @@ def load_patched(
     return loaded
 
 
-def _open(path: Path) -> Patch:
+def _open(path: Path, weight: float) -> Patch:
     """Open a patch that is to be applied; a damaged one would spoil the model unnoticed."""
+    if not abs(weight) <= LARGEST_WEIGHT:
+        raise UserError(f"--weight: {weight:g} is beyond the numbers of float32; try 1.")
     patch = Patch(path)
     patch.check()
     return patch

@@ -120,6 +120,8 @@ def _others(before: Sequence[BaseProcess]) -> list[BaseProcess]:
 def _end(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.kill()
+    for process in processes:
+        process.join()
 
 
 def _begin(compute: Callable[[Any], Any], parent: int) -> None:
