@@ -225,7 +225,7 @@ def test_ifeval_without_the_data_for_its_answers_is_refused(tmp_path, monkeypatc
     nltk = pytest.importorskip("nltk")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     check_sentences("gsm8k")
-    with pytest.raises(EvalError, match="leaderboard_ifeval needs nltk's punkt_tab.*NLTK_DATA"):
+    with pytest.raises(EvalError, match="leaderboard_ifeval needs nltk"):
         check_sentences("leaderboard_ifeval")
     (tmp_path / "tokenizers/punkt_tab").mkdir(parents=True)
     check_sentences("ifeval")
