@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -42,7 +42,7 @@ def full_attention(
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if recorded and not torch.compiler.is_compiling():
         return cast(Tensor, _Recorded.apply(*given))
-    attend = _again if recorded else _attend
+    attend: Callable[..., Tensor] = _again if recorded else _attend
     parts = [attend(*part) for _, _, part in _blocks(*given)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
