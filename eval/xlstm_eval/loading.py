@@ -78,6 +78,7 @@ def load_suite(suite: Suite, tokenizer: Any = None) -> LoadedSuite:
         _check_generation(loaded)
         unconfined = set()
         for entry, leaf in loaded.leaves():
+            check_sentences(leaf.task_name)
             _override(entry, leaf)
             if getattr(leaf, "UNSAFE_CODE", False) and not is_confined(leaf):
                 unconfined.add(leaf.task_name)
@@ -188,6 +189,26 @@ def _load_task(manager: Any, name: str, tokenizer: str | None) -> Any:
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise EvalError(f"suite.tasks: {name} cannot be loaded: {_first_line(error)}") from error
     return loaded["groups"].get(name) or loaded["tasks"][name]
+
+
+def check_sentences(name: str) -> None:
+    """Refuse IFEval without the data by which it splits answers into sentences.
+
+    lm-eval downloads it when the task is loaded. Where that fails it only prints a line, and stops
+    when answers are scored.
+    """
+    if not name.endswith("ifeval"):
+        return
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        raise EvalError(
+            f"suite.tasks: {name} needs nltk's punkt_tab, which is not here and could not be "
+            "downloaded. Run python -m nltk.downloader punkt_tab where there is a network, and "
+            "set NLTK_DATA to its folder."
+        ) from error
 
 
 def _original(name: str) -> str:

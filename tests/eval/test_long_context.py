@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,7 +274,7 @@ class Forgetful(LlamaForCausalLM):
     tokenizer: Any
     widths: list[int]
 
-    def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+    def generate(self, input_ids: torch.Tensor, **settings: Any) -> SimpleNamespace:
         """Look the code up in the prompt's end, as the key in front of the answer asks."""
         rows = []
         self.widths += [int(row.ne(0).sum()) for row in input_ids]
@@ -283,7 +284,8 @@ class Forgetful(LlamaForCausalLM):
             code = seen.partition(f"The code of {key} ")[2][:6]
             answer = self.tokenizer(f" {code}", add_special_tokens=False).input_ids
             rows.append(answer[:8] + [0] * (8 - len(answer)))
-        return torch.cat([input_ids, torch.tensor(rows)], dim=1)
+        whole = torch.cat([input_ids, torch.tensor(rows)], dim=1)
+        return SimpleNamespace(sequences=whole, past_key_values=None)
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -55,12 +55,13 @@ def mlstm_step(
     f: Tensor,
     state: MLSTMState,
     *,
+    index: Tensor | None = None,
     check: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Advance the mLSTM by one token, as `xlstm_kernels.mlstm_step` does in plain torch."""
     check_backend(backend)
-    return mlstm_step_in_place(q, k, v, i, f, state)
+    return mlstm_step_in_place(q, k, v, i, f, state, index)
 
 
 def window_step(
@@ -72,12 +73,13 @@ def window_step(
     sinks: int,
     scale: float,
     slots: RingSlots,
+    index: Tensor | None = None,
     check: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Decode one token of the attention, as `xlstm_kernels.window_step` does in plain torch."""
     check_backend(backend)
-    return window_step_in_place(q, k, v, ring, slots, scale)
+    return window_step_in_place(q, k, v, ring, slots, scale, index)
 
 
 def hybrid_step(
@@ -95,12 +97,15 @@ def hybrid_step(
     sinks: int,
     scale: float,
     slots: RingSlots,
+    index: Tensor | None = None,
     check: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Decode one token of the mixer, as `xlstm_kernels.hybrid_step` does in plain torch."""
     check_backend(backend)
-    return hybrid_step_in_place(q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale)
+    return hybrid_step_in_place(
+        q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale, index=index
+    )
 
 
 def sliding_window_attention(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isnan
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
@@ -290,7 +292,7 @@ def mean_gates(
     parts = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
 
     @torch.no_grad()
-    def measure(part: list[Row]) -> tuple[list[list[float]], int]:
+    def measure(part: list[Row]) -> tuple[list[list[float | None]], int]:
         """Mean gates over some rows, and over how many tokens."""
         batch = load_batch(domains, part).to(device)
         with GateMeter(model) as meter:
@@ -305,8 +307,7 @@ def mean_gates(
 
     measured = list(side_by_side(measure, parts, processes_for(model, process_count())))
     total = sum(tokens for _, tokens in measured)
-    weighted = [torch.tensor(means).double() * tokens / total for means, tokens in measured]
-    if not weighted:
-        return []
-    found: list[list[float]] = torch.stack(weighted).sum(dim=0).tolist()
-    return [[round(mean, 6) for mean in layer] for layer in found]
+    # A head that keeps full attention has no gate in any part: not a number, and none at the end.
+    weighted = [np.array(means, dtype=float) * (tokens / total) for means, tokens in measured]
+    found = np.sum(weighted, axis=0).tolist() if weighted else []
+    return [[None if isnan(mean) else round(mean, 6) for mean in layer] for layer in found]

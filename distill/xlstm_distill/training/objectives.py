@@ -166,7 +166,7 @@ class AlignObjective(Objective):
         total = torch.stack(errors).sum()
         # By layer: a layer with small values is a small part of the sum, however wrong it is.
         layers = zip(self.layer_numbers, errors, norms, strict=True)
-        parts = {}
+        parts: dict[str, Tensor] = {}
         for n, error, norm in layers:
             parts |= {f"{ERROR}/{n}": error.detach(), f"{POWER}/{n}": norm}
         return Sums(total, parts)

@@ -65,9 +65,9 @@ class Students:
     def recovery(self, tasks: Sequence[str]) -> Estimate:
         """Return the mean recovery of some tasks."""
         drawn = bootstrap.draw_all({task: self.items[task] for task in tasks})
-        rates = [1 - losses for losses in drawn.values()]
+        rates = np.stack([1 - losses for losses in drawn.values()], axis=1)
         between = [self._recovery(seed, tasks) for seed in self.seeds]
-        items = bootstrap.percentile_interval(np.mean(rates, axis=0))
+        items = bootstrap.mean_ratio_interval(rates, math.fsum(between) / len(between))
         return over_seeds(between, items, (0.0, math.inf))
 
     def gain(self, other: Students, tasks: Sequence[str]) -> Estimate:

@@ -22,20 +22,24 @@ MOST_SLOTS = 64
 STEP_WARPS, HYBRID_WARPS = 8, 4  # by registers and programs on an SM, as the table's settings
 
 # Counters by the state or ring that a step changes: two steps cannot change one at a time, so no
-# two steps count on one counter at a time.
+# two steps count on one counter at a time. All that were made for it stay as long as it: a captured
+# graph counts at the addresses that it was captured with.
 _counters = WeakTensorKeyDictionary()
 
 
 def counters(owner: Tensor, count: int) -> Tensor:
-    """Return `count` counters of this tensor's programs, which are 0 between steps."""
+    """Return `count` or more counters of this tensor's programs, which are 0 between steps."""
     if torch.compiler.is_compiling():
         return torch.zeros(count, dtype=torch.int32, device=owner.device)
-    found = _counters.get(owner)
-    if found is None or len(found) < count:
-        found = torch.zeros(count, dtype=torch.int32, device=owner.device)
-        # In a graph that is being captured, they are only made 0 when it is replayed.
-        if not (owner.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _counters[owner] = found
+    made: list[Tensor] = _counters.setdefault(owner, [])
+    if made and len(made[-1]) >= count:
+        return made[-1]
+    # Twice as many each time, so that what stays is less than twice the last.
+    size = triton.next_power_of_2(count)
+    found = torch.zeros(size, dtype=torch.int32, device=owner.device)
+    # In a graph that is being captured, they are only made 0 when it is replayed.
+    if not (owner.is_cuda and torch.cuda.is_current_stream_capturing()):
+        made.append(found)
     return found
 
 

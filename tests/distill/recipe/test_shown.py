@@ -22,7 +22,9 @@ def test_only_local_paths_change_and_none_is_left(root: Path) -> None:
     expected = recipe.model_dump(mode="json")
     expected["teacher"]["path"] = "teacher"
     expected["evaluate"]["include"] = "tasks"
-    assert expected.pop("refine") is None  # not shown where there is none
+    # Not shown where there is none.
+    assert expected.pop("refine") is None
+    assert expected["student"]["mixer"].pop("attention") is None
     assert yaml.safe_load(text) == expected
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,11 +43,13 @@ class Rows:
         return PackedRow(ids, ids > 0, segments, self.context - index)
 
 
+@pytest.mark.parametrize("kept", [{}, {"heads": {1: [0]}}, {"layers": [0]}])
 def test_gates_are_measured_in_parts_and_equal_those_of_all_rows_at_once(
-    tiny_teacher, monkeypatch: pytest.MonkeyPatch
+    tiny_teacher, kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "GATE_TOKENS", 4 * Rows.context)
-    student = convert(tiny_teacher(), MixerConfig(window=4, sinks=2)).eval()
+    mixer = MixerConfig.model_validate({"window": 4, "sinks": 2, "attention": kept or None})
+    student = convert(tiny_teacher(), mixer).eval()
     for _, parameter in student.new_parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=torch.manual_seed(0))
     domains = {"math": Rows(0), "code": Rows(1)}
@@ -63,8 +67,10 @@ def test_gates_are_measured_in_parts_and_equal_those_of_all_rows_at_once(
             position_ids=batch.position_ids,
             segment_ids=batch.segment_ids,
         )
-    assert torch.tensor(found).shape == (2, 4)
-    assert torch.allclose(torch.tensor(found), torch.tensor(meter.means()), atol=2e-6)
+    means, expected = np.array(found, dtype=float), np.array(meter.means(), dtype=float)
+    assert means.shape == (2, 4)
+    assert np.isnan(means).any() == bool(kept)
+    assert np.allclose(means, expected, rtol=0, atol=2e-6, equal_nan=True)
 
 
 def test_rows_that_are_done_leave_the_batch_and_answers_stay(tiny_teacher) -> None:

@@ -10,6 +10,7 @@ from scipy import stats
 
 from xlstm_eval.metrics import compare
 from xlstm_eval.records import Comparison, EvalError, TaskPair
+from xlstm_eval.statistics.measure import measure
 from xlstm_eval.statistics.seeds import Students, mean_of, over_seeds
 
 TASKS = ("a", "b", "c")
@@ -53,6 +54,16 @@ def simulated(rng: np.random.Generator, gain: float) -> tuple[Students, Students
 
     before, after = ([seed(ability) for _ in range(3)] for ability in (0.0, gain))
     return Students(before), Students(after)
+
+
+def test_a_single_seed_has_the_interval_of_the_report() -> None:
+    # Few right answers of the teacher: a mean of drawn ratios is too high by half of its noise.
+    rng = np.random.default_rng(1)
+    teacher, right = ((rng.random((3, 60)) < share).astype(float) for share in (0.2, 0.15))
+    compared = student(teacher, right)
+    found, reported = Students([compared]).recovery(TASKS), measure(compared).statistics
+    assert found.value == pytest.approx(compared.mean_recovery)
+    assert found.interval == pytest.approx(reported.mean_recovery)
 
 
 def test_intervals_hold_the_true_values_nearly_always() -> None:

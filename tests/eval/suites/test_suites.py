@@ -11,6 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from xlstm_eval.loading import check_sentences
 from xlstm_eval.long_context.settings import LongContextSettings
 from xlstm_eval.problems import FieldError
 from xlstm_eval.records import EvalError
@@ -218,3 +219,13 @@ def test_generation_leads_and_log_likelihood_follows(
         kinds.append(generates)
     assert kinds == sorted(kinds, reverse=True)
     assert 0 < sum(kinds) < len(kinds)
+
+
+def test_ifeval_without_the_data_for_its_answers_is_refused(tmp_path, monkeypatch):
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    check_sentences("gsm8k")
+    with pytest.raises(EvalError, match="leaderboard_ifeval needs nltk"):
+        check_sentences("leaderboard_ifeval")
+    (tmp_path / "tokenizers/punkt_tab").mkdir(parents=True)
+    check_sentences("ifeval")

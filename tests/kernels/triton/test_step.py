@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -56,3 +58,18 @@ def test_gates_at_60_match_the_reference(device: str) -> None:
     stepped = steps(inputs, MLSTMState.zeros(1, 1, 16, 16, device=device))
     expected, _ = mlstm_reference(**{name: x.double() for name, x in inputs.items()})
     assert error_ratio(stepped, expected) < BOUND
+
+
+def test_a_larger_batch_leaves_the_counters_of_a_captured_graph() -> None:
+    from xlstm_kernels.triton.step import counters
+
+    held = torch.zeros(2)
+    first = counters(held, 3)
+    alive = weakref.ref(first)
+    del first
+    # A graph still counts at the first address: freed, it would be another tensor's memory.
+    assert len(counters(held, 100)) >= 100
+    assert alive() is not None
+    assert counters(held, 3) is counters(held, 100)
+    del held
+    assert alive() is None

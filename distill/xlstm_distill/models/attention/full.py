@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 QUERIES = 512
 """Queries of a block: the mask of one is all of it that exists at once."""
 FEWEST_QUERIES, MASK_SIZE = 128, 1 << 26
 """A block has fewer queries, down to this many, where its mask would have more numbers."""
+
+Given: TypeAlias = tuple[Tensor, Tensor, Tensor, float, tuple[Tensor, Tensor] | None]
 
 
 def full_attention(
@@ -31,21 +37,63 @@ def full_attention(
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
-    size = _block(q, k)
+    # No segments: autograd functions take tensors or None, and no tuples of them.
+    given = (q, k, v, *(segments or (None, None)), scale)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    before, parts = k.shape[2] - tokens, []
+    if recorded and not torch.compiler.is_compiling():
+        return cast(Tensor, _Recorded.apply(*given))
+    attend: Callable[..., Tensor] = _again if recorded else _attend
+    parts = [attend(*part) for _, _, part in _blocks(*given)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _blocks(
+    q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, held: Tensor | None, scale: float
+) -> Iterator[tuple[slice, slice, Given]]:
+    """Yield blocks: which queries, which keys, and what `_attend` takes of them."""
+    tokens, before = q.shape[2], k.shape[2] - q.shape[2]
+    size = _block(q, k)
     for start in range(0, tokens, size):
         end = min(start + size, tokens)
-        seen = before + end
-        part = None
-        if segments is not None:
-            part = segments[0][:, start:end], segments[1][:, :seen]
-        given = (q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], scale, part)
-        if recorded:
-            parts.append(checkpoint(_attend, *given, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_attend(*given))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        queries, keys = slice(start, end), slice(0, before + end)
+        part = None if own is None or held is None else (own[:, queries], held[:, keys])
+        yield queries, keys, (q[:, :, queries], k[:, :, keys], v[:, :, keys], scale, part)
+
+
+class _Recorded(torch.autograd.Function):
+    """Attend in blocks; the backward pass makes each block again.
+
+    Gradients of keys and values add up in float32: a key of 128k tokens has a thousand parts.
+    Autograd itself would round each sum to bf16, and write zeros for all keys of each block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        *segments, ctx.scale = rest
+        ctx.save_for_backward(q, k, v, *segments)
+        parts = [_attend(*part) for _, _, part in _blocks(q, k, v, *segments, ctx.scale)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *segments = ctx.saved_tensors
+        exact = torch.promote_types(k.dtype, torch.float32)
+        dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=exact) for x in (k, v))
+        for queries, keys, (*read, scale, part) in _blocks(q, k, v, *segments, ctx.scale):
+            with torch.enable_grad():
+                read = [x.detach().requires_grad_() for x in read]
+                out = _attend(*read, scale, part)
+            grad = grads[0][:, :, queries].to(out.dtype)
+            dq[:, :, queries], key, value = torch.autograd.grad(out, read, grad)
+            dk[:, :, keys] += key
+            dv[:, :, keys] += value
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _again(*given: Any) -> Tensor:
+    """Attend, and again in the backward pass; a compiler sees through this, not `_Recorded`."""
+    return cast(Tensor, checkpoint(_attend, *given, use_reentrant=False, preserve_rng_state=False))
 
 
 def _block(q: Tensor, k: Tensor) -> int:
