@@ -109,14 +109,15 @@ def generate_rows(
 def _rows_may_leave(model: PreTrainedModel, settings: dict[str, Any]) -> bool:
     """Tell whether an answer may be made by several calls of `generate`.
 
-    With several beams rows are no answers.
+    With several beams rows are no answers, and a cache of a fixed shape keeps all of its rows.
     """
 
     def value(name: str) -> Any:
         asked = settings.get(name)
         return getattr(model.generation_config, name, None) if asked is None else asked
 
-    return (value("num_beams") or 1) == 1 and not any(value(name) for name in FROM_THE_START)
+    kept = any(value(name) for name in (*FROM_THE_START, "cache_implementation"))
+    return (value("num_beams") or 1) == 1 and not kept
 
 
 class StopRows(StoppingCriteria):
