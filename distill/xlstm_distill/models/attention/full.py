@@ -68,22 +68,30 @@ class _Recorded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        *segments, ctx.scale = rest
-        ctx.save_for_backward(q, k, v, *segments)
-        parts = [_attend(*part) for _, _, part in _blocks(q, k, v, *segments, ctx.scale)]
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        own: Tensor | None,
+        held: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, own, held)
+        parts = [_attend(*part) for _, _, part in _blocks(q, k, v, own, held, scale)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *segments = ctx.saved_tensors
+        q, k, v, own, held = ctx.saved_tensors
         exact = torch.promote_types(k.dtype, torch.float32)
         dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=exact) for x in (k, v))
-        for queries, keys, (*read, scale, part) in _blocks(q, k, v, *segments, ctx.scale):
+        for queries, keys, part in _blocks(q, k, v, own, held, ctx.scale):
             with torch.enable_grad():
-                read = [x.detach().requires_grad_() for x in read]
-                out = _attend(*read, scale, part)
+                read = [x.detach().requires_grad_() for x in part[:3]]
+                out = _attend(read[0], read[1], read[2], *part[3:])
             grad = grads[0][:, :, queries].to(out.dtype)
             dq[:, :, queries], key, value = torch.autograd.grad(out, read, grad)
             dk[:, :, keys] += key
