@@ -6,7 +6,9 @@ downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +70,7 @@ def load_suite(suite: Suite, tokenizer: Any = None) -> LoadedSuite:
     RULER's tasks are sized by ``tokenizer``.
     Raises EvalError: no such folder, unknown task, data that cannot be loaded.
     """
-    with quiet():
+    with quiet(), _own_draws():
         manager = _find_tasks(suite)
         with sandboxed_metrics(), tokenizer_folder(tokenizer) as folder:
             tasks = {
@@ -83,6 +85,16 @@ def load_suite(suite: Suite, tokenizer: Any = None) -> LoadedSuite:
             if getattr(leaf, "UNSAFE_CODE", False) and not is_confined(leaf):
                 unconfined.add(leaf.task_name)
     return replace(loaded, unconfined=frozenset(unconfined))
+
+
+@contextlib.contextmanager
+def _own_draws() -> Iterator[None]:
+    """Leave the caller's generator as it was: libraries that tasks import may draw."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _harnessed(suite: Suite) -> list[SuiteTask]:
