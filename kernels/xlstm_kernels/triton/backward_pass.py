@@ -12,7 +12,7 @@ from xlstm_kernels.triton import mlstm_backward as kernels
 from xlstm_kernels.triton.common import on_device_of, strides
 from xlstm_kernels.triton.configs import MLSTMConfig
 from xlstm_kernels.triton.forward_pass import run_states
-from xlstm_kernels.triton.mlstm_tensors import Gates, Inputs, Kept, Rows, Sizes, sizes_of
+from xlstm_kernels.triton.mlstm_tensors import GateParts, Gates, Inputs, Kept, Rows, Sizes, sizes_of
 
 
 def launch_backward(
@@ -38,29 +38,26 @@ def launch_backward(
     centre = known.centre.repeat_interleave(sizes.H // sizes.G, 1)[:, :, None]  # (B, H, 1, Dv)
     # C_end is the state of the centred values plus n_end centreᵀ, so n_end has a part in it.
     dn_end = dn_end + (dC_end * centre).sum(-1)
-    dq, dk, di, df, dv = (q.new_empty(0) for _ in range(5))
+    di, df = i.new_empty(0), f.new_empty(0)
     with on_device_of(dh):
-        d_den = run_denominator_grads(known.h_centred, dh, known.den, sizes, config)
+        d_den = run_denominator_grads(known.h_centred, dh, known.den, sizes)
         rows = Rows(dh, known.den, d_den, known.m)
         ends = dC_end, dn_end
         dC, dn, dC0, dn0 = run_state_grads(inputs, gates, rows, ends, sizes, config)
+        parts = queries_and_keys, values
+        shared = (inputs, gates, rows, (dC, dn))
+        (dq, dk, dv), found = run_token_grads(*shared, parts, sizes, config)
         if queries_and_keys:
-            dk, d_write = run_key_grads(inputs, gates, rows, (dC, dn), sizes, config)
-            shared = (inputs, gates, rows, (dC, dn), d_write, sizes, config)
-            dq, di, df = run_query_gate_grads(*shared)
-        if values:
-            dv = run_value_grads(inputs, gates, rows, dC, sizes, config)
+            di, df = run_gate_grads(inputs, gates, rows.m, found, sizes)
     return [dq, dk, dv, di, df, dC0, dn0 - (dC0 * centre).sum(-1)]
 
 
-def run_denominator_grads(
-    h_centred: Tensor, dh: Tensor, den: Tensor, sizes: Sizes, config: MLSTMConfig
-) -> Tensor:
+def run_denominator_grads(h_centred: Tensor, dh: Tensor, den: Tensor, sizes: Sizes) -> Tensor:
     """Return d_den (B, H, T), the gradients of the denominators."""
     d_den = torch.empty_like(den)
-    kernels.denominator_kernel[(sizes.chunks * sizes.B * sizes.H,)](
+    kernels.denominator_kernel[(sizes.token_tiles,)](
         h_centred_ptr=h_centred, dh_ptr=dh, den_ptr=den, d_den_ptr=d_den,
-        T=sizes.T, chunks=sizes.chunks, DOT=sizes.dot, L=config.chunk, DV=sizes.Dv,
+        T=sizes.T, chunks=sizes.chunks, DOT=sizes.dot, L=sizes.chunk, BT=sizes.tile, DV=sizes.Dv,
     )  # fmt: skip
     return d_den
 
@@ -90,78 +87,67 @@ def run_state_grads(
         m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
         dC_end_ptr=dC_end, dn_end_ptr=dn_end, dC_ptr=dC, dn_ptr=dn, dC0_ptr=dC0, dn0_ptr=dn0,
         T=T, H=H, chunks=chunks,
-        **strides(q=inputs.q), **sizes.head_settings(launch, config.chunk),
+        **strides(q=inputs.q), **sizes.head_settings(launch),
     )  # fmt: skip
     return dC, dn, dC0, dn0
 
 
-def run_key_grads(
+def run_token_grads(
     inputs: Inputs,
     gates: Gates,
     rows: Rows,
     state_grads: tuple[Tensor, Tensor],
+    wanted: tuple[bool, bool],
     sizes: Sizes,
     config: MLSTMConfig,
+) -> tuple[tuple[Tensor, Tensor, Tensor], GateParts]:
+    """Return dq, dk (B, H, T, Dk) and dv (B, G, T, Dv), and the parts of the gates' gradients.
+
+    wanted: whether dq, dk and the parts are, and whether dv is; what is not wanted is empty. For
+    the former the states are computed again.
+    """
+    queries_and_keys, values = wanted
+    H, G, chunks = sizes.H, sizes.G, sizes.chunks
+    C = n = None
+    parts = GateParts.empty(sizes, rows.m.device)
+    tiles = sizes.chunk // sizes.tile
+    programs = tiles if values else 0  # of a chunk of a value head, as the kernel counts them
+    if queries_and_keys:
+        C, n, _, _, _ = run_states(inputs, gates, sizes, config)
+        programs += (H // G) * (3 * tiles + 1)
+    dq, dk = (contiguous_like(x, queries_and_keys) for x in (inputs.q, inputs.k))
+    dv = contiguous_like(inputs.v, values)
+    dC, dn = state_grads
+    kernels.token_grad_kernel[(chunks * sizes.B * G * programs,)](
+        q_ptr=inputs.q, k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre,
+        dh_ptr=rows.dh, den_ptr=rows.den, d_den_ptr=rows.d_den,
+        i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
+        m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
+        C_ptr=C, n_ptr=n, dC_ptr=dC, dn_ptr=dn, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
+        **{f"{name}_ptr": x for name, x in parts._asdict().items()},
+        T=sizes.T, H=H, R=H // G, chunks=chunks,
+        QUERIES_AND_KEYS=queries_and_keys, VALUES=values,
+        **strides(q=inputs.q, k=inputs.k, v=inputs.v),
+        **sizes.token_settings(config.token_grads),
+    )  # fmt: skip
+    return (dq, dk, dv), parts
+
+
+def contiguous_like(x: Tensor, wanted: bool) -> Tensor:
+    """Make room for the gradient of x; none if it is not wanted."""
+    return x.new_empty(x.shape if wanted else 0)
+
+
+def run_gate_grads(
+    inputs: Inputs, gates: Gates, m: Tensor, parts: GateParts, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
-    """Return dk (B, H, T, Dk) and d_write (B, H, T), which the gates' gradients need."""
-    B, H, G, T, Dk, _, chunks = sizes[:7]
-    dC, dn = state_grads
-    dk = torch.empty(B, H, T, Dk, dtype=inputs.k.dtype, device=inputs.k.device)
-    d_write = torch.empty_like(rows.m)
-    kernels.key_grad_kernel[(chunks * B * H,)](
-        q_ptr=inputs.q, k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre,
-        dh_ptr=rows.dh, den_ptr=rows.den, d_den_ptr=rows.d_den,
-        i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
-        m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
-        dC_ptr=dC, dn_ptr=dn, dk_ptr=dk, d_write_ptr=d_write,
-        T=T, H=H, R=H // G, chunks=chunks,
-        **strides(q=inputs.q, k=inputs.k, v=inputs.v),
-        **sizes.head_settings(config.key_grads, config.chunk),
-    )  # fmt: skip
-    return dk, d_write
-
-
-def run_query_gate_grads(
-    inputs: Inputs,
-    gates: Gates,
-    rows: Rows,
-    state_grads: tuple[Tensor, Tensor],
-    d_write: Tensor,
-    sizes: Sizes,
-    config: MLSTMConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq (B, H, T, Dk), di and df (B, H, T); computes the states again."""
-    B, H, G, T, Dk, _, chunks = sizes[:7]
-    C, n, _, _, _ = run_states(inputs, gates, sizes, config)
-    dC, dn = state_grads
-    dq = torch.empty(B, H, T, Dk, dtype=inputs.q.dtype, device=inputs.q.device)
+    """Return di and df (B, H, T)."""
     di, df = torch.empty_like(gates.i), torch.empty_like(gates.f)
-    kernels.query_gate_grad_kernel[(chunks * B * H,)](
-        q_ptr=inputs.q, k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre,
-        dh_ptr=rows.dh, den_ptr=rows.den, d_den_ptr=rows.d_den,
-        i_ptr=gates.i, f_ptr=gates.f, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
-        m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
-        C_ptr=C, n_ptr=n, dC_ptr=dC, dn_ptr=dn, d_write_ptr=d_write,
-        dq_ptr=dq, di_ptr=di, df_ptr=df,
-        T=T, H=H, R=H // G, chunks=chunks,
-        **strides(q=inputs.q, k=inputs.k, v=inputs.v),
-        **sizes.head_settings(config.query_gate_grads, config.chunk),
+    kernels.gate_grad_kernel[(sizes.token_tiles,)](
+        f_ptr=gates.f, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
+        m_ptr=m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
+        **{f"{name}_ptr": x for name, x in parts._asdict().items()},
+        di_ptr=di, df_ptr=df, T=sizes.T, H=sizes.H, chunks=sizes.chunks,
+        SEGMENTED=sizes.segmented, L=sizes.chunk, BT=sizes.tile,
     )  # fmt: skip
-    return dq, di, df
-
-
-def run_value_grads(
-    inputs: Inputs, gates: Gates, rows: Rows, dC: Tensor, sizes: Sizes, config: MLSTMConfig
-) -> Tensor:
-    """Return dv (B, G, T, Dv)."""
-    B, H, G, T, _, Dv, chunks = sizes[:7]
-    dv = torch.empty(B, G, T, Dv, dtype=inputs.v.dtype, device=inputs.v.device)
-    launch = config.value_grads
-    kernels.value_grad_kernel[chunks * B * G, Dv // launch.block_v](
-        q_ptr=inputs.q, k_ptr=inputs.k, dh_ptr=rows.dh, den_ptr=rows.den,
-        i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
-        m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs, dC_ptr=dC, dv_ptr=dv,
-        T=T, H=H, R=H // G, chunks=chunks,
-        **strides(q=inputs.q, k=inputs.k), **sizes.head_settings(launch, config.chunk),
-    )  # fmt: skip
-    return dv
+    return di, df

@@ -6,10 +6,11 @@ log f are float64.
 
 Letters and names in all kernels, beyond the legend in `xlstm_kernels`:
 
-- L: tokens of a chunk or block. R = H / G: query heads of a group.
+- L: tokens of a chunk or block. BT: tokens of a tile of a chunk. R = H / G: query heads of a group.
 - DK, DV: the head dims Dk and Dv. BK, BV: the part of them that a program holds as one tile.
-- c: chunk or block. b: row of the batch. h: head of the row. bh, bg: heads of all rows, numbered.
-- t, s: tokens of a row. d, dk, dv: features.
+- c: chunk or block. a, j: tile of a chunk. b: row of the batch. h: head of the row.
+- bh, bg: heads of all rows, numbered.
+- t, s: tokens of a row. t0, s0: the first ones of a tile. d, dk, dv: features.
 - row: place of a token in a (B, H, T) tensor. slot: that of a chunk in (B H, chunks, ...).
 - q_b, q_h, q_t: strides of q for batch, head and token; likewise for other tensors.
 - C, n, m, D: as in docs/math.md. A leading d is a gradient: dC is that of C.
@@ -67,13 +68,30 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 
 @triton.jit
+def unit_chunk_and_head(unit, units, chunks):
+    """Return the chunk and the head of one of `units` = chunks * heads programs or groups of them.
+
+    All kernels number them on axis 0, because the other axes end at 65535 programs.
+    """
+    # Neighbours are heads of one chunk: heads of a group read the same values. The head is int64,
+    # because what is computed from it are offsets, which can pass 2^31.
+    heads = units // chunks
+    return unit // heads, (unit % heads).to(tl.int64)
+
+
+@triton.jit
 def chunk_and_head(chunks):
-    """Return the chunk and the head of this program, which is one of chunks * heads on axis 0."""
-    # Both are on axis 0, because the other axes end at 65535 programs. Neighbours are heads of one
-    # chunk: heads of a group read the same values. The head is int64, because what is computed
-    # from it are offsets, which can pass 2^31.
-    heads = tl.num_programs(0) // chunks
-    return tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
+    """Return the chunk and the head of this program, which is one of chunks * heads."""
+    return unit_chunk_and_head(tl.program_id(0), tl.num_programs(0), chunks)
+
+
+@triton.jit
+def chunk_tile_and_head(chunks, TILES: tl.constexpr):
+    """Return the chunk, its tile and the head of this program, one of chunks * heads * TILES."""
+    # Tiles of a chunk are neighbours: they read the same state.
+    units = tl.num_programs(0) // TILES
+    c, head = unit_chunk_and_head(tl.program_id(0) // TILES, units, chunks)
+    return c, tl.program_id(0) % TILES, head
 
 
 @triton.jit
@@ -147,23 +165,39 @@ def load_rows(ptr, stride, t, T, d):
 
 
 @triton.jit
-def load_centred(ptr, stride, centre_ptr, t, T, d):
-    """Load the tile (tokens t, features d) of the values and subtract their common component."""
-    # After the end of the row this is -centre and not 0, but every weight there is 0.
-    return load_rows(ptr, stride, t, T, d).to(tl.float32) - tl.load(centre_ptr + d)[None, :]
+def load_tile(ptr, stride, first, T, d, BT: tl.constexpr):
+    """Load the tile (BT tokens from the first one on, features d); 0 after the end of the row."""
+    # As `load_rows`; but only the first token's offset takes 64 bits, which saves registers.
+    # `contiguous_rows` makes sure that 32 bits do inside of a tile.
+    rows = tl.arange(0, BT)
+    tile = ptr + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + d[None, :])
+    return tl.load(tile, mask=(rows < T - first)[:, None], other=0.0)
 
 
 @triton.jit
-def load_runs(runs_ptr, b, c, t, T, L: tl.constexpr):
-    """Load the documents of the chunk's tokens, of the token before it and of its last token.
+def load_centred(ptr, stride, centre_ptr, first, T, d, BT: tl.constexpr):
+    """Load a tile of the values, as `load_tile`, and subtract their common component."""
+    # After the end of the row this is -centre and not 0, but every weight there is 0.
+    values = load_tile(ptr, stride, first, T, d, BT).to(tl.float32)
+    return values - tl.load(centre_ptr + d)[None, :]
 
-    Tokens after the end of the row have document -1.
-    """
-    runs_ptr += b * T
-    run = tl.load(runs_ptr + t, mask=t < T, other=-1)
-    entering = tl.load(runs_ptr + tl.maximum(c * L - 1, 0))
-    leaving = tl.load(runs_ptr + tl.minimum(c * L + L, T) - 1)
-    return run, entering, leaving
+
+@triton.jit
+def load_run(runs_ptr, b, t, T):
+    """Load the documents of tokens; those after the end of the row have document -1."""
+    return tl.load(runs_ptr + b * T + t, mask=t < T, other=-1)
+
+
+@triton.jit
+def run_before(runs_ptr, b, c, T, L: tl.constexpr):
+    """Load the document of the token before a chunk; for the first chunk, of its first token."""
+    return tl.load(runs_ptr + b * T + tl.maximum(c * L - 1, 0))
+
+
+@triton.jit
+def last_token(c, T, L: tl.constexpr):
+    """Return the last token of a chunk."""
+    return tl.minimum(c * L + L, T) - 1
 
 
 @triton.jit
@@ -173,68 +207,91 @@ def entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L: tl.constexpr):
     return tl.where(c > 0, before, tl.load(m0_ptr + bh))
 
 
+# In all of these weights, differences of the large parts come first, so that the small parts are
+# not lost in a large sum.
 @triton.jit
-def state_weights(
-    sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T,
+def read_weights(
+    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, t, T,
     SEGMENTED: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Compute how a chunk reads and writes the state.
-
-    read (L): weight of the entering state at each token. write (L): weight of each token in the
-    leaving state. decay: weight of the entering state in the leaving one.
-    """
-    t = c * L + tl.arange(0, L)
-    row, end = bh * T + t, bh * T + tl.minimum(c * L + L, T) - 1
-    inside = t < T
-    sum_high = tl.load(sum_high_ptr + row, mask=inside, other=0.0)
-    sum_low = tl.load(sum_low_ptr + row, mask=inside, other=0.0)
-    i = tl.load(i_ptr + row, mask=inside, other=LOG_ZERO).to(tl.float32)
-    m = tl.load(m_ptr + row, mask=inside, other=0.0)
+    """Compute the weight of the state that enters chunk c at its tokens t."""
+    row, reads = bh * T + t, t < T
+    sum_high = tl.load(sum_high_ptr + row, mask=t < T, other=0.0)
+    sum_low = tl.load(sum_low_ptr + row, mask=t < T, other=0.0)
+    m = tl.load(m_ptr + row, mask=t < T, other=0.0)
     m_in = entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L)
-    high_end, low_end = tl.load(sum_high_ptr + end), tl.load(sum_low_ptr + end)
-    m_end = tl.load(m_ptr + end)
-    reads, writes, passes = inside, inside, T > 0
     if SEGMENTED:
-        run, entering, leaving = load_runs(runs_ptr, b, c, t, T, L)
-        reads, writes, passes = run == entering, run == leaving, entering == leaving
-    # Differences of the large parts come first, so that the small parts are not lost in a large
-    # sum.
+        reads = load_run(runs_ptr, b, t, T) == run_before(runs_ptr, b, c, T, L)
     log_read = (sum_high + (m_in - m)) + sum_low
-    read = tl.exp(tl.where(reads, log_read, LOG_ZERO))
+    return tl.exp(tl.where(reads, log_read, LOG_ZERO))
+
+
+@triton.jit
+def write_weights(
+    sum_high_ptr, sum_low_ptr, i_ptr, m_end, runs_ptr, bh, b, c, t, T,
+    SEGMENTED: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Compute the weight of the tokens t of chunk c in the state that leaves it.
+
+    m_end: m of the chunk's last token.
+    """
+    end = last_token(c, T, L)
+    row, writes = bh * T + t, t < T
+    sum_high = tl.load(sum_high_ptr + row, mask=t < T, other=0.0)
+    sum_low = tl.load(sum_low_ptr + row, mask=t < T, other=0.0)
+    i = tl.load(i_ptr + row, mask=t < T, other=LOG_ZERO).to(tl.float32)
+    high_end, low_end = tl.load(sum_high_ptr + bh * T + end), tl.load(sum_low_ptr + bh * T + end)
+    if SEGMENTED:
+        writes = load_run(runs_ptr, b, t, T) == tl.load(runs_ptr + b * T + end)
     log_write = ((high_end - sum_high) + (i - m_end)) + (low_end - sum_low)
-    write = tl.exp(tl.where(writes, log_write, LOG_ZERO))
-    log_decay = (high_end + (m_in - m_end)) + low_end
-    decay = tl.exp(tl.where(passes, log_decay, LOG_ZERO))
-    return read, write, decay
+    return tl.exp(tl.where(writes, log_write, LOG_ZERO))
+
+
+@triton.jit
+def chunk_decay(
+    sum_high_ptr, sum_low_ptr, m_in, m_end, runs_ptr, bh, b, c, T,
+    SEGMENTED: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Compute the weight of the state that enters chunk c in the one that leaves it.
+
+    m_in, m_end: m of the token before the chunk and of its last one.
+    """
+    end, passes = last_token(c, T, L), T > 0
+    high_end, low_end = tl.load(sum_high_ptr + bh * T + end), tl.load(sum_low_ptr + bh * T + end)
+    if SEGMENTED:
+        passes = run_before(runs_ptr, b, c, T, L) == tl.load(runs_ptr + b * T + end)
+    return tl.exp(tl.where(passes, (high_end + (m_in - m_end)) + low_end, LOG_ZERO))
 
 
 @triton.jit
 def pair_weights(
-    sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T,
-    SEGMENTED: tl.constexpr, L: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T,
+    SEGMENTED: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Compute exp(D_ts - m_t) of the chunk's pairs (query t, key s), (L, L).
+    """Compute exp(D_ts - m_t) of the pairs (query t, key s) of two tiles of one chunk.
 
-    The weight is 0 where t does not see s. With KEYS_FIRST the tile's rows are the keys s.
+    The weight is 0 where t does not see s. With KEYS_FIRST the rows are the keys s.
     """
     # No kernel transposes a product to multiply it again: Triton 3.4 to 3.7.0 makes wrong code of
     # that on Hopper. What is needed the other way round is computed that way from the start.
-    token = c * L + tl.arange(0, L)
-    row = bh * T + token
-    inside = token < T
-    sum_high = tl.load(sum_high_ptr + row, mask=inside, other=0.0)
-    sum_low = tl.load(sum_low_ptr + row, mask=inside, other=0.0)
-    i = tl.load(i_ptr + row, mask=inside, other=LOG_ZERO).to(tl.float32)
-    m = tl.load(m_ptr + row, mask=inside, other=0.0)
+    query, key = bh * T + t, bh * T + s
+    high_t = tl.load(sum_high_ptr + query, mask=t < T, other=0.0)
+    high_s = tl.load(sum_high_ptr + key, mask=s < T, other=0.0)
+    # The small parts go with m and i: two numbers a token take fewer registers than three.
+    m = tl.load(m_ptr + query, mask=t < T, other=0.0)
+    m -= tl.load(sum_low_ptr + query, mask=t < T, other=0.0)
+    i = tl.load(i_ptr + key, mask=s < T, other=LOG_ZERO).to(tl.float32)
+    i -= tl.load(sum_low_ptr + key, mask=s < T, other=0.0)
     if KEYS_FIRST:
-        log_weight = (sum_high[None, :] - sum_high[:, None]) + (i[:, None] - m[None, :])
-        log_weight = log_weight + (sum_low[None, :] - sum_low[:, None])
-        visible = (token[None, :] >= token[:, None]) & inside[None, :]
+        log_weight = (high_t[None, :] - high_s[:, None]) + (i[:, None] - m[None, :])
+        visible = (t[None, :] >= s[:, None]) & (t < T)[None, :]
     else:
-        log_weight = (sum_high[:, None] - sum_high[None, :]) + (i[None, :] - m[:, None])
-        log_weight = log_weight + (sum_low[:, None] - sum_low[None, :])
-        visible = (token[:, None] >= token[None, :]) & inside[:, None]
+        log_weight = (high_t[:, None] - high_s[None, :]) + (i[None, :] - m[:, None])
+        visible = (t[:, None] >= s[None, :]) & (t < T)[:, None]
     if SEGMENTED:
-        run = tl.load(runs_ptr + b * T + token, mask=inside, other=-1)
-        visible = visible & (run[:, None] == run[None, :])
+        run_t, run_s = load_run(runs_ptr, b, t, T), load_run(runs_ptr, b, s, T)
+        if KEYS_FIRST:
+            visible = visible & (run_s[:, None] == run_t[None, :])
+        else:
+            visible = visible & (run_t[:, None] == run_s[None, :])
     return tl.exp(tl.where(visible, log_weight, LOG_ZERO))

@@ -27,30 +27,43 @@ class Launch(NamedTuple):
     stages: int
 
 
-class MLSTMConfig(NamedTuple):
-    """Tokens of a chunk, and the launch of each kernel.
+class TokenLaunch(NamedTuple):
+    """Settings of the kernel of the tokens' gradients.
 
-    The chunk is the same for all kernels, because they share the states at its borders.
+    columns: features of a gradient that a program adds up at a time; for each of them the pairs'
+    gradients are computed again. depth: features that a product multiplies at a time.
+    """
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class MLSTMConfig(NamedTuple):
+    """Tokens of a chunk and of a tile of it, and the launch of each kernel.
+
+    States are kept at the borders of chunks. A program of output or gradients takes a tile of
+    tokens. Both are the same for all kernels, because they share what is kept for each.
     """
 
     chunk: int
+    tile: int
     states: Launch
     output: Launch
     state_grads: Launch
-    key_grads: Launch
-    query_gate_grads: Launch
-    value_grads: Launch
+    token_grads: TokenLaunch
 
     def numbers(self) -> list[int]:
         """List all settings, as registered operators take them."""
-        return [self.chunk, *(number for launch in self[1:] for number in launch)]
+        return [self.chunk, self.tile, *(number for launch in self[2:] for number in launch)]
 
     @classmethod
     def of_numbers(cls, numbers: list[int]) -> MLSTMConfig:
         """Read what `numbers` lists."""
         width = len(Launch._fields)
-        launches = (numbers[at : at + width] for at in range(1, len(numbers), width))
-        return cls(numbers[0], *(Launch(*launch) for launch in launches))
+        *launches, last = (numbers[at : at + width] for at in range(2, len(numbers), width))
+        return cls(*numbers[:2], *(Launch(*launch) for launch in launches), TokenLaunch(*last))
 
 
 class WindowConfig(NamedTuple):
@@ -80,14 +93,15 @@ def width(dtype: torch.dtype) -> int:
 def mlstm_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> MLSTMConfig:
     """Look up the settings for a head's dtype and dimensions.
 
-    The table goes by the larger dimension, at least 32; tiles are cut to the dimensions.
+    The table goes by the larger dimension, at least 32; tiles are cut to the dimensions, those of
+    the tokens' gradients by the kernel.
     """
-    chunk, *launches = MLSTM[width(dtype), max(32, key_dim, value_dim)]
+    chunk, tile, *launches, last = MLSTM[width(dtype), max(32, key_dim, value_dim)]
     fitting = [
         Launch(min(block_k, key_dim), min(block_v, value_dim), warps, stages)
         for block_k, block_v, warps, stages in launches
     ]
-    return MLSTMConfig(chunk, *fitting)
+    return MLSTMConfig(chunk, tile, *fitting, TokenLaunch(*last))
 
 
 def window_config(dtype: torch.dtype, dim: int) -> WindowConfig:

@@ -37,7 +37,7 @@ def launch_forward(
     sizes = sizes_of(q, v, runs is not None, config)
     inputs = Inputs(q, k, v, common_component(v), C0, n0, m0, runs)
     with on_device_of(q):
-        gates = sum_gates(i, f, runs, sizes, config.chunk)
+        gates = sum_gates(i, f, runs, sizes)
         C, n, m, C_end, n_end = run_states(inputs, gates, sizes, config)
         h, h_centred, den = run_outputs(inputs, gates, (C, n, m), keep, sizes, config)
     kept = Kept(inputs.centre, *gates[2:], h_centred, den, m)
@@ -61,7 +61,7 @@ def common_component(v: Tensor) -> Tensor:
     return torch.nan_to_num(step * (mean / step).round(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes, chunk: int) -> Gates:
+def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes) -> Gates:
     """Sum the forget gates of each chunk; i, f (B, H, T)."""
     sum_high, sum_low, max_log_weight = (
         torch.empty(i.shape, dtype=torch.float32, device=i.device) for _ in range(3)
@@ -69,7 +69,7 @@ def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes, chunk: in
     common.gate_kernel[(sizes.chunks * sizes.B * sizes.H,)](
         i_ptr=i, f_ptr=f, runs_ptr=runs,
         sum_high_ptr=sum_high, sum_low_ptr=sum_low, max_log_weight_ptr=max_log_weight,
-        T=sizes.T, H=sizes.H, chunks=sizes.chunks, SEGMENTED=sizes.segmented, L=chunk,
+        T=sizes.T, H=sizes.H, chunks=sizes.chunks, SEGMENTED=sizes.segmented, L=sizes.chunk,
     )  # fmt: skip
     return Gates(i, f, sum_high, sum_low, max_log_weight)
 
@@ -95,7 +95,7 @@ def run_states(
         C0_ptr=inputs.C0, n0_ptr=inputs.n0, m0_ptr=inputs.m0,
         C_ptr=C, n_ptr=n, m_ptr=m, C_end_ptr=C_end, n_end_ptr=n_end,
         T=T, H=H, R=H // G, chunks=chunks,
-        **strides(k=inputs.k, v=inputs.v), **sizes.head_settings(launch, config.chunk),
+        **strides(k=inputs.k, v=inputs.v), **sizes.head_settings(launch),
     )  # fmt: skip
     return C, n, m, C_end, n_end
 
@@ -117,13 +117,13 @@ def run_outputs(
     h = torch.empty(B, H, T, Dv, dtype=inputs.v.dtype, device=inputs.v.device)
     h_centred = torch.empty_like(h) if keep else h.new_empty(0)
     den, launch = torch.empty_like(m), config.output
-    kernels.output_kernel[chunks * B * H, Dv // launch.block_v](
+    kernels.output_kernel[sizes.token_tiles, Dv // launch.block_v](
         q_ptr=inputs.q, k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre,
         i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
         m_ptr=m, m0_ptr=inputs.m0, runs_ptr=inputs.runs, C_ptr=C, n_ptr=n,
         h_ptr=h, h_centred_ptr=h_centred if keep else None, den_ptr=den,
         T=T, H=H, R=H // G, chunks=chunks,
         **strides(q=inputs.q, k=inputs.k, v=inputs.v),
-        **sizes.head_settings(launch, config.chunk),
+        **sizes.head_settings(launch),
     )  # fmt: skip
     return h, h_centred, den

@@ -1,6 +1,7 @@
 """Backward kernels of the chunkwise mLSTM.
 
-The gradients of the states come first, in reverse order; then those of all chunks at once. With
+The gradients of the states come first, in reverse order; then those of all chunks at once, in one
+launch, by programs of several roles. The gates' gradients come last. With
 h = num / den: d_num = dh / den and d_den = -(d_num . h) (docs/math.md, "Gradients"). The values,
 and so the h in d_den, are taken less their common component (docs/kernels.md).
 The letters and names are those of `triton/common.py`.
@@ -15,36 +16,43 @@ import triton.language as tl
 
 from xlstm_kernels.triton.common import (
     LENGTHS,
-    chunk_and_head,
+    chunk_decay,
+    chunk_tile_and_head,
+    entering_stabiliser,
+    last_token,
     load_centred,
-    load_rows,
+    load_tile,
     pair_weights,
-    state_weights,
+    read_weights,
     tile_and_head,
+    unit_chunk_and_head,
+    write_weights,
 )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def denominator_kernel(
     h_centred_ptr, dh_ptr, den_ptr, d_den_ptr, T, chunks,
-    DOT: tl.constexpr, L: tl.constexpr, DV: tl.constexpr,
+    DOT: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Compute d_den (B, H, T), the gradient of the denominator. Grid (chunks * B H)."""
-    c, bh = chunk_and_head(chunks)
-    t, dv = c * L + tl.arange(0, L), tl.arange(0, DV)
+    """Compute d_den (B, H, T), the gradient of the denominator. Grid (chunks * B H * L / BT)."""
+    c, a, bh = chunk_tile_and_head(chunks, L // BT)
+    t0, dv = c * L + a * BT, tl.arange(0, DV)
+    t = t0 + tl.arange(0, BT)
     # d_num is rounded here as the products round it. The weighted sum of d_num . v + d_den over a
     # row is 0 only if both terms use the same d_num, and the gradient of the forget gate adds up
     # whatever is left of that sum.
-    h_centred = load_rows(h_centred_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32)
-    d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(DOT).to(tl.float32)
+    h_centred = load_tile(h_centred_ptr + bh * T * DV, DV, t0, T, dv, BT).to(tl.float32)
+    d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(DOT).to(tl.float32)
     tl.store(d_den_ptr + bh * T + t, -tl.sum(h_centred * d_num, 1), mask=t < T)
 
 
 @triton.jit
-def load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV: tl.constexpr):
-    """Load dh and compute d_num = dh / den of the chunk's tokens, (L, BV) in float32."""
+def load_numerator_gradient(dh_ptr, den_ptr, bh, first, T, dv, BT: tl.constexpr, DV: tl.constexpr):
+    """Load dh and compute d_num = dh / den of BT tokens from the first one on, in float32."""
+    t = first + tl.arange(0, BT)
     den = tl.load(den_ptr + bh * T + t, mask=t < T, other=1.0)
-    return load_rows(dh_ptr + bh * T * DV, DV, t, T, dv).to(tl.float32) / den[:, None]
+    return load_tile(dh_ptr + bh * T * DV, DV, first, T, dv, BT).to(tl.float32) / den[:, None]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -52,7 +60,7 @@ def state_grad_kernel(
     q_ptr, dh_ptr, den_ptr, d_den_ptr, i_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     dC_end_ptr, dn_end_ptr, dC_ptr, dn_ptr, dC0_ptr, dn0_ptr,
     q_b, q_h, q_t, T, H, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry one tile of the memory's gradient back over the chunks. Grid (B H * DV / BV * DK / BK).
@@ -64,219 +72,375 @@ def state_grad_kernel(
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
+    dtype = dC_ptr.dtype.element_ty
     q_ptr += b * q_b + h * q_h
     dC = tl.load(dC_end_ptr + bh * DK * DV + tile)
     dn = tl.load(dn_end_ptr + bh * DK + dk)
     for back in range(chunks):
         c = chunks - 1 - back
         slot = bh * chunks + c
-        tl.store(dC_ptr + slot * DK * DV + tile, dC.to(dC_ptr.dtype.element_ty))
+        tl.store(dC_ptr + slot * DK * DV + tile, dC.to(dtype))
         if tile_v == 0:
             tl.store(dn_ptr + slot * DK + dk, dn)
-        t = c * L + tl.arange(0, L)
-        read, _, decay = state_weights(
-            sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+        m_in = entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L)
+        m_end = tl.load(m_ptr + bh * T + last_token(c, T, L))
+        decay = chunk_decay(
+            sum_high_ptr, sum_low_ptr, m_in, m_end, runs_ptr, bh, b, c, T, SEGMENTED, L
         )
-        d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(
-            dC_ptr.dtype.element_ty
-        )
-        d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
-        # On q and not on d_num, as in `state_kernel`.
-        q = load_rows(q_ptr, q_t, t, T, dk).to(tl.float32) * read[:, None]
-        dC = tl.dot(tl.trans(q.to(d_num.dtype)), d_num, dC * decay, input_precision=PRECISION)
-        dn = dn * decay + tl.sum(q * d_den[:, None], 0)
+        dC, dn = dC * decay, dn * decay
+        for a in tl.static_range(0, L, BT):
+            t0 = c * L + a
+            t = t0 + tl.arange(0, BT)
+            read = read_weights(
+                sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, t, T, SEGMENTED, L
+            )
+            d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
+            d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
+            # On q and not on d_num, as in `state_kernel`.
+            q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(tl.float32) * read[:, None]
+            dC = tl.dot(tl.trans(q.to(dtype)), d_num, dC, input_precision=PRECISION)
+            dn += tl.sum(q * d_den[:, None], 0)
     tl.store(dC0_ptr + bh * DK * DV + tile, dC)
     if tile_v == 0:
         tl.store(dn0_ptr + bh * DK + dk, dn)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def key_grad_kernel(
+def token_grad_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
-    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, dC_ptr, dn_ptr, dk_ptr, d_write_ptr,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, C_ptr, n_ptr, dC_ptr, dn_ptr,
+    dq_ptr, dk_ptr, dv_ptr, d_read_ptr, d_write_ptr, d_earlier_ptr, d_keys_ptr, d_inside_ptr,
+    d_pass_ptr, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
+    QUERIES_AND_KEYS: tl.constexpr, VALUES: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk of one chunk. Grid (chunks * B H).
+    """Compute dq, dk and dv, and the parts of the gates' gradients, of all chunks at once.
 
-    Also writes d_write (B, H, T), the gradient of the log-weight with which a token is written to
-    the leaving state.
+    Grid: for each chunk and value head, L / BT programs of dv if VALUES; and for each of its R
+    query heads, if QUERIES_AND_KEYS, L / BT each of dq, of dk and of pairs, and one of <C, dC>.
     """
-    c, bh = chunk_and_head(chunks)
-    b, h = bh // H, bh % H
-    slot = bh * chunks + c
-    t = c * L + tl.arange(0, L)
-    inside = t < T
-    dtype = dC_ptr.dtype.element_ty
-    q_ptr += b * q_b + h * q_h
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + (h // R) * v_h
-    centre_ptr += (b * (H // R) + h // R) * DV
-    d_den = tl.load(d_den_ptr + bh * T + t, mask=inside, other=0.0)
-    # Tiles of pairs have keys as rows here, as dk has.
-    d_weights = tl.zeros((L, L), tl.float32) + d_den[None, :]
-    for d in range(0, DV, BV):
-        dv = d + tl.arange(0, BV)
-        d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
-        v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(dtype)
-        d_weights = tl.dot(v, tl.trans(d_num), d_weights, input_precision=PRECISION)
-    d_scores = d_weights * pair_weights(
-        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L, True
-    )
-    d_scores = d_scores.to(dtype)
-    _, write, _ = state_weights(
-        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
-    )
-    d_write = tl.zeros((L,), tl.float32)
-    for d in range(0, DK, BK):
-        dk = d + tl.arange(0, BK)
-        to_state = tl.zeros((L, BK), tl.float32)
-        for j in range(0, DV, BV):
-            dv = j + tl.arange(0, BV)
-            dC = tl.load(dC_ptr + slot * DK * DV + dk[:, None] * DV + dv[None, :])
-            v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(dtype)
-            to_state = tl.dot(v, tl.trans(dC), to_state, input_precision=PRECISION)
-        dn = tl.load(dn_ptr + slot * DK + dk)
-        to_state = (to_state + dn[None, :]) * write[:, None]
-        k = load_rows(k_ptr, k_t, t, T, dk).to(dtype)
-        d_write += tl.sum(k.to(tl.float32) * to_state, 1)
-        q = load_rows(q_ptr, q_t, t, T, dk).to(dtype)
-        dkey = tl.dot(d_scores, q, to_state, input_precision=PRECISION)
-        out = bh * T * DK + t[:, None].to(tl.int64) * DK + dk[None, :]
-        tl.store(dk_ptr + out, dkey.to(dk_ptr.dtype.element_ty), mask=inside[:, None])
-    tl.store(d_write_ptr + bh * T + t, d_write, mask=inside)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def query_gate_grad_kernel(
-    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, f_ptr, dh_ptr, den_ptr, d_den_ptr,
-    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
-    C_ptr, n_ptr, dC_ptr, dn_ptr, d_write_ptr, dq_ptr, di_ptr, df_ptr,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Compute dq, di and df of one chunk. Grid (chunks * B H).
-
-    Reads d_write, which `key_grad_kernel` wrote.
-    """
-    c, bh = chunk_and_head(chunks)
-    b, h = bh // H, bh % H
-    slot = bh * chunks + c
-    offsets = tl.arange(0, L)
-    t = c * L + offsets
-    inside = t < T
-    dtype = C_ptr.dtype.element_ty
-    q_ptr += b * q_b + h * q_h
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + (h // R) * v_h
-    centre_ptr += (b * (H // R) + h // R) * DV
-    scores = tl.zeros((L, L), tl.float32)
-    for d in range(0, DK, BK):
-        dk = d + tl.arange(0, BK)
-        q = load_rows(q_ptr, q_t, t, T, dk).to(dtype)
-        k = load_rows(k_ptr, k_t, t, T, dk).to(dtype)
-        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
-    d_den = tl.load(d_den_ptr + bh * T + t, mask=inside, other=0.0)
-    d_weights = tl.zeros((L, L), tl.float32) + d_den[:, None]
-    for d in range(0, DV, BV):
-        dv = d + tl.arange(0, BV)
-        d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
-        v = load_centred(v_ptr, v_t, centre_ptr, t, T, dv).to(dtype)
-        d_weights = tl.dot(d_num, tl.trans(v), d_weights, input_precision=PRECISION)
-    d_scores = d_weights * pair_weights(
-        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L, False
-    )
-    d_log = d_scores * scores  # gradient of D_ts, the log-weight of each pair
-    d_scores = d_scores.to(dtype)
-    # The gradient of log f_r is the sum of d_log over the pairs (s, t), s < r <= t, that cross r;
-    # here those inside the chunk. No other pair enters, as it would in cumulative sums of q . dq -
-    # k . dk: where the true sum is small, their rounding would remain.
-    later = (offsets[:, None] <= offsets[None, :]).to(dtype)  # (r, t): 1 where t >= r
-    before = offsets[None, :] < offsets[:, None]  # (r, s): s < r
-    d_sums = tl.dot(later, d_log.to(dtype), input_precision=PRECISION)
-    d_log_f = tl.sum(tl.where(before, d_sums, 0.0), 1)
-
-    # The pairs that cross the border of the chunk: queries that read the entering state, keys
-    # written to the leaving one.
-    read, _, decay = state_weights(
-        sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
-    )
-    d_read = tl.zeros((L,), tl.float32)
-    d_pass = tl.zeros((BK,), tl.float32)
-    for d in range(0, DK, BK):
-        dk = d + tl.arange(0, BK)
-        from_state = tl.zeros((L, BK), tl.float32)
-        for j in range(0, DV, BV):
-            dv = j + tl.arange(0, BV)
-            tile = slot * DK * DV + dk[:, None] * DV + dv[None, :]
-            C, dC = tl.load(C_ptr + tile), tl.load(dC_ptr + tile)
-            d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
-            from_state = tl.dot(d_num, tl.trans(C), from_state, input_precision=PRECISION)
-            d_pass += tl.sum(C.to(tl.float32) * dC.to(tl.float32), 1)
-        n, dn = tl.load(n_ptr + slot * DK + dk), tl.load(dn_ptr + slot * DK + dk)
-        d_pass += n * dn
-        from_state = (from_state + d_den[:, None] * n[None, :]) * read[:, None]
-        q = load_rows(q_ptr, q_t, t, T, dk).to(dtype)
-        k = load_rows(k_ptr, k_t, t, T, dk).to(dtype)
-        d_read += tl.sum(q.to(tl.float32) * from_state, 1)
-        out = bh * T * DK + t[:, None].to(tl.int64) * DK + dk[None, :]
-        dq = tl.dot(d_scores, k, from_state, input_precision=PRECISION)
-        tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
-    d_write = tl.load(d_write_ptr + bh * T + t, mask=inside, other=0.0)
-    # At token r: keys written before r, queries that read at r or later, and what passes through
-    # the whole chunk.
-    crossing = tl.sum(tl.where(before, d_write[None, :], d_read[None, :]), 1)
-    d_log_f += crossing + decay * tl.sum(d_pass, 0)
-    f = tl.load(f_ptr + bh * T + t, mask=inside, other=0.0).to(tl.float32)
-    tl.store(di_ptr + bh * T + t, tl.sum(d_log, 0) + d_write, mask=inside)
-    # The derivative of log sigmoid(f) is sigmoid(-f).
-    tl.store(df_ptr + bh * T + t, d_log_f / (1.0 + tl.exp(f)), mask=inside)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def value_grad_kernel(
-    q_ptr, k_ptr, i_ptr, dh_ptr, den_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
-    dC_ptr, dv_ptr,
-    q_b, q_h, q_t, k_b, k_h, k_t, T, H, R, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Compute dv of one chunk and value head. Grid (chunks * B G, DV / BV).
-
-    The program sums over the head's queries in a fixed order, so that no atomics are needed.
-    """
-    c, bg = chunk_and_head(chunks)
-    tile_v = tl.program_id(1)
+    # Programs that read the same tokens and states are neighbours, so that the caches hold them.
+    # Those with the most work come first: dv takes all heads of the group.
+    TILES: tl.constexpr = L // BT
+    of_values: tl.constexpr = TILES if VALUES else 0
+    of_a_head: tl.constexpr = 3 * TILES + 1 if QUERIES_AND_KEYS else 0
+    size = of_values + R * of_a_head
+    c, bg = unit_chunk_and_head(tl.program_id(0) // size, tl.num_programs(0) // size, chunks)
+    role = tl.program_id(0) % size
     G = H // R
-    b = bg // G
-    t = c * L + tl.arange(0, L)
-    dv = tile_v * BV + tl.arange(0, BV)
-    dtype = dC_ptr.dtype.element_ty
-    total = tl.zeros((L, BV), tl.float32)
-    for r in range(R):
-        h = (bg % G) * R + r
+    b, group = bg // G, bg % G
+    v_ptr += b * v_b + group * v_h
+    centre_ptr += bg * DV
+    if VALUES and role < of_values:
+        value_role(
+            q_ptr + b * q_b, k_ptr + b * k_b, i_ptr, dh_ptr, den_ptr,
+            sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dv_ptr,
+            q_h, q_t, k_h, k_t, b, bg, b * H + group * R, group * R, c, role, T, R, chunks,
+            SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
+        )  # fmt: skip
+    if QUERIES_AND_KEYS and role >= of_values:
+        h = group * R + (role - of_values) // of_a_head
+        part = (role - of_values) % of_a_head
         bh = b * H + h
-        slot = bh * chunks + c
-        scores = tl.zeros((L, L), tl.float32)  # keys as rows, as dv has
-        to_state = tl.zeros((L, BV), tl.float32)
-        for d in range(0, DK, BK):
-            dk = d + tl.arange(0, BK)
-            q = load_rows(q_ptr + b * q_b + h * q_h, q_t, t, T, dk).to(dtype)
-            k = load_rows(k_ptr + b * k_b + h * k_h, k_t, t, T, dk).to(dtype)
-            dC = tl.load(dC_ptr + slot * DK * DV + dk[:, None] * DV + dv[None, :])
-            scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
-            to_state = tl.dot(k, dC, to_state, input_precision=PRECISION)
-        _, write, _ = state_weights(
-            sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L
+        q_ptr += b * q_b + h * q_h
+        k_ptr += b * k_b + h * k_h
+        if part < TILES:
+            query_role(
+                q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+                sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, C_ptr, n_ptr,
+                dq_ptr, d_read_ptr, q_t, k_t, v_t, b, bh, c, TILES - 1 - part, T, chunks,
+                SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
+            )  # fmt: skip
+        elif part < 2 * TILES:
+            key_role(
+                q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+                sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dn_ptr,
+                dk_ptr, d_write_ptr, q_t, k_t, v_t, b, bh, c, part - TILES, T, chunks,
+                SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
+            )  # fmt: skip
+        elif part < 3 * TILES:
+            pair_role(
+                q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+                sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr,
+                d_earlier_ptr, d_keys_ptr, d_inside_ptr,
+                q_t, k_t, v_t, b, bh, c, part - 2 * TILES, T,
+                SEGMENTED, PRECISION, L, BT, DK, DV, DEPTH,
+            )  # fmt: skip
+        else:
+            pass_role(C_ptr, n_ptr, dC_ptr, dn_ptr, d_pass_ptr, bh * chunks + c, DK, DV, DEPTH)
+
+
+@triton.jit
+def query_role(
+    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, C_ptr, n_ptr, dq_ptr, d_read_ptr,
+    q_t, k_t, v_t, b, bh, c, a, T, chunks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Compute dq of a tile of queries, and d_read.
+
+    d_read (B, H, T) is the gradient of the log-weight with which a token reads the entering state.
+    """
+    BK: tl.constexpr = min(COLUMNS, DK)
+    DEEP_V: tl.constexpr = min(DEPTH, DV)
+    t0 = c * L + a * BT
+    t = t0 + tl.arange(0, BT)
+    slot = bh * chunks + c
+    dtype = C_ptr.dtype.element_ty
+    d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
+    read = read_weights(
+        sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, t, T, SEGMENTED, L
+    )
+    d_read = tl.zeros((BT,), tl.float32)
+    for d in range(0, DK, BK):
+        features = d + tl.arange(0, BK)
+        dq = tl.zeros((BT, BK), tl.float32)
+        for e in range(0, DV, DEEP_V):
+            dv = e + tl.arange(0, DEEP_V)
+            C = tl.load(C_ptr + slot * DK * DV + features[:, None] * DV + dv[None, :])
+            d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
+            dq = tl.dot(d_num, tl.trans(C), dq, input_precision=PRECISION)
+        n = tl.load(n_ptr + slot * DK + features)
+        dq = (dq + d_den[:, None] * n[None, :]) * read[:, None]
+        q = load_tile(q_ptr, q_t, t0, T, features, BT).to(dtype)
+        d_read += tl.sum(q.to(tl.float32) * dq, 1)
+        for j in range(a + 1):
+            s0 = c * L + j * BT
+            s = s0 + tl.arange(0, BT)
+            d_scores = tl.zeros((BT, BT), tl.float32) + d_den[:, None]
+            for e in range(0, DV, DEEP_V):
+                dv = e + tl.arange(0, DEEP_V)
+                d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
+                v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(dtype)
+                d_scores = tl.dot(d_num, tl.trans(v), d_scores, input_precision=PRECISION)
+            d_scores *= pair_weights(
+                sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T, SEGMENTED, False
+            )
+            k = load_tile(k_ptr, k_t, s0, T, features, BT).to(dtype)
+            dq = tl.dot(d_scores.to(dtype), k, dq, input_precision=PRECISION)
+        out = bh * T * DK + t[:, None].to(tl.int64) * DK + features[None, :]
+        tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=(t < T)[:, None])
+    tl.store(d_read_ptr + bh * T + t, d_read, mask=t < T)
+
+
+@triton.jit
+def pair_role(
+    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+    sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, d_earlier_ptr, d_keys_ptr, d_inside_ptr,
+    q_t, k_t, v_t, b, bh, c, a, T,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Sum the gradients of the log-weights of a tile's queries, as `GateParts` describes."""
+    # It computes the tiles of pairs of `query_role` again, which has no registers left for them.
+    DEEP_K: tl.constexpr = min(DEPTH, DK)
+    DEEP_V: tl.constexpr = min(DEPTH, DV)
+    offsets = tl.arange(0, BT)
+    t0 = c * L + a * BT
+    t = t0 + offsets
+    dtype = dh_ptr.dtype.element_ty if PRECISION == "ieee" else tl.float32
+    d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
+    d_earlier = tl.zeros((BT,), tl.float32)
+    for j in range(a + 1):
+        s0 = c * L + j * BT
+        s = s0 + offsets
+        d_log = tl.zeros((BT, BT), tl.float32) + d_den[:, None]
+        for e in range(0, DV, DEEP_V):
+            dv = e + tl.arange(0, DEEP_V)
+            d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
+            v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(dtype)
+            d_log = tl.dot(d_num, tl.trans(v), d_log, input_precision=PRECISION)
+        scores = tl.zeros((BT, BT), tl.float32)
+        for d in range(0, DK, DEEP_K):
+            dk = d + tl.arange(0, DEEP_K)
+            q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(dtype)
+            k = load_tile(k_ptr, k_t, s0, T, dk, BT).to(dtype)
+            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+        # Gradient of D_ts, the log-weight of each pair.
+        d_log *= scores * pair_weights(
+            sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T, SEGMENTED, False
         )
-        weights = scores * pair_weights(
-            sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L, True
-        )
-        d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t, T, dv, DV).to(dtype)
-        total += tl.dot(
-            weights.to(dtype), d_num, to_state * write[:, None], input_precision=PRECISION
-        )
-    out = dv_ptr + bg * T * DV + t[:, None].to(tl.int64) * DV + dv[None, :]
-    tl.store(out, total.to(dv_ptr.dtype.element_ty), mask=(t < T)[:, None])
+        tl.store(d_keys_ptr + (bh * (L // BT) + a) * T + s, tl.sum(d_log, 0), mask=s < T)
+        if j < a:
+            d_earlier += tl.sum(d_log, 1)
+        else:
+            # The gradient of log f_r is the sum of d_log over the pairs (s, t), s < r <= t, that
+            # cross r; here those inside the tile. No other pair enters, as it would in cumulative
+            # sums of q . dq - k . dk: where the true sum is small, their rounding would remain.
+            later = (offsets[:, None] <= offsets[None, :]).to(dtype)  # (r, t): 1 where t >= r
+            before = offsets[None, :] < offsets[:, None]  # (r, s): s < r
+            d_sums = tl.dot(later, d_log.to(dtype), input_precision=PRECISION)
+            d_inside = tl.sum(tl.where(before, d_sums, 0.0), 1)
+            tl.store(d_inside_ptr + bh * T + t, d_inside, mask=t < T)
+    tl.store(d_earlier_ptr + bh * T + t, d_earlier, mask=t < T)
+
+
+@triton.jit
+def key_role(
+    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+    sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dn_ptr, dk_ptr, d_write_ptr,
+    q_t, k_t, v_t, b, bh, c, j, T, chunks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Compute dk of a tile of keys, and d_write.
+
+    d_write (B, H, T) is the gradient of the log-weight with which a token is written to the leaving
+    state.
+    """
+    BK: tl.constexpr = min(COLUMNS, DK)
+    DEEP_V: tl.constexpr = min(DEPTH, DV)
+    s0 = c * L + j * BT
+    s = s0 + tl.arange(0, BT)
+    slot = bh * chunks + c
+    dtype = dC_ptr.dtype.element_ty
+    m_end = tl.load(m_ptr + bh * T + last_token(c, T, L))
+    write = write_weights(
+        sum_high_ptr, sum_low_ptr, i_ptr, m_end, runs_ptr, bh, b, c, s, T, SEGMENTED, L
+    )
+    d_write = tl.zeros((BT,), tl.float32)
+    for d in range(0, DK, BK):
+        features = d + tl.arange(0, BK)
+        dk = tl.zeros((BT, BK), tl.float32)
+        for e in range(0, DV, DEEP_V):
+            dv = e + tl.arange(0, DEEP_V)
+            dC = tl.load(dC_ptr + slot * DK * DV + features[:, None] * DV + dv[None, :])
+            v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(dtype)
+            dk = tl.dot(v, tl.trans(dC), dk, input_precision=PRECISION)
+        dn = tl.load(dn_ptr + slot * DK + features)
+        dk = (dk + dn[None, :]) * write[:, None]
+        k = load_tile(k_ptr, k_t, s0, T, features, BT).to(dtype)
+        d_write += tl.sum(k.to(tl.float32) * dk, 1)
+        for a in range(j, L // BT):
+            t0 = c * L + a * BT
+            t = t0 + tl.arange(0, BT)
+            d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
+            # Tiles of pairs have keys as rows here, as dk has.
+            d_scores = tl.zeros((BT, BT), tl.float32) + d_den[None, :]
+            for e in range(0, DV, DEEP_V):
+                dv = e + tl.arange(0, DEEP_V)
+                d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
+                v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(dtype)
+                d_scores = tl.dot(v, tl.trans(d_num), d_scores, input_precision=PRECISION)
+            d_scores *= pair_weights(
+                sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T, SEGMENTED, True
+            )
+            q = load_tile(q_ptr, q_t, t0, T, features, BT).to(dtype)
+            dk = tl.dot(d_scores.to(dtype), q, dk, input_precision=PRECISION)
+        out = bh * T * DK + s[:, None].to(tl.int64) * DK + features[None, :]
+        tl.store(dk_ptr + out, dk.to(dk_ptr.dtype.element_ty), mask=(s < T)[:, None])
+    tl.store(d_write_ptr + bh * T + s, d_write, mask=s < T)
+
+
+@triton.jit
+def value_role(
+    q_ptr, k_ptr, i_ptr, dh_ptr, den_ptr, sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr,
+    dC_ptr, dv_ptr, q_h, q_t, k_h, k_t, b, bg, first_bh, first_h, c, j, T, R, chunks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Compute dv of a tile of keys and one value head.
+
+    Sums over the group's query heads, from the first one, in a fixed order: no atomics are needed.
+    """
+    BV: tl.constexpr = min(COLUMNS, DV)
+    DEEP_K: tl.constexpr = min(DEPTH, DK)
+    s0 = c * L + j * BT
+    s = s0 + tl.arange(0, BT)
+    dtype = dC_ptr.dtype.element_ty
+    for e in range(0, DV, BV):
+        dv = e + tl.arange(0, BV)
+        total = tl.zeros((BT, BV), tl.float32)
+        for r in range(R):
+            bh = first_bh + r
+            q_of_head = q_ptr + (first_h + r) * q_h
+            k_of_head = k_ptr + (first_h + r) * k_h
+            m_end = tl.load(m_ptr + bh * T + last_token(c, T, L))
+            write = write_weights(
+                sum_high_ptr, sum_low_ptr, i_ptr, m_end, runs_ptr, bh, b, c, s, T, SEGMENTED, L
+            )
+            for d in range(0, DK, DEEP_K):
+                dk = d + tl.arange(0, DEEP_K)
+                # The weight on k and not on the product, which would take another tile of sums.
+                k = load_tile(k_of_head, k_t, s0, T, dk, BT).to(tl.float32) * write[:, None]
+                tile = (bh * chunks + c) * DK * DV + dk[:, None] * DV + dv[None, :]
+                dC = tl.load(dC_ptr + tile)
+                total = tl.dot(k.to(dtype), dC, total, input_precision=PRECISION)
+            for a in range(j, L // BT):
+                t0 = c * L + a * BT
+                t = t0 + tl.arange(0, BT)
+                scores = tl.zeros((BT, BT), tl.float32)  # keys as rows, as dv has
+                for d in range(0, DK, DEEP_K):
+                    dk = d + tl.arange(0, DEEP_K)
+                    q = load_tile(q_of_head, q_t, t0, T, dk, BT).to(dtype)
+                    k = load_tile(k_of_head, k_t, s0, T, dk, BT).to(dtype)
+                    scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
+                weights = scores * pair_weights(
+                    sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T,
+                    SEGMENTED, True,
+                )  # fmt: skip
+                d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
+                total = tl.dot(weights.to(dtype), d_num, total, input_precision=PRECISION)
+        out = dv_ptr + bg * T * DV + s[:, None].to(tl.int64) * DV + dv[None, :]
+        tl.store(out, total.to(dv_ptr.dtype.element_ty), mask=(s < T)[:, None])
+
+
+@triton.jit
+def pass_role(
+    C_ptr, n_ptr, dC_ptr, dn_ptr, d_pass_ptr, slot,
+    DK: tl.constexpr, DV: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Compute <C, dC> + <n, dn> of a chunk: the state that enters it, the gradient that leaves."""
+    BK: tl.constexpr = min(DEPTH, DK)
+    BV: tl.constexpr = min(DEPTH, DV)
+    total = tl.zeros((BK,), tl.float32)
+    for d in range(0, DK, BK):
+        dk = d + tl.arange(0, BK)
+        total += tl.load(n_ptr + slot * DK + dk) * tl.load(dn_ptr + slot * DK + dk)
+        for e in range(0, DV, BV):
+            tile = slot * DK * DV + dk[:, None] * DV + (e + tl.arange(0, BV))[None, :]
+            C, dC = tl.load(C_ptr + tile), tl.load(dC_ptr + tile)
+            total += tl.sum(C.to(tl.float32) * dC.to(tl.float32), 1)
+    tl.store(d_pass_ptr + slot, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def gate_grad_kernel(
+    f_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
+    d_read_ptr, d_write_ptr, d_earlier_ptr, d_keys_ptr, d_inside_ptr, d_pass_ptr, di_ptr, df_ptr,
+    T, H, chunks, SEGMENTED: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Add up di and df of a tile of a chunk. Grid (chunks * B H * L / BT)."""
+    TILES: tl.constexpr = L // BT
+    c, a, bh = chunk_tile_and_head(chunks, TILES)
+    b = bh // H
+    first = a * BT
+    r, x = first + tl.arange(0, BT), tl.arange(0, L)  # gates of the tile, tokens of the chunk
+    row, every = bh * T + c * L + r, bh * T + c * L + x
+    inside, any_inside = c * L + r < T, c * L + x < T
+    d_write = tl.load(d_write_ptr + every, mask=any_inside, other=0.0)
+    d_read = tl.load(d_read_ptr + every, mask=any_inside, other=0.0)
+    of_tile = any_inside & (x >= first) & (x < first + BT)
+    d_read += tl.load(d_earlier_ptr + every, mask=of_tile, other=0.0)
+    di = tl.load(d_write_ptr + row, mask=inside, other=0.0)
+    for later in range(a, TILES):
+        keys = d_keys_ptr + (bh * TILES + later) * T + c * L
+        di += tl.load(keys + r, mask=inside, other=0.0)
+        if later > a:
+            up_to_tile = any_inside & (x < first + BT)
+            d_write += tl.load(keys + x, mask=up_to_tile, other=0.0)
+    # At gate r: keys written before r and read after the tile or the chunk; queries at r or later
+    # that read what was written before the tile or the chunk; pairs inside the tile; and what
+    # passes through the whole chunk.
+    crossing = tl.where(x[None, :] < r[:, None], d_write[None, :], d_read[None, :])
+    m_in = entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L)
+    m_end = tl.load(m_ptr + bh * T + last_token(c, T, L))
+    decay = chunk_decay(sum_high_ptr, sum_low_ptr, m_in, m_end, runs_ptr, bh, b, c, T, SEGMENTED, L)
+    d_log_f = tl.sum(crossing, 1) + tl.load(d_inside_ptr + row, mask=inside, other=0.0)
+    d_log_f += decay * tl.load(d_pass_ptr + bh * chunks + c)
+    f = tl.load(f_ptr + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(di_ptr + row, di, mask=inside)
+    # The derivative of log sigmoid(f) is sigmoid(-f).
+    tl.store(df_ptr + row, d_log_f / (1.0 + tl.exp(f)), mask=inside)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_kernels.triton.common import dot_format
-from xlstm_kernels.triton.configs import Launch, MLSTMConfig
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch
 
 
 class Inputs(NamedTuple):
@@ -55,6 +55,31 @@ class Rows(NamedTuple):
     m: Tensor
 
 
+class GateParts(NamedTuple):
+    """What `gate_grad_kernel` adds up; each (B, H, T) but two. Gradients of log-weights.
+
+    d_read, d_write: with which a token reads the state that enters its chunk, and is written to the
+    one that leaves. d_earlier: with which it reads the tiles of its chunk before its own. d_keys
+    (B, H, L / BT, T): with which the queries of each tile of its chunk read it. d_inside: the
+    gradient of log f from pairs of its tile. d_pass (B, H, chunks): <C, dC> of a chunk.
+    """
+
+    d_read: Tensor
+    d_write: Tensor
+    d_earlier: Tensor
+    d_keys: Tensor
+    d_inside: Tensor
+    d_pass: Tensor
+
+    @classmethod
+    def empty(cls, sizes: Sizes, device: torch.device) -> GateParts:
+        """Make room for them."""
+        B, H, T = sizes.B, sizes.H, sizes.T
+        row = (B, H, T)
+        shapes = (row, row, row, (B, H, sizes.chunk // sizes.tile, T), row, (B, H, sizes.chunks))
+        return cls(*(torch.empty(shape, device=device) for shape in shapes))
+
+
 class Kept(NamedTuple):
     """What the backward pass reads of the forward pass, beside the arguments.
 
@@ -80,20 +105,38 @@ class Sizes(NamedTuple):
     T: int
     Dk: int
     Dv: int
-    chunks: int
+    chunks: int  # of a row
+    chunk: int  # tokens of a chunk
+    tile: int  # tokens of a tile of it
     segmented: bool
     dtype: torch.dtype  # of dot operands and of the states kept per chunk
     dot: tl.dtype  # the same dtype, for Triton
     precision: str
 
-    def head_settings(self, launch: Launch, chunk: int) -> dict[str, Any]:
-        """Return the keyword arguments that all kernels with tiles share."""
+    def head_settings(self, launch: Launch) -> dict[str, Any]:
+        """Return the keyword arguments that all kernels with tiles of features share."""
         block_k, block_v, warps, stages = launch
+        return self._settings() | {
+            "BK": block_k, "BV": block_v, "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+
+    def token_settings(self, launch: TokenLaunch) -> dict[str, Any]:
+        """Return those of the tokens' gradients."""
+        columns, depth, warps, stages = launch
+        return self._settings() | {
+            "COLUMNS": columns, "DEPTH": depth, "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+
+    def _settings(self) -> dict[str, Any]:
         return {
             "SEGMENTED": self.segmented, "PRECISION": self.precision,
-            "L": chunk, "DK": self.Dk, "DV": self.Dv, "BK": block_k, "BV": block_v,
-            "num_warps": warps, "num_stages": stages,
+            "L": self.chunk, "BT": self.tile, "DK": self.Dk, "DV": self.Dv,
         }  # fmt: skip
+
+    @property
+    def token_tiles(self) -> int:
+        """Count the tiles of the tokens of all heads, those past the end of a row included."""
+        return self.B * self.H * self.chunks * (self.chunk // self.tile)
 
     def state_tiles(self, launch: Launch) -> int:
         """Count the tiles of the states of all heads."""
@@ -103,4 +146,5 @@ class Sizes(NamedTuple):
 def sizes_of(q: Tensor, v: Tensor, segmented: bool, config: MLSTMConfig) -> Sizes:
     """Return the sizes of a call."""
     (B, H, T, Dk), (G, Dv) = q.shape, (v.shape[1], v.shape[3])
-    return Sizes(B, H, G, T, Dk, Dv, -(-T // config.chunk), segmented, *dot_format(q.dtype))
+    chunk, tile = config[:2]
+    return Sizes(B, H, G, T, Dk, Dv, -(-T // chunk), chunk, tile, segmented, *dot_format(q.dtype))

@@ -19,15 +19,15 @@ from xlstm_kernels.testing import (
     random_state,
     to_float64,
 )
-from xlstm_kernels.triton.configs import Launch, MLSTMConfig
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch
 
 pytest.importorskip("triton")
 from xlstm_kernels.triton.mlstm import mlstm_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = 1e-5
-CHUNK = 16  # tokens
-SMALL = MLSTMConfig(CHUNK, *[Launch(16, 16, 4, 1)] * 6)
+TILE = 16  # tokens; two make a chunk
+SMALL = MLSTMConfig(2 * TILE, TILE, *[Launch(16, 16, 4, 1)] * 3, TokenLaunch(16, 16, 4, 1))
 Tensors = dict[str, Tensor]
 
 
@@ -146,7 +146,7 @@ def test_gates_at_60_match_reference(device: str, names: tuple[str, ...]) -> Non
 def test_one_closed_gate_costs_no_later_pair_its_accuracy(device: str) -> None:
     # With float32 cumulative sums, log f = -1e6 at one token leaves no digit in the differences
     # after it.
-    inputs = random_inputs(1, 1, 2 * CHUNK, 16, seed=9)
+    inputs = random_inputs(1, 1, 2 * TILE, 16, seed=9)
     f = inputs["f"].detach().clone()
     f[:, :, 3] = -1e6
     assert_matches(on(device, inputs | {"f": f.requires_grad_()}))
@@ -205,8 +205,8 @@ def test_passes_with_carried_state_equal_one_pass(device: str) -> None:
 def test_tiles_and_chunks_of_any_size_agree(device: str) -> None:
     inputs = on(device, random_inputs(1, 1, 70, 64, 32, seed=13))
     for config in (
-        MLSTMConfig(32, *[Launch(32, 16, 4, 1)] * 6),
-        MLSTMConfig(64, *[Launch(64, 32, 4, 1)] * 6),
+        MLSTMConfig(32, 32, *[Launch(32, 16, 4, 1)] * 3, TokenLaunch(32, 16, 4, 1)),
+        MLSTMConfig(64, 16, *[Launch(64, 32, 4, 1)] * 3, TokenLaunch(64, 32, 4, 1)),
     ):
         assert_matches(inputs, random_segments(1, 70, mean_length=25, seed=2).to(device), config)
 
