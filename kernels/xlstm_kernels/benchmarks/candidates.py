@@ -15,23 +15,22 @@ from typing import Any
 import torch
 
 from xlstm_kernels.toolchain import numbers, triton_version
-from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch, WindowConfig
 
-CHUNKS, TILES, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
+CHUNKS, TOKENS = (64, 128, 256), (32, 64)  # of a chunk, and of a tile of it
+TILES, DEPTHS, WARPS, STAGES = (32, 64, 128), (32, 64), (4, 8), (1, 2, 3)
 BLOCKS, QUERIES = (16, 32, 64, 128), (16, 32, 64)
 MOST_SPILLS = 64  # bytes a thread; what spills more has never been the fastest of its kind
 # Up to 3.7, Triton overwrites operands in registers too early where a loop is pipelined (triton
 # 9433, 9514, 9530). These kernels have such products in a loop.
-FED_FROM_REGISTERS = ("key_grads", "query_gate_grads", "value_grads")
+FED_FROM_REGISTERS = ("output", "token_grads")
 SOUND_PIPELINE = (3, 8)
 # The kernel whose launch a field of MLSTMConfig sets.
 KERNELS = {
     "states": "state_kernel",
     "output": "output_kernel",
     "state_grads": "state_grad_kernel",
-    "key_grads": "key_grad_kernel",
-    "query_gate_grads": "query_gate_grad_kernel",
-    "value_grads": "value_grad_kernel",
+    "token_grads": "token_grad_kernel",
 }
 Config = MLSTMConfig | WindowConfig
 # From the best settings so far to the next candidates; and the kernels that they differ in, none
@@ -48,16 +47,17 @@ def stages(pipelines_registers: bool) -> tuple[int, ...]:
 def mlstm_space(dim: int) -> dict[str, list[Any]]:
     """List what the tuner tries for each field of an MLSTMConfig, at a head dim."""
     tiles = sorted({min(tile, dim) for tile in TILES})
-    space: dict[str, list[Any]] = {"chunk": list(CHUNKS)}
+    depths = sorted({min(depth, dim) for depth in DEPTHS})
+    space: dict[str, list[Any]] = {"chunk": list(CHUNKS), "tile": list(TOKENS)}
     for name in KERNELS:
-        depths = stages(name in FED_FROM_REGISTERS)
-        launches = itertools.product(tiles, tiles, WARPS, depths)
-        space[name] = list(itertools.starmap(Launch, launches))
+        sound = stages(name in FED_FROM_REGISTERS)
+        kind, blocks = (TokenLaunch, depths) if name == "token_grads" else (Launch, tiles)
+        space[name] = list(itertools.starmap(kind, itertools.product(tiles, blocks, WARPS, sound)))
     return space
 
 
 def mlstm_rounds(dim: int) -> Iterator[Round]:
-    """Yield the rounds of the mLSTM: the chunk, then the launch of one kernel after the other."""
+    """Yield the rounds of the mLSTM: chunk, tile, then the launch of one kernel after the other."""
 
     def vary(name: str, values: Sequence[Any]) -> Callable[[MLSTMConfig], list[MLSTMConfig]]:
         return lambda best: [best._replace(**{name: value}) for value in values]

@@ -161,8 +161,7 @@ def launch_mlstm(dim: int, dtype: torch.dtype, config: MLSTMConfig | None = None
 
     Rows are packed, and four query heads share a value head.
     """
-    from xlstm_kernels.triton.backward_pass import launch_backward
-    from xlstm_kernels.triton.forward_pass import launch_forward
+    from xlstm_kernels.triton.mlstm_passes import launch_backward, launch_forward
 
     q, k, v = (bare(1, heads, 256, dim, dtype=dtype) for heads in (4, 4, 1))
     i, f, runs = bare(1, 4, 256), bare(1, 4, 256), bare(1, 256, dtype=torch.int32)

@@ -37,7 +37,6 @@ from xlstm_kernels.torch.window import banded_attention
 from xlstm_kernels.triton import common
 from xlstm_kernels.triton import table as triton_table
 from xlstm_kernels.triton.configs import (
-    Launch,
     MLSTMConfig,
     mlstm_config,
     width,
@@ -55,8 +54,8 @@ TEMPLATE = '''\
 # and shared memory of the compiled kernels, and not from times.
 MEASURED_ON: str | None = {measured_on!r}
 
-# chunk, then (block_k, block_v, warps, stages) of: states, output, state grads; key grads, query
-# and gate grads, value grads
+# chunk and tile, then (block_k, block_v, warps, stages) of: states, output, state grads; and
+# (columns, depth, warps, stages) of the tokens' grads
 MLSTM: dict[tuple[int, int], tuple] = {{
 {mlstm}
 }}  # fmt: skip
@@ -280,10 +279,10 @@ def table_source(mlstm: dict, window: dict, measured_on: str | None) -> str:
 
 
 def mlstm_lines(key: tuple[int, int], entry: tuple) -> str:
-    """Write an entry in two lines: the forward kernels and the states' gradients, then the rest."""
-    chunk, *launches = entry
-    rows = [", ".join(map(str, map(tuple, half))) for half in (launches[:3], launches[3:])]
-    return f"    {key}: ({chunk}, {rows[0]},\n        {rows[1]}),"
+    """Write an entry in two lines: the forward kernels, then the gradients."""
+    chunk, tile, *launches = entry
+    rows = [", ".join(map(str, map(tuple, half))) for half in (launches[:2], launches[2:])]
+    return f"    {key}: ({chunk}, {tile}, {rows[0]},\n        {rows[1]}),"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -342,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
             start = mlstm_config(dtype, dim, dim) if operator == "mlstm" else None
             case = make_case(operator, name, dim, options.heads, options.tokens, options.device)
             best = tuner.tune(case, start or window_config(dtype, dim))
-            entry = tuple(tuple(part) if isinstance(part, Launch) else part for part in best)
+            entry = tuple(tuple(part) if isinstance(part, tuple) else part for part in best)
             tables[operator][width(dtype), dim] = entry
             source = table_source(tables["mlstm"], tables["window"], measured_on)
             (options.out / "table.py").write_text(source)

@@ -28,6 +28,8 @@ from torch import Tensor
 
 # Log-weight of nothing, as in `xlstm_kernels.state`.
 LOG_ZERO = tl.constexpr(-1e30)
+# Elements between a token and the next: 128 tokens are a tile, and 2^31 the last offset.
+FARTHEST = 2**24
 # Arguments that change with the length of the rows. Triton would compile a kernel anew for lengths
 # that are divisible by 16 and for those that are not.
 LENGTHS = ("T", "chunks", "blocks")
@@ -52,11 +54,12 @@ def on_device_of(x: Tensor) -> torch.cuda.device:
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """Copy x unless its last dimension is adjacent in memory.
+    """Copy x unless its last dimension is adjacent in memory, and tokens are not far apart.
 
-    The kernels need that; all other strides are free.
+    Inside a tile of tokens, kernels compute offsets with 32 bits (`load_tile`). All other strides
+    are free.
     """
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and x.stride(-2) < FARTHEST else x.contiguous()
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:

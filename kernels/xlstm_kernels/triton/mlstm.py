@@ -14,10 +14,9 @@ from torch import Tensor
 from xlstm_kernels.registration import filled, refuse_second_derivative
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState
-from xlstm_kernels.triton.backward_pass import launch_backward
 from xlstm_kernels.triton.common import contiguous_rows
 from xlstm_kernels.triton.configs import MLSTMConfig, mlstm_config
-from xlstm_kernels.triton.forward_pass import launch_forward
+from xlstm_kernels.triton.mlstm_passes import launch_backward, launch_forward
 
 
 def mlstm_triton(

@@ -67,17 +67,18 @@ def state_kernel(
             sum_high_ptr, sum_low_ptr, m, m_end, runs_ptr, bh, b, c, T, SEGMENTED, L
         )
         C, n = C * decay, n * decay
+        if (tile_k == 0) & (tile_v == 0):
+            t = c * L + tl.arange(0, L)
+            row, reads = bh * T + t, t < T
+            if SEGMENTED:
+                reads = load_run(runs_ptr, b, t, T) == run_before(runs_ptr, b, c, T, L)
+            max_log_weight = tl.load(max_log_weight_ptr + row, mask=t < T, other=LOG_ZERO)
+            sum_high = tl.load(sum_high_ptr + row, mask=t < T, other=0.0)
+            read_max = tl.where(reads, sum_high + m, LOG_ZERO)
+            tl.store(m_ptr + row, tl.maximum(max_log_weight, read_max), mask=t < T)
         for a in tl.static_range(0, L, BT):
             t0 = c * L + a
             t = t0 + tl.arange(0, BT)
-            if (tile_k == 0) & (tile_v == 0):
-                row, reads = bh * T + t, t < T
-                if SEGMENTED:
-                    reads = load_run(runs_ptr, b, t, T) == run_before(runs_ptr, b, c, T, L)
-                max_log_weight = tl.load(max_log_weight_ptr + row, mask=t < T, other=LOG_ZERO)
-                sum_high = tl.load(sum_high_ptr + row, mask=t < T, other=0.0)
-                read_max = tl.where(reads, sum_high + m, LOG_ZERO)
-                tl.store(m_ptr + row, tl.maximum(max_log_weight, read_max), mask=t < T)
             write = write_weights(
                 sum_high_ptr, sum_low_ptr, i_ptr, m_end, runs_ptr, bh, b, c, t, T, SEGMENTED, L
             )

@@ -28,7 +28,7 @@ def test_the_table_reads_back_as_it_was_written() -> None:
 def test_candidates_vary_one_thing() -> None:
     best = mlstm_config(torch.bfloat16, 128, 128)
     rounds = list(candidates.mlstm_rounds(128))
-    assert [kernels for _, kernels in rounds][1:] == [
+    assert [kernels for _, kernels in rounds][2:] == [
         (name,) for name in candidates.KERNELS.values()
     ]
     for make, _ in rounds:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,7 +30,13 @@ from xlstm_kernels.torch.window import banded_attention
 
 pytest.importorskip("triton")
 from xlstm_kernels.benchmarks import candidates
-from xlstm_kernels.triton.configs import Launch, MLSTMConfig, WindowConfig, mlstm_config
+from xlstm_kernels.triton.configs import (
+    Launch,
+    MLSTMConfig,
+    TokenLaunch,
+    WindowConfig,
+    mlstm_config,
+)
 from xlstm_kernels.triton.mlstm import mlstm_triton
 from xlstm_kernels.triton.table import WINDOW
 from xlstm_kernels.triton.window import window_triton
@@ -37,7 +44,8 @@ from xlstm_kernels.triton.window import window_triton
 pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = 1e-5
 WARPS, STAGES, SINKS = 4, 1, 3
-KERNELS = MLSTMConfig._fields[1:]
+KERNELS = MLSTMConfig._fields[2:]
+AnyLaunch = Launch | TokenLaunch
 Tensors = dict[str, Tensor]
 
 
@@ -48,6 +56,7 @@ class Tiles(NamedTuple):
     """
 
     chunk: int
+    tile: int
     kernel: str
     block_k: int
     block_v: int
@@ -55,33 +64,36 @@ class Tiles(NamedTuple):
     more_v: bool
 
     @classmethod
-    def of(cls, chunk: int, kernel: str, launch: Launch, dim: int) -> Tiles:
-        block_k, block_v = launch[:2]
-        return cls(chunk, kernel, block_k, block_v, block_k < dim, block_v < dim)
+    def of(cls, chunk: int, tile: int, kernel: str, launch: AnyLaunch, dim: int) -> Tiles:
+        block_k, block_v = (min(block, dim) for block in launch[:2])
+        return cls(chunk, tile, kernel, block_k, block_v, block_k < dim, block_v < dim)
 
     @property
-    def smallest(self) -> tuple[int, int, int]:
-        """The chunk, and the smallest Dk and Dv that have these tiles."""
-        return self.chunk, self.block_k * (1 + self.more_k), self.block_v * (1 + self.more_v)
+    def smallest(self) -> tuple[int, int, int, int]:
+        """The chunk and its tile, and the smallest Dk and Dv that have these tiles."""
+        Dk, Dv = self.block_k * (1 + self.more_k), self.block_v * (1 + self.more_v)
+        if self.kernel == "token_grads":  # columns and depth are those of both dims
+            Dk = Dv = max(Dk, Dv)
+        return self.chunk, self.tile, Dk, Dv
 
 
 def of_table() -> set[Tiles]:
     found = set()
     for dtype, dim in itertools.product((torch.bfloat16, torch.float32), HEAD_DIMS):
-        chunk, *launches = mlstm_config(dtype, dim, dim)
+        chunk, tile, *launches = mlstm_config(dtype, dim, dim)
         pairs = zip(KERNELS, launches, strict=True)
-        found |= {Tiles.of(chunk, kernel, launch, dim) for kernel, launch in pairs}
+        found |= {Tiles.of(chunk, tile, kernel, launch, dim) for kernel, launch in pairs}
     return found
 
 
 def of_tuner() -> set[Tiles]:
     found = set()
     for dim in HEAD_DIMS:
-        chunks, *kernels = candidates.mlstm_space(dim).values()
-        for chunk, (kernel, launches) in itertools.product(
-            chunks, zip(KERNELS, kernels, strict=True)
+        chunks, tiles, *kernels = candidates.mlstm_space(dim).values()
+        for chunk, tile, (kernel, launches) in itertools.product(
+            chunks, tiles, zip(KERNELS, kernels, strict=True)
         ):
-            found |= {Tiles.of(chunk, kernel, launch, dim) for launch in launches}
+            found |= {Tiles.of(chunk, tile, kernel, launch, dim) for launch in launches}
     return found
 
 
@@ -90,15 +102,15 @@ def runs_of(wanted: set[Tiles]) -> Iterator[tuple[MLSTMConfig, int, int]]:
 
     A kernel's tiles do not change what another one does, so not every combination is needed.
     """
-    by_size: dict[tuple[int, int, int], dict[str, list[Launch]]] = {}
+    by_size: dict[tuple[int, int, int, int], dict[str, list[tuple[int, int]]]] = {}
     for tiles in sorted(wanted):
-        launches = by_size.setdefault(tiles.smallest, {}).setdefault(tiles.kernel, [])
-        launches.append(Launch(tiles.block_k, tiles.block_v, WARPS, STAGES))
-    for (chunk, Dk, Dv), kernels in by_size.items():
-        any_launch = next(iter(kernels.values()))
-        lists = [kernels.get(kernel, any_launch) for kernel in KERNELS]
+        blocks = by_size.setdefault(tiles.smallest, {}).setdefault(tiles.kernel, [])
+        blocks.append((tiles.block_k, tiles.block_v))
+    for (chunk, tile, Dk, Dv), kernels in by_size.items():
+        lists = [kernels.get(kernel, [(Dk, Dv)]) for kernel in KERNELS]
         for n in range(max(map(len, lists))):
-            yield MLSTMConfig(chunk, *(each[n % len(each)] for each in lists)), Dk, Dv
+            *launches, last = ((*each[n % len(each)], WARPS, STAGES) for each in lists)
+            yield MLSTMConfig(chunk, tile, *starmap(Launch, launches), TokenLaunch(*last)), Dk, Dv
 
 
 def row_of(chunk: int) -> tuple[int, Tensor]:
@@ -148,17 +160,20 @@ def test_the_mlstm_is_right_with_all_tiles_that_the_tuner_tries(
 def test_nothing_that_the_tuner_tries_is_left_out() -> None:
     covered = set()
     for config, Dk, Dv in itertools.chain(runs_of(of_table()), runs_of(of_tuner() - of_table())):
-        for kernel, (block_k, block_v, *_) in zip(KERNELS, config[1:], strict=True):
+        for kernel, (block_k, block_v, *_) in zip(KERNELS, config[2:], strict=True):
             more = (block_k < Dk, block_v < Dv)
-            covered.add(Tiles(config.chunk, kernel, block_k, block_v, *more))
+            covered.add(Tiles(*config[:2], kernel, block_k, block_v, *more))
     named = {launch: kernel for kernel, launch in candidates.KERNELS.items()}
-    for dim, chunk in itertools.product(HEAD_DIMS, candidates.CHUNKS):
-        best = mlstm_config(torch.bfloat16, dim, dim)._replace(chunk=chunk)
-        by_chunk, *rounds = candidates.mlstm_rounds(dim)
+    sizes = (HEAD_DIMS, candidates.CHUNKS, candidates.TOKENS)
+    for dim, chunk, tile in itertools.product(*sizes):
+        best = mlstm_config(torch.bfloat16, dim, dim)._replace(chunk=chunk, tile=tile)
+        by_chunk, by_tile, *rounds = candidates.mlstm_rounds(dim)
         assert chunk in [config.chunk for config in by_chunk[0](best)]
+        assert tile in [config.tile for config in by_tile[0](best)]
         for make, (launched,) in rounds:
             kernel = named[launched]
-            tried = {Tiles.of(chunk, kernel, getattr(config, kernel), dim) for config in make(best)}
+            launches = [getattr(config, kernel) for config in make(best)]
+            tried = {Tiles.of(chunk, tile, kernel, launch, dim) for launch in launches}
             assert tried <= covered
 
 
