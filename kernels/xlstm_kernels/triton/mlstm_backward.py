@@ -129,43 +129,46 @@ def token_grad_kernel(
     b, group = bg // G, bg % G
     v_ptr += b * v_b + group * v_h
     centre_ptr += bg * DV
-    if VALUES and role < of_values:
-        value_role(
-            q_ptr + b * q_b, k_ptr + b * k_b, i_ptr, dh_ptr, den_ptr,
-            sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dv_ptr,
-            q_h, q_t, k_h, k_t, b, bg, b * H + group * R, group * R, c, role, T, R, chunks,
-            SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
-        )  # fmt: skip
-    if QUERIES_AND_KEYS and role >= of_values:
-        h = group * R + (role - of_values) // of_a_head
-        part = (role - of_values) % of_a_head
-        bh = b * H + h
-        q_ptr += b * q_b + h * q_h
-        k_ptr += b * k_b + h * k_h
-        if part < TILES:
-            query_role(
-                q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
-                sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, C_ptr, n_ptr,
-                dq_ptr, d_read_ptr, q_t, k_t, v_t, b, bh, c, TILES - 1 - part, T, chunks,
+    # Two conditions each: what is not asked for is not compiled, and its pointers may be None.
+    if VALUES:  # noqa: SIM102
+        if role < of_values:
+            value_role(
+                q_ptr + b * q_b, k_ptr + b * k_b, i_ptr, dh_ptr, den_ptr,
+                sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dv_ptr,
+                q_h, q_t, k_h, k_t, b, bg, b * H + group * R, group * R, c, role, T, R, chunks,
                 SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
             )  # fmt: skip
-        elif part < 2 * TILES:
-            key_role(
-                q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
-                sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dn_ptr,
-                dk_ptr, d_write_ptr, q_t, k_t, v_t, b, bh, c, part - TILES, T, chunks,
-                SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
-            )  # fmt: skip
-        elif part < 3 * TILES:
-            pair_role(
-                q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
-                sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr,
-                d_earlier_ptr, d_keys_ptr, d_inside_ptr,
-                q_t, k_t, v_t, b, bh, c, part - 2 * TILES, T,
-                SEGMENTED, PRECISION, L, BT, DK, DV, DEPTH,
-            )  # fmt: skip
-        else:
-            pass_role(C_ptr, n_ptr, dC_ptr, dn_ptr, d_pass_ptr, bh * chunks + c, DK, DV, DEPTH)
+    if QUERIES_AND_KEYS:  # noqa: SIM102
+        if role >= of_values:
+            h = group * R + (role - of_values) // of_a_head
+            part = (role - of_values) % of_a_head
+            bh = b * H + h
+            q_ptr += b * q_b + h * q_h
+            k_ptr += b * k_b + h * k_h
+            if part < TILES:
+                query_role(
+                    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+                    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, C_ptr, n_ptr,
+                    dq_ptr, d_read_ptr, q_t, k_t, v_t, b, bh, c, TILES - 1 - part, T, chunks,
+                    SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
+                )  # fmt: skip
+            elif part < 2 * TILES:
+                key_role(
+                    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+                    sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dn_ptr,
+                    dk_ptr, d_write_ptr, q_t, k_t, v_t, b, bh, c, part - TILES, T, chunks,
+                    SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
+                )  # fmt: skip
+            elif part < 3 * TILES:
+                pair_role(
+                    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+                    sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr,
+                    d_earlier_ptr, d_keys_ptr, d_inside_ptr,
+                    q_t, k_t, v_t, b, bh, c, part - 2 * TILES, T,
+                    SEGMENTED, PRECISION, L, BT, DK, DV, DEPTH,
+                )  # fmt: skip
+            else:
+                pass_role(C_ptr, n_ptr, dC_ptr, dn_ptr, d_pass_ptr, bh * chunks + c, DK, DV, DEPTH)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

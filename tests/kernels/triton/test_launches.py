@@ -18,6 +18,10 @@ from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, mlstm_step, slid
 from xlstm_kernels.testing import error_ratio, random_inputs
 
 pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import jit
+
 from xlstm_kernels.triton import (
     common,
     mlstm_backward,
@@ -108,6 +112,54 @@ def test_no_grid_dimension_that_ends_at_65535_grows(device: str, log: Log) -> No
         ).sum().backward()
         rest.append([(name, grid[1:]) for name, grid in log])
     assert rest[0] == rest[1] == rest[2]
+
+
+class Bound:
+    """A kernel that notes what Triton would compile it for, and does not start."""
+
+    def __init__(self, name: str, kernel: Any, compiled: set[str]) -> None:
+        made = jit.JITFunction(kernel.fn, do_not_specialize=kernel.kwargs["do_not_specialize"])
+        backend = CUDABackend(GPUTarget("cuda", 90, 32))
+        self.bind = jit.create_function_from_signature(made.signature, made.params, backend)
+        self.name, self.compiled = name, compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(**arguments: Any) -> None:
+            _, *specialised = self.bind(**arguments)
+            self.compiled.add(f"{self.name} {specialised}")
+
+        return launch
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled ones")
+def test_a_new_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: set[str] = set()
+    for module in MODULES:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Bound(name, getattr(module, name), compiled))
+    after = []
+    for tokens in (2, 16, 63, 64, 65, 128, 1000):
+        inputs = random_inputs(1, 4, tokens, 32, G=2)
+        q, k, v = inputs["q"], inputs["q"][:, :2], inputs["v"]
+        h = mlstm(**inputs, segment_ids=torch.zeros(1, tokens).long(), backend="triton")
+        (
+            h + sliding_window_attention(q, k, v, window=5, sinks=2, backend="triton")
+        ).sum().backward()
+        after.append(len(compiled))
+    # Seven kernels of the mLSTM and seven of the window.
+    assert after == [14] * len(after), compiled
+
+
+def test_a_length_would_be_noticed_if_it_were_specialised() -> None:
+    """Were T specialised, 16 tokens and 17 would be different kernels."""
+    kernel = mlstm_forward.state_kernel
+    free = type(kernel)(kernel.fn, do_not_specialize=())
+    compiled: set[str] = set()
+    bound = Bound("state_kernel", free, compiled)
+    names = [argument for argument in bound.bind.__code__.co_varnames if argument != "options"]
+    for tokens in (16, 17):
+        bound[1,](**dict.fromkeys(names[: bound.bind.__code__.co_argcount], 2) | {"T": tokens})
+    assert len(compiled) == 2
 
 
 def token(device: str) -> list[Tensor]:

@@ -30,7 +30,7 @@ from xlstm_kernels.triton.mlstm_passes import common_component
 from xlstm_kernels.triton.window import window_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned", "gpu_arithmetic")
-TILES_OF_64 = MLSTMConfig(128, 64, *[Launch(64, 64, 4, 1)] * 3, TokenLaunch(64, 32, 4, 1))
+TILES_OF_64 = MLSTMConfig(64, 64, *[Launch(64, 64, 4, 1)] * 3, TokenLaunch(64, 32, 4, 1))
 TILES_OF_32 = MLSTMConfig(64, 32, *[Launch(32, 32, 4, 1)] * 3, TokenLaunch(32, 32, 4, 1))
 BLOCKS_OF_64 = WindowConfig(64, 4, 1, 4, 1, 4, 64)
 WIDE = ("i", "f", "C", "n", "m")
