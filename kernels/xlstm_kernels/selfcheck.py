@@ -143,7 +143,8 @@ def run_hybrid_steps(inputs: Tensors, backend: Backend, softcap: float | None = 
     """Decode some tokens of the whole mixer from a state, past the end of a short window."""
     x = {name: tensor.detach() for name, tensor in inputs.items()}
     state = MLSTMState(*(x.pop(name).clone() for name in MLSTMState._fields))
-    q, k, settings = x["q"], x["k"], {"sinks": 1, "softcap": softcap}
+    q, k = x["q"], x["k"]
+    settings: dict[str, Any] = {"sinks": 1, "softcap": softcap, "backend": backend}
     settings["sink_logits"] = x.pop("sink_logits", None)
     ring = Ring.empty(
         len(q), k.shape[1], q.shape[-1], x["v"].shape[-1],
@@ -152,7 +153,7 @@ def run_hybrid_steps(inputs: Tensors, backend: Backend, softcap: float | None = 
     outputs = []
     for t in range(q.shape[2]):
         token: dict[str, Any] = {name: tensor[:, :, t] for name, tensor in x.items()}
-        outputs.append(hybrid_step(**token, state=state, ring=ring, **settings, backend=backend))
+        outputs.append(hybrid_step(**token, state=state, ring=ring, **settings))
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
 
 

@@ -6,6 +6,7 @@ Letters: the legend in `xlstm_kernels`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -102,7 +103,12 @@ def hybrid_step_triton(
     phi_q, phi_k = contiguous_rows(phi_q), contiguous_rows(phi_k)
     C, n, m = near_rows(state.C), *state[1:]
     memory = {"phi_q": phi_q, "phi_k": phi_k, "i": i, "f": f, "gate": gate, "C": C, "n": n, "m": m}
-    attention = {"sinks": sinks, "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    attention: dict[str, Any] = {
+        "sinks": sinks,
+        "scale": scale,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+    }
     arrived = counters_of(state.C, v)
     out = _decode(q, k, v, memory, arrived, ring, slots, index, **attention)
     _write_back((C, n, m), state)
@@ -129,7 +135,12 @@ def window_step_triton(
     """
     memory = dict.fromkeys(("phi_q", "phi_k", "i", "f", "gate", "C", "n", "m"))
     arrived = counters_of(ring.keys, v)
-    attention = {"sinks": sinks, "scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    attention: dict[str, Any] = {
+        "sinks": sinks,
+        "scale": scale,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+    }
     return _decode(q, k, v, memory, arrived, ring, slots, index, **attention)
 
 

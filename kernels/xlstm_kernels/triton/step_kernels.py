@@ -13,8 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import log_sigmoid
-from xlstm_kernels.triton.scores import bound
+from xlstm_kernels.triton.common import bound, log_sigmoid
 
 # Score of a slot that is not seen. Finite, so that the difference of two of them is a number.
 NEGATIVE = tl.constexpr(-1e30)

@@ -12,8 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import LENGTHS, chunk_and_head, load_rows
-from xlstm_kernels.triton.scores import bound, through_bound
+from xlstm_kernels.triton.common import (
+    LENGTHS,
+    bound,
+    chunk_and_head,
+    load_rows,
+    through_bound,
+)
 from xlstm_kernels.triton.window_kernels import (
     NEGATIVE,
     first_block,
