@@ -152,7 +152,22 @@ def check_teacher(config: Teacher) -> None:
     _check_path(config)
     if Path(config.path).is_dir():
         weight_files(Path(config.path))
-    family_of(teacher_config(config).model_type)
+    found = teacher_config(config)
+    family_of(found.model_type)
+    _refuse_mxfp4(config, found)
+
+
+def _refuse_mxfp4(config: Teacher, found: Any) -> None:
+    """Refuse weights of four bits: a student of them cannot train."""
+    settings = getattr(found, "quantization_config", None) or {}
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    if str(getattr(method, "value", method)) == "mxfp4":
+        raise UserError(
+            f"teacher.path: the weights of {config.path!r} are in MXFP4, which does not train."
+            " Save them in bfloat16 once: AutoModelForCausalLM.from_pretrained(PATH,"
+            " dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True))"
+            ".save_pretrained(FOLDER), and the tokenizer too; give that folder."
+        )
 
 
 def teacher_config(config: Teacher) -> Any:
