@@ -144,7 +144,7 @@ def test_packed_documents_equal_separate_ones(family, tiny_teacher):
     assert error_ratio(by_positions, separate.double()) < 2e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo3"])
+@pytest.mark.parametrize("family", ["llama", "olmo3", "gemma2", "gpt_oss"])
 def test_packed_gradients_equal_separate_ones(family, tiny_teacher):
     student = stir(convert(tiny_teacher(family), HYBRID)).train()
     lengths, row = [5, 22, 21], ids(1)

@@ -125,7 +125,10 @@ def _attention_saved(
 def _kept(a: Architecture, forward: Pass, heads: LayerHeads) -> Saved:
     """Count full attention: its queries, keys and values, from which it is computed again."""
     queries = sum(end - first for first, end in heads.full_queries)
-    return Saved(forward.compute * a.head_dim * (queries + 2 * heads.kept_keys))
+    saved = forward.compute * a.head_dim * (queries + 2 * heads.kept_keys)
+    if a.own_softmax:  # an operator that keeps its output and each query's log-sum-exp too
+        saved += queries * (forward.compute * a.head_dim + FP32)
+    return Saved(saved)
 
 
 def _mlp(a: Architecture, forward: Pass) -> Saved:
