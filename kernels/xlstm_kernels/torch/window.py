@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xlstm_kernels.registration import refuse_second_derivative
 from xlstm_kernels.segments import document_runs, document_starts
+from xlstm_kernels.torch.bounded import wide_product
 
 # Queries of a block, at least and at most. Smaller blocks make many small products; larger ones
 # multiply more masked pairs (docs/math.md, "Chunk size").
@@ -216,26 +217,12 @@ def _attention_grads(
     per_block = bands.queries.shape[1] * bands.bias[0].numel()
     for part in zip(*(x.split(max(1, SCORES_AT_ONCE // per_block)) for x in rows), strict=True):
         q, k, v, bias, d, o = part
-        weights = (_wide_product(q, k.mT) * scale + bias).softmax(dim=-1)
+        weights = (wide_product(q, k.mT) * scale + bias).softmax(dim=-1)
         mean = (d.to(weights.dtype) * o).sum(dim=-1, keepdim=True)
-        d_scores = (weights * (_wide_product(d, v.mT) - mean) * scale).to(q.dtype)
+        d_scores = (weights * (wide_product(d, v.mT) - mean) * scale).to(q.dtype)
         found.append((d_scores @ k, d_scores.mT @ q, weights.to(q.dtype).mT @ d))
     dq, dk, dv = (torch.cat(parts) for parts in zip(*found, strict=True))
     return dq, dk, dv
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b (N, G, rows, columns), in fp32 at least.
-
-    In bf16, scores lose what the softmax and the difference to the mean are made of: the gradient
-    is then five times as far off.
-    """
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if a.dtype == wide or not a.is_cuda:
-        return a.to(wide) @ b.to(wide)
-    # Tensor cores multiply bf16 and add up in fp32; a product of fp32 copies would not use them.
-    product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=wide)
-    return product.unflatten(0, a.shape[:2])
 
 
 def _unband(d: Tensor, bands: Bands, like: Tensor) -> Tensor:
