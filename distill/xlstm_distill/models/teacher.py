@@ -102,8 +102,8 @@ def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalL
     # transformers draws what a file lacks at random, and only warns.
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"teacher.path: {config.path!r} has no weight {missing[0]} ({len(missing)} missing); get"
-            " its files again, or save it by transformers with save_original_format=False."
+            f"teacher.path: {config.path!r} has no weight {missing[0]} ({len(missing)} missing);"
+            " get its files again, or save it by transformers with save_original_format=False."
         )
     return model.eval()
 
