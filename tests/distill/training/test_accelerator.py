@@ -54,6 +54,8 @@ KINDS = [
     pytest.param("zero1", marks=SLOW),
     pytest.param("zero2", marks=SLOW),
 ]
+KEPT = {"attention": {"layers": [1], "heads": {"0": [1]}}}
+OSS = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16}
 OPTIONS: dict[str, dict[str, Any]] = {
     "distill": {},
     "spared": {"shard_teacher": True, "checkpoint": True, "by_shards": "seed-spared"},
@@ -65,11 +67,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "own": {"num_local_experts": 3},
         "by_shards": "seed-experts",
     },
+    # One layer keeps its attention, the other one of its heads.
+    "kept": {"mixer": KEPT},
+    "spared-kept": {
+        "mixer": KEPT,
+        "shard_teacher": True,
+        "checkpoint": True,
+        "by_shards": "seed-kept",
+        "resume_at": 2,
+    },
+    "kept-align": {"mixer": KEPT, "stage": "align"},
+    # Learned logits of the softmax are parameters of the mixers themselves.
+    "gpt-oss": {"family": "gpt_oss", "own": OSS, "by_shards": "seed-oss"},
+    "gpt-oss-align": {"family": "gpt_oss", "own": OSS, "stage": "align"},
     "tied-mixer": {"tied": True, "trainable": "mixer", "by_shards": "seed-tied"},
     **({"lora": {"trainable": "lora", "by_shards": "seed-lora"}} if has_peft else {}),
 }
-SPARED = {"spared": "distill", "spared-align": "align"}
-"""Trainings that save memory, and those that do not and must end the same."""
+SPARED = {"spared": "distill", "spared-align": "align", "spared-kept": "kept"}
+"""Trainings that save memory or are resumed, and those that are not and must end the same."""
 REFUSED = {("zero3", "spared-align")}
 """The trainer refuses these (test_trainer.py)."""
 Trained = dict[str, dict[str, Any]]
