@@ -54,8 +54,6 @@ KINDS = [
     pytest.param("zero1", marks=SLOW),
     pytest.param("zero2", marks=SLOW),
 ]
-KEPT = {"attention": {"layers": [1], "heads": {"0": [1]}}}
-OSS = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16}
 OPTIONS: dict[str, dict[str, Any]] = {
     "distill": {},
     "spared": {"shard_teacher": True, "checkpoint": True, "by_shards": "seed-spared"},
@@ -67,24 +65,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "own": {"num_local_experts": 3},
         "by_shards": "seed-experts",
     },
+    "tied-mixer": {"tied": True, "trainable": "mixer", "by_shards": "seed-tied"},
+    **({"lora": {"trainable": "lora", "by_shards": "seed-lora"}} if has_peft else {}),
+}
+KEPT = {"attention": {"layers": [1], "heads": {"0": [1]}}}
+OSS = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16}
+SPARING = {"shard_teacher": True, "checkpoint": True, "resume_at": 2}
+MORE: dict[str, dict[str, Any]] = {
     # One layer keeps its attention, the other one of its heads.
     "kept": {"mixer": KEPT},
-    "spared-kept": {
-        "mixer": KEPT,
-        "shard_teacher": True,
-        "checkpoint": True,
-        "by_shards": "seed-kept",
-        "resume_at": 2,
-    },
+    "spared-kept": {"mixer": KEPT, "by_shards": "seed-kept", **SPARING},
     "kept-align": {"mixer": KEPT, "stage": "align"},
     # Learned logits of the softmax are parameters of the mixers themselves.
     "gpt-oss": {"family": "gpt_oss", "own": OSS, "by_shards": "seed-oss"},
     "gpt-oss-align": {"family": "gpt_oss", "own": OSS, "stage": "align"},
-    "tied-mixer": {"tied": True, "trainable": "mixer", "by_shards": "seed-tied"},
-    **({"lora": {"trainable": "lora", "by_shards": "seed-lora"}} if has_peft else {}),
 }
-SPARED = {"spared": "distill", "spared-align": "align", "spared-kept": "kept"}
-"""Trainings that save memory or are resumed, and those that are not and must end the same."""
+"""Further trainings, which only the slow tests do."""
+SPARED = {"spared": "distill", "spared-align": "align"}
+"""Trainings that save memory, and those that do not and must end the same."""
 REFUSED = {("zero3", "spared-align")}
 """The trainer refuses these (test_trainer.py)."""
 Trained = dict[str, dict[str, Any]]
@@ -132,6 +130,17 @@ def trained(tmp_path_factory) -> Callable[[str], Trained]:
     return make
 
 
+@pytest.fixture(scope="module")
+def trained_more(tmp_path_factory) -> Callable[[str], Trained]:
+    """The further trainings, as `trained`."""
+
+    @functools.cache
+    def make(kind: str) -> Trained:
+        return train(tmp_path_factory.mktemp(kind) / "more.pt", kind, MORE)
+
+    return make
+
+
 # Measured after four steps: 7e-7 (DDP, FSDP2, ZeRO-1 and -2), 2e-6 (ZeRO-3), 5e-6 (a tied head).
 @pytest.mark.multi_process
 @pytest.mark.parametrize(("kind", "name"), allowed(KINDS, OPTIONS))
@@ -155,6 +164,19 @@ def test_a_sharded_teacher_and_recomputed_activations_change_no_bit(kind, name, 
     assert all(
         torch.equal(spared["weights"][name], weight) for name, weight in plain["weights"].items()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed)])
+def test_kept_attention_and_learned_logits_are_sharded_and_resumed(kind, trained_more):
+    one, two = trained_more("alone"), trained_more(kind)
+    for name in MORE:
+        assert_same(one[name], two[name])
+    for made in (one, two):
+        assert made["spared-kept"]["figures"] == made["kept"]["figures"]
+        for key, weight in made["kept"]["weights"].items():
+            assert torch.equal(made["spared-kept"]["weights"][key], weight), key
 
 
 # A rank of four has two rows of a step: in micro-batches of one there are some to wait for.
