@@ -127,6 +127,7 @@ def scenarios() -> list[Scenario]:
     ties = Scenario(
         "8 of 15 tasks tie on all items", [0.8] * 15, [0.0] * 8 + [0.08] * 7, [200] * 15
     )
+    few = np.array([0.0] * 7 + [0.4] * 8)
     # As the quickstart's tasks, and as the paper's: some hard, some easy, of all sizes.
     wide = np.linspace(0.3, 0.95, 22)[np.random.default_rng(2).permutation(22)]
     graded = np.linspace(0.0, 0.12, 22)[np.random.default_rng(3).permutation(22)]
@@ -161,6 +162,7 @@ def scenarios() -> list[Scenario]:
         replace(even, name="7 lose 2 %, 8 lose 8 %", losses=[0.02] * 7 + [0.08] * 8),
         replace(even, name="7 lose 2 %, 8 lose 14 %", losses=[0.02] * 7 + [0.14] * 8),
         replace(even, name="8 lose 2 %, 7 lose 14 %", losses=[0.02] * 8 + [0.14] * 7),
+        replace(even, name="7 lose 0 %, 8 lose 40 %, 30 items", losses=few, items=[30] * 15),
         replace(even, name="11 lose 2 %, 4 lose 26 %", losses=[0.02] * 11 + [0.26] * 4),
         Scenario("judge's scores, 60 items", [0.0] * 15, 0.04 + 0.04 * bell, [60] * 15, 0, "judge"),
         Scenario("perplexity", [0.0] * 15, 0.04 + 0.04 * bell, [60] * 15, 0, "perplexity"),
@@ -188,7 +190,8 @@ def simulate(
         tasks = case.evaluate(rng)
         drawn = np.stack([bootstrap.draw_losses(task, rng, draws) for task in tasks], axis=1)
         losses = np.array([estimate(task) for task in tasks])
-        low, high = ranked(losses, drawn)
+        of_ranks = [bootstrap.draw_losses(task, rng, draws, bootstrap.RANKED) for task in tasks]
+        low, high = ranked(losses, np.stack(of_ranks, axis=1))
         found = [ranks.tolerance_interval(low, high, rank) for rank in places]
         found.append(ranks.rate_intervals(low, high, [0.05])["0.05"])
         found.append(bootstrap.percentile_interval(drawn[:, 0]))

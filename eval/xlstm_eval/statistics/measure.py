@@ -11,6 +11,7 @@ import numpy as np
 from xlstm_eval.metrics import ALPHAS, MARGIN, signed_loss
 from xlstm_eval.records import Comparison, EvalError, Interval, Statistics, TaskEvidence
 from xlstm_eval.statistics import bootstrap, paired, ranks
+from xlstm_eval.statistics.bootstrap import RANKED
 from xlstm_eval.statistics.paired import PairedItems
 from xlstm_eval.statistics.pooled import decide
 
@@ -45,7 +46,7 @@ def measure(
         left = {"decision": "undecided", "smallest_margin": None, "reason": reason}
         values |= {"pooled": pooled.model_copy(update=left), "reason": reason}
     elif counted:
-        values |= _over_tasks(comparison, draws, alphas)
+        values |= _over_tasks(comparison, usable, draws, alphas)
     else:
         values["reason"] = pooled.reason
     return comparison.model_copy(update={"statistics": Statistics(**values)})
@@ -85,10 +86,16 @@ def _recovery(rate: float | None, losses: bootstrap.Array | None) -> Interval | 
     return max(0.0, min(low, rate)), max(high, rate)
 
 
-def _over_tasks(comparison: Comparison, draws: Draws, alphas: Sequence[float]) -> dict[str, Any]:
+def _over_tasks(
+    comparison: Comparison,
+    items: Mapping[str, PairedItems],
+    draws: Draws,
+    alphas: Sequence[float],
+) -> dict[str, Any]:
     """Return the intervals of what is computed over all tasks that count."""
     pairs = comparison.counted()
-    drawn = np.stack([draws[pair.task] for pair in pairs], axis=1)  # (draws, J)
+    for_ranks = bootstrap.draw_all({pair.task: items[pair.task] for pair in pairs}, 1, RANKED)
+    drawn = np.stack(list(for_ranks.values()), axis=1)  # (draws, J)
     low, high = ranks.ranked_intervals(np.array([signed_loss(pair) for pair in pairs]), drawn)
     count = len(pairs)
 

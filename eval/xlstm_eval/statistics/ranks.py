@@ -57,11 +57,13 @@ BLOCK = 1_000_000
 def ranked_intervals(losses: Array, draws: Array) -> tuple[Array, Array]:
     """Return the ends of the intervals of all sorted losses, smallest loss first: (J,) each.
 
-    ``losses`` are those of J tasks (J,), ``draws`` those that `bootstrap.draw_losses` gave
-    (draws, J). Each interval holds the sorted loss itself, and the ends do not fall with the rank.
+    ``losses`` are those of J tasks (J,), ``draws`` those that `bootstrap.draw_losses` gave with
+    RANKED (draws, J). Each interval holds the sorted loss itself, and the ends do not fall with the
+    rank.
     """
     in_order = np.sort(losses)
-    curves = _quantiles(draws)
+    # Draws of a skewed loss lie to one side of it. One task hardly shows that, a sum of many does.
+    curves = _quantiles(draws + (losses - np.median(draws, axis=0)))
     high = _upper_ends(curves)
     # The k-th largest of turned signs is the k-th smallest.
     low = -_upper_ends(-curves[:, ::-1])[::-1]
