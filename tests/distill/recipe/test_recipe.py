@@ -451,6 +451,8 @@ def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> 
         ("evaluate.experts=1", "evaluate.experts: 1 is a whole number; give true or false."),
         ("name=5", "name: 5 is a whole number; give text."),
         ("name=a/b", "name: 'a/b' cannot name a folder; use letters, digits, '.', '_' and '-'."),
+        ("name=a.kept-01",
+         "name: 'a.kept-01' holds '.kept-', as names of replaced artifacts do."),
         ("align.lr=.nan", "align.lr: nan is not a finite number. Give one."),
         ("align.lr=-1", "align.lr: -1 must be greater than 0.0."),
         ("capture.top_k=257", "capture.top_k: 257 must be at most 256."),
