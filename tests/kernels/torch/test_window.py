@@ -177,3 +177,13 @@ def test_autocast_keeps_the_dtype_of_the_queries() -> None:
         out = sliding_window_attention(**inputs, window=8, sinks=2)
     assert out.dtype == torch.float32
     assert error_ratio(out, sliding_window_attention(**inputs, window=8, sinks=2)) < 1e-2
+
+
+def test_a_plan_that_is_kept_serves_training_too() -> None:
+    """The first call is in inference mode; more heads share a key in the last."""
+    for heads in (2, 2, 4):
+        inputs = random_qkv(1, heads, 2, 150, 8, seed=heads)
+        with torch.inference_mode():
+            alone = sliding_window_attention(**inputs, window=9, sinks=2)
+        assert torch.equal(sliding_window_attention(**inputs, window=9, sinks=2), alone)
+        assert_matches_reference(inputs, 9, 2)
