@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor
 
@@ -129,7 +130,8 @@ def sliding_window_attention(
 ) -> Tensor:
     """Attend to the window and the sinks, as `xlstm_kernels` does in plain torch."""
     check_backend(backend)
-    settings = {"window": window, "sinks": sinks, "segment_ids": segment_ids, "scale": scale}
+    settings: dict[str, Any] = {"window": window, "sinks": sinks}
+    settings |= {"segment_ids": segment_ids, "scale": scale}
     if softcap is None and sink_logits is None:
         return banded_attention(q, k, v, **settings)
     return bounded_attention(q, k, v, **settings, softcap=softcap, sink_logits=sink_logits)

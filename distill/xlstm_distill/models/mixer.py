@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from xlstm_distill.models.attention.full import full_attention
 from xlstm_distill.models.attention.heads import joined, take
-from xlstm_distill.models.attention.layout import LayerHeads
+from xlstm_distill.models.attention.layout import LayerHeads, Runs
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer, asks_first, checked_cache
 from xlstm_distill.models.decoding.prefill import take_in
 from xlstm_distill.models.decoding.step import (
@@ -80,6 +80,7 @@ class HybridMixer(nn.Module):
     v_proj: Any
     qkv_proj: Any
     o_proj: Any
+    sinks: Tensor
 
     def __init__(
         self, attention: Any, family: Family, config: MixerConfig, kept: Sequence[int] = ()
@@ -108,7 +109,12 @@ class HybridMixer(nn.Module):
         # Some families limit the reach of single layers; a student sees no further than they do.
         reach = family.reach(attention)
         self.window: int = config.window if reach is None else min(config.window, reach)
-        self.sinks: int = config.sinks
+        self.sink_tokens: int = config.sinks
+        # Gemma 2 bounds the scores of its softmax.
+        self.softcap: float | None = family.score_cap(teacher)
+        if family.sink_logits:
+            # gpt-oss calls its learned logits so; they are not of the sink tokens.
+            self.sinks = attention.sinks
         # Olmo may limit the values of its projections.
         self.clip: float | None = getattr(teacher, "clip_qkv", None)
         for name in projections(family):
@@ -220,6 +226,10 @@ class HybridMixer(nn.Module):
             layer.seen += hidden_states.shape[1]
         return joined(self.kept, full, mixed).transpose(1, 2).flatten(2)
 
+    def sink_logits(self, heads: Runs) -> Tensor | None:
+        """Take the learned logits of heads, (M,); None where the family has none."""
+        return take(self.sinks[None], heads)[0] if self.family.sink_logits else None
+
     def of_mixer(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take queries, keys and values of the heads that are not kept."""
         heads = self.kept
@@ -245,7 +255,11 @@ class HybridMixer(nn.Module):
             documents = arrival.documents(q.device)
             recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
             k, v = layer.extend(k, v, recorded=recorded)
-        return take(full_attention(q, k, v, self.scale, documents), heads.full_outputs)
+        own: dict[str, Any] = {}
+        if self.family.own_softmax:
+            own = {"softcap": self.softcap, "sink_logits": self.sink_logits(heads.full_queries)}
+            own["backend"] = self.backend
+        return take(full_attention(q, k, v, self.scale, documents, **own), heads.full_outputs)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Make queries (B, H, T, D), keys and values (B, G, T, D) of x (B, T, d), before RoPE.
@@ -363,9 +377,11 @@ class HybridMixer(nn.Module):
             k,
             v,
             window=self.window,
-            sinks=self.sinks,
+            sinks=self.sink_tokens,
             segment_ids=segment_ids,
             scale=self.scale,
+            softcap=self.softcap,
+            sink_logits=self.sink_logits(self.kept.queries),
             backend=self.backend,
         )
 

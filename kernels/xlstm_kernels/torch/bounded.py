@@ -56,9 +56,9 @@ def bounded_attention(
     return out
 
 
-def bounded(scores: Tensor, softcap: float | None) -> Tensor:
-    """Return c tanh(x / c) of scores for a softcap c."""
-    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+def bound(scores: Tensor, softcap: float | None) -> Tensor:
+    """Bound scores x in place: c tanh(x / c) for a softcap c."""
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -91,14 +91,9 @@ def forward(
     with torch.autocast(q.device.type, enabled=False):
         out, logsumexp = torch.empty_like(q, memory_format=torch.contiguous_format), _statistics(q)
         for block in _blocks(q, k, segment_ids, window, sinks):
-            queries, keys, values = _read(q, k, v, block)
-            scores = _scores(queries, keys, block, scale, softcap)
-            total = scores.logsumexp(dim=-1)  # (B, G, R L)
-            if sink_logits is not None:
-                total = torch.logaddexp(total, _of_rows(sink_logits.to(total), total))
-            weights = scores.sub_(total.unsqueeze(-1)).exp_().to(q.dtype)
             piece = slice(block.first, block.end)
-            out[:, :, piece] = (weights @ values).view_as(out[:, :, piece])
+            attended, total = _attend(q, k, v, sink_logits, block, scale, softcap)
+            out[:, :, piece] = attended.view_as(out[:, :, piece])
             logsumexp[:, :, piece] = total.view_as(logsumexp[:, :, piece])
         return out, logsumexp
 
@@ -148,22 +143,12 @@ def backward(
         mean = (dout.to(exact) * out.to(exact)).sum(dim=-1)  # (B, H, T)
         for block in _blocks(q, k, segment_ids, window, sinks):
             piece = slice(block.first, block.end)
-            queries, keys, values = _read(q, k, v, block)
-            rows, groups = (len(q), k.shape[1], -1), queries.shape
-            scores = _scores(queries, keys, block, scale, softcap)
-            total = logsumexp[:, :, piece].reshape(*rows, 1)
-            d = dout[:, :, piece].reshape(*groups[:3], v.shape[-1])
-            weights = (scores - total).exp_()
-            slope = wide_product(d, values.mT).sub_(mean[:, :, piece].reshape(*rows, 1))
-            slope.mul_(weights).mul_(scale)
-            if softcap is not None:
-                # Of c tanh(x / c): 1 - tanh^2. Where a key is not seen its weight is 0.
-                inside = scores.masked_fill_(scores == -torch.inf, 0.0).div_(softcap)
-                slope.mul_(inside.square_().neg_().add_(1.0))
-            slope, weights = slope.to(q.dtype), weights.to(q.dtype)
-            dq[:, :, piece] = (slope @ keys).view(q[:, :, piece].shape)
-            _add(dk, slope.mT @ queries, block)
-            _add(dv, weights.mT @ d, block)
+            # Of the block's queries: the gradient of the output, the logsumexp, the mean gradient.
+            known = (dout[:, :, piece], logsumexp[:, :, piece], mean[:, :, piece])
+            parts = _differentiate(q, k, v, known, block, scale, softcap)
+            dq[:, :, piece] = parts[0].view_as(dq[:, :, piece])
+            _add(dk, parts[1], block)
+            _add(dv, parts[2], block)
         grads = [dq, dk.to(k.dtype), dv.to(v.dtype)]
         if sink_logits is not None:
             share = (sink_logits.to(exact)[:, None] - logsumexp).exp_()
@@ -287,11 +272,59 @@ def _scores(
     queries: Tensor, keys: Tensor, block: Block, scale: float, softcap: float | None
 ) -> Tensor:
     """Return a block's scores (B, G, R L, N + keys), bounded; -inf where a key is not seen."""
-    scores = bounded(wide_product(queries, keys.mT).mul_(scale), softcap)
+    scores = bound(wide_product(queries, keys.mT).mul_(scale), softcap)
     tokens = block.end - block.first
     by_head = scores.unflatten(2, (-1, tokens))  # (B, G, R, L, keys)
     by_head.masked_fill_(~block.visible[:, :, None], -torch.inf)
     return scores
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None,
+    block: Block,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the attention (B, G, R L, D) of a block's queries, and the logsumexp (B, G, R L)."""
+    queries, keys, values = _read(q, k, v, block)
+    scores = _scores(queries, keys, block, scale, softcap)
+    total = scores.logsumexp(dim=-1)
+    if sink_logits is not None:
+        total = torch.logaddexp(total, _of_rows(sink_logits.to(total), total))
+    weights = scores.sub_(total.unsqueeze(-1)).exp_().to(q.dtype)
+    return weights @ values, total
+
+
+def _differentiate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    known: tuple[Tensor, Tensor, Tensor],
+    block: Block,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of a block's queries (B, G, R L, D), keys and values (B, G, keys, D).
+
+    known: of the queries the gradient of their output (B, H, L, D), the logsumexp and the mean
+    gradient of their weights (B, H, L).
+    """
+    queries, keys, values = _read(q, k, v, block)
+    B, G, rows, _ = queries.shape
+    d = known[0].reshape(B, G, rows, -1)
+    total, mean = (x.reshape(B, G, rows, 1) for x in known[1:])
+    scores = _scores(queries, keys, block, scale, softcap)
+    weights = (scores - total).exp_()
+    slope = wide_product(d, values.mT).sub_(mean).mul_(weights).mul_(scale)
+    if softcap is not None:
+        # Of c tanh(x / c): 1 - tanh^2. Where a key is not seen its weight is 0.
+        inside = scores.masked_fill_(scores == -torch.inf, 0.0).div_(softcap)
+        slope.mul_(inside.square_().neg_().add_(1.0))
+    slope, weights = slope.to(q.dtype), weights.to(q.dtype)
+    return slope @ keys, slope.mT @ queries, weights.mT @ d
 
 
 def _of_rows(per_head: Tensor, like: Tensor) -> Tensor:

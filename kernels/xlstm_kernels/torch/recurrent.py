@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_kernels.state import MLSTMState, Ring, RingSlots
-from xlstm_kernels.torch.bounded import bounded, wide_product
+from xlstm_kernels.torch.bounded import bound, wide_product
 
 
 def mlstm_step_in_place(
@@ -96,7 +96,7 @@ def window_step_in_place(
     if softcap is None and sink_logits is None:
         out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
     else:
-        scores = bounded(wide_product(rows, keys.mT).mul_(scale), softcap) + bias
+        scores = bound(wide_product(rows, keys.mT).mul_(scale), softcap) + bias
         if sink_logits is not None:
             extra = sink_logits.to(scores.dtype).view(1, G, H // G, 1).expand(B, -1, -1, -1)
             scores = torch.cat([scores, extra], dim=-1)

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from xlstm_kernels import Backend, sliding_window_attention
+from xlstm_kernels.torch.bounded import bounded_attention
+
 QUERIES = 512
 """Queries of a block: the mask of one is all of it that exists at once."""
 FEWEST_QUERIES, MASK_SIZE = 128, 1 << 26
@@ -19,8 +22,20 @@ FEWEST_QUERIES, MASK_SIZE = 128, 1 << 26
 Given: TypeAlias = tuple[Tensor, Tensor, Tensor, float, tuple[Tensor, Tensor] | None]
 
 
+EVERYTHING = 2**30
+"""A window that no document fills."""
+
+
 def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, segments: tuple[Tensor, Tensor] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    segments: tuple[Tensor, Tensor] | None,
+    *,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Let T queries attend to S keys, of which the last T are their own: (B, H, T, D).
 
@@ -29,7 +44,13 @@ def full_attention(
 
     Documents need a mask, which SDPA takes whole. So queries come in blocks, and a backward pass
     makes each block's mask, and its scores, again: memory is linear in S.
+
+    softcap, sink_logits, backend: as in `xlstm_kernels.sliding_window_attention`, which runs where
+    one of them is given, because SDPA knows neither.
     """
+    if softcap is not None or sink_logits is not None:
+        given = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+        return _own_softmax(q, k, v, segments, backend, given)
     tokens = q.shape[2]
     if segments is None and tokens == k.shape[2]:
         # The kernel that needs no mask (flash), as the teacher calls it.
@@ -38,13 +59,30 @@ def full_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
     # No segments: autograd functions take tensors or None, and no tuples of them.
-    given = (q, k, v, *(segments or (None, None)), scale)
+    tensors = (q, k, v, *(segments or (None, None)), scale)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if recorded and not torch.compiler.is_compiling():
-        return cast(Tensor, _Recorded.apply(*given))
+        return cast(Tensor, _Recorded.apply(*tensors))
     attend: Callable[..., Tensor] = _again if recorded else _attend
-    parts = [attend(*part) for _, _, part in _blocks(*given)]
+    parts = [attend(*part) for _, _, part in _blocks(*tensors)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _own_softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: tuple[Tensor, Tensor] | None,
+    backend: Backend,
+    given: dict[str, Any],
+) -> Tensor:
+    """Attend with a softmax of the family's own, through a window over everything."""
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    settings = {"window": EVERYTHING, "sinks": 0, **given}
+    settings["segment_ids"] = None if segments is None else segments[1]
+    if q.shape[2] == k.shape[2]:
+        return sliding_window_attention(q, k, v, backend=backend, **settings)
+    return bounded_attention(q, k, v, **settings)
 
 
 def _blocks(
