@@ -27,6 +27,7 @@ from xlstm_distill.merging.streaming import (
     in_threads,
 )
 from xlstm_distill.merging.ties import ties
+from xlstm_distill.recipe.merging import WITH_SCALE
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def merge_block(
     if not tensors[0].is_floating_point():
         yield block.start, _same(block, tensors)
         return
-    base = None if sources.base is None else sources.seed_student(block)
+    base = sources.seed_student(block) if plan.method in WITH_SCALE else None
     drawn: Iterator[tuple[Tensor, ...]] = itertools.repeat(())
     if plan.method == "dare":
         # A block's numbers are drawn one after the other.

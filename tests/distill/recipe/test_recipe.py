@@ -282,6 +282,20 @@ def test_the_suite_of_a_folder_is_every_task_in_it(root: Path) -> None:
             "evaluate.tasks[0].generation.top_p: 1.5 must be at most 1.0.",
         ),
         (
+            ["evaluate.tasks=[{name: a, generation: {top_p: 0.9}}]"],
+            "evaluate.tasks[0].generation.top_p: has no effect on greedy answers; give a "
+            "temperature above 0 beside it, or leave it out.",
+        ),
+        (
+            ["evaluate.tasks=[{name: a, generation: {temperature: 0, min_p: 0.1}}]"],
+            "evaluate.tasks[0].generation.min_p: has no effect on greedy answers; give a "
+            "temperature above 0 beside it, or leave it out.",
+        ),
+        (
+            ["evaluate.tasks=[{name: mt_bench, generation: {temperature: 1}}]"],
+            "evaluate.tasks[0].generation: MT-Bench has settings of its own; leave it out.",
+        ),
+        (
             ["evaluate.tasks=[{name: a, generation: {max_tokens: 5}}]"],
             "evaluate.tasks[0].generation.max_tokens: unknown key. Allowed: min_p, "
             "repetition_penalty, temperature, top_k, top_p.",
