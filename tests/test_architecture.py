@@ -71,6 +71,7 @@ ROOMS = {
         "loading",
         "answering",
         "beside",
+        "earlier",
         "harness",
         "long_context",
         "report",

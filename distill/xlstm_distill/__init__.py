@@ -12,16 +12,25 @@ from typing import TYPE_CHECKING, Any
 from xlstm_distill.models.auto import register_when_libraries_load
 
 if TYPE_CHECKING:
+    from xlstm_distill.models.decoding.compiled import compile_decoding as compile_decoding
     from xlstm_distill.models.decoding.files import load_cache as load_cache
     from xlstm_distill.models.decoding.files import save_cache as save_cache
     from xlstm_distill.models.student import convert as convert
     from xlstm_distill.recipe import MixerConfig as MixerConfig
 
 __version__ = "0.1.0"
-__all__ = ["MixerConfig", "__version__", "convert", "load_cache", "save_cache"]
+__all__ = [
+    "MixerConfig",
+    "__version__",
+    "compile_decoding",
+    "convert",
+    "load_cache",
+    "save_cache",
+]
 
 _EXPORTS = {
     "MixerConfig": "xlstm_distill.recipe",
+    "compile_decoding": "xlstm_distill.models.decoding.compiled",
     "convert": "xlstm_distill.models.student",
     "load_cache": "xlstm_distill.models.decoding.files",
     "save_cache": "xlstm_distill.models.decoding.files",

@@ -14,13 +14,23 @@ from xlstm_eval.tasks.mt_bench import MT_BENCH, MTBench
 from xlstm_eval.tasks.sandbox import Limits, not_isolated
 
 
-def mt_bench(loaded: LoadedSuite, lm: Any) -> MTBench | None:
-    """Return MT-Bench with its questions, where it is to be run."""
+def mt_bench(loaded: LoadedSuite, lm: Any = None) -> MTBench | None:
+    """Return MT-Bench with its questions, where it is to be run.
+
+    ``lm`` writes the prompts; without one, earlier answers can be judged, and nothing asked.
+    """
     if not loaded.questions:
         return None
     (entry,) = (task for task in loaded.suite.tasks if task.name == MT_BENCH)
-    template = lm.apply_chat_template if loaded.suite.apply_chat_template else None
+    template = None
+    if loaded.suite.apply_chat_template:
+        # Where prompts have a template, answers end by themselves, also those that are there.
+        template = _asks_nothing if lm is None else lm.apply_chat_template
     return MTBench(entry, loaded.questions, template)
+
+
+def _asks_nothing(messages: object) -> str:
+    raise TypeError("answers are there: no prompt is to be written")
 
 
 def open_judge(loaded: LoadedSuite, seed: int, folder: Path | None) -> JudgeClient | None:
@@ -39,11 +49,14 @@ def generate(lm: Any, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     return answers
 
 
+SKIPPED = f"{MT_BENCH} is skipped"
+
+
 def skipped(loaded: LoadedSuite) -> list[str]:
     """Say which tasks were not run."""
     if loaded.questions or len(loaded.harnessed()) == len(loaded.suite.tasks):
         return []
-    return [f"{MT_BENCH} is skipped: no judge is named (evaluate.judge, docs/evaluation.md)."]
+    return [f"{SKIPPED}: no judge is named (evaluate.judge, docs/evaluation.md)."]
 
 
 def sandbox_warnings(loaded: LoadedSuite) -> list[str]:

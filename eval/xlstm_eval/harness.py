@@ -32,7 +32,13 @@ from xlstm_eval.beside import (
 from xlstm_eval.loading import LoadedSuite, leaves_of, load_suite
 from xlstm_eval.protocol import task_protocols, text_hash
 from xlstm_eval.records import EvalError, TaskResult
-from xlstm_eval.results import EvaluationResult, hash_requests, hash_value, pick_metric, task_result
+from xlstm_eval.results import (
+    EvaluationResult,
+    hash_requests,
+    pick_metric,
+    settings_hash,
+    task_result,
+)
 from xlstm_eval.suites import Suite, SuiteTask
 from xlstm_eval.tasks.local import task_length
 from xlstm_eval.tasks.mt_bench import MT_BENCH
@@ -114,24 +120,15 @@ def evaluate_model(
     if talk and judge:
         results[MT_BENCH], samples[MT_BENCH] = talk.judged(answers, judge)
         raw["protocols"][MT_BENCH] = talk.protocol(judge.settings)
-    # Where the task files lie does not change what is asked, nor does the level of chance.
-    # Consent to run code is no setting of it either; the judge is in the protocol.
-    left_out: Any = {
-        "include": True,
-        "confirm_run_unsafe_code": True,
-        "judge": True,
-        "tasks": {"__all__": {"chance"}},
-    }
-    settings = loaded.suite.model_dump(mode="json", exclude=left_out)
     return EvaluationResult(
         tasks=tuple(results[task.name] for task in loaded.suite.tasks if task.name in results),
         samples=samples,
         seconds=time.perf_counter() - started,
         requests_hash=hash_requests(samples),
-        settings_hash=hash_value([settings, seed]),
+        settings_hash=settings_hash(loaded.suite, seed),
         # First those of the batches, in their order: also of other ranks and of earlier runs.
         warnings=tuple(dict.fromkeys([*said, *warnings])),
-        groups=_groups(loaded),
+        groups=loaded.groups(),
         protocol={
             **_protocol(sizes, batches),
             "lm_eval": importlib.metadata.version("lm_eval"),
@@ -147,14 +144,6 @@ def evaluate_model(
             **sandbox_protocol(loaded),
         },
     )
-
-
-def _groups(loaded: LoadedSuite) -> dict[str, list[str]]:
-    """Return the members of the tasks that are groups, in the order of their items."""
-    found: dict[str, list[str]] = {}
-    for entry, leaf in loaded.leaves():
-        found.setdefault(entry.name, []).append(leaf.task_name)
-    return {name: members for name, members in found.items() if members != [name]}
 
 
 def help_to_evaluate(

@@ -51,6 +51,13 @@ class LoadedSuite:
             for leaf in leaves_of(self.tasks[entry.name]):
                 yield entry, leaf
 
+    def groups(self) -> dict[str, list[str]]:
+        """Return the members of the tasks that are groups, in the order of their items."""
+        found: dict[str, list[str]] = {}
+        for entry, leaf in self.leaves():
+            found.setdefault(entry.name, []).append(leaf.task_name)
+        return {name: members for name, members in found.items() if members != [name]}
+
     def runs_code(self) -> bool:
         """Tell whether a task of the suite runs code that the model wrote."""
         return any(getattr(leaf, "UNSAFE_CODE", False) for _, leaf in self.leaves())

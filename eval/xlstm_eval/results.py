@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from xlstm_eval.problems import did_you_mean, one_line
 from xlstm_eval.records import EvalError, LongContext, TaskResult
 from xlstm_eval.samples import GROUPS_FILE, Row
-from xlstm_eval.suites import SuiteTask
+from xlstm_eval.suites import Suite, SuiteTask
 
 ITEMS_FILE = "items.json"
 LONG_CONTEXT_FILE = "long_context.json"
@@ -278,3 +278,16 @@ def hash_value(value: object) -> str:
     # Requests may hold objects that JSON does not know; their text counts.
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def settings_hash(suite: Suite, seed: int) -> str:
+    """Hash a suite as far as answers and scores depend on it."""
+    # Where the task files lie does not change what is asked, nor does the level of chance.
+    # Consent to run code is no setting of it either; the judge is in the protocol.
+    left_out: Any = {
+        "include": True,
+        "confirm_run_unsafe_code": True,
+        "judge": True,
+        "tasks": {"__all__": {"chance"}},
+    }
+    return hash_value([suite.model_dump(mode="json", exclude=left_out), seed])

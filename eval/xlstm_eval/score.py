@@ -85,7 +85,8 @@ def statistics_values(result: Comparison) -> dict[str, object]:
 def decision_lines(result: Comparison) -> list[str]:
     """Say what stands beside the paper's metric: the pooled decision and the worst drop."""
     found = result.statistics
-    worst = f"{percent(result.worst_drop)}"
+    # Where no task counts, the worst drop is all that could be lost.
+    worst = percent(result.worst_drop if result.counted() else None)
     if result.worst_task is not None:
         worst += f" on {result.worst_task}"
     if found is None:
@@ -107,6 +108,8 @@ def decision_lines(result: Comparison) -> list[str]:
 
 
 def _metric_lines(result: Comparison) -> list[str]:
+    if not result.counted():
+        return ["No task counts, so there is no Win-and-Tie rate and no critical tolerance."]
     found = result.statistics
     rates = found.win_and_tie if found else None
     lines = ["Win-and-Tie rate:"]
@@ -178,7 +181,8 @@ def score_file(
 
 def _read_json(path: Path) -> object:
     try:
-        text = path.read_text(encoding="utf-8")
+        # Windows' editors put a mark before the text.
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ScoreError(f"{path}: no such file. Give the path of a JSON file.") from None
     except (OSError, UnicodeDecodeError) as error:

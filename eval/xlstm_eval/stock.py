@@ -59,6 +59,7 @@ def read_stock_results(path: Path) -> StockResults:
     """
     data = _read_json(path)
     missing = {"results", "configs"} - set(data)
+    _refuse_old(data, path)
     if missing:
         raise EvalError(
             f"{path}: has no {' and no '.join(sorted(missing))}. "
@@ -86,6 +87,19 @@ def read_stock_results(path: Path) -> StockResults:
         return counted((as_logged(row) for row in own or ()), task)
 
     return StockResults(_model_name(data, path), tuple(tasks), _protocol(data), asked, rows_again)
+
+
+def _refuse_old(data: Mapping[str, Any], path: Path) -> None:
+    """Raise EvalError for scores by their metric alone: lm-eval 0.4 put filters beside it."""
+    results = data.get("results")
+    for name, scores in results.items() if isinstance(results, dict) else ():
+        if isinstance(scores, dict) and scores and not _has_scores(scores):
+            plain = [key for key, value in scores.items() if isinstance(value, float)]
+            if plain:
+                raise EvalError(
+                    f"{path}: {name} has {plain[0]!r} without a filter, as lm-eval wrote it before "
+                    "version 0.4. Evaluate with lm-eval 0.4.3 or later."
+                )
 
 
 def _checked(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -152,6 +166,12 @@ def _scored_alone(name: str, leaves: Sequence[str], data: Mapping[str, Any]) -> 
     counts = data.get("n-samples") or {}
     error = scores.get(f"{metric}_stderr,{filter_name}")
     known = isinstance(error, int | float) and math.isfinite(error)
+    items = sum(_count(counts, leaf) for leaf in leaves)
+    if not items:
+        raise EvalError(
+            f"{name}: neither samples nor n-samples say how many items it has. "
+            "Evaluate with lm-eval 0.4.3 or later, and --log_samples."
+        )
     values = {
         "task": name,
         "metric": f"{metric},{filter_name}",
@@ -160,7 +180,7 @@ def _scored_alone(name: str, leaves: Sequence[str], data: Mapping[str, Any]) -> 
         "stderr": error if known else None,
         "higher_is_better": _higher_is_better(data, name).get(metric, True),
         "kind": _kind(leaves, data),
-        "samples": sum(_count(counts, leaf) for leaf in leaves),
+        "samples": items,
     }
     try:
         return TaskResult.model_validate(values)
@@ -216,7 +236,7 @@ def _part(ours: Sequence[Any], theirs: Sequence[Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_int=whole_number)
+        data = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=whole_number)
     except FileNotFoundError:
         raise EvalError(f"{path}: no such file. Give a results file of lm-eval.") from None
     except (OSError, UnicodeDecodeError) as error:

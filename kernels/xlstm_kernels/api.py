@@ -5,7 +5,7 @@ Letters: the legend in `xlstm_kernels`.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from torch import Tensor
 from xlstm_kernels.checks import (
     check_hybrid_step,
     check_peer,
+    check_scores,
     check_sequence,
     check_step,
     check_window,
     check_window_step,
 )
-from xlstm_kernels.dispatch import HEAD_DIMS, Backend, choose
+from xlstm_kernels.dispatch import HEAD_DIMS, Backend, choose, score_extras
 from xlstm_kernels.state import MLSTMState, Ring, RingSlots
+from xlstm_kernels.torch.bounded import bounded_attention
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
 from xlstm_kernels.torch.recurrent import (
     hybrid_step_in_place,
@@ -149,6 +151,8 @@ def window_step(
     *,
     sinks: int,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     slots: RingSlots | None = None,
     index: Tensor | None = None,
     check: bool = True,
@@ -162,15 +166,21 @@ def window_step(
     """
     if check:
         check_window_step("window_step", q, k, v, ring, sinks, index)
+        check_scores("window_step", q, softcap, sink_logits)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # On Triton it is the hybrid step without a memory, so that is what must have been checked.
     dims = {"D": q.shape[-1], "Dk": min(HEAD_DIMS), "Dv": v.shape[-1]}
-    if choose("hybrid_step", backend, q, k, v, dims=dims) == "triton":
+    extras = score_extras(softcap, sink_logits)
+    if choose("hybrid_step", backend, q, k, v, dims=dims, extras=extras) == "triton":
         from xlstm_kernels.triton.step import window_step_triton
 
-        return window_step_triton(q, k, v, ring, slots, sinks=sinks, scale=scale, index=index)
+        return window_step_triton(
+            q, k, v, ring, slots,
+            sinks=sinks, scale=scale, index=index, softcap=softcap, sink_logits=sink_logits,
+        )  # fmt: skip
     with torch.no_grad():
-        return window_step_in_place(q, k, v, ring, slots or next_slots(ring, sinks), scale, index)
+        slots = slots or next_slots(ring, sinks)
+        return window_step_in_place(q, k, v, ring, slots, scale, index, softcap, sink_logits)
 
 
 def hybrid_step(
@@ -187,6 +197,8 @@ def hybrid_step(
     *,
     sinks: int,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     slots: RingSlots | None = None,
     index: Tensor | None = None,
     check: bool = True,
@@ -197,11 +209,11 @@ def hybrid_step(
     The attention is to window and sinks. Source: the paper's Eq. 11.
 
     q (B, H, D), k (B, G, D): after RoPE. v (B, G, Dv). phi_q, phi_k (B, H, Dk): after the feature
-    maps. i, f (B, H): preactivations. gate (B, H): the output gate after its sigmoid. scale: factor
-    of q . k, 1 / sqrt(D) by default. slots: where the token goes, where the caller has found it for
-    several layers at once; `ring.lengths` is then neither read nor changed. index (B,): as in
-    `mlstm_step`, of the state and of the ring's keys and values; `ring.lengths` stays (B,). check:
-    as in `mlstm_step`.
+    maps. i, f (B, H): preactivations. gate (B, H): the output gate after its sigmoid. scale,
+    softcap, sink_logits: as in `sliding_window_attention`. slots: where the token goes, where the
+    caller has found it for several layers at once; `ring.lengths` is then neither read nor changed.
+    index (B,): as in `mlstm_step`, of the state and of the ring's keys and values; `ring.lengths`
+    stays (B,). check: as in `mlstm_step`.
 
     Updates `state` and `ring` in place; they keep their addresses. The window is the number of
     slots of the ring less the `sinks` (`Ring.empty`). Returns (B, H, Dv) in v's dtype. Never
@@ -211,21 +223,24 @@ def hybrid_step(
     """
     if check:
         check_hybrid_step(q, k, v, phi_q, phi_k, i, f, gate, state, ring, sinks, index)
+        check_scores("hybrid_step", q, softcap, sink_logits)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dims = {"D": q.shape[-1], "Dk": phi_q.shape[-1], "Dv": v.shape[-1]}
     tensors = (q, k, v, phi_q, phi_k, i, f, gate, *state)
-    if choose("hybrid_step", backend, *tensors, dims=dims) == "triton":
+    extras = score_extras(softcap, sink_logits)
+    if choose("hybrid_step", backend, *tensors, dims=dims, extras=extras) == "triton":
         from xlstm_kernels.triton.step import hybrid_step_triton
 
         return hybrid_step_triton(
             q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots,
-            sinks=sinks, scale=scale, index=index,
+            sinks=sinks, scale=scale, index=index, softcap=softcap, sink_logits=sink_logits,
         )  # fmt: skip
     with torch.no_grad():
         slots = slots or next_slots(ring, sinks)
         return hybrid_step_in_place(
-            q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale, index=index
-        )
+            q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots,
+            scale=scale, index=index, softcap=softcap, sink_logits=sink_logits,
+        )  # fmt: skip
 
 
 def sliding_window_attention(
@@ -237,6 +252,8 @@ def sliding_window_attention(
     sinks: int,
     segment_ids: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Attend to the last `window` tokens and the first `sinks` tokens of the query's document.
@@ -246,20 +263,30 @@ def sliding_window_attention(
     one of the document's first `sinks` tokens. scale: factor of q . k, 1 / sqrt(D) by default.
     backend: docs/kernels.md says what each can run.
 
+    softcap: a bound c of the scores x, which are then c tanh(x / c) (Gemma 2). sink_logits (H,): of
+    each head one more logit in the softmax's denominator, which belongs to no token, has no value,
+    and is not bounded (the learned sinks of gpt-oss; the `sinks` above are tokens). It is
+    differentiable.
+
     Returns (B, H, T, D) in q's dtype. The softmax is exact. Linear in T for a fixed window.
 
     Raises ValueError, which names the argument, its value and what is allowed.
     """
     check_window(q, k, v, window, sinks, segment_ids)
+    check_scores("sliding_window_attention", q, softcap, sink_logits)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    settings: dict[str, Any] = {
+        "window": window,
+        "sinks": sinks,
+        "segment_ids": segment_ids,
+        "scale": scale,
+    }
+    extras, name = score_extras(softcap, sink_logits), "sliding_window_attention"
     dims = {"D": q.shape[-1]}
-    chosen = choose("sliding_window_attention", backend, q, k, v, dims=dims, sinks=sinks)
-    if chosen == "triton":
+    if choose(name, backend, q, k, v, dims=dims, sinks=sinks, extras=extras) == "triton":
         from xlstm_kernels.triton.window import window_triton
 
-        return window_triton(
-            q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale
-        )
-    return banded_attention(
-        q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale
-    )
+        return window_triton(q, k, v, **settings, softcap=softcap, sink_logits=sink_logits)
+    if extras:
+        return bounded_attention(q, k, v, **settings, softcap=softcap, sink_logits=sink_logits)
+    return banded_attention(q, k, v, **settings)

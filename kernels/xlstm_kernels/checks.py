@@ -5,6 +5,8 @@ Each raises ValueError in one line that names the argument, its value and what i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -157,6 +159,17 @@ def check_window_step(
         raise ValueError(
             f"{name}: ring.lengths is on {ring.lengths.device}, but q is on {q.device}; use one"
         )
+
+
+def check_scores(
+    operator: str, q: Tensor, softcap: float | None, sink_logits: Tensor | None
+) -> None:
+    """Check what changes the softmax of the attention of q (B, H, ...)."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{operator}: softcap={softcap!r} is not allowed; a number above 0")
+    if sink_logits is not None:
+        check_floats(operator, q=q, sink_logits=sink_logits)
+        check_shape(operator, "sink_logits", sink_logits, "(H,)", (q.shape[1],))
 
 
 def check_floats(operator: str, **tensors: Tensor) -> None:

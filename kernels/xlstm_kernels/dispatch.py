@@ -26,13 +26,31 @@ HEAD_DIMS = (16, 32, 64, 128, 256)  # powers of 2, as Triton's tiles are, with s
 MAX_SINKS = 64  # the window kernels hold the sinks of a document in one tile
 
 
+def score_extras(softcap: float | None, sink_logits: Tensor | None) -> tuple[str, ...]:
+    """Name what a call's softmax has besides scores: other kernels, which are checked apart."""
+    if softcap is None and sink_logits is None:  # as nearly always
+        return ()
+    given = {"softcap": softcap, "sink_logits": sink_logits}
+    return tuple(name for name, value in given.items() if value is not None)
+
+
+def variant(operator: str, extras: tuple[str, ...]) -> str:
+    """Name an operator with what its softmax has besides, as the self-check does."""
+    return "+".join((operator, *extras))
+
+
 def choose(
-    operator: str, backend: Backend, *tensors: Tensor, dims: dict[str, int], sinks: int = 0
+    operator: str,
+    backend: Backend,
+    *tensors: Tensor,
+    dims: dict[str, int],
+    sinks: int = 0,
+    extras: tuple[str, ...] = (),
 ) -> Backend:
     """Return the backend to run, which is never "auto".
 
-    dims: the head dims by their letter. Raises ValueError, in one line, if the backend is unknown
-    or cannot run this call.
+    dims: the head dims by their letter. extras: as `score_extras` names them. Raises ValueError, in
+    one line, if the backend is unknown or cannot run this call.
     """
     allowed = BACKENDS if operator == "mlstm" else BACKENDS[:-1]
     if backend not in allowed:
@@ -40,7 +58,7 @@ def choose(
             f"{operator}: backend={backend!r} is unknown; allowed: {', '.join(allowed)}"
         )
     if backend == "auto":
-        return automatic(operator, tensors, dims, sinks)
+        return automatic(variant(operator, extras), tensors, dims, sinks)
     chosen = backend
     if chosen == "triton" and (objection := triton_refuses(tensors, dims, sinks)):
         raise ValueError(f"{operator}: backend='triton' {objection}")

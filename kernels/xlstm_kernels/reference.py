@@ -61,6 +61,8 @@ def sliding_window_reference(
     sinks: int,
     segment_ids: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attend from one query at a time to the list of keys that it sees.
 
@@ -77,7 +79,11 @@ def sliding_window_reference(
                 start = t
             seen = [s for s in range(start, t + 1) if s > t - window or s < start + sinks]
             scores = (k[b, :, seen] * q[b, :, t, None]).sum(dim=-1) * scale  # (H, keys seen)
-            weights = scores.softmax(dim=-1).unsqueeze(-1)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sink_logits is not None:
+                scores = torch.cat([scores, sink_logits[:, None]], dim=-1)
+            weights = scores.softmax(dim=-1)[:, : len(seen), None]
             outputs.append((weights * v[b, :, seen]).sum(dim=1))
         rows.append(torch.stack(outputs, dim=1))
     return torch.stack(rows)

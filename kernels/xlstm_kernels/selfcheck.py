@@ -9,6 +9,7 @@ in and out, and every gradient. `verdicts` starts this module as a process of it
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -35,9 +36,11 @@ from xlstm_kernels.verdicts import BEGUN, Question, Verdict
 BOUNDS = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 2e-3}
 TOKENS, WINDOW, SINKS, HEADS, GROUPS = 203, 70, 4, 4, 2
 TIMED_TOKENS, REPEATS, STEPS = 2048, 5, 3
-WIDE = ("i", "f", "C", "n", "m", "gate")  # float32 whatever the dtype of the others
+SOFTCAP = 3.0  # of scores that are about as large as 1
+WIDE = ("i", "f", "C", "n", "m", "gate", "sink_logits")  # float32 whatever the dtype of the others
 Tensors = dict[str, Tensor]
-Run = Callable[[Tensors, Backend], Tensors]
+Run = Callable[..., Tensors]
+Draw = Callable[[Mapping[str, int], int], Tensors]
 
 
 def check(asked: Question, device: torch.device, tokens: int = TOKENS) -> Verdict:
@@ -68,7 +71,7 @@ def _line(error: Exception) -> str:
 
 def measure(asked: Question, device: torch.device, tokens: int) -> dict[str, float]:
     """Return the RMS ratio of every output and gradient to float64."""
-    run, draw = CASES[asked.operator]
+    run, draw = case(asked.operator)
     drawn = draw(dict(asked.dims), tokens)
     dtype = getattr(torch, asked.dtype)
     # Rounded before the truth is computed, so that both sides see the same numbers.
@@ -112,14 +115,15 @@ def run_mlstm(inputs: Tensors, backend: Backend) -> Tensors:
     return outputs_and_grads(operator, with_gradients(inputs))
 
 
-def run_window(inputs: Tensors, backend: Backend) -> Tensors:
+def run_window(inputs: Tensors, backend: Backend, softcap: float | None = None) -> Tensors:
     """Run the attention, with all gradients."""
 
-    def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def operator(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None) -> Tensor:
         ids = documents(q.shape[2], len(q), q.device)
         return sliding_window_attention(
-            q, k, v, window=WINDOW, sinks=SINKS, segment_ids=ids, backend=backend
-        )
+            q, k, v, window=WINDOW, sinks=SINKS, segment_ids=ids,
+            softcap=softcap, sink_logits=sink_logits, backend=backend,
+        )  # fmt: skip
 
     return outputs_and_grads(operator, with_gradients(inputs))
 
@@ -135,11 +139,13 @@ def run_mlstm_steps(inputs: Tensors, backend: Backend) -> Tensors:
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
 
 
-def run_hybrid_steps(inputs: Tensors, backend: Backend) -> Tensors:
+def run_hybrid_steps(inputs: Tensors, backend: Backend, softcap: float | None = None) -> Tensors:
     """Decode some tokens of the whole mixer from a state, past the end of a short window."""
     x = {name: tensor.detach() for name, tensor in inputs.items()}
     state = MLSTMState(*(x.pop(name).clone() for name in MLSTMState._fields))
     q, k = x["q"], x["k"]
+    settings: dict[str, Any] = {"sinks": 1, "softcap": softcap, "backend": backend}
+    settings["sink_logits"] = x.pop("sink_logits", None)
     ring = Ring.empty(
         len(q), k.shape[1], q.shape[-1], x["v"].shape[-1],
         window=STEPS - 1, sinks=1, dtype=k.dtype, device=q.device,
@@ -147,7 +153,7 @@ def run_hybrid_steps(inputs: Tensors, backend: Backend) -> Tensors:
     outputs = []
     for t in range(q.shape[2]):
         token: dict[str, Any] = {name: tensor[:, :, t] for name, tensor in x.items()}
-        outputs.append(hybrid_step(**token, state=state, ring=ring, sinks=1, backend=backend))
+        outputs.append(hybrid_step(**token, state=state, ring=ring, **settings))
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
 
 
@@ -180,7 +186,13 @@ def draw_hybrid_steps(dims: Mapping[str, int], _: int) -> Tensors:
     return row | {name: x[name] for name in MLSTMState._fields}
 
 
-CASES: dict[str, tuple[Run, Callable[[Mapping[str, int], int], Tensors]]] = {
+def with_sink_logits(draw: Draw, dims: Mapping[str, int], tokens: int) -> Tensors:
+    """Draw a logit of each head besides: about as large as those of the keys together."""
+    logits = torch.randn(HEADS, generator=torch.Generator().manual_seed(5))
+    return draw(dims, tokens) | {"sink_logits": logits + 4}
+
+
+CASES: dict[str, tuple[Run, Draw]] = {
     "mlstm": (run_mlstm, draw_mlstm),
     "sliding_window_attention": (run_window, draw_window),
     "mlstm_step": (run_mlstm_steps, draw_steps),
@@ -188,9 +200,20 @@ CASES: dict[str, tuple[Run, Callable[[Mapping[str, int], int], Tensors]]] = {
 }
 
 
+def case(operator: str) -> tuple[Run, Draw]:
+    """Find an operator's case; its name says what the softmax has besides (`dispatch.variant`)."""
+    name, *extras = operator.split("+")
+    run, draw = CASES[name]
+    if "softcap" in extras:
+        run = functools.partial(run, softcap=SOFTCAP)
+    if "sink_logits" in extras:
+        draw = functools.partial(with_sink_logits, draw)
+    return run, draw
+
+
 def timings(asked: Question, device: torch.device) -> dict[str, float]:
     """Return the median milliseconds of the case by backend, at more tokens than were checked."""
-    run, draw = CASES[asked.operator]
+    run, draw = case(asked.operator)
     dtype = getattr(torch, asked.dtype)
     inputs = {
         name: x.detach().to(device, x.dtype if name in WIDE else dtype)

@@ -1,7 +1,7 @@
 """How often the 95 % intervals of the metric hold the truth, and how wide they are, by simulation.
 
 ``python tests/helpers/interval_coverage.py [REPETITIONS] [--results FILE]`` prints the table of
-docs/metric.md: 1,000 evaluations a row take four minutes of a processor. With a file, finished
+docs/metric.md: 1,000 evaluations a row take twelve minutes of a processor. With a file, finished
 blocks of 250 evaluations are kept there. They are simulated again only if their row or the code has
 changed, so a run may be stopped, continued and enlarged.
 """
@@ -23,11 +23,13 @@ from types import ModuleType
 
 import numpy as np
 
+from xlstm_eval.records import Interval
 from xlstm_eval.statistics import bootstrap, paired, pooled, ranks
 from xlstm_eval.statistics.paired import PairedItems
 from xlstm_eval.statistics.pooled import decide
 
-COLUMNS = ("α*", "α* at .75", "worst drop", "C(.05)", "recovery", "mean recovery", "kept")
+COLUMNS = ("α*", "α* at .75", "worst drop", "C(.05)", "recovery", "mean recovery", "kept", "inside")
+"""The last is C(.05) again: an end at the truth counts half, unless it is 0 or 1."""
 WIDTHS = COLUMNS[:4]
 BLOCK = 250
 DRAWS = 1000
@@ -125,7 +127,24 @@ def scenarios() -> list[Scenario]:
     ties = Scenario(
         "8 of 15 tasks tie on all items", [0.8] * 15, [0.0] * 8 + [0.08] * 7, [200] * 15
     )
+    few = np.array([0.0] * 7 + [0.4] * 8)
+    # As the quickstart's tasks, and as the paper's: some hard, some easy, of all sizes.
+    wide = np.linspace(0.3, 0.95, 22)[np.random.default_rng(2).permutation(22)]
+    graded = np.linspace(0.0, 0.12, 22)[np.random.default_rng(3).permutation(22)]
+    quick = Scenario("22 tasks of 50 items, losses of 0 to 12 %", wide, graded, [50] * 22)
+    groups = np.array([0.01] * 14 + [0.08] * 8)
+    paper_sizes = np.geomspace(200, 5000, 15).astype(int)[np.random.default_rng(4).permutation(15)]
+    paper = Scenario("15 tasks of 200 to 5,000 items", wide[:15], 0.05 + 0.04 * bell, paper_sizes)
     return [
+        quick,
+        replace(quick, name="22 tasks of 200 items, losses of 0 to 12 %", items=[200] * 22),
+        replace(quick, name="22 tasks of 500 items, losses of 0 to 12 %", items=[500] * 22),
+        replace(quick, name="14 lose 1 %, 8 lose 8 %", losses=groups, items=[500] * 22),
+        replace(
+            quick, name="22 tasks of 200 items, all lose 4 %", losses=[0.04] * 22, items=[200] * 22
+        ),
+        paper,
+        replace(paper, name="200 to 5,000 items, one loses 40 %", losses=one_bad),
         alike,
         replace(alike, name="15 tasks, losses near 3 %", losses=0.03 + 0.012 * bell),
         replace(alike, name="15 tasks, losses of -3 to 9 %", losses=0.03 + 0.03 * bell),
@@ -143,6 +162,7 @@ def scenarios() -> list[Scenario]:
         replace(even, name="7 lose 2 %, 8 lose 8 %", losses=[0.02] * 7 + [0.08] * 8),
         replace(even, name="7 lose 2 %, 8 lose 14 %", losses=[0.02] * 7 + [0.14] * 8),
         replace(even, name="8 lose 2 %, 7 lose 14 %", losses=[0.02] * 8 + [0.14] * 7),
+        replace(even, name="7 lose 0 %, 8 lose 40 %, 30 items", losses=few, items=[30] * 15),
         replace(even, name="11 lose 2 %, 4 lose 26 %", losses=[0.02] * 11 + [0.26] * 4),
         Scenario("judge's scores, 60 items", [0.0] * 15, 0.04 + 0.04 * bell, [60] * 15, 0, "judge"),
         Scenario("perplexity", [0.0] * 15, 0.04 + 0.04 * bell, [60] * 15, 0, "perplexity"),
@@ -162,14 +182,16 @@ def simulate(
     count = len(truth)
     places = (math.ceil(count / 2), math.ceil(3 * count / 4), count)
     true = [max(0.0, truth[rank - 1]) for rank in places]
-    true += [float((truth <= 0.05).mean()), case.losses[0], truth.mean(), case.kept()]
+    rate = float((truth <= 0.05).mean())
+    true += [rate, case.losses[0], truth.mean(), case.kept()]
     held, widths = np.zeros(len(COLUMNS)), np.zeros(len(WIDTHS))
     rng = np.random.default_rng(seed)
     for _ in range(repetitions):
         tasks = case.evaluate(rng)
         drawn = np.stack([bootstrap.draw_losses(task, rng, draws) for task in tasks], axis=1)
         losses = np.array([estimate(task) for task in tasks])
-        low, high = ranked(losses, drawn)
+        of_ranks = [bootstrap.draw_losses(task, rng, draws, bootstrap.RANKED) for task in tasks]
+        low, high = ranked(losses, np.stack(of_ranks, axis=1))
         found = [ranks.tolerance_interval(low, high, rank) for rank in places]
         found.append(ranks.rate_intervals(low, high, [0.05])["0.05"])
         found.append(bootstrap.percentile_interval(drawn[:, 0]))
@@ -177,9 +199,18 @@ def simulate(
         found.append(decide(tasks).kept_interval or (0.0, 9.0))
         # The true loss of a tie is 0 exactly, and rounding must not decide about it.
         ends = zip(found, true, strict=True)
-        held += [low - 1e-12 <= value <= high + 1e-12 for (low, high), value in ends]
+        holds = [low - 1e-12 <= value <= high + 1e-12 for (low, high), value in ends]
+        held += [*holds, inside(found[COLUMNS.index("C(.05)")], rate)]
         widths += [high - low for low, high in found[: len(WIDTHS)]]
     return list(held / repetitions), list(widths / repetitions)
+
+
+def inside(interval: Interval, rate: float) -> float:
+    """Tell how far an interval of C holds a rate: half where an end that could be worse is it."""
+    low, high = interval
+    if not low <= rate <= high:
+        return 0.0
+    return 0.5 ** sum(end == rate and end not in (0.0, 1.0) for end in (low, high))
 
 
 def estimate(task: PairedItems) -> float:

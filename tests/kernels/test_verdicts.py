@@ -53,6 +53,7 @@ class Answering:
 
 checked = Answering(lambda asked: selfcheck.check(asked, CPU, TOKENS))
 
+EXTRAS = "+softcap+sink_logits"
 DIMS = {
     "mlstm": {"Dk": 32, "Dv": 16},
     "sliding_window_attention": {"D": 16},
@@ -61,15 +62,18 @@ DIMS = {
 }
 
 
-@pytest.mark.parametrize("operator", DIMS)
+@pytest.mark.parametrize(
+    "operator", [*DIMS, f"sliding_window_attention{EXTRAS}", f"hybrid_step{EXTRAS}"]
+)
 def test_right_kernels_pass(operator: str) -> None:
-    asked = verdicts.question(operator, torch.float32, DIMS[operator])
+    asked = verdicts.question(operator, torch.float32, DIMS[operator.removesuffix(EXTRAS)])
     verdict = selfcheck.check(asked, CPU, TOKENS)
     assert verdict.right, verdict
     if operator == "mlstm":
         assert verdict.ratios.keys() == {
             "h0", "h1", "h2", "dq", "dk", "dv", "di", "df", "dC", "dn"
         }  # fmt: skip
+    assert ("dsink_logits" in verdict.ratios) == (operator == f"sliding_window_attention{EXTRAS}")
     assert all(0 < ratio < 1e-5 for ratio in verdict.ratios.values())
 
 

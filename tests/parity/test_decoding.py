@@ -17,7 +17,8 @@ from xlstm_distill.models.families import FAMILIES
 from xlstm_kernels.testing import error_ratio
 
 # One family of each kind; the others, which differ in a fact of the table, are slow tests.
-QUICK = ("llama", "qwen2", "qwen3", "olmo2", "olmo3", "cohere2", "phi3", "gemma3_text", "qwen2_moe")
+QUICK = ("llama", "qwen2", "qwen3", "olmo2", "olmo3", "cohere2", "phi3", "gemma2", "gemma3_text")
+QUICK += ("qwen2_moe", "gpt_oss")
 ALL = [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in sorted(FAMILIES)]
 
 

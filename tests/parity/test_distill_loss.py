@@ -33,15 +33,18 @@ def packed_batch(vocabulary=97, context=48):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "granite", "cohere2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "olmo2", "granite", "cohere2", "gemma2", "gemma3_text"]
+)
 def test_the_task_has_the_plain_formulas_loss_and_gradients(
     family, tied, tiny_teacher, monkeypatch
 ):
     monkeypatch.setattr(fused_loss, "CHUNK_BYTES", 4 * 97 * 10)  # chunks of 10 tokens
-    # Two families multiply their logits, and one bounds them.
+    # Two families multiply their logits, and two bound them.
     own = {
         "granite": {"logits_scaling": 5.0},
         "cohere2": {"logit_scale": 0.3},
+        "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.0},
         "gemma3_text": {"final_logit_softcapping": 3.0},
     }.get(family, {})
     teacher = tiny_teacher(family, tie_word_embeddings=tied, **own)

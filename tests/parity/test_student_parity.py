@@ -10,7 +10,8 @@ from xlstm_distill.models.families import FAMILIES
 from xlstm_kernels.testing import error_ratio
 
 # One family of each kind; the others, which differ in a fact of the table, are slow tests.
-QUICK = ("llama", "qwen2", "qwen3", "olmo2", "olmo3", "cohere2", "phi3", "gemma3_text", "qwen2_moe")
+QUICK = ("llama", "qwen2", "qwen3", "olmo2", "olmo3", "cohere2", "phi3", "gemma2", "gemma3_text")
+QUICK += ("qwen2_moe", "gpt_oss")
 ALL = [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in sorted(FAMILIES)]
 HYBRID = MixerConfig(window=8, sinks=2)
 LAYER_TYPES = ["sliding_attention", "full_attention"]
@@ -52,6 +53,8 @@ def test_softmax_inside_gives_the_teachers_logits(family, tiny_teacher):
         ("starcoder2", {"sliding_window": 16}),
         ("mixtral", {"sliding_window": 16}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}),
+        ("gemma2", {"sliding_window": 16, "layer_types": LAYER_TYPES}),
+        ("gpt_oss", {"sliding_window": 16, "layer_types": LAYER_TYPES}),
         # Layers with a window have rotary frequencies of their own.
         ("gemma3_text", {"sliding_window": 16, "layer_types": LAYER_TYPES}),
     ],
@@ -81,6 +84,10 @@ def test_a_layer_sees_no_further_than_its_teachers_own_window(family, own, tiny_
         ("cohere2", {"layer_types": LAYER_TYPES}),
         ("olmo", {"clip_qkv": 0.2}),
         ("gemma3_text", {"query_pre_attn_scalar": 4, "final_logit_softcapping": 3.0}),
+        ("gemma2", {"query_pre_attn_scalar": 4, "final_logit_softcapping": 3.0}),
+        # Scores are about as large as the bound.
+        ("gemma2", {"attn_logit_softcapping": 1.0}),
+        ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
         ("granite", {"attention_multiplier": 0.3, "logits_scaling": 7.0}),
         (
             "glm4",
@@ -137,7 +144,7 @@ def test_packed_documents_equal_separate_ones(family, tiny_teacher):
     assert error_ratio(by_positions, separate.double()) < 2e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo3"])
+@pytest.mark.parametrize("family", ["llama", "olmo3", "gemma2", "gpt_oss"])
 def test_packed_gradients_equal_separate_ones(family, tiny_teacher):
     student = stir(convert(tiny_teacher(family), HYBRID)).train()
     lengths, row = [5, 22, 21], ids(1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 MOST_NAMED = 3
 """Changes that one line names."""
+ENTRY = re.compile(r"\[[0-9]+\]")
+"""An entry of a list in a recipe key."""
 # Not None: null is a value that a recipe can hold.
 NOTHING = object()
 CHANGED_INPUTS = {
@@ -22,17 +25,29 @@ def changed_settings(
     """Name each changed setting by its recipe key: `align.lr 0.02 -> 0.01`.
 
     `before` and `after` are parts of a recipe, as JSON values. `keys` gives the recipe key of a
-    part that has another name in the recipe: `{"mixer": "student.mixer"}`.
+    part that has another name in the recipe: `{"mixer": "student.mixer"}`. The same change of
+    several entries of a list is named once: `evaluate.tasks[*].shots 5 -> 0 (22 times)`.
     """
     old, new = dict(_leaves(before)), dict(_leaves(after))
-    found: list[str] = []
+    found: dict[tuple[str, str], list[str]] = {}
     # In the recipe's order: a manifest's keys are sorted.
     for path in dict.fromkeys((*new, *old)):
         earlier, later = old.get(path, NOTHING), new.get(path, NOTHING)
         if earlier != later:
-            found.append(f"{_recipe_key(path, keys)} {_written(earlier)} -> {_written(later)}")
-    # A part can hold a setting twice: the report's holds the whole recipe beside its own section.
-    return list(dict.fromkeys(found))
+            key, change = _recipe_key(path, keys), f"{_written(earlier)} -> {_written(later)}"
+            same = found.setdefault((ENTRY.sub("[*]", key), change), [])
+            # A part can hold a setting twice: the report's holds the whole recipe beside its own
+            # section.
+            if key not in same:
+                same.append(key)
+    return [_named(anywhere, change, same) for (anywhere, change), same in found.items()]
+
+
+def _named(anywhere: str, change: str, places: list[str]) -> str:
+    """Write a change of one setting, or of the same setting of several entries."""
+    if len(places) == 1:
+        return f"{places[0]} {change}"
+    return f"{anywhere} {change} ({len(places)} times)"
 
 
 def changed_inputs(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

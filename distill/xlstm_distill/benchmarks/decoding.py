@@ -6,7 +6,8 @@ each round the two take turns, and a ratio is of one round; so what else runs on
 both. Peak memory is measured in a process of its own for each model and prompt.
 
 Every case is a row of the table as soon as it is there, and a line of JSON in `--out`. A case that
-fails says why. The attention's cache is transformers' default, which grows with the prompt.
+fails says why. The attention's cache is transformers' default, which grows with the prompt. With
+`--compile` a step of both is compiled, and the attention has transformers' static cache.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from xlstm_distill.benchmarks.llamas import MODELS
 from xlstm_distill.models.cache import StudentCache
+from xlstm_distill.models.decoding.compiled import compile_decoding
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig
@@ -34,8 +36,11 @@ from xlstm_distill.runtime.device import forget_peak, peak_bytes
 
 VARIANTS = ("student", "attention")
 MIB = 2**20
+FIRST = 2
+"""Steps of a cache that are not timed: they may fold weights or compile."""
 WARM_UP = 16
 """Tokens that are read before anything is measured."""
+Step = Callable[..., Any]
 
 
 def make_models(variants: Iterable[str], options: argparse.Namespace) -> dict[str, CausalLM]:
@@ -44,7 +49,7 @@ def make_models(variants: Iterable[str], options: argparse.Namespace) -> dict[st
     settings = MODELS[options.model]
     if options.layers:
         settings = settings | {"num_hidden_layers": options.layers}
-    longest = max(options.prompts) + options.tokens * options.rounds + WARM_UP
+    longest = max(options.prompts) + options.tokens * options.rounds + WARM_UP + FIRST
     config = LlamaConfig(**settings, max_position_embeddings=longest)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, options.dtype))
@@ -70,16 +75,18 @@ def draw(prompt: int, batch: int, options: argparse.Namespace) -> Tensor:
     return torch.randint(vocabulary, (batch, prompt), device=options.device)
 
 
-def new_cache(model: CausalLM) -> Cache:
-    """Make an empty cache."""
-    return model.new_cache() if hasattr(model, "new_cache") else DynamicCache()
+def new_cache(model: CausalLM, static: int | None = None) -> Cache:
+    """Make an empty cache; static: the tokens that the attention's has room for from the start."""
+    if hasattr(model, "new_cache"):
+        return cast(Cache, model.new_cache())
+    return DynamicCache() if static is None else StaticCache(model.config, max_cache_len=static)
 
 
 def state_bytes(cache: Cache) -> int:
     """Count what a cache holds."""
     if isinstance(cache, StudentCache):
         return cache.nbytes()
-    layers = cast(list[Any], cache.layers)
+    layers: list[Any] = cache.layers
     return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in layers)
 
 
@@ -107,31 +114,38 @@ class Clock:
 
 
 @torch.no_grad()
-def one_round(model: CausalLM, ids: Tensor, tokens: int) -> dict[str, Any]:
-    """Read a prompt and decode `tokens` after it; seconds of the prompt and of one token."""
+def one_round(
+    model: CausalLM, ids: Tensor, tokens: int, step: Step | None = None
+) -> dict[str, Any]:
+    """Read a prompt and decode `tokens` after it; seconds of the prompt and of one token.
+
+    step: the compiled one, if any.
+    """
     device = ids.device
-    cache, clock = new_cache(model), Clock(device)
+    room = None if step is None else ids.shape[1] + FIRST + tokens
+    cache, clock = new_cache(model, room), Clock(device)
     model(ids, past_key_values=cache, logits_to_keep=1)
     read = clock.read()
-    token = ids[:, -1:]
-    model(token, past_key_values=cache)  # the first may fold weights or compile
+    token, step = ids[:, -1:], model if step is None else step
+    for _ in range(FIRST):
+        step(token, past_key_values=cache)
     clock = Clock(device)
     for _ in range(tokens):
-        model(token, past_key_values=cache)
-    step = {name: seconds / tokens for name, seconds in clock.read().items()}
-    return {"prefill": read, "decode": step, "state_bytes": state_bytes(cache)}
+        step(token, past_key_values=cache)
+    per_token = {name: seconds / tokens for name, seconds in clock.read().items()}
+    return {"prefill": read, "decode": per_token, "state_bytes": state_bytes(cache)}
 
 
 def timed(
     models: dict[str, CausalLM], prompt: int, batch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Have the models take turns, and return medians with their spread."""
-    ids = draw(prompt, batch, options)
+    ids, steps = draw(prompt, batch, options), compiled_steps(models, options)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for n in range(options.rounds):
         # Who is first takes turns too.
         for name in list(models)[:: -1 if n % 2 else 1]:
-            rounds[name].append(one_round(models[name], ids, options.tokens))
+            rounds[name].append(one_round(models[name], ids, options.tokens, steps[name]))
     found: dict[str, Any] = {"rounds": rounds}
     for name, seen in rounds.items():
         read = statistics.median(one["prefill"]["process"] for one in seen)
@@ -147,6 +161,19 @@ def timed(
     found["prefill_speedup"] = spread(rounds, "prefill", "attention", "student")
     found["decode_time"] = spread(rounds, "decode", "student", "attention")
     return found
+
+
+def compiled_steps(
+    models: dict[str, CausalLM], options: argparse.Namespace
+) -> dict[str, Step | None]:
+    """Return each model's compiled step; None without `--compile`."""
+    if not options.compile:
+        return dict.fromkeys(models)
+    student, attention = models["student"], models["attention"]
+    if "forward" not in vars(student):
+        compile_decoding(student)  # prompts run as before
+    steps: dict[str, Step | None] = {"student": student}
+    return steps | {"attention": torch.compile(attention, fullgraph=True)}
 
 
 def spread(rounds: dict[str, list[Any]], what: str, above: str, below: str) -> dict[str, Any]:
@@ -249,6 +276,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--out", type=Path, help="a file that gets a line of JSON for every case")
+    parser.add_argument("--compile", action="store_true", help="compile the step of one token")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

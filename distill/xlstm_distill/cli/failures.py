@@ -20,16 +20,18 @@ from xlstm_distill.runtime.console import byte_size
 from xlstm_distill.runtime.ranks import is_main_process
 
 USER_ERROR, RUN_ERROR = 2, 1
-FINISHED_STAGES = "Finished stages are kept: run the command again to go on."
+FINISHED_STAGES = "finished stages are kept"
+"""What is left of a run that did not end; other commands have other words."""
 
 
 @contextlib.contextmanager
-def one_line_errors(debug: bool) -> Iterator[None]:
+def one_line_errors(debug: bool, left: str = FINISHED_STAGES) -> Iterator[None]:
     """Turn an error into plain lines on stderr, one for each problem, and an exit code.
 
     Of several ranks the first that fails speaks, and the others end with it within seconds.
     2 means bad input, 1 a failure at run time, 130 or 75 that the run was stopped. This is the
     outermost frame, so it catches every exception: what is not bad input is a failure of the run.
+    `left` says what is left where the command is interrupted or the disk is full.
     """
     # Before anything else: a scheduler may send its signal while torch is still loading.
     signals.listen()
@@ -41,7 +43,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         raise
     except KeyboardInterrupt as interrupt:
         if is_main_process():  # a terminal interrupts all ranks
-            typer.echo(f"Interrupted. {str(interrupt) or FINISHED_STAGES}", err=True)
+            again = f"{left.capitalize()}: run the command again to go on."
+            typer.echo(f"Interrupted. {str(interrupt) or again}", err=True)
         raise typer.Exit(signals.INTERRUPTED) from None
     except signals.Stopped as stopped:
         # Ranks that stop together say so once. A rank that a signal ended alone must speak for
@@ -54,7 +57,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        code, problems = _explain(error)
+        code, problems = _explain(error, left)
         # Before the words: the other ranks wait for this one, and must end too.
         first, code = watch.fail(code)
         # An error of rank 0 that all ranks raise is rank 0's to say (`ranks.from_rank_zero`).
@@ -78,12 +81,12 @@ def in_run(directory: Path) -> Iterator[None]:
         raise
 
 
-def _explain(error: Exception) -> tuple[int, Sequence[str]]:
+def _explain(error: Exception, left: str) -> tuple[int, Sequence[str]]:
     """Return the exit code and the lines of an error: one for each problem."""
     if isinstance(error, UserError):
         return USER_ERROR, error.problems
     # Before RunError, which may have a full disk as its cause.
-    full = _disk_full(error)
+    full = _disk_full(error, left)
     if full:
         return RUN_ERROR, [full]
     if isinstance(error, RunError):
@@ -106,7 +109,7 @@ def _explain(error: Exception) -> tuple[int, Sequence[str]]:
     return RUN_ERROR, [f"{type(error).__name__}: {error} (--debug shows where)"]
 
 
-def _disk_full(error: BaseException) -> str | None:
+def _disk_full(error: BaseException, left: str) -> str | None:
     """Recognise a full disk in an error or its causes.
 
     torch and safetensors wrap it in types of their own, so its text is looked for too.
@@ -118,10 +121,7 @@ def _disk_full(error: BaseException) -> str | None:
         if full or any(os.strerror(number) in str(cause) for number in numbers):
             name = getattr(cause, "filename", None)
             where = f" while writing {name}" if name else _room(error)
-            return (
-                f"disk full{where}: free some space and run the command again; finished stages "
-                "are kept."
-            )
+            return f"disk full{where}: free some space and run the command again; {left}."
         # Also the context: `raise ... from None` sets no cause and keeps the context.
         cause = cause.__cause__ or cause.__context__
     return None

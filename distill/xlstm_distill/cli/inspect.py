@@ -28,7 +28,7 @@ def status(
     with one_line_errors(debug):
         # Inside the function, as in every command: `--help` imports this module.
         from xlstm_distill.stages.status.reading import read_status
-        from xlstm_distill.stages.status.table import status_table, to_json
+        from xlstm_distill.stages.status.table import AGAIN, status_table, to_json
         from xlstm_distill.stages.upkeep import kept_lines, read_kept
 
         stages, kept = read_status(run_dir), read_kept(run_dir)
@@ -40,6 +40,8 @@ def status(
         else:
             console = Console()
             console.rich().print(status_table(stages))
+            if any(stage.state == "outdated" for stage in stages):
+                console.line(AGAIN)
             if tasks:
                 from xlstm_distill.jobs.table import tasks_table
 

@@ -22,6 +22,8 @@ app = typer.Typer(
 
 DENSITY = 0.05
 """Where neither a density nor a rank is given."""
+NOTHING = "nothing was written"
+"""What is left of a command that did not end: files and folders appear whole, or not at all."""
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model, or artifact that holds one.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; must be new.")]
 
@@ -51,7 +53,7 @@ def make(
     debug: Debug = False,
 ) -> None:
     """Write the largest differences of an expert from its seed student into a file."""
-    with one_line_errors(debug):
+    with one_line_errors(debug, NOTHING):
         if density is not None and rank is not None:
             raise UserError(f"--rank: {rank} beside --density {density}; give one of the two.")
         if rank is not None and rank < 1:
@@ -85,6 +87,12 @@ def make(
             f"{out}: {byte_size(size)}, {size / facts.model_bytes:.1%} of the model; "
             f"{short(facts.changes)} {held} hold {facts.retained:.1%} of the difference's square"
         )
+        if facts.doubt is not None:
+            typer.echo(
+                f"warning: nothing tells whether {expert} was trained from {base} ({facts.doubt}); "
+                "a difference from another seed student is noise",
+                err=True,
+            )
 
 
 @app.command()
@@ -99,7 +107,7 @@ def apply(
     debug: Debug = False,
 ) -> None:
     """Add patches to a model; the result is a model directory in a new folder."""
-    with one_line_errors(debug):
+    with one_line_errors(debug, NOTHING):
         weights = weight or [1.0] * len(patches)
         if len(weights) != len(patches) or not all(map(math.isfinite, weights)):
             raise UserError(
@@ -130,7 +138,7 @@ def remove(
     debug: Debug = False,
 ) -> None:
     """Take a patch off a model, to the last bit; the result lies in a new folder."""
-    with one_line_errors(debug):
+    with one_line_errors(debug, NOTHING):
         check_place(out)
         folder = model_folder(model)
 
@@ -168,6 +176,9 @@ def show(
             f"{byte_size(size)}: {size / facts.model_bytes:.1%} of the model"
         )
         console.line(f"  holds {facts.retained:.1%} of the square of the expert's difference")
+        known = facts.seed and f"yes, by the manifests ({facts.seed})"
+        doubt = facts.doubt or "it was not recorded"
+        console.line(f"  expert trained from this base: {known or f'not known, {doubt}'}")
 
 
 def model_folder(place: Path) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor
 
 from xlstm_kernels.state import MLSTMState, Ring, RingSlots
+from xlstm_kernels.torch.bounded import bounded_attention
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
 from xlstm_kernels.torch.recurrent import (
     hybrid_step_in_place,
@@ -72,6 +74,8 @@ def window_step(
     *,
     sinks: int,
     scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     slots: RingSlots,
     index: Tensor | None = None,
     check: bool = True,
@@ -79,7 +83,7 @@ def window_step(
 ) -> Tensor:
     """Decode one token of the attention, as `xlstm_kernels.window_step` does in plain torch."""
     check_backend(backend)
-    return window_step_in_place(q, k, v, ring, slots, scale, index)
+    return window_step_in_place(q, k, v, ring, slots, scale, index, softcap, sink_logits)
 
 
 def hybrid_step(
@@ -96,6 +100,8 @@ def hybrid_step(
     *,
     sinks: int,
     scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     slots: RingSlots,
     index: Tensor | None = None,
     check: bool = True,
@@ -104,8 +110,9 @@ def hybrid_step(
     """Decode one token of the mixer, as `xlstm_kernels.hybrid_step` does in plain torch."""
     check_backend(backend)
     return hybrid_step_in_place(
-        q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots, scale=scale, index=index
-    )
+        q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots,
+        scale=scale, index=index, softcap=softcap, sink_logits=sink_logits,
+    )  # fmt: skip
 
 
 def sliding_window_attention(
@@ -117,10 +124,14 @@ def sliding_window_attention(
     sinks: int,
     segment_ids: Tensor | None = None,
     scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attend to the window and the sinks, as `xlstm_kernels` does in plain torch."""
     check_backend(backend)
-    return banded_attention(
-        q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale
-    )
+    settings: dict[str, Any] = {"window": window, "sinks": sinks}
+    settings |= {"segment_ids": segment_ids, "scale": scale}
+    if softcap is None and sink_logits is None:
+        return banded_attention(q, k, v, **settings)
+    return bounded_attention(q, k, v, **settings, softcap=softcap, sink_logits=sink_logits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -41,11 +41,21 @@ def mask(seed: int, expert: str, block: Block, density: float) -> Tensor:
 
     It depends on the seed, the names and the place in the tensor alone.
     """
+    return torch.cat(list(masks(seed, expert, block, density)))
+
+
+def masks(seed: int, expert: str, block: Block, density: float) -> Iterator[Tensor]:
+    """Draw a block's mask piece by piece."""
     # Philox is keyed, so that each block has numbers of its own, in whatever order they are drawn.
-    words = f"{seed}\0{expert}\0{block.name}\0{block.number}".encode()
-    key = np.frombuffer(hashlib.sha256(words).digest()[:16], dtype="<u8")
-    generator = np.random.Generator(np.random.Philox(key=key))
-    count = block.stop - block.start
-    drawn = generator.integers(0, WORDS, count, dtype=np.uint32)
+    name = f"{seed}\0{expert}\0{block.name}\0{block.number}".encode()
+    key = np.frombuffer(hashlib.sha256(name).digest()[:16], dtype="<u8")
+    philox = np.random.Philox(key=key)
     # Compared as whole numbers: rounding to float32 would shift the probability.
-    return torch.from_numpy(drawn < min(round(density * WORDS), WORDS))
+    below = min(round(density * WORDS), WORDS)
+    for piece in block.pieces():
+        count = piece.stop - piece.start
+        # Each word is two numbers, the lower half first, as `Generator.integers` takes them; it
+        # needs twice the time.
+        words = philox.random_raw((count + 1) // 2)
+        drawn = words.astype("<u8", copy=False).view("<u4")[:count]
+        yield torch.from_numpy(drawn < below)

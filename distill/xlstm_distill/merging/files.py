@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import threading
 import weakref
 from collections.abc import Mapping
@@ -70,8 +71,16 @@ class SavedWeights:
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self._open: dict[str, int] = {}
-        for file in [place.name] if single else _files_of(place):
+        index = {} if single else _index_of(place)
+        files = [place.name] if single else sorted(set(index.values())) or [SINGLE]
+        for file in files:
             self._read_header(file)
+        for name, file in index.items():
+            if name not in self.entries or self.entries[name].file != file:
+                raise RunError(
+                    f"{place / INDEX}: names {name} in {file}, which does not hold it; make the "
+                    "model again, or put its files back."
+                )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read the numbers `start` to `stop` of a tensor, counted in row-major order: (N,)."""
@@ -96,8 +105,11 @@ class SavedWeights:
         except FileNotFoundError:
             raise RunError(f"{path}: no such file; the model is not whole.") from None
         weakref.finalize(self, os.close, descriptor)
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise RunError(f"{path}: is no file; the model is not whole.")
         self._open[file] = descriptor
-        self.sizes[file] = os.fstat(descriptor).st_size
+        self.sizes[file] = facts.st_size
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if not 2 <= length <= min(LARGEST_HEADER, self.sizes[file] - 8):
             raise _cut_short(path)
@@ -109,23 +121,38 @@ class SavedWeights:
             found = {name: _entry(file, fact, 8 + length) for name, fact in content.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RunError(f"{path}: its header cannot be read; the file is damaged.") from None
-        for name, entry in sorted(found.items(), key=lambda item: item[1].start):
+        end = 8 + length
+        for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].bytes)):
             if entry.start + entry.bytes > self.sizes[file]:
                 raise _cut_short(path)
+            # The library refuses such files, and a merge would be written like them.
+            if entry.start != end:
+                raise RunError(f"{path}: {name} does not begin where the tensor before it ends.")
+            end += entry.bytes
             if name in self.entries:
                 raise RunError(f"{path}: {name} is in {self.entries[name].file} too.")
             self.entries[name] = entry
+        if end != self.sizes[file]:
+            raise RunError(f"{path}: {self.sizes[file] - end} bytes follow the last tensor.")
 
 
-def _files_of(directory: Path) -> list[str]:
-    """Files of weights of a saved model."""
+def _index_of(directory: Path) -> dict[str, str]:
+    """The file of each tensor of a saved model, by the index; empty where there is none."""
     index = directory / INDEX
     if not index.exists():
-        return [SINGLE]
+        return {}
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
-        raise RunError(f"{index}: cannot be read; the file is damaged.") from None
+        content = dict(json.loads(index.read_text())["weight_map"])
+        if all(_is_plain(file) for file in content.values()):
+            return content
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise RunError(f"{index}: cannot be read; the file is damaged.")
+
+
+def _is_plain(file: Any) -> bool:
+    """Whether this names a file beside the index, and nothing elsewhere."""
+    return isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file
 
 
 def _entry(file: str, fact: Mapping[str, Any], data: int) -> Entry:

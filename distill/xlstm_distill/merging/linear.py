@@ -48,7 +48,7 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     first = tensors[0]
     whole = math.fsum(weights)
     # A product and not zeros: 0 + -0 would lose the sign.
-    total = first.to(wide(first.dtype)) * (weights[0] / whole)
+    total = first.to(wide(first.dtype), copy=True).mul_(weights[0] / whole)
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total.add_(tensor, alpha=weight / whole)
     return total.to(first.dtype)

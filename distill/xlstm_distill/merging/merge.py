@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.merging import slerp as arcs
-from xlstm_distill.merging.dare import dare, mask
+from xlstm_distill.merging.dare import dare, masks
 from xlstm_distill.merging.files import SavedWeights
 from xlstm_distill.merging.groups import GroupedWeights
 from xlstm_distill.merging.linear import check_weights, linear, task_arithmetic
@@ -25,6 +27,7 @@ from xlstm_distill.merging.streaming import (
     in_threads,
 )
 from xlstm_distill.merging.ties import ties
+from xlstm_distill.recipe.merging import WITH_SCALE
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,19 @@ class MergePlan:
     density: float = 1.0
     seed: int = 0
     grouped: GroupedWeights | None = None
+
+    def check(self) -> None:
+        """Refuse values that no recipe may hold; raises UserError."""
+        if self.grouped is None:
+            check_weights(self.weights)
+        else:
+            self.grouped.check()
+        if not 0 < self.density <= 1:
+            raise UserError(f"merge.density: {self.density} is not above 0 and at most 1.")
+        if not 0 < self.scale < math.inf:
+            raise UserError(f"merge.scale: {self.scale} is no finite number above 0.")
+        if self.method == "slerp" and len(self.weights) != 2:
+            raise UserError(f"merge.method: slerp merges two experts, not {len(self.weights)}.")
 
     def weights_of(self, tensor: str) -> list[float]:
         """The experts' weights for a tensor, in the experts' order."""
@@ -64,7 +80,8 @@ class Sources:
 
     def tensors(self, block: Block) -> list[Tensor]:
         """Read a block of every expert."""
-        return [expert.read(block.name, block.start, block.stop) for expert in self._experts()]
+        experts = self.experts.values()
+        return [expert.read(block.name, block.start, block.stop) for expert in experts]
 
     def seed_student(self, block: Block) -> Tensor:
         """Read a block of the seed student."""
@@ -73,10 +90,8 @@ class Sources:
 
     def blocks(self, name: str) -> list[Block]:
         """The blocks of a tensor."""
-        return blocks_of(name, self._experts()[0].entries[name].count)
-
-    def _experts(self) -> list[SavedWeights]:
-        return list(self.experts.values())
+        first = next(iter(self.experts.values()))
+        return blocks_of(name, first.entries[name].count)
 
 
 class Target(Protocol):
@@ -129,13 +144,11 @@ def merge_files(
     each thread.
 
     Raises:
-        UserError: the weights are not allowed, or the experts do not have the same tensors.
+        UserError: the weights are not allowed, the experts do not have the same tensors, or numbers
+            are not finite.
         RunError: a file is damaged.
     """
-    if plan.grouped is None:
-        check_weights(plan.weights)
-    else:
-        plan.grouped.check()
+    plan.check()
     if list(plan.weights) != list(sources.experts):
         raise ValueError("weights and experts are in another order")
     check_accounts(sources.experts, sources.base)
@@ -143,9 +156,13 @@ def merge_files(
     first = next(iter(sources.experts.values()))
 
     def work(block: Block) -> int:
-        values = merge_block(plan, block, sources, facts)
-        target.write(block.name, block.start, values)
-        return values.numel() * values.itemsize
+        written = 0
+        for start, values in merge_block(plan, block, sources, facts):
+            if not is_finite(values):
+                raise _not_finite(plan, block, sources)
+            target.write(block.name, start, values)
+            written += values.numel() * values.itemsize
+        return written
 
     for written in in_threads(work, all_blocks(first.entries)):
         advance(written)
@@ -154,27 +171,74 @@ def merge_files(
 
 def merge_block(
     plan: MergePlan, block: Block, sources: Sources, facts: Mapping[Any, float]
-) -> Tensor:
-    """Merge one block; `facts` are what `_facts` found out about whole tensors."""
+) -> Iterator[tuple[int, Tensor]]:
+    """Merge one block, piece by piece: where in the tensor each begins, and its numbers.
+
+    `facts` are what `_facts` found out about whole tensors.
+    """
     tensors = sources.tensors(block)
     if not tensors[0].is_floating_point():
-        return _same(block, tensors)
-    weights = plan.weights_of(block.name)
+        yield block.start, _same(block, tensors)
+        return
+    base = sources.seed_student(block) if plan.method in WITH_SCALE else None
+    drawn: Iterator[tuple[Tensor, ...]] = itertools.repeat(())
+    if plan.method == "dare":
+        # A block's numbers are drawn one after the other.
+        experts = [masks(plan.seed, name, block, plan.density) for name in plan.weights]
+        drawn = zip(*experts, strict=True)
+    for piece, kept in zip(block.pieces(), drawn, strict=False):
+        parts = [tensor[piece] for tensor in tensors]
+        student = None if base is None else base[piece]
+        yield block.start + piece.start, _merged(plan, block.name, parts, student, facts, kept)
+
+
+def _merged(
+    plan: MergePlan,
+    name: str,
+    tensors: list[Tensor],
+    base: Tensor | None,
+    facts: Mapping[Any, float],
+    kept: Sequence[Tensor],
+) -> Tensor:
+    """Merge a piece of every expert; `kept` are the masks of DARE."""
+    weights = plan.weights_of(name)
     if plan.method == "linear":
         return linear(tensors, weights)
     if plan.method == "slerp":
-        factors = arcs.coefficients(facts[block.name], weights[1])
+        factors = arcs.coefficients(facts[name], weights[1])
         return arcs.slerp(tensors[0], tensors[1], factors)
-    base = sources.seed_student(block)
+    assert base is not None, "this method merges differences from the seed student"
     if plan.method == "task_arithmetic":
         return task_arithmetic(base, tensors, weights, plan.scale)
     if plan.method == "ties":
-        cuts = [facts[block.name, name] for name in plan.weights]
+        cuts = [facts[name, expert] for expert in plan.weights]
         return ties(base, tensors, weights, plan.scale, cuts)
     if plan.method == "dare":
-        masks = [mask(plan.seed, name, block, plan.density) for name in plan.weights]
-        return dare(base, tensors, weights, plan.scale, masks, plan.density)
+        return dare(base, tensors, weights, plan.scale, kept, plan.density)
     raise ValueError(f"{plan.method!r} is no method")
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    if not (values.is_floating_point() and values.numel()):
+        return True
+    # The extremes of numbers of which one is NaN are NaN. `isfinite` takes 30 times as long.
+    return all(math.isfinite(end) for end in values.aminmax())
+
+
+def _not_finite(plan: MergePlan, block: Block, sources: Sources) -> UserError:
+    """The error for merged numbers that are not finite: one of them spoils every answer."""
+    saved = dict(sources.experts) | ({"align": sources.base} if sources.base else {})
+    for name, weights in saved.items():
+        if not is_finite(weights.read(block.name, block.start, block.stop)):
+            return UserError(
+                f"merge: {name!r} holds numbers in {block.name} that are not finite "
+                f"({weights.directory}); train it again, with a lower rate if it diverged."
+            )
+    return UserError(
+        f"merge: {block.name} would hold numbers that are not finite; give a smaller merge.scale "
+        f"than {plan.scale:g}, or a larger merge.density."
+    )
 
 
 def _same(block: Block, tensors: list[Tensor]) -> Tensor:
@@ -199,7 +263,7 @@ def _facts(plan: MergePlan, sources: Sources) -> dict[Any, float]:
         jobs = []
         for name in names:
             jobs += [(name, expert) for expert in plan.weights]
-        cuts = in_threads(lambda job: _cut(plan.density, sources, *job), jobs)
+        cuts = in_threads(lambda job: _cut(plan, sources, *job), jobs)
         return dict(zip(jobs, cuts, strict=True))
     return {}
 
@@ -210,14 +274,20 @@ def _pairs(sources: Sources, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         yield first, second
 
 
-def _cut(density: float, sources: Sources, name: str, expert: str) -> float:
+def _cut(plan: MergePlan, sources: Sources, name: str, expert: str) -> float:
     """The magnitude from which TIES keeps an expert's differences in a tensor."""
     weights = sources.experts[expert]
 
     def parts() -> Iterator[Tensor]:
         for block in sources.blocks(name):
             own = weights.read(name, block.start, block.stop)
-            yield differences(own, sources.seed_student(block))
+            student = sources.seed_student(block)
+            for piece in block.pieces():
+                found = differences(own[piece], student[piece])
+                # Here and not in the result: NaN is not above the cut, and would be left out.
+                if not is_finite(found):
+                    raise _not_finite(plan, block, sources)
+                yield found
 
     count = weights.entries[name].count
-    return largest(parts, kept_of(count, density)).magnitude if count else 0.0
+    return largest(parts, kept_of(count, plan.density)).magnitude if count else 0.0

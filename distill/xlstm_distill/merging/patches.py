@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xlstm_distill.artifacts.files import written_whole
+from xlstm_distill.artifacts.origin import origin_of
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.merging.files import SavedWeights
 from xlstm_distill.merging.low_rank import decompose, matrix_of, saves
@@ -39,7 +40,9 @@ class PatchFacts:
     """What a patch says of itself.
 
     `base` and `expert` are hashes of weights. `retained` is the share of the difference's square
-    that the patch holds: 1 - |D - P|² / |D|². A patch has a density or a rank.
+    that the patch holds: 1 - |D - P|² / |D|². A patch has a density or a rank. `seed` is the seed
+    student's identity where the manifests of base and expert agree on it; `doubt` says why they do
+    not tell. Patches of before have neither.
     """
 
     name: str
@@ -52,6 +55,8 @@ class PatchFacts:
     retained: float
     model_bytes: int
     rank: int | None = None
+    seed: str | None = None
+    doubt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,14 @@ def make_patch(
     largest tensor, in float32. `advance` is called with the bytes of the base that were read.
 
     Raises:
-        UserError: the two models do not have the same tensors, or do not differ.
+        UserError: the expert was trained from another student, the two models do not have the same
+            tensors or do not differ, or one holds numbers that are not finite.
         RunError: a file is damaged.
     """
+    check_name(name)
     base, expert = SavedWeights(base_place), SavedWeights(expert_place)
     check_accounts({"the expert": expert}, base, "the base")
-    check_name(name)
+    origin = origin_of(base_place, expert_place)
     hashes: tuple[dict[str, list[bytes]], dict[str, list[bytes]]] = ({}, {})
     squares = left_out = 0.0
     names = sorted(base.entries)  # however the base is divided into files
@@ -103,8 +110,6 @@ def make_patch(
             squares += tensor.squares
             left_out += tensor.left_out
             advance(base.entries[key].bytes)
-        if not math.isfinite(squares):
-            raise UserError(f"{base_place} or {expert_place}: holds numbers that are not finite.")
         if not writer.count:
             raise UserError(f"{expert_place}: its weights are those of {base_place}.")
         facts = PatchFacts(
@@ -118,6 +123,8 @@ def make_patch(
             changes=writer.count,
             retained=1 - left_out / squares,
             model_bytes=sum(entry.bytes for entry in base.entries.values()),
+            seed=origin.seed,
+            doubt=origin.doubt,
         )
         file_format = FORMAT if rank is None else LOW_RANK_FORMAT
         writer.finish({"format": file_format, "patch": json.dumps(asdict(facts))})
@@ -153,7 +160,7 @@ def _factors(name: str, base: SavedWeights, expert: SavedWeights, rank: int) -> 
     old, new = base.read(name), expert.read(name)
     difference = _difference(old, new).reshape(matrix)
     if not difference.isfinite().all():
-        raise UserError(f"{name}: holds numbers that are not finite.")
+        raise _not_finite(name, base, expert)
     blocks = blocks_of(name, entry.count)
     old_hashes = [hash_block(old[block.start : block.stop]) for block in blocks]
     new_hashes = [hash_block(new[block.start : block.stop]) for block in blocks]
@@ -190,10 +197,28 @@ def _differences(name: str, base: SavedWeights, expert: SavedWeights, density: f
         changes.append(kept)
         # Of the expert as it is: where the base has fewer bits, its rounding is left out too.
         whole = new.double() - old.double()
-        squares += float(whole.dot(whole))
+        square = float(whole.dot(whole))
+        if not (math.isfinite(square) and kept.values.isfinite().all()):
+            raise _not_finite(name, base, expert)
+        squares += square
         whole[torch.from_numpy(kept.positions)] -= kept.values.double()
         left_out += float(whole.dot(whole))
     return _Found(changes, found.base_hashes, found.expert_hashes, squares, left_out)
+
+
+def _not_finite(name: str, base: SavedWeights, expert: SavedWeights) -> UserError:
+    """The error for a difference that is not finite: it names the model that is the cause."""
+    for weights in (base, expert):
+        for block in blocks_of(name, weights.entries[name].count):
+            if not _read(weights, block).isfinite().all():
+                return UserError(
+                    f"{weights.directory}: {name} holds numbers that are not finite; train the "
+                    "model again, with a lower rate if it diverged."
+                )
+    return UserError(
+        f"{expert.directory}: {name} differs from the base by more than {VALUES} holds; give an "
+        "expert that was trained from this base."
+    )
 
 
 def _read(weights: SavedWeights, block: Block) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from xlstm_distill.errors import UserError
@@ -30,17 +31,27 @@ Weights = tuple[tuple[float, ...], ...]
 class Score:
     """How good a merge is; smaller is better: the worst tolerance first, then the mean recovery.
 
-    `error` is the standard error of the worst tolerance.
+    `error` is the standard error of the worst tolerance. `task` is the worst task, and `losses` are
+    what its items add to the tolerance, which is their mean where it is above 0; empty where the
+    task has no scores of items.
     """
 
     worst_tolerance: float
     negative_recovery: float
     error: float = 0.0
+    task: str = field(default="", compare=False)
+    losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def number(self) -> float:
         """What proposals follow: both, so that the noise of one task does not lead them."""
         return self.worst_tolerance + self.negative_recovery
+
+    def facts(self) -> dict[str, Any]:
+        """The score as plain values, without those of the items."""
+        found = asdict(self)
+        del found["losses"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,10 @@ class Trial:
 
     weights: Weights
     score: Score
+
+    def facts(self) -> dict[str, Any]:
+        """Weights and score as plain values, without those of the items."""
+        return {"weights": self.weights, "score": self.score.facts()}
 
 
 def search(
@@ -86,12 +101,27 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 
     def near(score: Score) -> bool:
         above = score.worst_tolerance - least.worst_tolerance
-        return above <= math.hypot(score.error, least.error)
+        # Where a single item differs, error and difference are equal, up to rounding.
+        return above <= error_of_difference(score, least) * (1 + 1e-9)
 
     return min(
         (trial for trial in trials if near(trial.score)),
         key=lambda trial: (trial.score.negative_recovery, trial.score.worst_tolerance),
     )
+
+
+def error_of_difference(one: Score, other: Score) -> float:
+    """The standard error of the difference of two worst tolerances.
+
+    All merges answer the same items. So where the worst task is the same the error is that of the
+    items' differences, which is smaller than that of independent answers: two merges of the same
+    experts fail on the same items. Different tasks have different items, and are independent.
+    """
+    paired = one.task == other.task and len(one.losses) == len(other.losses) > 1
+    if not paired:
+        return math.hypot(one.error, other.error)
+    differences = [a - b for a, b in zip(one.losses, other.losses, strict=True)]
+    return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def on_simplex(variables: Sequence[float]) -> tuple[float, ...]:

@@ -37,8 +37,9 @@ def largest(parts: Callable[[], Iterable[Tensor]], count: int) -> Cut:
     high, above = _place(seen, count)
     seen = torch.zeros(2**LOW_BITS, dtype=torch.int64)
     for part in parts():
-        inside = part.view(torch.int32)[_upper(part) == high] & (2**LOW_BITS - 1)
-        seen += torch.bincount(inside, minlength=2**LOW_BITS)
+        # numpy's, as in `_upper`: a selection takes a third of torch's time.
+        inside = part.numpy().view(np.int32)[_upper(part).numpy() == high] & (2**LOW_BITS - 1)
+        seen += torch.bincount(torch.from_numpy(inside), minlength=2**LOW_BITS)
     low, also_above = _place(seen, count - above)
     bits = torch.tensor([high << LOW_BITS | low], dtype=torch.int32)
     return Cut(float(bits.view(torch.float32)), count - above - also_above)

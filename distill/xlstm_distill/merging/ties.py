@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def _trimmed(tensor: Tensor, base: Tensor, start: Tensor, cut: float) -> Tensor:
     `start` is the seed student in the format of the sums. Cuts were found in float32.
     """
     # `hardshrink` keeps what is above its bound. Booleans take several times as long on a CPU.
-    below = float(torch.nextafter(torch.tensor(cut), torch.tensor(0.0)))
+    below = float(np.nextafter(np.float32(cut), np.float32(0)))
     difference = tensor - start
     if difference.dtype == torch.float32:
         return torch.nn.functional.hardshrink(difference, below)

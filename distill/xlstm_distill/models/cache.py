@@ -43,7 +43,7 @@ class Arrival:
         if segment_ids is not None:
             begins = segment_ids[:, 0] != 0
             # Asking makes nobody wait on a CPU, and most tokens continue their document.
-            if _asks_first(begins) and not bool(begins.any()):
+            if asks_first(begins) and not bool(begins.any()):
                 return
             self.begins, self.before = begins, held.masked_fill(begins, 0)
 
@@ -106,7 +106,7 @@ class Arrival:
         if self.seen == 0:
             return None if ids is None else (ids, ids)
         continues = ids is None or (self.tokens == 1 and self.begins is None)
-        if continues and _asks_first(self.held) and bool((self.held == self.seen).all()):
+        if continues and asks_first(self.held) and bool((self.held == self.seen).all()):
             return None
         before = self.before.to(device)
         if ids is None:
@@ -117,7 +117,7 @@ class Arrival:
         return ids, torch.cat([held, ids], dim=1)
 
 
-def _asks_first(x: Tensor) -> bool:
+def asks_first(x: Tensor) -> bool:
     """Tell whether a question about a tensor's content costs nothing and breaks no graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -60,8 +60,14 @@ def uncapped(config: Any) -> float | None:
 
 
 def gemmas(config: Any) -> float | None:
-    """Gemma 3 may bound its logits, which no released model does."""
+    """Gemma 2 bounds its logits; Gemma 3 may, which no released model does."""
     cap = config.final_logit_softcapping
+    return None if cap is None else float(cap)
+
+
+def gemma2s(config: Any) -> float | None:
+    """Gemma 2 bounds the scores of its attention."""
+    cap = config.attn_logit_softcapping
     return None if cap is None else float(cap)
 
 
@@ -74,14 +80,17 @@ class Family:
     whether it has rotary positions. `window`: whether a sliding window is a fact of each layer or
     of the whole model. `fused`: queries, keys and values are one projection, `qkv_proj`.
     `logit_factor`: what the model multiplies its head's output with; `logit_cap`: the c of logits
-    that are bounded as c tanh(x / c), or None. `module` and `causal_prefix`: where transformers
+    that are bounded as c tanh(x / c), or None; `score_cap`: that of the attention's scores.
+    `sink_logits`: each head has a learned logit that is in its softmax's denominator alone, the
+    attention's parameter `sinks`. `module` and `causal_prefix`: where transformers
     does not use `model_type` and `class_prefix`.
 
     For counting parameters: `norms` of the hidden width in each layer and the vectors of weights
     that each has (`norm_weights`), which `biases` a configuration can ask for, whether the MLP is
     gated and whether its first two projections are one (`fused_mlp`), and whether embeddings are
     `tied` where the configuration says nothing. `fp32_norms`: norms multiply by their weights
-    before they cast back. `experts`: MLPs are mixtures of experts, as Mixtral or Qwen name them.
+    before they cast back. `experts`: MLPs are mixtures of experts, as Mixtral, Qwen or gpt-oss name
+    them.
     """
 
     model_type: str
@@ -103,7 +112,14 @@ class Family:
     gated_mlp: bool = True
     fused_mlp: bool = False
     tied: bool = False
-    experts: Literal["none", "mixtral", "qwen"] = "none"
+    experts: Literal["none", "mixtral", "qwen", "gpt_oss"] = "none"
+    score_cap: Callable[[Any], float | None] = uncapped
+    sink_logits: bool = False
+
+    @property
+    def own_softmax(self) -> bool:
+        """Whether the attention's softmax is another than PyTorch's fused attention computes."""
+        return self.sink_logits or self.score_cap is not uncapped
 
     def reach(self, attention: Any) -> int | None:
         """Return how many keys a layer of the teacher sees, its own included; None means all."""
@@ -177,6 +193,16 @@ FAMILIES = {
         Family("phi3", "Phi3", "none", window="model", fused=True, biases="none", fused_mlp=True),
         Family("gemma", "Gemma", "none", fp32_norms=True, tied=True),
         Family(
+            "gemma2",
+            "Gemma2",
+            "none",
+            logit_cap=gemmas,
+            norms=4,
+            fp32_norms=True,
+            tied=True,
+            score_cap=gemma2s,
+        ),
+        Family(
             "gemma3_text",
             "Gemma3Text",
             "head",
@@ -201,14 +227,12 @@ FAMILIES = {
         Family("mixtral", "Mixtral", "none", window="model", biases="none", experts="mixtral"),
         Family("qwen2_moe", "Qwen2Moe", "none", biases="qkv_bias", experts="qwen"),
         Family("qwen3_moe", "Qwen3Moe", "head", window="model", experts="qwen"),
+        Family("gpt_oss", "GptOss", "none", fp32_norms=True, experts="gpt_oss", sink_logits=True),
     )
 }
 
 REFUSED = {
-    "gemma2": "its attention bounds the scores, which the window's kernels do not",
     "gemma3": "it has a vision tower; its language model alone is of type 'gemma3_text'",
-    "gpt_oss": "its heads have learned sinks, which the window's kernels do not compute, and its"
-    " weights are in mxfp4",
 }
 """Why architectures that may be looked for here have no row."""
 

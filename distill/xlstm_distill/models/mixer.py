@@ -11,10 +11,15 @@ from transformers.cache_utils import Cache
 
 from xlstm_distill.models.attention.full import full_attention
 from xlstm_distill.models.attention.heads import joined, take
-from xlstm_distill.models.attention.layout import LayerHeads
-from xlstm_distill.models.cache import Arrival, MixerCacheLayer, checked_cache
+from xlstm_distill.models.attention.layout import LayerHeads, Runs
+from xlstm_distill.models.cache import Arrival, MixerCacheLayer, asks_first, checked_cache
 from xlstm_distill.models.decoding.prefill import take_in
-from xlstm_distill.models.decoding.step import decode_token, turns_halves
+from xlstm_distill.models.decoding.step import (
+    decode_token,
+    gates_of_prompt,
+    rotate_prompt,
+    turns_halves,
+)
 from xlstm_distill.models.families import Family
 from xlstm_distill.models.feature_maps import FeatureMap
 from xlstm_distill.models.gates import OutputGate, ScalarGate
@@ -75,6 +80,7 @@ class HybridMixer(nn.Module):
     v_proj: Any
     qkv_proj: Any
     o_proj: Any
+    sinks: Tensor
 
     def __init__(
         self, attention: Any, family: Family, config: MixerConfig, kept: Sequence[int] = ()
@@ -103,7 +109,12 @@ class HybridMixer(nn.Module):
         # Some families limit the reach of single layers; a student sees no further than they do.
         reach = family.reach(attention)
         self.window: int = config.window if reach is None else min(config.window, reach)
-        self.sinks: int = config.sinks
+        self.sink_tokens: int = config.sinks
+        # Gemma 2 bounds the scores of its softmax.
+        self.softcap: float | None = family.score_cap(teacher)
+        if family.sink_logits:
+            # gpt-oss calls its learned logits so; they are not of the sink tokens.
+            self.sinks = attention.sinks
         # Olmo may limit the values of its projections.
         self.clip: float | None = getattr(teacher, "clip_qkv", None)
         for name in projections(family):
@@ -181,13 +192,20 @@ class HybridMixer(nn.Module):
             assert arrival is not None
             take_in(self, hidden_states, position_embeddings, arrival, layer, segment_ids)
         q, k, v = self.project(hidden_states)
+        gates, records = None, layer is None or self._records(hidden_states)
+        if layer is not None and self.has_mlstm and not records:
+            gates = gates_of_prompt(self, layer, hidden_states, v.dtype)
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
         gate = None
-        if self.has_mlstm and self.has_window:
+        if gates is not None:
+            gate = gates[2]
+        elif self.has_mlstm and self.has_window:
             scaled = v if value_scale is None else v * value_scale
             gate = self.output_gate(*self.of_mixer(q, k, scaled))
         # RoPE is kept (paper): both branches read rotated queries and keys.
-        if self.rotates:
+        if self.rotates and self.turns_halves and arrival is not None and not records:
+            q, k = rotate_prompt(q, k, position_embeddings, arrival)
+        elif self.rotates:
             q, k = self.apply_rotary(q, k, *position_embeddings)
         # Under autocast, projections are bf16 and rotary positions fp32.
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -197,13 +215,20 @@ class HybridMixer(nn.Module):
         mixed = None
         if self.kept.mixed:
             q, k, v = self.of_mixer(q, k, v)
-            memory = self._mlstm_inputs(hidden_states, q, k) if self.has_mlstm else None
+            memory = None
+            if self.has_mlstm:
+                i, f = self.scalar_gates(hidden_states) if gates is None else gates[:2]
+                memory = MLSTMInputs(self.feature_map_q(q), self.feature_map_k(k), i, f)
             inputs = MixerInputs(q, k, v, memory, gate)
             mixed = self._mix_sequence(inputs, layer, arrival, segment_ids)
         if layer is not None:
             # Not before: transformers counts positions from it.
             layer.seen += hidden_states.shape[1]
         return joined(self.kept, full, mixed).transpose(1, 2).flatten(2)
+
+    def sink_logits(self, heads: Runs) -> Tensor | None:
+        """Take the learned logits of heads, (M,); None where the family has none."""
+        return take(self.sinks[None], heads)[0] if self.family.sink_logits else None
 
     def of_mixer(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take queries, keys and values of the heads that are not kept."""
@@ -230,7 +255,9 @@ class HybridMixer(nn.Module):
             documents = arrival.documents(q.device)
             recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
             k, v = layer.extend(k, v, recorded=recorded)
-        return take(full_attention(q, k, v, self.scale, documents), heads.full_outputs)
+        own: dict[str, Any] = {"softcap": self.softcap, "backend": self.backend}
+        own["sink_logits"] = self.sink_logits(heads.full_queries)
+        return take(full_attention(q, k, v, self.scale, documents, **own), heads.full_outputs)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Make queries (B, H, T, D), keys and values (B, G, T, D) of x (B, T, d), before RoPE.
@@ -255,10 +282,6 @@ class HybridMixer(nn.Module):
         if self.family.norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
-
-    def _mlstm_inputs(self, x: Tensor, q: Tensor, k: Tensor) -> MLSTMInputs:
-        """Map q (B, H, T, D) and k (B, G, T, D) to features, and x (B, T, d) to scalar gates."""
-        return MLSTMInputs(self.feature_map_q(q), self.feature_map_k(k), *self.scalar_gates(x))
 
     def scalar_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return preactivations of input and forget gate of x (B, T, d), (B, H, T) in fp32."""
@@ -352,9 +375,11 @@ class HybridMixer(nn.Module):
             k,
             v,
             window=self.window,
-            sinks=self.sinks,
+            sinks=self.sink_tokens,
             segment_ids=segment_ids,
             scale=self.scale,
+            softcap=self.softcap,
+            sink_logits=self.sink_logits(self.kept.queries),
             backend=self.backend,
         )
 
@@ -374,9 +399,12 @@ class HybridMixer(nn.Module):
         """
         held_k, held_v, valid = prefix
         batch, heads, tokens, dim = q.shape
-        chunk = segment_ids if segment_ids is not None else valid.new_zeros(batch, tokens).long()
-        # Empty slots are in a document of their own, -1.
-        segments = torch.cat([valid.long() - 1, chunk], dim=1)
+        segments = None
+        # Full rows that go on, as in a long prompt: no documents, and one plan for all chunks.
+        if segment_ids is not None or not (asks_first(valid) and bool(valid.all())):
+            chunk = valid.new_zeros(batch, tokens).long() if segment_ids is None else segment_ids
+            # Empty slots are in a document of their own, -1.
+            segments = torch.cat([valid.long() - 1, chunk], dim=1)
         # The operator wants a query for each key; outputs of these are dropped.
         queries = torch.cat([q.new_zeros(batch, heads, held_k.shape[2], dim), q], dim=2)
         keys, values = torch.cat([held_k, k], dim=2), torch.cat([held_v, v], dim=2)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xlstm_distill.models.attention.teacher import NO_MASKS, attention_in_blocks
 from xlstm_distill.models.families import CausalLM, family_of
 from xlstm_kernels.segments import document_runs
 
@@ -26,6 +27,16 @@ def teacher_hidden(
     for the device, once per call.
     """
     body, family = teacher.model, family_of(teacher.config.model_type)
+    if family.own_softmax:
+        with attention_in_blocks(teacher):
+            found = body(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=NO_MASKS,
+                segment_ids=segment_ids if packed else None,
+                use_cache=False,
+            )
+        return found.last_hidden_state
     if teacher.config._attn_implementation != "sdpa":
         # Other implementations take documents in forms of their own: transformers finds them.
         found = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)

@@ -84,7 +84,7 @@ def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalL
     """Load the teacher in its recipe's dtype, for inference.
 
     Raises:
-        UserError: the path is missing, holds no model, or the architecture is not supported.
+        UserError: the path is missing, holds no whole model, or the architecture is not supported.
     """
     # Not above: who needs the tokenizer alone loads no model code.
     import torch
@@ -97,7 +97,14 @@ def load_teacher(config: Teacher, device: torch.device | str = "cpu") -> CausalL
     # Each tensor goes from the mapped file to its device. Ranks of a node share the file's pages,
     # and none holds a copy of the model in host memory.
     place = {"": torch.device(device)}
-    model = _load(AutoModelForCausalLM, config, "a model", **options, device_map=place)
+    options |= {"device_map": place, "output_loading_info": True}
+    model, report = _load(AutoModelForCausalLM, config, "a model", **options)
+    # transformers draws what a file lacks at random, and only warns.
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"teacher.path: {config.path!r} has no weight {missing[0]} ({len(missing)} missing);"
+            " get its files again, or save it by transformers with save_original_format=False."
+        )
     return model.eval()
 
 
@@ -152,7 +159,23 @@ def check_teacher(config: Teacher) -> None:
     _check_path(config)
     if Path(config.path).is_dir():
         weight_files(Path(config.path))
-    family_of(teacher_config(config).model_type)
+    found = teacher_config(config)
+    family_of(found.model_type)
+    _refuse_mxfp4(config, found)
+
+
+def _refuse_mxfp4(config: Teacher, found: Any) -> None:
+    """Refuse weights of four bits: a student of them cannot train."""
+    settings = getattr(found, "quantization_config", None) or {}
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    if str(getattr(method, "value", method)) == "mxfp4":
+        raise UserError(
+            f"teacher.path: the weights of {config.path!r} are in MXFP4, which does not train."
+            " Save them in bfloat16 once: AutoModelForCausalLM.from_pretrained(PATH,"
+            " dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True))"
+            ".save_pretrained(FOLDER, save_original_format=False), and the tokenizer too; give that"
+            " folder."
+        )
 
 
 def teacher_config(config: Teacher) -> Any:

@@ -34,6 +34,8 @@ SPAN: Mapping[str, int] = {"cpu": 1 << 13, "cuda": 1 << 17}
 """Tokens of all rows and heads in a part (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
 BLOCK_MIN, BLOCK_MAX, SCORES_AT_ONCE = 32, 128, 1 << 26
 """Blocks of the window in plain torch, and the scores that its gradient makes at once on a GPU."""
+QUERIES_MAX, SCORES_MAX = 256, 1 << 26
+"""Blocks where the softmax is a family's own, and the most scores of one."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,20 @@ def _attention_saved(
         total += _feature_maps(mixed, mixer, forward)
         total += mlstm_saved(mixed, mixer, forward)
         total += _output_gate(mixed, mixer, forward)
+        if a.model_type == "gpt_oss" and "window" in mixer.branches:
+            # Its rotary positions join halves: queries and keys are contiguous, and feature maps
+            # read those of the window instead of copies.
+            total += Saved(-forward.compute * (mixed.query_width + mixed.key_width))
     return total
 
 
 def _kept(a: Architecture, forward: Pass, heads: LayerHeads) -> Saved:
     """Count full attention: its queries, keys and values, from which it is computed again."""
     queries = sum(end - first for first, end in heads.full_queries)
-    return Saved(forward.compute * a.head_dim * (queries + 2 * heads.kept_keys))
+    saved = forward.compute * a.head_dim * (queries + 2 * heads.kept_keys)
+    if a.own_softmax:  # an operator that keeps its output and each query's log-sum-exp too
+        saved += queries * (forward.compute * a.head_dim + FP32)
+    return Saved(saved)
 
 
 def _mlp(a: Architecture, forward: Pass) -> Saved:
@@ -143,9 +152,13 @@ def mixture_saved(a: Architecture, forward: Pass) -> Saved:
     assert e is not None
     size = BF16 if forward.precision == "bf16" else FP32
     # Of a copy: its input and the expert's output; gate and up, silu(gate), and the product.
-    copies = e.active * size * (2 * a.hidden + 4 * e.width)
+    # gpt-oss bounds gate and up, and keeps each factor of (up + 1) gate sigmoid(alpha gate).
+    inner = 7 if e.biases else 4
+    copies = e.active * size * (2 * a.hidden + inner * e.width)
     # Of a copy: which token, its place among the sorted and back, its expert; its weight.
-    routing = e.active * (4 * INT64 + 2 * FP32) + FP32 * e.count
+    # gpt-oss chooses experts before the softmax.
+    routing = e.active * (4 * INT64 + 2 * FP32)
+    routing += INT64 * e.active if e.biases else FP32 * e.count
     shared = 4 * forward.compute * e.shared
     if e.shared:
         shared += forward.compute * (a.hidden + 1)  # its output and the sigmoid, multiplied
@@ -199,7 +212,8 @@ def outside_layers(a: Architecture, forward: Pass) -> Saved:
     rope_size = FP32 if a.model_type.startswith("olmo") else forward.residual
     # Gemma 3 has frequencies of their own in layers with a window.
     tables = len(set(a.reaches)) if a.model_type == "gemma3_text" else 1
-    rope = 2 * rope_size * a.head_dim * tables
+    # gpt-oss has the angles of half a head.
+    rope = 2 * rope_size * a.head_dim * tables / (2 if a.model_type == "gpt_oss" else 1)
     last_norm = _norm(a, forward, a.hidden) + forward.residual * a.hidden
     return Saved(INT64 + rope + last_norm)
 
@@ -368,7 +382,11 @@ def window_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     It makes the scores of some blocks at once, and three tensors of them in fp32
     (`_attention_grads`). Torch's own kernel, which runs on CPUs, makes none.
     """
-    if "window" not in mixer.branches or forward.backend == "triton" or forward.device == "cpu":
+    if "window" not in mixer.branches or forward.backend == "triton":
+        return 0.0
+    if a.own_softmax:
+        return _own_softmax_work(a, mixer, forward)
+    if forward.device == "cpu":
         return 0.0
     H, G, D, window = a.heads, a.groups, a.head_dim, min(mixer.window, forward.tokens)
     L = min(max(BLOCK_MIN, min(window, BLOCK_MAX)), forward.tokens)
@@ -386,6 +404,26 @@ def window_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     last = (blocks - 1) % at_once + 1
     joining = 2 * blocks * results + (FP32 + forward.compute) * last * scores
     return float(blocks * inputs + max(computing, joining))
+
+
+def _own_softmax_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
+    """Count what the backward pass of `xlstm_kernels.torch.bounded` allocates, results included.
+
+    It has the scores of a block of queries, their weights and their gradient at once, and a mask;
+    and gradients of all keys and values in fp32.
+    """
+    H, G, D, T = a.heads, a.groups, a.head_dim, forward.tokens
+    window, sinks = min(mixer.window, T), min(mixer.sinks, T)
+    most = max(1, SCORES_MAX // (forward.rows * H * min(T, window + QUERIES_MAX + sinks)))
+    queries = min(QUERIES_MAX, most, T)
+    keys = min(T, window + queries - 1) + sinks
+    scores = forward.rows * H * queries * keys
+    # Of a block: what it reads and the gradients of that.
+    pieces = 2 * FP32 * forward.rows * D * (H * queries + 2 * G * keys)
+    results = forward.compute * H * D + 2 * FP32 * G * D + 2 * FP32 * H
+    if forward.compute < FP32:
+        results += 2 * forward.compute * G * D
+    return float((3 * FP32 + 1) * scores + pieces + forward.rows * T * results)
 
 
 def _window(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:

@@ -26,7 +26,14 @@ REQUIRED = (
     "num_attention_heads",
     "vocab_size",
 )
-PATTERNED = {"olmo3": 4, "cohere2": 4, "exaone4": 4, "gemma3_text": 6}
+PATTERNED = {
+    "olmo3": 4,
+    "cohere2": 4,
+    "exaone4": 4,
+    "gemma2": 2,
+    "gemma3_text": 6,
+    "gpt_oss": 2,
+}
 """Families whose configs may name no layer types: every n-th layer has no window."""
 XIELU = 2
 """Parameters of Apertus's activation function."""
@@ -38,7 +45,7 @@ class Experts:
 
     A token uses `active` of `count` experts of inner width `width`, and the `shared` width of one
     that all tokens use (0: there is none). `layers`: how many layers have experts; the others have
-    an MLP.
+    an MLP. `biases`: experts and router have biases (gpt-oss).
     """
 
     count: int
@@ -46,6 +53,11 @@ class Experts:
     width: int
     shared: int
     layers: int
+    biases: bool = False
+
+    def expert(self, hidden: int) -> int:
+        """Count the parameters of one expert."""
+        return 3 * hidden * self.width + self.biases * (2 * self.width + hidden)
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,8 @@ class Architecture:
     `norms`: norms of the hidden width in each layer, of `norm_weights` vectors each. `fused`:
     queries, keys and values are one projection; `fused_mlp`: so are the MLP's first two.
     `gated_mlp`: the MLP has two first products, not one; `activation`: parameters of what is
-    between its products.
+    between its products. `sink_logits`: learned logits of each layer's softmax, one a head or none.
+    `own_softmax`: PyTorch's fused attention does not compute that softmax.
     """
 
     layers: int
@@ -79,6 +92,8 @@ class Architecture:
     gated_mlp: bool
     fused_mlp: bool
     activation: int
+    sink_logits: int
+    own_softmax: bool
     reaches: tuple[int | None, ...]
     experts: Experts | None = None
 
@@ -156,6 +171,7 @@ def count_parameters(architecture: Architecture, mixer: MixerConfig) -> Paramete
     attention += a.qkv_bias * (queries + 2 * keys) + a.output_bias * d
     # Weights of the norms on queries and keys: one head wide (Qwen3), or the whole projection
     # (Olmo).
+    attention += a.sink_logits
     attention += {"none": 0, "head": 2 * a.head_dim, "projection": queries + keys}[a.norm]
     norms = a.norms * a.norm_weights * d
     mlp, mixture = _mlp_parameters(a), _mixture_parameters(a)
@@ -163,7 +179,7 @@ def count_parameters(architecture: Architecture, mixer: MixerConfig) -> Paramete
     expert = 0
     if a.experts is not None:
         rest += a.experts.layers * mixture
-        expert = a.experts.layers * 3 * d * a.experts.width
+        expert = a.experts.layers * a.experts.expert(d)
     mixed = sum(len(heads.mixed) * count for heads, count in kinds_of_layers(a, mixer))
     table = a.vocabulary * d
     return Parameters(
@@ -191,7 +207,8 @@ def _mixture_parameters(a: Architecture) -> int:
     if a.experts is None:
         return 0
     e, d = a.experts, a.hidden
-    return e.count * (3 * d * e.width + d) + (3 * d * e.shared + d if e.shared else 0)
+    router = e.count * (d + e.biases)
+    return e.count * e.expert(d) + router + (3 * d * e.shared + d if e.shared else 0)
 
 
 def _new_parameters(a: Architecture, mixer: MixerConfig) -> int:
@@ -330,6 +347,8 @@ def read_architecture(config: Mapping[str, Any], name: str) -> Architecture:
         gated_mlp=family.gated_mlp,
         fused_mlp=family.fused_mlp,
         activation=XIELU if _activation(config, family) == "xielu" else 0,
+        sink_logits=heads if family.sink_logits else 0,
+        own_softmax=family.own_softmax,
         reaches=_reaches(config, family, numbers["num_hidden_layers"]),
         experts=_experts(config, family, name),
     )
@@ -347,7 +366,8 @@ def _biases(config: Mapping[str, Any], family: Family) -> tuple[bool, bool, bool
         return every, every, every
     if family.biases == "qkv_bias":
         return bool(config.get("qkv_bias", True)), False, False
-    asked = bool(config.get("attention_bias", False))
+    # gpt-oss has biases where its config says nothing.
+    asked = bool(config.get("attention_bias", family.model_type == "gpt_oss"))
     # Qwen2 has biases on q, k and v whatever its config says, and none on the output.
     qkv = family.biases == "always qkv" or (asked and family.biases != "none")
     output = asked and family.biases in ("all", "attention")
@@ -376,6 +396,7 @@ def _experts(config: Mapping[str, Any], family: Family, name: str) -> Experts | 
         if family.model_type == "qwen2_moe"
         else 0,
         layers=len(layers),
+        biases=family.experts == "gpt_oss",
     )
 
 

@@ -56,6 +56,20 @@ class Generation(Section):
         default=None, description="Above 1, tokens that are there already become less probable."
     )
 
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error for settings of draws where nothing says that tokens are drawn.
+
+        Some tasks draw by themselves; which ones, only lm-eval knows, and a recipe is read without
+        it. So the temperature must stand beside.
+        """
+        for name in ("top_p", "top_k", "min_p"):
+            if getattr(self, name) is not None and not self.temperature:
+                yield FieldError(
+                    name,
+                    "has no effect on greedy answers; give a temperature above 0 beside it, or "
+                    "leave it out.",
+                )
+
 
 class EvalTask(Section):
     """One task of the evaluation, with settings that replace those of its own file."""
@@ -95,6 +109,16 @@ class EvalTask(Section):
         description="Score of guessing: a teacher that is not above it leaves nothing to compare; "
         "null means that of the choices, or 0 without choices.",
     )
+
+    def broken_rules(self) -> Iterator[FieldError]:
+        """Yield an error for settings that MT-Bench would not take."""
+        if self.name == "mt_bench":
+            for name, given in (
+                ("generation", self.generation != Generation()),
+                ("stop", self.stop),
+            ):
+                if given:
+                    yield FieldError(name, "MT-Bench has settings of its own; leave it out.")
 
 
 class Judge(Section):

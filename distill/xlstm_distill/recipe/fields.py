@@ -62,6 +62,9 @@ def _name(value: str) -> str:
         raise FieldError(
             "", f"{value!r} cannot name a folder; use letters, digits, '.', '_' and '-'."
         )
+    # Such folders hold artifacts of earlier settings, which `clean` removes.
+    if ".kept-" in value:
+        raise FieldError("", f"{value!r} holds '.kept-', as names of replaced artifacts do.")
     return value
 
 

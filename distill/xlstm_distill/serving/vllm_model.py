@@ -168,7 +168,7 @@ class ServedMixer(nn.Module, MambaBase):
             tensors = tensors[3:]
         if mixer.has_window:
             groups = mixer.widths[1] // mixer.head_dim
-            slots = mixer.sinks + mixer.window
+            slots = mixer.sink_tokens + mixer.window
             size = groups * slots * mixer.head_dim
             layer.keys, layer.values = (
                 x[:, :size].view(len(x), groups, slots, mixer.head_dim) for x in tensors
@@ -187,7 +187,9 @@ def state_shapes(mixer: HybridMixer, window: int) -> list[tuple[tuple[int, ...],
         memory = (mixer.heads, features, mixer.head_dim)
         found += [(memory, dtype), (memory[:2], dtype), (memory[:1], dtype)]
     if mixer.has_window:
-        slots = prod((mixer.widths[1] // mixer.head_dim, mixer.sinks + window, mixer.head_dim))
+        slots = prod(
+            (mixer.widths[1] // mixer.head_dim, mixer.sink_tokens + window, mixer.head_dim)
+        )
         found += [((slots,), weight.dtype)] * 2
     return found
 

@@ -22,6 +22,7 @@ from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import (
+    from_rank_zero,
     gather_objects,
     is_main_process,
     process_count,
@@ -31,6 +32,12 @@ from xlstm_distill.runtime.ranks import (
 from xlstm_distill.stages.choices import choose_models
 from xlstm_distill.stages.kernels import choose_kernels
 from xlstm_distill.stages.lineage import Lineage
+from xlstm_distill.stages.measuring.judging import (
+    RESULTS_FILE,
+    SAMPLES_FOLDER,
+    Unjudged,
+    find_unjudged,
+)
 from xlstm_distill.stages.measuring.long_context import (
     check_long_context,
     help_to_score,
@@ -42,11 +49,12 @@ from xlstm_distill.stages.prepare import prepare_rows
 from xlstm_distill.stages.workbench import bar, load_student, open_domains
 from xlstm_distill.training.accelerator import make_accelerator
 from xlstm_eval.answering.processes import processes_for, side_by_side
+from xlstm_eval.earlier import judge_anew, judged_alone
 from xlstm_eval.harness import Session, check_suite, evaluate_model, help_to_evaluate
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.records import EvalError, TaskResult
 from xlstm_eval.report.speed import SPEED_FILE
-from xlstm_eval.results import ITEMS_FILE, write_items, write_samples
+from xlstm_eval.results import ITEMS_FILE, EvaluationResult, write_items, write_samples
 from xlstm_eval.suites import Suite
 
 GATE_ROWS = 16
@@ -77,6 +85,13 @@ def evaluate(
         return load_suite(suite_of(recipe), lineage.tokenizer)
 
     def build(name: str, draft: Draft) -> None:
+        before = find_unjudged(run, requests[name])
+        if before is not None:
+            console.line(f"evaluate/{name}: another judge alone; all other scores stay")
+            if from_rank_zero(lambda: before.has_answers(suite())):
+                if is_main_process():
+                    _judge_anew(before, lineage, run, suite(), name, draft, console)
+                return
         device = make_accelerator(recipe).device
         source = sources[name]
         if source is None:
@@ -92,9 +107,14 @@ def evaluate(
         with run.working(f"evaluate/{name}"):
             if not is_main_process():
                 help_to_evaluate(loaded.eval(), lineage.tokenizer, session)
-                help_to_score(loaded, lineage, session)
+                if before is None:
+                    help_to_score(loaded, lineage, session)
                 return
-            _score(loaded.eval(), lineage, suite(), name, session, draft, console)
+            if before is not None:
+                judged = _ask(loaded, lineage, judged_alone(suite()), name, session, console)
+                _judge_anew(before, lineage, run, suite(), name, draft, console, judged)
+                return
+            _keep(_ask(loaded, lineage, suite(), name, session, console), draft)
             score_long_context(loaded, lineage, run, name, session, draft, console)
             if source is not None:
                 limits = dict.fromkeys(data, recipe.data.validation_rows)
@@ -147,10 +167,13 @@ def _session(lineage: Lineage, run: Run, name: str) -> Session:
     batch = lineage.recipe.evaluate.batch
     # A batch size that is found once holds for every model with the same settings: teacher and
     # students are compared, whatever task of a job array each of them is.
-    settings = digest(lineage.settings(request.label))[:12]
+    settings = lineage.settings(request.label)
+    # A judge that is added or changed asks for no other batches.
+    evaluated = {key: value for key, value in settings["evaluate"].items() if key != "judge"}
+    name = digest(settings | {"evaluate": evaluated})[:12]
     return Session(
         batch_size=None if batch == "auto" else batch,
-        sizes=run.directory / "evaluation" / f"batch-{settings}",
+        sizes=run.directory / "evaluation" / f"batch-{name}",
         # Removed when the evaluation has been published, and not before.
         journal=run.work_directory(request),
         identity=request.fingerprint,
@@ -239,25 +262,50 @@ def suite_of(recipe: Recipe, other: Mapping[str, Any] | None = None) -> Suite:
     return Suite(name=recipe.name, **{**settings, **(other or {})})
 
 
-def _score(
+def _ask(
     model: CausalLM,
     lineage: Lineage,
     suite: LoadedSuite,
     name: str,
     session: Session,
-    draft: Draft,
     console: Console,
-) -> None:
-    """Run lm-eval; write results, samples, and hashes that show what the model was asked."""
+) -> EvaluationResult:
+    """Run lm-eval, with a bar and its warnings."""
     with bar(console, f"evaluate/{name}") as progress:
         session = replace(session, progress=progress)
-        result = evaluate_model(model, lineage.tokenizer, suite, session, seed=lineage.recipe.seed)
+        seed = lineage.recipe.seed
+        result = evaluate_model(model.eval(), lineage.tokenizer, suite, session, seed=seed)
     for warning in result.warnings:
         console.line(f"evaluate/{name}: {warning}")
+    return result
+
+
+def _judge_anew(
+    before: Unjudged,
+    lineage: Lineage,
+    run: Run,
+    suite: LoadedSuite,
+    name: str,
+    draft: Draft,
+    console: Console,
+    judged: EvaluationResult | None = None,
+) -> None:
+    """Write an earlier evaluation with its judged task judged by this recipe's judge."""
+    folder = run.work_directory(lineage.request(f"evaluate/{name}"))
+    with run.working(f"evaluate/{name}"):
+        result = judge_anew(
+            before.earlier, suite, seed=lineage.recipe.seed, folder=folder, judged=judged
+        )
+        before.take_over(draft)
+        _keep(result, draft)
+
+
+def _keep(result: EvaluationResult, draft: Draft) -> None:
+    """Write results, samples, and hashes that show what the model was asked."""
     tasks = [task.model_dump(mode="json", exclude={"items"}) for task in result.tasks]
-    draft.write_json("results.json", tasks)
+    draft.write_json(RESULTS_FILE, tasks)
     write_items(result, draft.path / ITEMS_FILE)
-    write_samples(result, draft.path / "samples")
+    write_samples(result, draft.path / SAMPLES_FOLDER)
     # The report refuses to compare models that were not asked the same.
     draft.results |= {
         "requests_hash": result.requests_hash,

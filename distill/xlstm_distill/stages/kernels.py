@@ -135,15 +135,17 @@ def _operators(mixer: HybridMixer, decodes: bool) -> list[tuple[str, dict[str, i
     """The operators that a mixer calls, with their head dims."""
     width = {"D": mixer.head_dim}
     memory = {"Dk": mixer.kernel_dims.get("Dk", min(dispatch.HEAD_DIMS)), "Dv": mixer.head_dim}
+    # Kernels with another softmax are checked apart.
+    logits = mixer.sinks if mixer.family.sink_logits else None
+    extras = dispatch.score_extras(mixer.softcap, logits)
+    step = (dispatch.variant("hybrid_step", extras), width | memory)
     found = []
     if mixer.has_mlstm:
         found.append(("mlstm", memory))
     if mixer.has_window:
-        found.append(("sliding_window_attention", width))
+        found.append((dispatch.variant("sliding_window_attention", extras), width))
     if decodes and found:
-        found.append(
-            ("hybrid_step", width | memory) if mixer.has_window else ("mlstm_step", memory)
-        )
+        found.append(step if mixer.has_window else ("mlstm_step", memory))
     return found
 
 
@@ -157,10 +159,10 @@ def _objection(student: CausalLM, device: torch.device, *, asked_for: bool) -> s
     for mixer in student.mixers():
         if not mixer.kept.mixed:
             continue
-        objection = dispatch.triton_lacks(mixer.kernel_dims, mixer.sinks)
+        objection = dispatch.triton_lacks(mixer.kernel_dims, mixer.sink_tokens)
         if objection is None and asked_for:
             probe = (torch.empty(0, device=device),)
-            objection = dispatch.triton_refuses(probe, mixer.kernel_dims, mixer.sinks)
+            objection = dispatch.triton_refuses(probe, mixer.kernel_dims, mixer.sink_tokens)
         if objection:
             return objection
     return None

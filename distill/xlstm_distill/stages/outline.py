@@ -148,9 +148,10 @@ class Outline:
             case "merge" | "variant":
                 return self._merge_settings(self.merge(label))
             case "evaluate":
+                # Changes are named in this order; the protocol's explains most of the others.
                 return {
-                    "evaluate": self._evaluate_settings(),
                     "protocol": PROTOCOL,
+                    "evaluate": self._evaluate_settings(),
                     "dtype": recipe.teacher.dtype,
                     "seed": recipe.seed,
                 }

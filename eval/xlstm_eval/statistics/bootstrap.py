@@ -23,18 +23,27 @@ TAILS = (2.5, 97.5)
 LEAST_SCORE = 1e-12
 """Drawn means of real scores may fall below 0, where a ratio has no meaning."""
 
+ALONE = (0.5, 0.5, 0.5, 0.5)
+"""Items added to the four outcomes for figures of one task, and for means."""
+RANKED = (0.5, 1.0, 1.0, 0.5)
+"""Items added where p-values of many tasks are combined, which adds up the errors of each. So an
+item is added to each outcome in which the models differ, as Bonett and Price do (2012)."""
+
 Array = NDArray[np.float64]
+Added = tuple[float, float, float, float]
 
 
-def draw_losses(items: PairedItems, rng: np.random.Generator, draws: int = RESAMPLES) -> Array:
+def draw_losses(
+    items: PairedItems, rng: np.random.Generator, draws: int = RESAMPLES, added: Added = ALONE
+) -> Array:
     """Draw the loss ``1 - S/T`` of one task (``1 - T/S`` where lower is better): (draws,)."""
-    teacher, student = draw_means(items, rng, draws)
+    teacher, student = draw_means(items, rng, draws, added)
     above, below = (student, teacher) if items.higher_is_better else (teacher, student)
     return 1 - above / np.maximum(below, LEAST_SCORE)
 
 
 def draw_means(
-    items: PairedItems, rng: np.random.Generator, draws: int = RESAMPLES
+    items: PairedItems, rng: np.random.Generator, draws: int = RESAMPLES, added: Added = ALONE
 ) -> tuple[Array, Array]:
     """Draw teacher's and student's mean score: (draws,) each.
 
@@ -42,7 +51,7 @@ def draw_means(
     least two are needed.
     """
     if items.is_binary:
-        weights = rng.dirichlet(np.add(items.cells(), 0.5), draws)  # (draws, 4)
+        weights = rng.dirichlet(np.add(items.cells(), added), draws)  # (draws, 4)
         both = weights[:, 0]
         return both + weights[:, 1], both + weights[:, 2]
     steady = steadied(items)
@@ -80,10 +89,12 @@ def mean_ratio_interval(draws: Array, estimate: float) -> Interval:
     return min(low - shift, estimate), max(high - shift, estimate)
 
 
-def draw_all(items: Mapping[str, PairedItems], seed: int = 0) -> dict[str, Array]:
+def draw_all(
+    items: Mapping[str, PairedItems], seed: int = 0, added: Added = ALONE
+) -> dict[str, Array]:
     """Draw every task's losses. A task's draws depend on its items and its place alone."""
     children = np.random.SeedSequence(seed).spawn(len(items))
     return {
-        task: draw_losses(own, np.random.default_rng(child))
+        task: draw_losses(own, np.random.default_rng(child), added=added)
         for (task, own), child in zip(items.items(), children, strict=True)
     }

@@ -11,6 +11,7 @@ import numpy as np
 from xlstm_eval.metrics import ALPHAS, MARGIN, signed_loss
 from xlstm_eval.records import Comparison, EvalError, Interval, Statistics, TaskEvidence
 from xlstm_eval.statistics import bootstrap, paired, ranks
+from xlstm_eval.statistics.bootstrap import RANKED
 from xlstm_eval.statistics.paired import PairedItems
 from xlstm_eval.statistics.pooled import decide
 
@@ -45,7 +46,7 @@ def measure(
         left = {"decision": "undecided", "smallest_margin": None, "reason": reason}
         values |= {"pooled": pooled.model_copy(update=left), "reason": reason}
     elif counted:
-        values |= _over_tasks(comparison, draws, alphas)
+        values |= _over_tasks(comparison, usable, draws, alphas)
     else:
         values["reason"] = pooled.reason
     return comparison.model_copy(update={"statistics": Statistics(**values)})
@@ -68,7 +69,7 @@ def _evidence(
             student_interval=paired.score_interval(own.student),
             difference=float(own.gains.mean()),
             difference_interval=paired.difference_interval(own),
-            recovery_interval=_recovery(comparison.recovery[task], draws.get(task)),
+            recovery_interval=_recovery(own, comparison.recovery[task], draws.get(task)),
             p_value=raw[task],
             # A task that does not count is tested alone.
             p_value_holm=adjusted.get(task, raw[task]),
@@ -76,19 +77,35 @@ def _evidence(
     return found
 
 
-def _recovery(rate: float | None, losses: bootstrap.Array | None) -> Interval | None:
-    """Return the interval of a recovery rate; None where there is no rate."""
-    if rate is None or losses is None:
+def _recovery(
+    items: PairedItems, rate: float | None, losses: bootstrap.Array | None
+) -> Interval | None:
+    """Return the interval of a recovery rate; None where there is no rate, or it has no bound."""
+    if rate is None or losses is None or not _is_bounded(items):
         return None
     low, high = bootstrap.percentile_interval(1 - losses)
     # Means of a few real scores may be drawn below 0; scores, and so their ratios, are not.
     return max(0.0, min(low, rate)), max(high, rate)
 
 
-def _over_tasks(comparison: Comparison, draws: Draws, alphas: Sequence[float]) -> dict[str, Any]:
+def _is_bounded(items: PairedItems) -> bool:
+    """Tell whether the score that a recovery divides by is surely above 0."""
+    if items.is_binary:
+        return True
+    interval = paired.score_interval(items.teacher if items.higher_is_better else items.student)
+    return interval is not None and interval[0] > 0
+
+
+def _over_tasks(
+    comparison: Comparison,
+    items: Mapping[str, PairedItems],
+    draws: Draws,
+    alphas: Sequence[float],
+) -> dict[str, Any]:
     """Return the intervals of what is computed over all tasks that count."""
     pairs = comparison.counted()
-    drawn = np.stack([draws[pair.task] for pair in pairs], axis=1)  # (draws, J)
+    for_ranks = bootstrap.draw_all({pair.task: items[pair.task] for pair in pairs}, 1, RANKED)
+    drawn = np.stack(list(for_ranks.values()), axis=1)  # (draws, J)
     low, high = ranks.ranked_intervals(np.array([signed_loss(pair) for pair in pairs]), drawn)
     count = len(pairs)
 
@@ -103,17 +120,20 @@ def _over_tasks(comparison: Comparison, draws: Draws, alphas: Sequence[float]) -
             math.ceil(3 * count / 4), comparison.critical_tolerance_75
         ),
         "worst_drop": interval(count, comparison.worst_drop),
-        "mean_recovery": _mean_recovery(comparison, draws),
+        "mean_recovery": _mean_recovery(comparison, items, draws),
         "win_and_tie": ranks.rate_intervals(low, high, alphas),
         "sorted_losses": tuple(zip(low.tolist(), high.tolist(), strict=True)),
     }
 
 
-def _mean_recovery(comparison: Comparison, draws: Draws) -> Interval | None:
+def _mean_recovery(
+    comparison: Comparison, items: Mapping[str, PairedItems], draws: Draws
+) -> Interval | None:
     estimate = comparison.mean_recovery
-    if estimate is None:
+    counted = [pair.task for pair in comparison.counted()]
+    rated = [task for task in counted if comparison.recovery[task] is not None]
+    if estimate is None or not all(_is_bounded(items[task]) for task in rated):
         return None
-    counted = (pair.task for pair in comparison.counted())
-    rates = [1 - draws[task] for task in counted if comparison.recovery[task] is not None]
-    low, high = bootstrap.mean_ratio_interval(np.stack(rates, axis=1), estimate)
+    rates = np.stack([1 - draws[task] for task in rated], axis=1)
+    low, high = bootstrap.mean_ratio_interval(rates, estimate)
     return max(0.0, low), high

@@ -103,9 +103,8 @@ class MTBench:
         if question.temperature:
             drawn = {"do_sample": True, "temperature": question.temperature}
         tokens = self.entry.max_gen_tokens or ANSWER_TOKENS
-        return {
-            "until": self._stops, "max_gen_toks": tokens, **drawn, **self.entry.generation
-        }  # fmt: skip
+        # Settings of a recipe's task are refused here, and null stands for all of them.
+        return {"until": self._stops, "max_gen_toks": tokens, **drawn}
 
     def answer(self, generate: Generate) -> list[tuple[str, str]]:
         """Return both answers to each question."""
@@ -152,12 +151,18 @@ class MTBench:
         result = task_result(entry, scores, rows, {METRIC: True})
         return result.model_copy(update={"kind": "generation"}), rows
 
-    def protocol(self, judge: Judge) -> dict[str, Any]:
-        """Say how it was asked and judged: results are compared where this is equal."""
+    def asked(self) -> dict[str, Any]:
+        """Say what a model was asked, whoever judges its answers."""
         return {
             "version": VERSION,
             "questions": hash_value([question.model_dump() for question in self.questions]),
             "max_gen_tokens": self.entry.max_gen_tokens or ANSWER_TOKENS,
+        }
+
+    def protocol(self, judge: Judge) -> dict[str, Any]:
+        """Say how it was asked and judged: results are compared where this is equal."""
+        return {
+            **self.asked(),
             "judge": judge.model,
             "judge_settings": dict(judge.settings),
         }

@@ -10,6 +10,7 @@ run under TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -174,8 +175,11 @@ def launch_mlstm(dim: int, dtype: torch.dtype, config: MLSTMConfig | None = None
     launch_backward([h, C, n], arguments, runs, kept, settings, True, True)
 
 
-def launch_steps(dim: int, dtype: torch.dtype) -> None:
-    """Launch the mLSTM step and the hybrid step, window 512 and 4 sinks."""
+def launch_steps(dim: int, dtype: torch.dtype, softcap: float | None = None) -> None:
+    """Launch the mLSTM step and the hybrid step, window 512 and 4 sinks.
+
+    softcap: bounds the scores; there are sink logits then too.
+    """
     from xlstm_kernels.triton.step import hybrid_step_triton, mlstm_step_triton
 
     q, k, v = (bare(1, heads, dim, dtype=dtype) for heads in (4, 4, 1))
@@ -183,39 +187,53 @@ def launch_steps(dim: int, dtype: torch.dtype) -> None:
     state = MLSTMState.zeros(1, 4, dim, dim, device="meta")
     mlstm_step_triton(q, k, v, i, f, state)
     ring = Ring.empty(1, 1, dim, dim, window=512, sinks=4, dtype=dtype, device="meta")
-    hybrid_step_triton(q, v, v, q, k, i, f, gate, state, ring, None, sinks=4, scale=1.0)
+    hybrid_step_triton(
+        q, v, v, q, k, i, f, gate, state, ring, None,
+        sinks=4, scale=1.0, softcap=softcap, sink_logits=None if softcap is None else bare(4),
+    )  # fmt: skip
 
 
-def launch_window(dim: int, dtype: torch.dtype, config: WindowConfig | None = None) -> None:
+def launch_window(
+    dim: int,
+    dtype: torch.dtype,
+    config: WindowConfig | None = None,
+    softcap: float | None = None,
+) -> None:
     """Launch sliding-window attention, forward and backward; window 512 and 4 sinks.
 
-    Rows are packed, and four query heads share a key head.
+    Rows are packed, and four query heads share a key head. softcap: as in `launch_steps`.
     """
     from xlstm_kernels.triton import window
 
     q, k, v = (bare(1, heads, 1024, dim, dtype=dtype) for heads in (4, 1, 1))
     runs, starts = (bare(1, 1024, dtype=torch.int32) for _ in range(2))
-    settings = (512, 4, 1.0, list(config or window_config(dtype, dim)))  # window, sinks, scale
-    out, logsumexp = window.launch_forward(q, k, v, runs, starts, *settings)
+    logits = None if softcap is None else bare(4)
+    # Window, sinks and scale before it.
+    settings = (512, 4, 1.0, softcap or 0.0, list(config or window_config(dtype, dim)))
+    out, logsumexp = window.launch_forward(q, k, v, runs, starts, logits, *settings)
     window.launch_backward(
-        out, q, k, v, runs, starts, out, logsumexp, *settings, queries=True, keys_and_values=True
-    )
+        out, q, k, v, runs, starts, logits, out, logsumexp, *settings,
+        queries=True, keys_and_values=True, logits=logits is not None,
+    )  # fmt: skip
 
 
-OPERATORS: tuple[Callable[[int, torch.dtype], None], ...] = (
-    launch_mlstm,
-    launch_steps,
-    launch_window,
-)
+def measure(
+    archs: list[int], dims: list[int], dtype: torch.dtype, softcap: float | None = None
+) -> dict[str, Resources]:
+    """Compile every kernel; keys are "kernel sm_<arch> D=<dim>".
 
-
-def measure(archs: list[int], dims: list[int], dtype: torch.dtype) -> dict[str, Resources]:
-    """Compile every kernel; keys are "kernel sm_<arch> D=<dim>"."""
+    softcap: of the attention's alone, with bounded scores and sink logits.
+    """
     table: dict[str, Resources] = {}
+    operators: list[Callable[[int, torch.dtype], None]] = [launch_mlstm, launch_steps]
+    operators.append(launch_window)
+    if softcap is not None:
+        attention = (launch_steps, launch_window)
+        operators = [functools.partial(launch, softcap=softcap) for launch in attention]
     for arch in archs:
         for dim in dims:
             with compiled_launches(arch) as found:
-                for launch in OPERATORS:
+                for launch in operators:
                     launch(dim, dtype)
             table |= {f"{name} sm_{arch} D={dim}": resources for name, resources in found.items()}
     return table
@@ -236,10 +254,12 @@ def main() -> None:
     parser.add_argument(
         "--float32", action="store_true", help="inputs in float32 instead of bfloat16"
     )
-    options = parser.parse_args()
-    table = measure(
-        options.archs, options.dims, torch.float32 if options.float32 else torch.bfloat16
+    parser.add_argument(
+        "--softcap", type=float, help="attention alone, with scores bounded by it and sink logits"
     )
+    options = parser.parse_args()
+    dtype = torch.float32 if options.float32 else torch.bfloat16
+    table = measure(options.archs, options.dims, dtype, options.softcap)
     if options.json:
         sys.stdout.write(
             json.dumps({name: list(resources) for name, resources in table.items()}) + "\n"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_kernels.state import MLSTMState, Ring, RingSlots
+from xlstm_kernels.torch.bounded import bound, wide_product
 
 
 def mlstm_step_in_place(
@@ -63,6 +64,8 @@ def window_step_in_place(
     slots: RingSlots,
     scale: float,
     index: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Store one token in `ring` and attend to what it sees.
 
@@ -90,7 +93,15 @@ def window_step_in_place(
         keys, values = keys.to(q.dtype), values.to(q.dtype)
     if bias.dtype != q.dtype:
         bias = bias.to(q.dtype)
-    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
+    if softcap is None and sink_logits is None:
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
+    else:
+        scores = bound(wide_product(rows, keys.mT).mul_(scale), softcap) + bias
+        if sink_logits is not None:
+            extra = sink_logits.to(scores.dtype).view(1, G, H // G, 1).expand(B, -1, -1, -1)
+            scores = torch.cat([scores, extra], dim=-1)
+        # Of the last logit there is no value.
+        out = scores.softmax(dim=-1)[..., : keys.shape[2]].to(q.dtype) @ values
     return out.reshape(B, H, Dv).to(v.dtype)
 
 
@@ -109,13 +120,15 @@ def hybrid_step_in_place(
     *,
     scale: float,
     index: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Update `state` and `ring` by one token and read both.
 
     Shapes as in `xlstm_kernels.hybrid_step`, which checks the arguments. `ring.lengths` stays as it
     is. Both branches are rounded to v's dtype before they are mixed, as in a sequence.
     """
-    attended = window_step_in_place(q, k, v, ring, slots, scale, index)
+    attended = window_step_in_place(q, k, v, ring, slots, scale, index, softcap, sink_logits)
     recalled = mlstm_step_in_place(phi_q, phi_k, v, i, f, state, index)
     gate = gate if gate.dtype == v.dtype else gate.to(v.dtype)
     return torch.lerp(attended, recalled, gate.unsqueeze(-1))

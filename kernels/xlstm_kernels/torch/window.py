@@ -15,11 +15,15 @@ from torch import Tensor
 
 from xlstm_kernels.registration import refuse_second_derivative
 from xlstm_kernels.segments import document_runs, document_starts
+from xlstm_kernels.torch.bounded import bounded_attention, wide_product
 
-# Queries of a block: as many as the window has tokens, between these bounds (docs/math.md, "Chunk
-# size"). Smaller blocks make many small products; larger ones multiply more masked pairs.
+# Queries of a block, at least and at most. Smaller blocks make many small products; larger ones
+# multiply more masked pairs (docs/math.md, "Chunk size").
 BLOCK_MIN, BLOCK_MAX = 32, 128
 SCORES_AT_ONCE = 1 << 26  # of the gradient off the CPU
+# Tokens of a call that its window holds whole; with more, bands would be T / L copies of all keys.
+WHOLE_AT_MOST = 512
+PLAN_AT_MOST = 1 << 22  # numbers of a plan that is kept for the next call
 
 
 class BandPlan(NamedTuple):
@@ -31,6 +35,11 @@ class BandPlan(NamedTuple):
 
     sinks: Tensor
     bias: Tensor
+
+    def for_group(self, heads: int, dtype: torch.dtype) -> BandPlan:
+        """Repeat the bias for the query heads of a group, (B or 1, C, R L, N + span)."""
+        bias = self.bias.to(dtype).unsqueeze(2).expand(-1, -1, heads, -1, -1)
+        return self._replace(bias=bias.flatten(2, 3))
 
 
 def banded_attention(
@@ -56,6 +65,9 @@ def banded_attention(
     known = not isinstance(T, torch.SymInt)
     if known and segment_ids is None and BLOCK_MIN < T <= window:
         return _causal_attention(q, k, v, scale)
+    if known and WHOLE_AT_MOST < T <= window:
+        settings: dict[str, Any] = {"window": window, "sinks": sinks, "segment_ids": segment_ids}
+        return bounded_attention(q, k, v, **settings, scale=scale, softcap=None, sink_logits=None)
     out, _ = forward(q, k, v, segment_ids, min(window, T), min(sinks, T), scale)
     return out
 
@@ -91,17 +103,21 @@ class Bands(NamedTuple):
     ) -> Bands:
         """Cut a call into blocks."""
         (B, H, T, _), G = q.shape, k.shape[1]
-        L = block_length(T, window)
-        plan = _plan(segment_ids, q.device, T, L, window, sinks)
+        L = block_length(T, window, q.device)
+        if segment_ids is None and q.device.type == "cpu":
+            plan = _plan_of_one_document(T, L, window, sinks, H // G, q.dtype)
+        else:
+            plan = _plan(segment_ids, q.device, T, L, window, sinks).for_group(H // G, q.dtype)
         keys = _bands(k, plan.sinks, L, window - 1).to(q.dtype)
         values = _bands(v, plan.sinks, L, window - 1).to(q.dtype)
-        bias = plan.bias[:, :, None].to(q.dtype).expand(B, -1, H // G, -1, -1)
-        bias = bias.flatten(2, 3).flatten(0, 1).unsqueeze(1)
+        bias = plan.bias.expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
         return cls(_blocks(q, G, L), keys, values, bias, plan.sinks, window - 1, L)
 
 
-def block_length(T: int, window: int) -> int:
-    """Return L, the queries of a block."""
+def block_length(T: int, window: int, device: torch.device) -> int:
+    """Return L, the queries of a block: as many as the window has tokens, on a CPU fewer."""
+    if device.type == "cpu":
+        window = max(min(window // 2, 64), window // 4)
     return min(max(BLOCK_MIN, min(window, BLOCK_MAX)), T)
 
 
@@ -161,7 +177,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     (B, H, T, _), G, shape = q.shape, k.shape[1], torch.Size([0])
     if q.device.type == "cpu":
-        L = block_length(T, window)
+        L = block_length(T, window, q.device)
         shape = torch.Size([B * -(-T // L), G, H // G * L])
     statistics = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=statistics)
@@ -206,26 +222,12 @@ def _attention_grads(
     per_block = bands.queries.shape[1] * bands.bias[0].numel()
     for part in zip(*(x.split(max(1, SCORES_AT_ONCE // per_block)) for x in rows), strict=True):
         q, k, v, bias, d, o = part
-        weights = (_wide_product(q, k.mT) * scale + bias).softmax(dim=-1)
+        weights = (wide_product(q, k.mT) * scale + bias).softmax(dim=-1)
         mean = (d.to(weights.dtype) * o).sum(dim=-1, keepdim=True)
-        d_scores = (weights * (_wide_product(d, v.mT) - mean) * scale).to(q.dtype)
+        d_scores = (weights * (wide_product(d, v.mT) - mean) * scale).to(q.dtype)
         found.append((d_scores @ k, d_scores.mT @ q, weights.to(q.dtype).mT @ d))
     dq, dk, dv = (torch.cat(parts) for parts in zip(*found, strict=True))
     return dq, dk, dv
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b (N, G, rows, columns), in fp32 at least.
-
-    In bf16, scores lose what the softmax and the difference to the mean are made of: the gradient
-    is then five times as far off.
-    """
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if a.dtype == wide or not a.is_cuda:
-        return a.to(wide) @ b.to(wide)
-    # Tensor cores multiply bf16 and add up in fp32; a product of fp32 copies would not use them.
-    product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=wide)
-    return product.unflatten(0, a.shape[:2])
 
 
 def _unband(d: Tensor, bands: Bands, like: Tensor) -> Tensor:
@@ -337,3 +339,21 @@ def _plan(
     # A document may have fewer than N tokens before the band: masked, but its index must be valid.
     gathered = torch.minimum(sink_positions, first_token[:, None])
     return BandPlan(gathered, torch.where(visible, 0.0, -torch.inf))
+
+
+def _plan_of_one_document(
+    T: int, L: int, window: int, sinks: int, heads: int, dtype: torch.dtype
+) -> BandPlan:
+    """Return the plan, for `heads` query heads of a group, of rows that are one document each."""
+    numbers = -(-T // L) * heads * L * (sinks + window - 1 + L)
+    make = _kept_plan if numbers <= PLAN_AT_MOST else _kept_plan.__wrapped__
+    return make(T, L, window, sinks, heads, dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_plan(T: int, L: int, window: int, sinks: int, heads: int, dtype: torch.dtype) -> BandPlan:
+    # All layers of a model, and all chunks of a prompt, read the same. Outside of inference mode,
+    # because training may read it too.
+    with torch.inference_mode(False):
+        plan = _plan(None, torch.device("cpu"), T, L, window, sinks)
+        return plan.for_group(heads, dtype)

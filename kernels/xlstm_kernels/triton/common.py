@@ -298,3 +298,40 @@ def pair_weights(
         else:
             visible = visible & (run_t[:, None] == run_s[None, :])
     return tl.exp(tl.where(visible, log_weight, LOG_ZERO))
+
+
+@triton.jit
+def tanh(x):
+    """Compute tanh(x) to a few units of the last place.
+
+    Triton's own is a library's, which the interpreter has not. Source of the polynomial: Cephes,
+    tanhf.
+    """
+    size = tl.abs(x)
+    y = tl.exp(-2.0 * size)
+    far = (1.0 - y) / (1.0 + y)
+    # Near 0 the difference above would lose the small digits.
+    z = x * x
+    series = -5.70498872745e-3 * z + 2.06390887954e-2
+    series = series * z - 5.37397155531e-2
+    series = series * z + 1.33314422036e-1
+    series = series * z - 3.33332819422e-1
+    near = x + x * z * series
+    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def bound(scores, CAP: tl.constexpr):
+    """Bound scores as c tanh(x / c); CAP is c, or 0 where there is no bound."""
+    if CAP > 0:
+        scores = CAP * tanh(scores / CAP)
+    return scores
+
+
+@triton.jit
+def through_bound(grad, bounded, CAP: tl.constexpr):
+    """Bring the gradient of bounded scores back to the scores: 1 - tanh^2."""
+    if CAP > 0:
+        share = bounded / CAP
+        grad = grad * (1.0 - share * share)
+    return grad

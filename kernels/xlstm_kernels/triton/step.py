@@ -6,6 +6,7 @@ Letters: the legend in `xlstm_kernels`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -92,6 +93,8 @@ def hybrid_step_triton(
     sinks: int,
     scale: float,
     index: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Decode one token in one launch, which also counts it unless there are `slots`.
 
@@ -100,7 +103,14 @@ def hybrid_step_triton(
     phi_q, phi_k = contiguous_rows(phi_q), contiguous_rows(phi_k)
     C, n, m = near_rows(state.C), *state[1:]
     memory = {"phi_q": phi_q, "phi_k": phi_k, "i": i, "f": f, "gate": gate, "C": C, "n": n, "m": m}
-    out = _decode(q, k, v, memory, counters_of(state.C, v), ring, slots, sinks, scale, index)
+    attention: dict[str, Any] = {
+        "sinks": sinks,
+        "scale": scale,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+    }
+    arrived = counters_of(state.C, v)
+    out = _decode(q, k, v, memory, arrived, ring, slots, index, **attention)
     _write_back((C, n, m), state)
     return out
 
@@ -116,6 +126,8 @@ def window_step_triton(
     sinks: int,
     scale: float,
     index: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Decode one token of the attention, by the hybrid kernel without its memory.
 
@@ -123,7 +135,13 @@ def window_step_triton(
     """
     memory = dict.fromkeys(("phi_q", "phi_k", "i", "f", "gate", "C", "n", "m"))
     arrived = counters_of(ring.keys, v)
-    return _decode(q, k, v, memory, arrived, ring, slots, sinks, scale, index)
+    attention: dict[str, Any] = {
+        "sinks": sinks,
+        "scale": scale,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+    }
+    return _decode(q, k, v, memory, arrived, ring, slots, index, **attention)
 
 
 def _decode(
@@ -134,9 +152,12 @@ def _decode(
     arrived: Tensor,
     ring: Ring,
     slots: RingSlots | None,
+    index: Tensor | None,
+    *,
     sinks: int,
     scale: float,
-    index: Tensor | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """Launch the hybrid kernel. memory: what the mLSTM takes, by the kernel's names."""
     (B, H, D), (G, Dv), count = q.shape, v.shape[1:], ring.keys.shape[2]
@@ -165,12 +186,13 @@ def _decode(
             keys_ptr=keys, values_ptr=values,
             before_ptr=lengths if slots is None else slots.before.contiguous(),
             lengths_ptr=lengths, index_ptr=None if index is None else index.contiguous(),
+            sink_logits_ptr=None if sink_logits is None else sink_logits.contiguous(),
             **handed, arrived_ptr=arrived, out_ptr=out,
             **head_strides(q=q, k=k, v=v, keys=keys, values=values, **memory),
             C_row=0 if C is None else C.stride(2), n_k=0 if n is None else n.stride(2),
             scale=scale, G=G, R=R, splits=splits, window=count - sinks, sinks=sinks,
             D=D, DK=1 if C is None else C.shape[2], DV=Dv, BV=columns, SLOTS=at_once,
-            RP=triton.next_power_of_2(R), num_warps=HYBRID_WARPS,
+            RP=triton.next_power_of_2(R), CAP=softcap or 0.0, num_warps=HYBRID_WARPS,
         )  # fmt: skip
     _write_back((keys, values), ring[:2])
     if lengths is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import log_sigmoid
+from xlstm_kernels.triton.common import bound, log_sigmoid
 
 # Score of a slot that is not seen. Finite, so that the difference of two of them is a number.
 NEGATIVE = tl.constexpr(-1e30)
@@ -109,7 +109,7 @@ def step_kernel(
 @triton.jit
 def attend_slots(
     q_ptr, q_h, keys_ptr, values_ptr, sums_ptr, attended_ptr, first, seen, scale, window, sinks, R,
-    D: tl.constexpr, DV: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, SLOTS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Attend from the heads of a group to some slots of its ring, from slot `first` on.
 
@@ -135,7 +135,7 @@ def attend_slots(
     values = tl.load(values_ptr + slot[:, None] * DV + dv[None, :], mask=mask, other=0.0)
     for r in range(R):
         q = tl.load(q_ptr + r * q_h + d).to(tl.float32) * scale
-        scores = tl.sum(q[None, :] * keys.to(tl.float32), 1)
+        scores = bound(tl.sum(q[None, :] * keys.to(tl.float32), 1), CAP)
         scores = tl.where(visible, scores, float("-inf"))
         largest = tl.maximum(tl.max(scores, 0), NEGATIVE)
         weights = tl.exp(scores - largest)
@@ -147,22 +147,27 @@ def attend_slots(
 
 @triton.jit
 def join_attention(
-    score, value, sums_ptr, attended_ptr, splits, r, R,
+    score, value, extra, sums_ptr, attended_ptr, splits, r, R,
     DV: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
     """Join what `attend_slots` stored, and the new token itself: (RP, DV).
 
-    score (RP): the new token's. value (DV). r (RP): heads of the group, R of which there are.
+    score (RP): the new token's. value (DV). extra (RP): logits that are in the denominator alone,
+    or None. r (RP): heads of the group, R of which there are.
     """
     dv, heads = tl.arange(0, DV), r < R
     # Past the first level of the cache, which does not see what other programs store.
     largest = score
+    if extra is not None:
+        largest = tl.maximum(largest, extra)
     for part in range(splits):
         sums = sums_ptr + 2 * (part * R + r)
         most = tl.load(sums, mask=heads, other=NEGATIVE, cache_modifier=".cg")
         largest = tl.maximum(largest, most)
     total = tl.exp(score - largest)
     out = total[:, None] * value[None, :]
+    if extra is not None:
+        total += tl.exp(extra - largest)
     for part in range(splits):
         sums = sums_ptr + 2 * (part * R + r)
         most = tl.load(sums, mask=heads, other=NEGATIVE, cache_modifier=".cg")
@@ -177,19 +182,20 @@ def join_attention(
 @triton.jit
 def hybrid_step_kernel(
     q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, i_ptr, f_ptr, gate_ptr, C_ptr, n_ptr, m_ptr,
-    keys_ptr, values_ptr, before_ptr, lengths_ptr, index_ptr,
+    keys_ptr, values_ptr, before_ptr, lengths_ptr, index_ptr, sink_logits_ptr,
     recalled_ptr, sums_ptr, attended_ptr, arrived_ptr, out_ptr,
     q_b, q_h, k_b, k_h, v_b, v_h, phi_q_b, phi_q_h, phi_k_b, phi_k_h, i_b, i_h, f_b, f_h,
     gate_b, gate_h, C_b, C_h, C_row, n_b, n_h, n_k, m_b, m_h, keys_b, keys_h, values_b, values_h,
     scale, G, R, splits, window, sinks,
     D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, SLOTS: tl.constexpr,
-    RP: tl.constexpr,
+    RP: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Decode one token: mLSTM, attention to ring and sinks, output gate.
 
     Grid (B G * (splits + R * DV / BV)): of a group, first the parts of the ring, then the columns
     of its heads. C_ptr is None where there is no mLSTM. before_ptr (B): tokens before this one.
-    lengths_ptr: where they are counted, None if they are not. RP: R, rounded up to a power of 2.
+    lengths_ptr: where they are counted, None if they are not. sink_logits_ptr (H) or None.
+    RP: R, rounded up to a power of 2.
     recalled (B, H, DV), sums (B, G, splits, R, 2) and attended (B, G, splits, R, DV) are what the
     programs hand to the last one. Both branches are rounded before they are mixed, as in a
     sequence.
@@ -216,7 +222,7 @@ def hybrid_step_kernel(
     if part < splits:
         attend_slots(
             q_ptr, q_h, keys_ptr, values_ptr, sums_ptr + part * R * 2, attended_ptr + part * R * DV,
-            part * SLOTS, seen, scale, window, sinks, R, D, DV, SLOTS,
+            part * SLOTS, seen, scale, window, sinks, R, D, DV, SLOTS, CAP,
         )  # fmt: skip
     elif C_ptr is not None:
         r, tile_v = (part - splits) // tiles, (part - splits) % tiles
@@ -236,9 +242,12 @@ def hybrid_step_kernel(
         key = tl.load(k_ptr + b * k_b + g * k_h + d).to(keys_ptr.dtype.element_ty)
         value = tl.load(v_ptr + dv).to(tl.float32).to(values_ptr.dtype.element_ty)
         q = tl.load(q_ptr + (r * q_h)[:, None] + d[None, :], mask=heads, other=0.0)
-        score = tl.sum(q.to(tl.float32) * scale * key.to(tl.float32)[None, :], 1)
+        score = bound(tl.sum(q.to(tl.float32) * scale * key.to(tl.float32)[None, :], 1), CAP)
+        extra = None
+        if sink_logits_ptr is not None:
+            extra = tl.load(sink_logits_ptr + h, mask=r < R, other=0.0).to(tl.float32)
         out = join_attention(
-            score, value.to(tl.float32), sums_ptr, attended_ptr, splits, r, R, DV, RP
+            score, value.to(tl.float32), extra, sums_ptr, attended_ptr, splits, r, R, DV, RP
         )
         rounded = out_ptr.dtype.element_ty
         if C_ptr is not None:

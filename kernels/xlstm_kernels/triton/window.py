@@ -29,7 +29,8 @@ class Band(NamedTuple):
     """What a query sees, as the kernels read it.
 
     runs (B, T) int32: the documents of each row, numbered. starts (B, T) int32: position of the
-    first token of each token's document. Both are None for one document a row.
+    first token of each token's document. Both are None for one document a row. softcap: 0 where
+    scores are not bounded.
     """
 
     runs: Tensor | None
@@ -37,6 +38,7 @@ class Band(NamedTuple):
     window: int
     sinks: int
     scale: float
+    softcap: float
 
 
 def window_triton(
@@ -48,6 +50,8 @@ def window_triton(
     sinks: int,
     segment_ids: Tensor | None,
     scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     config: WindowConfig | None = None,
 ) -> Tensor:
     """Attend to window and sinks.
@@ -63,8 +67,10 @@ def window_triton(
         runs, starts = runs.int(), document_starts(runs).int()
     queries, keys, values = (contiguous_rows(x.to(dtype)) for x in (q, k, v))
     config = config or window_config(dtype, D)
-    tensors = (queries, keys, values, runs, starts)
-    out, _ = forward(*tensors, min(window, T), min(sinks, T), scale, list(config))
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
+    tensors = (queries, keys, values, runs, starts, sink_logits)
+    settings = (min(window, T), min(sinks, T), scale, softcap or 0.0, list(config))
+    out, _ = forward(*tensors, *settings)
     return out.to(q.dtype)
 
 
@@ -74,19 +80,22 @@ def launch_forward(
     v: Tensor,
     runs: Tensor | None,
     starts: Tensor | None,
+    sink_logits: Tensor | None,
     window: int,
     sinks: int,
     scale: float,
+    softcap: float,
     settings: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Return the attention and the logsumexp of each softmax; settings: of a `WindowConfig`."""
     B, H, T, _ = q.shape
-    band, config = Band(runs, starts, window, sinks, scale), WindowConfig(*settings)
+    band, config = Band(runs, starts, window, sinks, scale, softcap), WindowConfig(*settings)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(B, H, T, device=q.device)
     with on_device_of(q):
         kernels.window_kernel[(band_blocks(T, config) * B * H,)](
-            q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, logsumexp_ptr=logsumexp,
+            q_ptr=q, k_ptr=k, v_ptr=v, sink_logits_ptr=sink_logits,
+            out_ptr=out, logsumexp_ptr=logsumexp,
             **band_settings(q, k, v, band, config),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -103,9 +112,11 @@ def _(
     v: Tensor,
     runs: Tensor | None,
     starts: Tensor | None,
+    sink_logits: Tensor | None,
     window: int,
     sinks: int,
     scale: float,
+    softcap: float,
     settings: list[int],
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -118,17 +129,20 @@ def launch_backward(
     v: Tensor,
     runs: Tensor | None,
     starts: Tensor | None,
+    sink_logits: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
     window: int,
     sinks: int,
     scale: float,
+    softcap: float,
     settings: list[int],
     queries: bool,
     keys_and_values: bool,
+    logits: bool,
 ) -> list[Tensor]:
-    """Return the gradients of q, k and v; empty are those that are not asked for."""
-    band, config = Band(runs, starts, window, sinks, scale), WindowConfig(*settings)
+    """Return the gradients of q, k, v and the sink logits; empty are those not asked for."""
+    band, config = Band(runs, starts, window, sinks, scale, softcap), WindowConfig(*settings)
     (B, H, T, D), G = q.shape, k.shape[1]
     blocks = band_blocks(T, config)
     dout, mean_grad = dout.contiguous(), torch.empty_like(logsumexp)
@@ -160,7 +174,12 @@ def launch_backward(
                     sink_dk_ptr=parts[0], sink_dv_ptr=parts[1], **shared
                 )
                 add_sink_grads(band, parts, dk, dv, H, config)
-    return [dq, dk, dv]
+    d_logits = q.new_empty(0)
+    if logits:
+        assert sink_logits is not None
+        share = (sink_logits.float()[:, None] - logsumexp).exp_()
+        d_logits = -(share * mean_grad).sum(dim=(0, 2)).to(sink_logits.dtype)
+    return [dq, dk, dv, d_logits]
 
 
 backward = torch.library.custom_op(
@@ -176,33 +195,40 @@ def _(
     v: Tensor,
     runs: Tensor | None,
     starts: Tensor | None,
+    sink_logits: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
     window: int,
     sinks: int,
     scale: float,
+    softcap: float,
     settings: list[int],
     queries: bool,
     keys_and_values: bool,
+    logits: bool,
 ) -> list[Tensor]:
     wanted = zip((q, k, v), (queries, keys_and_values, keys_and_values), strict=True)
-    return [x.new_empty(x.shape if wants else (0,)) for x, wants in wanted]
+    found = [x.new_empty(x.shape if wants else (0,)) for x, wants in wanted]
+    found.append(q.new_empty(0) if sink_logits is None or not logits else sink_logits.clone())
+    return found
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, window, sinks, scale, settings = inputs
+    *tensors, window, sinks, scale, softcap, settings = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # of the second one: zeros that nothing would read
     ctx.save_for_backward(*tensors, *output)
-    ctx.settings = (window, sinks, scale, settings)
+    ctx.settings = (window, sinks, scale, softcap, settings)
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
-    asked = (needed[0], needed[1] or needed[2])
-    found = backward(dout, *ctx.saved_tensors, *ctx.settings, *asked)
+    asked = (needed[0], needed[1] or needed[2], needed[5])
+    dq, dk, dv, d_logits = backward(dout, *ctx.saved_tensors, *ctx.settings, *asked)
+    # In the order of what the forward pass takes: no gradient of runs and starts.
+    found = (dq, dk, dv, None, None, d_logits)
     wanted = [grad if needs else None for grad, needs in zip(found, needed, strict=False)]
-    return (*wanted, *[None] * 6)
+    return (*wanted, *[None] * 5)
 
 
 forward.register_autograd(_gradients, setup_context=_keep)
@@ -251,5 +277,5 @@ def band_settings(
         "scale": band.scale, "T": q.shape[2], "H": q.shape[1], "R": q.shape[1] // k.shape[1],
         "window": band.window, "sinks": band.sinks, "blocks": band_blocks(q.shape[2], config),
         "SEGMENTED": band.runs is not None, "PRECISION": precision, "DOT": dot,
-        "L": config.block, "D": q.shape[3], "S": sink_rows,
+        "L": config.block, "D": q.shape[3], "S": sink_rows, "CAP": band.softcap,
     }  # fmt: skip

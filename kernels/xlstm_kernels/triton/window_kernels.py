@@ -14,7 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import LENGTHS, chunk_and_head, load_rows
+from xlstm_kernels.triton.common import (
+    LENGTHS,
+    bound,
+    chunk_and_head,
+    load_rows,
+    through_bound,
+)
 
 # Score of a masked pair. Finite, so that exp(score - maximum) of a row that sees nothing yet is a
 # number and not nan.
@@ -96,12 +102,13 @@ def attend_block(
     q, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, row_max, total, out,
     scale, T, window, sinks, MASKED: tl.constexpr, SEGMENTED: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     """Take block j of keys into the running softmax: `row_max`, `total` and `out`."""
     s, d = j * L + tl.arange(0, L), tl.arange(0, D)
     k = load_rows(k_ptr, k_t, s, T, d).to(DOT)
     v = load_rows(v_ptr, v_t, s, T, d).to(DOT)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = bound(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, CAP)
     if MASKED:
         run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
         visible = in_band(
@@ -122,14 +129,15 @@ def attend_block(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def window_kernel(
-    q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, out_ptr, logsumexp_ptr,
+    q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, sink_logits_ptr, out_ptr, logsumexp_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Attend from one block of queries. Grid (blocks * B H).
 
-    Also stores the logsumexp of each query's scores, for the backward pass.
+    Also stores the logsumexp of each query's scores, for the backward pass. sink_logits_ptr (H): of
+    each head the logit that is in the softmax's denominator alone; None where there is none.
     """
     c, bh = chunk_and_head(blocks)
     b, h = bh // H, bh % H
@@ -150,7 +158,7 @@ def window_kernel(
         sink_v = load_rows(v_ptr, v_t, sink_t, T, d).to(DOT)
         sink_visible = (run == sink_run)[:, None] & sink_used[None, :]
         sink_products = tl.dot(q, tl.trans(sink_k), input_precision=PRECISION)
-        sink_scores = tl.where(sink_visible, sink_products * scale, NEGATIVE)
+        sink_scores = tl.where(sink_visible, bound(sink_products * scale, CAP), NEGATIVE)
         row_max = tl.max(sink_scores, 1)
         sink_weights = tl.where(sink_visible, tl.exp(sink_scores - row_max[:, None]), 0.0)
         total = tl.sum(sink_weights, 1)
@@ -160,13 +168,20 @@ def window_kernel(
         j = edge_block(step, first, interior, c)
         row_max, total, out = attend_block(
             q, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, row_max, total, out,
-            scale, T, window, sinks, True, SEGMENTED, PRECISION, DOT, L, D,
+            scale, T, window, sinks, True, SEGMENTED, PRECISION, DOT, L, D, CAP,
         )  # fmt: skip
     for j in range(interior, c):
         row_max, total, out = attend_block(
             q, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, row_max, total, out,
-            scale, T, window, sinks, False, SEGMENTED, PRECISION, DOT, L, D,
+            scale, T, window, sinks, False, SEGMENTED, PRECISION, DOT, L, D, CAP,
         )  # fmt: skip
+    if sink_logits_ptr is not None:
+        extra = tl.load(sink_logits_ptr + h).to(tl.float32)
+        new_max = tl.maximum(row_max, extra)
+        rescale = tl.exp(row_max - new_max)
+        total = total * rescale + tl.exp(extra - new_max)
+        out = out * rescale[:, None]
+        row_max = new_max
     # A token of the row sees itself, so its total is not 0; the tokens after the end see nothing.
     total = tl.where(t < T, total, 1.0)
     tile = out_ptr + bh * T * D + t[:, None].to(tl.int64) * D + d[None, :]
@@ -208,12 +223,14 @@ def query_grad_block(
     q, dout, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, logsumexp, mean_grad, dq,
     scale, T, window, sinks, MASKED: tl.constexpr, SEGMENTED: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     """Add to dq what comes from block j of keys."""
     s, d = j * L + tl.arange(0, L), tl.arange(0, D)
     k = load_rows(k_ptr, k_t, s, T, d).to(DOT)
     v = load_rows(v_ptr, v_t, s, T, d).to(DOT)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - logsumexp[:, None]
+    bounded = bound(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, CAP)
+    scores = bounded - logsumexp[:, None]
     if MASKED:
         run_s, start_s = load_documents(runs_ptr, starts_ptr, b, s, T, SEGMENTED)
         visible = in_band(
@@ -223,6 +240,7 @@ def query_grad_block(
         scores = tl.where(visible, scores, NEGATIVE)
     d_weights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     d_scores = tl.exp(scores) * (d_weights - mean_grad[:, None]) * scale
+    d_scores = through_bound(d_scores, bounded, CAP)
     return tl.dot(d_scores.to(DOT), k, dq, input_precision=PRECISION)
 
 
@@ -231,7 +249,7 @@ def query_grad_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr, dq_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of one block of queries. Grid (blocks * B H)."""
     c, bh = chunk_and_head(blocks)
@@ -253,22 +271,24 @@ def query_grad_kernel(
         sink_v = load_rows(v_ptr, v_t, sink_t, T, d).to(DOT)
         sink_visible = (run == sink_run)[:, None] & sink_used[None, :] & (t < T)[:, None]
         sink_products = tl.dot(q, tl.trans(sink_k), input_precision=PRECISION)
-        sink_scores = sink_products * scale - logsumexp[:, None]
+        sink_bounded = bound(sink_products * scale, CAP)
+        sink_scores = sink_bounded - logsumexp[:, None]
         sink_weights = tl.exp(tl.where(sink_visible, sink_scores, NEGATIVE))
         sink_d_weights = tl.dot(dout, tl.trans(sink_v), input_precision=PRECISION)
-        sink_d_scores = (sink_weights * (sink_d_weights - mean_grad[:, None]) * scale).to(DOT)
+        sink_d_scores = sink_weights * (sink_d_weights - mean_grad[:, None]) * scale
+        sink_d_scores = through_bound(sink_d_scores, sink_bounded, CAP).to(DOT)
         dq = tl.dot(sink_d_scores, sink_k, dq, input_precision=PRECISION)
     first, interior = band_of_block(starts_ptr, b, c, T, window, SEGMENTED, L)
     for step in range(0, interior - first + 1):
         j = edge_block(step, first, interior, c)
         dq = query_grad_block(
             q, dout, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, logsumexp,
-            mean_grad, dq, scale, T, window, sinks, True, SEGMENTED, PRECISION, DOT, L, D,
+            mean_grad, dq, scale, T, window, sinks, True, SEGMENTED, PRECISION, DOT, L, D, CAP,
         )  # fmt: skip
     for j in range(interior, c):
         dq = query_grad_block(
             q, dout, k_ptr, v_ptr, runs_ptr, starts_ptr, k_t, v_t, j, b, t, run, logsumexp,
-            mean_grad, dq, scale, T, window, sinks, False, SEGMENTED, PRECISION, DOT, L, D,
+            mean_grad, dq, scale, T, window, sinks, False, SEGMENTED, PRECISION, DOT, L, D, CAP,
         )  # fmt: skip
     tile = dq_ptr + bh * T * D + t[:, None].to(tl.int64) * D + d[None, :]
     tl.store(tile, dq.to(dq_ptr.dtype.element_ty), mask=(t < T)[:, None])
@@ -279,7 +299,7 @@ def key_value_grad_block(
     k, v, q_ptr, dout_ptr, runs_ptr, starts_ptr, logsumexp_ptr, mean_grad_ptr, q_b, q_h, q_t,
     c, b, h, H, s, run_s, start_s, dk, dv, scale, T, window, sinks,
     MASKED: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    Q: tl.constexpr, D: tl.constexpr,
+    Q: tl.constexpr, D: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what comes from queries c Q to c Q + Q - 1 of head h.
 
@@ -292,7 +312,8 @@ def key_value_grad_block(
     )
     run, _start = load_documents(runs_ptr, starts_ptr, b, t, T, SEGMENTED)
     # Keys are the rows of these tiles, as of dk and dv: no product is transposed.
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - logsumexp[None, :]
+    bounded = bound(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale, CAP)
+    scores = bounded - logsumexp[None, :]
     if MASKED:
         visible = in_band(
             t[None, :], s[:, None], run[None, :], run_s[:, None], start_s[:, None],
@@ -305,6 +326,7 @@ def key_value_grad_block(
     dv = tl.dot(weights.to(DOT), dout, dv, input_precision=PRECISION)
     d_weights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     d_scores = weights * (d_weights - mean_grad[None, :]) * scale
+    d_scores = through_bound(d_scores, bounded, CAP)
     dk = tl.dot(d_scores.to(DOT), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -315,7 +337,7 @@ def key_value_grad_kernel(
     dk_ptr, dv_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, Q: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one block of keys and values. Grid (blocks * B G).
 
@@ -344,14 +366,14 @@ def key_value_grad_kernel(
         dk, dv = key_value_grad_block(
             k, v, q_ptr, dout_ptr, runs_ptr, starts_ptr, logsumexp_ptr, mean_grad_ptr,
             q_b, q_h, q_t, c, b, h, H, s, run_s, start_s, dk, dv, scale, T, window, sinks,
-            True, SEGMENTED, PRECISION, DOT, Q, D,
+            True, SEGMENTED, PRECISION, DOT, Q, D, CAP,
         )  # fmt: skip
     for step in range(inner * R):
         h, c = (bg % G) * R + step // inner, diagonal + step % inner
         dk, dv = key_value_grad_block(
             k, v, q_ptr, dout_ptr, runs_ptr, starts_ptr, logsumexp_ptr, mean_grad_ptr,
             q_b, q_h, q_t, c, b, h, H, s, run_s, start_s, dk, dv, scale, T, window, sinks,
-            False, SEGMENTED, PRECISION, DOT, Q, D,
+            False, SEGMENTED, PRECISION, DOT, Q, D, CAP,
         )  # fmt: skip
     tile = bg * T * D + s[:, None].to(tl.int64) * D + d[None, :]
     tl.store(dk_ptr + tile, dk.to(dk_ptr.dtype.element_ty), mask=(s < T)[:, None])

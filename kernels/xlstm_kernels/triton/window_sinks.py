@@ -12,7 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import LENGTHS, chunk_and_head, load_rows
+from xlstm_kernels.triton.common import (
+    LENGTHS,
+    bound,
+    chunk_and_head,
+    load_rows,
+    through_bound,
+)
 from xlstm_kernels.triton.window_kernels import (
     NEGATIVE,
     first_block,
@@ -28,7 +34,7 @@ def sink_part_kernel(
     sink_dk_ptr, sink_dv_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
-    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Compute what one block of queries gives to the gradients of the sinks before its band.
 
@@ -51,10 +57,12 @@ def sink_part_kernel(
     sink_k = load_rows(k_ptr, k_t, sink_t, T, d).to(DOT)
     sink_v = load_rows(v_ptr, v_t, sink_t, T, d).to(DOT)
     visible = sink_used[:, None] & (run == sink_run)[None, :] & (t < T)[None, :]
-    scores = tl.dot(sink_k, tl.trans(q), input_precision=PRECISION) * scale - logsumexp[None, :]
+    bounded = bound(tl.dot(sink_k, tl.trans(q), input_precision=PRECISION) * scale, CAP)
+    scores = bounded - logsumexp[None, :]
     weights = tl.exp(tl.where(visible, scores, NEGATIVE))
     d_weights = tl.dot(sink_v, tl.trans(dout), input_precision=PRECISION)
     d_scores = weights * (d_weights - mean_grad[None, :]) * scale
+    d_scores = through_bound(d_scores, bounded, CAP)
     sink = tl.arange(0, S)
     part = ((bh * blocks + c) * sinks + sink)[:, None] * D + d[None, :]
     kept = (sink < sinks)[:, None]

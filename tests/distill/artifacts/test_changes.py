@@ -35,6 +35,23 @@ from xlstm_distill.artifacts.changes import changed_inputs, changed_settings, in
             {"recipe": ""},
             ["report.title a -> b"],
         ),
+        # A newer version of the program has another key for each of many tasks.
+        (
+            {"protocol": 2, "tasks": [{"name": "a", "shots": 1}, {"name": "b", "shots": 5}]},
+            {
+                "protocol": 3,
+                "tasks": [
+                    {"name": "a", "shots": 0, "stop": None},
+                    {"name": "b", "shots": 5, "stop": None},
+                ],
+            },
+            {"tasks": "evaluate.tasks"},
+            [
+                "protocol 2 -> 3",
+                "evaluate.tasks[0].shots 1 -> 0",
+                "evaluate.tasks[*].stop (not set) -> null (2 times)",
+            ],
+        ),
     ],
 )
 def test_settings(before, after, keys, expected):

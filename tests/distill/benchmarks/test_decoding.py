@@ -29,8 +29,8 @@ def test_the_models_take_turns_and_each_case_is_written_at_once(tmp_path, capsys
     pairs = zip(rounds["attention"], rounds["student"], strict=True)
     times = [a["prefill"]["wall"] / s["prefill"]["wall"] for a, s in pairs]
     assert first["prefill_speedup"]["wall"] == [sum(times) / 2, min(times), max(times)]
-    # 64 + 3 tokens, 2 key heads of 16 numbers, keys and values, in fp32.
-    assert first["attention"]["state_bytes"] == 67 * 2 * 16 * 2 * 4
+    # 64 + 4 tokens, 2 key heads of 16 numbers, keys and values, in fp32.
+    assert first["attention"]["state_bytes"] == 68 * 2 * 16 * 2 * 4
     assert second["failed"] == "out of memory"
     table = capsys.readouterr().out.splitlines()
     assert table[-2].startswith("| 64 | 1 |")

@@ -65,6 +65,30 @@ def test_another_protocol_is_refused_in_one_line(call: Any, tmp_path: Path, erro
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"results": {"sums": {"exact_match": 0.5, "exact_match_stderr": 0.1}}},
+            "small.json: sums has 'exact_match' without a filter, as lm-eval wrote it before "
+            "version 0.4. Evaluate with lm-eval 0.4.3 or later.",
+        ),
+        (
+            {"samples": None},
+            "sums: neither samples nor n-samples say how many items it has. "
+            "Evaluate with lm-eval 0.4.3 or later, and --log_samples.",
+        ),
+    ],
+)
+def test_results_of_old_versions_are_told_as_such(
+    call: Any, tmp_path: Path, error_of: Any, changes: dict[str, Any], message: str
+) -> None:
+    teacher = results_file(tmp_path / "teacher.json", "big", 38)
+    student = results_file(tmp_path / "small.json", "small", 20, **changes)
+    done = call("report", "--results", teacher, student, "--out", tmp_path / "out")
+    assert error_of(done, 2).endswith(message)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--results", "a.json"], "error: --results: give the teacher's results file, then"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -62,3 +65,29 @@ def test_damaged_headers_and_missing_files_are_said(places, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(RunError, match=r"index\.json: cannot be read"):
         SavedWeights(tmp_path)
+
+
+def test_an_index_and_files_that_do_not_fit_are_said(places, tmp_path):
+    """The library refuses such files; a merge that read them would write the like."""
+    folder = shutil.copytree(places(2)["a"], tmp_path / "a")
+    index = folder / "model.safetensors.index.json"
+    good = json.loads(index.read_text())["weight_map"]
+    first, second = sorted(set(good.values()))
+    for change, message in (
+        ({"ghost": first}, rf"index\.json: names ghost in {first}, which does not hold it"),
+        ({key: second for key, file in good.items() if file == first}, "which does not hold it"),
+        ({"steps": f"../b/{first}"}, r"index\.json: cannot be read"),
+        ({"steps": 1}, r"index\.json: cannot be read"),
+    ):
+        index.write_text(json.dumps({"weight_map": {**good, **change}}))
+        with pytest.raises(RunError, match=message):
+            SavedWeights(folder)
+    index.write_text(json.dumps({"weight_map": good}))
+    whole = (folder / first).read_bytes()
+    (folder / first).write_bytes(whole + b"more")
+    with pytest.raises(RunError, match=rf"{first}: 4 bytes follow the last tensor"):
+        SavedWeights(folder)
+    (folder / first).unlink()
+    (folder / first).mkdir()
+    with pytest.raises(RunError, match=rf"{first}: is no file"):
+        SavedWeights(folder)

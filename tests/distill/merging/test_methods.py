@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -117,6 +120,9 @@ def test_dare_keeps_each_number_with_its_probability_and_anew_for_each_name():
         both = (kept & other).double().mean()
         assert abs(both - 0.09) < 5 * (0.09 * 0.91 / 2**20) ** 0.5
     assert mask(0, "a", first, 1.0).all()
+    # These numbers are part of what a recipe means: they must stay from version to version.
+    packed = np.packbits(kept.numpy()).tobytes()
+    assert hashlib.sha256(packed).hexdigest()[:16] == "7c5271994928419f"
 
 
 def test_slerp_knows_the_angle_of_tensors_that_are_almost_parallel():
@@ -156,6 +162,39 @@ def test_every_tensor_of_every_expert_is_accounted_for(change, message, places, 
     plan = MergePlan("linear", {"a": 0.5, "b": 0.5})
     with pytest.raises(UserError, match=message):
         merged(plan, {**places(1), "b": tmp_path / "b"}, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("method", PLANS)
+def test_numbers_that_are_not_finite_are_named_by_every_method(
+    method, bad, places, students, tmp_path
+):
+    """A tensor of several blocks, of which the last number is spoiled: also where TIES trims it."""
+    from safetensors.torch import save_file
+
+    spoiled = dict(students["b"], **{"layer.big": students["b"]["layer.big"].clone()})
+    spoiled["layer.big"][-1] = bad
+    (tmp_path / "b").mkdir()
+    save_file(spoiled, tmp_path / "b" / "model.safetensors")
+    with pytest.raises(UserError, match=r"'b' holds numbers in layer\.big that are not finite"):
+        merged(PLANS[method], {**places(1), "b": tmp_path / "b"}, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (MergePlan("ties", WEIGHTS, density=0.0), r"merge\.density: 0\.0 is not above 0"),
+        (MergePlan("dare", WEIGHTS, density=1.5), r"merge\.density: 1\.5 is not above 0"),
+        (MergePlan("task_arithmetic", WEIGHTS, scale=float("inf")), r"merge\.scale: inf"),
+        (MergePlan("slerp", WEIGHTS), "slerp merges two experts, not 3"),
+        (MergePlan("linear", {"a": 0.5, "b": 0.6}), r"they sum to 1\.1, not 1"),
+        (MergePlan("linear", {"a": 1.5, "b": -0.5}), r"merge\.weights\.b: -0\.5"),
+        (MergePlan("linear", {"a": float("nan"), "b": 1.0}), r"merge\.weights\.a: nan"),
+    ],
+)
+def test_values_that_no_recipe_may_hold_are_refused(plan, message, places, tmp_path):
+    with pytest.raises(UserError, match=message):
+        merged(plan, places(1), tmp_path / "merged")
 
 
 def test_a_seed_student_with_other_tensors_is_refused(places, students, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from xlstm_distill import MixerConfig, convert
+from xlstm_distill.artifacts.manifest import FORMAT, facts_of_files
 from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.merging import streaming
 from xlstm_distill.merging.files import SavedWeights
@@ -169,6 +171,72 @@ def test_another_base_and_other_mistakes_are_refused(patches, places, students, 
     assert not (tmp_path / "huge").exists()
 
 
+def as_artifact(model, folder, identity, **inputs):
+    """Lay a saved model into an artifact with this identity, made from these inputs."""
+    shutil.copytree(model, folder / "model")
+    stage = "align" if folder.name == "align" else "distill"
+    files = facts_of_files(folder)
+    facts = {"format": FORMAT, "stage": stage, "fingerprint": identity, "identity": identity}
+    facts |= {"recipe": {}, "inputs": inputs, "wall_seconds": 1.0, "results": {}, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    return folder / "model"
+
+
+def test_an_expert_of_another_seed_student_has_no_patch(places, tmp_path):
+    base = as_artifact(places(2)["base"], tmp_path / "align", "one", teacher="t")
+    own = as_artifact(places(1)["a"], tmp_path / "own", "x", align="one")
+    other = as_artifact(places(1)["b"], tmp_path / "other", "y", align="two")
+    # A refined expert was trained from the aligned student by way of another expert.
+    refined = as_artifact(places(1)["c"], tmp_path / "refined", "z", **{"distill/own": "x"})
+    out = tmp_path / "p.safetensors"
+    with pytest.raises(
+        UserError, match=r"other/model: was trained from the aligned student two, a"
+    ):
+        make_patch(base, other, out, 0.1, "p")
+    assert not out.exists()
+    facts = make_patch(base, own, out, 0.1, "p")
+    assert (facts.seed, facts.doubt) == ("one", None)
+    for pair, doubt in (
+        ((base, places(1)["a"]), "the expert has no manifest"),
+        ((places(2)["base"], own), "the base has no manifest"),
+        ((base, refined), "the expert's manifest names no seed student"),
+    ):
+        facts = make_patch(*pair, out, 0.1, "p")
+        assert (facts.seed, facts.doubt) == (None, doubt)
+        assert Patch(out).facts == facts
+    # A changed file is found before it is compared with anything.
+    (file,) = own.glob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(RunError, match=r"model\.safetensors: its content changed"):
+        make_patch(base, own, tmp_path / "q.safetensors", 0.1, "q")
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_numbers_that_are_not_finite_are_named(students, places, tmp_path, rank):
+    spoiled = {key: tensor.clone() for key, tensor in students["a"].items()}
+    matrix = torch.randn(64, 64)
+    spoiled["layer.bf16"][4, 1] = float("nan")
+    spoiled["matrix"] = matrix.clone()
+    spoiled["matrix"][0, 0] = float("inf")
+    base = {**students["base"], "matrix": matrix}
+    for name, tensors in (("base", base), ("expert", spoiled)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    density = 0.1 if rank is None else None
+    with pytest.raises(UserError, match=r"expert: layer\.bf16 holds numbers that are not finite"):
+        make_patch(
+            tmp_path / "base",
+            tmp_path / "expert",
+            tmp_path / "p.safetensors",
+            density,
+            "p",
+            rank=rank,
+        )
+    assert not (tmp_path / "p.safetensors").exists()
+
+
 def test_a_damaged_patch_changes_no_model(patches, places, tmp_path):
     good, damaged = bytearray(patches["a"].read_bytes()), tmp_path / "a.safetensors"
     data = 8 + int.from_bytes(good[:8], "little")
@@ -237,6 +305,8 @@ def test_a_model_is_patched_while_it_is_loaded(tiny_teacher, tmp_path):
     made = call_cli("patch", "make", tmp_path / "align", tmp_path / "math", patch)
     assert made.returncode == 0, made.stderr
     assert "changes hold" in made.stdout
+    # Folders without manifests.
+    assert made.stderr.startswith("warning: nothing tells whether")
     shown = call_cli("patch", "show", patch, "--json")
     facts = json.loads(shown.stdout)
     assert (facts["name"], facts["density"]) == ("math", 0.05)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlstm_distill.merging.search import Score, Trial, best_of, on_simplex, search
+from xlstm_distill.merging.search import (
+    Score,
+    Trial,
+    best_of,
+    error_of_difference,
+    on_simplex,
+    search,
+)
 
 
 @given(st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=9))
@@ -38,6 +46,30 @@ def test_a_difference_within_the_noise_of_the_worst_task_does_not_count():
     assert best(uniform, lucky, bad) == 0
     # Of 5,000 items, the same difference is no luck.
     assert best(Score(1.0, -0.57, 0.005), Score(0.947, -0.47, 0.005)) == 1
+
+
+def scored(recovery, *right, task="hardest"):
+    """A merge with these answers (0 or 1) on its worst task, of which the teacher knows half."""
+    losses = tuple(1 - answer / 0.5 for answer in right)
+    tolerance = max(0.0, math.fsum(losses) / len(losses))
+    error = (statistics.pvariance(right) / len(right)) ** 0.5 / 0.5
+    return Score(tolerance, -recovery, error, task, losses)
+
+
+def test_answers_to_the_same_items_are_compared_in_pairs():
+    """Five items of a hundred that one merge alone solves are no luck, large as both errors are."""
+    better = scored(0.5, *[1] * 30, *[0] * 70)
+    worse = scored(0.6, *[1] * 25, *[0] * 75)
+    assert error_of_difference(better, worse) == pytest.approx(0.0438, rel=0.01)
+    # As if they were independent.
+    assert math.hypot(better.error, worse.error) == pytest.approx(0.126, rel=0.01)
+    assert best(worse, better) == 1
+    # Fewer right answers to other items: within the noise.
+    assert best(scored(0.6, *[0] * 20, *[1] * 26, *[0] * 54), better) == 0
+    # Other tasks have other items, and there is nothing to pair.
+    assert best(scored(0.6, *[1] * 25, *[0] * 75, task="another"), better) == 0
+    # A single item's difference is its own error, and decides nothing.
+    assert best(scored(0.6, *[1] * 7, *[0] * 42), scored(0.5, *[1] * 8, *[0] * 41)) == 0
 
 
 def test_of_equally_good_merges_the_first_is_the_best():

@@ -11,7 +11,12 @@ from torch import nn
 from xlstm_distill import MixerConfig, convert, load_cache, save_cache
 from xlstm_distill.errors import UserError
 from xlstm_distill.models.cache import Arrival
-from xlstm_distill.models.decoding.step import fold_gates, turns_halves
+from xlstm_distill.models.decoding.step import (
+    fold_gates,
+    gates_of_prompt,
+    rotate_prompt,
+    turns_halves,
+)
 from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.gates import GateMeter
 from xlstm_kernels import MLSTMState
@@ -64,6 +69,32 @@ def test_folded_gates_are_those_of_the_modules(family, folds, student):
 
 
 @torch.no_grad()
+def test_gates_of_a_prompt_come_from_one_product(student):
+    model = student()
+    mixer, layer = model.mixers()[0], model.new_cache().mixer_layers()[0]
+    x = torch.randn(2, 7, mixer.input_gate.in_features, generator=torch.Generator().manual_seed(2))
+    i, f, gate = gates_of_prompt(mixer, layer, x, torch.float32)
+    for found, expected in zip((i, f), mixer.scalar_gates(x), strict=True):
+        assert error_ratio(found, expected.double()) < 1e-6
+    assert error_ratio(gate, mixer.output_gate(*mixer.project(x)).double()) < 1e-6
+    # Who listens to the output gate hears it.
+    handle = mixer.output_gate.register_forward_hook(lambda *_: None)
+    assert gates_of_prompt(mixer, layer, x, torch.float32) is None
+    handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_is_rotated_to_the_same_bits(dtype):
+    rotary = FAMILIES["llama"].apply_rotary
+    draw = torch.Generator().manual_seed(4)
+    q, k = (torch.randn(2, h, 9, 16, generator=draw).to(dtype) for h in (4, 2))
+    angles = tuple(torch.randn(1, 9, 16, generator=draw).to(dtype) for _ in range(2))
+    arrival = Arrival(9, 0, torch.zeros(2, dtype=torch.int64), None)
+    found = rotate_prompt(q, k, angles, arrival)
+    assert all(map(torch.equal, found, rotary(q, k, *angles)))
+
+
+@torch.no_grad()
 def test_gates_that_are_no_plain_layers_are_not_folded(student):
     mixer = student().mixers()[0]
     mixer.v_proj = nn.Sequential(mixer.v_proj)  # as adapters wrap it
@@ -97,8 +128,9 @@ def test_weights_that_change_change_the_next_caches_steps(student):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_families_whose_positions_turn_halves(family):
-    turns_neighbours = family in ("cohere2", "glm4")
-    assert turns_halves(FAMILIES[family].apply_rotary, 16) == (not turns_neighbours)
+    # gpt-oss has the angles of half a head.
+    others = family in ("cohere2", "glm4", "gpt_oss")
+    assert turns_halves(FAMILIES[family].apply_rotary, 16) == (not others)
 
 
 @torch.no_grad()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from xlstm_distill import MixerConfig, convert
+from xlstm_distill import MixerConfig, compile_decoding, convert
+from xlstm_distill.errors import UserError
 
 HYBRID = MixerConfig(window=8, sinks=2)
 
@@ -48,3 +52,31 @@ def test_export_with_a_free_number_of_tokens(gradients, student):
     if gradients:
         with pytest.raises(NotImplementedError, match="an exported program has no gradients"):
             logits.sum().backward()
+
+
+@pytest.mark.slow
+def test_generate_decodes_in_one_graph_whatever_the_length(student):
+    torch.compiler.reset()
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompts = []
+    for tokens, padding in ((30, 7), (19, 2), (5, 0), (11, 0)):
+        mask = torch.ones(2, tokens, dtype=torch.long)
+        mask[0, :padding] = 0
+        prompts.append({"inputs": ids(2, tokens), "attention_mask": mask} | settings)
+    expected = [student.generate(**prompt) for prompt in prompts]
+    counter = CompileCounter()
+    compile_decoding(student, backend=counter)
+    # Positions are given with padding alone, so that rows without it are another graph.
+    for prompt, answer, graphs in zip(prompts, expected, (1, 1, 2, 2), strict=True):
+        assert torch.equal(student.generate(**prompt), answer)
+        assert counter.frame_count == graphs
+    # Training is none of its business.
+    rows = ids()
+    student.train()(rows, labels=rows).loss.backward()
+    assert counter.frame_count == 2
+
+
+def test_a_cpu_without_a_compiler_is_named(student, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match=r"torch\.compile needs a C\+\+ compiler"):
+        compile_decoding(student)

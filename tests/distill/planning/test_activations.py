@@ -26,7 +26,7 @@ from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.stages.workbench import architecture_of
 from xlstm_distill.training.objectives import AlignObjective
 from xlstm_kernels.testing import allocated_peak
-from xlstm_kernels.torch import window
+from xlstm_kernels.torch import bounded, window
 
 MIXERS = {
     "softmax": MixerConfig(window=40, sinks=4),
@@ -65,7 +65,8 @@ def test_saved_activations_of_stage_two(
 ) -> None:
     measured = []
     for layers in (1, 2):
-        teacher = tiny_teacher(family, num_hidden_layers=layers)
+        # Bounded logits would be kept, and the loss makes none.
+        teacher = tiny_teacher(family, num_hidden_layers=layers, final_logit_softcapping=None)
         student = convert(teacher.bfloat16() if precision == "bf16" else teacher, mixer).train()
         batch = small_batch(ROWS, TOKENS)
         inputs = {
@@ -102,8 +103,9 @@ def test_saved_activations_where_attention_is_kept(
 
 OTHER_MLPS = [
     "qwen2_moe",
+    "gpt_oss",
     *(pytest.param(f, marks=pytest.mark.slow) for f in ("mixtral", "starcoder2", "apertus")),
-    *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3_moe", "gemma3_text")),
+    *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3_moe", "gemma2", "gemma3_text")),
 ]
 
 
@@ -164,9 +166,29 @@ def test_work_of_the_windows_gradient_on_a_gpu(
     assert window_work(a, mixer, replace(forward, device="cpu")) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_work_of_the_gradient_of_a_softmax_of_a_familys_own(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    H, G, D, T, sinks, W = 8, 2, 32, 1024, 4, 192
+    for module in (bounded, activations):
+        monkeypatch.setattr(module, "QUERIES_MAX", 128)
+    q, k, v, out, dout = (torch.randn(1, n, T, D).to(dtype) for n in (H, G, G, H, H))
+    given = (None, torch.zeros(H), out, torch.zeros(1, H, T), W, sinks, 1.0, 2.0)
+    a = replace(facts("llama-3.1-8b"), heads=H, groups=G, head_dim=D, own_softmax=True)
+    mixer = MixerConfig(window=W, sinks=sinks)
+    for device in ("cpu", "cuda"):
+        precision: Any = "fp32" if dtype == torch.float32 else "bf16"
+        forward = Pass(1, T, precision, "torch", device)
+        found = allocated_peak(lambda: bounded.backward(dout, q, k, v, *given))
+        assert window_work(a, mixer, forward) == pytest.approx(found, rel=0.1)
+
+
 def test_blocks_and_scores_are_those_of_the_window() -> None:
     limits = ("BLOCK_MIN", "BLOCK_MAX", "SCORES_AT_ONCE")
     assert [getattr(activations, n) for n in limits] == [getattr(window, n) for n in limits]
+    limits = ("QUERIES_MAX", "SCORES_MAX")
+    assert [getattr(activations, n) for n in limits] == [getattr(bounded, n) for n in limits]
 
 
 def test_a_layer_in_plain_torch_needs_the_windows_scores_beside_what_it_saved(facts: Facts) -> None:

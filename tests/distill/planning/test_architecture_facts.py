@@ -125,6 +125,17 @@ MODELS = {
         },
         (14.32, 2.69),
     ),
+    "gemma-2-9b": (
+        ("gemma2", 3584, 14336, 42, 16, 8, 256000),
+        {"head_dim": 256, "sliding_window": 4096},
+        (9.24, 9.24),
+    ),
+    # Its card counts 3.61 in use, without the 0.58 of the embedding.
+    "gpt-oss-20b": (
+        ("gpt_oss", 2880, 2880, 24, 64, 8, 201088),
+        {"head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4},
+        (20.91, 4.19),
+    ),
     "qwen3-30b-a3b": (
         ("qwen3_moe", 2048, 6144, 48, 32, 4, 151936),
         {

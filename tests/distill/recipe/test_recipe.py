@@ -282,6 +282,20 @@ def test_the_suite_of_a_folder_is_every_task_in_it(root: Path) -> None:
             "evaluate.tasks[0].generation.top_p: 1.5 must be at most 1.0.",
         ),
         (
+            ["evaluate.tasks=[{name: a, generation: {top_p: 0.9}}]"],
+            "evaluate.tasks[0].generation.top_p: has no effect on greedy answers; give a "
+            "temperature above 0 beside it, or leave it out.",
+        ),
+        (
+            ["evaluate.tasks=[{name: a, generation: {temperature: 0, min_p: 0.1}}]"],
+            "evaluate.tasks[0].generation.min_p: has no effect on greedy answers; give a "
+            "temperature above 0 beside it, or leave it out.",
+        ),
+        (
+            ["evaluate.tasks=[{name: mt_bench, generation: {temperature: 1}}]"],
+            "evaluate.tasks[0].generation: MT-Bench has settings of its own; leave it out.",
+        ),
+        (
             ["evaluate.tasks=[{name: a, generation: {max_tokens: 5}}]"],
             "evaluate.tasks[0].generation.max_tokens: unknown key. Allowed: min_p, "
             "repetition_penalty, temperature, top_k, top_p.",
@@ -437,6 +451,8 @@ def test_weights_may_be_any_numbers_or_must_sum_to_what_is_said(small: Path) -> 
         ("evaluate.experts=1", "evaluate.experts: 1 is a whole number; give true or false."),
         ("name=5", "name: 5 is a whole number; give text."),
         ("name=a/b", "name: 'a/b' cannot name a folder; use letters, digits, '.', '_' and '-'."),
+        ("name=a.kept-01",
+         "name: 'a.kept-01' holds '.kept-', as names of replaced artifacts do."),
         ("align.lr=.nan", "align.lr: nan is not a finite number. Give one."),
         ("align.lr=-1", "align.lr: -1 must be greater than 0.0."),
         ("capture.top_k=257", "capture.top_k: 257 must be at most 256."),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from judge_server import judge_server
 
-from xlstm_distill.artifacts import Run
+from xlstm_distill.artifacts import Artifact, Run
 from xlstm_distill.data.packing import PackedRow
 from xlstm_distill.data.rows import load_batch
 from xlstm_distill.errors import RunError, UserError
@@ -24,6 +26,7 @@ from xlstm_distill.stages.workbench import Bar
 from xlstm_eval.answering.coordinator import Tally
 from xlstm_eval.answering.decoding import Prompts, generate_rows
 from xlstm_eval.answering.scoring import Pair, score_pairs
+from xlstm_eval.protocol import flat
 from xlstm_eval.records import EvalError
 
 
@@ -222,6 +225,53 @@ def test_missing_evaluations_are_named_in_one_line(root: Path, tmp_path: Path) -
     with pytest.raises(RunError) as caught:
         evaluate.find_evaluations(lineage, run)
     assert "evaluations of teacher, merged, math, stem, chat are not there yet" in str(caught.value)
+
+
+def test_another_judge_makes_no_answer_anew(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge is added, then changed; a run that had the last one from the start gives the same."""
+    asks = '{"turns": ["1 + 2", "3 + 4"]}\n{"turns": ["5 + 6", "7 + 8"]}\n'
+    (tmp_path / "questions.jsonl").write_text(asks)
+    loads: list[object] = []
+    load = evaluate.load_teacher
+    monkeypatch.setattr(
+        evaluate, "load_teacher", lambda *given: loads.append(given) or load(*given)
+    )
+
+    def evaluated(folder: str, judge: str | None, endpoint: str) -> Artifact:
+        named = {"endpoint": endpoint, "model": judge, "questions": f"{tmp_path}/questions.jsonl"}
+        sets = [
+            "evaluate.tasks=[{name: mt_bench, max_gen_tokens: 3}, {name: qs_math_add}]",
+            f"evaluate.judge={json.dumps(named if judge else None)}",
+            "evaluate.limit=2",
+            "evaluate.speed.seconds=0",
+        ]
+        recipe = load_recipe(root / "recipes" / "quickstart.yaml", sets)
+        run = Run.open(tmp_path / folder, recipe)
+        return evaluate.evaluate(Lineage(recipe), run, QuietConsole(), "teacher")[0]
+
+    scores = {"j": "Score: 4", "k": "Score: 7"}
+    with judge_server(lambda body: scores[body["model"]]) as (endpoint, asked):
+        plain = evaluated("run", None, endpoint)
+        before = (plain.path / "samples" / "qs_math_add.jsonl").read_bytes()
+        added = evaluated("run", "j", endpoint)
+        # One word, and two turns of two questions. Their answers alone were made.
+        assert (len(asked), len(loads)) == (5, 2)
+        changed = evaluated("run", "k", endpoint)
+        assert (len(asked), len(loads)) == (10, 2)
+        fresh = evaluated("other", "k", endpoint)
+        assert (len(asked), len(loads)) == (15, 3)
+    assert changed.read_json("results.json")[0]["score"] == 7.0
+    assert (changed.path / "samples" / "qs_math_add.jsonl").read_bytes() == before
+    for name in ("results.json", "items.json", "samples/mt_bench.jsonl"):
+        assert (changed.path / name).read_bytes() == (fresh.path / name).read_bytes()
+    found, wanted = changed.manifest["results"], fresh.manifest["results"]
+    for key in ("requests_hash", "settings_hash", "warnings", "mean_score"):
+        assert found[key] == wanted[key]
+    assert flat(found["protocol"]) == flat(wanted["protocol"])
+    assert found["protocol"]["tokens"] == wanted["protocol"]["tokens"]
+    assert changed.manifest["wall_seconds"] >= added.manifest["wall_seconds"]
 
 
 def test_a_bar_counts_what_this_run_answers_and_not_what_it_found() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def test_silence_means_stopped(run):
     assert stage.state == "stopped"
     assert stage.seconds_left is None
     text = CliRunner().invoke(app, ["status", str(run)]).output
-    assert "stopped 10:00 ago at checkpoint 3" in text
+    # Importing what `status` needs may take seconds.
+    assert re.search(r"stopped 10:\d\d ago at checkpoint 3", text)
     assert "4 of 10" in text
 
 

@@ -12,7 +12,7 @@ from xlstm_distill.training.objectives import AlignObjective, TeacherObserver
 from xlstm_kernels.testing import error_ratio
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo3", "gemma2", "gpt_oss"])
 def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domains):
     teacher = tiny_teacher(family)
     batch = load_batch(domains, [("a", 4), ("b", 5)])
@@ -24,7 +24,50 @@ def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domain
         assert error_ratio(mixed[batch.real], seen.heads[batch.real].double()) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["phi3", "qwen2", "olmo3", "cohere2", "gemma3_text"])
+OWN_SOFTMAX = {
+    # Scores are about as large as the bound.
+    "gemma2": {"attn_logit_softcapping": 1.0, "sliding_window": 8},
+    "gpt_oss": {"sliding_window": 8},
+}
+
+
+@pytest.mark.parametrize("family", OWN_SOFTMAX)
+def test_a_teacher_with_a_softmax_of_its_own_attends_as_transformers_has_it(
+    family, tiny_teacher, domains
+):
+    """Targets of both stages: the observed heads are the eager attention's, document by document.
+
+    transformers itself lets documents of a row see each other in gpt-oss.
+    """
+    teacher = tiny_teacher(family, **OWN_SOFTMAX[family])
+    with torch.no_grad():
+        for layer in teacher.model.layers if family == "gpt_oss" else ():
+            layer.self_attn.sinks.normal_(mean=2.0)  # as large a part as the tokens
+    batch = load_batch(domains, [("a", 4), ("b", 5)])
+    packed = torch.stack([layer.heads for layer in TeacherObserver(teacher)(batch)])
+    assert teacher.config._attn_implementation == "eager"
+    alone = torch.zeros_like(packed)
+    seen = []
+    handles = [
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+        for layer in teacher.model.layers
+    ]
+    for row, ids in enumerate(batch.segment_ids):
+        for document in ids[batch.real[row]].unique():
+            where = (ids == document) & batch.real[row]
+            seen.clear()
+            with torch.no_grad():
+                teacher(batch.input_ids[row, where][None])
+            alone[:, row, where] = torch.stack(seen)
+    for handle in handles:
+        handle.remove()
+    assert len(batch.segment_ids.unique()) > 1
+    assert error_ratio(packed[:, batch.real], alone[:, batch.real].double()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "family", ["phi3", "qwen2", "olmo3", "cohere2", "gemma2", "gemma3_text", "gpt_oss"]
+)
 def test_stage_one_gives_all_new_parameters_of_a_family_a_gradient(family, tiny_teacher, domains):
     teacher = tiny_teacher(family)
     student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=True)

@@ -63,13 +63,23 @@ def test_a_mean_of_noisy_ratios_is_not_shifted() -> None:
     assert alone == bootstrap.percentile_interval(rates[:, 0])
 
 
-def test_recovery_is_never_below_zero() -> None:
-    """Two real items: drawn means of the teacher come near 0, on both sides of it."""
-    few = {"teacher_items": [1.0, 3.0], "student_items": [2.0, 1.0]}
+def recoveries(few: dict[str, list[float]]) -> list[tuple[float, float] | None]:
+    """Return the intervals of a recovery, and of the mean of two such."""
     pairs = [TaskPair.model_validate({"task": task} | few) for task in ("a", "b")]
     found = measure(compare("s", pairs)).statistics
     assert found is not None
-    for interval in (found.mean_recovery, found.tasks["a"].recovery_interval):
+    return [found.mean_recovery, found.tasks["a"].recovery_interval]
+
+
+def test_recovery_is_never_below_zero() -> None:
+    """Of two real items, the student's mean is drawn below 0."""
+    for interval in recoveries({"teacher_items": [20.0, 21.0], "student_items": [20.0, 1.0]}):
         assert interval is not None
         assert interval[0] == 0
-        assert interval[1] > 0.75
+        assert 0.5 < interval[1] < 20
+
+
+def test_a_recovery_without_any_bound_has_no_interval() -> None:
+    """The teacher's mean may be 0: its ratio may be anything."""
+    few = {"teacher_items": [1.5, 2.5, -0.5], "student_items": [1.0, 2.0, 0.0]}
+    assert recoveries(few) == [None, None]

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from coverage_bound import least_coverage_of_equals
 from interval_coverage import COLUMNS, estimate, paired_items, scenarios, simulate
 from scipy import stats
 
@@ -15,13 +16,18 @@ from xlstm_eval.statistics.paired import PairedItems
 CASES = {case.name: case for case in scenarios()}
 
 
-def not_rejected(below: np.ndarray, needed: int) -> bool:
-    """Tell, set by set, whether ``needed`` tasks may lose as much as ``below`` says they do not."""
-    reach = stats.norm.cdf(2)
+def not_rejected(below: np.ndarray, needed: int, errors: float = 2.0) -> bool:
+    """Tell, set by set, whether ``needed`` tasks may lose as much as ``below`` says they do not.
+
+    ``errors`` is from how many standard errors on a task has no say.
+    """
+    reach = stats.norm.cdf(errors)
     for chosen in itertools.combinations(below, needed):
         p_values = stats.norm.sf(chosen)
         inside = p_values[p_values <= reach] / reach
-        if not len(inside) or stats.combine_pvalues(inside, "fisher").pvalue > 0.025:
+        # A rank that stands alone may err at both ends, one among several at one end only.
+        level = 0.025 if len(inside) == 1 else 0.05
+        if not len(inside) or stats.combine_pvalues(inside, "fisher").pvalue > level:
             return True
     return False
 
@@ -35,17 +41,23 @@ def test_the_ends_are_where_the_test_of_all_sets_of_tasks_changes_its_mind(seed:
     normal = stats.norm.ppf((np.arange(4000) + 0.5) / 4000)
     low, high = ranks.ranked_intervals(losses, losses + normal[:, None] * errors)
     for rank in range(1, 6):
-        for shift, expected in ((-0.0005, True), (0.0005, False)):
-            below = (high[rank - 1] + shift - losses) / errors
-            assert not_rejected(below, 6 - rank) is expected
-            above = (losses - low[rank - 1] + shift) / errors
-            assert not_rejected(above, rank) is expected
+        # An end must not contradict that of the next rank, whose level may be another.
+        lower, upper = range(1, rank + 1), range(rank, 6)
+        below, above = (high[rank - 1] - losses) / errors, (losses - low[rank - 1]) / errors
+        step = 0.0005 / errors
+        assert not any(not_rejected(below + step, 6 - other) for other in lower)
+        assert not any(not_rejected(above + step, other) for other in upper)
+        # The end may be where a task comes within reach.
+        reaches = (2.0, 2.0 + step.max())
+        assert any(not_rejected(below - step, 6 - other, r) for other in lower for r in reaches)
+        assert any(not_rejected(above - step, other, r) for other in upper for r in reaches)
 
 
 def test_a_single_task_has_nearly_the_interval_of_its_own_draws() -> None:
     items = paired_items([150, 20, 5, 25])
     draws = bootstrap.draw_losses(items, np.random.default_rng(0))
     low, high = ranks.ranked_intervals(np.array([15 / 170]), draws[:, None])
+    draws += 15 / 170 - np.median(draws)
     # A task more than two errors away would have no say, which takes a little of the level.
     assert (low[0], high[0]) == pytest.approx(np.percentile(draws, (2.44, 97.56)), abs=5e-4)
 
@@ -146,13 +158,34 @@ def test_two_hundred_tasks_take_a_second_and_not_all_memory() -> None:
     assert (losses <= high).all()
 
 
-# The binomial error of 150 evaluations is 1.8 points. docs/metric.md has a table of more.
+RANKS, SMOOTH = COLUMNS[:4], ("recovery", "mean recovery", "kept")
+
+
+# docs/metric.md has a table of all cases.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["15 tasks, losses of 0 to 30 %", "15 tasks, all lose 3 %"])
-def test_intervals_cover_the_truth(name: str) -> None:
-    found, _ = simulate(CASES[name], 150, draws=400)
-    shares = dict(zip(COLUMNS, found, strict=True))
-    # The intervals of ranks hold at least as often as they say.
-    assert min(shares.values()) >= 0.91
-    for smooth in ("recovery", "mean recovery", "kept"):
-        assert shares[smooth] <= 0.995
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [
+        # Where these can be exact, they are: one end errs, and the other as good as never.
+        ("15 tasks, all lose 3 %", ["worst drop"]),
+        ("7 lose 2 %, 8 lose 14 %", ["α*"]),
+        ("7 lose 0 %, 8 lose 40 %, 30 items", []),
+        ("22 tasks of 200 items, losses of 0 to 12 %", []),
+    ],
+)
+def test_intervals_cover_the_truth_in_93_to_97_percent(name: str, exact: list[str]) -> None:
+    repetitions = 200
+    found, _ = simulate(CASES[name], repetitions, draws=400)
+    held = {key: round(share * repetitions) for key, share in zip(COLUMNS, found, strict=True)}
+    for key in (*RANKS, *SMOOTH):
+        assert stats.binom.cdf(held[key], repetitions, 0.93) > 0.001, key
+    for key in (*exact, *SMOOTH):
+        assert stats.binom.sf(held[key] - 1, repetitions, 0.97) > 0.001, key
+
+
+def test_equal_losses_are_covered_too_often_where_two_groups_are_covered_at_all() -> None:
+    """Why intervals of alpha* hold in more than 97 % where all tasks lose the same."""
+    # It holds for intervals that know how far apart the groups would be; none knows that.
+    assert least_coverage_of_equals(15, distance=1.0, held=0.93, draws=4000) > 0.975
+    # Groups that no noise joins cost nothing.
+    assert least_coverage_of_equals(15, distance=3.0, held=0.93, draws=4000) < 0.96

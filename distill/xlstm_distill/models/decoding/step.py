@@ -164,9 +164,12 @@ def _step(
         h = mlstm_step(phi_q, phi_k, v, i, f, memory, **settings)
     else:
         ring = layer.ring_for(k, v, arrival.before)
-        slots = arrival.slots(ring, mixer.sinks)
+        slots = arrival.slots(ring, mixer.sink_tokens)
         ring = ring._replace(lengths=slots.before)  # on the ring's device
-        settings |= {"sinks": mixer.sinks, "scale": mixer.scale, "slots": slots}
+        settings |= {"sinks": mixer.sink_tokens, "scale": mixer.scale, "slots": slots}
+        if mixer.family.own_softmax:
+            settings["softcap"] = mixer.softcap
+            settings["sink_logits"] = mixer.sink_logits(mixer.kept.queries)
         if memory is None:
             h = window_step(q, k, v, ring, **settings)
         else:
@@ -188,14 +191,37 @@ def _rotate(
         q, k = mixer.apply_rotary(q, k, cos, sin)
         # Under autocast, projections are bf16 and rotary positions fp32.
         return (q, k) if q.dtype == dtype else (q.to(dtype), k.to(dtype))
-    # Layers may have frequencies of their own, and each kind has its own tensors.
-    if arrival.rotation is None or arrival.rotation[0] is not sin:
-        arrival.rotation = (sin, cos.unsqueeze(1), _signed(sin).unsqueeze(1))
-    _, cos, sin = arrival.rotation
+    cos, sin = _angles(position_embeddings, arrival)
     heads = q.shape[1]
     turned = _turn_halves(torch.cat([q, k], dim=1), cos, sin)
     turned = turned if turned.dtype == dtype else turned.to(dtype)
     return turned[:, :heads], turned[:, heads:]
+
+
+def rotate_prompt(
+    q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor], arrival: Arrival
+) -> tuple[Tensor, Tensor]:
+    """Apply rotary positions that turn halves to q (B, H, T, D) and k (B, G, T, D).
+
+    The same numbers as the family's own function, in fewer passes over memory. Not differentiable.
+    """
+    cos, sin = _angles(position_embeddings, arrival)
+    found = []
+    for x in (q, k):
+        turned = x.roll(x.shape[-1] // 2, -1)
+        # In place, unless the angles are in a wider dtype.
+        turned = turned.mul_(sin).add_(x * cos) if x.dtype == sin.dtype else turned * sin + x * cos
+        found.append(turned)
+    return found[0], found[1]
+
+
+def _angles(position_embeddings: tuple[Tensor, Tensor], arrival: Arrival) -> tuple[Tensor, Tensor]:
+    """Return cosines and signed sines for `_turn_halves`, (B, 1, T, D); layers share them."""
+    cos, sin = position_embeddings
+    # Layers may have frequencies of their own, and each kind has its own tensors.
+    if arrival.rotation is None or arrival.rotation[0] is not sin:
+        arrival.rotation = (sin, cos.unsqueeze(1), _signed(sin).unsqueeze(1))
+    return arrival.rotation[1:]
 
 
 def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -223,7 +249,10 @@ def turns_halves(apply_rotary: Rotary, dim: int) -> bool:
     cos, sin = (torch.randn(1, 1, dim, **settings) for _ in range(2))
     for dtype in (torch.float32, torch.bfloat16):
         given = [x.to(dtype) for x in (q, k, cos, sin)]
-        found = apply_rotary(*given)
+        try:
+            found = apply_rotary(*given)
+        except RuntimeError:  # gpt-oss gives the angles of half a head
+            return False
         signed = _signed(given[3]).unsqueeze(1)
         for x, theirs in zip(given[:2], found, strict=True):
             if not torch.equal(_turn_halves(x, given[2].unsqueeze(1), signed), theirs):
@@ -238,18 +267,46 @@ def _gates(
 
     The output gate is None where the mixer has the mLSTM alone.
     """
+    made = _folded_gates(mixer, layer, x)
+    if made is None:
+        i, f = mixer.input_gate(x).squeeze(1).float(), mixer.forget_gate(x).squeeze(1).float()
+    else:
+        i, f, *rest = made.view(len(x), -1, len(mixer.kept.mixed)).unbind(1)
+        if rest:
+            gate = rest[0].sigmoid()
+            return i, f, gate if gate.dtype == v.dtype else gate.to(v.dtype)
+    return i, f, mixer.output_gate(q, k, v)[:, :, 0, 0] if mixer.has_window else None
+
+
+def gates_of_prompt(
+    mixer: Any, layer: MixerCacheLayer, x: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the gates of x (B, T, d) as steps make them, from one product; None if they cannot.
+
+    Preactivations of input and forget gate (B, H, T) in fp32, and the output gate (B, H, T, 1).
+    """
+    made = _folded_gates(mixer, layer, x)
+    if made is None:
+        return None
+    i, f, *rest = made.unflatten(-1, (-1, len(mixer.kept.mixed))).permute(2, 0, 3, 1)
+    return (i, f, rest[0].sigmoid().to(dtype).unsqueeze(-1)) if rest else None
+
+
+def _folded_gates(mixer: Any, layer: MixerCacheLayer, x: Tensor) -> Tensor | None:
+    """Return what all gates of x (B, T, d) are made of, (B, T, K H) in fp32.
+
+    None where a mixer's gates are not linear in x; without the output gate where that is not, or
+    where somebody listens to it (`GateMeter`).
+    """
     if layer.folded is None:
         # A tuple, so that what cannot be folded is not tried again.
         layer.folded = (fold_gates(mixer),)
     (folded,) = layer.folded
     if folded is None:
-        i, f = mixer.input_gate(x).squeeze(1).float(), mixer.forget_gate(x).squeeze(1).float()
-    else:
-        x = x if x.dtype == folded.weight.dtype else x.to(folded.weight.dtype)
-        made = F.linear(x, folded.weight, folded.bias).view(len(x), -1, len(mixer.kept.mixed))
-        i, f, *rest = (made if made.dtype == torch.float32 else made.float()).unbind(1)
-        # Someone who listens to the gate (`GateMeter`) must hear it.
-        if rest and not mixer.output_gate._forward_hooks:
-            gate = rest[0].sigmoid()
-            return i, f, gate if gate.dtype == v.dtype else gate.to(v.dtype)
-    return i, f, mixer.output_gate(q, k, v)[:, :, 0, 0] if mixer.has_window else None
+        return None
+    weight, bias, output = folded
+    if output and mixer.output_gate._forward_hooks:
+        heads = 2 * len(mixer.kept.mixed)
+        weight, bias = weight[:heads], bias[:heads]
+    made = F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight, bias)
+    return made if made.dtype == torch.float32 else made.float()

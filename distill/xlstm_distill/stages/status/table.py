@@ -13,6 +13,9 @@ from xlstm_distill.stages.status.records import ROW_FIGURES, StageStatus
 if TYPE_CHECKING:
     from rich.table import Table
 
+AGAIN = "outdated: 'xlstm-distill run' makes these again, and keeps the earlier ones"
+"""What follows from an outdated artifact; `why` says what changed."""
+
 
 def to_json(
     stages: list[StageStatus], kept: Sequence[Any] = (), jobs: Sequence[Mapping[str, Any]] = ()

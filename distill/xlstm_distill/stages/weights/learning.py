@@ -8,6 +8,7 @@ softmax. The idea is that of Expert Merging (arXiv 2509.25712).
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -172,6 +173,7 @@ class _Learner:
     def _keep(self) -> None:
         state = self.optimizer.state[self.logits]
         content = {
+            "made_from": self.material.made_from,
             "logits": self.logits.tolist(),
             "exp_avg": state["exp_avg"].tolist(),
             "exp_avg_sq": state["exp_avg_sq"].tolist(),
@@ -186,18 +188,32 @@ class _Learner:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             return
-        content = json.loads(path.read_text())
-        self.log = [Losses(**losses) for losses in content["log"]]
-        with torch.no_grad():
-            self.logits.copy_(torch.tensor(content["logits"]))
-        moments = {
+        try:
+            content = json.loads(path.read_text())
+            if content["made_from"] != self.material.made_from:
+                raise ValueError("of other settings")
+            self._take(content)
+        except (ValueError, KeyError, TypeError):
+            aside = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.old")
+            path.rename(aside)
+            self.console.line(
+                f"{self.material.label}: {path} is damaged, or was made from other settings; the "
+                f"training begins anew, and the file is laid aside as {aside.name}"
+            )
+
+    def _take(self, content: Mapping[str, Any]) -> None:
+        """Take a state over; all of it is read before anything changes."""
+        log = [Losses(**losses) for losses in content["log"]]
+        found = {
             name: torch.tensor(content[name], device=self.device)
-            for name in ("exp_avg", "exp_avg_sq")
+            for name in ("logits", "exp_avg", "exp_avg_sq")
         }
-        self.optimizer.state[self.logits] = {
-            "step": torch.tensor(float(len(self.log))),
-            **moments,
-        }
+        if any(tensor.shape != self.logits.shape for tensor in found.values()):
+            raise ValueError("of another shape")
+        with torch.no_grad():
+            self.logits.copy_(found.pop("logits"))
+        self.optimizer.state[self.logits] = {"step": torch.tensor(float(len(log))), **found}
+        self.log = log
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ class Material:
         write_text(self.work / PROGRESS, json.dumps(facts) + "\n")
 
     @property
+    def made_from(self) -> str:
+        """Fingerprint of all that the search depends on: settings, experts, teacher, tasks."""
+        return self.lineage.request(self.label).fingerprint
+
+    @property
     def layers(self) -> int:
         """Layers of the student."""
         return count_layers(next(iter(self.sources.experts.values())).entries)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import os
+import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from xlstm_distill.artifacts import Draft
+from xlstm_distill.artifacts.files import write_text
 from xlstm_distill.merging.groups import GroupedWeights, check_groups
 from xlstm_distill.merging.merge import LoadedWeights, Sources, merge_files, plan_for
 from xlstm_distill.merging.search import Score, Trial, Weights, best_of, search
@@ -25,8 +26,11 @@ from xlstm_distill.stages.weights.material import Material
 from xlstm_distill.stages.weights.validation import Validator, judge
 from xlstm_distill.stages.workbench import load_student
 from xlstm_distill.training.accelerator import make_accelerator
+from xlstm_eval.records import TaskResult
 
 JOURNAL, TRIALS = "trials.jsonl", "trials.json"
+VERSION = 2
+"""Of the journal. 2: with the scores of items, and a line of what it is made from."""
 TEACHER = "teacher"
 
 
@@ -59,7 +63,7 @@ def tune(
             progress.update(1, worst_drop=lead.worst_tolerance, recovery=-lead.negative_recovery)
     best = best_of(trials)
     if is_main_process():
-        draft.write_json(TRIALS, [asdict(trial) for trial in trials])
+        draft.write_json(TRIALS, [trial.facts() for trial in trials])
     draft.results["tuning"] = {
         "trials": len(trials),
         "evaluated": len({trial.weights for trial in trials}),
@@ -67,7 +71,7 @@ def tune(
         "worst_tolerance": best.score.worst_tolerance,
         "worst_tolerance_error": best.score.error,
         "mean_recovery": -best.score.negative_recovery,
-        "uniform": asdict(trials[0].score),
+        "uniform": trials[0].score.facts(),
     }
     return material.grouped(best.weights)
 
@@ -77,7 +81,11 @@ class _Judge:
 
     def __init__(self, material: Material, fixed: dict[str, Any], console: Console) -> None:
         self.material, self.fixed, self.console = material, fixed, console
-        self.kept = Journal(material.work / JOURNAL)
+        self.kept = Journal(
+            material.work / JOURNAL,
+            material.made_from,
+            lambda text: console.line(f"{material.label}: {text}"),
+        )
 
     def score(self, weights: Weights) -> Score:
         """Score a merge on all ranks."""
@@ -138,20 +146,49 @@ class _Judge:
 
 
 class Journal:
-    """Results by what was scored, one line of JSON each; a torn last line does not count."""
+    """Results by what was scored, one line of JSON each, after a line of what they are made from.
 
-    def __init__(self, path: Path) -> None:
+    Rank 0 reads and writes it. Lines that cannot be read do not count. A journal of other settings,
+    or of another version, is laid aside.
+    """
+
+    def __init__(self, path: Path, made_from: str, say: Callable[[str], None]) -> None:
         self.path = path
         self.found: dict[str, list[dict[str, Any]]] = {}
-        whole = b""
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-            if not line.endswith(b"\n"):
-                break
+        if not is_main_process():
+            return
+        head = json.dumps({"version": VERSION, "made_from": made_from}) + "\n"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if lines and lines[0] != head.encode():
+            aside = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.old")
+            path.rename(aside)
+            say(
+                f"{path} was made from other settings, or by another version of the program; the "
+                f"search begins anew, and the file is laid aside as {aside.name}"
+            )
+            lines = []
+        whole = [line for line in lines[1:] if self._read(line)]
+        damaged = len(lines[1:]) - len(whole)
+        if damaged:
+            say(f"{path}: {damaged} of its lines cannot be read; those merges are scored again")
+        if not lines or damaged:
+            write_text(path, head + b"".join(whole).decode())
+        if merges := len(self.found.keys() - {TEACHER}):
+            say(f"goes on with {merges} merges that were scored before")
+
+    def _read(self, line: bytes) -> bool:
+        """Take in a line; False if it is torn or damaged."""
+        try:
             entry = json.loads(line)
-            self.found[entry["what"]] = entry["results"]
-            whole += line
-        if is_main_process() and path.exists() and len(whole) < path.stat().st_size:
-            os.truncate(path, len(whole))
+            for task in entry["results"]:
+                TaskResult(**task)
+            # A kill may leave a whole line without its end.
+            if line.endswith(b"\n") and isinstance(entry["what"], str):
+                self.found[entry["what"]] = entry["results"]
+                return True
+        except (ValueError, KeyError, TypeError):
+            pass
+        return False
 
     def add(self, what: str, results: list[dict[str, Any]]) -> None:
         """Keep results; they outlive a kill from here on."""

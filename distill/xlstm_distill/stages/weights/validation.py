@@ -70,7 +70,7 @@ class Validator:
                 replace(self.session),
                 seed=self.recipe.seed,
             )
-            found = [task.model_dump(mode="json", exclude={"items"}) for task in result.tasks]
+            found = [task.model_dump(mode="json") for task in result.tasks]
         else:
             help_to_evaluate(model.eval(), self.tokenizer, self.session)
         return from_rank_zero(lambda: found)
@@ -92,7 +92,11 @@ def judge(teacher: Sequence[dict[str, Any]], student: Sequence[dict[str, Any]]) 
         )
     worst = max(counted, key=required_tolerance)
     return Score(
-        float(required_tolerance(worst)), -(mean_recovery(counted) or 0.0), tolerance_error(worst)
+        float(required_tolerance(worst)),
+        -(mean_recovery(counted) or 0.0),
+        tolerance_error(worst),
+        worst.task,
+        item_losses(worst),
     )
 
 
@@ -108,6 +112,19 @@ def tolerance_error(pair: TaskPair) -> float:
     if pair.higher_is_better:
         return error / pair.teacher
     return error * pair.teacher / pair.student**2 if pair.student else 0.0
+
+
+def item_losses(pair: TaskPair) -> tuple[float, ...]:
+    """What each item adds to a required tolerance, given the teacher's score.
+
+    Of a score that is better when lower, to first order in the student's.
+    """
+    if pair.student_items is None:
+        return ()
+    if pair.higher_is_better:
+        return tuple(1 - item / pair.teacher for item in pair.student_items)
+    slope = pair.teacher / pair.student**2 if pair.student else 0.0
+    return tuple(item * slope for item in pair.student_items)
 
 
 def validation_suite(recipe: Recipe, tuning: Tuning, folder: Path) -> Suite:

@@ -67,6 +67,29 @@ def test_a_student_that_keeps_all_layers_is_its_teacher(family, make_teacher):
     assert error_ratio(parts, expected.double()) < 2e-6
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_kept_layers_and_heads_of_teachers_with_a_softmax_of_their_own(family, make_teacher):
+    full = ["full_attention"] * 3
+    own = {"layer_types": full, "attn_logit_softcapping": 1.0}
+    teacher = make_teacher(family, **SMALL, **own)
+    kept = convert(teacher, MixerConfig(window=4, attention={"layers": [0, 1, 2]}))
+    # Heads that are not kept have a window over everything.
+    mixer = MixerConfig(window=48, sinks=0, branches=("window",), attention=KEPT["heads"])
+    both = convert(teacher, mixer)
+    with torch.no_grad():
+        expected = teacher(ids()).logits.double()
+        for student in (kept, both):
+            assert error_ratio(student(ids(), use_cache=False).logits, expected) < 1e-6
+            parts, _ = in_parts(student, ids(), [11, 1, 1, 27])
+            assert error_ratio(parts, expected) < 2e-6
+    lengths = torch.tensor([1, 17, 9, 13])
+    segments = torch.repeat_interleave(torch.arange(4), lengths)[None]
+    with torch.no_grad():
+        packed = kept(ids(1), segment_ids=segments).logits[0]
+        alone = [teacher(part[None]).logits[0] for part in ids(1)[0].split(lengths.tolist())]
+    assert error_ratio(packed, torch.cat(alone).double()) < 2e-6
+
+
 def test_kept_heads_are_the_teachers_beside_what_the_mixer_makes_of_the_others(make_teacher):
     teacher = make_teacher(**SMALL)
     x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from stopping import StoppingConsole
@@ -117,13 +119,23 @@ LEARNED = {"weights": "learned", "layer_groups": 2, "learning": {"steps": 3, "ro
 
 @pytest.mark.slow
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(found_run):
-    """Twice the same merge in one run, the second of which is stopped and started again."""
-    lineage, run_ = found_run({**LEARNED, "variants": {"again": LEARNED}})
+    """Three times the same merge in one run: the second is stopped and started again.
+
+    The third finds the second's state, which is of another merge, and does not use it.
+    """
+    lineage, run_ = found_run({**LEARNED, "variants": {"again": LEARNED, "third": LEARNED}})
     with pytest.raises(KeyboardInterrupt):
         merge(lineage, run_, StoppingConsole("variant/again (learning)"))
     request = lineage.request("variant/again")
-    assert (run_.work_directory(request) / STATE).exists()
-    whole, resumed = merge(lineage, run_, QuietConsole())
+    state = run_.work_directory(request) / STATE
+    other = run_.work_directory(lineage.request("variant/third"))
+    other.mkdir()
+    shutil.copy(state, other)
+    console = QuietConsole()
+    whole, resumed, anew = merge(lineage, run_, console)
+    said = [line for line in console.lines if "begins anew" in line]
+    assert [line.split(":")[0] for line in said] == ["variant/third"]
+    assert anew.manifest["results"] == whole.manifest["results"]
     assert (whole.reused, resumed.reused) == (True, False)
     weights = whole.manifest["results"]["weights"]
     assert len(weights) == 2

@@ -15,8 +15,9 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.console import QuietConsole
 from xlstm_distill.stages.merge import merge
 from xlstm_distill.stages.status.reading import read_status
-from xlstm_distill.stages.weights.tuning import JOURNAL
+from xlstm_distill.stages.weights.tuning import JOURNAL, Journal
 from xlstm_distill.stages.weights.validation import check_held_out
+from xlstm_eval.records import TaskResult
 
 pytest.importorskip("optuna")
 TUNED = {"weights": "tuned", "tuning": {"trials": 4, "items": 6}}
@@ -60,7 +61,7 @@ def test_the_better_expert_is_found(tuned):
 @pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_and_finds_the_same(tuned):
     whole, resumed, lines, _ = tuned
-    assert lines == 1 + 2  # the teacher and two merges
+    assert lines == 1 + 1 + 2  # what it is made from, the teacher and two merges
     assert resumed.read_json("trials.json") == whole.read_json("trials.json")
     assert resumed.manifest["results"] == whole.manifest["results"]
 
@@ -76,6 +77,53 @@ def test_two_processes_find_what_one_finds(tuned):
     assert json.loads((merged / "trials.json").read_text()) == whole.read_json("trials.json")
     weights = Path("model") / "model.safetensors"
     assert (merged / weights).read_bytes() == (whole.path / weights).read_bytes()
+
+
+def result(score):
+    """The results of a merge on one task, as the journal keeps them."""
+    items = [float(n < 10 * score) for n in range(10)]
+    return [
+        TaskResult(task="a", metric="acc", score=score, samples=10, items=items).model_dump(
+            mode="json"
+        )
+    ]
+
+
+def test_scores_of_other_settings_are_laid_aside_and_damaged_ones_made_again(tmp_path):
+    said = []
+    path = tmp_path / "trials.jsonl"
+
+    def opened(made_from="one"):
+        said.clear()
+        return Journal(path, made_from, said.append)
+
+    first = opened()
+    first.add("teacher", result(0.5))
+    first.add("[[1.0, 0.0]]", result(0.2))
+    first.add("[[0.0, 1.0]]", result(0.4))
+    assert opened().found == first.found
+    assert said == ["goes on with 2 merges that were scored before"]
+    # Torn at the end, and damaged in the middle: a number, a whole line, a result of another shape.
+    good = path.read_bytes()
+    lines = good.splitlines(keepends=True)
+    path.write_bytes(good + lines[-1][:40])
+    assert opened().found == first.found
+    assert "1 of its lines cannot be read" in said[0]
+    assert path.read_bytes() == good
+    for damage in (b"\xff\n", b"{}\n", b"[]\n", lines[2].replace(b'"score": 0.2', b'"score": "x"')):
+        path.write_bytes(b"".join((*lines[:2], damage, lines[3])))
+        assert list(opened().found) == ["teacher", "[[0.0, 1.0]]"]
+        assert "1 of its lines cannot be read; those merges are scored again" in said[0]
+    # Other settings, a journal of before, and one whose first line is torn.
+    for content in (good.replace(b'"one"', b'"two"', 1), b"".join(lines[1:]), lines[0][:-1]):
+        path.write_bytes(content)
+        assert opened().found == {}
+        assert "the search begins anew" in said[0]
+        (aside,) = tmp_path.glob("*.old")
+        assert aside.name in said[0]
+        assert aside.read_bytes() == content
+        aside.unlink()
+        assert path.read_bytes() == lines[0]
 
 
 def test_validation_tasks_that_read_the_evaluation_s_items_are_refused(found_run, tmp_path):
