@@ -1,7 +1,7 @@
 """How often the 95 % intervals of the metric hold the truth, and how wide they are, by simulation.
 
 ``python tests/helpers/interval_coverage.py [REPETITIONS] [--results FILE]`` prints the table of
-docs/metric.md: 1,000 evaluations a row take four minutes of a processor. With a file, finished
+docs/metric.md: 1,000 evaluations a row take twelve minutes of a processor. With a file, finished
 blocks of 250 evaluations are kept there. They are simulated again only if their row or the code has
 changed, so a run may be stopped, continued and enlarged.
 """

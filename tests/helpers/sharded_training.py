@@ -78,7 +78,8 @@ def make_objective(options: dict[str, Any], accelerator: Any) -> tuple[Objective
     )  # fmt: skip
     teacher = family.causal_lm(config).eval()
     align = options.get("stage") == "align"
-    student = convert(teacher, MixerConfig(window=8, sinks=2), share_weights=align)
+    mixer = MixerConfig(window=8, sinks=2, **options.get("mixer", {}))
+    student = convert(teacher, mixer, share_weights=align)
     saved = None
     if "by_shards" in options and accelerator.distributed_type == DistributedType.FSDP:
         saved = Path(sys.argv[1]).with_name(options["by_shards"])

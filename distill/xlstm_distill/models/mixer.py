@@ -255,10 +255,8 @@ class HybridMixer(nn.Module):
             documents = arrival.documents(q.device)
             recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
             k, v = layer.extend(k, v, recorded=recorded)
-        own: dict[str, Any] = {}
-        if self.family.own_softmax:
-            own = {"softcap": self.softcap, "sink_logits": self.sink_logits(heads.full_queries)}
-            own["backend"] = self.backend
+        own: dict[str, Any] = {"softcap": self.softcap, "backend": self.backend}
+        own["sink_logits"] = self.sink_logits(heads.full_queries)
         return take(full_attention(q, k, v, self.scale, documents, **own), heads.full_outputs)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

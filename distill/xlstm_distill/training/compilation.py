@@ -20,9 +20,16 @@ def compile_parts(objective: Objective, backend: str | Callable[..., Any] = "ind
     before would skip activation checkpointing. A method is compiled, and not the module's call:
     FSDP2 gathers and cuts weights in hooks around the method, which must stay outside of the graph.
     """
+    # Not above: it takes seconds.
+    from torch._dynamo import config
+
     # Graphs of an earlier training in this process would count towards dynamo's limit.
     torch.compiler.reset()
-    for module, method in objective.hot_methods():
+    parts = objective.hot_methods()
+    # Layers share code, and each kind has a graph of its own: those that keep other heads, say.
+    # Dynamo refuses more than 8 of one code.
+    config.recompile_limit = max(config.recompile_limit, len(parts))
+    for module, method in parts:
         compiled = torch.compile(
             getattr(module, method),
             backend=backend,

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from xlstm_kernels.registration import refuse_second_derivative
 from xlstm_kernels.segments import document_runs, document_starts
-from xlstm_kernels.torch.bounded import wide_product
+from xlstm_kernels.torch.bounded import bounded_attention, wide_product
 
 # Queries of a block, at least and at most. Smaller blocks make many small products; larger ones
 # multiply more masked pairs (docs/math.md, "Chunk size").
 BLOCK_MIN, BLOCK_MAX = 32, 128
 SCORES_AT_ONCE = 1 << 26  # of the gradient off the CPU
+# Tokens of a call that its window holds whole; with more, bands would be T / L copies of all keys.
+WHOLE_AT_MOST = 512
 PLAN_AT_MOST = 1 << 22  # numbers of a plan that is kept for the next call
 
 
@@ -63,6 +65,9 @@ def banded_attention(
     known = not isinstance(T, torch.SymInt)
     if known and segment_ids is None and BLOCK_MIN < T <= window:
         return _causal_attention(q, k, v, scale)
+    if known and WHOLE_AT_MOST < T <= window:
+        settings: dict[str, Any] = {"window": window, "sinks": sinks, "segment_ids": segment_ids}
+        return bounded_attention(q, k, v, **settings, scale=scale, softcap=None, sink_logits=None)
     out, _ = forward(q, k, v, segment_ids, min(window, T), min(sinks, T), scale)
     return out
 

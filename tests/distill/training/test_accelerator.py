@@ -68,6 +68,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tied-mixer": {"tied": True, "trainable": "mixer", "by_shards": "seed-tied"},
     **({"lora": {"trainable": "lora", "by_shards": "seed-lora"}} if has_peft else {}),
 }
+KEPT = {"attention": {"layers": [1], "heads": {"0": [1]}}}
+OSS = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16}
+SPARING = {"shard_teacher": True, "checkpoint": True, "resume_at": 2}
+MORE: dict[str, dict[str, Any]] = {
+    # One layer keeps its attention, the other one of its heads.
+    "kept": {"mixer": KEPT},
+    "spared-kept": {"mixer": KEPT, "by_shards": "seed-kept", **SPARING},
+    "kept-align": {"mixer": KEPT, "stage": "align"},
+    # Learned logits of the softmax are parameters of the mixers themselves.
+    "gpt-oss": {"family": "gpt_oss", "own": OSS, "by_shards": "seed-oss"},
+    "gpt-oss-align": {"family": "gpt_oss", "own": OSS, "stage": "align"},
+}
+"""Further trainings, which only the slow tests do."""
+RESUMED = ("spared-kept",)
 SPARED = {"spared": "distill", "spared-align": "align"}
 """Trainings that save memory, and those that do not and must end the same."""
 REFUSED = {("zero3", "spared-align")}
@@ -117,6 +131,20 @@ def trained(tmp_path_factory) -> Callable[[str], Trained]:
     return make
 
 
+@pytest.fixture(scope="module")
+def trained_more(tmp_path_factory) -> Callable[[str], Trained]:
+    """The further trainings, as `trained`."""
+
+    @functools.cache
+    def make(kind: str) -> Trained:
+        # DeepSpeed's states are its own, and the trainer's to resume.
+        left_out = RESUMED if kind == "zero3" else ()
+        trainings = {name: v for name, v in MORE.items() if name not in left_out}
+        return train(tmp_path_factory.mktemp(kind) / "more.pt", kind, trainings)
+
+    return make
+
+
 # Measured after four steps: 7e-7 (DDP, FSDP2, ZeRO-1 and -2), 2e-6 (ZeRO-3), 5e-6 (a tied head).
 @pytest.mark.multi_process
 @pytest.mark.parametrize(("kind", "name"), allowed(KINDS, OPTIONS))
@@ -140,6 +168,19 @@ def test_a_sharded_teacher_and_recomputed_activations_change_no_bit(kind, name, 
     assert all(
         torch.equal(spared["weights"][name], weight) for name, weight in plain["weights"].items()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed)])
+def test_kept_attention_and_learned_logits_are_sharded_and_resumed(kind, trained_more):
+    one, two = trained_more("alone"), trained_more(kind)
+    for name, made in two.items():
+        assert_same(one[name], made)
+    for made in (one, two) if kind == "fsdp2" else (one,):
+        assert made["spared-kept"]["figures"] == made["kept"]["figures"]
+        for key, weight in made["kept"]["weights"].items():
+            assert torch.equal(made["spared-kept"]["weights"][key], weight), key
 
 
 # A rank of four has two rows of a step: in micro-batches of one there are some to wait for.

@@ -11,10 +11,15 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+from xlstm_distill import MixerConfig, convert
 from xlstm_distill.data.rows import load_batch
+from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.recipe import Training
+from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.training.compilation import compile_parts, eagerly
+from xlstm_distill.training.objectives import DistillObjective
+from xlstm_kernels.testing import error_ratio
 
 
 class Graphs:
@@ -92,6 +97,33 @@ def test_compiled_parts_have_one_graph_and_plain_gradients(
         objective(batch)
     assert len(meter.means()) == 2
     assert len(graphs.found) == 2
+
+
+@pytest.mark.slow
+def test_layers_that_keep_attention_compile_to_a_graph_of_their_own(
+    make_teacher: Callable[..., Any], domains: Any
+) -> None:
+    """Each kind of layer has one, in which full attention is one node, whatever T is."""
+    teacher = make_teacher(num_hidden_layers=3)
+    mixer = MixerConfig(window=8, sinks=2, attention={"layers": [1], "heads": {2: [1]}})
+    targets, weights = OnlineTargets(teacher, 16), LossWeights(0.9, 0.1)
+    objective = DistillObjective(convert(teacher, mixer), targets, weights).train()
+    batch = load_batch(domains, [("a", 5), ("b", 6)])
+    loss, expected, _ = gradients(objective, batch)
+    objective.zero_grad()
+    graphs = Graphs()
+    # As with more kinds of layers than dynamo allows of one code.
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compile_parts(objective, graphs.backend)
+        compiled_loss, found, _ = gradients(objective, batch)
+    assert len(graphs.found) == 2 * 3
+    # The mixer's window, and what is kept: alone in layer 1, beside it in layer 2.
+    nodes = [sum("window_torch.default" in name for name in graph) for graph in graphs.found]
+    assert sorted(nodes) == [0, 0, 0, 1, 1, 2]
+    assert compiled_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in expected.items():
+        if not name.endswith("input_gate.bias"):
+            assert error_ratio(found[name], gradient.double()) < 1e-5, name
 
 
 @pytest.mark.parametrize(("written", "meant"), [(True, "on"), (False, "off"), ("auto", "auto")])

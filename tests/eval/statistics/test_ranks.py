@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from coverage_bound import least_coverage_of_equals
 from interval_coverage import COLUMNS, estimate, paired_items, scenarios, simulate
 from scipy import stats
 
@@ -157,13 +158,34 @@ def test_two_hundred_tasks_take_a_second_and_not_all_memory() -> None:
     assert (losses <= high).all()
 
 
-# The binomial error of 150 evaluations is 1.8 points. docs/metric.md has a table of more.
+RANKS, SMOOTH = COLUMNS[:4], ("recovery", "mean recovery", "kept")
+
+
+# docs/metric.md has a table of all cases.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["15 tasks, losses of 0 to 30 %", "15 tasks, all lose 3 %"])
-def test_intervals_cover_the_truth(name: str) -> None:
-    found, _ = simulate(CASES[name], 150, draws=400)
-    shares = dict(zip(COLUMNS, found, strict=True))
-    # The intervals of ranks hold at least as often as they say.
-    assert min(shares[name] for name in COLUMNS[:4]) >= 0.91
-    for smooth in ("recovery", "mean recovery", "kept"):
-        assert shares[smooth] <= 0.995
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [
+        # Where these can be exact, they are: one end errs, and the other as good as never.
+        ("15 tasks, all lose 3 %", ["worst drop"]),
+        ("7 lose 2 %, 8 lose 14 %", ["α*"]),
+        ("7 lose 0 %, 8 lose 40 %, 30 items", []),
+        ("22 tasks of 200 items, losses of 0 to 12 %", []),
+    ],
+)
+def test_intervals_cover_the_truth_in_93_to_97_percent(name: str, exact: list[str]) -> None:
+    repetitions = 200
+    found, _ = simulate(CASES[name], repetitions, draws=400)
+    held = {key: round(share * repetitions) for key, share in zip(COLUMNS, found, strict=True)}
+    for key in (*RANKS, *SMOOTH):
+        assert stats.binom.cdf(held[key], repetitions, 0.93) > 0.001, key
+    for key in (*exact, *SMOOTH):
+        assert stats.binom.sf(held[key] - 1, repetitions, 0.97) > 0.001, key
+
+
+def test_equal_losses_are_covered_too_often_where_two_groups_are_covered_at_all() -> None:
+    """Why intervals of alpha* hold in more than 97 % where all tasks lose the same."""
+    # It holds for intervals that know how far apart the groups would be; none knows that.
+    assert least_coverage_of_equals(15, distance=1.0, held=0.93, draws=4000) > 0.975
+    # Groups that no noise joins cost nothing.
+    assert least_coverage_of_equals(15, distance=3.0, held=0.93, draws=4000) < 0.96

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from xlstm_kernels import sliding_window_attention
 from xlstm_kernels.reference import sliding_window_reference
-from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_segments, to_float64
+from xlstm_kernels.testing import (
+    allocated_peak,
+    error_ratio,
+    outputs_and_grads,
+    random_segments,
+    to_float64,
+)
 from xlstm_kernels.torch.window import Bands, _attention_grads, _blocks, _join, _unband
 
 BOUND = 1e-5
@@ -97,6 +103,20 @@ def test_a_window_over_everything_is_causal_attention(sinks: int) -> None:
     q, k, v = random_qkv(2, 4, 4, 90, 16).values()
     actual = sliding_window_attention(q, k, v, window=90, sinks=sinks)
     assert error_ratio(actual, F.scaled_dot_product_attention(q, k, v, is_causal=True)) < 2e-6
+
+
+def test_documents_that_a_window_holds_whole_take_no_copies_of_all_keys() -> None:
+    def memory(tokens: int) -> int:
+        q, k, v = (x.detach() for x in random_qkv(1, 2, 1, tokens, 16).values())
+        ids = random_segments(1, tokens, mean_length=300)
+        settings = {"window": tokens, "sinks": 2, "segment_ids": ids}
+        return allocated_peak(lambda: sliding_window_attention(q, k, v, **settings))
+
+    assert_matches_reference(
+        random_qkv(1, 2, 1, 600, 8), 600, 2, random_segments(1, 600, mean_length=150)
+    )
+    # Scores of a block grow with the tokens, and nothing with their square.
+    assert memory(4096) < 2.5 * memory(2048)
 
 
 def test_a_sink_beyond_the_window_is_seen_and_its_neighbour_is_not() -> None:

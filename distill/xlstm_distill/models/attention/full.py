@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from xlstm_kernels import Backend, sliding_window_attention
 from xlstm_kernels.torch.bounded import bounded_attention
@@ -48,9 +47,9 @@ def full_attention(
     softcap, sink_logits, backend: as in `xlstm_kernels.sliding_window_attention`, which runs where
     one of them is given, because SDPA knows neither.
     """
+    given = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
     if softcap is not None or sink_logits is not None:
-        given = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
-        return _own_softmax(q, k, v, segments, backend, given)
+        return _by_operator(q, k, v, segments, backend, given)
     tokens = q.shape[2]
     if segments is None and tokens == k.shape[2]:
         # The kernel that needs no mask (flash), as the teacher calls it.
@@ -58,17 +57,19 @@ def full_attention(
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if recorded and torch.compiler.is_compiling():
+        # One node of the graph, whatever T is; a compiler would unroll the blocks below.
+        return _by_operator(q, k, v, segments, backend, given)
     # No segments: autograd functions take tensors or None, and no tuples of them.
     tensors = (q, k, v, *(segments or (None, None)), scale)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if recorded and not torch.compiler.is_compiling():
+    if recorded:
         return cast(Tensor, _Recorded.apply(*tensors))
-    attend: Callable[..., Tensor] = _again if recorded else _attend
-    parts = [attend(*part) for _, _, part in _blocks(*tensors)]
+    parts = [_attend(*part) for _, _, part in _blocks(*tensors)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _own_softmax(
+def _by_operator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -76,7 +77,7 @@ def _own_softmax(
     backend: Backend,
     given: dict[str, Any],
 ) -> Tensor:
-    """Attend with a softmax of the family's own, through a window over everything."""
+    """Attend by the operator of the window, which is then over everything."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     settings = {"window": EVERYTHING, "sinks": 0, **given}
     settings["segment_ids"] = None if segments is None else segments[1]
@@ -135,11 +136,6 @@ class _Recorded(torch.autograd.Function):
             dk[:, :, keys] += key
             dv[:, :, keys] += value
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
-
-
-def _again(*given: Any) -> Tensor:
-    """Attend, and again in the backward pass; a compiler sees through this, not `_Recorded`."""
-    return cast(Tensor, checkpoint(_attend, *given, use_reentrant=False, preserve_rng_state=False))
 
 
 def _block(q: Tensor, k: Tensor) -> int:
