@@ -164,14 +164,29 @@ def _factors(name: str, base: SavedWeights, expert: SavedWeights, rank: int) -> 
     blocks = blocks_of(name, entry.count)
     old_hashes = [hash_block(old[block.start : block.stop]) for block in blocks]
     new_hashes = [hash_block(new[block.start : block.stop]) for block in blocks]
-    whole = (new.double() - old.double()).reshape(matrix)
-    squares = float(whole.square().sum())
-    if not difference.any():
-        return _Found([None] * len(blocks), old_hashes, new_hashes, squares, squares)
-    factors = decompose(difference, rank)
-    whole -= factors[0].double() @ factors[1].double()
-    left_out = float(whole.square().sum())
-    return _Found([], old_hashes, new_hashes, squares, left_out, factors)
+    factors = decompose(difference, rank) if difference.any() else None
+    sums = _squares(old.reshape(matrix), new.reshape(matrix), factors)
+    changes: list[Changes | None] = [None] * len(blocks) if factors is None else []
+    return _Found(changes, old_hashes, new_hashes, *sums, factors)
+
+
+def _squares(
+    old: Tensor, new: Tensor, factors: tuple[Tensor, Tensor] | None
+) -> tuple[float, float]:
+    """Sum the squares of a difference (M, N), and of what factors leave of it, in float64.
+
+    A few rows at a time: a head of 525M numbers would take 4 GB for each copy in float64.
+    """
+    rows = max(1, BLOCK // old.shape[1])
+    squares = left_out = 0.0
+    for start in range(0, len(old), rows):
+        part = slice(start, start + rows)
+        whole = new[part].double() - old[part].double()
+        squares += float(whole.square().sum())
+        if factors is not None:
+            whole -= factors[0][part].double() @ factors[1].double()
+        left_out += float(whole.square().sum())
+    return squares, left_out
 
 
 def _differences(name: str, base: SavedWeights, expert: SavedWeights, density: float) -> _Found:
