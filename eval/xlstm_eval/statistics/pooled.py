@@ -44,7 +44,7 @@ class Moments:
     @property
     def freedom(self) -> float:
         """Return the degrees of freedom of the difference's variance; infinite if it is known."""
-        # Satterthwaite's are never below those of the smallest task; rounding might take them there.
+        # They are never below those of the smallest task; rounding might take them there.
         return max(1.0, self.var_difference**2 / self.unsure) if self.unsure > 0 else math.inf
 
 
@@ -152,8 +152,8 @@ def _fieller(sums: Moments) -> Interval | None:
 def _p_value(tasks: Sequence[PairedItems], sums: Moments) -> float:
     """Test that teacher and student are alike, two-sided.
 
-    Zeros and ones, as many on each task: McNemar's exact test over all items. Else Student's test of
-    the sum: over all items, one large task would decide against the sum, in which all weigh alike.
+    Zeros and ones, as many on each task: McNemar's exact test over all items. Else Student's test
+    of the sum: over all items, one large task would decide against the sum; there all weigh alike.
     """
     if all(items.is_binary for items in tasks) and len({items.count for items in tasks}) == 1:
         worse = better = 0
