@@ -54,8 +54,12 @@ def origin_of(base: Path, expert: Path) -> Origin:
             artifact.check_content(MODEL)
     if trained is None:
         return Origin(None, "the expert has no manifest")
-    inputs = trained.manifest["inputs"]
-    seeds = {name: key for name, key in inputs.items() if _trains_experts(name)}
+    seeds = _seeds(trained)
+    if student is not None and trained.identity in _seeds(student).values():
+        raise UserError(
+            f"{base}: was trained from {expert}, not the other way round; give the seed student "
+            "first and then the expert."
+        )
     if SEED_STUDENT not in seeds:
         return Origin(None, "the expert's manifest names no seed student")
     if student is None:
@@ -67,6 +71,12 @@ def origin_of(base: Path, expert: Path) -> Origin:
             f"{found}; give artifacts/{SEED_STUDENT} of the run that the expert was trained in."
         )
     return Origin(student.identity)
+
+
+def _seeds(artifact: Artifact) -> dict[str, str]:
+    """What a model was trained from: identities by label."""
+    inputs = artifact.manifest["inputs"]
+    return {label: key for label, key in inputs.items() if _trains_experts(label)}
 
 
 def _trains_experts(label: str) -> bool:

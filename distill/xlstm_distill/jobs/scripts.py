@@ -28,6 +28,9 @@ INSTALLED = "shipped_slurm"
 """Name of the folder `slurm/` inside the installed package (setup.py puts it there)."""
 TEMPLATE = "job.sbatch.j2"
 INDEX = '"$SLURM_ARRAY_TASK_ID"'
+CHOSEN = '"${chosen[$SLURM_ARRAY_TASK_ID]}"'
+CHOICES = {"distill": "--expert", "refine": "--expert", "evaluate": "--model"}
+"""Options that take the name of what an array index makes."""
 PLAIN = re.compile(r"[A-Za-z0-9_%@+=:,./&|()\[\]*!<>-]+")
 """Text that sbatch reads as one word without quotes."""
 
@@ -128,7 +131,8 @@ class Writer:
             stopped=EXIT_CODE,
             gather=self._command("capture") if gather else [],
             captured=list(captured_rows(self.recipe)),
-            command=[*self._command(job.name), *self._choice(job), *_launch(settings)],
+            command=[*self._command(job.name), *_choice(job), *_launch(settings)],
+            chosen=[task.name for task in job.tasks] if job.name in CHOICES else [],
             srun=settings.nodes > 1 or bool(site.srun),
             arguments=launch_arguments(settings),
         )
@@ -158,18 +162,19 @@ class Writer:
         options = [f"--{name}={value}" for name, value in given.items() if value is not None]
         return [*options, "--requeue", *settings.extra]
 
-    def _choice(self, job: Job) -> list[str]:
-        """The words by which a task of the job takes its part; they are shell, already quoted."""
-        if job.name in ("prepare", "capture"):
-            return ["--shard", f"{INDEX}/{len(job.tasks)}"]
-        option = {"distill": "--expert", "refine": "--expert", "evaluate": "--model"}.get(job.name)
-        return [option, INDEX] if option is not None else []
-
     def _command(self, stage: str) -> list[str]:
         """The command of a stage in one process, each word quoted for the shell."""
         words = [*self.site.container, *self.site.program, stage, str(self.folder.recipe)]
         # torchrun takes --run for an abbreviation of one of its own options.
         return [shlex.quote(word) for word in (*words, "--run-dir", str(self.folder.run))]
+
+
+def _choice(job: Job) -> list[str]:
+    """The words by which a task of the job takes its part; they are shell, already quoted."""
+    if job.name in ("prepare", "capture"):
+        return ["--shard", f"{INDEX}/{len(job.tasks)}"]
+    # By name: commands take an index too, but an expert that is called `1` comes before it.
+    return [CHOICES[job.name], CHOSEN] if job.name in CHOICES else []
 
 
 def _launch(settings: Settings) -> list[str]:

@@ -66,7 +66,9 @@ class MergePlan:
 
 def plan_for(grouped: GroupedWeights, method: str, **settings: Any) -> MergePlan:
     """A plan with these weights for the experts that have any; `settings` are those of the plan."""
-    kept = grouped.only(grouped.used())
+    pair = method == "slerp" and len(grouped.sets[0]) == 2
+    # An end of the arc is one expert alone; a search of weights begins with both.
+    kept = grouped if pair else grouped.only(grouped.used())
     grouped.check()
     return MergePlan(method, kept.sets[0], grouped=kept, **settings)
 

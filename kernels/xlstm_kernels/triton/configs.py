@@ -62,8 +62,17 @@ class MLSTMConfig(NamedTuple):
     def of_numbers(cls, numbers: list[int]) -> MLSTMConfig:
         """Read what `numbers` lists."""
         width = len(Launch._fields)
-        *launches, last = (numbers[at : at + width] for at in range(2, len(numbers), width))
-        return cls(*numbers[:2], *(Launch(*launch) for launch in launches), TokenLaunch(*last))
+        states, output, state_grads, token_grads = (
+            numbers[at : at + width] for at in range(2, len(numbers), width)
+        )
+        return cls(
+            chunk=numbers[0],
+            tile=numbers[1],
+            states=Launch(*states),
+            output=Launch(*output),
+            state_grads=Launch(*state_grads),
+            token_grads=TokenLaunch(*token_grads),
+        )
 
 
 class WindowConfig(NamedTuple):
@@ -96,12 +105,12 @@ def mlstm_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> MLSTMConfi
     The table goes by the larger dimension, at least 32; tiles are cut to the dimensions, those of
     the tokens' gradients by the kernel.
     """
-    chunk, tile, *launches, last = MLSTM[width(dtype), max(32, key_dim, value_dim)]
-    fitting = [
+    chunk, tile, *launches, token_grads = MLSTM[width(dtype), max(32, key_dim, value_dim)]
+    states, output, state_grads = (
         Launch(min(block_k, key_dim), min(block_v, value_dim), warps, stages)
         for block_k, block_v, warps, stages in launches
-    ]
-    return MLSTMConfig(chunk, tile, *fitting, TokenLaunch(*last))
+    )
+    return MLSTMConfig(chunk, tile, states, output, state_grads, TokenLaunch(*token_grads))
 
 
 def window_config(dtype: torch.dtype, dim: int) -> WindowConfig:

@@ -141,10 +141,25 @@ def test_a_command_gets_its_words_and_its_code_is_the_job_s(folder, recipe, tmp_
     assert done.returncode == 3
     lines = [line for line in out.splitlines() if not line.startswith("[slurm]")]
     assert lines == [
-        "a$b", "evaluate", str(folder.recipe), "--run-dir", str(folder.run), "--model", "1"
+        "a$b", "evaluate", str(folder.recipe), "--run-dir", str(folder.run), "--model", "merged"
     ]  # fmt: skip
     assert job.marks() == [("ended", 5, "3")]
     assert not job.calls.exists()
+
+
+def test_an_index_is_its_own_expert_whatever_experts_are_called(folder, recipe, tmp_path):
+    """Commands take names before indices: an expert called `1` must not be that of index 1 too."""
+    math, code, *_ = recipe.distill.experts.values()
+    distill = recipe.distill.model_copy(update={"experts": {"1": math, "code": code}})
+    merge = recipe.merge.model_copy(update={"weights": "uniform"})
+    named = recipe.model_copy(update={"distill": distill, "merge": merge})
+    found = []
+    for index in (0, 1):
+        job = Job(folder, named, tmp_path, 'echo "expert ${*: -1}"', index=index)
+        out, _ = job.start("distill").communicate(timeout=20)
+        found += [line for line in out.splitlines() if line.startswith("expert")]
+    # Shards that no share published are gathered first, by a command with other words.
+    assert [line for line in found if "/" not in line] == ["expert 1", "expert code"]
 
 
 STOPS = "trap 'sleep 0.2; exit 75' {signal}; touch {ready}; while :; do sleep 0.05; done"

@@ -39,6 +39,15 @@ def experts(tmp_path):
 SETS = ({"a": 1.0, "b": 0.0}, {"a": 0.25, "b": 0.75})
 
 
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}])
+def test_an_end_of_the_arc_is_one_expert(weights, experts, tmp_path):
+    plan = plan_for(GroupedWeights((weights,), 4), "slerp")
+    merge_files(plan, Sources(experts), NewWeights(experts["a"], tmp_path / "out"))
+    alone = "a" if weights["a"] else "b"
+    kept = (tmp_path / alone / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == kept
+
+
 def test_each_group_has_weights_of_its_own(experts, tmp_path):
     layers = count_layers(experts["a"].entries)
     assert layers == 4

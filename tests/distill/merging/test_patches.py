@@ -193,6 +193,8 @@ def test_an_expert_of_another_seed_student_has_no_patch(places, tmp_path):
         UserError, match=r"other/model: was trained from the aligned student two, a"
     ):
         make_patch(base, other, out, 0.1, "p")
+    with pytest.raises(UserError, match=r"own/model: was trained from .*align/model, not the oth"):
+        make_patch(own, base, out, 0.1, "p")
     assert not out.exists()
     facts = make_patch(base, own, out, 0.1, "p")
     assert (facts.seed, facts.doubt) == ("one", None)

@@ -56,7 +56,8 @@ NEW = ("feature_map_q", "feature_map_k", "input_gate", "forget_gate")
 def counted(model, children, tokens=24):
     """Operations per token of the modules of the given names in a forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.arange(3, 3 + tokens)[None])
+        # As in training: with a cache, the gates are one product.
+        model(torch.arange(3, 3 + tokens)[None], use_cache=False)
     by_module = counter.get_flop_counts()
     return (
         sum(sum(c.values()) for name, c in by_module.items() if name.split(".")[-1] in children)
