@@ -2,7 +2,8 @@
 
 Each task has the same weight, however many items it has. The quantity is the sum of the student's
 scores over the sum of the teacher's, and its interval is Fieller's, which inverts the test that the
-sum of ``S - (1 - margin) T`` is 0. So the decision is a test of non-inferiority.
+sum of ``S - (1 - margin) T`` is 0. So the decision is a test of non-inferiority. Where real scores
+are added up, their spread is an estimate of its own: the test is then Student's.
 """
 
 from __future__ import annotations
@@ -17,18 +18,34 @@ from scipy import stats
 
 from xlstm_eval.metrics import MARGIN
 from xlstm_eval.records import Interval, Pooled
-from xlstm_eval.statistics.paired import QUANTILE, PairedItems, mcnemar, steadied
+from xlstm_eval.statistics.paired import LEVEL, PairedItems, mcnemar, steadied
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Hold means of student and teacher with their variances and covariance."""
+    """Hold means of student and teacher with their variances and covariance.
+
+    ``unsure`` is the square of the difference's variance over its degrees of freedom (Satterthwaite
+    1946): 0 for zeros and ones, whose means tell their variances.
+    """
 
     student: float
     teacher: float
     var_student: float
     var_teacher: float
     covariance: float
+    unsure: float = 0.0
+
+    @property
+    def var_difference(self) -> float:
+        """Return the variance of student minus teacher."""
+        return max(0.0, self.var_student + self.var_teacher - 2 * self.covariance)
+
+    @property
+    def freedom(self) -> float:
+        """Return the degrees of freedom of the difference's variance; infinite if it is known."""
+        # They are never below those of the smallest task; rounding might take them there.
+        return max(1.0, self.var_difference**2 / self.unsure) if self.unsure > 0 else math.inf
 
 
 def decide(tasks: Sequence[PairedItems], margin: float = MARGIN) -> Pooled:
@@ -50,6 +67,9 @@ def decide(tasks: Sequence[PairedItems], margin: float = MARGIN) -> Pooled:
         return undecided.model_copy(update=values)
     # Both were computed on smoothed counts: the estimate may lie a little outside.
     interval = (min(interval[0], kept), max(interval[1], kept))
+    if all(items.higher_is_better and items.student.min() >= 0 for items in tasks):
+        # Nobody keeps less than nothing. Where lower is better, a task may count below 0.
+        interval = (max(0.0, interval[0]), interval[1])
     values |= {"kept_interval": interval, "smallest_margin": max(0.0, 1 - interval[0])}
     if interval[0] >= 1 - margin:
         values["decision"] = "non-inferior"
@@ -76,12 +96,14 @@ def _moments(items: PairedItems, tasks: int | None) -> Moments:
     # Where lower is better, the gains have turned signs: less than the teacher counts as more.
     student = teacher + steady.gains / scale
     covariance = np.cov(np.stack([student, teacher])) / steady.count
+    var_difference = float(np.var(student - teacher, ddof=1)) / steady.count
     return Moments(
         float(student.mean()),
         float(teacher.mean()),
         float(covariance[0, 0]),
         float(covariance[1, 1]),
         float(covariance[0, 1]),
+        var_difference**2 / (items.count - 1),
     )
 
 
@@ -108,15 +130,16 @@ def _sums(parts: Sequence[Moments]) -> Moments:
         math.fsum(part.var_student for part in parts),
         math.fsum(part.var_teacher for part in parts),
         math.fsum(part.covariance for part in parts),
+        math.fsum(part.unsure for part in parts),
     )
 
 
 def _fieller(sums: Moments) -> Interval | None:
     """Return Fieller's interval of student over teacher; None where it is not bounded.
 
-    It holds every ratio r with ``(S - r T)^2 <= z^2 Var(S - r T)``, a quadratic in r.
+    It holds every ratio r with ``(S - r T)^2 <= t^2 Var(S - r T)``, a quadratic in r.
     """
-    square = QUANTILE**2
+    square = float(stats.t.ppf(0.5 + LEVEL / 2, sums.freedom)) ** 2
     a = sums.teacher**2 - square * sums.var_teacher
     b = sums.teacher * sums.student - square * sums.covariance
     c = sums.student**2 - square * sums.var_student
@@ -129,8 +152,8 @@ def _fieller(sums: Moments) -> Interval | None:
 def _p_value(tasks: Sequence[PairedItems], sums: Moments) -> float:
     """Test that teacher and student are alike, two-sided.
 
-    Zeros and ones, as many on each task: McNemar's exact test over all items. Else a normal test of
-    the sum: over all items, one large task would decide against the sum, in which all weigh alike.
+    Zeros and ones, as many on each task: McNemar's exact test over all items. Else Student's test
+    of the sum: over all items, one large task would decide against the sum; there all weigh alike.
     """
     if all(items.is_binary for items in tasks) and len({items.count for items in tasks}) == 1:
         worse = better = 0
@@ -140,7 +163,7 @@ def _p_value(tasks: Sequence[PairedItems], sums: Moments) -> float:
             worse += teacher_only if items.higher_is_better else student_only
             better += student_only if items.higher_is_better else teacher_only
         return mcnemar(worse, better)
-    variance = sums.var_student + sums.var_teacher - 2 * sums.covariance
-    if variance <= 0:
+    if sums.var_difference <= 0:
         return 1.0
-    return float(2 * stats.norm.sf(abs(sums.student - sums.teacher) / math.sqrt(variance)))
+    distance = abs(sums.student - sums.teacher) / math.sqrt(sums.var_difference)
+    return float(2 * stats.t.sf(distance, sums.freedom))

@@ -72,6 +72,35 @@ def test_a_single_item_where_lower_is_better_decides_nothing() -> None:
     assert found.pooled.reason == "no items (or a single one) of t"
 
 
+def test_a_few_real_scores_decide_no_more_than_students_test() -> None:
+    # By a normal quantile, two items made a student inferior, with p = .003.
+    two = decide([PairedItems("t", np.array([0.5, 0.3]), np.array([0.4, 0.1]), True)])
+    assert two.decision == "undecided"
+    assert two.p_value == pytest.approx(stats.ttest_1samp([-0.1, -0.2], 0).pvalue)
+    rng, held, wrong = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        teacher = rng.normal(6.0, 0.3, 3)
+        student = teacher + rng.normal(-0.12, 0.5, 3)  # true loss: 2 %, the margin
+        found = decide([PairedItems("t", teacher, student, True)])
+        low, high = found.kept_interval or (0.0, 9.0)
+        held += low <= 0.98 <= high
+        wrong += found.decision == "non-inferior"
+    assert held >= 277  # 95 % are 285; a normal quantile holds in 81 %
+    assert wrong <= 15
+
+
+def test_nobody_keeps_less_than_nothing() -> None:
+    found = decide([counted(0, 20, 0, 0)], margin=1.0)
+    assert found.kept_interval is not None
+    assert found.kept_interval[0] == 0
+    assert (found.smallest_margin, found.decision) == (1.0, "non-inferior")
+
+
+def test_equal_scores_of_any_size_have_an_interval() -> None:
+    large = PairedItems("t", np.repeat([1e90, 1e80], 5), np.repeat([1e90, 2e80], 5), True)
+    assert np.isfinite(decide([large]).kept_interval or ()).all()
+
+
 def test_other_scales_count_as_shares_of_the_teacher() -> None:
     rng = np.random.default_rng(0)
     teacher = rng.normal(6.0, 1.0, 80)
