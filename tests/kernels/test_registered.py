@@ -88,8 +88,9 @@ def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[
     ids = random_segments(2, 37, mean_length=12).to(device)
     dh, q, k, v = torch.ones(2, 4, 37, 16, device=device), x["q"], x["k"][:, :2], x["v"]
     plain = [t.detach() for t in (*x.values(), *start.values())]
+    logits = torch.linspace(-1, 1, 4, device=device).requires_grad_(requires_grad)
     if backend == "torch":
-        from xlstm_kernels.torch import chunkwise, window
+        from xlstm_kernels.torch import bounded, chunkwise, window
 
         given = (*x.values(), ids, *start.values(), True)
         yield chunkwise.forward, given
@@ -99,6 +100,10 @@ def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[
         out, statistics = window.forward(q.detach(), k.detach(), v.detach(), ids, 8, 2, 0.25)
         rows = (q.detach(), k.detach(), v.detach(), ids, out, statistics)
         yield window.backward, (dh, *rows, 8, 2, 0.25)
+        settings = (8, 2, 0.25, 5.0)
+        yield bounded.forward, (q, k, v, ids, logits, *settings)
+        rows = (q.detach(), k.detach(), v.detach(), ids, logits.detach())
+        yield bounded.backward, (dh, *rows, *bounded.forward(*rows, *settings), *settings)
         return
     from xlstm_kernels.segments import document_runs, document_starts
     from xlstm_kernels.triton import mlstm as chunks
@@ -111,11 +116,15 @@ def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[
     yield chunks.forward, (*x.values(), *start.values(), runs, numbers, True)
     _, C, n, _, *kept = chunks.forward(*plain, runs, numbers, True)
     yield chunks.backward, ([dh, C, n], plain, runs, kept, numbers, True, False)
-    settings = (8, 2, 0.25, list(window_config(torch.float32, 16)))
     k = k.detach().contiguous().requires_grad_(requires_grad)
-    yield bands.forward, (q, k, v, runs, starts, *settings)
-    rows = (q.detach(), k.detach(), v.detach(), runs, starts)
-    yield bands.backward, (dh, *rows, *bands.forward(*rows, *settings), *settings, True, True)
+    config = list(window_config(torch.float32, 16))
+    for softcap, sink_logits in ((0.0, None), (5.0, logits)):
+        settings = (8, 2, 0.25, softcap, config)
+        yield bands.forward, (q, k, v, runs, starts, sink_logits, *settings)
+        held = None if sink_logits is None else sink_logits.detach()
+        rows = (q.detach(), k.detach(), v.detach(), runs, starts, held)
+        found, wanted = bands.forward(*rows, *settings), (True, True, held is not None)
+        yield bands.backward, (dh, *rows, *found, *settings, *wanted)
 
 
 @pytest.mark.slow
