@@ -67,7 +67,7 @@ def decide(tasks: Sequence[PairedItems], margin: float = MARGIN) -> Pooled:
         return undecided.model_copy(update=values)
     # Both were computed on smoothed counts: the estimate may lie a little outside.
     interval = (min(interval[0], kept), max(interval[1], kept))
-    if all(items.higher_is_better and items.student.min() >= 0 for items in tasks):
+    if all(x.higher_is_better and (x.is_binary or x.student.min() >= 0) for x in tasks):
         # Nobody keeps less than nothing. Where lower is better, a task may count below 0.
         interval = (max(0.0, interval[0]), interval[1])
     values |= {"kept_interval": interval, "smallest_margin": max(0.0, 1 - interval[0])}
