@@ -196,10 +196,8 @@ class HybridMixer(nn.Module):
         if layer is not None and self.has_mlstm and not records:
             gates = gates_of_prompt(self, layer, hidden_states, v.dtype)
         # The gate reads q and k before RoPE, so that it depends on content and not on position.
-        gate = None
-        if gates is not None:
-            gate = gates[2]
-        elif self.has_mlstm and self.has_window:
+        gate = None if gates is None else gates[2]
+        if gate is None and self.has_mlstm and self.has_window:
             scaled = v if value_scale is None else v * value_scale
             gate = self.output_gate(*self.of_mixer(q, k, scaled))
         # RoPE is kept (paper): both branches read rotated queries and keys.

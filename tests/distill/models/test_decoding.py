@@ -68,19 +68,41 @@ def test_folded_gates_are_those_of_the_modules(family, folds, student):
         assert error_ratio(o[0].sigmoid(), gate.double()) < 1e-6
 
 
+# The norm of each head (Qwen3) keeps the output gate apart.
+@pytest.mark.parametrize(("family", "folds"), [("llama", True), ("qwen3", False)])
 @torch.no_grad()
-def test_gates_of_a_prompt_come_from_one_product(student):
-    model = student()
+def test_gates_of_a_prompt_come_from_one_product(family, folds, student):
+    model = student(family)
     mixer, layer = model.mixers()[0], model.new_cache().mixer_layers()[0]
-    x = torch.randn(2, 7, mixer.input_gate.in_features, generator=torch.Generator().manual_seed(2))
+    width = mixer.input_gate.in_features
+    x = torch.randn(2, width, width, generator=torch.Generator().manual_seed(2))
+    # Folding reads all weights of the mixer, which few tokens do not pay for.
+    assert gates_of_prompt(mixer, layer, x[:, : width // 2 - 1], torch.float32) is None
+    assert layer.folded is None
     i, f, gate = gates_of_prompt(mixer, layer, x, torch.float32)
     for found, expected in zip((i, f), mixer.scalar_gates(x), strict=True):
         assert error_ratio(found, expected.double()) < 1e-6
-    assert error_ratio(gate, mixer.output_gate(*mixer.project(x)).double()) < 1e-6
-    # Who listens to the output gate hears it.
+    if folds:
+        assert error_ratio(gate, mixer.output_gate(*mixer.project(x)).double()) < 1e-6
+    else:
+        assert gate is None
+    # Once folded, short prompts use it; who listens to the output gate hears it.
     handle = mixer.output_gate.register_forward_hook(lambda *_: None)
-    assert gates_of_prompt(mixer, layer, x, torch.float32) is None
+    i, f, gate = gates_of_prompt(mixer, layer, x[:, :3], torch.float32)
+    assert error_ratio(i, mixer.scalar_gates(x[:, :3])[0].double()) < 1e-6 and gate is None
     handle.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_a_prompt_long_enough_to_fold_equals_a_call_without_a_cache(family, student):
+    model = student(family)
+    prompt = torch.arange(3, 83).view(2, 40)
+    cache = model.new_cache()
+    found = model(prompt, past_key_values=cache).logits
+    assert all(layer.folded is not None for layer in cache.mixer_layers())
+    expected = model(prompt, use_cache=False).logits
+    assert error_ratio(found, expected.double()) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

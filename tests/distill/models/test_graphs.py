@@ -74,6 +74,8 @@ def test_generate_decodes_in_one_graph_whatever_the_length(student):
     rows = ids()
     student.train()(rows, labels=rows).loss.backward()
     assert counter.frame_count == 2
+    with pytest.raises(UserError, match="replaced already"):
+        compile_decoding(student, backend=counter)
 
 
 def test_a_cpu_without_a_compiler_is_named(student, monkeypatch):

@@ -26,8 +26,15 @@ def compile_decoding(student: CausalLM, **options: Any) -> None:
     torch.compile, `mode` for example.
 
     Raises:
-        UserError: the student is on a CPU, and there is no C++ compiler.
+        UserError: the student is on a CPU, and there is no C++ compiler; or its forward is no
+            longer its class's, because it was compiled before or a library replaced it. Such a
+            forward belongs to this student: a deep copy of it would call the original.
     """
+    if "forward" in vars(student):
+        raise UserError(
+            "compile: the student's forward was replaced already, by an earlier compile_decoding"
+            " or by a library that spreads it over devices; load it anew, on one device."
+        )
     if student.device.type == "cpu" and "backend" not in options and not _has_compiler():
         raise UserError(
             "compile: torch.compile needs a C++ compiler on a CPU; install g++, or leave it out."

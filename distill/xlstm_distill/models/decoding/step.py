@@ -280,16 +280,20 @@ def _gates(
 
 def gates_of_prompt(
     mixer: Any, layer: MixerCacheLayer, x: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return the gates of x (B, T, d) as steps make them, from one product; None if they cannot.
 
-    Preactivations of input and forget gate (B, H, T) in fp32, and the output gate (B, H, T, 1).
+    Preactivations of input and forget gate (B, H, T) in fp32, and the output gate (B, H, T, 1);
+    None in its place where it is not linear in x. Nothing is folded for a prompt of fewer tokens
+    than the width d: that would read more than the prompt itself.
     """
+    if layer.folded is None and x.shape[0] * x.shape[1] < x.shape[2]:
+        return None
     made = _folded_gates(mixer, layer, x)
     if made is None:
         return None
     i, f, *rest = made.unflatten(-1, (-1, len(mixer.kept.mixed))).permute(2, 0, 3, 1)
-    return (i, f, rest[0].sigmoid().to(dtype).unsqueeze(-1)) if rest else None
+    return i, f, rest[0].sigmoid().to(dtype).unsqueeze(-1) if rest else None
 
 
 def _folded_gates(mixer: Any, layer: MixerCacheLayer, x: Tensor) -> Tensor | None:
