@@ -89,7 +89,8 @@ def test_gates_of_a_prompt_come_from_one_product(family, folds, student):
     # Once folded, short prompts use it; who listens to the output gate hears it.
     handle = mixer.output_gate.register_forward_hook(lambda *_: None)
     i, f, gate = gates_of_prompt(mixer, layer, x[:, :3], torch.float32)
-    assert error_ratio(i, mixer.scalar_gates(x[:, :3])[0].double()) < 1e-6 and gate is None
+    assert error_ratio(i, mixer.scalar_gates(x[:, :3])[0].double()) < 1e-6
+    assert gate is None
     handle.remove()
 
 
