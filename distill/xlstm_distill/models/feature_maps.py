@@ -82,17 +82,17 @@ class FeatureMap(nn.Module):
     def _both_signs(self, x: Tensor) -> Tensor:
         """Return the features of `hedgehog` as `forward` does, in half of its passes over memory.
 
-        Without gradients. The signs are in the weights, and halving writes the order of the heads.
+        Without gradients. Halving writes the order of the heads.
         """
         heads, features, dim = self.weight.shape
         batch, groups, tokens, _ = x.shape
-        signed = torch.stack([self.weight, -self.weight], dim=1)  # (H, 2, F, D)
-        weight = signed.view(groups, -1, dim).mT
+        weight = self.weight.view(groups, -1, dim).mT
         given = x if x.dtype == weight.dtype else in_dtype_of(x, weight)
-        mapped = torch.matmul(given, weight).view(batch, groups, tokens, -1, 2, features)
-        found = mapped.float().softmax(dim=-1)
-        out = found.new_empty(batch, groups, heads // groups, tokens, 2, features)
-        torch.mul(found.transpose(2, 3), 0.5, out=out)
+        mapped = torch.matmul(given, weight).view(batch, groups, tokens, -1, features).float()
+        out = mapped.new_empty(batch, groups, heads // groups, tokens, 2, features)
+        plus, minus = out.transpose(2, 3).unbind(-2)
+        torch.mul(mapped.softmax(dim=-1), 0.5, out=plus)
+        torch.mul(mapped.neg_().softmax(dim=-1), 0.5, out=minus)
         return out.view(batch, heads, tokens, -1).to(x.dtype)
 
 
