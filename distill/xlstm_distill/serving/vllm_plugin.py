@@ -65,11 +65,6 @@ def settle(config: Any) -> None:
             config.model_config.quantization is not None,
             "students have no quantised layers; leave it out",
         ),
-        "student.mixer.attention": (
-            bool((getattr(config.model_config.hf_config, "mixer", None) or {}).get("attention")),
-            "heads that keep full attention need a cache that grows, which the plugin has not; "
-            "serve it with --engine transformers",
-        ),
         "speculative_config": (
             config.speculative_config is not None,
             "a state cannot give back tokens that were refused; leave it out",
