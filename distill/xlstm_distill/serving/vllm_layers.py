@@ -237,7 +237,7 @@ class ServedMixer(nn.Module, MambaBase):
         # In place: the states of 64 requests of an 8B student are 8 GiB.
         self._hold(self.kv_cache)
         self.layer.rows = slots
-        if arrival.begins is not None and x.device.type == "cpu":
+        if arrival.begins is not None and self.mixer.has_mlstm and x.device.type == "cpu":
             self.layer.restart_state(arrival.begins)
         mixed = decode_token(self.mixer, x.transpose(0, 1), rotation, arrival, self.layer)
         self.layer.rows = None
