@@ -103,6 +103,11 @@ class KeptAttention(Attention):
             prefix=f"layers.{mixer.layer_idx}.attention",
             **own,
         )
+        if not self.attn_backend.supports_head_size(mixer.head_dim):
+            raise ValueError(
+                f"student.mixer.attention: vLLM's {self.attn_backend.get_name()} takes no heads of"
+                f" {mixer.head_dim}; serve this student with --engine transformers."
+            )
         self.page, self.page_tokens = page, page_tokens(mixer, page)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> Any:
