@@ -332,6 +332,8 @@ def _speaker(
         from xlstm_distill.models.decoding.compiled import compile_decoding
 
         compile_decoding(speaker.student)
+        typer.echo("Compiling the step of one token: about a minute.", err=True)
+        speaker.warm_up()
     return speaker
 
 
