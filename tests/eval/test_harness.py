@@ -769,6 +769,9 @@ def test_a_judged_task_stands_beside_the_others(
     assert skipped.warnings[-1].startswith("mt_bench is skipped: no judge is named")
     with pytest.raises(EvalError, match="mt_bench is the only task"):
         load_suite(Suite(tasks=both[:1]))
+    own = (SuiteTask(name="mt_bench"), first)
+    with pytest.raises(EvalError, match=r"mt_bench\.max_gen_tokens: 1024 leaves no room for a"):
+        check_suite(suite.model_copy(update={"tasks": own}), model.config, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xlstm_distill.models.attention.heads import take
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer
+from xlstm_distill.models.decoding.products import fast_linear_layers
 
 CHUNK_CPU, CHUNK_GPU = 2048, 8192
 """Tokens of all rows that a body reads at once. On a CPU, where more do not make it faster, their
@@ -48,7 +49,7 @@ def read_prompt(model: Any, kwargs: dict[str, Any], cache: Any, chunk: int) -> d
             part = _part(kwargs, tokens, start, min(start + chunk, tokens - last))
             for name in ("logits_to_keep", "labels"):  # of the head
                 part.pop(name, None)
-            with contextlib.suppress(PromptTaken):
+            with contextlib.suppress(PromptTaken), fast_linear_layers(given.device):
                 model.model(**part)
     finally:
         cache.outputs_unread = False
