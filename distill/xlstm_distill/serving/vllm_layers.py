@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from xlstm_distill.models.attention.heads import take
 from xlstm_distill.models.attention.layout import as_runs
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer, StudentCache
-from xlstm_distill.models.decoding.step import decode_token
+from xlstm_distill.models.decoding.step import decode_token, fold_gates
 from xlstm_distill.models.mixer import HybridMixer
 from xlstm_distill.serving.vllm_pages import page_tokens, parts_of
 from xlstm_kernels import MLSTMState
@@ -29,6 +29,8 @@ from xlstm_kernels.state import LOG_ZERO
 
 Rotations = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary positions, (1, T, D) each."""
+Rows = Tensor | slice
+"""Which rows of vLLM's tensors are the requests', (B,)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Step:
         # Those with nothing before are prompts of one token: the state is empty.
         self.arrival = Arrival(1, 1, held, (held == 0).long()[:, None])
         self.chunks: list[Chunk] = []
-        self._slots: dict[int, tuple[Tensor, list[int]]] = {}
+        self._slots: dict[int, tuple[Rows, list[int]]] = {}
         self._rotations: tuple[Rotations, list[Rotations]] | None = None
         # Waits for the device, and only where a prompt is read.
         if metadata.num_prefills:
@@ -66,14 +68,14 @@ class Step:
                 arrival = Arrival(end - start, before, befores[n : n + 1], None)
                 self.chunks.append(Chunk(start, end, arrival))
 
-    def slots(self, metadata: Any) -> tuple[Tensor, list[int]]:
-        """Return where a layer's states are of those that decode (B,), and of each chunk."""
+    def slots(self, metadata: Any) -> tuple[Rows, list[int]]:
+        """Return where a layer's states are of those that decode, and of each chunk."""
         # vLLM groups layers, and a group shares its metadata.
         found = self._slots.get(id(metadata))
         if found is None:
             slots = metadata.state_indices_tensor
             chunks = slots[self.decodes :].tolist() if self.chunks else []
-            found = self._slots[id(metadata)] = slots[: self.decodes].long(), chunks
+            found = self._slots[id(metadata)] = rows_of(slots[: self.decodes].long()), chunks
         return found
 
     def rotations(self, given: Rotations) -> list[Rotations]:
@@ -85,6 +87,19 @@ class Step:
             parts += [(cos[:, c.start : c.end], sin[:, c.start : c.end]) for c in self.chunks]
             self._rotations = (given, parts)
         return self._rotations[1]
+
+
+def rows_of(slots: Tensor) -> Rows:
+    """Return slots (B,) as a slice where they are neighbours and asking costs nothing.
+
+    A slice of the states is a view. Other rows torch copies out and back.
+    """
+    if slots.device.type == "cpu" and len(slots):
+        places = slots.tolist()
+        first, end = places[0], places[0] + len(places)
+        if places == list(range(first, end)):
+            return slice(first, end)
+    return slots
 
 
 class KeptAttention(Attention):
@@ -158,6 +173,9 @@ class ServedMixer(nn.Module, MambaBase):
         assert isinstance(layer, MixerCacheLayer)
         self.layer: MixerCacheLayer = layer
         self.prefix = f"layers.{mixer.layer_idx}.mixer"
+        if mixer.has_mlstm:
+            # Here, because it reads weights that are packed later.
+            self.layer.folded = (fold_gates(mixer),)
         self.parts = parts_of(mixer)
         self.kv_cache: tuple[Tensor, ...] = tuple(torch.empty(0) for _ in self.parts)
         config.compilation_config.static_forward_context[self.prefix] = self
@@ -237,11 +255,16 @@ class ServedMixer(nn.Module, MambaBase):
             outputs[:, first:end] = full[:, before : before + end - first]
             before += end - first
 
-    def _decode(self, x: Tensor, rotation: Rotations, arrival: Arrival, slots: Tensor) -> Tensor:
-        """Decode a token of each request in slots (B,), x (1, B, d): (1, B, H D)."""
-        # In place: the states of 64 requests of an 8B student are 8 GiB.
-        self._hold(self.kv_cache)
-        self.layer.rows = slots
+    def _decode(self, x: Tensor, rotation: Rotations, arrival: Arrival, rows: Rows) -> Tensor:
+        """Decode a token of each request, x (1, B, d), whose states are in these rows: (1, B, H D).
+
+        In place: the states of 64 requests of an 8B student are 8 GiB.
+        """
+        if isinstance(rows, slice):
+            self._hold(state[rows] for state in self.kv_cache)
+        else:
+            self._hold(self.kv_cache)
+            self.layer.rows = rows
         if arrival.begins is not None and self.mixer.has_mlstm and x.device.type == "cpu":
             self.layer.restart_state(arrival.begins)
         mixed = decode_token(self.mixer, x.transpose(0, 1), rotation, arrival, self.layer)

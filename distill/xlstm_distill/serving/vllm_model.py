@@ -20,6 +20,7 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
 
 from xlstm_distill.models.student import NO_MASK
 from xlstm_distill.serving.vllm_layers import ServedAttention, ServedMixer, Step
+from xlstm_distill.serving.vllm_linear import pack_linears
 from xlstm_distill.serving.vllm_pages import page_size
 
 
@@ -47,6 +48,8 @@ class VllmStudent(nn.Module, HasInnerState, IsAttentionFree):
                 layer.self_attn = ServedAttention(mixer, page)
         served = (layer.self_attn for layer in self.body.layers)
         self.mixers = [layer.prefix for layer in served if isinstance(layer, ServedMixer)]
+        if vllm_config.device_config.device.type == "cpu":
+            pack_linears(self.student)
         # Their hooks find documents in rows, and read long prompts in chunks; here a step does.
         for part in (self.student, self.body):
             part._forward_pre_hooks.clear()
