@@ -219,8 +219,10 @@ def dot_state(x, state, total, PRECISION: tl.constexpr):
         high = state.to(x.dtype)
         low = (state.to(tl.float32) - high.to(tl.float32)).to(x.dtype)
         total = tl.dot(x, high, total, input_precision=PRECISION)
-        return tl.dot(x, low, total, input_precision=PRECISION)
-    return tl.dot(x, state, total, input_precision=PRECISION)
+        total = tl.dot(x, low, total, input_precision=PRECISION)
+    else:
+        total = tl.dot(x, state, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
