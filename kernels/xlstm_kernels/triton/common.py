@@ -199,16 +199,6 @@ def scale_below(bound):
 
 
 @triton.jit
-def row_bound(ptr, d, DV: tl.constexpr, BV: tl.constexpr):
-    """Return the largest absolute value in each row d of a (Dk, Dv) matrix."""
-    bound = tl.max(tl.abs(tl.load(ptr + d[:, None] * DV + tl.arange(0, BV)[None, :])), 1)
-    for e in range(BV, DV, BV):
-        part = tl.load(ptr + d[:, None] * DV + (e + tl.arange(0, BV))[None, :])
-        bound = tl.maximum(bound, tl.max(tl.abs(part), 1))
-    return bound
-
-
-@triton.jit
 def dot_state(x, state, total, PRECISION: tl.constexpr):
     """Add the product of x and of a tile of a state, as it is kept, to `total`.
 

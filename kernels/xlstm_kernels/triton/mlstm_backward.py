@@ -23,7 +23,6 @@ from xlstm_kernels.triton.common import (
     last_token,
     load_tile,
     read_weights,
-    row_bound,
     scale_below,
     tile_and_head,
     unit_chunk_and_head,
@@ -51,13 +50,15 @@ def denominator_kernel(
     t0 = c * L + a * BT
     t = t0 + tl.arange(0, BT)
     dh_h, dh_max = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-    for part in tl.static_range(0, DV // BV):
-        dv = part * BV + tl.arange(0, BV)
-        h_centred = load_tile(h_centred_ptr + bh * T * DV, DV, t0, T, dv, BT).to(tl.float32)
-        dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(tl.float32)
+    COLUMNS: tl.constexpr = min(32, BV)
+    for part in range(DV // BV):
         scale = tl.load(h_scale_ptr + (bh * (DV // BV) + part) * T + t, mask=t < T, other=0.0)
-        dh_h += tl.sum(h_centred * dh, 1) * scale
-        dh_max = tl.maximum(dh_max, tl.max(tl.abs(dh), 1))
+        for d in range(part * BV, part * BV + BV, COLUMNS):
+            dv = d + tl.arange(0, COLUMNS)
+            h_centred = load_tile(h_centred_ptr + bh * T * DV, DV, t0, T, dv, BT).to(tl.float32)
+            dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(tl.float32)
+            dh_h += tl.sum(h_centred * dh, 1) * scale
+            dh_max = tl.maximum(dh_max, tl.max(tl.abs(dh), 1))
     tl.store(dh_h_ptr + bh * T + t, dh_h, mask=t < T)
     tl.store(dh_max_ptr + bh * T + t, dh_max, mask=t < T)
 
@@ -65,8 +66,8 @@ def denominator_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def state_grad_kernel(
     q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
-    runs_ptr, dC_end_ptr, dn_end_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dC0_ptr, dn0_ptr,
-    q_b, q_h, q_t, T, H, chunks,
+    runs_ptr, dC_end_ptr, dC_end_max_ptr, dn_end_ptr, dC_ptr, dC_scale_ptr, dn_ptr,
+    dC0_ptr, dn0_ptr, q_b, q_h, q_t, T, H, chunks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -83,7 +84,7 @@ def state_grad_kernel(
     q_ptr += b * q_b + h * q_h
     dC = tl.load(dC_end_ptr + bh * DK * DV + tile)
     dn = tl.load(dn_end_ptr + bh * DK + dk)
-    bound = row_bound(dC_end_ptr + bh * DK * DV, dk, DV, BV)
+    bound = tl.load(dC_end_max_ptr + bh * DK + dk)
     for back in range(chunks):
         c = chunks - 1 - back
         slot = bh * chunks + c

@@ -23,7 +23,6 @@ from xlstm_kernels.triton.common import (
     load_tile,
     pair_weights,
     read_weights,
-    row_bound,
     run_before,
     scale_below,
     tile_and_head,
@@ -34,7 +33,8 @@ from xlstm_kernels.triton.common import (
 @triton.jit(do_not_specialize=LENGTHS)
 def state_kernel(
     k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
-    runs_ptr, C0_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr, C_end_ptr, n_end_ptr,
+    runs_ptr, C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr,
+    C_end_ptr, n_end_ptr,
     k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, BT: tl.constexpr,
@@ -59,8 +59,7 @@ def state_kernel(
     # The programs of a head agree on the scale of a row, because each carries the same bound of
     # |C|: what the row would be if no terms cancelled.
     v_max = tl.load(v_max_ptr + b * (H // R) + h // R)
-    bound = row_bound(C0_ptr + bh * DK * DV, dk, DV, BV)
-    bound += tl.abs(n) * tl.max(tl.abs(tl.load(centre_ptr + tl.arange(0, DV))), 0)
+    bound = tl.load(C0_max_ptr + bh * DK + dk)
     m = tl.load(m0_ptr + bh)
     for c in range(chunks):
         slot, end = bh * chunks + c, last_token(c, T, L)

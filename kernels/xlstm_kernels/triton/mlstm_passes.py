@@ -79,6 +79,11 @@ def largest(v: Tensor, centre: Tensor) -> Tensor:
     return torch.maximum(high, -low).amax(-1)
 
 
+def row_max(x: Tensor) -> Tensor:
+    """Return the largest absolute value along the last dimension."""
+    return torch.linalg.vector_norm(x, float("inf"), dim=-1)
+
+
 def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes) -> Gates:
     """Sum the forget gates of each chunk; i, f (B, H, T)."""
     sum_high, sum_low, max_log_weight = (
@@ -104,13 +109,16 @@ def run_states(
     states = States.empty(sizes, inputs.q.device)
     m = torch.empty(B, H, T, device=inputs.q.device)
     C_end, n_end = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
+    centre_max = row_max(inputs.centre).repeat_interleave(H // G, 1)[:, :, None]
+    n_part = inputs.n0.abs() * centre_max  # the kernel subtracts n0 centreᵀ from C0
     launch = config.states
     mlstm_forward.state_kernel[(sizes.state_tiles(launch),)](
         k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre, v_max_ptr=inputs.v_max,
         runs_ptr=inputs.runs,
         i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
         max_log_weight_ptr=gates.max_log_weight,
-        C0_ptr=inputs.C0, n0_ptr=inputs.n0, m0_ptr=inputs.m0,
+        C0_ptr=inputs.C0, C0_max_ptr=row_max(inputs.C0) + n_part,
+        n0_ptr=inputs.n0, m0_ptr=inputs.m0,
         C_ptr=states.C, C_scale_ptr=states.scale, n_ptr=states.n,
         m_ptr=m, C_end_ptr=C_end, n_end_ptr=n_end,
         T=T, H=H, R=H // G, chunks=sizes.chunks,
@@ -227,7 +235,7 @@ def run_state_grads(
         dh_h_ptr=rows.dh_h, dh_max_ptr=rows.dh_max,
         sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
         m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
-        dC_end_ptr=dC_end, dn_end_ptr=dn_end,
+        dC_end_ptr=dC_end, dC_end_max_ptr=row_max(dC_end), dn_end_ptr=dn_end,
         dC_ptr=grads.C, dC_scale_ptr=grads.scale, dn_ptr=grads.n, dC0_ptr=dC0, dn0_ptr=dn0,
         T=sizes.T, H=sizes.H, chunks=sizes.chunks,
         **strides(q=inputs.q), **sizes.head_settings(launch),

@@ -31,6 +31,7 @@ from xlstm_kernels.triton.window import window_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned", "gpu_arithmetic")
 TILES_OF_64 = MLSTMConfig(64, 64, *[Launch(64, 64, 4, 1)] * 3, TokenLaunch(64, 32, 4, 1))
+TWO_TILES_OF_64 = TILES_OF_64._replace(chunk=128)
 TILES_OF_32 = MLSTMConfig(64, 32, *[Launch(32, 32, 4, 1)] * 3, TokenLaunch(32, 32, 4, 1))
 BLOCKS_OF_64 = WindowConfig(64, 4, 1, 4, 1, 4, 64)
 WIDE = ("i", "f", "C", "n", "m")
@@ -75,20 +76,24 @@ def mlstm_errors(
 
 # Without `common_component`, df in bfloat16 was off by 0.070 at offset 3 and by 0.39 at 10. The
 # bounds are those of this number of tokens: in shorter rows the same rounding weighs more.
+# With states and h kept in bfloat16, df with seed 2 was off by 0.013 in chunks of 64: whether these
+# roundings add up is a matter of the draw.
 @pytest.mark.parametrize(
-    ("dtype", "bound", "offset"),
+    ("dtype", "bound", "offset", "seed", "config"),
     [
-        (torch.bfloat16, 5e-3, 0.0),
-        (torch.bfloat16, 5e-3, 3.0),
-        (torch.bfloat16, 6e-3, 10.0),
-        (torch.float16, 6e-4, 3.0),
+        (torch.bfloat16, 5e-3, 0.0, 5, TWO_TILES_OF_64),
+        (torch.bfloat16, 5e-3, 3.0, 5, TILES_OF_64),
+        (torch.bfloat16, 5e-3, 3.0, 5, TWO_TILES_OF_64),
+        (torch.bfloat16, 5e-3, 3.0, 2, TWO_TILES_OF_64),
+        (torch.bfloat16, 6e-3, 10.0, 5, TWO_TILES_OF_64),
+        (torch.float16, 6e-4, 3.0, 5, TILES_OF_64),
     ],
 )
 def test_mlstm_with_a_common_component(
-    device: str, dtype: torch.dtype, bound: float, offset: float
+    device: str, dtype: torch.dtype, bound: float, offset: float, seed: int, config: MLSTMConfig
 ) -> None:
-    inputs = with_offset(random_inputs(1, 1, 1024, 64, seed=5, forget_bias=6.0), offset)
-    found = mlstm_errors(cast(inputs, dtype, device), config=TILES_OF_64)
+    inputs = with_offset(random_inputs(1, 1, 1024, 64, seed=seed, forget_bias=6.0), offset)
+    found = mlstm_errors(cast(inputs, dtype, device), config=config)
     assert all(ratio < bound for ratio in found.values()), found
 
 
