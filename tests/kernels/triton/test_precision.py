@@ -136,6 +136,29 @@ def test_window(device: str, dtype: torch.dtype, bound: float, offset: float) ->
     assert all(ratio < bound for ratio in found.values()), found
 
 
+@pytest.mark.parametrize("exponent", [40, -40])
+def test_states_in_float16_have_the_range_of_float32(device: str, exponent: int) -> None:
+    """Values and dh times a power of two: the same bits, times powers of two."""
+    drawn = random_inputs(1, 1, 40, 32, seed=12) | random_state(1, 1, 32, 32, seed=13)
+    small = TILES_OF_32._replace(chunk=32)
+
+    def run(factor: float) -> Tensors:
+        x = {name: t.detach() * (factor if name in "vC" else 1.0) for name, t in drawn.items()}
+        leaves = {name: t.requires_grad_(name != "m") for name, t in x.items()}
+
+        def operator(q, k, v, i, f, C, n, m) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+            given = MLSTMState(C, n, m)
+            h, final = mlstm_triton(q, k, v, i, f, segment_ids=None, state=given, config=small)
+            return h * factor, final.C * factor
+
+        return outputs_and_grads(operator, cast(leaves, torch.bfloat16, device))
+
+    plain, scaled, factor = run(1.0), run(2.0**exponent), 2.0**exponent
+    for name, expected in plain.items():
+        powers = 1 if name in ("dv", "dC") else 2
+        assert torch.equal(scaled[name].double(), expected.double() * factor**powers), name
+
+
 def test_no_product_cuts_its_operands_to_tf32(device: str, gpu_arithmetic: set[str]) -> None:
     for dtype in (torch.float16, torch.float32):
         mlstm_errors(cast(random_inputs(1, 1, 40, 32, seed=3), dtype, device))
