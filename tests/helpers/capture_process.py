@@ -26,9 +26,13 @@ SETTINGS = (
 
 
 def run_capture(
-    recipe: str, directory: str, share: str | None = None, wait: float = 0.0
+    recipe: str,
+    directory: str,
+    share: str | None = None,
+    wait: float = 0.0,
+    changes: tuple[str, ...] = (),
 ) -> list[str]:
-    """Capture; returns what was said."""
+    """Capture, with changed settings; returns what was said."""
     tokens, write = capture.SHARD_TOKENS, capture.DomainCapture._write_shard
     capture.SHARD_TOKENS = (1024, 1024)
 
@@ -38,7 +42,7 @@ def run_capture(
 
     capture.DomainCapture._write_shard = slowly
     try:
-        loaded, console = load_recipe(Path(recipe), SETTINGS), QuietConsole()
+        loaded, console = load_recipe(Path(recipe), SETTINGS + changes), QuietConsole()
         capture.capture(Lineage(loaded), Run.open(directory, loaded), console, share)
     finally:
         capture.SHARD_TOKENS, capture.DomainCapture._write_shard = tokens, write

@@ -464,7 +464,9 @@ def _copied(new: Tensor, held: Tensor | None) -> Tensor:
     if held is not None:
         return held.copy_(new)
     with _as_usual():
-        return new.clone()
+        # A view of one row keeps its stride when it is cloned; it says how long the prompt was,
+        # and a compiled step would be another one for each length.
+        return new.clone(memory_format=torch.contiguous_format)
 
 
 def checked_cache(cache: Any) -> StudentCache:

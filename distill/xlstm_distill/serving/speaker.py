@@ -181,6 +181,18 @@ class Speaker:
             self.forget()
         return spoken
 
+    def warm_up(self) -> None:
+        """Make a few tokens of no text, so that what is compiled is compiled before an answer."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.student.device)
+        # The third token is the first whose step is compiled.
+        few = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
+        self.student.generate(
+            token,
+            attention_mask=torch.ones_like(token),
+            pad_token_id=self._pad_token(),
+            **few,
+        )
+
     def forget(self) -> None:
         """Begin with an empty cache."""
         self.cache, self.held = self.student.new_cache(), []

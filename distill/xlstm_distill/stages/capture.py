@@ -7,6 +7,7 @@ there tests the store and publishes it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -27,7 +28,7 @@ from xlstm_distill.data.rows import IGNORE_INDEX, Batch, DomainRows, load_batch
 from xlstm_distill.errors import RunError
 from xlstm_distill.losses.plain import sparse_kl
 from xlstm_distill.models.teacher import download_teacher, load_teacher
-from xlstm_distill.runtime.console import Console, Progress, short
+from xlstm_distill.runtime.console import Console, Progress, byte_size, short
 from xlstm_distill.runtime.pool import free_cores
 from xlstm_distill.runtime.ranks import (
     from_rank_zero,
@@ -194,11 +195,21 @@ class DomainCapture:
         return artifact
 
     def _clean(self) -> None:
-        """Remove what is left over: a shard written twice, shards for other settings."""
+        """Remove a shard that was written twice; name the shards of other settings, which stay."""
+        shutil.rmtree(self.directory, ignore_errors=True)
         pattern = re.compile(rf"\.{re.escape(self.rows.name)}\.[0-9a-f]{{12}}\.shards")
-        for path in self.directory.parent.iterdir():
-            if pattern.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in sorted(self.directory.parent.iterdir()):
+            if not pattern.fullmatch(path.name):
+                continue
+            # Another run may write there at this moment.
+            with contextlib.suppress(OSError):
+                files = [file.stat() for file in path.rglob("*") if file.is_file()]
+                held = byte_size(sum(file.st_size for file in files))
+                # They took the teacher's time, and a capture with those settings goes on from them.
+                self.console.line(
+                    f"{self.request.label}: shards of an unfinished capture with other settings"
+                    f" stay in {path} ({held}); delete the folder if you will not go back to them"
+                )
 
     def _missing(self, share: tuple[int, int]) -> list[int]:
         """Shards that are not there; none if the store is published, as then they are gone.

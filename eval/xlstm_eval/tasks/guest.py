@@ -58,6 +58,18 @@ FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "msgget": (68, 186),
     "semget": (64, 190),
     "mq_open": (240, 180),
+    # Files outside that belong to this user: Landlock guards no attributes, and the size only from
+    # Linux 6.2 on.
+    "truncate": (76, 45),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
     # Parts of the kernel that programs do not need and attacks use.
     "mount": (165, 40),
     "umount2": (166, 39),
@@ -96,7 +108,29 @@ FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "personality": (135, 92),
     "syslog": (103, 116),
 }
+WITHOUT_EFFECT: dict[str, tuple[int | None, int | None]] = {
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+}
+"""Attributes of files, too. They do nothing and succeed, since `shutil.copy` ends with them."""
 CLONE, CLONE3, PRLIMIT = (56, 220), (435, 435), (302, 261)
+COMMANDS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
+    # The kernel sends a signal of the program's choice to the owner of a pipe or socket, whom
+    # F_SETOWN, F_SETOWN_EX, FIOSETOWN and SIOCSPGRP name. Landlock stops it from Linux 6.12 on.
+    "fcntl": ((72, 25), (8, 15)),
+    "ioctl": ((16, 29), (0x8901, 0x8902)),
+}
+"""Calls of which only some commands are forbidden: their numbers, and those commands."""
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the tables above, and the kernel's name of the platform."""
 CLONE_THREAD = 0x10000
@@ -106,7 +140,7 @@ EPERM, ENOSYS = 1, 38
 # BPF: load a word, jump if equal / at least / a bit is set, return.
 LOAD, JEQ, JGE, JSET, RET = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, ERROR, KILL = 0x7FFF0000, 0x00050000, 0x80000000
-NUMBER, ARCHITECTURE, ARGUMENT = 0, 4, 16
+NUMBER, ARCHITECTURE, ARGUMENT, SECOND_ARGUMENT = 0, 4, 16, 24
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, FILTER = 38, 22, 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
@@ -268,6 +302,17 @@ def _filter_calls() -> bool:
         number = numbers[column]
         if number is not None:
             steps += [_step(code, JEQ, 0, 1, number), _step(code, RET, 0, 0, ERROR | EPERM)]
+    for numbers in WITHOUT_EFFECT.values():
+        number = numbers[column]
+        if number is not None:
+            steps += [_step(code, JEQ, 0, 1, number), _step(code, RET, 0, 0, ERROR)]
+    for call, commands in COMMANDS.values():
+        # Another call jumps over these steps, so that the next ones still see its number.
+        steps += [_step(code, JEQ, 0, 2 * len(commands) + 2, call[column])]
+        steps += [_step(code, LOAD, 0, 0, SECOND_ARGUMENT)]
+        for command in commands:
+            steps += [_step(code, JEQ, 0, 1, command), _step(code, RET, 0, 0, ERROR | EPERM)]
+        steps += [_step(code, RET, 0, 0, ALLOW)]
     # glibc then takes clone, whose flags a filter can read.
     steps += [_step(code, JEQ, 0, 1, CLONE3[column]), _step(code, RET, 0, 0, ERROR | ENOSYS)]
     steps += [

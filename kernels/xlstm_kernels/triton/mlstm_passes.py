@@ -50,8 +50,8 @@ def launch_forward(
     with on_device_of(q):
         gates = sum_gates(i, f, runs, sizes)
         states, m, C_end, n_end = run_states(inputs, gates, sizes, config)
-        h, *found = run_outputs(inputs, gates, states, m, keep, sizes, config)
-    kept = Kept(*inputs[3:5], *gates[2:], *found, m)
+        h, h_centred, h_scale, den = run_outputs(inputs, gates, states, m, keep, sizes, config)
+    kept = Kept(inputs.centre, inputs.v_max, *gates[2:], h_centred, h_scale, den, m)
     return h, C_end, n_end, m[:, :, -1].clone(), *kept
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 from command_line import call_cli
+from torch._dynamo.testing import CompileCounter
+
+from xlstm_distill.models.decoding import compiled
+from xlstm_distill.serving.speaker import Speaker
 
 
 def test_generate_writes_text_or_json(saved_student: Path, tmp_path: Path) -> None:
@@ -23,6 +28,27 @@ def test_generate_writes_text_or_json(saved_student: Path, tmp_path: Path) -> No
     assert "trust_remote_code=True" in out.stdout
     exported = call_cli(words[0], tmp_path / "out", *words[2:], "--json")
     assert json.loads(exported.stdout)["ids"] == found["ids"]
+
+
+def test_compiling_is_done_before_the_answer(
+    saved_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter, graphs = CompileCounter(), []
+    plainly = functools.partial(compiled.compile_decoding, backend=counter)
+    monkeypatch.setattr(compiled, "compile_decoding", plainly)
+    warmed = Speaker.warm_up
+
+    def warm_up(speaker: Speaker) -> None:
+        warmed(speaker)
+        graphs.append(counter.frame_count)
+
+    monkeypatch.setattr(Speaker, "warm_up", warm_up)
+    words = ("generate", saved_student, "-p", "3 + 4 =", "--max-tokens", "8", "--temperature", "0")
+    plain, done = call_cli(*words), call_cli(*words, "--compile")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == plain.stdout
+    assert done.stderr.startswith("Compiling")
+    assert graphs == [counter.frame_count] == [1]
 
 
 def test_chat_answers_until_the_conversation_ends(saved_student: Path) -> None:

@@ -78,6 +78,29 @@ def test_generate_decodes_in_one_graph_whatever_the_length(student):
         compile_decoding(student, backend=counter)
 
 
+@torch.no_grad()
+def test_prompts_of_one_row_share_a_graph_whatever_their_length(student):
+    torch.compiler.reset()
+    counter = CompileCounter()
+    expected, found = [], []
+    for answers in (expected, found):
+        if answers is found:
+            compile_decoding(student, backend=counter)
+        cache = student.new_cache()
+        # A conversation: further prompts come after compiled steps, and a new cache after them.
+        for turn, tokens in enumerate((7, 3, 12, 5)):
+            if turn == 2:
+                cache = student.new_cache()
+            for given in (ids(1, tokens), *ids(1, 3).split(1, dim=1)):
+                # As `generate` calls it.
+                held = cache.get_seq_length()
+                positions = torch.arange(held, held + given.shape[1])[None]
+                seen = {"past_key_values": cache, "position_ids": positions}
+                answers.append(student(given, logits_to_keep=1, **seen).logits)
+    assert all(map(torch.equal, expected, found))
+    assert counter.frame_count == 1
+
+
 def test_a_cpu_without_a_compiler_is_named(student, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(UserError, match=r"torch\.compile needs a C\+\+ compiler"):

@@ -157,6 +157,21 @@ def test_only_missing_and_damaged_shards_are_made_again(reference, fresh, writte
     assert not list(fresh.rglob("*.partial"))
 
 
+def test_shards_of_other_settings_stay_and_are_gone_on_from(fresh, written):
+    other = ("capture.top_k=128",)
+    run_capture(RECIPE, str(fresh), "0/2", changes=other)
+    done = list(written)
+    lines = run_capture(RECIPE, str(fresh))
+    (kept,) = (fresh / "artifacts/capture").glob(".math.*.shards")
+    said = [line for line in lines if "with other settings stay in" in line]
+    assert len(said) == 2
+    assert any(str(kept) in line for line in said)
+    written.clear()
+    run_capture(RECIPE, str(fresh), changes=other)
+    assert not set(done) & set(written)
+    assert not list((fresh / "artifacts/capture").glob(".*.shards"))
+
+
 def test_a_store_that_is_not_the_teachers_is_not_published(fresh, monkeypatch):
     def other(config, device="cpu"):
         teacher = load_teacher(config, device)

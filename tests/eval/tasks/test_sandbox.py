@@ -63,13 +63,19 @@ def test_a_machine_whose_calls_are_not_known_is_refused() -> None:
 
 def test_numbers_of_system_calls_are_those_of_the_kernels_headers() -> None:
     """AArch64 has the generic table; a header of either platform is on most machines."""
-    numbers = guest.FORBIDDEN | {
-        "clone": guest.CLONE,
-        "clone3": guest.CLONE3,
-        "prlimit64": guest.PRLIMIT,
-        "landlock_create_ruleset": (guest.LANDLOCK_CREATE, guest.LANDLOCK_CREATE),
-        "landlock_restrict_self": (guest.LANDLOCK_RESTRICT, guest.LANDLOCK_RESTRICT),
-    }
+    commands = {name: numbers for name, (numbers, _) in guest.COMMANDS.items()}
+    numbers = (
+        guest.FORBIDDEN
+        | guest.WITHOUT_EFFECT
+        | commands
+        | {
+            "clone": guest.CLONE,
+            "clone3": guest.CLONE3,
+            "prlimit64": guest.PRLIMIT,
+            "landlock_create_ruleset": (guest.LANDLOCK_CREATE, guest.LANDLOCK_CREATE),
+            "landlock_restrict_self": (guest.LANDLOCK_RESTRICT, guest.LANDLOCK_RESTRICT),
+        }
+    )
     headers = [next(iter(INCLUDE.glob("*/asm/unistd_64.h")), None), INCLUDE / GENERIC]
     found = [header for header in headers if header is not None and header.is_file()]
     if not found:
@@ -140,6 +146,11 @@ def test_bombs_do_not_go_off(program: str, reason: str) -> None:
     assert reason in outcome.reason
 
 
+def test_an_answer_of_brackets_does_not_end_this_process() -> None:
+    program = "import os\nfor n in range(3, 64):\n  try: os.write(n, b'[' * 60_000 + b'\\n')\n"
+    assert not run_program(program + "  except OSError: pass", LIMITS).passed
+
+
 def test_much_output_goes_nowhere() -> None:
     assert run_program("for _ in range(10_000): print('x' * 1000)", LIMITS).passed
     # Straight into the stream of the answer: reading ends, and so does the program.
@@ -169,10 +180,12 @@ def test_there_is_no_second_process(program: str) -> None:
     [
         "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
         "import os, signal; os.kill(-1, signal.SIGKILL)",
+        # A signal that the kernel sends in the program's place.
+        "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
         # It would make the kernel end this process instead.
         "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
     ],
-    ids=["parent", "all", "limits"],
+    ids=["parent", "all", "owner of a pipe", "limits"],
 )
 def test_other_processes_are_out_of_reach(program: str) -> None:
     outcome = run_program(program, LIMITS)
@@ -196,6 +209,26 @@ def test_files_outside_are_out_of_reach(tmp_path: Path) -> None:
         assert "PermissionError" in outcome.reason, (attempt, outcome)
     assert mine.read_text() == "private"
     assert list(tmp_path.iterdir()) == [mine]
+
+
+@needs("files")
+def test_attributes_of_files_outside_stay(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("private")
+    before = mine.stat()
+    for attempt in ("chmod(mine, 0)", "utime(mine, (5, 5))", "chown(mine, 1, 1)"):
+        run_program(f"import os\nmine = {str(mine)!r}\nos.{attempt}", LIMITS)
+        now = mine.stat()
+        assert (now.st_mode, now.st_mtime_ns) == (before.st_mode, before.st_mtime_ns), attempt
+    # By seccomp, also where Landlock would let it pass.
+    for attempt in ("truncate(mine, 0)", "setxattr(mine, 'user.a', b'')"):
+        outcome = run_program(f"import os\nmine = {str(mine)!r}\nos.{attempt}", LIMITS)
+        assert "Errno 1" in outcome.reason, attempt
+    # In its own folder, a program may copy and lock files; their mode stays.
+    program = "import fcntl, os, shutil\nfile = open('a', 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+    program += "os.fchmod(file.fileno(), 0)\nassert os.fstat(file.fileno()).st_mode & 0o600\n"
+    outcome = run_program(f"{program}shutil.copy2('a', 'b')\nshutil.copy('a', 'c')", LIMITS)
+    assert outcome.passed, outcome
 
 
 def test_secrets_of_the_environment_do_not_get_in(monkeypatch: pytest.MonkeyPatch) -> None:

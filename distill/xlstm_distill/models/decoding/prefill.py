@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xlstm_distill.models.attention.heads import take
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer
+from xlstm_distill.models.decoding.products import fast_linear_layers
 
 CHUNK_CPU, CHUNK_GPU = 2048, 8192
 """Tokens of all rows that a body reads at once. On a CPU, where more do not make it faster, their
@@ -48,7 +49,7 @@ def read_prompt(model: Any, kwargs: dict[str, Any], cache: Any, chunk: int) -> d
             part = _part(kwargs, tokens, start, min(start + chunk, tokens - last))
             for name in ("logits_to_keep", "labels"):  # of the head
                 part.pop(name, None)
-            with contextlib.suppress(PromptTaken):
+            with contextlib.suppress(PromptTaken), fast_linear_layers(given.device):
                 model.model(**part)
     finally:
         cache.outputs_unread = False
@@ -75,7 +76,8 @@ def take_in(
     heads = mixer.kept
     if heads.kept:
         layer.extend(take(k, heads.full_keys), take(v, heads.full_keys))
-    k, v = take(k, heads.keys), take(v, heads.keys)
+    if heads.mixed:
+        k, v = take(k, heads.keys), take(v, heads.keys)
     if mixer.has_mlstm:
         features = mixer.feature_map_k(k)
         # Whatever the queries are, the state is the same.

@@ -69,7 +69,7 @@ def _draw_set(
         interval = getattr(entry.comparison.statistics, loss, None)
         if interval is not None:
             axes.plot([x, x], list(interval), color=color, lw=1.3, alpha=0.4, zorder=2)
-        axes.plot([x], [y], "o", ms=7, color=color, zorder=4)
+        axes.plot([x], [y], "o", ms=7, color=color, zorder=4, clip_on=False)
     front = pareto_front(points)
     line = [points[index] for index in front]
     axes.plot(*zip(*line, strict=True), color=color, lw=1.4, drawstyle="steps-post", zorder=3)

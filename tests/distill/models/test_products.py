@@ -1,0 +1,69 @@
+"""Linear layers of long prompts: the same numbers, where it pays, of plain tensors only."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from xlstm_distill.models.decoding import products
+from xlstm_distill.models.decoding.products import LEAST_ROWS, LinearAsConvolution
+
+F = torch.nn.functional
+INFO = "vendor_id : {}\n"
+
+
+class Quantised(torch.Tensor):
+    """A weight with a class of its own."""
+
+
+def convolutions(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, int]:
+    with LinearAsConvolution(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = F.linear(x, *weights)
+    return found, sum(event.name == "aten::conv2d" for event in seen.events())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, LEAST_ROWS, 24), (3, 111, 24), (2, 3, 5, 40, 17)])
+def test_gives_the_same_product(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(*shape[:-2], shape[-1], shape[-2]).mT  # in another order in memory
+    given = [torch.randn(n, *rest) for n, *rest in [(10, shape[-1]), (10,)][: 1 + bias]]
+    found, used = convolutions(x, *given)
+    truth = F.linear(x.double(), *(y.double() for y in given))
+    assert used == 1
+    assert found.is_contiguous()
+    assert (found - truth).norm() < 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "dtype"),
+    [
+        (LEAST_ROWS - 1, torch.Tensor, torch.float32),
+        (LEAST_ROWS, Quantised, torch.float32),
+        (LEAST_ROWS, torch.Tensor, torch.float64),
+        (LEAST_ROWS, torch.Tensor, torch.bfloat16),
+    ],
+)
+def test_leaves_other_products_as_they_are(rows: int, kind: type, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(rows, 8).to(dtype), torch.randn(4, 8).to(dtype)
+    found, used = convolutions(x, weight.as_subclass(kind))
+    assert used == 0
+    assert torch.equal(found, F.linear(x, weight))
+    with torch.autocast("cpu"):
+        assert convolutions(x, weight)[0].dtype == F.linear(x, weight).dtype
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_is_for_processors_where_it_was_measured(tmp_path, monkeypatch, vendor: str) -> None:
+    (info := tmp_path / "cpuinfo").write_text(INFO.format(vendor))
+    monkeypatch.setattr(products, "CPU_INFO", info)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    products.is_mkl_narrow.cache_clear()
+    try:
+        used = products.fast_linear_layers(torch.device("cpu"))
+        wanted = torch.backends.mkl.is_available() and vendor == "AuthenticAMD"
+        assert isinstance(used, LinearAsConvolution) == wanted
+        assert not isinstance(
+            products.fast_linear_layers(torch.device("meta")), LinearAsConvolution
+        )
+    finally:
+        products.is_mkl_narrow.cache_clear()
