@@ -134,7 +134,7 @@ def sandboxed_metrics() -> Iterator[None]:
 
 def runs_programs(task: Any) -> bool:
     """Tell whether a metric of an lm-eval task runs programs; they are led into the sandbox."""
-    return any([_confine(metric) for metric in getattr(task, "_metric_fn_list", {}).values()])
+    return any(_confine(metric) for metric in getattr(task, "_metric_fn_list", {}).values())
 
 
 def is_confined(task: Any) -> bool:
