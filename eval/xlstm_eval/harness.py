@@ -240,13 +240,19 @@ def _check(loaded: LoadedSuite, lm: Any) -> None:
                 f"{entry.name}.generation: the task is greedy, so {given[0]} has no effect. Give a "
                 "temperature above 0 too, or leave it out."
             )
-        budget = settings.get("max_gen_toks", lm.max_gen_toks)
-        # lm-eval keeps max_length - budget tokens of a prompt: nothing would be left of it.
-        if budget >= lm.max_length:
-            raise EvalError(
-                f"{entry.name}.max_gen_tokens: {budget} leaves no room for a prompt; the model's "
-                f"context is {lm.max_length}. Give fewer."
-            )
+        _require_room(entry.name, settings.get("max_gen_toks", lm.max_gen_toks), lm.max_length)
+    talk = mt_bench(loaded)
+    if talk is not None:
+        _require_room(MT_BENCH, talk.budget, lm.max_length)
+
+
+def _require_room(task: str, budget: int, context: int) -> None:
+    # lm-eval keeps context - budget tokens of a prompt: nothing would be left of it.
+    if budget >= context:
+        raise EvalError(
+            f"{task}.max_gen_tokens: {budget} leaves no room for a prompt; the model's context is "
+            f"{context}. Give fewer."
+        )
 
 
 def context_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -15,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import process_environment
+from processes import ROOT, process_environment
+
+VLLM_PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv/vllm/bin/python"))
+"""Has vLLM in an environment of its own, because it pins a torch."""
 
 
 @dataclass

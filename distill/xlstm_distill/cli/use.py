@@ -263,18 +263,18 @@ def long_context(
             haystack=haystack,
         )
         path = _model_path(place, model)
+        own_items = items_dir or out.parent / "long-context-items"
+        # Hours before they are written to.
+        if out.is_dir():
+            raise UserError(f"--out: {out} is a directory; name a file in it.")
+        if own_items.exists() and not own_items.is_dir():
+            raise UserError(f"--items-dir: {own_items} is a file; name a directory.")
         quiet_transformers()
         from xlstm_distill.stages.measuring.long_context import Place, measure_place
 
         console = Console()
-        found = measure_place(
-            Place(path, dtype, device),
-            settings,
-            chat_template,
-            items_dir or out.parent / "long-context-items",
-            out,
-            console,
-        )
+        place_of_model = Place(path, dtype, device)
+        found = measure_place(place_of_model, settings, chat_template, own_items, out, console)
         if as_json:
             typer.echo(out.read_text(encoding="utf-8"), nl=False)
             return

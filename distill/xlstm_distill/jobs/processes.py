@@ -35,6 +35,15 @@ def process_count(settings: Settings) -> int:
         ) from None
 
 
+def count_text(settings: Settings) -> str:
+    """Say which settings of the site file give a stage its number of processes."""
+    if found := re.search(r"--num_processes[ =]\d+", settings.launch_args):
+        return f"launch_args: {found[0]}"
+    if settings.processes is not None:
+        return f"nodes: {settings.nodes}, processes: {settings.processes}"
+    return f"launch: {settings.launch}"
+
+
 def from_hub(recipe: Recipe) -> list[str]:
     """Teacher and data sets that are named by their hub ids."""
     named = [recipe.teacher.path]

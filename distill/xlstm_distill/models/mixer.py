@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -95,6 +95,9 @@ class HybridMixer(nn.Module):
         self.heads: int = heads
         self.widths = (heads * self.head_dim, keys, keys)  # of queries, keys and values
         self.backend: Backend = "auto"
+        # An engine that holds keys and values itself attends for the kept heads: q (B, Hq, T, D),
+        # k and v (B, Gk, T, D) after RoPE to (B, Hq, T, D), as `full_attention` gives it.
+        self.keeper: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.family, self.mixer_config = family, config
         # Looked up once: an import in every layer and token costs time, and breaks graphs.
         self.apply_rotary = family.apply_rotary
@@ -248,6 +251,8 @@ class HybridMixer(nn.Module):
         """
         heads = self.kept
         q, k, v = take(q, heads.full_queries), take(k, heads.full_keys), take(v, heads.full_keys)
+        if self.keeper is not None:
+            return take(self.keeper(q, k, v), heads.full_outputs)
         documents = None if segment_ids is None else (segment_ids, segment_ids)
         if layer is not None and arrival is not None:
             documents = arrival.documents(q.device)

@@ -65,10 +65,14 @@ def settle(config: Any) -> None:
             config.model_config.quantization is not None,
             "students have no quantised layers; leave it out",
         ),
-        "student.mixer.attention": (
-            bool((getattr(config.model_config.hf_config, "mixer", None) or {}).get("attention")),
-            "heads that keep full attention need a cache that grows, which the plugin has not; "
-            "serve it with --engine transformers",
+        "block_size": (
+            config.cache_config.user_specified_block_size,
+            "a page holds a state, and as many keys as that makes room for; leave it out",
+        ),
+        "kv_cache_dtype": (
+            config.cache_config.cache_dtype != "auto",
+            "states and rings have formats of their own, and kept attention has the weights'; "
+            "leave it out",
         ),
         "speculative_config": (
             config.speculative_config is not None,

@@ -7,6 +7,7 @@ key comes from an environment variable and goes nowhere but into the request's h
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -154,7 +155,7 @@ class JudgeClient:
                 if error.code not in BUSY and error.code < 500:
                     raise EvalError(self._failed(problem)) from None
                 wait = _seconds(error.headers.get("Retry-After")) or wait
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
                 problem = f"cannot be reached or understood: {self._safe(str(reason))}"
             if attempt < CALL_ATTEMPTS - 1:

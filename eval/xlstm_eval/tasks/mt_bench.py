@@ -97,14 +97,18 @@ class MTBench:
         self._template = template or plain_template
         self._stops = [] if template else list(PLAIN_STOPS)
 
+    @property
+    def budget(self) -> int:
+        """The longest answer to a turn, in tokens."""
+        return self.entry.max_gen_tokens or ANSWER_TOKENS
+
     def generation(self, question: Question) -> dict[str, Any]:
         """Return lm-eval's generation settings of a question."""
         drawn: dict[str, Any] = {"do_sample": False}
         if question.temperature:
             drawn = {"do_sample": True, "temperature": question.temperature}
-        tokens = self.entry.max_gen_tokens or ANSWER_TOKENS
         # Settings of a recipe's task are refused here, and null stands for all of them.
-        return {"until": self._stops, "max_gen_toks": tokens, **drawn}
+        return {"until": self._stops, "max_gen_toks": self.budget, **drawn}
 
     def answer(self, generate: Generate) -> list[tuple[str, str]]:
         """Return both answers to each question."""
@@ -156,7 +160,7 @@ class MTBench:
         return {
             "version": VERSION,
             "questions": hash_value([question.model_dump() for question in self.questions]),
-            "max_gen_tokens": self.entry.max_gen_tokens or ANSWER_TOKENS,
+            "max_gen_tokens": self.budget,
         }
 
     def protocol(self, judge: Judge) -> dict[str, Any]:

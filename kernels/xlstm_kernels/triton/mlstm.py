@@ -17,6 +17,7 @@ from xlstm_kernels.state import MLSTMState
 from xlstm_kernels.triton.common import contiguous_rows
 from xlstm_kernels.triton.configs import MLSTMConfig, mlstm_config
 from xlstm_kernels.triton.mlstm_passes import launch_backward, launch_forward
+from xlstm_kernels.triton.mlstm_tensors import kept_dtype
 
 
 def mlstm_triton(
@@ -64,14 +65,20 @@ def _(
     runs: Tensor | None,
     settings: list[int],
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     B, H, T, _ = q.shape
     h, row = v.new_empty(B, H, T, v.shape[3]), (B, H, T)
     centre = v.new_empty(B, v.shape[1], v.shape[3], dtype=torch.float32)
+    v_max = v.new_empty(v.shape[:2], dtype=torch.float32)
+    config = MLSTMConfig.of_numbers(settings)
     high, low, largest, den, m = (q.new_empty(row, dtype=torch.float32) for _ in range(5))
-    h_centred = torch.empty_like(h) if keep else v.new_empty(0)
+    h_centred, h_scale = v.new_empty(0, dtype=kept_dtype(v.dtype)), m.new_empty(0)
+    if keep:
+        h_centred = torch.empty_like(h, dtype=h_centred.dtype)
+        h_scale = m.new_empty(B, H, v.shape[3] // config.output.block_v, T)
     C_end, n_end, m_end = (x.new_empty(x.shape) for x in (C0, n0, m0))
-    return h, C_end, n_end, m_end, centre, high, low, largest, h_centred, den, m
+    kept = centre, v_max, high, low, largest, h_centred, h_scale, den, m
+    return h, C_end, n_end, m_end, *kept
 
 
 backward = torch.library.custom_op(

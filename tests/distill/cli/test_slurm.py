@@ -64,6 +64,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(recipe, tmp_path
     assert done.returncode == 2
     assert "align.batch: 9 rows cannot be shared by 8 processes" in done.stderr
     assert "distill.batch: 8 rows cannot be shared by 3 processes" in done.stderr
+    assert "The site file's distill has nodes: 1, processes: 3." in done.stderr
+    assert "The site file's align has launch: " in done.stderr
     assert not run.exists()
 
 

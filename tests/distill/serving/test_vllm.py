@@ -6,7 +6,6 @@ vLLM needs a torch of its own, so it is in an environment of its own (`make test
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -16,14 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from serving import Served, endless, serve
+from serving import VLLM_PYTHON, Served, endless, serve
 
 from xlstm_distill.export.source import find_student
 from xlstm_distill.serving.speaker import Speaker
 from xlstm_distill.serving.vllm_plugin import register, settle
 
-ROOT = Path(__file__).parents[3]
-PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv/vllm/bin/python"))
 TOKENS = 40
 ON = {"ignore_eos": True}
 
@@ -36,12 +33,12 @@ def model(saved_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Served]:
     """One engine for all tests: prompts are read 48 tokens at a time, 24 requests at once."""
-    if not PYTHON.exists():
+    if not VLLM_PYTHON.exists():
         pytest.skip("needs vLLM in .venv/vllm, or VLLM_PYTHON")
     pytest.importorskip("openai")
     options = ["--", "--max-num-batched-tokens", "48", "--max-num-seqs", "24"]
     with serve(
-        PYTHON,
+        VLLM_PYTHON,
         model,
         "--engine",
         "vllm",
@@ -165,11 +162,15 @@ def settings(**changed: Any) -> SimpleNamespace:
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "quantization": None,
-        "attention": None,
+        "cache_dtype": "auto",
+        "block_size": None,
     } | changed
     return SimpleNamespace(
         cache_config=SimpleNamespace(
-            enable_prefix_caching=values["enable_prefix_caching"], mamba_block_size=None
+            enable_prefix_caching=values["enable_prefix_caching"],
+            cache_dtype=values["cache_dtype"],
+            user_specified_block_size=values["block_size"] is not None,
+            mamba_block_size=None,
         ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=values["tensor_parallel_size"],
@@ -178,7 +179,6 @@ def settings(**changed: Any) -> SimpleNamespace:
         model_config=SimpleNamespace(
             quantization=values["quantization"],
             max_model_len=4096,
-            hf_config=SimpleNamespace(mixer={"attention": values["attention"]}),
         ),
         speculative_config=values.get("speculative_config"),
     )
@@ -192,12 +192,13 @@ def settings(**changed: Any) -> SimpleNamespace:
         {"pipeline_parallel_size": 2},
         {"quantization": "fp8"},
         {"speculative_config": object()},
-        {"attention": {"layers": [1]}},
+        {"cache_dtype": "fp8"},
+        {"block_size": 64},
     ],
 )
 def test_settings_that_do_not_apply_are_refused_by_name(change: dict[str, Any]) -> None:
     setting = next(iter(change))
-    with pytest.raises(ValueError, match=rf"^[a-z.]*{setting}: does not apply to a student"):
+    with pytest.raises(ValueError, match=rf"^[a-z_.]*{setting}: does not apply to a student"):
         settle(settings(**change))
 
 

@@ -97,6 +97,10 @@ def test_the_command_measures_a_student_and_refuses_what_is_none(
         refused = call_cli("long-context", place, *words)
         assert refused.returncode == 2
         assert refused.stderr.splitlines()[-1].removeprefix("error: ").startswith(expected)
+    for option, place, expected in (("--out", tmp_path, "directory"), ("--items-dir", out, "file")):
+        refused = call_cli("long-context", saved_student, *words, option, place)
+        assert refused.returncode == 2
+        assert f"{option}: {place} is a {expected}" in refused.stderr
     refused = call_cli("long-context", saved_student, *words, "--lengths", "9..a")
     assert refused.returncode == 2
     assert "lengths: '9..a' is not A..B" in refused.stderr

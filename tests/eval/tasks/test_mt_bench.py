@@ -98,13 +98,18 @@ def test_a_judge_that_never_scores_is_named() -> None:
 
 def test_a_busy_server_is_asked_again_after_what_it_says() -> None:
     answers = iter(
-        [(429, {"Retry-After": "7"}, "slow down"), (503, {}, "starting"), (200, {}, "no JSON")]
+        [
+            (429, {"Retry-After": "7"}, "slow down"),
+            (503, {}, "starting"),
+            (200, {}, "no JSON"),
+            (200, {"Content-Length": "99"}, "cut off"),
+        ]
     )
     naps = Naps()
     with judge_server(lambda body: next(answers, "Score: 5")) as (endpoint, _):
         client = JudgeClient(judge_at(endpoint), seed=0, sleep=naps)
         assert client.judge(ASKED).score == 5
-    assert naps == [7.0, 2.0, 4.0]
+    assert naps == [7.0, 2.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize(

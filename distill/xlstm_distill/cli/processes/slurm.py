@@ -113,15 +113,17 @@ def _check_batches(recipe: Recipe, site: Site, run: Path) -> None:
     Raises:
         UserError: names them.
     """
-    from xlstm_distill.jobs.processes import process_count
+    from xlstm_distill.jobs.processes import count_text, process_count
 
     problems: list[str] = []
     trained = ("align", "distill") if recipe.refine is None else ("align", "distill", "refine")
     for stage in trained:
+        settings = site.settings(stage)
         try:
-            check_batches(recipe, (stage,), process_count(site.settings(stage)), run)
+            check_batches(recipe, (stage,), process_count(settings), run)
         except UserError as error:
-            problems += error.problems
+            place = f" The site file's {stage} has {count_text(settings)}."
+            problems += [problem + place for problem in error.problems]
     if problems:
         raise UserError(*problems)
 

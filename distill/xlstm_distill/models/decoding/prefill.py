@@ -76,7 +76,8 @@ def take_in(
     heads = mixer.kept
     if heads.kept:
         layer.extend(take(k, heads.full_keys), take(v, heads.full_keys))
-    k, v = take(k, heads.keys), take(v, heads.keys)
+    if heads.mixed:
+        k, v = take(k, heads.keys), take(v, heads.keys)
     if mixer.has_mlstm:
         features = mixer.feature_map_k(k)
         # Whatever the queries are, the state is the same.

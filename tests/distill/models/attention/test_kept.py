@@ -207,6 +207,14 @@ def test_left_padding_beams_and_moving_rows(student):
     assert torch.equal(*beams)
 
 
+def test_a_prompt_whose_end_is_read_apart_where_the_last_layer_keeps_all(student):
+    """The last layer takes in all but the end of a long prompt, and computes nothing of it."""
+    model = student("last layer")
+    greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 4}
+    cached, whole = (model.generate(ids(1, 120), use_cache=use, **greedy) for use in (True, False))
+    assert torch.equal(cached, whole)
+
+
 def test_a_cache_grows_by_the_kept_keys_and_can_be_copied_saved_and_cut_by_rows(
     student, tmp_path, monkeypatch
 ):
