@@ -17,7 +17,7 @@ from typing import Any
 from xlstm_eval.problems import did_you_mean
 from xlstm_eval.records import EvalError
 from xlstm_eval.suites import Suite, SuiteTask
-from xlstm_eval.tasks.code import is_confined, sandboxed_metrics
+from xlstm_eval.tasks.code import is_confined, runs_programs, sandboxed_metrics
 from xlstm_eval.tasks.local import local_tasks
 from xlstm_eval.tasks.mt_bench import MT_BENCH, Question, load_questions
 from xlstm_eval.tasks.ruler import drawn_alike, tokenizer_folder
@@ -89,6 +89,9 @@ def load_suite(suite: Suite, tokenizer: Any = None) -> LoadedSuite:
         for entry, leaf in loaded.leaves():
             check_sentences(leaf.task_name)
             _override(entry, leaf)
+            if runs_programs(leaf):
+                # Also where a task's file does not say so: without it, nobody would be asked.
+                leaf.UNSAFE_CODE = True
             if getattr(leaf, "UNSAFE_CODE", False) and not is_confined(leaf):
                 unconfined.add(leaf.task_name)
     return replace(loaded, unconfined=frozenset(unconfined))

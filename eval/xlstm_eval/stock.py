@@ -304,7 +304,7 @@ def _samples(data: Mapping[str, Any], path: Path, task: str) -> list[Row] | None
         own = files[0]
     try:
         return list(read_lines(own))
-    except ValueError as error:  # also what is not UTF-8
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise EvalError(f"{own}: not JSON lines ({error}).") from None
 
 

@@ -491,6 +491,15 @@ def test_stock_results_without_samples_are_compared_and_said(stock: Path, tmp_pa
     assert some.no_items.startswith(f"{some.models[0].name} has no samples of first:")
     assert some.items is not None
     assert {item.task for item in some.items.items} == {"second", "choice"}
+    # Samples that the score was not made from.
+    rows = [json.loads(line) | {"exact_match": 0.5} for line in file.read_text().splitlines()]
+    other = tmp_path / "some" / file.name
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = stock_report([teacher, tmp_path / "some" / student.name])
+    assert found.no_items.endswith(f"the mean of its samples: first ({found.models[0].name}).")
+    other.write_text("[" * 100_000)
+    with pytest.raises(EvalError, match="not JSON lines"):
+        stock_report([teacher, tmp_path / "some" / student.name])
 
 
 def stock_values() -> dict[str, Any]:

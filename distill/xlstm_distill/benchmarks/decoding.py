@@ -7,12 +7,15 @@ both. Peak memory is measured in a process of its own for each model and prompt.
 
 Every case is a row of the table as soon as it is there, and a line of JSON in `--out`. A case that
 fails says why. The attention's cache is transformers' default, which grows with the prompt. With
-`--compile` a step of both is compiled, and the attention has transformers' static cache.
+`--compile` a compiled step of both takes its turns too, the attention's with transformers' static
+cache; the fastest of each are compared. With `--same-products` the attention also reads the prompt
+with its linear layers as the student's (`models/decoding/products.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -20,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Sta
 from xlstm_distill.benchmarks.llamas import MODELS
 from xlstm_distill.models.cache import StudentCache
 from xlstm_distill.models.decoding.compiled import compile_decoding
+from xlstm_distill.models.decoding.products import fast_linear_layers
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig
@@ -113,20 +117,28 @@ class Clock:
         return {"process": process - self.start[0], "wall": wall - self.start[1]}
 
 
-@torch.no_grad()
-def one_round(
-    model: CausalLM, ids: Tensor, tokens: int, step: Step | None = None
-) -> dict[str, Any]:
-    """Read a prompt and decode `tokens` after it; seconds of the prompt and of one token.
+class Turn(NamedTuple):
+    """A model that takes turns: step: its compiled one, if any; products: the student's."""
 
-    step: the compiled one, if any.
-    """
-    device = ids.device
-    room = None if step is None else ids.shape[1] + FIRST + tokens
+    model: CausalLM
+    step: Step | None = None
+    products: bool = False
+
+
+COMPILED = {name: f"compiled {name}" for name in VARIANTS}
+SAME_PRODUCTS = "attention, same products"
+
+
+@torch.no_grad()
+def one_round(turn: Turn, ids: Tensor, tokens: int) -> dict[str, Any]:
+    """Read a prompt and decode `tokens` after it; seconds of the prompt and of one token."""
+    device, model = ids.device, turn.model
+    room = None if turn.step is None else ids.shape[1] + FIRST + tokens
     cache, clock = new_cache(model, room), Clock(device)
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    with fast_linear_layers(device) if turn.products else contextlib.nullcontext():
+        model(ids, past_key_values=cache, logits_to_keep=1)
     read = clock.read()
-    token, step = ids[:, -1:], model if step is None else step
+    token, step = ids[:, -1:], model if turn.step is None else turn.step
     for _ in range(FIRST):
         step(token, past_key_values=cache)
     clock = Clock(device)
@@ -137,15 +149,15 @@ def one_round(
 
 
 def timed(
-    models: dict[str, CausalLM], prompt: int, batch: int, options: argparse.Namespace
+    turns: dict[str, Turn], prompt: int, batch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Have the models take turns, and return medians with their spread."""
-    ids, steps = draw(prompt, batch, options), compiled_steps(models, options)
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    ids = draw(prompt, batch, options)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
     for n in range(options.rounds):
         # Who is first takes turns too.
-        for name in list(models)[:: -1 if n % 2 else 1]:
-            rounds[name].append(one_round(models[name], ids, options.tokens, steps[name]))
+        for name in list(turns)[:: -1 if n % 2 else 1]:
+            rounds[name].append(one_round(turns[name], ids, options.tokens))
     found: dict[str, Any] = {"rounds": rounds}
     for name, seen in rounds.items():
         read = statistics.median(one["prefill"]["process"] for one in seen)
@@ -158,30 +170,45 @@ def timed(
             "state_bytes": seen[-1]["state_bytes"],
         }
     # How many times the attention's tokens a second, and how much of its time for a token.
-    found["prefill_speedup"] = spread(rounds, "prefill", "attention", "student")
-    found["decode_time"] = spread(rounds, "decode", "student", "attention")
+    found["prefill_speedup"] = spread(rounds, "prefill", ["attention"], ["student"])
+    found["decode_time"] = spread(rounds, "decode", ["student"], ["attention"])
+    if options.same_products:
+        found["same_products_speedup"] = spread(rounds, "prefill", [SAME_PRODUCTS], ["student"])
+    if options.compile:
+        pairs = [[name, COMPILED[name]] for name in VARIANTS]
+        found["fastest_decode_time"] = spread(rounds, "decode", *pairs)
     return found
 
 
-def compiled_steps(
-    models: dict[str, CausalLM], options: argparse.Namespace
-) -> dict[str, Step | None]:
-    """Return each model's compiled step; None without `--compile`."""
-    if not options.compile:
-        return dict.fromkeys(models)
-    student, attention = models["student"], models["attention"]
-    if "forward" not in vars(student):
+def make_turns(options: argparse.Namespace) -> dict[str, Turn]:
+    """Make the models that take turns, by name."""
+    models = make_models(VARIANTS, options)
+    turns = {name: Turn(model) for name, model in models.items()}
+    if options.same_products:
+        turns[SAME_PRODUCTS] = Turn(models["attention"], products=True)
+    if options.compile:
+        # Another student, because its step is compiled in place.
+        student, attention = make_models(VARIANTS, options).values()
         compile_decoding(student)  # prompts run as before
-    steps: dict[str, Step | None] = {"student": student}
-    return steps | {"attention": torch.compile(attention, fullgraph=True)}
+        turns[COMPILED["student"]] = Turn(student, student)
+        turns[COMPILED["attention"]] = Turn(attention, torch.compile(attention, fullgraph=True))
+    return turns
 
 
-def spread(rounds: dict[str, list[Any]], what: str, above: str, below: str) -> dict[str, Any]:
-    """Return the ratio of two models' times in each round: median, least, most, by each clock."""
+def spread(
+    rounds: dict[str, list[Any]], what: str, above: list[str], below: list[str]
+) -> dict[str, Any]:
+    """Return the ratio of times in each round: median, least, most, by each clock.
+
+    above, below: names of models, of which the fastest of a round counts.
+    """
     found = {}
     for clock in ("process", "wall"):
-        pairs = zip(rounds[above], rounds[below], strict=True)
-        ratios = [a[what][clock] / b[what][clock] for a, b in pairs]
+        least = []
+        for names in (above, below):
+            each = zip(*(rounds[name] for name in names), strict=True)
+            least.append([min(one[what][clock] for one in seen) for seen in each])
+        ratios = [a / b for a, b in zip(*least, strict=True)]
         found[clock] = [statistics.median(ratios), min(ratios), max(ratios)]
     return found
 
@@ -232,7 +259,26 @@ COLUMNS = (
     "state MiB, student",
     "attention",
 )
-HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+SAME_COLUMNS = ("attention, same products, tokens/s", "speedup (least to most)")
+COMPILED_COLUMNS = (
+    "compiled decode ms, student",
+    "attention",
+    "fastest student / fastest attention (least to most)",
+)
+
+
+def header(options: argparse.Namespace) -> str:
+    """Show the table's columns."""
+    names: tuple[str, ...] = COLUMNS
+    names += SAME_COLUMNS if options.same_products else ()
+    names += COMPILED_COLUMNS if options.compile else ()
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+
+
+def shown(ratio: dict[str, list[float]]) -> str:
+    """Show what `spread` found."""
+    median, least, most = ratio["process"]
+    return f"**{median:.2f}** ({least:.2f} to {most:.2f})"
 
 
 def row(case: dict[str, Any]) -> str:
@@ -245,13 +291,18 @@ def row(case: dict[str, Any]) -> str:
         ("prefill_tokens_per_second", "prefill_speedup", 0),
         ("decode_ms", "decode_time", 2),
     ):
-        median, least, most = case[ratio]["process"]
         cells += [f"{x[what]:,.{digits}f}" for x in (student, attention)]
-        cells.append(f"**{median:.2f}** ({least:.2f} to {most:.2f})")
+        cells.append(shown(case[ratio]))
     memory = case.get("memory")
     for name in VARIANTS:
         cells.append(f"{memory[name]['peak'] / MIB:,.0f}" if memory else "")
     cells += [f"{x['state_bytes'] / MIB:,.2f}" for x in (student, attention)]
+    if SAME_PRODUCTS in case:
+        cells.append(f"{case[SAME_PRODUCTS]['prefill_tokens_per_second']:,.0f}")
+        cells.append(shown(case["same_products_speedup"]))
+    if "fastest_decode_time" in case:
+        cells += [f"{case[COMPILED[name]]['decode_ms']:,.2f}" for name in VARIANTS]
+        cells.append(shown(case["fastest_decode_time"]))
     return f"| {' | '.join(cells)} |\n"
 
 
@@ -276,7 +327,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--out", type=Path, help="a file that gets a line of JSON for every case")
-    parser.add_argument("--compile", action="store_true", help="compile the step of one token")
+    parser.add_argument("--compile", action="store_true", help="time a compiled step as well")
+    parser.add_argument(
+        "--same-products", action="store_true", help="time the attention with the student's, too"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -292,15 +346,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only:
         sys.stdout.write(json.dumps(reading_memory(options)) + "\n")
         return 0
-    models = make_models(VARIANTS, options)
-    for model in models.values():
-        one_round(model, draw(WARM_UP, 1, options), 1)
-    sys.stdout.write(HEADER)
+    turns = make_turns(options)
+    for turn in turns.values():
+        one_round(turn._replace(step=None), draw(WARM_UP, 1, options), 1)
+    sys.stdout.write(header(options))
     for prompt in options.prompts:
         for batch in options.batches:
             case: dict[str, Any] = {"model": options.model, "prompt": prompt, "batch": batch}
             try:
-                case |= timed(models, prompt, batch, options)
+                case |= timed(turns, prompt, batch, options)
                 if not options.no_memory:
                     case["memory"] = peaks(prompt, batch, arguments)
             except RuntimeError as error:  # the cache of a long prompt may not fit

@@ -37,7 +37,7 @@ def stock_report(
             for student in students
         ),
         items=read_item_set(teacher.rows, students[0].rows, pairs, most_items),
-        no_items=_missing_samples([teacher, *students]),
+        no_items=_missing_items([teacher, *students]),
         provenance=_provenance(teacher, files),
         margin=margin,
     )
@@ -49,20 +49,29 @@ def _pairs(teacher: StockResults, student: StockResults) -> list[tuple[TaskResul
     return [(own, by_task[own.task]) for own in teacher.tasks if own.task in by_task]
 
 
-def _missing_samples(models: Sequence[StockResults]) -> str:
-    """Say which results came without samples; empty where none did."""
-    parts = []
+def _missing_items(models: Sequence[StockResults]) -> str:
+    """Say which results came without samples, or with others; empty where none did."""
+    lacking, other = [], []
     for model in models:
         missing = [task.task for task in model.tasks if task.task not in model.asked]
         if missing:
             which = "" if len(missing) == len(model.tasks) else f" of {', '.join(missing)}"
-            parts.append(f"{model.name} has no samples{which}")
-    if not parts:
-        return ""
-    return (
-        f"{'; '.join(parts)}: items, tests and intervals are missing, and whether all were asked "
-        "the same could not be checked. Run lm-eval with --log_samples."
-    )
+            lacking.append(f"{model.name} has no samples{which}")
+        # A score of the whole corpus, or samples of another evaluation.
+        names = [t.task for t in model.tasks if t.items is None and t.task in model.asked]
+        other += [f"{name} ({model.name})" for name in names]
+    sentences = []
+    if lacking:
+        sentences.append(
+            f"{'; '.join(lacking)}: items, tests and intervals are missing, and whether all were "
+            "asked the same could not be checked. Run lm-eval with --log_samples."
+        )
+    if other:
+        sentences.append(
+            f"No tests and intervals where the score is not the mean of its samples: "
+            f"{', '.join(other)}."
+        )
+    return " ".join(sentences)
 
 
 def _named_apart(results: list[StockResults], files: Sequence[Path]) -> list[StockResults]:

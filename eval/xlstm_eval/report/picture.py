@@ -257,9 +257,15 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         raise SystemExit("usage: python -m xlstm_eval.report.picture REPORT.json PICTURE.svg")
     source, target = map(Path, arguments)
-    report = json.loads(source.read_text(encoding="utf-8"))
+    try:
+        picture = draw(json.loads(source.read_text(encoding="utf-8")))
+    except EvalError as error:
+        raise SystemExit(f"error: {source}: {error}") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no report.json"
+        raise SystemExit(f"error: {source} cannot be drawn: {reason}.") from None
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(draw(report), encoding="utf-8")
+    target.write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":

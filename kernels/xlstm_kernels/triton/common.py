@@ -36,14 +36,15 @@ LENGTHS = ("T", "chunks", "blocks")
 
 
 def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype, str]:
-    """Return the dtype of dot operands, for torch and for Triton, and the precision of products.
+    """Return the dtype of kept states, the one of dot operands, and the precision of products.
 
     Only bfloat16 is multiplied as it is. One TF32 product would truncate its operands instead of
     rounding them (Triton 3.6 to 3.9), and float16 lacks the range that unnormalised products need.
-    So float16 and float32 inputs are multiplied as three TF32 products.
+    So float16 and float32 inputs are multiplied as three TF32 products. States are kept in float16
+    there, which has three more binary digits than bfloat16; they come with a scale.
     """
     if dtype == torch.bfloat16:
-        return torch.bfloat16, tl.bfloat16, "ieee"
+        return torch.float16, tl.bfloat16, "ieee"
     return torch.float32, tl.float32, "tf32x3"
 
 
@@ -183,6 +184,35 @@ def load_centred(ptr, stride, centre_ptr, first, T, d, BT: tl.constexpr):
     # After the end of the row this is -centre and not 0, but every weight there is 0.
     values = load_tile(ptr, stride, first, T, d, BT).to(tl.float32)
     return values - tl.load(centre_ptr + d)[None, :]
+
+
+@triton.jit
+def scale_below(bound):
+    """Return the largest power of two that is not above a bound, and its inverse.
+
+    They lie in 2^-126 to 2^126, so products with them are exact.
+    """
+    bound = tl.minimum(tl.maximum(bound, 1.1754943508222875e-38), 8.507059173023462e37)
+    exponent = bound.to(tl.int32, bitcast=True) & 0x7F800000
+    inverse = 0x7F000000 - exponent  # 254 less the exponent, which float32 offsets by 127
+    return exponent.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot_state(x, state, total, PRECISION: tl.constexpr):
+    """Add the product of x and of a tile of a state, as it is kept, to `total`.
+
+    A state in float16 has more digits than a bfloat16. It is multiplied as two of them, which
+    together are exact.
+    """
+    if PRECISION == "ieee":
+        high = state.to(x.dtype)
+        low = (state.to(tl.float32) - high.to(tl.float32)).to(x.dtype)
+        total = tl.dot(x, high, total, input_precision=PRECISION)
+        total = tl.dot(x, low, total, input_precision=PRECISION)
+    else:
+        total = tl.dot(x, state, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Backward kernels of the chunkwise mLSTM.
 
 The gradients of the states come first, in reverse order; then those of all chunks at once, in one
-launch, by programs of several roles. The gates' gradients come last. With
-h = num / den: d_num = dh / den and d_den = -(d_num . h) (docs/math.md, "Gradients"). The values,
-and so the h in d_den, are taken less their common component (docs/kernels.md).
+launch, by programs of several roles. The gates' gradients come last. With weights w_ts of the pairs
+and a_ts = w_ts / den_t, the gradient of log w_ts is a_ts (dh_t . v_s - dh_t . h_t) (docs/math.md,
+"Gradients"). So dh is never divided, and never rounded: its weights are. The values, and so h, are
+taken less their common component (docs/kernels.md).
 The letters and names are those of `triton/common.py`.
 """
 
@@ -22,12 +23,13 @@ from xlstm_kernels.triton.common import (
     last_token,
     load_tile,
     read_weights,
+    scale_below,
     tile_and_head,
     unit_chunk_and_head,
 )
 from xlstm_kernels.triton.mlstm_roles import (
+    inverse_denominators,
     key_role,
-    load_numerator_gradient,
     pair_role,
     pass_role,
     query_role,
@@ -37,66 +39,82 @@ from xlstm_kernels.triton.mlstm_roles import (
 
 @triton.jit(do_not_specialize=LENGTHS)
 def denominator_kernel(
-    h_centred_ptr, dh_ptr, den_ptr, d_den_ptr, T, chunks,
-    DOT: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, DV: tl.constexpr,
+    h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr, T, chunks,
+    L: tl.constexpr, BT: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Compute d_den (B, H, T), the gradient of the denominator. Grid (chunks * B H * L / BT)."""
+    """Compute dh . h and the largest |dh| of each token. Grid (chunks * B H * L / BT).
+
+    Both (B, H, T). BV: features that have a scale of h in common.
+    """
     c, a, bh = chunk_tile_and_head(chunks, L // BT)
-    t0, dv = c * L + a * BT, tl.arange(0, DV)
+    t0 = c * L + a * BT
     t = t0 + tl.arange(0, BT)
-    # d_num is rounded here as the products round it. The weighted sum of d_num . v + d_den over a
-    # row is 0 only if both terms use the same d_num, and the gradient of the forget gate adds up
-    # whatever is left of that sum.
-    h_centred = load_tile(h_centred_ptr + bh * T * DV, DV, t0, T, dv, BT).to(tl.float32)
-    d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(DOT).to(tl.float32)
-    tl.store(d_den_ptr + bh * T + t, -tl.sum(h_centred * d_num, 1), mask=t < T)
+    dh_h, dh_max = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
+    COLUMNS: tl.constexpr = min(32, BV)
+    for part in range(DV // BV):
+        scale = tl.load(h_scale_ptr + (bh * (DV // BV) + part) * T + t, mask=t < T, other=0.0)
+        for d in range(part * BV, part * BV + BV, COLUMNS):
+            dv = d + tl.arange(0, COLUMNS)
+            h_centred = load_tile(h_centred_ptr + bh * T * DV, DV, t0, T, dv, BT).to(tl.float32)
+            dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(tl.float32)
+            dh_h += tl.sum(h_centred * dh, 1) * scale
+            dh_max = tl.maximum(dh_max, tl.max(tl.abs(dh), 1))
+    tl.store(dh_h_ptr + bh * T + t, dh_h, mask=t < T)
+    tl.store(dh_max_ptr + bh * T + t, dh_max, mask=t < T)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def state_grad_kernel(
-    q_ptr, dh_ptr, den_ptr, d_den_ptr, i_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
-    dC_end_ptr, dn_end_ptr, dC_ptr, dn_ptr, dC0_ptr, dn0_ptr,
-    q_b, q_h, q_t, T, H, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
+    runs_ptr, dC_end_ptr, dC_end_max_ptr, dn_end_ptr, dC_ptr, dC_scale_ptr, dn_ptr,
+    dC0_ptr, dn0_ptr, q_b, q_h, q_t, T, H, chunks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry one tile of the memory's gradient back over the chunks. Grid (B H * DV / BV * DK / BK).
 
-    Stores the gradient of the state that leaves each chunk, and of the state that enters the first
-    one.
+    Stores the gradient of the state that leaves each chunk, dC in units of dC_scale as
+    `state_kernel` keeps C; and of the state that enters the first one.
     """
     tile_k, tile_v, bh = tile_and_head(DK // BK, DV // BV)
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
-    dtype = dC_ptr.dtype.element_ty
     q_ptr += b * q_b + h * q_h
     dC = tl.load(dC_end_ptr + bh * DK * DV + tile)
     dn = tl.load(dn_end_ptr + bh * DK + dk)
+    bound = tl.load(dC_end_max_ptr + bh * DK + dk)
     for back in range(chunks):
         c = chunks - 1 - back
         slot = bh * chunks + c
-        tl.store(dC_ptr + slot * DK * DV + tile, dC.to(dtype))
+        scale, inverse = scale_below(bound)
+        kept = (dC * inverse[:, None]).to(dC_ptr.dtype.element_ty)
+        tl.store(dC_ptr + slot * DK * DV + tile, kept)
         if tile_v == 0:
+            tl.store(dC_scale_ptr + slot * DK + dk, scale)
             tl.store(dn_ptr + slot * DK + dk, dn)
         m_in = entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L)
         m_end = tl.load(m_ptr + bh * T + last_token(c, T, L))
         decay = chunk_decay(
             sum_high_ptr, sum_low_ptr, m_in, m_end, runs_ptr, bh, b, c, T, SEGMENTED, L
         )
-        dC, dn = dC * decay, dn * decay
+        dC, dn, bound = dC * decay, dn * decay, bound * decay
         for a in tl.static_range(0, L, BT):
             t0 = c * L + a
             t = t0 + tl.arange(0, BT)
             read = read_weights(
                 sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, t, T, SEGMENTED, L
             )
-            d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
-            d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
-            # On q and not on d_num, as in `state_kernel`.
+            read *= inverse_denominators(den_ptr, bh, t, T)
+            dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(DOT)
+            dh_h = tl.load(dh_h_ptr + bh * T + t, mask=t < T, other=0.0)
+            dh_max = tl.load(dh_max_ptr + bh * T + t, mask=t < T, other=0.0)
+            # The weight goes on q and not on dh, as in `state_kernel`.
             q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(tl.float32) * read[:, None]
-            dC = tl.dot(tl.trans(q.to(dtype)), d_num, dC, input_precision=PRECISION)
-            dn += tl.sum(q * d_den[:, None], 0)
+            dC = tl.dot(tl.trans(q.to(DOT)), dh, dC, input_precision=PRECISION)
+            dn -= tl.sum(q * dh_h[:, None], 0)
+            bound += tl.sum(tl.abs(q) * dh_max[:, None], 0)
     tl.store(dC0_ptr + bh * DK * DV + tile, dC)
     if tile_v == 0:
         tl.store(dn0_ptr + bh * DK + dk, dn)
@@ -104,12 +122,14 @@ def state_grad_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def token_grad_kernel(
-    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
-    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, C_ptr, n_ptr, dC_ptr, dn_ptr,
-    dq_ptr, dk_ptr, dv_ptr, d_read_ptr, d_write_ptr, d_earlier_ptr, d_keys_ptr, d_inside_ptr,
-    d_pass_ptr, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
+    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, dh_h_ptr,
+    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
+    C_ptr, C_scale_ptr, n_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dq_ptr, dk_ptr, dv_ptr,
+    d_read_ptr, d_write_ptr, d_earlier_ptr, d_keys_ptr, d_inside_ptr, d_pass_ptr,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
     QUERIES_AND_KEYS: tl.constexpr, VALUES: tl.constexpr,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Compute dq, dk and dv, and the parts of the gates' gradients, of all chunks at once.
@@ -134,9 +154,9 @@ def token_grad_kernel(
         if role < of_values:
             value_role(
                 q_ptr + b * q_b, k_ptr + b * k_b, i_ptr, dh_ptr, den_ptr,
-                sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dv_ptr,
+                sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dC_scale_ptr, dv_ptr,
                 q_h, q_t, k_h, k_t, b, bg, b * H + group * R, group * R, c, role, T, R, chunks,
-                SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
+                SEGMENTED, PRECISION, DOT, L, BT, DK, DV, COLUMNS, DEPTH,
             )  # fmt: skip
     if QUERIES_AND_KEYS:  # noqa: SIM102
         if role >= of_values:
@@ -147,28 +167,33 @@ def token_grad_kernel(
             k_ptr += b * k_b + h * k_h
             if part < TILES:
                 query_role(
-                    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
-                    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, C_ptr, n_ptr,
-                    dq_ptr, d_read_ptr, q_t, k_t, v_t, b, bh, c, TILES - 1 - part, T, chunks,
-                    SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
+                    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, dh_h_ptr,
+                    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
+                    C_ptr, C_scale_ptr, n_ptr, dq_ptr, d_read_ptr,
+                    q_t, k_t, v_t, b, bh, c, TILES - 1 - part, T, chunks,
+                    SEGMENTED, PRECISION, DOT, L, BT, DK, DV, COLUMNS, DEPTH,
                 )  # fmt: skip
             elif part < 2 * TILES:
                 key_role(
-                    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
-                    sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dn_ptr,
-                    dk_ptr, d_write_ptr, q_t, k_t, v_t, b, bh, c, part - TILES, T, chunks,
-                    SEGMENTED, PRECISION, L, BT, DK, DV, COLUMNS, DEPTH,
+                    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, dh_h_ptr,
+                    sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr,
+                    dC_ptr, dC_scale_ptr, dn_ptr, dk_ptr, d_write_ptr,
+                    q_t, k_t, v_t, b, bh, c, part - TILES, T, chunks,
+                    SEGMENTED, PRECISION, DOT, L, BT, DK, DV, COLUMNS, DEPTH,
                 )  # fmt: skip
             elif part < 3 * TILES:
                 pair_role(
-                    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+                    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, dh_h_ptr,
                     sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr,
                     d_earlier_ptr, d_keys_ptr, d_inside_ptr,
                     q_t, k_t, v_t, b, bh, c, part - 2 * TILES, T,
-                    SEGMENTED, PRECISION, L, BT, DK, DV, DEPTH,
+                    SEGMENTED, PRECISION, DOT, L, BT, DK, DV, DEPTH,
                 )  # fmt: skip
             else:
-                pass_role(C_ptr, n_ptr, dC_ptr, dn_ptr, d_pass_ptr, bh * chunks + c, DK, DV, DEPTH)
+                pass_role(
+                    C_ptr, C_scale_ptr, n_ptr, dC_ptr, dC_scale_ptr, dn_ptr, d_pass_ptr,
+                    bh * chunks + c, DK, DV, DEPTH,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)

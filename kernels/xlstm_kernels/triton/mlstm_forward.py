@@ -16,6 +16,7 @@ from xlstm_kernels.triton.common import (
     LOG_ZERO,
     chunk_decay,
     chunk_tile_and_head,
+    dot_state,
     last_token,
     load_centred,
     load_run,
@@ -23,6 +24,7 @@ from xlstm_kernels.triton.common import (
     pair_weights,
     read_weights,
     run_before,
+    scale_below,
     tile_and_head,
     write_weights,
 )
@@ -30,16 +32,19 @@ from xlstm_kernels.triton.common import (
 
 @triton.jit(do_not_specialize=LENGTHS)
 def state_kernel(
-    k_ptr, v_ptr, centre_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, runs_ptr,
-    C0_ptr, n0_ptr, m0_ptr, C_ptr, n_ptr, m_ptr, C_end_ptr, n_end_ptr,
+    k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
+    runs_ptr, C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr,
+    C_end_ptr, n_end_ptr,
     k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry one (BK, BV) tile of the memory C over all chunks. Grid (B H * DV / BV * DK / BK).
 
-    Stores the state as it enters each chunk and as it leaves the last one. The first program of a
-    head also writes the stabiliser m (B, H, T) of every token.
+    Stores the state as it enters each chunk and as it leaves the last one. C is kept in units of
+    C_scale (B H, chunks, Dk), in which float16 holds it. The first program of a head also writes
+    the stabiliser m (B, H, T) of every token.
     """
     tile_k, tile_v, bh = tile_and_head(DK // BK, DV // BV)
     b, h = bh // H, bh % H
@@ -51,11 +56,17 @@ def state_kernel(
     centre = tl.load(centre_ptr + dv)
     n = tl.load(n0_ptr + bh * DK + dk)
     C = tl.load(C0_ptr + bh * DK * DV + tile) - n[:, None] * centre[None, :]
+    # The programs of a head agree on the scale of a row, because each carries the same bound of
+    # |C|: what the row would be if no terms cancelled.
+    v_max = tl.load(v_max_ptr + b * (H // R) + h // R)
+    bound = tl.load(C0_max_ptr + bh * DK + dk)
     m = tl.load(m0_ptr + bh)
     for c in range(chunks):
         slot, end = bh * chunks + c, last_token(c, T, L)
-        tl.store(C_ptr + slot * DK * DV + tile, C.to(C_ptr.dtype.element_ty))
+        scale, inverse = scale_below(bound)
+        tl.store(C_ptr + slot * DK * DV + tile, (C * inverse[:, None]).to(C_ptr.dtype.element_ty))
         if tile_v == 0:
+            tl.store(C_scale_ptr + slot * DK + dk, scale)
             tl.store(n_ptr + slot * DK + dk, n)
         max_of_chunk = tl.load(max_log_weight_ptr + bh * T + end)
         passes = T > 0
@@ -66,7 +77,7 @@ def state_kernel(
         decay = chunk_decay(
             sum_high_ptr, sum_low_ptr, m, m_end, runs_ptr, bh, b, c, T, SEGMENTED, L
         )
-        C, n = C * decay, n * decay
+        C, n, bound = C * decay, n * decay, bound * decay
         if (tile_k == 0) & (tile_v == 0):
             t = c * L + tl.arange(0, L)
             row, reads = bh * T + t, t < T
@@ -82,12 +93,13 @@ def state_kernel(
             write = write_weights(
                 sum_high_ptr, sum_low_ptr, i_ptr, m_end, runs_ptr, bh, b, c, t, T, SEGMENTED, L
             )
-            v = load_centred(v_ptr, v_t, centre_ptr, t0, T, dv, BT).to(C_ptr.dtype.element_ty)
+            v = load_centred(v_ptr, v_t, centre_ptr, t0, T, dv, BT).to(DOT)
             # The weight goes on k and not on v: features are positive, and the rounding of the
             # weighted ones averages out in q . k. On v it put df in bfloat16 over its bound.
             key = load_tile(k_ptr, k_t, t0, T, dk, BT).to(tl.float32) * write[:, None]
-            C = tl.dot(tl.trans(key.to(v.dtype)), v, C, input_precision=PRECISION)
+            C = tl.dot(tl.trans(key.to(DOT)), v, C, input_precision=PRECISION)
             n += tl.sum(key, 0)
+            bound += tl.sum(tl.abs(key), 0) * v_max
         m = m_end
     # Inside the loop C is that of the centred values; C + n centreᵀ is that of the values
     # themselves.
@@ -99,16 +111,17 @@ def state_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def output_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
-    C_ptr, n_ptr, h_ptr, h_centred_ptr, den_ptr,
+    C_ptr, C_scale_ptr, n_ptr, h_ptr, h_centred_ptr, h_scale_ptr, den_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Compute h and its denominator for a tile of a chunk. Grid (chunks * B H * L / BT, DV / BV).
 
     Reads the state that enters the chunk, and the chunk's tokens up to the tile's end. Also writes
-    `h_centred`, which is h less the common component of the values, unless its pointer is None
-    (nothing requires gradients).
+    `h_centred`, which is h less the common component of the values, in units of `h_scale`
+    (B, H, DV / BV, T), unless their pointers are None (nothing requires gradients).
     """
     c, a, bh = chunk_tile_and_head(chunks, L // BT)
     tile_v = tl.program_id(1)
@@ -117,7 +130,6 @@ def output_kernel(
     t0 = c * L + a * BT
     t = t0 + tl.arange(0, BT)
     dv = tile_v * BV + tl.arange(0, BV)
-    dtype = C_ptr.dtype.element_ty
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + (h // R) * v_h
@@ -126,11 +138,12 @@ def output_kernel(
     den = tl.zeros((BT,), tl.float32)
     for d in range(0, DK, BK):
         dk = d + tl.arange(0, BK)
-        q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(dtype)
+        q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(tl.float32)
         C = tl.load(C_ptr + slot * DK * DV + dk[:, None] * DV + dv[None, :])
+        scale = tl.load(C_scale_ptr + slot * DK + dk)
         n = tl.load(n_ptr + slot * DK + dk)
-        num = tl.dot(q, C, num, input_precision=PRECISION)
-        den += tl.sum(q.to(tl.float32) * n[None, :], 1)
+        num = dot_state((q * scale[None, :]).to(DOT), C, num, PRECISION)
+        den += tl.sum(q * n[None, :], 1)
     read = read_weights(
         sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, t, T, SEGMENTED, L
     )
@@ -141,14 +154,14 @@ def output_kernel(
         scores = tl.zeros((BT, BT), tl.float32)
         for d in range(0, DK, BK):
             dk = d + tl.arange(0, BK)
-            q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(dtype)
-            k = load_tile(k_ptr, k_t, s0, T, dk, BT).to(dtype)
+            q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(DOT)
+            k = load_tile(k_ptr, k_t, s0, T, dk, BT).to(DOT)
             scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
         weights = scores * pair_weights(
             sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T, SEGMENTED, False
         )
-        v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(dtype)
-        num = tl.dot(weights.to(dtype), v, num, input_precision=PRECISION)
+        v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(DOT)
+        num = tl.dot(weights.to(DOT), v, num, input_precision=PRECISION)
         den += tl.sum(weights, 1)
     # A denominator of exactly 0 is stored as inf, which makes h and its gradient 0.
     den = tl.where(den == 0.0, float("inf"), den)
@@ -158,7 +171,9 @@ def output_kernel(
     out = bh * T * DV + t[:, None].to(tl.int64) * DV + dv[None, :]
     tl.store(h_ptr + out, output.to(h_ptr.dtype.element_ty), mask=(t < T)[:, None])
     if h_centred_ptr is not None:
-        h_centred = h_centred.to(h_centred_ptr.dtype.element_ty)
+        scale, inverse = scale_below(tl.max(tl.abs(h_centred), 1))
+        h_centred = (h_centred * inverse[:, None]).to(h_centred_ptr.dtype.element_ty)
         tl.store(h_centred_ptr + out, h_centred, mask=(t < T)[:, None])
+        tl.store(h_scale_ptr + (bh * (DV // BV) + tile_v) * T + t, scale, mask=t < T)
     if tile_v == 0:
         tl.store(den_ptr + bh * T + t, den, mask=t < T)

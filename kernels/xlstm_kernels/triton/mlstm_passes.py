@@ -16,8 +16,11 @@ from xlstm_kernels.triton.mlstm_tensors import (
     Gates,
     Inputs,
     Kept,
+    Results,
     Rows,
     Sizes,
+    States,
+    kept_dtype,
     sizes_of,
 )
 
@@ -34,20 +37,25 @@ def launch_forward(
     runs: Tensor | None,
     settings: list[int],
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep_states: bool,
+) -> Results:
     """Return h, the final C, n and m, and what the backward pass reads (`Kept`).
 
-    settings: of `MLSTMConfig.numbers`. keep: whether a backward pass will follow. The backward pass
-    computes the states of the chunks again: they would be the largest thing to keep.
+    settings: of `MLSTMConfig.numbers`. keep: whether a backward pass will follow. keep_states:
+    whether to keep the states of the chunks too, the largest thing there is to keep. Otherwise the
+    backward pass computes them again.
     """
     config = MLSTMConfig.of_numbers(settings)
     sizes = sizes_of(q, v, runs is not None, config)
-    inputs = Inputs(q, k, v, common_component(v), C0, n0, m0, runs)
+    centre = common_component(v)
+    inputs = Inputs(q, k, v, centre, largest(v, centre), C0, n0, m0, runs)
     with on_device_of(q):
         gates = sum_gates(i, f, runs, sizes)
-        C, n, m, C_end, n_end = run_states(inputs, gates, sizes, config)
-        h, h_centred, den = run_outputs(inputs, gates, (C, n, m), keep, sizes, config)
-    kept = Kept(inputs.centre, *gates[2:], h_centred, den, m)
+        states, m, C_end, n_end = run_states(inputs, gates, sizes, config)
+        h, h_centred, h_scale, den = run_outputs(inputs, gates, states, m, keep, sizes, config)
+    if not keep_states:
+        states = States.empty(sizes, q.device, wanted=False)
+    kept = Kept(inputs.centre, inputs.v_max, *gates[2:], h_centred, h_scale, den, m, *states)
     return h, C_end, n_end, m[:, :, -1].clone(), *kept
 
 
@@ -68,6 +76,18 @@ def common_component(v: Tensor) -> Tensor:
     return torch.nan_to_num(step * (mean / step).round(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
+@torch.no_grad()
+def largest(v: Tensor, centre: Tensor) -> Tensor:
+    """Return the largest |v - centre| of each head: v (B, G, T, Dv) -> (B, G) in float32."""
+    low, high = (x.float() - centre for x in torch.aminmax(v, dim=2))
+    return torch.maximum(high, -low).amax(-1)
+
+
+def row_max(x: Tensor) -> Tensor:
+    """Return the largest absolute value along the last dimension."""
+    return torch.linalg.vector_norm(x, float("inf"), dim=-1)
+
+
 def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes) -> Gates:
     """Sum the forget gates of each chunk; i, f (B, H, T)."""
     sum_high, sum_low, max_log_weight = (
@@ -83,57 +103,66 @@ def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes) -> Gates:
 
 def run_states(
     inputs: Inputs, gates: Gates, sizes: Sizes, config: MLSTMConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[States, Tensor, Tensor, Tensor]:
     """Carry the state over the chunks.
 
-    Returns what enters each chunk, C of the centred values (B H, chunks, Dk, Dv) and n
-    (B H, chunks, Dk); m (B, H, T) of every token; and the final C and n.
+    Returns what enters each chunk, C of the centred values; m (B, H, T) of every token; and the
+    final C and n.
     """
-    B, H, G, T, Dk, Dv, chunks = sizes[:7]
-    C = torch.empty(B * H, chunks, Dk, Dv, dtype=sizes.dtype, device=inputs.q.device)
-    n = torch.empty(B * H, chunks, Dk, device=inputs.q.device)
+    B, H, G, T = sizes[:4]
+    states = States.empty(sizes, inputs.q.device)
     m = torch.empty(B, H, T, device=inputs.q.device)
     C_end, n_end = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
+    centre_max = row_max(inputs.centre).repeat_interleave(H // G, 1)[:, :, None]
+    n_part = inputs.n0.abs() * centre_max  # the kernel subtracts n0 centreᵀ from C0
     launch = config.states
     mlstm_forward.state_kernel[(sizes.state_tiles(launch),)](
-        k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre, runs_ptr=inputs.runs,
+        k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre, v_max_ptr=inputs.v_max,
+        runs_ptr=inputs.runs,
         i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
         max_log_weight_ptr=gates.max_log_weight,
-        C0_ptr=inputs.C0, n0_ptr=inputs.n0, m0_ptr=inputs.m0,
-        C_ptr=C, n_ptr=n, m_ptr=m, C_end_ptr=C_end, n_end_ptr=n_end,
-        T=T, H=H, R=H // G, chunks=chunks,
+        C0_ptr=inputs.C0, C0_max_ptr=row_max(inputs.C0) + n_part,
+        n0_ptr=inputs.n0, m0_ptr=inputs.m0,
+        C_ptr=states.C, C_scale_ptr=states.scale, n_ptr=states.n,
+        m_ptr=m, C_end_ptr=C_end, n_end_ptr=n_end,
+        T=T, H=H, R=H // G, chunks=sizes.chunks,
         **strides(k=inputs.k, v=inputs.v), **sizes.head_settings(launch),
     )  # fmt: skip
-    return C, n, m, C_end, n_end
+    return states, m, C_end, n_end
 
 
 def run_outputs(
     inputs: Inputs,
     gates: Gates,
-    states: tuple[Tensor, Tensor, Tensor],
+    states: States,
+    m: Tensor,
     keep: bool,
     sizes: Sizes,
     config: MLSTMConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return h, h - centre (empty unless `keep`) and the denominators.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return h (B, H, T, Dv) in the dtype of v; `h_centred`, `h_scale` and `den` of `Kept`.
 
-    h, h - centre (B, H, T, Dv) in the dtype of v; the denominators (B, H, T) in float32.
+    The second and third are empty unless `keep`.
     """
     B, H, G, T, _, Dv, chunks = sizes[:7]
-    C, n, m = states
     h = torch.empty(B, H, T, Dv, dtype=inputs.v.dtype, device=inputs.v.device)
-    h_centred = torch.empty_like(h) if keep else h.new_empty(0)
     den, launch = torch.empty_like(m), config.output
+    h_centred, h_scale = m.new_empty(0, dtype=kept_dtype(h.dtype)), m.new_empty(0)
+    if keep:
+        h_centred = torch.empty_like(h, dtype=h_centred.dtype)
+        h_scale = torch.empty(B, H, Dv // launch.block_v, T, device=m.device)
     mlstm_forward.output_kernel[sizes.token_tiles, Dv // launch.block_v](
         q_ptr=inputs.q, k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre,
         i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
-        m_ptr=m, m0_ptr=inputs.m0, runs_ptr=inputs.runs, C_ptr=C, n_ptr=n,
-        h_ptr=h, h_centred_ptr=h_centred if keep else None, den_ptr=den,
+        m_ptr=m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
+        C_ptr=states.C, C_scale_ptr=states.scale, n_ptr=states.n,
+        h_ptr=h, h_centred_ptr=h_centred if keep else None,
+        h_scale_ptr=h_scale if keep else None, den_ptr=den,
         T=T, H=H, R=H // G, chunks=chunks,
         **strides(q=inputs.q, k=inputs.k, v=inputs.v),
         **sizes.head_settings(launch),
     )  # fmt: skip
-    return h, h_centred, den
+    return h, h_centred, h_scale, den
 
 
 def launch_backward(
@@ -154,33 +183,41 @@ def launch_backward(
     q, k, v, i, f, C0, n0, m0 = arguments
     known, config = Kept(*kept), MLSTMConfig.of_numbers(settings)
     sizes = sizes_of(q, v, runs is not None, config)
-    inputs = Inputs(q, k, v, known.centre, C0, n0, m0, runs)
+    inputs = Inputs(q, k, v, known.centre, known.v_max, C0, n0, m0, runs)
     gates = Gates(i, f, known.sum_high, known.sum_low, known.max_log_weight)
     centre = known.centre.repeat_interleave(sizes.H // sizes.G, 1)[:, :, None]  # (B, H, 1, Dv)
     # C_end is the state of the centred values plus n_end centreᵀ, so n_end has a part in it.
     dn_end = dn_end + (dC_end * centre).sum(-1)
     di, df = i.new_empty(0), f.new_empty(0)
     with on_device_of(dh):
-        d_den = run_denominator_grads(known.h_centred, dh, known.den, sizes)
-        rows = Rows(dh, known.den, d_den, known.m)
+        dh_h, dh_max = run_denominator_grads(known, dh, sizes)
+        rows = Rows(dh, known.den, dh_h, dh_max, known.m)
         ends = dC_end, dn_end
-        dC, dn, dC0, dn0 = run_state_grads(inputs, gates, rows, ends, sizes, config)
+        state_grads, dC0, dn0 = run_state_grads(inputs, gates, rows, ends, sizes, config)
         parts = queries_and_keys, values
-        shared = (inputs, gates, rows, (dC, dn))
+        states = known.states
+        if queries_and_keys and states is None:
+            states, _, _, _ = run_states(inputs, gates, sizes, config)
+        shared = (inputs, gates, rows, states, state_grads)
         (dq, dk, dv), found = run_token_grads(*shared, parts, sizes, config)
         if queries_and_keys:
             di, df = run_gate_grads(inputs, gates, rows.m, found, sizes)
     return [dq, dk, dv, di, df, dC0, dn0 - (dC0 * centre).sum(-1)]
 
 
-def run_denominator_grads(h_centred: Tensor, dh: Tensor, den: Tensor, sizes: Sizes) -> Tensor:
-    """Return d_den (B, H, T), the gradients of the denominators."""
-    d_den = torch.empty_like(den)
+def run_denominator_grads(kept: Kept, dh: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Return dh . h and the largest |dh| of each token, both (B, H, T).
+
+    The gradient of a denominator is -(dh . h) over the denominator.
+    """
+    dh_h, dh_max = torch.empty_like(kept.den), torch.empty_like(kept.den)
     mlstm_backward.denominator_kernel[(sizes.token_tiles,)](
-        h_centred_ptr=h_centred, dh_ptr=dh, den_ptr=den, d_den_ptr=d_den,
-        T=sizes.T, chunks=sizes.chunks, DOT=sizes.dot, L=sizes.chunk, BT=sizes.tile, DV=sizes.Dv,
+        h_centred_ptr=kept.h_centred, h_scale_ptr=kept.h_scale,
+        dh_ptr=dh, dh_h_ptr=dh_h, dh_max_ptr=dh_max,
+        T=sizes.T, chunks=sizes.chunks, L=sizes.chunk, BT=sizes.tile,
+        DV=sizes.Dv, BV=sizes.Dv // kept.h_scale.shape[2],
     )  # fmt: skip
-    return d_den
+    return dh_h, dh_max
 
 
 def run_state_grads(
@@ -190,61 +227,60 @@ def run_state_grads(
     ends: tuple[Tensor, Tensor],
     sizes: Sizes,
     config: MLSTMConfig,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[States, Tensor, Tensor]:
     """Carry the gradient of the state, C of the centred values and n, back over the chunks.
 
     ends: gradients of the final C and n. Returns those of the C and n that leave each chunk, and
     of those that enter the first.
     """
-    B, H, _, T, Dk, Dv, chunks = sizes[:7]
-    dC = torch.empty(B * H, chunks, Dk, Dv, dtype=sizes.dtype, device=inputs.q.device)
-    dn = torch.empty(B * H, chunks, Dk, device=inputs.q.device)
+    grads = States.empty(sizes, inputs.q.device)
     dC0, dn0 = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
     dC_end, dn_end = ends
     launch = config.state_grads
     mlstm_backward.state_grad_kernel[(sizes.state_tiles(launch),)](
-        q_ptr=inputs.q, dh_ptr=rows.dh, den_ptr=rows.den, d_den_ptr=rows.d_den,
-        i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
+        q_ptr=inputs.q, dh_ptr=rows.dh, den_ptr=rows.den,
+        dh_h_ptr=rows.dh_h, dh_max_ptr=rows.dh_max,
+        sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
         m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
-        dC_end_ptr=dC_end, dn_end_ptr=dn_end, dC_ptr=dC, dn_ptr=dn, dC0_ptr=dC0, dn0_ptr=dn0,
-        T=T, H=H, chunks=chunks,
+        dC_end_ptr=dC_end, dC_end_max_ptr=row_max(dC_end), dn_end_ptr=dn_end,
+        dC_ptr=grads.C, dC_scale_ptr=grads.scale, dn_ptr=grads.n, dC0_ptr=dC0, dn0_ptr=dn0,
+        T=sizes.T, H=sizes.H, chunks=sizes.chunks,
         **strides(q=inputs.q), **sizes.head_settings(launch),
     )  # fmt: skip
-    return dC, dn, dC0, dn0
+    return grads, dC0, dn0
 
 
 def run_token_grads(
     inputs: Inputs,
     gates: Gates,
     rows: Rows,
-    state_grads: tuple[Tensor, Tensor],
+    states: States | None,
+    state_grads: States,
     wanted: tuple[bool, bool],
     sizes: Sizes,
     config: MLSTMConfig,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], GateParts]:
     """Return dq, dk (B, H, T, Dk) and dv (B, G, T, Dv), and the parts of the gates' gradients.
 
-    wanted: whether dq, dk and the parts are, and whether dv is; what is not wanted is empty. For
-    the former the states are computed again.
+    wanted: whether dq, dk and the parts are, for which the states are needed, and whether dv is;
+    what is not wanted is empty.
     """
     queries_and_keys, values = wanted
     H, G, chunks = sizes.H, sizes.G, sizes.chunks
-    C = n = None
     parts = GateParts.empty(sizes, rows.m.device)
     tiles = sizes.chunk // sizes.tile
     programs = tiles if values else 0  # of a chunk of a value head, as the kernel counts them
     if queries_and_keys:
-        C, n, _, _, _ = run_states(inputs, gates, sizes, config)
         programs += (H // G) * (3 * tiles + 1)
     dq, dk = (contiguous_like(x, queries_and_keys) for x in (inputs.q, inputs.k))
     dv = contiguous_like(inputs.v, values)
-    dC, dn = state_grads
     mlstm_backward.token_grad_kernel[(chunks * sizes.B * G * programs,)](
         q_ptr=inputs.q, k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre,
-        dh_ptr=rows.dh, den_ptr=rows.den, d_den_ptr=rows.d_den,
+        dh_ptr=rows.dh, den_ptr=rows.den, dh_h_ptr=rows.dh_h,
         i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
         m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
-        C_ptr=C, n_ptr=n, dC_ptr=dC, dn_ptr=dn, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
+        **named_states(states, ""), **named_states(state_grads, "d"),
+        dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
         **{f"{name}_ptr": x for name, x in parts._asdict().items()},
         T=sizes.T, H=H, R=H // G, chunks=chunks,
         QUERIES_AND_KEYS=queries_and_keys, VALUES=values,
@@ -252,6 +288,12 @@ def run_token_grads(
         **sizes.token_settings(config.token_grads),
     )  # fmt: skip
     return (dq, dk, dv), parts
+
+
+def named_states(states: States | None, prefix: str) -> dict[str, Tensor | None]:
+    """Name states or their gradients as kernels do: C_ptr, C_scale_ptr and n_ptr."""
+    C, scale, n = states or (None, None, None)
+    return {f"{prefix}C_ptr": C, f"{prefix}C_scale_ptr": scale, f"{prefix}n_ptr": n}
 
 
 def contiguous_like(x: Tensor, wanted: bool) -> Tensor:

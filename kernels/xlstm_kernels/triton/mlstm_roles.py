@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
+    dot_state,
     last_token,
     load_centred,
     load_tile,
@@ -22,19 +23,19 @@ from xlstm_kernels.triton.common import (
 
 
 @triton.jit
-def load_numerator_gradient(dh_ptr, den_ptr, bh, first, T, dv, BT: tl.constexpr, DV: tl.constexpr):
-    """Load dh and compute d_num = dh / den of BT tokens from the first one on, in float32."""
-    t = first + tl.arange(0, BT)
-    den = tl.load(den_ptr + bh * T + t, mask=t < T, other=1.0)
-    return load_tile(dh_ptr + bh * T * DV, DV, first, T, dv, BT).to(tl.float32) / den[:, None]
+def inverse_denominators(den_ptr, bh, t, T):
+    """Load the denominators of the tokens t and invert them; 0 for tokens without any weight."""
+    return 1.0 / tl.load(den_ptr + bh * T + t, mask=t < T, other=1.0)
 
 
 @triton.jit
 def query_role(
-    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
-    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, C_ptr, n_ptr, dq_ptr, d_read_ptr,
+    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, dh_h_ptr,
+    sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
+    C_ptr, C_scale_ptr, n_ptr, dq_ptr, d_read_ptr,
     q_t, k_t, v_t, b, bh, c, a, T, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of a tile of queries, and d_read.
@@ -46,11 +47,12 @@ def query_role(
     t0 = c * L + a * BT
     t = t0 + tl.arange(0, BT)
     slot = bh * chunks + c
-    dtype = C_ptr.dtype.element_ty
-    d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
+    dh_h = tl.load(dh_h_ptr + bh * T + t, mask=t < T, other=0.0)
     read = read_weights(
         sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, t, T, SEGMENTED, L
     )
+    inverse = inverse_denominators(den_ptr, bh, t, T)
+    read *= inverse
     d_read = tl.zeros((BT,), tl.float32)
     for d in range(0, DK, BK):
         features = d + tl.arange(0, BK)
@@ -58,26 +60,28 @@ def query_role(
         for e in range(0, DV, DEEP_V):
             dv = e + tl.arange(0, DEEP_V)
             C = tl.load(C_ptr + slot * DK * DV + features[:, None] * DV + dv[None, :])
-            d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
-            dq = tl.dot(d_num, tl.trans(C), dq, input_precision=PRECISION)
+            dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(DOT)
+            dq = dot_state(dh, tl.trans(C), dq, PRECISION)
+        scale = tl.load(C_scale_ptr + slot * DK + features)
         n = tl.load(n_ptr + slot * DK + features)
-        dq = (dq + d_den[:, None] * n[None, :]) * read[:, None]
-        q = load_tile(q_ptr, q_t, t0, T, features, BT).to(dtype)
+        dq = (dq * scale[None, :] - dh_h[:, None] * n[None, :]) * read[:, None]
+        q = load_tile(q_ptr, q_t, t0, T, features, BT).to(DOT)
         d_read += tl.sum(q.to(tl.float32) * dq, 1)
         for j in range(a + 1):
             s0 = c * L + j * BT
             s = s0 + tl.arange(0, BT)
-            d_scores = tl.zeros((BT, BT), tl.float32) + d_den[:, None]
+            d_scores = tl.zeros((BT, BT), tl.float32) - dh_h[:, None]
             for e in range(0, DV, DEEP_V):
                 dv = e + tl.arange(0, DEEP_V)
-                d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
-                v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(dtype)
-                d_scores = tl.dot(d_num, tl.trans(v), d_scores, input_precision=PRECISION)
+                dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(DOT)
+                v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(DOT)
+                d_scores = tl.dot(dh, tl.trans(v), d_scores, input_precision=PRECISION)
             d_scores *= pair_weights(
                 sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T, SEGMENTED, False
             )
-            k = load_tile(k_ptr, k_t, s0, T, features, BT).to(dtype)
-            dq = tl.dot(d_scores.to(dtype), k, dq, input_precision=PRECISION)
+            d_scores *= inverse[:, None]
+            k = load_tile(k_ptr, k_t, s0, T, features, BT).to(DOT)
+            dq = tl.dot(d_scores.to(DOT), k, dq, input_precision=PRECISION)
         out = bh * T * DK + t[:, None].to(tl.int64) * DK + features[None, :]
         tl.store(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), mask=(t < T)[:, None])
     tl.store(d_read_ptr + bh * T + t, d_read, mask=t < T)
@@ -85,10 +89,11 @@ def query_role(
 
 @triton.jit
 def pair_role(
-    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
+    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, dh_h_ptr,
     sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, d_earlier_ptr, d_keys_ptr, d_inside_ptr,
     q_t, k_t, v_t, b, bh, c, a, T,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Sum the gradients of the log-weights of a tile's queries, as `GateParts` describes."""
@@ -98,28 +103,29 @@ def pair_role(
     offsets = tl.arange(0, BT)
     t0 = c * L + a * BT
     t = t0 + offsets
-    dtype = dh_ptr.dtype.element_ty if PRECISION == "ieee" else tl.float32
-    d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
+    dh_h = tl.load(dh_h_ptr + bh * T + t, mask=t < T, other=0.0)
+    inverse = inverse_denominators(den_ptr, bh, t, T)
     d_earlier = tl.zeros((BT,), tl.float32)
     for j in range(a + 1):
         s0 = c * L + j * BT
         s = s0 + offsets
-        d_log = tl.zeros((BT, BT), tl.float32) + d_den[:, None]
+        d_log = tl.zeros((BT, BT), tl.float32) - dh_h[:, None]
         for e in range(0, DV, DEEP_V):
             dv = e + tl.arange(0, DEEP_V)
-            d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
-            v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(dtype)
-            d_log = tl.dot(d_num, tl.trans(v), d_log, input_precision=PRECISION)
+            dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(DOT)
+            v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(DOT)
+            d_log = tl.dot(dh, tl.trans(v), d_log, input_precision=PRECISION)
         scores = tl.zeros((BT, BT), tl.float32)
         for d in range(0, DK, DEEP_K):
             dk = d + tl.arange(0, DEEP_K)
-            q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(dtype)
-            k = load_tile(k_ptr, k_t, s0, T, dk, BT).to(dtype)
+            q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(DOT)
+            k = load_tile(k_ptr, k_t, s0, T, dk, BT).to(DOT)
             scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
         # Gradient of D_ts, the log-weight of each pair.
         d_log *= scores * pair_weights(
             sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T, SEGMENTED, False
         )
+        d_log *= inverse[:, None]
         tl.store(d_keys_ptr + (bh * (L // BT) + a) * T + s, tl.sum(d_log, 0), mask=s < T)
         if j < a:
             d_earlier += tl.sum(d_log, 1)
@@ -127,9 +133,9 @@ def pair_role(
             # The gradient of log f_r is the sum of d_log over the pairs (s, t), s < r <= t, that
             # cross r; here those inside the tile. No other pair enters, as it would in cumulative
             # sums of q . dq - k . dk: where the true sum is small, their rounding would remain.
-            later = (offsets[:, None] <= offsets[None, :]).to(dtype)  # (r, t): 1 where t >= r
+            later = (offsets[:, None] <= offsets[None, :]).to(DOT)  # (r, t): 1 where t >= r
             before = offsets[None, :] < offsets[:, None]  # (r, s): s < r
-            d_sums = tl.dot(later, d_log.to(dtype), input_precision=PRECISION)
+            d_sums = tl.dot(later, d_log.to(DOT), input_precision=PRECISION)
             d_inside = tl.sum(tl.where(before, d_sums, 0.0), 1)
             tl.store(d_inside_ptr + bh * T + t, d_inside, mask=t < T)
     tl.store(d_earlier_ptr + bh * T + t, d_earlier, mask=t < T)
@@ -137,10 +143,12 @@ def pair_role(
 
 @triton.jit
 def key_role(
-    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, d_den_ptr,
-    sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr, dC_ptr, dn_ptr, dk_ptr, d_write_ptr,
+    q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, dh_h_ptr,
+    sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr,
+    dC_ptr, dC_scale_ptr, dn_ptr, dk_ptr, d_write_ptr,
     q_t, k_t, v_t, b, bh, c, j, T, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Compute dk of a tile of keys, and d_write.
@@ -153,7 +161,6 @@ def key_role(
     s0 = c * L + j * BT
     s = s0 + tl.arange(0, BT)
     slot = bh * chunks + c
-    dtype = dC_ptr.dtype.element_ty
     m_end = tl.load(m_ptr + bh * T + last_token(c, T, L))
     write = write_weights(
         sum_high_ptr, sum_low_ptr, i_ptr, m_end, runs_ptr, bh, b, c, s, T, SEGMENTED, L
@@ -165,28 +172,30 @@ def key_role(
         for e in range(0, DV, DEEP_V):
             dv = e + tl.arange(0, DEEP_V)
             dC = tl.load(dC_ptr + slot * DK * DV + features[:, None] * DV + dv[None, :])
-            v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(dtype)
-            dk = tl.dot(v, tl.trans(dC), dk, input_precision=PRECISION)
+            v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(DOT)
+            dk = dot_state(v, tl.trans(dC), dk, PRECISION)
+        scale = tl.load(dC_scale_ptr + slot * DK + features)
         dn = tl.load(dn_ptr + slot * DK + features)
-        dk = (dk + dn[None, :]) * write[:, None]
-        k = load_tile(k_ptr, k_t, s0, T, features, BT).to(dtype)
+        dk = (dk * scale[None, :] + dn[None, :]) * write[:, None]
+        k = load_tile(k_ptr, k_t, s0, T, features, BT).to(DOT)
         d_write += tl.sum(k.to(tl.float32) * dk, 1)
         for a in range(j, L // BT):
             t0 = c * L + a * BT
             t = t0 + tl.arange(0, BT)
-            d_den = tl.load(d_den_ptr + bh * T + t, mask=t < T, other=0.0)
+            dh_h = tl.load(dh_h_ptr + bh * T + t, mask=t < T, other=0.0)
             # Tiles of pairs have keys as rows here, as dk has.
-            d_scores = tl.zeros((BT, BT), tl.float32) + d_den[None, :]
+            d_scores = tl.zeros((BT, BT), tl.float32) - dh_h[None, :]
             for e in range(0, DV, DEEP_V):
                 dv = e + tl.arange(0, DEEP_V)
-                d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
-                v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(dtype)
-                d_scores = tl.dot(v, tl.trans(d_num), d_scores, input_precision=PRECISION)
+                dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(DOT)
+                v = load_centred(v_ptr, v_t, centre_ptr, s0, T, dv, BT).to(DOT)
+                d_scores = tl.dot(v, tl.trans(dh), d_scores, input_precision=PRECISION)
             d_scores *= pair_weights(
                 sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T, SEGMENTED, True
             )
-            q = load_tile(q_ptr, q_t, t0, T, features, BT).to(dtype)
-            dk = tl.dot(d_scores.to(dtype), q, dk, input_precision=PRECISION)
+            d_scores *= inverse_denominators(den_ptr, bh, t, T)[None, :]
+            q = load_tile(q_ptr, q_t, t0, T, features, BT).to(DOT)
+            dk = tl.dot(d_scores.to(DOT), q, dk, input_precision=PRECISION)
         out = bh * T * DK + s[:, None].to(tl.int64) * DK + features[None, :]
         tl.store(dk_ptr + out, dk.to(dk_ptr.dtype.element_ty), mask=(s < T)[:, None])
     tl.store(d_write_ptr + bh * T + s, d_write, mask=s < T)
@@ -195,8 +204,9 @@ def key_role(
 @triton.jit
 def value_role(
     q_ptr, k_ptr, i_ptr, dh_ptr, den_ptr, sum_high_ptr, sum_low_ptr, m_ptr, runs_ptr,
-    dC_ptr, dv_ptr, q_h, q_t, k_h, k_t, b, bg, first_bh, first_h, c, j, T, R, chunks,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
+    dC_ptr, dC_scale_ptr, dv_ptr, q_h, q_t, k_h, k_t, b, bg, first_bh, first_h, c, j, T, R, chunks,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Compute dv of a tile of keys and one value head.
@@ -207,7 +217,6 @@ def value_role(
     DEEP_K: tl.constexpr = min(DEPTH, DK)
     s0 = c * L + j * BT
     s = s0 + tl.arange(0, BT)
-    dtype = dC_ptr.dtype.element_ty
     for e in range(0, DV, BV):
         dv = e + tl.arange(0, BV)
         total = tl.zeros((BT, BV), tl.float32)
@@ -222,32 +231,36 @@ def value_role(
             for d in range(0, DK, DEEP_K):
                 dk = d + tl.arange(0, DEEP_K)
                 # The weight on k and not on the product, which would take another tile of sums.
+                scale = tl.load(dC_scale_ptr + (bh * chunks + c) * DK + dk)
                 k = load_tile(k_of_head, k_t, s0, T, dk, BT).to(tl.float32) * write[:, None]
+                k = (k * scale[None, :]).to(DOT)
                 tile = (bh * chunks + c) * DK * DV + dk[:, None] * DV + dv[None, :]
-                dC = tl.load(dC_ptr + tile)
-                total = tl.dot(k.to(dtype), dC, total, input_precision=PRECISION)
+                # No gate's gradient is a small difference of dv: the digits of DOT are enough.
+                dC = tl.load(dC_ptr + tile).to(DOT)
+                total = tl.dot(k, dC, total, input_precision=PRECISION)
             for a in range(j, L // BT):
                 t0 = c * L + a * BT
                 t = t0 + tl.arange(0, BT)
                 scores = tl.zeros((BT, BT), tl.float32)  # keys as rows, as dv has
                 for d in range(0, DK, DEEP_K):
                     dk = d + tl.arange(0, DEEP_K)
-                    q = load_tile(q_of_head, q_t, t0, T, dk, BT).to(dtype)
-                    k = load_tile(k_of_head, k_t, s0, T, dk, BT).to(dtype)
+                    q = load_tile(q_of_head, q_t, t0, T, dk, BT).to(DOT)
+                    k = load_tile(k_of_head, k_t, s0, T, dk, BT).to(DOT)
                     scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
                 weights = scores * pair_weights(
                     sum_high_ptr, sum_low_ptr, i_ptr, m_ptr, runs_ptr, bh, b, t, s, T,
                     SEGMENTED, True,
                 )  # fmt: skip
-                d_num = load_numerator_gradient(dh_ptr, den_ptr, bh, t0, T, dv, BT, DV).to(dtype)
-                total = tl.dot(weights.to(dtype), d_num, total, input_precision=PRECISION)
+                dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(DOT)
+                weights *= inverse_denominators(den_ptr, bh, t, T)[None, :]
+                total = tl.dot(weights.to(DOT), dh, total, input_precision=PRECISION)
         out = dv_ptr + bg * T * DV + s[:, None].to(tl.int64) * DV + dv[None, :]
         tl.store(out, total.to(dv_ptr.dtype.element_ty), mask=(s < T)[:, None])
 
 
 @triton.jit
 def pass_role(
-    C_ptr, n_ptr, dC_ptr, dn_ptr, d_pass_ptr, slot,
+    C_ptr, C_scale_ptr, n_ptr, dC_ptr, dC_scale_ptr, dn_ptr, d_pass_ptr, slot,
     DK: tl.constexpr, DV: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Compute <C, dC> + <n, dn> of a chunk: the state that enters it, the gradient that leaves."""
@@ -256,9 +269,12 @@ def pass_role(
     total = tl.zeros((BK,), tl.float32)
     for d in range(0, DK, BK):
         dk = d + tl.arange(0, BK)
-        total += tl.load(n_ptr + slot * DK + dk) * tl.load(dn_ptr + slot * DK + dk)
+        rows = tl.zeros((BK,), tl.float32)
         for e in range(0, DV, BV):
             tile = slot * DK * DV + dk[:, None] * DV + (e + tl.arange(0, BV))[None, :]
             C, dC = tl.load(C_ptr + tile), tl.load(dC_ptr + tile)
-            total += tl.sum(C.to(tl.float32) * dC.to(tl.float32), 1)
+            rows += tl.sum(C.to(tl.float32) * dC.to(tl.float32), 1)
+        row = slot * DK + dk
+        total += rows * tl.load(C_scale_ptr + row) * tl.load(dC_scale_ptr + row)
+        total += tl.load(n_ptr + row) * tl.load(dn_ptr + row)
     tl.store(d_pass_ptr + slot, tl.sum(total, 0))

@@ -14,18 +14,27 @@ from torch import Tensor
 from xlstm_kernels.triton.common import dot_format
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch
 
+# h, the final C, n and m, and what `Kept` has: one by one, as a registered operator's results.
+Results = tuple[
+    Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor,
+]  # fmt: skip
+
 
 class Inputs(NamedTuple):
     """What both passes read of the arguments.
 
-    centre (B, G, Dv): the common component, subtracted from v (B, G, T, Dv). C0, n0, m0: the
-    initial state. runs (B, T): the documents of each row, numbered; None for one document a row.
+    centre (B, G, Dv): the common component, subtracted from v (B, G, T, Dv). v_max (B, G): the
+    largest of what is left, without its sign. C0, n0, m0: the initial state. runs (B, T): the
+    documents of each row, numbered; None for one document a row.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     centre: Tensor
+    v_max: Tensor
     C0: Tensor
     n0: Tensor
     m0: Tensor
@@ -47,12 +56,35 @@ class Gates(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the backward kernels read of each token: dh, denominator, its gradient, stabiliser."""
+    """What the backward kernels read of each token.
+
+    dh (B, H, T, Dv); and (B, H, T): the denominator, dh . h, the largest |dh|, the stabiliser.
+    """
 
     dh: Tensor
     den: Tensor
-    d_den: Tensor
+    dh_h: Tensor
+    dh_max: Tensor
     m: Tensor
+
+
+class States(NamedTuple):
+    """C and n as they enter each chunk, or their gradients as they leave it.
+
+    C (B H, chunks, Dk, Dv) in units of scale (B H, chunks, Dk), a power of two; n (B H, chunks, Dk)
+    in float32. So C in float16 has the range of float32.
+    """
+
+    C: Tensor
+    scale: Tensor
+    n: Tensor
+
+    @classmethod
+    def empty(cls, sizes: Sizes, device: torch.device, wanted: bool = True) -> States:
+        """Make room for them; none if they are not wanted."""
+        shape = (sizes.B * sizes.H if wanted else 0, sizes.chunks, sizes.Dk)
+        C = torch.empty(*shape, sizes.Dv, dtype=sizes.kept, device=device)
+        return cls(C, torch.empty(shape, device=device), torch.empty(shape, device=device))
 
 
 class GateParts(NamedTuple):
@@ -83,17 +115,33 @@ class GateParts(NamedTuple):
 class Kept(NamedTuple):
     """What the backward pass reads of the forward pass, beside the arguments.
 
-    h_centred: h less the centre; empty where nothing requires gradients. The rest: `Inputs`,
-    `Gates` and `Rows`.
+    h_centred: h less the centre, in units of h_scale (B, H, parts of Dv, T), which are powers of
+    two; empty where nothing requires gradients. C, C_scale, n: the `States`; empty where they are
+    computed again. The rest: `Inputs`, `Gates` and `Rows`.
     """
 
     centre: Tensor
+    v_max: Tensor
     sum_high: Tensor
     sum_low: Tensor
     max_log_weight: Tensor
     h_centred: Tensor
+    h_scale: Tensor
     den: Tensor
     m: Tensor
+    C: Tensor
+    C_scale: Tensor
+    n: Tensor
+
+    @property
+    def states(self) -> States | None:
+        """The states that enter the chunks, if they were kept."""
+        return States(self.C, self.C_scale, self.n) if self.C.numel() else None
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which h of values of a dtype is kept: it has as many bytes."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 class Sizes(NamedTuple):
@@ -109,8 +157,8 @@ class Sizes(NamedTuple):
     chunk: int  # tokens of a chunk
     tile: int  # tokens of a tile of it
     segmented: bool
-    dtype: torch.dtype  # of dot operands and of the states kept per chunk
-    dot: tl.dtype  # the same dtype, for Triton
+    kept: torch.dtype  # of the states kept per chunk
+    dot: tl.dtype  # of the operands of products
     precision: str
 
     def head_settings(self, launch: Launch) -> dict[str, Any]:
@@ -129,7 +177,7 @@ class Sizes(NamedTuple):
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "SEGMENTED": self.segmented, "PRECISION": self.precision,
+            "SEGMENTED": self.segmented, "PRECISION": self.precision, "DOT": self.dot,
             "L": self.chunk, "BT": self.tile, "DK": self.Dk, "DV": self.Dv,
         }  # fmt: skip
 

@@ -22,13 +22,17 @@ def test_the_models_take_turns_and_each_case_is_written_at_once(tmp_path, capsys
         return {name: {"peak": 2**20, "total": 2**21} for name in decoding.VARIANTS}
 
     monkeypatch.setattr(decoding, "peaks", fails_later)
-    assert decoding.main([*FLAGS, "--prompts", "64", "128", "--out", str(out)]) == 1
+    flags = [*FLAGS, "--prompts", "64", "128", "--same-products", "--out", str(out)]
+    assert decoding.main(flags) == 1
     first, second = (json.loads(line) for line in out.read_text().splitlines())
     rounds = first["rounds"]
     assert len(rounds["student"]) == len(rounds["attention"]) == 2
     pairs = zip(rounds["attention"], rounds["student"], strict=True)
     times = [a["prefill"]["wall"] / s["prefill"]["wall"] for a, s in pairs]
     assert first["prefill_speedup"]["wall"] == [sum(times) / 2, min(times), max(times)]
+    pairs = zip(rounds[decoding.SAME_PRODUCTS], rounds["student"], strict=True)
+    times = [a["prefill"]["wall"] / s["prefill"]["wall"] for a, s in pairs]
+    assert first["same_products_speedup"]["wall"] == [sum(times) / 2, min(times), max(times)]
     # 64 + 4 tokens, 2 key heads of 16 numbers, keys and values, in fp32.
     assert first["attention"]["state_bytes"] == 68 * 2 * 16 * 2 * 4
     assert second["failed"] == "out of memory"
@@ -71,3 +75,13 @@ def test_a_process_that_is_killed_is_a_case_that_failed(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(RuntimeError, match="student: ended with exit code -9"):
         decoding.peaks(64, 1, FLAGS)
+
+
+def test_the_fastest_of_each_round_are_compared():
+    seconds = {"a": [6.0, 1.0], "b": [2.0, 8.0], "c": [4.0, 4.0]}
+    rounds = {
+        name: [{"decode": {"process": t, "wall": 2 * t}} for t in times]
+        for name, times in seconds.items()
+    }
+    found = decoding.spread(rounds, "decode", ["a", "b"], ["c"])
+    assert found == {"process": [0.375, 0.25, 0.5], "wall": [0.375, 0.25, 0.5]}

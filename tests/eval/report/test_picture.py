@@ -60,6 +60,12 @@ def test_the_command_writes_the_same_bytes_each_time(
     assert targets[0].read_bytes() == targets[1].read_bytes() == draw(report).encode()
     with pytest.raises(SystemExit, match="usage"):
         main([str(source)])
+    for text in ("{", "{}", "[]"):
+        source.write_text(text)
+        with pytest.raises(SystemExit, match=r"report\.json cannot be drawn: it is no report"):
+            main([str(source), str(targets[0])])
+    with pytest.raises(SystemExit, match="No such file"):
+        main([str(tmp_path / "none"), str(targets[0])])
 
 
 def test_names_are_escaped(report: dict[str, Any]) -> None:

@@ -154,6 +154,13 @@ def test_code_that_runs_elsewhere_is_found(tmp_path: Path) -> None:
     )
     loaded = load_suite(Suite(include=tmp_path, tasks=(SuiteTask(name="own"),)))
     assert loaded.unconfined == {"own"}
+    # With our metric, where the file does not say that it runs code: consent is asked all the same.
+    text = (tmp_path / "own.yaml").read_text().replace("unsafe_code: true", "")
+    ours = "!function xlstm_eval.tasks.code.pass_at_k"
+    (tmp_path / "own.yaml").write_text(text.replace("exact_match", ours))
+    loaded = load_suite(Suite(include=tmp_path, tasks=(SuiteTask(name="own"),)))
+    assert loaded.runs_code()
+    assert loaded.unconfined == frozenset()
 
 
 def test_other_metrics_come_from_the_package_itself() -> None:

@@ -46,7 +46,7 @@ def transposed_products(kernel: ast.FunctionDef) -> list[str]:
 
     def has_a_part(node: ast.AST) -> bool:
         names = {found.id for found in ast.walk(node) if isinstance(found, ast.Name)}
-        return bool(calls(node, "dot")) or bool(names & made)
+        return bool(calls(node, "dot")) or "dot_state" in names or bool(names & made)
 
     before = -1
     while len(made) != before:  # a loop hands values to its next turn

@@ -101,7 +101,7 @@ def with_holes(shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> Tensor
 
 def longer_axis(name: str, x: Tensor) -> int | None:
     """The axis of tokens or chunks; None if a tensor has neither."""
-    if name in ("C_ptr", "n_ptr", "dC_ptr", "dn_ptr"):
+    if name in ("C_ptr", "C_scale_ptr", "n_ptr", "dC_ptr", "dC_scale_ptr", "dn_ptr"):
         return 1
     if name == "d_pass_ptr":
         return 2
