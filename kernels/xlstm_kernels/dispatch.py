@@ -22,7 +22,6 @@ BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton", "mlstm_kernels")
 
 # What "auto" means, if it is set: "torch", or "triton" without the self-check.
 BACKEND_VARIABLE = "XLSTM_KERNELS_BACKEND"
-STATES_VARIABLE = "XLSTM_KERNELS_KEEP_STATES"
 HEAD_DIMS = (16, 32, 64, 128, 256)  # powers of 2, as Triton's tiles are, with settings in the table
 MAX_SINKS = 64  # the window kernels hold the sinks of a document in one tile
 
@@ -112,21 +111,6 @@ def forced_backend() -> Backend | None:
     if given == "triton":
         return "triton"
     raise ValueError(f"{BACKEND_VARIABLE}={given!r} is not allowed; allowed: torch, triton")
-
-
-def keeps_states() -> bool:
-    """Return whether XLSTM_KERNELS_KEEP_STATES says to keep the states of chunks for backward.
-
-    Raises ValueError, in one line, if it is neither 0 nor 1.
-    """
-    given = os.environ.get(STATES_VARIABLE) or "0"
-    if given not in ("0", "1"):
-        raise ValueError(f"{STATES_VARIABLE}={given!r} is not allowed; allowed: 0, 1")
-    return given == "1"
-
-
-# As of `passes_check`: a traced graph has one answer.
-keeps_states._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def installed(package: str) -> bool:

@@ -6,12 +6,12 @@ Letters: the legend in `xlstm_kernels`.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xlstm_kernels.dispatch import keeps_states
 from xlstm_kernels.registration import filled, refuse_second_derivative
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState
@@ -19,6 +19,8 @@ from xlstm_kernels.triton.common import contiguous_rows
 from xlstm_kernels.triton.configs import MLSTMConfig, mlstm_config
 from xlstm_kernels.triton.mlstm_passes import launch_backward, launch_forward
 from xlstm_kernels.triton.mlstm_tensors import States, kept_dtype, sizes_of
+
+STATES_VARIABLE = "XLSTM_KERNELS_KEEP_STATES"
 
 
 def mlstm_triton(
@@ -50,6 +52,21 @@ def mlstm_triton(
     keep_states = keeps_states() and keep and any(x.requires_grad for x in (q, k, i, f))
     h, C, n, m, *_ = forward(*inputs, *start, runs, config.numbers(), keep, keep_states)
     return h.to(dtype), MLSTMState(C, n, m)
+
+
+def keeps_states() -> bool:
+    """Return whether XLSTM_KERNELS_KEEP_STATES says to keep the states of chunks for backward.
+
+    Raises ValueError, in one line, if it is neither 0 nor 1.
+    """
+    given = os.environ.get(STATES_VARIABLE) or "0"
+    if given not in ("0", "1"):
+        raise ValueError(f"{STATES_VARIABLE}={given!r} is not allowed; allowed: 0, 1")
+    return given == "1"
+
+
+# Dynamo runs it once, while it traces, and takes the answer for a constant.
+keeps_states._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 forward = torch.library.custom_op("xlstm_kernels::mlstm_triton", launch_forward, mutates_args=())
