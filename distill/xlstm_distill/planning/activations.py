@@ -310,13 +310,16 @@ def mlstm_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
 
 
 def _mlstm_triton(a: Architecture, F: int, forward: Pass) -> Saved:
-    """Count the fused operator: it computes states and scores again in its backward pass."""
+    """Count the fused operator: it computes states and scores again in its backward pass.
+
+    XLSTM_KERNELS_KEEP_STATES is left out: where the run will be, it may be set or not.
+    """
     H, D = a.heads, a.head_dim
     output = forward.compute * H * D  # h, less its common component
-    per_head = 7 * FP32 * H  # gates, their sums, m and denominators
-    # The state that a row starts from (S, z and m), and the common component of each group's
-    # values.
-    start = H * (F * (D + 1) + 1) + a.groups * D
+    per_head = 8 * FP32 * H  # gates, their sums, m, denominators, and the scale of h
+    # The state that a row starts from (S, z and m), and of each group's values the common component
+    # and the largest one.
+    start = H * (F * (D + 1) + 1) + a.groups * (D + 1)
     return Saved(output + per_head, FP32 * forward.rows * start)
 
 

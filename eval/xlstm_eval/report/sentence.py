@@ -37,7 +37,7 @@ def sentence(result: Comparison) -> str:
         parts.append(f"gains {_listed(gains, result)}")
     rest = found.pooled.tasks - len(shown)
     if rest:
-        others = "other differences are" if shown else "all differences on single tasks are"
+        others = f"{'other' if shown else 'all'} differences on single tasks are"
         parts.append(f"{others} within noise")
     return "; ".join(parts) + "."
 

@@ -169,7 +169,7 @@ def launch_mlstm(dim: int, dtype: torch.dtype, config: MLSTMConfig | None = None
     C0, n0, m0 = MLSTMState.zeros(1, 4, dim, dim, device="meta")
     settings = (config or mlstm_config(dtype, dim, dim)).numbers()
     # The functions behind the registered operators, which launch nothing on meta tensors.
-    found = launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, keep=True)
+    found = launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, True, False)
     (h, C, n, _), kept = found[:4], list(found[4:])
     arguments = [q, k, v, i, f, C0, n0, m0]
     launch_backward([h, C, n], arguments, runs, kept, settings, True, True)

@@ -6,6 +6,7 @@ Letters: the legend in `xlstm_kernels`.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from xlstm_kernels.state import MLSTMState
 from xlstm_kernels.triton.common import contiguous_rows
 from xlstm_kernels.triton.configs import MLSTMConfig, mlstm_config
 from xlstm_kernels.triton.mlstm_passes import launch_backward, launch_forward
-from xlstm_kernels.triton.mlstm_tensors import kept_dtype
+from xlstm_kernels.triton.mlstm_tensors import States, kept_dtype, sizes_of
+
+STATES_VARIABLE = "XLSTM_KERNELS_KEEP_STATES"
 
 
 def mlstm_triton(
@@ -45,8 +48,25 @@ def mlstm_triton(
     inputs = (q, k, v, i.contiguous(), f.contiguous())
     start = [x.contiguous() for x in (state.C, state.n, state.m.detach())]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *start))
-    h, C, n, m, *_ = forward(*inputs, *start, runs, config.numbers(), keep)
+    # Only the gradients of q, k and the gates read the states.
+    keep_states = keeps_states() and keep and any(x.requires_grad for x in (q, k, i, f))
+    h, C, n, m, *_ = forward(*inputs, *start, runs, config.numbers(), keep, keep_states)
     return h.to(dtype), MLSTMState(C, n, m)
+
+
+def keeps_states() -> bool:
+    """Return whether XLSTM_KERNELS_KEEP_STATES says to keep the states of chunks for backward.
+
+    Raises ValueError, in one line, if it is neither 0 nor 1.
+    """
+    given = os.environ.get(STATES_VARIABLE) or "0"
+    if given not in ("0", "1"):
+        raise ValueError(f"{STATES_VARIABLE}={given!r} is not allowed; allowed: 0, 1")
+    return given == "1"
+
+
+# Dynamo runs it once, while it traces, and takes the answer for a constant.
+keeps_states._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 forward = torch.library.custom_op("xlstm_kernels::mlstm_triton", launch_forward, mutates_args=())
@@ -65,6 +85,7 @@ def _(
     runs: Tensor | None,
     settings: list[int],
     keep: bool,
+    keep_states: bool,
 ) -> tuple[Tensor, ...]:
     B, H, T, _ = q.shape
     h, row = v.new_empty(B, H, T, v.shape[3]), (B, H, T)
@@ -77,7 +98,9 @@ def _(
         h_centred = torch.empty_like(h, dtype=h_centred.dtype)
         h_scale = m.new_empty(B, H, v.shape[3] // config.output.block_v, T)
     C_end, n_end, m_end = (x.new_empty(x.shape) for x in (C0, n0, m0))
-    kept = centre, v_max, high, low, largest, h_centred, h_scale, den, m
+    sizes = sizes_of(q, v, runs is not None, config)
+    states = States.empty(sizes, q.device, keep_states)
+    kept = centre, v_max, high, low, largest, h_centred, h_scale, den, m, *states
     return h, C_end, n_end, m_end, *kept
 
 
@@ -102,7 +125,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, runs, settings, _ = inputs
+    *arguments, runs, settings, _, _ = inputs
     h, C, n, m_end, *kept = output
     ctx.mark_non_differentiable(m_end, *kept)
     # Else autograd would make a gradient of zeros for each of them.
@@ -121,7 +144,7 @@ def _gradients(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
     grads = filled(given[:3], ctx.results)
     found = backward(grads, list(arguments), runs, list(kept), ctx.settings, *parts)
     wanted = [grad if needs else None for grad, needs in zip(found, needed, strict=False)]
-    return (*wanted, *[None] * 4)  # m0, runs, settings and keep have no gradient
+    return (*wanted, *[None] * 5)  # m0, runs and the settings after them have no gradient
 
 
 forward.register_autograd(_gradients, setup_context=_keep)

@@ -37,11 +37,13 @@ def launch_forward(
     runs: Tensor | None,
     settings: list[int],
     keep: bool,
+    keep_states: bool,
 ) -> Results:
     """Return h, the final C, n and m, and what the backward pass reads (`Kept`).
 
-    settings: of `MLSTMConfig.numbers`. keep: whether a backward pass will follow. The backward pass
-    computes the states of the chunks again: they would be the largest thing to keep.
+    settings: of `MLSTMConfig.numbers`. keep: whether a backward pass will follow. keep_states:
+    whether to keep the states of the chunks too, the largest thing there is to keep. Otherwise the
+    backward pass computes them again.
     """
     config = MLSTMConfig.of_numbers(settings)
     sizes = sizes_of(q, v, runs is not None, config)
@@ -51,7 +53,9 @@ def launch_forward(
         gates = sum_gates(i, f, runs, sizes)
         states, m, C_end, n_end = run_states(inputs, gates, sizes, config)
         h, h_centred, h_scale, den = run_outputs(inputs, gates, states, m, keep, sizes, config)
-    kept = Kept(inputs.centre, inputs.v_max, *gates[2:], h_centred, h_scale, den, m)
+    if not keep_states:
+        states = States.empty(sizes, q.device, wanted=False)
+    kept = Kept(inputs.centre, inputs.v_max, *gates[2:], h_centred, h_scale, den, m, *states)
     return h, C_end, n_end, m[:, :, -1].clone(), *kept
 
 
@@ -191,7 +195,10 @@ def launch_backward(
         ends = dC_end, dn_end
         state_grads, dC0, dn0 = run_state_grads(inputs, gates, rows, ends, sizes, config)
         parts = queries_and_keys, values
-        shared = (inputs, gates, rows, state_grads)
+        states = known.states
+        if queries_and_keys and states is None:
+            states, _, _, _ = run_states(inputs, gates, sizes, config)
+        shared = (inputs, gates, rows, states, state_grads)
         (dq, dk, dv), found = run_token_grads(*shared, parts, sizes, config)
         if queries_and_keys:
             di, df = run_gate_grads(inputs, gates, rows.m, found, sizes)
@@ -247,6 +254,7 @@ def run_token_grads(
     inputs: Inputs,
     gates: Gates,
     rows: Rows,
+    states: States | None,
     state_grads: States,
     wanted: tuple[bool, bool],
     sizes: Sizes,
@@ -254,17 +262,15 @@ def run_token_grads(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], GateParts]:
     """Return dq, dk (B, H, T, Dk) and dv (B, G, T, Dv), and the parts of the gates' gradients.
 
-    wanted: whether dq, dk and the parts are, and whether dv is; what is not wanted is empty. For
-    the former the states are computed again.
+    wanted: whether dq, dk and the parts are, for which the states are needed, and whether dv is;
+    what is not wanted is empty.
     """
     queries_and_keys, values = wanted
     H, G, chunks = sizes.H, sizes.G, sizes.chunks
-    states: States | None = None
     parts = GateParts.empty(sizes, rows.m.device)
     tiles = sizes.chunk // sizes.tile
     programs = tiles if values else 0  # of a chunk of a value head, as the kernel counts them
     if queries_and_keys:
-        states, _, _, _ = run_states(inputs, gates, sizes, config)
         programs += (H // G) * (3 * tiles + 1)
     dq, dk = (contiguous_like(x, queries_and_keys) for x in (inputs.q, inputs.k))
     dv = contiguous_like(inputs.v, values)

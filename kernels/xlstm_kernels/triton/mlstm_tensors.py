@@ -18,6 +18,7 @@ from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch
 Results = tuple[
     Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor,
 ]  # fmt: skip
 
 
@@ -79,9 +80,9 @@ class States(NamedTuple):
     n: Tensor
 
     @classmethod
-    def empty(cls, sizes: Sizes, device: torch.device) -> States:
-        """Make room for them."""
-        shape = (sizes.B * sizes.H, sizes.chunks, sizes.Dk)
+    def empty(cls, sizes: Sizes, device: torch.device, wanted: bool = True) -> States:
+        """Make room for them; none if they are not wanted."""
+        shape = (sizes.B * sizes.H if wanted else 0, sizes.chunks, sizes.Dk)
         C = torch.empty(*shape, sizes.Dv, dtype=sizes.kept, device=device)
         return cls(C, torch.empty(shape, device=device), torch.empty(shape, device=device))
 
@@ -115,7 +116,8 @@ class Kept(NamedTuple):
     """What the backward pass reads of the forward pass, beside the arguments.
 
     h_centred: h less the centre, in units of h_scale (B, H, parts of Dv, T), which are powers of
-    two; empty where nothing requires gradients. The rest: `Inputs`, `Gates` and `Rows`.
+    two; empty where nothing requires gradients. C, C_scale, n: the `States`; empty where they are
+    computed again. The rest: `Inputs`, `Gates` and `Rows`.
     """
 
     centre: Tensor
@@ -127,6 +129,14 @@ class Kept(NamedTuple):
     h_scale: Tensor
     den: Tensor
     m: Tensor
+    C: Tensor
+    C_scale: Tensor
+    n: Tensor
+
+    @property
+    def states(self) -> States | None:
+        """The states that enter the chunks, if they were kept."""
+        return States(self.C, self.C_scale, self.n) if self.C.numel() else None
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, mlstm_step, sliding_window_attention
-from xlstm_kernels.testing import error_ratio, random_inputs
+from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
@@ -79,6 +79,44 @@ def test_mlstm_computes_the_gradients_asked_for(
     every = {"denominator", "state_grad", "state", "token_grad", "gate_grad"}
     assert names == every - left_out
     assert all((x.grad is not None) == (name in trained) for name, x in inputs.items())
+
+
+def saved_for(trained: str, inputs: dict[str, Tensor]) -> int:
+    """Numbers that the mLSTM keeps if one input is trained."""
+    leaves = {n: x.detach().requires_grad_(n == trained) for n, x in inputs.items()}
+    saved = mlstm(**leaves, backend="triton").grad_fn.saved_tensors
+    return sum(x.numel() for x in saved if x is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_states_give_the_same_bits_with_a_launch_less(
+    device: str, log: Log, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, gpu_arithmetic: None
+) -> None:
+    drawn = random_inputs(1, 2, 150, 16, G=1)
+    x = {n: t.to(device, t.dtype if n in "if" else dtype) for n, t in drawn.items()}
+    ids = torch.tensor([[0] * 60 + [1] * 90], device=device)
+
+    def run() -> dict[str, Tensor]:
+        log.clear()
+        return outputs_and_grads(
+            lambda **x: mlstm(**x, segment_ids=ids, backend="triton"),
+            {name: t.detach().requires_grad_() for name, t in x.items()},
+        )
+
+    again, launches = run(), [name for name, _ in log]
+    monkeypatch.setenv("XLSTM_KERNELS_KEEP_STATES", "1")
+    kept = run()
+    assert all(torch.equal(kept[name], again[name]) for name in again)
+    assert launches.count("state") == 2
+    launches.reverse()
+    launches.remove("state")  # the backward pass's
+    assert [name for name, _ in log] == launches[::-1]
+    assert saved_for("v", x) < saved_for("k", x)  # the gradient of v reads no states
+    monkeypatch.setenv("XLSTM_KERNELS_KEEP_STATES", "yes")
+    with pytest.raises(
+        ValueError, match=r"^XLSTM_KERNELS_KEEP_STATES='yes' is not allowed; allowed: 0, 1"
+    ):
+        run()
 
 
 @pytest.mark.parametrize(

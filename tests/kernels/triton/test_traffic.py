@@ -113,11 +113,12 @@ def run(operator: str) -> None:
 
 
 # bf16 products are wrong in the interpreter; what is loaded and stored does not depend on them.
-@pytest.mark.parametrize("operator", ["mlstm", "window"])
+@pytest.mark.parametrize("case", ["mlstm", "mlstm, states kept", "window"])
 def test_bytes_and_launches_stay_within_the_recorded_limits(
-    operator: str, monkeypatch: pytest.MonkeyPatch
+    case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counter, limits = Counter(monkeypatch), LIMITS[operator]
+    counter, limits, operator = Counter(monkeypatch), LIMITS[case], case.split(",")[0]
+    monkeypatch.setenv("XLSTM_KERNELS_KEEP_STATES", "1" if "kept" in case else "0")
     run(operator)
     found = counter.per_token_and_head(TOKENS)
     assert found.keys() == limits["bytes"].keys(), found

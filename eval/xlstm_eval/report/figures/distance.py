@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xlstm_eval.records import LongContext, Recall
 from xlstm_eval.report.figures.style import (
     DASHES,
+    INK,
     SERIES,
     draw_legend,
     new_figure,
@@ -32,18 +33,18 @@ def recall_figure(found: Mapping[str, LongContext]) -> str | None:
     kinds = list(dict.fromkeys(own.kind for model in found.values() for own in model.recall))
     if not kinds:
         return None
-    columns = min(COLUMNS, len(kinds))
-    rows = math.ceil(len(kinds) / columns)
-    figure, grid = new_grid(4.0 * columns, 0.4 + 2.5 * rows, rows, columns)
-    for index in range(rows * columns):
-        axes = grid[index // columns][index % columns]
+    rows = math.ceil(len(kinds) / COLUMNS)
+    # One kind leaves a panel empty: the page would stretch a narrow picture, letters and all.
+    figure, grid = new_grid(4.0 * COLUMNS, 0.4 + 2.5 * rows, rows, COLUMNS)
+    for index in range(rows * COLUMNS):
+        axes = grid[index // COLUMNS][index % COLUMNS]
         if index >= len(kinds):
             axes.set_visible(False)
             continue
         for place, (name, model) in enumerate(found.items()):
             own = [point for point in model.recall if point.kind == kinds[index]]
             _draw_recall(axes, place, name, own)
-        axes.set_title(kinds[index], loc="left", fontsize=10)
+        axes.set_title(kinds[index], loc="left", fontsize=10, color=INK)
         axes.set(ylim=(-0.03, 1.05), xlabel="distance (tokens)", ylabel="found")
         _double(axes)
     draw_legend(figure, grid[0][0])
