@@ -172,6 +172,15 @@ def test_a_length_without_room_and_a_context_without_lengths_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content }}"])
+def test_a_chat_template_that_begins_no_answer_is_refused(tokenizer: Any, template: str) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(EvalError, match=r"kinds: the chat template cannot write an answer") as told:
+        ItemMaker(Prompter(other, True), Synthetic(), 0).make("single", 512, 1)
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

@@ -55,6 +55,7 @@ def one_line_errors(debug: bool, left: str = FINISHED_STAGES) -> Iterator[None]:
             watch.fail(stopped.exit_code)
         raise typer.Exit(stopped.exit_code) from None
     except Exception as error:
+        signals.end()
         if debug:
             traceback.print_exc()
         code, problems = _explain(error, left)

@@ -106,6 +106,11 @@ def deferred() -> Iterator[None]:
         raise Stopped(message, interrupted=interrupted)
 
 
+def end() -> None:
+    """Let this process end by itself: it has failed, and torch's launcher sends SIGTERM to it."""
+    _state.ending = True
+
+
 def pending() -> signal.Signals | None:
     """Return the signal that this process got and that is still deferred."""
     return _state.pending

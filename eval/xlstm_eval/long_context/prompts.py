@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from xlstm_eval.long_context import words
 from xlstm_eval.long_context.settings import NeedleKind
+from xlstm_eval.records import EvalError
 
 HEAD = "Remember the codes in this text.\n\n"
 CODES = range(100_000, 1_000_000)
@@ -92,16 +95,23 @@ class Prompter:
         return f"{HEAD}{text}\n\n{riddle.question}" + ("" if self.chat else "\n")
 
     def prompt(self, content: str, prefix: str) -> str:
-        """Return all that the model reads, chat template included."""
+        """Return all that the model reads; raises EvalError: no chat template for begun answers."""
         if not self.chat:
             return content + prefix
         messages = [
             {"role": "user", "content": content},
             {"role": "assistant", "content": prefix},
         ]
-        rendered: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=False, continue_final_message=True
-        )
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=False, continue_final_message=True
+            )
+        except (ValueError, TemplateError) as error:
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise EvalError(
+                f"kinds: the chat template cannot write an answer that is begun ({reason}). Ask "
+                "without the template, or for no kinds."
+            ) from None
         return rendered
 
     def count(self, prompt: str) -> int:

@@ -29,7 +29,7 @@ CHUNK_CPU = 32  # measured: docs/math.md, "Chunk size"
 CHUNK_GPU = 64
 # Tokens of all rows and heads that a pass works on at once. So its working memory does not grow
 # with T, and on a CPU it stays in the cache.
-SPAN_CPU, SPAN_GPU = 1 << 13, 1 << 17
+SPAN_CPU, SPAN_GPU = 1 << 12, 1 << 17
 
 
 def mlstm_chunkwise(

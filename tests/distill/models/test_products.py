@@ -1,11 +1,15 @@
 """Linear layers of long prompts: the same numbers, where it pays, of plain tensors only."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from xlstm_distill.models.decoding import products
+from xlstm_distill import MixerConfig, convert
+from xlstm_distill.models.decoding import prefill, products
 from xlstm_distill.models.decoding.products import LEAST_ROWS, LinearAsConvolution
+from xlstm_kernels.testing import error_ratio
 
 F = torch.nn.functional
 INFO = "vendor_id : {}\n"
@@ -67,3 +71,21 @@ def test_is_for_processors_where_it_was_measured(tmp_path, monkeypatch, vendor: 
         )
     finally:
         products.is_mkl_narrow.cache_clear()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+@torch.no_grad()
+def test_a_prompt_read_by_it_has_the_same_logits(tiny_teacher, monkeypatch, family) -> None:
+    used, convolve = [], products._convolve
+    monkeypatch.setattr(products, "_convolve", lambda *x: used.append(1) or convolve(*x))
+    teacher = tiny_teacher(family, num_hidden_layers=2)
+    model = convert(teacher, MixerConfig(window=8, sinks=2)).eval()
+    ids = torch.randint(3, 97, (2, LEAST_ROWS), generator=torch.Generator().manual_seed(1))
+    exact = model.double()(ids, logits_to_keep=1).logits
+    assert not used  # of float64
+    model.float()
+    for context, wanted in ((contextlib.nullcontext, False), (LinearAsConvolution, True)):
+        monkeypatch.setattr(prefill, "fast_linear_layers", lambda device, made=context: made())
+        found = model(ids, logits_to_keep=1).logits
+        assert error_ratio(found, exact) < 3e-6
+        assert bool(used) == wanted

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 
 import pytest
+import typer
 
+from xlstm_distill.cli.failures import one_line_errors
 from xlstm_distill.runtime import signals
 
 HANDLED = (*signals.SIGNALS, signal.SIGINT)
@@ -98,6 +100,13 @@ def test_a_rank_that_is_ending_keeps_its_exit_code():
     stopped = signals.stopped("here", "to go on", interrupted=True)
     signal.raise_signal(signal.SIGTERM)
     assert stopped.exit_code == 130
+
+
+def test_a_rank_that_has_failed_ends_without_a_traceback():
+    """The signal may come while Python runs what libraries have left for the exit."""
+    with pytest.raises(typer.Exit), one_line_errors(debug=False):
+        raise ValueError("wrong")
+    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize(("number", "name"), [(10, "SIGUSR1"), (2, "Ctrl-C")])
