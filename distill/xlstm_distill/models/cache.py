@@ -243,6 +243,11 @@ class MixerCacheLayer(CacheLayerMixin):
             torch.cat([found.values[:, :, :before], values], dim=2),
         )
 
+    def make_room(self) -> None:
+        """Have room for a token more: a compiled step cannot allocate what outlives it."""
+        if self.full is not None:
+            self._with_room(*self.full, self.seen + 1)
+
     def _with_room(self, keys: Tensor, values: Tensor, tokens: int) -> AllKeys:
         """Return the held keys and values, with room for so many tokens in all."""
         held = self.full

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from xlstm_distill import MixerConfig, compile_decoding, convert
 from xlstm_distill.errors import UserError
+from xlstm_distill.models import cache
 
 HYBRID = MixerConfig(window=8, sinks=2)
 
@@ -99,6 +102,40 @@ def test_prompts_of_one_row_share_a_graph_whatever_their_length(student):
                 answers.append(student(given, logits_to_keep=1, **seen).logits)
     assert all(map(torch.equal, expected, found))
     assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_kept_attention_grows_between_compiled_steps(tiny_teacher, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(cache, "LEAST_ROOM", 4)
+    kept = MixerConfig(window=8, sinks=2, attention={"heads": {0: [0]}})
+    student = convert(tiny_teacher(), kept).eval()
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = student.generate(ids(1, 5), **settings)
+    counter = CompileCounter()
+    compile_decoding(student, backend=counter)
+    assert torch.equal(student.generate(ids(1, 5), **settings), expected)
+    assert counter.frame_count > 0
+
+
+@torch.no_grad()
+def test_each_student_and_each_copy_has_its_own_step(student, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    counters = []
+    for factor in (1, 2, 4):
+        one = copy.deepcopy(student)
+        one.lm_head.weight.mul_(factor)
+        compile_decoding(one, backend=(counter := CompileCounter()))
+        changed = copy.deepcopy(one)
+        changed.model.embed_tokens.weight.neg_()
+        read = pickle.loads(pickle.dumps(one))
+        for model in (one, read):
+            assert torch.equal(model(ids()).logits, factor * student(ids()).logits)
+        assert not torch.equal(changed(ids()).logits, one(ids()).logits)
+        one.generate(ids(1, 5), max_new_tokens=5, eos_token_id=None, pad_token_id=0)
+        counters.append(counter.frame_count)
+    assert counters == [1, 1, 1]
 
 
 def test_a_cpu_without_a_compiler_is_named(student, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import shutil
+import types
 from typing import Any
 
 import torch
@@ -22,13 +23,12 @@ def compile_decoding(student: CausalLM, **options: Any) -> None:
 
     `generate` then waits for torch.compile once, at the third token of its first answer, and
     decodes faster from there on. Another number of rows is another graph, and so are rows with
-    padding. A cache's first step, and all that is no step, run as before. options: of
-    torch.compile, `mode` for example.
+    padding. A cache's first step, a step of beams, whose rows move, and all that is no step run as
+    before. options: of torch.compile, `mode` for example.
 
     Raises:
         UserError: the student is on a CPU, and there is no C++ compiler; or its forward is no
-            longer its class's, because it was compiled before or a library replaced it. Such a
-            forward belongs to this student: a deep copy of it would call the original.
+            longer its class's, because it was compiled before or a library replaced it.
     """
     if "forward" in vars(student):
         raise UserError(
@@ -39,25 +39,35 @@ def compile_decoding(student: CausalLM, **options: Any) -> None:
         raise UserError(
             "compile: torch.compile needs a C++ compiler on a CPU; install g++, or leave it out."
         )
-    plain = student.forward
-    names = tuple(inspect.signature(plain).parameters)
-    step = torch.compile(plain, fullgraph=True, **options)
+    plain = type(student).forward
+    names = tuple(inspect.signature(plain).parameters)[1:]  # without self
+
+    def one_step(model: CausalLM, **kwargs: Any) -> Any:
+        return plain(model, **kwargs)
+
+    # torch.compile counts graphs by code, and more than 8 are an error. So each student has its own
+    # code, or those of one family would share the count.
+    one_step.__code__ = one_step.__code__.replace()
+    step = torch.compile(one_step, fullgraph=True, **options)
     # Else the first graph would be of one number of tokens, and the next step would make another.
     config: Any = torch.compiler.config
     free = config.patch(dynamic_sources=TOKENS_SEEN)
 
     @functools.wraps(plain)  # transformers reads the signature
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         if not _is_step(kwargs):
-            return plain(**kwargs)
+            return plain(self, **kwargs)
         if (mask := kwargs.get("attention_mask")) is not None:
             # A step reads its own column; a mask that grows would be another graph.
             kwargs["attention_mask"] = mask[:, -1:].contiguous()
+        for layer in kwargs["past_key_values"].mixer_layers():
+            layer.make_room()
         with free:
-            return step(**kwargs)
+            return step(self, **kwargs)
 
-    student.forward = forward
+    # A method, so that a deep copy of the student calls itself.
+    student.forward = types.MethodType(forward, student)
 
 
 def _has_compiler() -> bool:
