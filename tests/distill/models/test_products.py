@@ -38,6 +38,16 @@ def test_gives_the_same_product(shape: tuple[int, ...], bias: bool) -> None:
     assert (found - truth).norm() < 1e-6 * truth.norm()
 
 
+def test_rows_are_filled_up_to_few_numbers(monkeypatch) -> None:
+    """oneDNN keeps code for each: prompts of many lengths would take hundreds of MiB."""
+    counts, convolve = set(), F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda x, *y, **z: counts.add(x.shape) or convolve(x, *y, **z))
+    for rows in range(LEAST_ROWS, LEAST_ROWS + 129):
+        with LinearAsConvolution():
+            assert F.linear(torch.ones(rows, 8), torch.ones(4, 8)).eq(8).all()
+    assert len(counts) == 3
+
+
 @pytest.mark.parametrize(
     ("rows", "kind", "dtype"),
     [

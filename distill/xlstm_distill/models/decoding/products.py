@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 LEAST_ROWS = 256  # below, arranging the weights takes what the product saves
+# oneDNN keeps what it makes for a number of rows, 0.2 MiB and more, so there should be few of them.
+ROW_STEP = 64
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -62,11 +64,16 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply x (..., d) with a weight (n, d), as a convolution whose kernel is one pixel."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = len(rows)
+    if missing := -count % ROW_STEP:
+        rows = F.pad(rows, (0, 0, 0, missing))
     # Rows are pixels and features are channels, which come last in memory.
-    image = x.contiguous().view(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    image = rows.contiguous()[None, None].permute(0, 3, 1, 2)
     # One pixel cannot be dilated. But torch gives oneDNN such a kernel in one thread only if it is.
     found = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)
-    return found.permute(0, 2, 3, 1).contiguous().view(*x.shape[:-1], -1)
+    found = found.permute(0, 2, 3, 1).contiguous()[0, 0, :count]
+    return found.view(*x.shape[:-1], -1)
 
 
 @functools.lru_cache(maxsize=1)
