@@ -64,12 +64,15 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply x (..., d) with a weight (n, d), as a convolution whose kernel is one pixel."""
-    rows = x.reshape(-1, x.shape[-1])
-    count = len(rows)
+    count = x.numel() // x.shape[-1]
     if missing := -count % ROW_STEP:
-        rows = F.pad(rows, (0, 0, 0, missing))
+        rows = x.new_empty(count + missing, x.shape[-1])
+        rows[:count].view(x.shape).copy_(x)
+        rows[count:] = 0
+    else:
+        rows = x.contiguous().view(count, -1)
     # Rows are pixels and features are channels, which come last in memory.
-    image = rows.contiguous()[None, None].permute(0, 3, 1, 2)
+    image = rows[None, None].permute(0, 3, 1, 2)
     # One pixel cannot be dilated. But torch gives oneDNN such a kernel in one thread only if it is.
     found = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)
     found = found.permute(0, 2, 3, 1).contiguous()[0, 0, :count]
