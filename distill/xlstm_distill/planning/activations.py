@@ -318,7 +318,7 @@ def _mlstm_triton(a: Architecture, F: int, forward: Pass) -> Saved:
     output = forward.compute * H * D  # h, less its common component
     per_head = 8 * FP32 * H  # gates, their sums, m, denominators, and the scale of h
     # The state that a row starts from (S, z and m), and of each group's values the common component
-    # and the largest one.
+    # and the largest one; the operator keeps that of each chunk, which is too little to count.
     start = H * (F * (D + 1) + 1) + a.groups * (D + 1)
     return Saved(output + per_head, FP32 * forward.rows * start)
 

@@ -18,6 +18,10 @@ Tokens = tuple[int, ...]
 Score = tuple[float, bool]
 """Log-probability of a continuation, and whether greedy decoding gives it."""
 
+READ_AT_ONCE = 2048
+"""Tokens of continuations that are read at a time: the logits of a document of 128k tokens would
+take 33 GB at a vocabulary of 128k words, in bf16."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -47,8 +51,11 @@ def score_pairs(model: PreTrainedModel, pairs: Sequence[Pair], padding: int) -> 
         use_cache=bool(longer),
         logits_to_keep=1,
     )
-    first = _log_probs(read.logits[:, -1])[rows]
-    rest: dict[int, Tensor] = {}
+    log_probs = _log_probs(read.logits[:, -1])
+    wanted = torch.tensor([pair.continuation[0] for pair in pairs], device=model.device)
+    first, likeliest = log_probs[rows, wanted], log_probs.argmax(-1)[rows] == wanted
+    # Of each pair's tokens, one part after the other.
+    scored = [[part] for part in zip(first.split(1), likeliest.split(1), strict=True)]
     if longer:
         index = torch.tensor([rows[n] for n in longer], device=model.device)
         cache = read.past_key_values
@@ -57,29 +64,39 @@ def score_pairs(model: PreTrainedModel, pairs: Sequence[Pair], padding: int) -> 
         tails = [pairs[n].continuation[:-1] for n in longer]
         width = max(map(len, tails))
         padded = [list(tail) + [padding] * (width - len(tail)) for tail in tails]
-        chunk = torch.tensor(padded, device=index.device)
-        steps = torch.arange(chunk.shape[1], device=index.device)
-        logits = model(
-            input_ids=chunk,
-            # Padding on the right counts as tokens: no real one comes after it.
-            attention_mask=torch.cat([mask[index], torch.ones_like(chunk)], dim=1),
-            position_ids=mask[index].sum(-1, keepdim=True) + steps,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        rest = dict(zip(longer, logits, strict=True))
-    return [_score(first[n], rest.get(n), pair.continuation) for n, pair in enumerate(pairs)]
+        tokens = torch.tensor(padded, device=index.device)
+        steps = torch.arange(width, device=index.device)
+        for start in range(0, width, READ_AT_ONCE):
+            end = min(width, start + READ_AT_ONCE)
+            logits = model(
+                input_ids=tokens[:, start:end],
+                # Padding on the right counts as tokens: no real one comes after it.
+                attention_mask=torch.cat([mask[index], torch.ones_like(tokens[:, :end])], dim=1),
+                position_ids=mask[index].sum(-1, keepdim=True) + steps[start:end],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            for n, row in zip(longer, logits, strict=True):
+                asked = pairs[n].continuation[start + 1 : end + 1]
+                if asked:
+                    # Row by row: log-probabilities of a batch would double its largest tensor.
+                    scored[n].append(_scored(row[: len(asked)], asked))
+    return [_added_up(parts) for parts in scored]
 
 
-def _score(first: Tensor, rest: Tensor | None, continuation: Tokens) -> Score:
-    """Add up one pair: first (V,) log-probabilities, rest (T, V) logits of the tokens after."""
-    log_probs = first[None]
-    if rest is not None:
-        # Row by row: log-probabilities of a whole batch would double its largest tensor.
-        log_probs = torch.cat([log_probs, _log_probs(rest[: len(continuation) - 1])])
-    wanted = torch.tensor(continuation, device=first.device)
-    found = log_probs.gather(1, wanted[:, None]).sum()
-    return float(found), bool((log_probs.argmax(-1) == wanted).all())
+def _scored(logits: Tensor, asked: Tokens) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities (T,) of tokens, and which are the likeliest (T,) bool.
+
+    logits (T, V): after the token before each.
+    """
+    log_probs = _log_probs(logits)
+    wanted = torch.tensor(asked, device=logits.device)
+    return log_probs.gather(1, wanted[:, None]).flatten(), log_probs.argmax(-1) == wanted
+
+
+def _added_up(parts: Sequence[tuple[Tensor, Tensor]]) -> Score:
+    found, likeliest = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return float(found.sum()), bool(likeliest.all())
 
 
 def _log_probs(logits: Tensor) -> Tensor:

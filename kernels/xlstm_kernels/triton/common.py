@@ -188,12 +188,14 @@ def load_centred(ptr, stride, centre_ptr, first, T, d, BT: tl.constexpr):
 
 @triton.jit
 def scale_below(bound):
-    """Return the largest power of two that is not above a bound, and its inverse.
+    """Return the largest power of two that is not above bound / 2^14, and its inverse.
 
-    They lie in 2^-126 to 2^126, so products with them are exact.
+    In units of it, what the bound holds for is below 2^15: float16 ends at 2^16. So entries down
+    to 2^-28 of the bound keep all their digits. Both lie in 2^-126 to 2^126, so products with them
+    are exact.
     """
-    bound = tl.minimum(tl.maximum(bound, 1.1754943508222875e-38), 8.507059173023462e37)
-    exponent = bound.to(tl.int32, bitcast=True) & 0x7F800000
+    bound = tl.minimum(tl.maximum(bound, 1.925929944387236e-34), 3.4028234663852886e38)
+    exponent = (bound.to(tl.int32, bitcast=True) & 0x7F800000) - 0x07000000
     inverse = 0x7F000000 - exponent  # 254 less the exponent, which float32 offsets by 127
     return exponent.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
 

@@ -90,15 +90,15 @@ def _(
     B, H, T, _ = q.shape
     h, row = v.new_empty(B, H, T, v.shape[3]), (B, H, T)
     centre = v.new_empty(B, v.shape[1], v.shape[3], dtype=torch.float32)
-    v_max = v.new_empty(v.shape[:2], dtype=torch.float32)
     config = MLSTMConfig.of_numbers(settings)
+    sizes = sizes_of(q, v, runs is not None, config)
+    v_max = v.new_empty(*v.shape[:2], sizes.chunks, dtype=torch.float32)
     high, low, largest, den, m = (q.new_empty(row, dtype=torch.float32) for _ in range(5))
     h_centred, h_scale = v.new_empty(0, dtype=kept_dtype(v.dtype)), m.new_empty(0)
     if keep:
         h_centred = torch.empty_like(h, dtype=h_centred.dtype)
         h_scale = m.new_empty(B, H, v.shape[3] // config.output.block_v, T)
     C_end, n_end, m_end = (x.new_empty(x.shape) for x in (C0, n0, m0))
-    sizes = sizes_of(q, v, runs is not None, config)
     states = States.empty(sizes, q.device, keep_states)
     kept = centre, v_max, high, low, largest, h_centred, h_scale, den, m, *states
     return h, C_end, n_end, m_end, *kept

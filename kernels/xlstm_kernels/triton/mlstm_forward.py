@@ -58,7 +58,7 @@ def state_kernel(
     C = tl.load(C0_ptr + bh * DK * DV + tile) - n[:, None] * centre[None, :]
     # The programs of a head agree on the scale of a row, because each carries the same bound of
     # |C|: what the row would be if no terms cancelled.
-    v_max = tl.load(v_max_ptr + b * (H // R) + h // R)
+    v_max_ptr += (b * (H // R) + h // R) * chunks
     bound = tl.load(C0_max_ptr + bh * DK + dk)
     m = tl.load(m0_ptr + bh)
     for c in range(chunks):
@@ -69,6 +69,7 @@ def state_kernel(
             tl.store(C_scale_ptr + slot * DK + dk, scale)
             tl.store(n_ptr + slot * DK + dk, n)
         max_of_chunk = tl.load(max_log_weight_ptr + bh * T + end)
+        v_max = tl.load(v_max_ptr + c)
         passes = T > 0
         if SEGMENTED:
             passes = run_before(runs_ptr, b, c, T, L) == tl.load(runs_ptr + b * T + end)

@@ -48,7 +48,7 @@ def launch_forward(
     config = MLSTMConfig.of_numbers(settings)
     sizes = sizes_of(q, v, runs is not None, config)
     centre = common_component(v)
-    inputs = Inputs(q, k, v, centre, largest(v, centre), C0, n0, m0, runs)
+    inputs = Inputs(q, k, v, centre, largest(v, centre, sizes), C0, n0, m0, runs)
     with on_device_of(q):
         gates = sum_gates(i, f, runs, sizes)
         states, m, C_end, n_end = run_states(inputs, gates, sizes, config)
@@ -77,15 +77,30 @@ def common_component(v: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def largest(v: Tensor, centre: Tensor) -> Tensor:
-    """Return the largest |v - centre| of each head: v (B, G, T, Dv) -> (B, G) in float32."""
-    low, high = (x.float() - centre for x in torch.aminmax(v, dim=2))
-    return torch.maximum(high, -low).amax(-1)
+def largest(v: Tensor, centre: Tensor, sizes: Sizes) -> Tensor:
+    """Return the largest |v - centre| of each chunk: v (B, G, T, Dv) -> (B, G, chunks), float32.
+
+    Of each chunk, because what comes later, or is forgotten, must not set a state's scale.
+    """
+    whole = sizes.T // sizes.chunk * sizes.chunk
+    parts = [v[:, :, :whole].unflatten(2, (-1, sizes.chunk)), v[:, :, None, whole:]]
+    ends = [torch.aminmax(part, dim=3) for part in parts if part.numel()]
+    low, high = (torch.cat(x, 2).float() - centre[:, :, None] for x in zip(*ends, strict=True))
+    return finite(torch.maximum(high, -low).amax(-1))
 
 
 def row_max(x: Tensor) -> Tensor:
-    """Return the largest absolute value along the last dimension."""
-    return torch.linalg.vector_norm(x, float("inf"), dim=-1)
+    """Return the largest absolute value along the last dimension, 0 if it is not finite."""
+    return finite(torch.linalg.vector_norm(x, float("inf"), dim=-1))
+
+
+def finite(bounds: Tensor) -> Tensor:
+    """Put 0 for what is not finite.
+
+    In units of an infinite bound all that is finite would be 0. Below one that is too small it
+    becomes inf, which shows.
+    """
+    return torch.nan_to_num(bounds, nan=0.0, posinf=0.0)
 
 
 def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes) -> Gates:

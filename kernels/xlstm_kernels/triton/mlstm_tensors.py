@@ -25,8 +25,8 @@ Results = tuple[
 class Inputs(NamedTuple):
     """What both passes read of the arguments.
 
-    centre (B, G, Dv): the common component, subtracted from v (B, G, T, Dv). v_max (B, G): the
-    largest of what is left, without its sign. C0, n0, m0: the initial state. runs (B, T): the
+    centre (B, G, Dv): the common component, subtracted from v (B, G, T, Dv). v_max (B, G, chunks):
+    the largest of what is left, without its sign. C0, n0, m0: the initial state. runs (B, T): the
     documents of each row, numbered; None for one document a row.
     """
 

@@ -23,6 +23,7 @@ from xlstm_distill.stages import evaluate
 from xlstm_distill.stages.choices import choose
 from xlstm_distill.stages.lineage import Lineage
 from xlstm_distill.stages.workbench import Bar
+from xlstm_eval.answering import scoring
 from xlstm_eval.answering.coordinator import Tally
 from xlstm_eval.answering.decoding import Prompts, generate_rows
 from xlstm_eval.answering.scoring import Pair, score_pairs
@@ -173,10 +174,14 @@ def test_the_check_passes_the_quickstart_and_is_left_out_once_the_teacher_was_ev
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("branches", [("mlstm", "window"), ("window",)])
+@pytest.mark.parametrize(
+    ("branches", "at_once"),
+    [(("mlstm", "window"), 2048), (("mlstm", "window"), 2), (("window",), 2)],
+)
 def test_a_student_scores_continuations_from_copies_of_its_cache_as_in_one_pass(
-    tiny_teacher, branches: tuple[str, ...]
+    tiny_teacher, monkeypatch: pytest.MonkeyPatch, branches: tuple[str, ...], at_once: int
 ) -> None:
+    monkeypatch.setattr(scoring, "READ_AT_ONCE", at_once)
     student = convert(tiny_teacher(), MixerConfig(window=4, sinks=2, branches=branches)).eval()
     for _, parameter in student.new_parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=torch.manual_seed(0))
@@ -189,6 +194,15 @@ def test_a_student_scores_continuations_from_copies_of_its_cache_as_in_one_pass(
             answer = torch.randint(3, 97, (tokens,), generator=random).tolist()
             pairs.append(Pair(context, tuple(answer)))
     for model in (student, tiny_teacher()):
+        widths: list[int] = []
+
+        def note(_: Any, __: Any, logits: torch.Tensor, seen: list[int] = widths) -> None:
+            seen.append(logits.shape[1])
+
+        model.get_output_embeddings().register_forward_hook(note)
+        score_pairs(model, pairs, 0)
+        # Logits of as many tokens at a time as may be read at once.
+        assert max(widths) == min(6, at_once)
         for pair, (value, greedy) in zip(pairs, score_pairs(model, pairs, 0), strict=True):
             ids = torch.tensor([pair.context + pair.continuation])
             with torch.no_grad():

@@ -159,6 +159,32 @@ def test_states_in_float16_have_the_range_of_float32(device: str, exponent: int)
         assert torch.equal(scaled[name].double(), expected.double() * factor**powers), name
 
 
+def test_forgotten_values_and_other_columns_take_no_digits_of_a_state(device: str) -> None:
+    """A document after one of huge values; columns of very different size; an inf after it."""
+    chunk, inputs = 32, random_inputs(1, 1, 128, 32, seed=14, forget_bias=6.0)
+    v = inputs["v"].detach()
+    v[:, :, :chunk] *= 1e10
+    v[..., 1::2] *= 1e-6
+    inputs = cast(inputs | {"v": v.requires_grad_()}, torch.bfloat16, device)
+    ids = (torch.arange(128, device=device) >= chunk).long()[None]
+    row = {"segment_ids": ids, "state": None}
+    config = TILES_OF_32._replace(chunk=chunk)
+    actual = outputs_and_grads(lambda **x: mlstm_triton(**x, **row, config=config)[0], inputs)
+    expected = outputs_and_grads(lambda **x: mlstm_chunkwise(**x, **row)[0], to_float64(inputs))
+    document = [
+        {name: x[:, :, chunk:] for name, x in found.items()}
+        | {f"{name} of small ones": found[name][:, :, chunk:, 1::2] for name in ("h", "dv")}
+        for found in (actual, expected)
+    ]
+    found = ratios(*document)
+    assert all(ratio < 9e-3 for ratio in found.values()), found
+
+    v = inputs["v"].detach().clone()
+    v[:, :, -1, 0] = float("inf")
+    h, _ = mlstm_triton(**inputs | {"v": v}, **row, config=config)
+    assert torch.equal(h[:, :, chunk:-chunk], actual["h"][:, :, chunk:-chunk])
+
+
 def test_no_product_cuts_its_operands_to_tf32(device: str, gpu_arithmetic: set[str]) -> None:
     for dtype in (torch.float16, torch.float32):
         mlstm_errors(cast(random_inputs(1, 1, 40, 32, seed=3), dtype, device))

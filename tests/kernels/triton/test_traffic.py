@@ -113,7 +113,9 @@ def run(operator: str) -> None:
 
 
 # bf16 products are wrong in the interpreter; what is loaded and stored does not depend on them.
-@pytest.mark.parametrize("case", ["mlstm", "mlstm, states kept", "window"])
+@pytest.mark.parametrize(
+    "case", ["mlstm", pytest.param("mlstm, states kept", marks=pytest.mark.slow), "window"]
+)
 def test_bytes_and_launches_stay_within_the_recorded_limits(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
