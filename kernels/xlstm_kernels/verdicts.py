@@ -26,6 +26,7 @@ from xlstm_kernels import toolchain
 LONGEST_CHECK = 300  # seconds; it takes about 30
 BEGUN = "begun"  # what the child prints before it answers a question
 FOLDER_VARIABLE = "XLSTM_KERNELS_CACHE"
+OPTIONS = "XLSTM_KERNELS_"  # how the names of this package's environment variables begin
 
 
 class Question(NamedTuple):
@@ -163,8 +164,12 @@ def _one_child(asked: Sequence[Question], index: int) -> tuple[list[Verdict], bo
     """Run one child: its answers, whether it had begun another, and its last words."""
     command = [sys.executable, "-m", "xlstm_kernels.selfcheck", "--device", str(index)]
     command += ["--questions", json.dumps(asked)]
+    # An answer is kept for every later process, so no option of this one may change it.
+    options = {name: x for name, x in os.environ.items() if not name.startswith(OPTIONS)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_CHECK)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LONGEST_CHECK, env=options
+        )
         said, last = done.stdout, _last_line(done.stderr) or f"exit status {done.returncode}"
     except subprocess.TimeoutExpired as late:
         said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""

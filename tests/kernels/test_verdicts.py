@@ -185,6 +185,16 @@ def test_a_kernel_that_ends_the_child_is_wrong_and_the_next_ones_are_asked(
     assert "CUDA error: misaligned address" in found[0].reason
 
 
+def test_an_option_of_one_process_is_not_in_an_answer_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = json.dumps(RIGHT._asdict())
+    refuses = 'if [ -n "$XLSTM_KERNELS_KEEP_STATES" ]; then exit 1; fi'
+    child(tmp_path, monkeypatch, f"echo begun; {refuses}; echo '{answer}'")
+    monkeypatch.setenv("XLSTM_KERNELS_KEEP_STATES", "yes")
+    assert verdicts.in_a_child([WINDOW], 0) == [RIGHT]
+
+
 def test_a_device_that_is_taken_leaves_the_question_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
