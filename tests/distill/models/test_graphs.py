@@ -118,10 +118,11 @@ def test_kept_attention_grows_between_compiled_steps(tiny_teacher, monkeypatch):
     assert counter.frame_count > 0
 
 
+# By torch's own means: pytest's would leave the setting deleted, for all later tests.
+@torch._dynamo.config.patch(recompile_limit=1)
 @torch.no_grad()
-def test_each_student_and_each_copy_has_its_own_step(student, monkeypatch):
+def test_each_student_and_each_copy_has_its_own_step(student):
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     counters = []
     for factor in (1, 2, 4):
         one = copy.deepcopy(student)
