@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xlstm_distill.models.attention.heads import take
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer
-from xlstm_distill.models.decoding.products import fast_linear_layers
+from xlstm_distill.runtime.products import fast_linear_layers
 
 CHUNK_CPU, CHUNK_GPU = 2048, 8192
 """Tokens of all rows that a body reads at once. On a CPU, where more do not make it faster, their

@@ -1,4 +1,4 @@
-"""Linear layers of long prompts: the same numbers, where it pays, of plain tensors only."""
+"""Linear layers of many rows: the same numbers, where it pays, of plain tensors only."""
 
 import contextlib
 
@@ -7,8 +7,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.models.decoding import prefill, products
-from xlstm_distill.models.decoding.products import LEAST_ROWS, LinearAsConvolution
+from xlstm_distill.models.decoding import prefill
+from xlstm_distill.runtime import products
+from xlstm_distill.runtime.products import LEAST_ROWS, LinearAsConvolution
 from xlstm_kernels.testing import error_ratio
 
 F = torch.nn.functional
@@ -36,6 +37,22 @@ def test_gives_the_same_product(shape: tuple[int, ...], bias: bool) -> None:
     assert used == 1
     assert found.is_contiguous()
     assert (found - truth).norm() < 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(LEAST_ROWS, 24), (3, 111, 24)])
+def test_gives_the_same_gradients(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(n, *rest) for n, *rest in [shape, (10, 24), (10,)][: 2 + bias]]
+    back, found = torch.randn(*shape[:-1], 10), {}
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        with LinearAsConvolution(), profile(activities=[ProfilerActivity.CPU]) as seen:
+            found[dtype] = torch.autograd.grad(F.linear(*leaves), leaves, back.to(dtype))
+        used = sum(event.name == "aten::convolution_backward" for event in seen.events())
+        assert used == (dtype == torch.float32)
+    for single, exact in zip(*found.values(), strict=True):
+        assert error_ratio(single, exact) < 1e-6
 
 
 def test_rows_are_filled_up_to_few_numbers(monkeypatch) -> None:

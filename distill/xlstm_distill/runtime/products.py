@@ -1,4 +1,4 @@
-"""Linear layers of long prompts on CPUs whose fast units torch's own product leaves unused."""
+"""Linear layers of many rows on CPUs whose fast units torch's own product leaves unused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def fast_linear_layers(device: torch.device) -> AbstractContextManager[Any]:
 
     torch multiplies float32 matrices by MKL, which uses half of the width of an AMD processor with
     AVX-512; convolutions go to oneDNN, which uses all of it. Measured: 235 in place of 107 GFLOP/s.
-    The sums are the same but for their order. Not differentiable.
+    The sums are the same but for their order. Gradients are convolutions too. Those of layers that
+    are computed again for the backward pass must be asked for inside.
     """
     if device.type != "cpu" or not is_mkl_narrow() or not torch.backends.mkldnn.enabled:
         return contextlib.nullcontext()
@@ -64,13 +65,12 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply x (..., d) with a weight (n, d), as a convolution whose kernel is one pixel."""
-    count = x.numel() // x.shape[-1]
+    rows = x.reshape(-1, x.shape[-1])
+    count = len(rows)
     if missing := -count % ROW_STEP:
-        rows = x.new_empty(count + missing, x.shape[-1])
-        rows[:count].view(x.shape).copy_(x)
-        rows[count:] = 0
+        rows = F.pad(rows, (0, 0, 0, missing))
     else:
-        rows = x.contiguous().view(count, -1)
+        rows = rows.contiguous()
     # Rows are pixels and features are channels, which come last in memory.
     image = rows[None, None].permute(0, 3, 1, 2)
     # One pixel cannot be dilated. But torch gives oneDNN such a kernel in one thread only if it is.
