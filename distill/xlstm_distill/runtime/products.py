@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 LEAST_ROWS = 256  # below, arranging the weights takes what the product saves
+LEAST_WIDTH = 16  # numbers of a vector; narrower layers, as gates, take several times as long
 # oneDNN keeps what it makes for a number of rows, 0.2 MiB and more, so there should be few of them.
 ROW_STEP = 64
 CPU_INFO = Path("/proc/cpuinfo")
@@ -56,6 +57,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         x.numel() >= LEAST_ROWS * weight.shape[-1] > 0
         and weight.ndim == 2
+        and len(weight) >= LEAST_WIDTH
         # Quantised weights and others have classes of their own.
         and all(type(y) in (Tensor, torch.nn.Parameter) for y in given)
         and all(y.dtype == torch.float32 and y.device.type == "cpu" for y in given)
