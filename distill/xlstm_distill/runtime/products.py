@@ -74,11 +74,12 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         rows = rows.contiguous()
     # Rows are pixels and features are channels, which come last in memory.
-    image = rows[None, None].permute(0, 3, 1, 2)
+    image = rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2)
     # One pixel cannot be dilated. But torch gives oneDNN such a kernel in one thread only if it is.
     found = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)
-    found = found.permute(0, 2, 3, 1).contiguous()[0, 0, :count]
-    return found.view(*x.shape[:-1], -1)
+    found = found.permute(0, 2, 3, 1).reshape(len(rows), -1)
+    # Cut only where it must be: the gradient of a part is a copy.
+    return (found[:count] if missing else found).view(*x.shape[:-1], -1)
 
 
 @functools.lru_cache(maxsize=1)
