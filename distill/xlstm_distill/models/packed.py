@@ -43,7 +43,7 @@ def teacher_hidden(
         found = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return found.last_hidden_state
     masks: dict[int | None, Tensor | None] = {}
-    in_documents = packed and _reads_documents(input_ids.device)
+    in_documents = packed and reads_documents(input_ids.device)
 
     def give_mask(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         if in_documents:
@@ -75,7 +75,7 @@ def teacher_hidden(
     return found.last_hidden_state
 
 
-def _reads_documents(device: torch.device) -> bool:
+def reads_documents(device: torch.device) -> bool:
     """Tell whether attention looks where documents begin; a GPU would have to be waited for."""
     return device.type == "cpu"
 

@@ -22,7 +22,12 @@ from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime import signals
 from xlstm_distill.runtime.arithmetic import arithmetic, differences
 from xlstm_distill.runtime.console import Console, QuietConsole
-from xlstm_distill.runtime.device import forget_peak, peak_bytes, published_peak
+from xlstm_distill.runtime.device import (
+    forget_peak,
+    keep_freed_memory,
+    peak_bytes,
+    published_peak,
+)
 from xlstm_distill.runtime.exchange import Agreed, exchange
 from xlstm_distill.runtime.prefetch import Prefetcher
 from xlstm_distill.runtime.products import fast_linear_layers
@@ -120,6 +125,10 @@ class Trainer:
 
     def run(self) -> TrainingResult:
         """Train from the newest checkpoint, or from the start, to the end."""
+        with keep_freed_memory(self.accelerator.device):
+            return self._run()
+
+    def _run(self) -> TrainingResult:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.checkpoints.clean()
         start, before = self._resume()
