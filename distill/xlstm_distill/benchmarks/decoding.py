@@ -32,11 +32,11 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Sta
 from xlstm_distill.benchmarks.llamas import MODELS
 from xlstm_distill.models.cache import StudentCache
 from xlstm_distill.models.decoding.compiled import compile_decoding
-from xlstm_distill.runtime.products import fast_linear_layers
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.runtime.device import forget_peak, peak_bytes
+from xlstm_distill.runtime.products import fast_linear_layers
 
 VARIANTS = ("student", "attention")
 MIB = 2**20

@@ -69,10 +69,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply x (..., d) with a weight (n, d), as a convolution whose kernel is one pixel."""
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
-    if missing := -count % ROW_STEP:
-        rows = F.pad(rows, (0, 0, 0, missing))
-    else:
-        rows = rows.contiguous()
+    missing = -count % ROW_STEP
+    rows = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
     # Rows are pixels and features are channels, which come last in memory.
     image = rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2)
     # One pixel cannot be dilated. But torch gives oneDNN such a kernel in one thread only if it is.

@@ -77,12 +77,11 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, scaling: float, segment_ids: T
     out = q.new_empty(*segment_ids.shape, q.shape[1], v.shape[3])
     grouped = q.shape[1] != k.shape[1]
     for row, ids in enumerate(segment_ids.numpy()):
-        starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
-        lengths = np.diff(starts, append=len(ids)).tolist()
-        read = (x[row : row + 1].split(lengths, dim=2) for x in (q, k, v))
-        for place, *document in zip(out[row].split(lengths), *read, strict=True):
+        ends = [*np.flatnonzero(np.diff(ids)) + 1, len(ids)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            queries, keys, values = (x[row : row + 1, :, start:end] for x in (q, k, v))
             found = F.scaled_dot_product_attention(
-                *document, is_causal=True, scale=scaling, enable_gqa=grouped
+                queries, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped
             )
-            place.copy_(found[0].transpose(0, 1))
+            out[row, start:end] = found[0].transpose(0, 1)
     return out
