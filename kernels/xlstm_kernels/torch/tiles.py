@@ -78,19 +78,21 @@ class Plan:
         numbers = shape[0] * shape[1] * shape[2]
         return self.memory[number, :numbers].view(shape)
 
-    def copy(self, x: Tensor, part: slice) -> Tensor:
-        """Copy a part of x (B G, ...) in the dtype of the scores."""
-        return x[part].to(self.wide, copy=True)
+    def copies(self, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Copy keys, scaled, and values (P, T, D) in the dtype of the scores."""
+        return k.to(self.wide, copy=True).mul_(scale), v.to(self.wide, copy=True)
 
 
 def tiles_pay(q: Tensor, k: Tensor, window: int) -> bool:
     """Return whether tiles are the faster way; the rows of the batch do not count."""
     (_, H, _, D), G = q.shape, k.shape[1]
     L = _length(window)
-    # The products of a tile are parallel over groups. A compiler cannot ask for the threads.
-    if not torch.compiler.is_compiling() and torch.get_num_threads() > G:
-        return False
-    return H * L * (window + L) * D >= PRODUCTS_MIN
+    # A compiler cannot ask for the threads.
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    products = H * L * (window + L) * D
+    # The products of a tile are parallel over groups. Threads wait for each other after each of
+    # torch's functions: so two need twice the work in each half.
+    return threads <= G and products >= PRODUCTS_MIN * threads**2
 
 
 def tiled_attention(
@@ -115,12 +117,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: flo
         plan = Plan(q, k, window, sinks, buffers=2)
         q, all_out, k, v = _by_group(q, G), _by_group(out, G), k.flatten(0, 1), v.flatten(0, 1)
         for part in plan.parts():
-            queries = q[part].to(plan.wide)
-            keys, values = plan.copy(k, part).mul_(scale), plan.copy(v, part)
+            queries, k_part, v_part = q[part].to(plan.wide), k[part], v[part]
+            keys, values = plan.copies(k_part, v_part, scale)
             for tile in plan.tiles:
-                rows, band = _rows(queries, tile), _band(keys, k[part], tile, scale)
-                weights = _weights(plan, rows, band, tile)
-                attended = torch.bmm(weights, _band(values, v[part], tile))
+                band = _band(keys, k_part, tile, scale)
+                weights = _weights(plan, _rows(queries, tile), band, tile)
+                attended = torch.bmm(weights, _band(values, v_part, tile))
                 _write(all_out[part], attended, tile)
         return out
 
@@ -169,16 +171,15 @@ def _differentiate(
     dout, q, k, v = (x[part] for x in inputs)
     dq, dk, dv = (x[part] for x in results)
     queries, d_queries = q.to(plan.wide), dout.to(plan.wide)
-    keys, values = plan.copy(k, slice(None)).mul_(scale), plan.copy(v, slice(None))
+    keys, values = plan.copies(k, v, scale)
     for tile in plan.tiles:
         rows, d = _rows(queries, tile), _rows(d_queries, tile)
         band = _band(keys, k, tile, scale)
         weights = _weights(plan, rows, band, tile)
         _add(dv, torch.bmm(weights.mT, d), tile)
         slope = torch.bmm(d, _band(values, v, tile).mT, out=plan.buffer(0, *weights.shape))
-        d_scores = torch._softmax_backward_data(
-            slope, weights, -1, plan.wide, grad_input=plan.buffer(2, *weights.shape)
-        )
+        d_scores = torch.mul(slope, weights, out=plan.buffer(2, *weights.shape))
+        d_scores.addcmul_(weights, d_scores.sum(dim=-1, keepdim=True), value=-1.0)
         _add(dk, torch.bmm(d_scores.mT, rows), tile)
         _write(dq, torch.bmm(d_scores, band), tile)
 
@@ -222,7 +223,7 @@ def _band(x: Tensor, given: Tensor, tile: Tile, scale: float = 1.0) -> Tensor:
     """
     low = tile.low - tile.sinks
     if tile.sinks:
-        x[:, low : tile.low] = given[:, : tile.sinks] * scale
+        x[:, low : tile.low] = given[:, : tile.sinks].to(x.dtype) * scale
     return x[:, low : tile.end]
 
 

@@ -61,7 +61,7 @@ def test_outputs_and_all_gradients_match_reference(
     assert max(alone.values()) < 1e-5, alone
 
 
-# Measured: at most 2.5e-3, 4.0e-4 and 8e-16.
+# Measured: at most 2.4e-3, 3.0e-4 and 6e-16.
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.bfloat16, 3.5e-3), (torch.float16, 5e-4), (torch.float64, 1e-14)]
 )
@@ -72,9 +72,9 @@ def test_other_dtypes_stay_near_reference(dtype: torch.dtype, bound: float) -> N
     assert max(found.values()) < bound, found
 
 
-def heavy(T: int = 160, groups: int = 8) -> tuple[Inputs, dict[str, int]]:
+def heavy(T: int = 160) -> tuple[Inputs, dict[str, int]]:
     """Return inputs and settings of a call that tiles serve."""
-    return random_qkv(2, 8, groups, T, 64), {"window": 64, "sinks": 4}
+    return random_qkv(2, 8, 8, T, 64), {"window": 64, "sinks": 4}
 
 
 def operator_of(out: Tensor) -> str:
@@ -98,10 +98,9 @@ def test_tiles_serve_long_rows_of_large_windows(monkeypatch: pytest.MonkeyPatch)
     ):
         assert "window_tiles" not in operator_of(other)
     assert error_ratio(out, banded) < 2e-6
-    # The products of one group would have to wait for each other.
+    # Two threads wait for each other too often in tiles of this size.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    shared = heavy(groups=1)[0]
-    assert "window_tiles" not in operator_of(sliding_window_attention(**shared, **settings))
+    assert "window_tiles" not in operator_of(sliding_window_attention(**inputs, **settings))
 
 
 @pytest.mark.parametrize("window", [128, 256, 512])
