@@ -91,6 +91,21 @@ class WindowConfig(NamedTuple):
     key_grad_queries: int
 
 
+# Programs of the states' walks that an SM holds at the same time (docs/kernels.md).
+PROGRAMS_AN_SM = 2
+# Each super-chunk is walked twice, so that fewer gain nothing; shorter ones are mostly joins.
+FEWEST_SUPER_CHUNKS, FEWEST_CHUNKS = 3, 8
+
+
+def super_chunks(programs: int, chunks: int, processors: int) -> int:
+    """Return into how many super-chunks a row's chunks are cut, so that no processor is idle.
+
+    programs: of a walk over whole rows. processors: SMs of the device, 0 on a CPU.
+    """
+    most = min(PROGRAMS_AN_SM * processors // programs, chunks // FEWEST_CHUNKS)
+    return most if most >= FEWEST_SUPER_CHUNKS else 1
+
+
 def width(dtype: torch.dtype) -> int:
     """Return the bytes of a dot operand: 2 for bfloat16, else 4.
 

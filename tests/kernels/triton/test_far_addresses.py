@@ -36,7 +36,8 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the GPU's memory has no holes; the interpreter shows it"
 )
 MODULES = (common, mlstm_forward, mlstm_backward, window_kernels, window_sinks)
-WALKS = ("state_kernel", "state_grad_kernel")  # over all chunks of a row
+# Over the chunks of a row, one after the other.
+WALKS = ("state_kernel", "state_end_kernel", "state_grad_kernel", "state_grad_end_kernel")
 CHUNK, TOKENS, DIM, HEADS, CHUNKS = 16, 20, 16, 2, 2
 FAR_CHUNKS = tl.constexpr(2**23)  # before the case: 2^27 tokens of 16 features
 FAR_ROWS = tl.constexpr(2**22)  # before the case, of 2 heads, 2 chunks and 16 x 16 features
@@ -50,8 +51,9 @@ def far_chunk_and_head(unit, units, chunks):
 
 
 @triton.jit
-def far_tile_and_head(tiles_k, tiles_v):
-    return 0, 0, tl.program_id(0).to(tl.int64) + FAR_ROWS * 2
+def far_tile_head_and_super_chunk(tiles_k, tiles_v, super_chunks):
+    head = (tl.program_id(0) // super_chunks).to(tl.int64) + FAR_ROWS * 2
+    return 0, 0, head, tl.program_id(0) % super_chunks
 
 
 class Recorded(NamedTuple):
@@ -166,7 +168,7 @@ def assert_same_far_out(
     for module in MODULES:
         for name, far in (
             ("unit_chunk_and_head", far_chunk_and_head),
-            ("tile_and_head", far_tile_and_head),
+            ("tile_head_and_super_chunk", far_tile_head_and_super_chunk),
         ):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, far)
@@ -196,11 +198,11 @@ def test_every_kernel_of_the_mlstm(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     ids = (torch.arange(TOKENS) >= 9).long()[None] + 1
 
     def run() -> Tensor:
-        h, final = mlstm_triton(**inputs, segment_ids=ids, state=None, config=config)
+        h, final = mlstm_triton(**inputs, segment_ids=ids, state=None, config=config, cut=2)
         return h.sum() + final.C.sum()
 
     log = record(monkeypatch, run)
-    assert len(log) == 8
+    assert len(log) == 11
     reached = assert_same_far_out(log, monkeypatch, tmp_path)
     of_gates = {"gate_kernel", "gate_grad_kernel"}  # they have no features
     assert reached == {launch.name for launch in log} - of_gates

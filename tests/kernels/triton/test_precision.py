@@ -26,7 +26,7 @@ from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch, Windo
 
 pytest.importorskip("triton")
 from xlstm_kernels.triton.mlstm import mlstm_triton
-from xlstm_kernels.triton.mlstm_passes import common_component
+from xlstm_kernels.triton.mlstm_tensors import common_component
 from xlstm_kernels.triton.window import window_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned", "gpu_arithmetic")
