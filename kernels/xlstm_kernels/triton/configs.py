@@ -7,6 +7,7 @@ Nothing here imports Triton.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -102,7 +103,10 @@ def super_chunks(programs: int, chunks: int, processors: int) -> int:
 
     programs: of a walk over whole rows. processors: SMs of the device, 0 on a CPU.
     """
-    most = min(PROGRAMS_AN_SM * processors // programs, chunks // FEWEST_CHUNKS)
+    room = PROGRAMS_AN_SM * processors // programs
+    # With s of them, a program carries 2 chunks / s chunks and joins up to s ends. By its bytes, an
+    # end is a quarter of a chunk: more than this many make the sum larger again.
+    most = min(room, chunks // FEWEST_CHUNKS, math.isqrt(8 * chunks))
     return most if most >= FEWEST_SUPER_CHUNKS else 1
 
 

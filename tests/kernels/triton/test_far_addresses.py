@@ -191,18 +191,21 @@ def assert_same_far_out(
 
 
 @pytest.mark.slow
-def test_every_kernel_of_the_mlstm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("super_chunks", "launches"), [(1, 8), (2, 11)])
+def test_every_kernel_of_the_mlstm(
+    super_chunks: int, launches: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     inputs = random_inputs(1, HEADS, TOKENS, DIM, G=1, seed=1)
-    launches = [Launch(16, 16, 4, 1)] * 3
-    config = MLSTMConfig(CHUNK, CHUNK, *launches, TokenLaunch(16, 16, 4, 1))
-    ids = (torch.arange(TOKENS) >= 9).long()[None] + 1
+    settings = [Launch(16, 16, 4, 1)] * 3
+    config = MLSTMConfig(CHUNK, CHUNK, *settings, TokenLaunch(16, 16, 4, 1))
+    row = {"segment_ids": (torch.arange(TOKENS) >= 9).long()[None] + 1, "state": None}
 
     def run() -> Tensor:
-        h, final = mlstm_triton(**inputs, segment_ids=ids, state=None, config=config, cut=2)
+        h, final = mlstm_triton(**inputs, **row, config=config, cut=super_chunks)
         return h.sum() + final.C.sum()
 
     log = record(monkeypatch, run)
-    assert len(log) == 11
+    assert len(log) == launches
     reached = assert_same_far_out(log, monkeypatch, tmp_path)
     of_gates = {"gate_kernel", "gate_grad_kernel"}  # they have no features
     assert reached == {launch.name for launch in log} - of_gates
