@@ -182,7 +182,14 @@ def test_large_input_gates_cost_no_digits(device: str, cut: int) -> None:
     inputs = random_inputs(1, 1, 6 * TILE, 16, seed=8, forget_bias=6.0)
     i = inputs["i"].detach() + 3000.0
     i[:, :, 0] += 9.0
-    assert_matches(on(device, inputs | {"i": i.requires_grad_()}), config=SHORT, cut=cut)
+    inputs = on(device, inputs | {"i": i.requires_grad_()})
+    row = {"segment_ids": None, "state": None}
+    actual = outputs_and_grads(
+        lambda **x: mlstm_triton(**x, **row, config=SHORT, cut=cut)[0], inputs
+    )
+    expected = outputs_and_grads(lambda **x: mlstm_reference(**x)[0], to_float64(inputs))
+    found = ratios(actual, expected)
+    assert all(ratio < BOUND for ratio in found.values()), found
 
 
 def test_zero_keys_give_zero_and_zero_gradients(device: str) -> None:
