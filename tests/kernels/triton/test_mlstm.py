@@ -176,11 +176,11 @@ def test_one_closed_gate_costs_no_later_pair_its_accuracy(device: str, cut: int)
 
 
 # The stabiliser is then a large number, which fades a little in each chunk. Roundings of it that do
-# not agree where two super-chunks meet are errors of 1e-4.
-@pytest.mark.parametrize("cut", [1, 3])
+# not agree where two super-chunks meet are errors of 1e-3.
+@pytest.mark.parametrize("cut", [1, 4])
 def test_large_input_gates_cost_no_digits(device: str, cut: int) -> None:
-    inputs = random_inputs(1, 1, 6 * TILE, 16, seed=8, forget_bias=6.0)
-    i = inputs["i"].detach() + 3000.0
+    inputs = random_inputs(1, 1, 8 * TILE, 16, seed=8, forget_bias=6.0)
+    i = inputs["i"].detach() + 3e4
     i[:, :, 0] += 9.0
     inputs = on(device, inputs | {"i": i.requires_grad_()})
     row = {"segment_ids": None, "state": None}
