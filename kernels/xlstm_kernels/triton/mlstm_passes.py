@@ -241,7 +241,8 @@ def run_state_grads(
     dC0, dn0 = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
     dC_end, dn_end = ends
     launch = config.state_grads
-    super_chunks, ends = sizes.super_chunks(launch), None
+    super_chunks = sizes.super_chunks(launch)
+    added: Ends | None = None
     read: dict[str, Any] = {
         "q_ptr": inputs.q, "dh_ptr": rows.dh, "den_ptr": rows.den,
         "dh_h_ptr": rows.dh_h, "dh_max_ptr": rows.dh_max,
@@ -251,11 +252,11 @@ def run_state_grads(
         **strides(q=inputs.q), **sizes.head_settings(launch),
     }  # fmt: skip
     if super_chunks > 1:
-        ends = Ends.empty(sizes, launch, inputs.q.device)
+        added = Ends.empty(sizes, launch, inputs.q.device)
         others = sizes.state_tiles(launch) * (super_chunks - 1)
-        mlstm_backward.state_grad_end_kernel[(others,)](**read, **named_ends(ends))
+        mlstm_backward.state_grad_end_kernel[(others,)](**read, **named_ends(added))
     mlstm_backward.state_grad_kernel[(sizes.state_tiles(launch) * super_chunks,)](
-        **read, **named_ends(ends),
+        **read, **named_ends(added),
         dC_end_ptr=dC_end, dC_end_max_ptr=row_max(dC_end), dn_end_ptr=dn_end,
         dC_ptr=grads.C, dC_scale_ptr=grads.scale, dn_ptr=grads.n, dC0_ptr=dC0, dn0_ptr=dn0,
     )  # fmt: skip
