@@ -221,10 +221,13 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def with_stderr(score: float, stderr: float | None) -> str:
-    """Write a score with its standard error, if it has one."""
+    """Write a score with its standard error, if it has one.
+
+    Items of equal scores have none to show: ± 0 would say that the score is certain.
+    """
     # Perplexities and scores in percent need fewer digits than shares do.
     digits = 3 if score < 10 else 2
-    if stderr is None:
+    if not stderr:
         return f"{score:.{digits}f}"
     return f"{score:.{digits}f} ± {stderr:.{digits}f}"
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import binomtest
 
 from xlstm_eval.records import EvalError
-from xlstm_eval.score import ScoreError, score_file
+from xlstm_eval.score import ScoreError, score_file, with_stderr
 
 TASKS = [
     {
@@ -290,3 +290,9 @@ def test_sixty_tasks_of_ten_thousand_items_take_seconds(tmp_path: Path) -> None:
     assert time.process_time() - started < 10
     low, high = report.comparison.statistics.mean_recovery
     assert high - low < 0.01
+
+
+def test_a_score_of_equal_items_shows_no_standard_error():
+    """± 0.000 beside a score of 1.000 would say that it is certain."""
+    shown = [with_stderr(score, stderr) for score, stderr in ((1.0, 0.0), (0.5, 0.1), (0.5, None))]
+    assert shown == ["1.000", "0.500 ± 0.100", "0.500"]

@@ -27,6 +27,7 @@ from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.inputs import MemoryInputs
 from xlstm_distill.planning.memory import distill_memory
 from xlstm_distill.recipe import Align, MixerConfig
+from xlstm_distill.runtime.ranks import whole_process
 from xlstm_distill.training.objectives import DistillObjective, checkpoint_activations
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
@@ -88,7 +89,6 @@ def main(out: str, sharding: Any, dtype: Any, passes: int) -> None:
     measured = held + allocated_peak(step)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps({"measured": measured, "planned": planned.allocated}))
-    dist.destroy_process_group()
 
 
 def shard(task: DistillObjective, dtype: str) -> DistillObjective:
@@ -122,4 +122,5 @@ def batch() -> Batch:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    with whole_process():
+        main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -24,7 +24,7 @@ from xlstm_distill.models.families import FAMILIES
 from xlstm_distill.models.loading import empty_student
 from xlstm_distill.models.lora import add_lora, merged_state
 from xlstm_distill.recipe import Align
-from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone
+from xlstm_distill.runtime.ranks import is_main_process, wait_for_everyone, whole_process
 from xlstm_distill.stages.distill import choose_trainable
 from xlstm_distill.targets.providers import OnlineTargets
 from xlstm_distill.training.accelerator import (
@@ -178,6 +178,7 @@ def prepared(options: dict[str, Any], accelerator: Any) -> tuple[Any, Any, Any, 
 
 
 if __name__ == "__main__":
-    trained = {name: train(options) for name, options in json.loads(sys.argv[2]).items()}
-    if is_main_process():
-        torch.save(trained, sys.argv[1])
+    with whole_process():
+        trained = {name: train(options) for name, options in json.loads(sys.argv[2]).items()}
+        if is_main_process():
+            torch.save(trained, sys.argv[1])

@@ -115,11 +115,11 @@ def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[
     runs = document_runs(ids).int()
     starts = document_starts(runs).int()
     numbers = mlstm_config(torch.float32, 16, 16).numbers()
-    for keep_states in (False, True):
-        settings = (numbers, True, keep_states)
+    for keep_states, cut in ((False, 1), (True, 2)):
+        settings = (numbers, True, keep_states, cut)
         yield chunks.forward, (*x.values(), *start.values(), runs, *settings)
         _, C, n, _, *kept = chunks.forward(*plain, runs, *settings)
-        yield chunks.backward, ([dh, C, n], plain, runs, kept, numbers, True, False)
+        yield chunks.backward, ([dh, C, n], plain, runs, kept, numbers, True, False, cut)
     k = k.detach().contiguous().requires_grad_(requires_grad)
     config = list(window_config(torch.float32, 16))
     for softcap, sink_logits in ((0.0, None), (5.0, logits)):

@@ -10,6 +10,7 @@ from xlstm_distill.cli import inspect, patch, recipes, run, upkeep, use, validat
 from xlstm_distill.cli.doctor import doctor
 from xlstm_distill.cli.processes import serve, slurm
 from xlstm_distill.cli.run import STAGES as STAGES
+from xlstm_distill.runtime.ranks import whole_process
 
 app = typer.Typer(
     name="xlstm-distill",
@@ -57,7 +58,8 @@ app.add_typer(patch.app, name="patch")
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="xlstm-distill")
+    with whole_process():
+        app(prog_name="xlstm-distill")
 
 
 def _version(value: bool) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -132,6 +134,33 @@ def gathered(mine: Any) -> list[Any]:
     values: list[Any] = [None] * process_count()
     torch.distributed.all_gather_object(values, mine, group=waiting_group())
     return values
+
+
+@contextlib.contextmanager
+def whole_process() -> Iterator[None]:
+    """Wrap all that a process does: one of several ranks then ends without the interpreter's end.
+
+    Threads of a group, gloo's on CPUs, let go of a collective's tensors a moment after the caller
+    does. In an interpreter that is ending by then they abort the process, or it ends by a
+    segmentation fault: its work is done, and it has failed. Objects that hold the group keep these
+    threads alive even where it was destroyed. Everything registered with `atexit` still runs.
+    """
+    code = 1
+
+    def end() -> None:
+        if process_count() > 1:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):  # gone, or closed
+                    stream.flush()
+            os._exit(code)
+
+    atexit.register(end)  # before any other, so that it comes last
+    try:
+        yield
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
 
 
 @functools.cache

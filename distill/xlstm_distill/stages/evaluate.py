@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.data.rows import DomainRows, Row, load_batch
 from xlstm_distill.errors import RunError
+from xlstm_distill.models.decoding.products import fast_prompts
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.teacher import load_teacher
@@ -271,7 +273,8 @@ def _ask(
     console: Console,
 ) -> EvaluationResult:
     """Run lm-eval, with a bar and its warnings."""
-    with bar(console, f"evaluate/{name}") as progress:
+    reading = fast_prompts(model) if name == TEACHER else contextlib.nullcontext()
+    with bar(console, f"evaluate/{name}") as progress, reading:
         session = replace(session, progress=progress)
         seed = lineage.recipe.seed
         result = evaluate_model(model.eval(), lineage.tokenizer, suite, session, seed=seed)

@@ -30,6 +30,8 @@ PARSE_ATTEMPTS = 4
 CALL_ATTEMPTS = 6
 CALL_SECONDS = 600.0
 """Longest time for one reply: a judge may reason at length."""
+CHECK_SECONDS = 300.0
+"""Longest time for the first word: a server may have to load its model."""
 LONGEST_WAIT = 30.0
 BUSY = (408, 409, 425, 429)
 SCORE = re.compile(
@@ -82,8 +84,12 @@ class JudgeClient:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def check(self) -> None:
-        """Ask for one word, before hours of answers. Raises EvalError: it cannot be reached."""
-        self._reply([{"role": "user", "content": "Reply with the word: ready"}], self.seed)
+        """Ask for one word, before hours of answers.
+
+        Raises EvalError: it cannot be reached, or is silent.
+        """
+        asked = [{"role": "user", "content": "Reply with the word: ready"}]
+        self._reply(asked, self.seed, first=True)
 
     def judge(self, messages: Sequence[Message]) -> Judgement:
         """Return the judgement that the messages ask for.
@@ -123,7 +129,7 @@ class JudgeClient:
                     file.write(json.dumps(asdict(found)) + "\n")
         return found
 
-    def _reply(self, messages: Sequence[Message], seed: int) -> str:
+    def _reply(self, messages: Sequence[Message], seed: int, first: bool = False) -> str:
         body = {
             "model": self.settings.model,
             "messages": list(messages),
@@ -132,7 +138,7 @@ class JudgeClient:
         }
         # Null leaves a setting out: some servers refuse what they do not know.
         sent = {key: value for key, value in body.items() if value is not None}
-        answer = self._call(json.dumps(sent).encode())
+        answer = self._call(json.dumps(sent).encode(), first)
         try:
             reply = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
@@ -143,12 +149,16 @@ class JudgeClient:
         # Null where a reasoning model has used up its tokens before it said anything.
         return str(reply or "")
 
-    def _call(self, body: bytes) -> Any:
-        """Send a request, again where the server is busy or cannot be reached."""
+    def _call(self, body: bytes, first: bool) -> Any:
+        """Send a request, again where the server is busy or cannot be reached.
+
+        A server that is silent is not given another chance at its first reply: it may never answer.
+        """
+        seconds = CHECK_SECONDS if first else CALL_SECONDS
         for attempt in range(CALL_ATTEMPTS):
             wait = min(LONGEST_WAIT, 2.0**attempt)
             try:
-                with self._opener.open(self._request(body), timeout=CALL_SECONDS) as response:
+                with self._opener.open(self._request(body), timeout=seconds) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
                 problem = f"answers {error.code} {error.reason}: {self._safe(_text_of(error))}"
@@ -157,6 +167,9 @@ class JudgeClient:
                 wait = _seconds(error.headers.get("Retry-After")) or wait
             except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
+                if first and isinstance(reason, TimeoutError):
+                    silence = f"has not replied to one word in {seconds:g} s"
+                    raise EvalError(self._failed(silence)) from None
                 problem = f"cannot be reached or understood: {self._safe(str(reason))}"
             if attempt < CALL_ATTEMPTS - 1:
                 self._sleep(min(wait, LONGEST_WAIT))

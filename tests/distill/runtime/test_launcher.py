@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import sys
 
 import pytest
-from processes import run_python
+from processes import process_environment, run_python
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.runtime.launcher import Layout, adopt_slurm, asked_layout, first_host
@@ -170,3 +172,42 @@ def test_ranks_wait_long_for_each_other_but_not_in_training():
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     done = run_python(*launcher, sys.executable, "-c", WAITS)
     assert done.returncode == 0, done.stderr
+
+
+ENDS_EARLY = """
+import atexit, sys, torch
+from accelerate import PartialState
+from xlstm_distill.runtime import ranks
+with ranks.whole_process():
+    PartialState(cpu=True)
+    # As a sharded model does: a group that something holds outlives torch's list of groups.
+    group = torch.distributed.distributed_c10d._get_default_group()
+    atexit.register(print, "registered")
+    sent = [torch.ones(200_000) for _ in range(60)]
+    works = [torch.distributed.all_reduce(values, async_op=True) for values in sent]
+    for work in works[:-1]:
+        work.wait()
+    del works, work
+    sys.exit(3)
+"""
+
+
+@pytest.mark.multi_process
+def test_a_rank_ends_with_its_exit_code_whatever_its_groups_threads_do():
+    """Without `whole_process`, three of four such pairs abort."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDS_EARLY],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=process_environment(RANK=str(n), LOCAL_RANK=str(n), WORLD_SIZE="2", **place),
+        )
+        for n in range(2)
+    ]
+    for rank in pair:
+        out, errors = rank.communicate(timeout=120)
+        assert (rank.returncode, out) == (3, "registered\n"), errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from judge_server import judge_server
 
 from xlstm_eval.records import EvalError
 from xlstm_eval.suites import Judge, SuiteTask
+from xlstm_eval.tasks import judge
 from xlstm_eval.tasks.judge import CALL_ATTEMPTS, PARSE_ATTEMPTS, JudgeClient, parse_score
 from xlstm_eval.tasks.mt_bench import MTBench, Question, judge_messages, load_questions
 
@@ -144,6 +146,17 @@ def test_an_endpoint_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
         EvalError, match=r"cannot be reached.*OPENAI_API_KEY, for an API key, is not"
     ):
         client.check()
+
+
+def test_a_silent_server_is_named_at_the_first_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "CHECK_SECONDS", 0.2)
+    naps = Naps()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, reads nothing
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        client = JudgeClient(judge_at(endpoint), seed=0, sleep=naps)
+        with pytest.raises(EvalError, match=r"has not replied to one word in 0\.2 s"):
+            client.check()
+    assert not naps
 
 
 def test_two_turns_are_asked_and_judged() -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from xlstm_distill.models.attention.heads import take
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer
 from xlstm_distill.models.decoding.products import fast_linear_layers
+from xlstm_kernels import mlstm_state
+from xlstm_kernels.state import state_dtype
 
 CHUNK_CPU, CHUNK_GPU = 2048, 8192
 """Tokens of all rows that a body reads at once. On a CPU, where more do not make it faster, their
@@ -80,9 +82,13 @@ def take_in(
         k, v = take(k, heads.keys), take(v, heads.keys)
     if mixer.has_mlstm:
         features = mixer.feature_map_k(k)
-        # Whatever the queries are, the state is the same.
-        memory = (features, features, *mixer.scalar_gates(x))
-        mixer.recall(memory, v, layer, arrival, segment_ids)
+        state = layer.state_for(features, v, state_dtype(features, v))
+        if arrival.begins is not None:
+            layer.restart_state(arrival.begins_on(v.device))
+        given = (features, v, *mixer.scalar_gates(x))
+        after = mlstm_state(*given, state=state, segment_ids=segment_ids, backend=mixer.backend)
+        for held, new in zip(state, after, strict=True):
+            held.copy_(new)
     if mixer.has_window:
         layer.update(k, v, arrival)
     layer.seen += x.shape[1]
