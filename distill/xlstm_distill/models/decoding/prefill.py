@@ -22,7 +22,7 @@ CHUNK_CPU, CHUNK_GPU = 2048, 8192
 """Tokens of all rows that a body reads at once. On a CPU, where more do not make it faster, their
 activations are a small part of a model's; a GPU needs more to be busy."""
 ROWS_CPU = 16
-"""Rows that a CPU reads at once where they are long: with chunks of 128, as many tokens as above."""
+"""Rows that a CPU reads at once where they are long: chunks of 128 are as many tokens as above."""
 
 
 # A call of its own for the last tokens reads all weights once more, P numbers; what the last of L
@@ -87,9 +87,7 @@ def _can_be_read_by_rows(model: Any, kwargs: dict[str, Any], cache: StudentCache
     )
 
 
-def _read_by_rows(
-    model: Any, kwargs: dict[str, Any], tokens: int, read: int, at_once: int
-) -> None:
+def _read_by_rows(model: Any, kwargs: dict[str, Any], tokens: int, read: int, at_once: int) -> None:
     """Have a body take in `read` tokens of each row, some rows at a time without their padding.
 
     Rows of similar length are neighbours in an evaluation, so that little padding is left.
