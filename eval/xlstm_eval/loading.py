@@ -10,7 +10,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,23 @@ LONG_TASKS = ("niah_", "ruler", "longbench")
 """How those of lm-eval's tasks begin that need the extra `long-context`."""
 
 
+@dataclass
+class Lengths:
+    """Tokens of each question's prompt and answer, by its key: the same for every model.
+
+    Of one tokenizer; for another all are counted anew.
+    """
+
+    tokenizer: Any = None
+    counted: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def of(self, tokenizer: Any) -> dict[str, tuple[int, int]]:
+        """Return what was counted with a tokenizer, to be added to."""
+        if self.tokenizer is not tokenizer:
+            self.tokenizer, self.counted = tokenizer, {}
+        return self.counted
+
+
 @dataclass(frozen=True)
 class LoadedSuite:
     """Hold a suite's lm-eval task objects, loaded once and used for every model."""
@@ -40,6 +57,7 @@ class LoadedSuite:
     """Tasks that run generated code outside the sandbox, by lm-eval's names."""
     questions: tuple[Question, ...] = ()
     """Those of MT-Bench, where it is in the suite and there is a judge."""
+    lengths: Lengths = field(default_factory=Lengths)
 
     def harnessed(self) -> list[SuiteTask]:
         """Return the suite's tasks that lm-eval runs: all but MT-Bench."""

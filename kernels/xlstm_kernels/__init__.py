@@ -10,6 +10,7 @@ G), D head dim (Dk of keys after the feature map, Dv of values), W window, N sin
 from xlstm_kernels.api import (
     hybrid_step,
     mlstm,
+    mlstm_state,
     mlstm_step,
     sliding_window_attention,
     window_step,
@@ -25,6 +26,7 @@ __all__ = [
     "RingSlots",
     "hybrid_step",
     "mlstm",
+    "mlstm_state",
     "mlstm_step",
     "sliding_window_attention",
     "window_step",

@@ -36,6 +36,7 @@ from xlstm_kernels.verdicts import BEGUN, Question, Verdict
 BOUNDS = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 2e-3}
 TOKENS, WINDOW, SINKS, HEADS, GROUPS = 203, 70, 4, 4, 2
 TIMED_TOKENS, REPEATS, STEPS = 2048, 5, 3
+SUPER_CHUNKS = 2
 SOFTCAP = 3.0  # of scores that are about as large as 1
 WIDE = ("i", "f", "C", "n", "m", "gate", "sink_logits")  # float32 whatever the dtype of the others
 Tensors = dict[str, Tensor]
@@ -103,16 +104,30 @@ def with_gradients(inputs: Tensors) -> Tensors:
 
 
 def run_mlstm(inputs: Tensors, backend: Backend) -> Tensors:
-    """Run the mLSTM from a state to a state, with all gradients."""
+    """Run the mLSTM from a state to a state, with all gradients.
 
-    def operator(C: Tensor, n: Tensor, m: Tensor, **x: Tensor) -> tuple[Tensor, ...]:
+    On Triton, rows also run in super-chunks, which are other kernels: "cut h0" and so on.
+    """
+
+    def given(C: Tensor, n: Tensor, m: Tensor, **x: Tensor) -> dict[str, Any]:
         ids = documents(x["q"].shape[2], len(x["q"]), x["q"].device)
-        h, final = mlstm(
-            **x, segment_ids=ids, state=MLSTMState(C, n, m), return_state=True, backend=backend
-        )
+        return {**x, "segment_ids": ids, "state": MLSTMState(C, n, m)}
+
+    def operator(**x: Tensor) -> tuple[Tensor, ...]:
+        h, final = mlstm(**given(**x), return_state=True, backend=backend)
         return h, final.C, final.n
 
-    return outputs_and_grads(operator, with_gradients(inputs))
+    def in_super_chunks(**x: Tensor) -> tuple[Tensor, ...]:
+        from xlstm_kernels.triton.mlstm import mlstm_triton
+
+        h, final = mlstm_triton(**given(**x), cut=SUPER_CHUNKS)
+        return h, final.C, final.n
+
+    found = outputs_and_grads(operator, with_gradients(inputs))
+    cut = found
+    if backend == "triton":
+        cut = outputs_and_grads(in_super_chunks, with_gradients(inputs))
+    return found | {f"cut {name}": x for name, x in cut.items()}
 
 
 def run_window(inputs: Tensors, backend: Backend, softcap: float | None = None) -> Tensors:

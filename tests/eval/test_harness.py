@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import json
 import math
 import operator
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,30 @@ def test_every_model_is_asked_the_same(tokenizer: Any, loaded: LoadedSuite, resu
     assert [task.samples for task in short.tasks] == [5, 5]
     with pytest.raises(EvalError, match="student: its requests differ from the teacher's"):
         require_same_requests({"teacher": result.requests_hash, "student": short.requests_hash})
+
+
+def test_lengths_are_counted_once_for_all_models_and_models_are_freed(
+    tokenizer: Any, loaded: LoadedSuite, result: Any
+) -> None:
+    known = loaded.lengths.of(tokenizer)
+    assert len(known) > ITEMS
+    before, model = dict(known), tiny_model(1)
+    freed = weakref.ref(model)
+    evaluate_model(model, tokenizer, loaded, Session(batch_size=16))
+    assert loaded.lengths.of(tokenizer) is known
+    assert known == before
+    gc.disable()
+    try:
+        del model  # by its references: a second model of 16 GB may not fit beside it
+        assert freed() is None
+    finally:
+        gc.enable()
+    other = copy.deepcopy(tokenizer)
+    again = evaluate_model(tiny_model(0), other, loaded, Session(batch_size=16))
+    assert again.tasks == result.tasks
+    assert loaded.lengths.tokenizer is other
+    assert loaded.lengths.of(other) == known
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_same_model_ties_with_itself_at_another_batch_size(

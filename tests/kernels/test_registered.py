@@ -90,7 +90,7 @@ def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[
     plain = [t.detach() for t in (*x.values(), *start.values())]
     logits = torch.linspace(-1, 1, 4, device=device).requires_grad_(requires_grad)
     if backend == "torch":
-        from xlstm_kernels.torch import bounded, chunkwise, window
+        from xlstm_kernels.torch import bounded, chunkwise, tiles, window
 
         given = (*x.values(), ids, *start.values(), True)
         yield chunkwise.forward, given
@@ -100,6 +100,8 @@ def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[
         out, statistics = window.forward(q.detach(), k.detach(), v.detach(), ids, 8, 2, 0.25)
         rows = (q.detach(), k.detach(), v.detach(), ids, out, statistics)
         yield window.backward, (dh, *rows, 8, 2, 0.25)
+        yield tiles.forward, (q, k, v, 8, 2, 0.25)
+        yield tiles.backward, (dh, *rows[:3], 8, 2, 0.25)
         settings = (8, 2, 0.25, 5.0)
         yield bounded.forward, (q, k, v, ids, logits, *settings)
         rows = (q.detach(), k.detach(), v.detach(), ids, logits.detach())
@@ -113,11 +115,11 @@ def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[
     runs = document_runs(ids).int()
     starts = document_starts(runs).int()
     numbers = mlstm_config(torch.float32, 16, 16).numbers()
-    for keep_states in (False, True):
-        settings = (numbers, True, keep_states)
+    for keep_states, cut in ((False, 1), (True, 2)):
+        settings = (numbers, True, keep_states, cut)
         yield chunks.forward, (*x.values(), *start.values(), runs, *settings)
         _, C, n, _, *kept = chunks.forward(*plain, runs, *settings)
-        yield chunks.backward, ([dh, C, n], plain, runs, kept, numbers, True, False)
+        yield chunks.backward, ([dh, C, n], plain, runs, kept, numbers, True, False, cut)
     k = k.detach().contiguous().requires_grad_(requires_grad)
     config = list(window_config(torch.float32, 16))
     for softcap, sink_logits in ((0.0, None), (5.0, logits)):

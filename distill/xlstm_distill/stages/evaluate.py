@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.products import fast_linear_layers, fast_prompts
 from xlstm_distill.runtime.ranks import (
     from_rank_zero,
     gather_objects,
@@ -271,7 +273,8 @@ def _ask(
     console: Console,
 ) -> EvaluationResult:
     """Run lm-eval, with a bar and its warnings."""
-    with bar(console, f"evaluate/{name}") as progress:
+    reading = fast_prompts(model) if name == TEACHER else contextlib.nullcontext()
+    with bar(console, f"evaluate/{name}") as progress, reading:
         session = replace(session, progress=progress)
         seed = lineage.recipe.seed
         result = evaluate_model(model.eval(), lineage.tokenizer, suite, session, seed=seed)
@@ -343,7 +346,7 @@ def mean_gates(
     def measure(part: list[Row]) -> tuple[list[list[float | None]], int]:
         """Mean gates over some rows, and over how many tokens."""
         batch = load_batch(domains, part).to(device)
-        with GateMeter(model) as meter:
+        with GateMeter(model) as meter, fast_linear_layers(device):
             meter.expect(batch.real)
             model.model(
                 input_ids=batch.input_ids,

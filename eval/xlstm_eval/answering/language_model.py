@@ -194,6 +194,8 @@ class AskedModel(BatchModel):
         self.sizes, self.seed = sizes, seed
         self.multiturn = False  # which of lm-eval's calls it is
         self.coordinator: Coordinator | None = None
+        # Tokens of prompts and answers by their questions' keys; models may share them.
+        self.lengths: dict[str, tuple[int, int]] = {}
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations."""
@@ -229,6 +231,19 @@ class AskedModel(BatchModel):
 
     def _measure(self, kind: Kind, questions: Sequence[Question]) -> list[Measured]:
         """Count tokens; a continuation's are those of its text alone, which is near enough."""
+        context = self.max_length  # lm-eval looks for it each time
+        missing = [question for question in questions if question.key not in self.lengths]
+        self.lengths |= self._lengths(kind, missing)
+        found = []
+        for question in questions:
+            prompt, answer = self.lengths[question.key]
+            # A prompt is cut where the model's context ends.
+            prompt = max(1, min(prompt, context - answer))
+            found.append(Measured(question, prompt, answer))
+        return found
+
+    def _lengths(self, kind: Kind, questions: Sequence[Question]) -> dict[str, tuple[int, int]]:
+        """Count the tokens of questions' prompts and answers, by their keys."""
         prompts = self._count_tokens([question.arguments[0] for question in questions])
         if kind == "loglikelihood_rolling":
             answers = [0] * len(questions)
@@ -239,11 +254,8 @@ class AskedModel(BatchModel):
                 normalize_gen_kwargs(question.arguments[1], self.max_gen_toks)["max_gen_toks"]
                 for question in questions
             ]
-        return [
-            # A prompt is cut where the model's context ends.
-            Measured(question, max(1, min(prompt, self.max_length - answer)), answer)
-            for question, prompt, answer in zip(questions, prompts, answers, strict=True)
-        ]
+        keys = [question.key for question in questions]
+        return dict(zip(keys, zip(prompts, answers, strict=True), strict=True))
 
     def _count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Count the tokens of texts, of equal ones once: contexts come with every continuation."""

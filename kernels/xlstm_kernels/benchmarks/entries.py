@@ -96,7 +96,7 @@ class Entry(NamedTuple):
             return reason
         if self.cuda_only and device != "cuda":
             return f"needs a CUDA device; this is {device}"
-        if self.backend == "triton":
+        if self.backend.startswith("triton"):
             dims = {"Dk": shape.key_dim, "Dv": shape.value_dim}
             if reason := triton_refuses((inputs.x["q"],), dims, shape.sinks):
                 return reason
@@ -151,6 +151,18 @@ def run_mlstm(backend: Backend) -> Callable[[Inputs, Shape], Tensor]:
 
     def run(a: Inputs, shape: Shape) -> Tensor:
         return mlstm(*(a.x[n] for n in GATED), segment_ids=a.ids, backend=backend)
+
+    return run
+
+
+def run_cut(cut: int) -> Callable[[Inputs, Shape], Tensor]:
+    """Make the call of the Triton mLSTM with so many super-chunks a row, or as many as it has."""
+
+    def run(a: Inputs, shape: Shape) -> Tensor:
+        from xlstm_kernels.triton.mlstm import mlstm_triton
+
+        x = (a.x[n] for n in GATED)
+        return mlstm_triton(*x, segment_ids=a.ids, state=None, cut=cut)[0]
 
     return run
 
@@ -308,6 +320,10 @@ ENTRIES: tuple[Entry, ...] = (
     peer_entry("mlstm_kernels limit_chunk", run_peer("triton_limit_chunk"), mlstm_truth),
     peer_entry("mlstm_kernels siging", run_siging, siging_truth),
     peer_entry("fla simple_gla", run_gla, mlstm_truth),
+    *(
+        Entry("mlstm super-chunks", f"triton {cut}", run_cut(cut), mlstm_truth, GATED)
+        for cut in (1, 2, 4, 8)
+    ),
     Entry("window", "torch", run_window("torch"), window_truth, ATTENDED),
     Entry("window", "triton", run_window("triton"), window_truth, ATTENDED),
     Entry("window", "flex_attention", run_flex, window_truth, ATTENDED, cuda_only=True),
@@ -333,7 +349,7 @@ def work(entry: Entry, shape: Shape, bytes_each: int, backward: bool) -> tuple[f
         ring = 2 * bytes_each * B * G * (W + N) * Dv if entry.operator.startswith("hybrid") else 0
         return 4.0 * B * H * Dk * Dv, float(state + ring)
     rows = B * T
-    if entry.operator == "mlstm":
+    if entry.operator.startswith("mlstm"):
         operations = rows * H * (4 * Dk * Dv + COUNTED_CHUNK * (Dk + Dv))
         sizes = rows * (2 * H * Dk + G * Dv + 2 * H), rows * H * Dv
     else:

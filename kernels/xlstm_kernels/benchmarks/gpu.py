@@ -58,6 +58,7 @@ def words(text: str, **paths: Path) -> tuple[str, ...]:
 
 
 HEADS = "--dtype bfloat16 --heads 32 128 --groups 8 --key-dim 128 --value-dim 128 --window 512"
+FEW_HEADS = HEADS.replace("32 128 --groups 8", "8 --groups 2")
 TINY = (
     "--device cpu --dtype float32 --heads 2 --groups 1 --key-dim 16 --value-dim 16 --window 8 "
     "--repeats 1 --batch 1"
@@ -72,7 +73,9 @@ TESTS = (
 def parts(out: Path, tests: str) -> list[Part]:
     """List the parts for a GPU, the most valuable first. tests: options of pytest."""
     bench, tune = "xlstm_kernels.benchmarks.operators", "xlstm_kernels.benchmarks.tune"
-    paper, steps, full = (out / name for name in ("bench-paper", "bench-decode", "bench-full"))
+    paper, steps, few, full = (
+        out / f"bench-{name}" for name in ("paper", "decode", "few-heads", "full")
+    )
     distill = "xlstm_distill.benchmarks"
     return [
         Part("smoke", "xlstm_kernels.benchmarks.smoke", words("--dims 128 64"), fine=(0,)),
@@ -97,6 +100,13 @@ def parts(out: Path, tests: str) -> list[Part]:
         Part(
             "tuner", tune, words("--dims 128 64 --budget-s 500 --out {out}", out=out / "tune"),
             fine=(0,),
+        ),
+        Part(
+            "bench, few heads", bench,
+            (
+                *words(f"{FEW_HEADS} --batch 1 --tokens 8192 65536 --budget-s 300"),
+                "--report", str(few), "--operators", "mlstm super-chunks", "mlstm",
+            ),
         ),
         Part(
             "bench, all lengths", bench,
@@ -134,6 +144,10 @@ def dry_parts(out: Path) -> list[Part]:
         "tuner": words(
             "--device cpu --dtypes float32 --dims 16 --heads 4 --tokens 20 --candidates 1 "
             "--processes 0 --operators mlstm --out {out}", out=out / "tune",
+        ),
+        "bench, few heads": (
+            *words(f"{TINY} --tokens 130 --report {{out}}", out=out / "bench-few-heads"),
+            "--operators", "mlstm super-chunks",
         ),
         "bench, all lengths": words(
             f"{TINY} --tokens 16 20 --operators causal --report {{out}}", out=out / "bench-full"

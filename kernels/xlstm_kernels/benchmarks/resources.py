@@ -40,9 +40,15 @@ from xlstm_kernels.triton.configs import (
 # Triton's name of a pointer to each dtype.
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-    torch.int32: "*i32", torch.int64: "*i64",
+    torch.int32: "*i32", torch.int64: "*i64", torch.float64: "*fp64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+# The walks over chunks, which are other kernels where a row has super-chunks; by the table's name.
+WALKS = {
+    "state_end_kernel": "state_end_kernel", "state_kernel": "state_kernel:joined",
+    "state_grad_end_kernel": "state_grad_end_kernel",
+    "state_grad_kernel": "state_grad_kernel:joined",
+}  # fmt: skip
 
 
 # KiB of shared memory that a program can have, by compute capability (CUDA's programming guide).
@@ -157,10 +163,12 @@ def bare(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def launch_mlstm(dim: int, dtype: torch.dtype, config: MLSTMConfig | None = None) -> None:
+def launch_mlstm(
+    dim: int, dtype: torch.dtype, config: MLSTMConfig | None = None, cut: int = 1
+) -> None:
     """Launch the chunkwise mLSTM, forward and backward.
 
-    Rows are packed, and four query heads share a value head.
+    Rows are packed, and four query heads share a value head. cut: most super-chunks of a row.
     """
     from xlstm_kernels.triton.mlstm_passes import launch_backward, launch_forward
 
@@ -169,10 +177,10 @@ def launch_mlstm(dim: int, dtype: torch.dtype, config: MLSTMConfig | None = None
     C0, n0, m0 = MLSTMState.zeros(1, 4, dim, dim, device="meta")
     settings = (config or mlstm_config(dtype, dim, dim)).numbers()
     # The functions behind the registered operators, which launch nothing on meta tensors.
-    found = launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, True, False)
+    found = launch_forward(q, k, v, i, f, C0, n0, m0, runs, settings, True, False, cut)
     (h, C, n, _), kept = found[:4], list(found[4:])
     arguments = [q, k, v, i, f, C0, n0, m0]
-    launch_backward([h, C, n], arguments, runs, kept, settings, True, True)
+    launch_backward([h, C, n], arguments, runs, kept, settings, True, True, cut)
 
 
 def launch_steps(dim: int, dtype: torch.dtype, softcap: float | None = None) -> None:
@@ -235,6 +243,10 @@ def measure(
             with compiled_launches(arch) as found:
                 for launch in operators:
                     launch(dim, dtype)
+            if softcap is None:
+                with compiled_launches(arch, tuple(WALKS)) as cut:
+                    launch_mlstm(dim, dtype, cut=2)
+                found |= {WALKS[name]: resources for name, resources in cut.items()}
             table |= {f"{name} sm_{arch} D={dim}": resources for name, resources in found.items()}
     return table
 

@@ -9,6 +9,7 @@ Letters and names in all kernels, beyond the legend in `xlstm_kernels`:
 - L: tokens of a chunk or block. BT: tokens of a tile of a chunk. R = H / G: query heads of a group.
 - DK, DV: the head dims Dk and Dv. BK, BV: the part of them that a program holds as one tile.
 - c: chunk or block. a, j: tile of a chunk. b: row of the batch. h: head of the row.
+- span: chunks of a super-chunk, which a program walks. u: super-chunk of a row.
 - bh, bg: heads of all rows, numbered.
 - t, s: tokens of a row. t0, s0: the first ones of a tile. d, dk, dv: features.
 - row: place of a token in a (B, H, T) tensor. slot: that of a chunk in (B H, chunks, ...).
@@ -32,7 +33,7 @@ LOG_ZERO = tl.constexpr(-1e30)
 FARTHEST = 2**24
 # Arguments that change with the length of the rows. Triton would compile a kernel anew for lengths
 # that are divisible by 16 and for those that are not.
-LENGTHS = ("T", "chunks", "blocks")
+LENGTHS = ("T", "chunks", "blocks", "span")
 
 
 def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype, str]:
@@ -99,11 +100,12 @@ def chunk_tile_and_head(chunks, TILES: tl.constexpr):
 
 
 @triton.jit
-def tile_and_head(tiles_k, tiles_v):
-    """Return the tile (of keys, of values) of the state and the head of this program."""
+def tile_head_and_super_chunk(tiles_k, tiles_v, super_chunks):
+    """Return the tile (of keys, of values) of the state, the head and the super-chunk."""
     tile = tl.program_id(0) % (tiles_k * tiles_v)
-    head = (tl.program_id(0) // (tiles_k * tiles_v)).to(tl.int64)
-    return tile % tiles_k, tile // tiles_k, head
+    unit = tl.program_id(0) // (tiles_k * tiles_v)
+    head = (unit // super_chunks).to(tl.int64)
+    return tile % tiles_k, tile // tiles_k, head, unit % super_chunks
 
 
 @triton.jit
@@ -296,6 +298,19 @@ def chunk_decay(
     if SEGMENTED:
         passes = run_before(runs_ptr, b, c, T, L) == tl.load(runs_ptr + b * T + end)
     return tl.exp(tl.where(passes, (high_end + (m_in - m_end)) + low_end, LOG_ZERO))
+
+
+@triton.jit
+def chunk_log_f(
+    sum_high_ptr, sum_low_ptr, runs_ptr, bh, b, c, T, SEGMENTED: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
+    """Compute the sum of log f of chunk c in float64, or LOG_ZERO if a document ends in it."""
+    # A sum over many chunks in float32 would cancel, as in `gate_kernel`.
+    end, passes = last_token(c, T, L), T > 0
+    high_end, low_end = tl.load(sum_high_ptr + bh * T + end), tl.load(sum_low_ptr + bh * T + end)
+    if SEGMENTED:
+        passes = run_before(runs_ptr, b, c, T, L) == tl.load(runs_ptr + b * T + end)
+    return tl.where(passes, high_end.to(tl.float64) + low_end.to(tl.float64), LOG_ZERO)
 
 
 @triton.jit

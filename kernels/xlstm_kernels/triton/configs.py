@@ -7,6 +7,7 @@ Nothing here imports Triton.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,24 @@ class WindowConfig(NamedTuple):
     grad_stages: int
     key_grad_warps: int
     key_grad_queries: int
+
+
+# Programs of the states' walks that an SM holds at the same time (docs/kernels.md).
+PROGRAMS_AN_SM = 2
+# Each super-chunk is walked twice, so that fewer gain nothing; shorter ones are mostly joins.
+FEWEST_SUPER_CHUNKS, FEWEST_CHUNKS = 3, 8
+
+
+def super_chunks(programs: int, chunks: int, processors: int) -> int:
+    """Return into how many super-chunks a row's chunks are cut, so that no processor is idle.
+
+    programs: of a walk over whole rows. processors: SMs of the device, 0 on a CPU.
+    """
+    room = PROGRAMS_AN_SM * processors // programs
+    # With s of them, a program carries 2 chunks / s chunks and joins up to s ends. By its bytes, an
+    # end is a quarter of a chunk: more than this many make the sum larger again.
+    most = min(room, chunks // FEWEST_CHUNKS, math.isqrt(8 * chunks))
+    return most if most >= FEWEST_SUPER_CHUNKS else 1
 
 
 def width(dtype: torch.dtype) -> int:

@@ -21,6 +21,7 @@ from xlstm_kernels.triton.mlstm_passes import launch_backward, launch_forward
 from xlstm_kernels.triton.mlstm_tensors import States, kept_dtype, sizes_of
 
 STATES_VARIABLE = "XLSTM_KERNELS_KEEP_STATES"
+CUT_VARIABLE = "XLSTM_KERNELS_SUPER_CHUNKS"
 
 
 def mlstm_triton(
@@ -33,10 +34,12 @@ def mlstm_triton(
     segment_ids: Tensor | None,
     state: MLSTMState | None,
     config: MLSTMConfig | None = None,
+    cut: int | None = None,
 ) -> tuple[Tensor, MLSTMState]:
     """Run the mLSTM; shapes and meaning as in `xlstm_kernels.mlstm`, which checks the arguments.
 
-    config: launch settings, from the table by default.
+    config: launch settings, from the table by default. cut: most super-chunks of a row, 0 for as
+    many as the device needs; by default as the environment says.
     """
     B, H, _, Dk = q.shape
     Dv, dtype = v.shape[3], v.dtype
@@ -50,7 +53,8 @@ def mlstm_triton(
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *start))
     # Only the gradients of q, k and the gates read the states.
     keep_states = keeps_states() and keep and any(x.requires_grad for x in (q, k, i, f))
-    h, C, n, m, *_ = forward(*inputs, *start, runs, config.numbers(), keep, keep_states)
+    cut = most_super_chunks() if cut is None else cut
+    h, C, n, m, *_ = forward(*inputs, *start, runs, config.numbers(), keep, keep_states, cut)
     return h.to(dtype), MLSTMState(C, n, m)
 
 
@@ -65,8 +69,23 @@ def keeps_states() -> bool:
     return given == "1"
 
 
-# Dynamo runs it once, while it traces, and takes the answer for a constant.
+def most_super_chunks() -> int:
+    """Return the most super-chunks of a row that XLSTM_KERNELS_SUPER_CHUNKS allows; 0: any number.
+
+    Raises ValueError, in one line, if it is neither `auto` nor a number from 1 on.
+    """
+    given = os.environ.get(CUT_VARIABLE) or "auto"
+    if given == "auto":
+        return 0
+    if not (given.isascii() and given.isdigit() and int(given)):
+        allowed = "allowed: auto, or a number from 1 on"
+        raise ValueError(f"{CUT_VARIABLE}={given!r} is not allowed; {allowed}")
+    return int(given)
+
+
+# Dynamo runs them once, while it traces, and takes the answers for constants.
 keeps_states._dynamo_marked_constant = True  # type: ignore[attr-defined]
+most_super_chunks._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 forward = torch.library.custom_op("xlstm_kernels::mlstm_triton", launch_forward, mutates_args=())
@@ -86,6 +105,7 @@ def _(
     settings: list[int],
     keep: bool,
     keep_states: bool,
+    cut: int = 0,
 ) -> tuple[Tensor, ...]:
     B, H, T, _ = q.shape
     h, row = v.new_empty(B, H, T, v.shape[3]), (B, H, T)
@@ -118,6 +138,7 @@ def _(
     settings: list[int],
     queries_and_keys: bool,
     values: bool,
+    cut: int = 0,
 ) -> list[Tensor]:
     wanted = (*[queries_and_keys] * 2, values, *[queries_and_keys] * 2, True, True)
     found = zip(arguments[:-1], wanted, strict=True)
@@ -125,14 +146,14 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, runs, settings, _, _ = inputs
+    *arguments, runs, settings, _, _, cut = inputs
     h, C, n, m_end, *kept = output
     ctx.mark_non_differentiable(m_end, *kept)
     # Else autograd would make a gradient of zeros for each of them.
     ctx.set_materialize_grads(False)
     ctx.results = [(x.shape, x.dtype, x.device) for x in (h, C, n)]
     ctx.save_for_backward(*arguments, runs, *kept)
-    ctx.settings = settings
+    ctx.settings, ctx.cut = settings, cut
 
 
 def _gradients(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -142,9 +163,9 @@ def _gradients(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     parts = (needed[0] or needed[1] or needed[3] or needed[4], needed[2])
     grads = filled(given[:3], ctx.results)
-    found = backward(grads, list(arguments), runs, list(kept), ctx.settings, *parts)
+    found = backward(grads, list(arguments), runs, list(kept), ctx.settings, *parts, ctx.cut)
     wanted = [grad if needs else None for grad, needs in zip(found, needed, strict=False)]
-    return (*wanted, *[None] * 5)  # m0, runs and the settings after them have no gradient
+    return (*wanted, *[None] * 6)  # m0, runs and the settings after them have no gradient
 
 
 forward.register_autograd(_gradients, setup_context=_keep)

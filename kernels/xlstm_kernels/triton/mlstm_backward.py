@@ -18,13 +18,14 @@ import triton.language as tl
 from xlstm_kernels.triton.common import (
     LENGTHS,
     chunk_decay,
+    chunk_log_f,
     chunk_tile_and_head,
     entering_stabiliser,
     last_token,
     load_tile,
     read_weights,
     scale_below,
-    tile_and_head,
+    tile_head_and_super_chunk,
     unit_chunk_and_head,
 )
 from xlstm_kernels.triton.mlstm_roles import (
@@ -63,21 +64,113 @@ def denominator_kernel(
     tl.store(dh_max_ptr + bh * T + t, dh_max, mask=t < T)
 
 
+@triton.jit
+def carry_back(
+    dC, dn, bound, q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr,
+    m_ptr, m0_ptr, runs_ptr, q_t, bh, b, c, dk, dv, T,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Carry a tile of dC, its dn and its bound back over chunk c."""
+    m_in = entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L)
+    m_end = tl.load(m_ptr + bh * T + last_token(c, T, L))
+    decay = chunk_decay(sum_high_ptr, sum_low_ptr, m_in, m_end, runs_ptr, bh, b, c, T, SEGMENTED, L)
+    dC, dn, bound = dC * decay, dn * decay, bound * decay
+    for a in tl.static_range(0, L, BT):
+        t0 = c * L + a
+        t = t0 + tl.arange(0, BT)
+        read = read_weights(
+            sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, t, T, SEGMENTED, L
+        )
+        read *= inverse_denominators(den_ptr, bh, t, T)
+        dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(DOT)
+        dh_h = tl.load(dh_h_ptr + bh * T + t, mask=t < T, other=0.0)
+        dh_max = tl.load(dh_max_ptr + bh * T + t, mask=t < T, other=0.0)
+        # The weight goes on q and not on dh, as in `carry`.
+        q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(tl.float32) * read[:, None]
+        dC = tl.dot(tl.trans(q.to(DOT)), dh, dC, input_precision=PRECISION)
+        dn -= tl.sum(q * dh_h[:, None], 0)
+        bound += tl.sum(tl.abs(q) * dh_max[:, None], 0)
+    return dC, dn, bound
+
+
 @triton.jit(do_not_specialize=LENGTHS)
-def state_grad_kernel(
+def state_grad_end_kernel(
     q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
-    runs_ptr, dC_end_ptr, dC_end_max_ptr, dn_end_ptr, dC_ptr, dC_scale_ptr, dn_ptr,
-    dC0_ptr, dn0_ptr, q_b, q_h, q_t, T, H, chunks,
+    runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr,
+    q_b, q_h, q_t, T, H, chunks, span,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Carry one tile of the memory's gradient back over the chunks. Grid (B H * DV / BV * DK / BK).
+    """Compute a tile of what a super-chunk adds to the gradient of the state at its start.
 
-    Stores the gradient of the state that leaves each chunk, dC in units of dC_scale as
-    `state_kernel` keeps C; and of the state that enters the first one.
+    Grid (B H * (super-chunks - 1) * DV / BV * DK / BK): all super-chunks but the first.
     """
-    tile_k, tile_v, bh = tile_and_head(DK // BK, DV // BV)
+    others = tl.cdiv(chunks, span) - 1
+    tile_k, tile_v, bh, u = tile_head_and_super_chunk(DK // BK, DV // BV, others)
+    b, h = bh // H, bh % H
+    dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
+    q_ptr += b * q_b + h * q_h
+    dC = tl.zeros((BK, BV), tl.float32)
+    dn, bound = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+    log_f = tl.full((), 0.0, tl.float64)
+    first = (u + 1) * span
+    end = tl.minimum(first + span, chunks)
+    for c in range(end - 1, first - 1, -1):
+        dC, dn, bound = carry_back(
+            dC, dn, bound, q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr,
+            m_ptr, m0_ptr, runs_ptr, q_t, bh, b, c, dk, dv, T,
+            SEGMENTED, PRECISION, DOT, L, BT, DV,
+        )  # fmt: skip
+        log_f += chunk_log_f(sum_high_ptr, sum_low_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+    slot = bh * others + u
+    tl.store(end_C_ptr + slot * DK * DV + dk[:, None] * DV + dv[None, :], dC)
+    if tile_v == 0:
+        tl.store(end_n_ptr + slot * DK + dk, dn)
+        tl.store(end_bound_ptr + slot * DK + dk, bound)
+    if (tile_k == 0) & (tile_v == 0):
+        tl.store(end_log_f_ptr + slot, log_f)
+
+
+@triton.jit
+def join_ends_back(
+    dC, dn, bound, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, m_ptr, m0_ptr,
+    bh, u, dk, dv, T, chunks, span, L: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Carry a tile of dC, its dn and its bound from the row's end back to that of super-chunk u."""
+    others = tl.cdiv(chunks, span) - 1
+    for after in range(others, u, -1):
+        first, slot = after * span, bh * others + after - 1
+        m_in = entering_stabiliser(m_ptr, m0_ptr, bh, first, T, L)
+        last = tl.minimum(first + span, chunks) - 1
+        m_end = tl.load(m_ptr + bh * T + last_token(last, T, L))
+        decay = tl.exp((tl.load(end_log_f_ptr + slot) + (m_in - m_end)).to(tl.float32))
+        tile = slot * DK * DV + dk[:, None] * DV + dv[None, :]
+        dC = dC * decay + tl.load(end_C_ptr + tile)
+        dn = dn * decay + tl.load(end_n_ptr + slot * DK + dk)
+        bound = bound * decay + tl.load(end_bound_ptr + slot * DK + dk)
+    return dC, dn, bound
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def state_grad_kernel(
+    q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
+    runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr,
+    dC_end_ptr, dC_end_max_ptr, dn_end_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dC0_ptr, dn0_ptr,
+    q_b, q_h, q_t, T, H, chunks, span,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Carry one tile of the memory's gradient back over the chunks of a super-chunk.
+
+    Grid (B H * super-chunks * DV / BV * DK / BK). Stores the gradient of the state that leaves each
+    chunk, dC in units of dC_scale as `state_kernel` keeps C; and of the state that enters the first
+    one. The pointers of the ends of super-chunks are None if one is a whole row.
+    """
+    super_chunks = tl.cdiv(chunks, span)
+    tile_k, tile_v, bh, u = tile_head_and_super_chunk(DK // BK, DV // BV, super_chunks)
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
@@ -85,8 +178,13 @@ def state_grad_kernel(
     dC = tl.load(dC_end_ptr + bh * DK * DV + tile)
     dn = tl.load(dn_end_ptr + bh * DK + dk)
     bound = tl.load(dC_end_max_ptr + bh * DK + dk)
-    for back in range(chunks):
-        c = chunks - 1 - back
+    if end_C_ptr is not None:
+        dC, dn, bound = join_ends_back(
+            dC, dn, bound, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, m_ptr, m0_ptr,
+            bh, u, dk, dv, T, chunks, span, L, DK, DV,
+        )  # fmt: skip
+    end = tl.minimum(u * span + span, chunks)
+    for c in range(end - 1, u * span - 1, -1):
         slot = bh * chunks + c
         scale, inverse = scale_below(bound)
         kept = (dC * inverse[:, None]).to(dC_ptr.dtype.element_ty)
@@ -94,30 +192,15 @@ def state_grad_kernel(
         if tile_v == 0:
             tl.store(dC_scale_ptr + slot * DK + dk, scale)
             tl.store(dn_ptr + slot * DK + dk, dn)
-        m_in = entering_stabiliser(m_ptr, m0_ptr, bh, c, T, L)
-        m_end = tl.load(m_ptr + bh * T + last_token(c, T, L))
-        decay = chunk_decay(
-            sum_high_ptr, sum_low_ptr, m_in, m_end, runs_ptr, bh, b, c, T, SEGMENTED, L
-        )
-        dC, dn, bound = dC * decay, dn * decay, bound * decay
-        for a in tl.static_range(0, L, BT):
-            t0 = c * L + a
-            t = t0 + tl.arange(0, BT)
-            read = read_weights(
-                sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr, bh, b, c, t, T, SEGMENTED, L
-            )
-            read *= inverse_denominators(den_ptr, bh, t, T)
-            dh = load_tile(dh_ptr + bh * T * DV, DV, t0, T, dv, BT).to(DOT)
-            dh_h = tl.load(dh_h_ptr + bh * T + t, mask=t < T, other=0.0)
-            dh_max = tl.load(dh_max_ptr + bh * T + t, mask=t < T, other=0.0)
-            # The weight goes on q and not on dh, as in `state_kernel`.
-            q = load_tile(q_ptr, q_t, t0, T, dk, BT).to(tl.float32) * read[:, None]
-            dC = tl.dot(tl.trans(q.to(DOT)), dh, dC, input_precision=PRECISION)
-            dn -= tl.sum(q * dh_h[:, None], 0)
-            bound += tl.sum(tl.abs(q) * dh_max[:, None], 0)
-    tl.store(dC0_ptr + bh * DK * DV + tile, dC)
-    if tile_v == 0:
-        tl.store(dn0_ptr + bh * DK + dk, dn)
+        dC, dn, bound = carry_back(
+            dC, dn, bound, q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr,
+            m_ptr, m0_ptr, runs_ptr, q_t, bh, b, c, dk, dv, T,
+            SEGMENTED, PRECISION, DOT, L, BT, DV,
+        )  # fmt: skip
+    if u == 0:
+        tl.store(dC0_ptr + bh * DK * DV + tile, dC)
+        if tile_v == 0:
+            tl.store(dn0_ptr + bh * DK + dk, dn)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

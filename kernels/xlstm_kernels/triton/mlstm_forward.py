@@ -1,6 +1,8 @@
 """Forward kernels of the chunkwise mLSTM.
 
 The states come first, chunk after chunk; then the outputs of all chunks at once (docs/kernels.md).
+Where a walk over whole rows leaves processors idle, super-chunks are walked at once: first for
+what each adds to the state at its end, then from the state at its start.
 The letters and names are those of `triton/common.py`.
 """
 
@@ -15,6 +17,7 @@ from xlstm_kernels.triton.common import (
     LENGTHS,
     LOG_ZERO,
     chunk_decay,
+    chunk_log_f,
     chunk_tile_and_head,
     dot_state,
     last_token,
@@ -25,28 +28,148 @@ from xlstm_kernels.triton.common import (
     read_weights,
     run_before,
     scale_below,
-    tile_and_head,
+    tile_head_and_super_chunk,
     write_weights,
 )
+
+
+@triton.jit
+def next_stabiliser(
+    sum_high_ptr, max_log_weight_ptr, runs_ptr, m, bh, b, c, T,
+    SEGMENTED: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Compute m of the last token of chunk c; m: that of the token before the chunk."""
+    end, passes = last_token(c, T, L), T > 0
+    if SEGMENTED:
+        passes = run_before(runs_ptr, b, c, T, L) == tl.load(runs_ptr + b * T + end)
+    high_end = tl.load(sum_high_ptr + bh * T + end)
+    max_of_chunk = tl.load(max_log_weight_ptr + bh * T + end)
+    return tl.maximum(max_of_chunk, tl.where(passes, high_end + m, LOG_ZERO))
+
+
+@triton.jit
+def carry(
+    C, n, bound, m, m_end, k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr,
+    runs_ptr, k_t, v_t, bh, b, c, dk, dv, T,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Carry a tile of C, its n and its bound over chunk c.
+
+    m, m_end: of the token before the chunk and of its last one.
+    """
+    v_max = tl.load(v_max_ptr + c)
+    decay = chunk_decay(sum_high_ptr, sum_low_ptr, m, m_end, runs_ptr, bh, b, c, T, SEGMENTED, L)
+    C, n, bound = C * decay, n * decay, bound * decay
+    for a in tl.static_range(0, L, BT):
+        t0 = c * L + a
+        t = t0 + tl.arange(0, BT)
+        write = write_weights(
+            sum_high_ptr, sum_low_ptr, i_ptr, m_end, runs_ptr, bh, b, c, t, T, SEGMENTED, L
+        )
+        v = load_centred(v_ptr, v_t, centre_ptr, t0, T, dv, BT).to(DOT)
+        # The weight goes on k and not on v: features are positive, and the rounding of the
+        # weighted ones averages out in q . k. On v it put df in bfloat16 over its bound.
+        key = load_tile(k_ptr, k_t, t0, T, dk, BT).to(tl.float32) * write[:, None]
+        C = tl.dot(tl.trans(key.to(DOT)), v, C, input_precision=PRECISION)
+        n += tl.sum(key, 0)
+        bound += tl.sum(tl.abs(key), 0) * v_max
+    return C, n, bound
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def state_end_kernel(
+    k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
+    runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
+    k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks, span,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Compute a tile of what a super-chunk adds to the state at its end.
+
+    Grid (B H * (super-chunks - 1) * DV / BV * DK / BK): all super-chunks but the last. Each starts
+    from nothing, so that end_m is the stabiliser of its own tokens. end_log_f: its sum of log f.
+    """
+    others = tl.cdiv(chunks, span) - 1
+    tile_k, tile_v, bh, u = tile_head_and_super_chunk(DK // BK, DV // BV, others)
+    b, h = bh // H, bh % H
+    dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + (h // R) * v_h
+    centre_ptr += (b * (H // R) + h // R) * DV
+    v_max_ptr += (b * (H // R) + h // R) * chunks
+    C = tl.zeros((BK, BV), tl.float32)
+    n, bound = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+    m = tl.full((), LOG_ZERO, tl.float32)
+    log_f = tl.full((), 0.0, tl.float64)
+    for step in range(span):
+        c = u * span + step
+        m_end = next_stabiliser(
+            sum_high_ptr, max_log_weight_ptr, runs_ptr, m, bh, b, c, T, SEGMENTED, L
+        )
+        C, n, bound = carry(
+            C, n, bound, m, m_end, k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr,
+            sum_high_ptr, sum_low_ptr, runs_ptr, k_t, v_t, bh, b, c, dk, dv, T,
+            SEGMENTED, PRECISION, DOT, L, BT,
+        )  # fmt: skip
+        log_f += chunk_log_f(sum_high_ptr, sum_low_ptr, runs_ptr, bh, b, c, T, SEGMENTED, L)
+        m = m_end
+    slot = bh * others + u
+    tl.store(end_C_ptr + slot * DK * DV + dk[:, None] * DV + dv[None, :], C)
+    if tile_v == 0:
+        tl.store(end_n_ptr + slot * DK + dk, n)
+        tl.store(end_bound_ptr + slot * DK + dk, bound)
+    if (tile_k == 0) & (tile_v == 0):
+        tl.store(end_log_f_ptr + slot, log_f)
+        tl.store(end_m_ptr + slot, m)
+
+
+@triton.jit
+def stabiliser_after(end_log_f_ptr, end_m_ptr, slot, m):
+    """Compute m at the end of a super-chunk, from m at its start."""
+    # The same numbers in the same order in each program, so that all programs find the same m.
+    return tl.maximum(tl.load(end_m_ptr + slot), (tl.load(end_log_f_ptr + slot) + m).to(tl.float32))
+
+
+@triton.jit
+def join_ends(
+    C, n, bound, m, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr, first_slot, u,
+    dk, dv, DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Carry a tile of C, its n, its bound and m from the row's start to that of super-chunk u."""
+    for before in range(u):
+        slot = first_slot + before
+        m_end = stabiliser_after(end_log_f_ptr, end_m_ptr, slot, m)
+        decay = tl.exp((tl.load(end_log_f_ptr + slot) + (m - m_end)).to(tl.float32))
+        weight = tl.exp(tl.load(end_m_ptr + slot) - m_end)
+        tile = slot * DK * DV + dk[:, None] * DV + dv[None, :]
+        C = C * decay + tl.load(end_C_ptr + tile) * weight
+        n = n * decay + tl.load(end_n_ptr + slot * DK + dk) * weight
+        bound = bound * decay + tl.load(end_bound_ptr + slot * DK + dk) * weight
+        m = m_end
+    return C, n, bound, m
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def state_kernel(
     k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
-    runs_ptr, C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr,
-    C_end_ptr, n_end_ptr,
-    k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks,
+    runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
+    C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr, C_end_ptr, n_end_ptr,
+    k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks, span,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, BT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Carry one (BK, BV) tile of the memory C over all chunks. Grid (B H * DV / BV * DK / BK).
+    """Carry one (BK, BV) tile of the memory C over the chunks of a super-chunk.
 
-    Stores the state as it enters each chunk and as it leaves the last one. C is kept in units of
-    C_scale (B H, chunks, Dk), in which float16 holds it. The first program of a head also writes
-    the stabiliser m (B, H, T) of every token.
+    Grid (B H * super-chunks * DV / BV * DK / BK). Stores the state as it enters each chunk and as
+    it leaves the last one. C is kept in units of C_scale (B H, chunks, Dk), in which float16 holds
+    it. The first program of a head and super-chunk also writes the stabiliser m (B, H, T) of every
+    token. The pointers of the ends of super-chunks are None if one is a whole row.
     """
-    tile_k, tile_v, bh = tile_and_head(DK // BK, DV // BV)
+    super_chunks = tl.cdiv(chunks, span)
+    tile_k, tile_v, bh, u = tile_head_and_super_chunk(DK // BK, DV // BV, super_chunks)
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
@@ -61,24 +184,30 @@ def state_kernel(
     v_max_ptr += (b * (H // R) + h // R) * chunks
     bound = tl.load(C0_max_ptr + bh * DK + dk)
     m = tl.load(m0_ptr + bh)
-    for c in range(chunks):
-        slot, end = bh * chunks + c, last_token(c, T, L)
+    m_border = m
+    if end_C_ptr is not None:
+        first_slot = bh * (super_chunks - 1)
+        C, n, bound, m = join_ends(
+            C, n, bound, m, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
+            first_slot, u, dk, dv, DK, DV,
+        )  # fmt: skip
+        # The last super-chunk has no next one; it computes another's border and does not use it.
+        slot = first_slot + tl.minimum(u, super_chunks - 2)
+        m_border = stabiliser_after(end_log_f_ptr, end_m_ptr, slot, m)
+    for step in range(tl.minimum(span, chunks - u * span)):
+        c = u * span + step
+        slot = bh * chunks + c
         scale, inverse = scale_below(bound)
         tl.store(C_ptr + slot * DK * DV + tile, (C * inverse[:, None]).to(C_ptr.dtype.element_ty))
         if tile_v == 0:
             tl.store(C_scale_ptr + slot * DK + dk, scale)
             tl.store(n_ptr + slot * DK + dk, n)
-        max_of_chunk = tl.load(max_log_weight_ptr + bh * T + end)
-        v_max = tl.load(v_max_ptr + c)
-        passes = T > 0
-        if SEGMENTED:
-            passes = run_before(runs_ptr, b, c, T, L) == tl.load(runs_ptr + b * T + end)
-        high_end = tl.load(sum_high_ptr + bh * T + end)
-        m_end = tl.maximum(max_of_chunk, tl.where(passes, high_end + m, LOG_ZERO))
-        decay = chunk_decay(
-            sum_high_ptr, sum_low_ptr, m, m_end, runs_ptr, bh, b, c, T, SEGMENTED, L
+        m_end = next_stabiliser(
+            sum_high_ptr, max_log_weight_ptr, runs_ptr, m, bh, b, c, T, SEGMENTED, L
         )
-        C, n, bound = C * decay, n * decay, bound * decay
+        if end_C_ptr is not None:
+            # The next super-chunk starts from this m, of which m_end is another rounding.
+            m_end = tl.where((step == span - 1) & (c < chunks - 1), m_border, m_end)
         if (tile_k == 0) & (tile_v == 0):
             t = c * L + tl.arange(0, L)
             row, reads = bh * T + t, t < T
@@ -86,27 +215,22 @@ def state_kernel(
                 reads = load_run(runs_ptr, b, t, T) == run_before(runs_ptr, b, c, T, L)
             max_log_weight = tl.load(max_log_weight_ptr + row, mask=t < T, other=LOG_ZERO)
             sum_high = tl.load(sum_high_ptr + row, mask=t < T, other=0.0)
-            read_max = tl.where(reads, sum_high + m, LOG_ZERO)
-            tl.store(m_ptr + row, tl.maximum(max_log_weight, read_max), mask=t < T)
-        for a in tl.static_range(0, L, BT):
-            t0 = c * L + a
-            t = t0 + tl.arange(0, BT)
-            write = write_weights(
-                sum_high_ptr, sum_low_ptr, i_ptr, m_end, runs_ptr, bh, b, c, t, T, SEGMENTED, L
-            )
-            v = load_centred(v_ptr, v_t, centre_ptr, t0, T, dv, BT).to(DOT)
-            # The weight goes on k and not on v: features are positive, and the rounding of the
-            # weighted ones averages out in q . k. On v it put df in bfloat16 over its bound.
-            key = load_tile(k_ptr, k_t, t0, T, dk, BT).to(tl.float32) * write[:, None]
-            C = tl.dot(tl.trans(key.to(DOT)), v, C, input_precision=PRECISION)
-            n += tl.sum(key, 0)
-            bound += tl.sum(tl.abs(key), 0) * v_max
+            m_t = tl.maximum(max_log_weight, tl.where(reads, sum_high + m, LOG_ZERO))
+            if end_C_ptr is not None:
+                m_t = tl.where(t == last_token(c, T, L), m_end, m_t)
+            tl.store(m_ptr + row, m_t, mask=t < T)
+        C, n, bound = carry(
+            C, n, bound, m, m_end, k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr,
+            sum_high_ptr, sum_low_ptr, runs_ptr, k_t, v_t, bh, b, c, dk, dv, T,
+            SEGMENTED, PRECISION, DOT, L, BT,
+        )  # fmt: skip
         m = m_end
     # Inside the loop C is that of the centred values; C + n centreᵀ is that of the values
     # themselves.
-    tl.store(C_end_ptr + bh * DK * DV + tile, C + n[:, None] * centre[None, :])
-    if tile_v == 0:
-        tl.store(n_end_ptr + bh * DK + dk, n)
+    if u == super_chunks - 1:
+        tl.store(C_end_ptr + bh * DK * DV + tile, C + n[:, None] * centre[None, :])
+        if tile_v == 0:
+            tl.store(n_end_ptr + bh * DK + dk, n)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

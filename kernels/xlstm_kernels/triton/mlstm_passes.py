@@ -5,13 +5,16 @@ Letters: the legend in `xlstm_kernels`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from xlstm_kernels.triton import common, mlstm_backward, mlstm_forward
 from xlstm_kernels.triton.common import on_device_of, strides
-from xlstm_kernels.triton.configs import MLSTMConfig
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig
 from xlstm_kernels.triton.mlstm_tensors import (
+    Ends,
     GateParts,
     Gates,
     Inputs,
@@ -20,7 +23,11 @@ from xlstm_kernels.triton.mlstm_tensors import (
     Rows,
     Sizes,
     States,
+    common_component,
     kept_dtype,
+    largest,
+    named_ends,
+    row_max,
     sizes_of,
 )
 
@@ -38,15 +45,16 @@ def launch_forward(
     settings: list[int],
     keep: bool,
     keep_states: bool,
+    cut: int = 0,
 ) -> Results:
     """Return h, the final C, n and m, and what the backward pass reads (`Kept`).
 
     settings: of `MLSTMConfig.numbers`. keep: whether a backward pass will follow. keep_states:
     whether to keep the states of the chunks too, the largest thing there is to keep. Otherwise the
-    backward pass computes them again.
+    backward pass computes them again. cut: the most super-chunks of a row; 0: as the device needs.
     """
     config = MLSTMConfig.of_numbers(settings)
-    sizes = sizes_of(q, v, runs is not None, config)
+    sizes = sizes_of(q, v, runs is not None, config, cut)
     centre = common_component(v)
     inputs = Inputs(q, k, v, centre, largest(v, centre, sizes), C0, n0, m0, runs)
     with on_device_of(q):
@@ -57,50 +65,6 @@ def launch_forward(
         states = States.empty(sizes, q.device, wanted=False)
     kept = Kept(inputs.centre, inputs.v_max, *gates[2:], h_centred, h_scale, den, m, *states)
     return h, C_end, n_end, m[:, :, -1].clone(), *kept
-
-
-@torch.no_grad()
-def common_component(v: Tensor) -> Tensor:
-    """Return a vector c near the mean of each head's values: the mean on a coarse grid.
-
-    v (B, G, T, Dv) -> (B, G, Dv) in float32. h(v - c) = h(v) - c, and the gradients do not change.
-    But the gradients cancel v against h: without c, both are small there, and so is their rounding.
-    The step of the grid is a power of 2 near the standard deviation. So c is 0 for values without a
-    common component, and v - c is exact in bfloat16, or nearly so.
-    """
-    mean = v.mean(2, dtype=torch.float32)
-    squares = torch.linalg.vector_norm(v, dim=2, dtype=torch.float32).square() / v.shape[2]
-    spread = (squares - mean.square()).clamp(min=0.0).sqrt().maximum(mean.abs() / 256)
-    step = torch.exp2(spread.log2().floor())
-    # Values too large to be squared, and values that are all 0, give inf or nan: they get c = 0.
-    return torch.nan_to_num(step * (mean / step).round(), nan=0.0, posinf=0.0, neginf=0.0)
-
-
-@torch.no_grad()
-def largest(v: Tensor, centre: Tensor, sizes: Sizes) -> Tensor:
-    """Return the largest |v - centre| of each chunk: v (B, G, T, Dv) -> (B, G, chunks), float32.
-
-    Of each chunk, because what comes later, or is forgotten, must not set a state's scale.
-    """
-    whole = sizes.T // sizes.chunk * sizes.chunk
-    parts = [v[:, :, :whole].unflatten(2, (-1, sizes.chunk)), v[:, :, None, whole:]]
-    ends = [torch.aminmax(part, dim=3) for part in parts if part.numel()]
-    low, high = (torch.cat(x, 2).float() - centre[:, :, None] for x in zip(*ends, strict=True))
-    return finite(torch.maximum(high, -low).amax(-1))
-
-
-def row_max(x: Tensor) -> Tensor:
-    """Return the largest absolute value along the last dimension, 0 if it is not finite."""
-    return finite(torch.linalg.vector_norm(x, float("inf"), dim=-1))
-
-
-def finite(bounds: Tensor) -> Tensor:
-    """Put 0 for what is not finite.
-
-    In units of an infinite bound all that is finite would be 0. Below one that is too small it
-    becomes inf, which shows.
-    """
-    return torch.nan_to_num(bounds, nan=0.0, posinf=0.0)
 
 
 def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes) -> Gates:
@@ -131,19 +95,43 @@ def run_states(
     centre_max = row_max(inputs.centre).repeat_interleave(H // G, 1)[:, :, None]
     n_part = inputs.n0.abs() * centre_max  # the kernel subtracts n0 centreᵀ from C0
     launch = config.states
-    mlstm_forward.state_kernel[(sizes.state_tiles(launch),)](
-        k_ptr=inputs.k, v_ptr=inputs.v, centre_ptr=inputs.centre, v_max_ptr=inputs.v_max,
-        runs_ptr=inputs.runs,
-        i_ptr=gates.i, sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
-        max_log_weight_ptr=gates.max_log_weight,
+    super_chunks = sizes.super_chunks(launch)
+    ends, end_m = run_state_ends(inputs, gates, sizes, config) if super_chunks > 1 else (None, None)
+    mlstm_forward.state_kernel[(sizes.state_tiles(launch) * super_chunks,)](
+        **what_states_read(inputs, gates, sizes, launch), **named_ends(ends), end_m_ptr=end_m,
         C0_ptr=inputs.C0, C0_max_ptr=row_max(inputs.C0) + n_part,
         n0_ptr=inputs.n0, m0_ptr=inputs.m0,
         C_ptr=states.C, C_scale_ptr=states.scale, n_ptr=states.n,
         m_ptr=m, C_end_ptr=C_end, n_end_ptr=n_end,
-        T=T, H=H, R=H // G, chunks=sizes.chunks,
-        **strides(k=inputs.k, v=inputs.v), **sizes.head_settings(launch),
     )  # fmt: skip
     return states, m, C_end, n_end
+
+
+def run_state_ends(
+    inputs: Inputs, gates: Gates, sizes: Sizes, config: MLSTMConfig
+) -> tuple[Ends, Tensor]:
+    """Compute what each super-chunk adds to the state, and the stabiliser of each."""
+    launch = config.states
+    ends = Ends.empty(sizes, launch, inputs.q.device)
+    end_m = torch.empty(ends.log_f.shape, device=inputs.q.device)
+    others = sizes.super_chunks(launch) - 1
+    mlstm_forward.state_end_kernel[(sizes.state_tiles(launch) * others,)](
+        **what_states_read(inputs, gates, sizes, launch), **named_ends(ends), end_m_ptr=end_m
+    )
+    return ends, end_m
+
+
+def what_states_read(inputs: Inputs, gates: Gates, sizes: Sizes, launch: Launch) -> dict[str, Any]:
+    """Return the arguments that the kernels of the states have in common."""
+    return {
+        "k_ptr": inputs.k, "v_ptr": inputs.v, "centre_ptr": inputs.centre,
+        "v_max_ptr": inputs.v_max, "runs_ptr": inputs.runs,
+        "i_ptr": gates.i, "sum_high_ptr": gates.sum_high, "sum_low_ptr": gates.sum_low,
+        "max_log_weight_ptr": gates.max_log_weight,
+        "T": sizes.T, "H": sizes.H, "R": sizes.H // sizes.G, "chunks": sizes.chunks,
+        "span": sizes.span(launch),
+        **strides(k=inputs.k, v=inputs.v), **sizes.head_settings(launch),
+    }  # fmt: skip
 
 
 def run_outputs(
@@ -188,6 +176,7 @@ def launch_backward(
     settings: list[int],
     queries_and_keys: bool,
     values: bool,
+    cut: int = 0,
 ) -> list[Tensor]:
     """Return the gradients of q, k, v, i, f, C0 and n0.
 
@@ -197,7 +186,7 @@ def launch_backward(
     dh, dC_end, dn_end = (x.contiguous() for x in grads)
     q, k, v, i, f, C0, n0, m0 = arguments
     known, config = Kept(*kept), MLSTMConfig.of_numbers(settings)
-    sizes = sizes_of(q, v, runs is not None, config)
+    sizes = sizes_of(q, v, runs is not None, config, cut)
     inputs = Inputs(q, k, v, known.centre, known.v_max, C0, n0, m0, runs)
     gates = Gates(i, f, known.sum_high, known.sum_low, known.max_log_weight)
     centre = known.centre.repeat_interleave(sizes.H // sizes.G, 1)[:, :, None]  # (B, H, 1, Dv)
@@ -252,15 +241,24 @@ def run_state_grads(
     dC0, dn0 = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
     dC_end, dn_end = ends
     launch = config.state_grads
-    mlstm_backward.state_grad_kernel[(sizes.state_tiles(launch),)](
-        q_ptr=inputs.q, dh_ptr=rows.dh, den_ptr=rows.den,
-        dh_h_ptr=rows.dh_h, dh_max_ptr=rows.dh_max,
-        sum_high_ptr=gates.sum_high, sum_low_ptr=gates.sum_low,
-        m_ptr=rows.m, m0_ptr=inputs.m0, runs_ptr=inputs.runs,
+    super_chunks = sizes.super_chunks(launch)
+    added: Ends | None = None
+    read: dict[str, Any] = {
+        "q_ptr": inputs.q, "dh_ptr": rows.dh, "den_ptr": rows.den,
+        "dh_h_ptr": rows.dh_h, "dh_max_ptr": rows.dh_max,
+        "sum_high_ptr": gates.sum_high, "sum_low_ptr": gates.sum_low,
+        "m_ptr": rows.m, "m0_ptr": inputs.m0, "runs_ptr": inputs.runs,
+        "T": sizes.T, "H": sizes.H, "chunks": sizes.chunks, "span": sizes.span(launch),
+        **strides(q=inputs.q), **sizes.head_settings(launch),
+    }  # fmt: skip
+    if super_chunks > 1:
+        added = Ends.empty(sizes, launch, inputs.q.device)
+        others = sizes.state_tiles(launch) * (super_chunks - 1)
+        mlstm_backward.state_grad_end_kernel[(others,)](**read, **named_ends(added))
+    mlstm_backward.state_grad_kernel[(sizes.state_tiles(launch) * super_chunks,)](
+        **read, **named_ends(added),
         dC_end_ptr=dC_end, dC_end_max_ptr=row_max(dC_end), dn_end_ptr=dn_end,
         dC_ptr=grads.C, dC_scale_ptr=grads.scale, dn_ptr=grads.n, dC0_ptr=dC0, dn0_ptr=dn0,
-        T=sizes.T, H=sizes.H, chunks=sizes.chunks,
-        **strides(q=inputs.q), **sizes.head_settings(launch),
     )  # fmt: skip
     return grads, dC0, dn0
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_kernels.triton.common import dot_format
-from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch
+from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch, super_chunks
 
 # h, the final C, n and m, and what `Kept` has: one by one, as a registered operator's results.
 Results = tuple[
@@ -85,6 +85,33 @@ class States(NamedTuple):
         shape = (sizes.B * sizes.H if wanted else 0, sizes.chunks, sizes.Dk)
         C = torch.empty(*shape, sizes.Dv, dtype=sizes.kept, device=device)
         return cls(C, torch.empty(shape, device=device), torch.empty(shape, device=device))
+
+
+class Ends(NamedTuple):
+    """What each super-chunk adds to the state at its end, or to the gradient of that at its start.
+
+    C (B H, super-chunks - 1, Dk, Dv); n and bound, that of |C|, (B H, super-chunks - 1, Dk). The
+    sum of log f (B H, super-chunks - 1) in float64. All but the last super-chunk have one; of
+    gradients, all but the first.
+    """
+
+    C: Tensor
+    n: Tensor
+    bound: Tensor
+    log_f: Tensor
+
+    @classmethod
+    def empty(cls, sizes: Sizes, launch: Launch, device: torch.device) -> Ends:
+        """Make room for them."""
+        shape = (sizes.B * sizes.H, sizes.super_chunks(launch) - 1)
+        C = torch.empty(*shape, sizes.Dk, sizes.Dv, device=device)
+        n, bound = (torch.empty(*shape, sizes.Dk, device=device) for _ in range(2))
+        return cls(C, n, bound, torch.empty(shape, dtype=torch.float64, device=device))
+
+
+def named_ends(ends: Ends | None) -> dict[str, Tensor | None]:
+    """Name them as kernels do: end_C_ptr, end_n_ptr, end_bound_ptr and end_log_f_ptr."""
+    return {f"end_{name}_ptr": getattr(ends, name, None) for name in Ends._fields}
 
 
 class GateParts(NamedTuple):
@@ -160,6 +187,8 @@ class Sizes(NamedTuple):
     kept: torch.dtype  # of the states kept per chunk
     dot: tl.dtype  # of the operands of products
     precision: str
+    cut: int = 0  # most super-chunks of a row; 0: as many as `processors` need
+    processors: int = 0  # SMs of the device; 0 on a CPU
 
     def head_settings(self, launch: Launch) -> dict[str, Any]:
         """Return the keyword arguments that all kernels with tiles of features share."""
@@ -190,9 +219,66 @@ class Sizes(NamedTuple):
         """Count the tiles of the states of all heads."""
         return self.B * self.H * (self.Dk // launch.block_k) * (self.Dv // launch.block_v)
 
+    def span(self, launch: Launch) -> int:
+        """Count the chunks of a super-chunk, which is a whole row where its heads are many."""
+        wanted = self.cut or super_chunks(self.state_tiles(launch), self.chunks, self.processors)
+        return -(-self.chunks // min(wanted, self.chunks))
 
-def sizes_of(q: Tensor, v: Tensor, segmented: bool, config: MLSTMConfig) -> Sizes:
-    """Return the sizes of a call."""
+    def super_chunks(self, launch: Launch) -> int:
+        """Count the super-chunks of a row; none is empty, so they may be fewer than asked for."""
+        return -(-self.chunks // self.span(launch))
+
+
+def sizes_of(q: Tensor, v: Tensor, segmented: bool, config: MLSTMConfig, cut: int = 1) -> Sizes:
+    """Return the sizes of a call; cut: of `Sizes`."""
     (B, H, T, Dk), (G, Dv) = q.shape, (v.shape[1], v.shape[3])
     chunk, tile = config[:2]
-    return Sizes(B, H, G, T, Dk, Dv, -(-T // chunk), chunk, tile, segmented, *dot_format(q.dtype))
+    processors = 0
+    if cut == 0 and q.is_cuda:
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    chunks, formats = -(-T // chunk), dot_format(q.dtype)
+    return Sizes(B, H, G, T, Dk, Dv, chunks, chunk, tile, segmented, *formats, cut, processors)
+
+
+@torch.no_grad()
+def common_component(v: Tensor) -> Tensor:
+    """Return a vector c near the mean of each head's values: the mean on a coarse grid.
+
+    v (B, G, T, Dv) -> (B, G, Dv) in float32. h(v - c) = h(v) - c, and the gradients do not change.
+    But the gradients cancel v against h: without c, both are small there, and so is their rounding.
+    The step of the grid is a power of 2 near the standard deviation. So c is 0 for values without a
+    common component, and v - c is exact in bfloat16, or nearly so.
+    """
+    mean = v.mean(2, dtype=torch.float32)
+    squares = torch.linalg.vector_norm(v, dim=2, dtype=torch.float32).square() / v.shape[2]
+    spread = (squares - mean.square()).clamp(min=0.0).sqrt().maximum(mean.abs() / 256)
+    step = torch.exp2(spread.log2().floor())
+    # Values too large to be squared, and values that are all 0, give inf or nan: they get c = 0.
+    return torch.nan_to_num(step * (mean / step).round(), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+@torch.no_grad()
+def largest(v: Tensor, centre: Tensor, sizes: Sizes) -> Tensor:
+    """Return the largest |v - centre| of each chunk: v (B, G, T, Dv) -> (B, G, chunks), float32.
+
+    Of each chunk, because what comes later, or is forgotten, must not set a state's scale.
+    """
+    whole = sizes.T // sizes.chunk * sizes.chunk
+    parts = [v[:, :, :whole].unflatten(2, (-1, sizes.chunk)), v[:, :, None, whole:]]
+    ends = [torch.aminmax(part, dim=3) for part in parts if part.numel()]
+    low, high = (torch.cat(x, 2).float() - centre[:, :, None] for x in zip(*ends, strict=True))
+    return finite(torch.maximum(high, -low).amax(-1))
+
+
+def row_max(x: Tensor) -> Tensor:
+    """Return the largest absolute value along the last dimension, 0 if it is not finite."""
+    return finite(torch.linalg.vector_norm(x, float("inf"), dim=-1))
+
+
+def finite(bounds: Tensor) -> Tensor:
+    """Put 0 for what is not finite.
+
+    In units of an infinite bound all that is finite would be 0. Below one that is too small it
+    becomes inf, which shows.
+    """
+    return torch.nan_to_num(bounds, nan=0.0, posinf=0.0)

@@ -119,3 +119,26 @@ def test_a_prompt_read_by_it_has_the_same_logits(tiny_teacher, monkeypatch, fami
         found = model(ids, logits_to_keep=1).logits
         assert error_ratio(found, exact) < 3e-6
         assert bool(used) == wanted
+
+
+@torch.no_grad()
+def test_a_teacher_reads_prompts_by_it_and_steps_as_before(tiny_teacher, monkeypatch) -> None:
+    used, convolve = [], products._convolve
+    monkeypatch.setattr(products, "_convolve", lambda *x: used.append(1) or convolve(*x))
+    monkeypatch.setattr(products, "is_mkl_narrow", lambda: True)
+    model = tiny_teacher("llama", num_hidden_layers=2).eval()
+    ids = torch.randint(3, 97, (2, LEAST_ROWS), generator=torch.Generator().manual_seed(1))
+    exact = model.double()(ids).logits
+    model.float()
+    with products.fast_prompts(model):
+        assert error_ratio(model(input_ids=ids).logits, exact) < 3e-6
+        assert used
+        used.clear()
+        with pytest.raises(IndexError):
+            model(ids + 10_000)  # what has begun ends all the same
+        model(ids[:, :3])
+        with torch.enable_grad():
+            model(ids).logits.sum().backward()
+    F.linear(torch.ones(LEAST_ROWS, 8), torch.ones(4, 8))
+    model(ids)
+    assert not used

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 from xlstm_kernels.benchmarks import gpu
 
-PARTS = 8
+PARTS = 9
 
 
 def ledger(out: Path) -> list[dict[str, object]]:

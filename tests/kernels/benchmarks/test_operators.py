@@ -34,7 +34,7 @@ def test_torch_backends_are_timed_and_the_rest_left_out(
     assert len(timed) == 4 * 2 + 2  # mlstm, window, dense and causal, both ways; two steps
     assert all("of the roofline" in line for line in timed)
     left_out = [line for line in lines if " ms " not in line]
-    assert len(left_out) == 13
+    assert len(left_out) == 17
     assert all("left out: " in line for line in left_out)
 
 

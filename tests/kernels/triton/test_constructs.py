@@ -118,7 +118,7 @@ def test_loops_with_operands_in_registers_are_not_pipelined() -> None:
 def test_a_new_length_of_rows_compiles_nothing() -> None:
     for kernel in kernels():
         names = {argument.arg for argument in kernel.args.args}
-        if kernel.name.endswith("_kernel") and names & {"T", "chunks", "blocks"}:
+        if kernel.name.endswith("_kernel") and names & {"T", "chunks", "blocks", "span"}:
             (decorator,) = kernel.decorator_list
             assert ast.unparse(decorator) == "triton.jit(do_not_specialize=LENGTHS)", kernel.name
-    assert set(common.LENGTHS) == {"T", "chunks", "blocks"}
+    assert set(common.LENGTHS) == {"T", "chunks", "blocks", "span"}

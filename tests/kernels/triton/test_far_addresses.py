@@ -36,7 +36,8 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the GPU's memory has no holes; the interpreter shows it"
 )
 MODULES = (common, mlstm_forward, mlstm_backward, window_kernels, window_sinks)
-WALKS = ("state_kernel", "state_grad_kernel")  # over all chunks of a row
+# Over the chunks of a row, one after the other.
+WALKS = ("state_kernel", "state_end_kernel", "state_grad_kernel", "state_grad_end_kernel")
 CHUNK, TOKENS, DIM, HEADS, CHUNKS = 16, 20, 16, 2, 2
 FAR_CHUNKS = tl.constexpr(2**23)  # before the case: 2^27 tokens of 16 features
 FAR_ROWS = tl.constexpr(2**22)  # before the case, of 2 heads, 2 chunks and 16 x 16 features
@@ -50,8 +51,9 @@ def far_chunk_and_head(unit, units, chunks):
 
 
 @triton.jit
-def far_tile_and_head(tiles_k, tiles_v):
-    return 0, 0, tl.program_id(0).to(tl.int64) + FAR_ROWS * 2
+def far_tile_head_and_super_chunk(tiles_k, tiles_v, super_chunks):
+    head = (tl.program_id(0) // super_chunks).to(tl.int64) + FAR_ROWS * 2
+    return 0, 0, head, tl.program_id(0) % super_chunks
 
 
 class Recorded(NamedTuple):
@@ -166,7 +168,7 @@ def assert_same_far_out(
     for module in MODULES:
         for name, far in (
             ("unit_chunk_and_head", far_chunk_and_head),
-            ("tile_and_head", far_tile_and_head),
+            ("tile_head_and_super_chunk", far_tile_head_and_super_chunk),
         ):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, far)
@@ -189,18 +191,21 @@ def assert_same_far_out(
 
 
 @pytest.mark.slow
-def test_every_kernel_of_the_mlstm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("super_chunks", "launches"), [(1, 8), (2, 11)])
+def test_every_kernel_of_the_mlstm(
+    super_chunks: int, launches: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     inputs = random_inputs(1, HEADS, TOKENS, DIM, G=1, seed=1)
-    launches = [Launch(16, 16, 4, 1)] * 3
-    config = MLSTMConfig(CHUNK, CHUNK, *launches, TokenLaunch(16, 16, 4, 1))
-    ids = (torch.arange(TOKENS) >= 9).long()[None] + 1
+    settings = [Launch(16, 16, 4, 1)] * 3
+    config = MLSTMConfig(CHUNK, CHUNK, *settings, TokenLaunch(16, 16, 4, 1))
+    row = {"segment_ids": (torch.arange(TOKENS) >= 9).long()[None] + 1, "state": None}
 
     def run() -> Tensor:
-        h, final = mlstm_triton(**inputs, segment_ids=ids, state=None, config=config)
+        h, final = mlstm_triton(**inputs, **row, config=config, cut=super_chunks)
         return h.sum() + final.C.sum()
 
     log = record(monkeypatch, run)
-    assert len(log) == 8
+    assert len(log) == launches
     reached = assert_same_far_out(log, monkeypatch, tmp_path)
     of_gates = {"gate_kernel", "gate_grad_kernel"}  # they have no features
     assert reached == {launch.name for launch in log} - of_gates

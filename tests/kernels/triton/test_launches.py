@@ -31,6 +31,7 @@ from xlstm_kernels.triton import (
 )
 
 MODULES = (common, mlstm_forward, mlstm_backward, window_kernels, window_sinks)
+CUT = "XLSTM_KERNELS_SUPER_CHUNKS"
 Log = list[tuple[str, tuple[int, ...]]]
 
 
@@ -61,22 +62,32 @@ def backward_names(out: Tensor, log: Log) -> set[str]:
     return {name for name, _ in log}
 
 
+@pytest.mark.parametrize("cut", ["1", "2"])
 @pytest.mark.parametrize(
     ("trained", "left_out"),
     [
         ("qkif", set()),
-        ("v", {"gate_grad", "state"}),
+        ("v", {"gate_grad", "state", "state_end"}),
         ("qkvif", set()),
     ],
 )
 def test_mlstm_computes_the_gradients_asked_for(
-    device: str, log: Log, trained: str, left_out: set[str]
+    device: str,
+    log: Log,
+    trained: str,
+    left_out: set[str],
+    cut: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    inputs = {n: x.detach().to(device) for n, x in random_inputs(1, 2, 20, 16, G=1).items()}
+    monkeypatch.setenv(CUT, cut)
+    tokens = 20 if cut == "1" else 70  # two chunks
+    inputs = {n: x.detach().to(device) for n, x in random_inputs(1, 2, tokens, 16, G=1).items()}
     for name in trained:
         inputs[name].requires_grad_()
     names = backward_names(mlstm(**inputs, backend="triton"), log)
     every = {"denominator", "state_grad", "state", "token_grad", "gate_grad"}
+    if cut == "2":
+        every |= {"state_end", "state_grad_end"}
     assert names == every - left_out
     assert all((x.grad is not None) == (name in trained) for name, x in inputs.items())
 
@@ -88,10 +99,16 @@ def saved_for(trained: str, inputs: dict[str, Tensor]) -> int:
     return sum(x.numel() for x in saved if x is not None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_states_give_the_same_bits_with_a_launch_less(
-    device: str, log: Log, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, gpu_arithmetic: None
+@pytest.mark.parametrize(("dtype", "cut"), [(torch.float32, "2"), (torch.bfloat16, "1")])
+def test_kept_states_give_the_same_bits_with_fewer_launches(
+    device: str,
+    log: Log,
+    dtype: torch.dtype,
+    cut: str,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu_arithmetic: None,
 ) -> None:
+    monkeypatch.setenv(CUT, cut)
     drawn = random_inputs(1, 2, 150, 16, G=1)
     x = {n: t.to(device, t.dtype if n in "if" else dtype) for n, t in drawn.items()}
     ids = torch.tensor([[0] * 60 + [1] * 90], device=device)
@@ -108,8 +125,10 @@ def test_kept_states_give_the_same_bits_with_a_launch_less(
     kept = run()
     assert all(torch.equal(kept[name], again[name]) for name in again)
     assert launches.count("state") == 2
+    assert launches.count("state_end") == (2 if cut == "2" else 0)
     launches.reverse()
-    launches.remove("state")  # the backward pass's
+    for name in {"state", "state_end"} & set(launches):
+        launches.remove(name)  # the backward pass's
     assert [name for name, _ in log] == launches[::-1]
     assert saved_for("v", x) < saved_for("k", x)  # the gradient of v reads no states
     monkeypatch.setenv("XLSTM_KERNELS_KEEP_STATES", "yes")
@@ -117,6 +136,16 @@ def test_kept_states_give_the_same_bits_with_a_launch_less(
         ValueError, match=r"^XLSTM_KERNELS_KEEP_STATES='yes' is not allowed; allowed: 0, 1"
     ):
         run()
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "all", "2.0"])
+def test_a_wrong_number_of_super_chunks_is_refused(
+    device: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {n: x.to(device) for n, x in random_inputs(1, 1, 5, 16).items()}
+    monkeypatch.setenv(CUT, given)
+    with pytest.raises(ValueError, match=f"^{CUT}='{given}' is not allowed; allowed: auto, or a "):
+        mlstm(**inputs, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -138,9 +167,12 @@ def test_window_computes_the_gradients_asked_for(
     assert all((x.grad is not None) == (name in trained) for name, x in inputs.items())
 
 
-def test_no_grid_dimension_that_ends_at_65535_grows(device: str, log: Log) -> None:
+def test_no_grid_dimension_that_ends_at_65535_grows(
+    device: str, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rest = []
-    for heads, tokens in ((1, 20), (3, 20), (1, 70)):  # more heads, and more chunks
+    monkeypatch.setenv(CUT, "2")
+    for heads, tokens in ((1, 70), (3, 70), (1, 134)):  # more heads, and more chunks
         log.clear()
         inputs = {n: x.to(device) for n, x in random_inputs(1, heads, tokens, 16).items()}
         h = mlstm(**inputs, backend="triton")
@@ -169,14 +201,22 @@ class Bound:
         return launch
 
 
+# The walks are other kernels where a row has super-chunks.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled ones")
-def test_a_new_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cut", "lengths", "of_the_mlstm"),
+    [("1", (2, 16, 63, 64, 65, 128, 1000), 7), ("3", (65, 128, 129, 1000, 5000), 9)],
+)
+def test_a_new_length_compiles_nothing(
+    cut: str, lengths: tuple[int, ...], of_the_mlstm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled: set[str] = set()
     for module in MODULES:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Bound(name, getattr(module, name), compiled))
     after = []
-    for tokens in (2, 16, 63, 64, 65, 128, 1000):
+    monkeypatch.setenv(CUT, cut)
+    for tokens in lengths:
         inputs = random_inputs(1, 4, tokens, 32, G=2)
         q, k, v = inputs["q"], inputs["q"][:, :2], inputs["v"]
         h = mlstm(**inputs, segment_ids=torch.zeros(1, tokens).long(), backend="triton")
@@ -184,8 +224,7 @@ def test_a_new_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             h + sliding_window_attention(q, k, v, window=5, sinks=2, backend="triton")
         ).sum().backward()
         after.append(len(compiled))
-    # Seven kernels of the mLSTM and seven of the window.
-    assert after == [14] * len(after), compiled
+    assert after == [of_the_mlstm + 7] * len(after), compiled  # seven of the window
 
 
 def test_a_length_would_be_noticed_if_it_were_specialised() -> None:

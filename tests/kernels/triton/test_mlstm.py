@@ -28,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 BOUND = 1e-5
 TILE = 16  # tokens; two make a chunk
 SMALL = MLSTMConfig(2 * TILE, TILE, *[Launch(16, 16, 4, 1)] * 3, TokenLaunch(16, 16, 4, 1))
+# As many super-chunks of a row as it has chunks of this size.
+SHORT = SMALL._replace(chunk=TILE)
 Tensors = dict[str, Tensor]
 
 
@@ -42,12 +44,15 @@ def on(device: str, inputs: Tensors, dtype: torch.dtype | None = None) -> Tensor
     }
 
 
-def run(inputs: Tensors, segment_ids: Tensor | None, config: MLSTMConfig = SMALL) -> Tensors:
+def run(
+    inputs: Tensors, segment_ids: Tensor | None, config: MLSTMConfig = SMALL, cut: int = 1
+) -> Tensors:
     """Return h, the final C and n, and all gradients, through both states if there is one."""
 
     def operator(**x: Tensor) -> tuple[Tensor, ...]:
         state = MLSTMState(*(x.pop(name) for name in MLSTMState._fields)) if "C" in x else None
-        h, final = mlstm_triton(**x, segment_ids=segment_ids, state=state, config=config)
+        row = {"segment_ids": segment_ids, "state": state}
+        h, final = mlstm_triton(**x, **row, config=config, cut=cut)
         return h, final.C, final.n
 
     return outputs_and_grads(operator, inputs)
@@ -73,8 +78,9 @@ def assert_matches(
     segment_ids: Tensor | None = None,
     config: MLSTMConfig = SMALL,
     bound: float = BOUND,
+    cut: int = 1,
 ) -> None:
-    found = ratios(run(inputs, segment_ids, config), truth(inputs, segment_ids))
+    found = ratios(run(inputs, segment_ids, config, cut), truth(inputs, segment_ids))
     assert all(ratio < bound for ratio in found.values()), found  # a NaN fails too
 
 
@@ -84,6 +90,19 @@ def test_outputs_states_and_all_gradients_match_reference(device: str, tokens: i
     heads = 2 if tokens == 37 else 1
     state = random_state(1, heads, 32, 16, seed=3)
     assert_matches(on(device, random_inputs(1, heads, tokens, 32, 16, seed=tokens) | state))
+
+
+# Five chunks: two super-chunks, the last of which is shorter; three; as many as there are chunks.
+@pytest.mark.parametrize("cut", [2, 3, 99])
+def test_rows_in_super_chunks_match_reference(device: str, cut: int) -> None:
+    drawn = random_inputs(1, 2, 70, 32, 16, G=1, seed=cut) | random_state(1, 2, 32, 16, seed=3)
+    assert_matches(on(device, drawn), config=SHORT, cut=cut)
+
+
+def test_a_row_of_one_chunk_is_not_cut(device: str) -> None:
+    inputs = on(device, random_inputs(1, 1, TILE - 1, 16, seed=2))
+    cut, whole = run(inputs, None, SHORT, cut=4), run(inputs, None, SHORT)
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
 
 
 def test_one_token_returns_its_value(device: str) -> None:
@@ -98,12 +117,13 @@ def test_one_token_returns_its_value(device: str) -> None:
 DOCUMENTS = [[16, 32, 5], [15, 1, 17, 20], [3, 6, 44], [1, 1, 51], [53]]
 
 
-def test_documents_match_reference(device: str) -> None:
+@pytest.mark.parametrize(("config", "cut"), [(SMALL, 1), (SHORT, 2), (SHORT, 4)])
+def test_documents_match_reference(device: str, config: MLSTMConfig, cut: int) -> None:
     rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in DOCUMENTS]
     ids, batch = torch.stack(rows).to(device), len(rows)
     state = random_state(batch, 1, 16, 16, seed=5)
     inputs = on(device, random_inputs(batch, 1, 53, 16, seed=4) | state)
-    actual, expected = run(inputs, ids), truth(inputs, ids)
+    actual, expected = run(inputs, ids, config, cut), truth(inputs, ids)
     for row, lengths in enumerate(DOCUMENTS):  # each row has a ratio of its own
         found = {name: error_ratio(actual[name][row], x[row]) for name, x in expected.items()}
         assert all(ratio < BOUND for ratio in found.values()), (lengths, found)
@@ -132,24 +152,44 @@ def test_grouped_values_match_reference(device: str) -> None:
 GATES = {"input": ("i",), "forget": ("f",), "both": ("i", "f")}
 
 
+@pytest.mark.parametrize("cut", [1, 3])
 @pytest.mark.parametrize("names", GATES.values(), ids=GATES.keys())
-def test_gates_at_60_match_reference(device: str, names: tuple[str, ...]) -> None:
+def test_gates_at_60_match_reference(device: str, names: tuple[str, ...], cut: int) -> None:
     inputs = random_inputs(1, 1, 40, 16, seed=6)
     draw = torch.Generator().manual_seed(7)
     for name in names:
         inputs[name] = (
             120.0 * torch.randint(0, 2, inputs[name].shape, generator=draw) - 60.0
         ).requires_grad_()
-    assert_matches(on(device, inputs))
+    assert_matches(on(device, inputs), config=SMALL if cut == 1 else SHORT, cut=cut)
 
 
-def test_one_closed_gate_costs_no_later_pair_its_accuracy(device: str) -> None:
+@pytest.mark.parametrize("cut", [1, 2])
+def test_one_closed_gate_costs_no_later_pair_its_accuracy(device: str, cut: int) -> None:
     # With float32 cumulative sums, log f = -1e6 at one token leaves no digit in the differences
     # after it.
     inputs = random_inputs(1, 1, 2 * TILE, 16, seed=9)
     f = inputs["f"].detach().clone()
     f[:, :, 3] = -1e6
-    assert_matches(on(device, inputs | {"f": f.requires_grad_()}))
+    config = SMALL if cut == 1 else SHORT
+    assert_matches(on(device, inputs | {"f": f.requires_grad_()}), config=config, cut=cut)
+
+
+# The stabiliser is then a large number, which fades a little in each chunk. Roundings of it that do
+# not agree where two super-chunks meet are errors of 1e-3.
+@pytest.mark.parametrize("cut", [1, 4])
+def test_large_input_gates_cost_no_digits(device: str, cut: int) -> None:
+    inputs = random_inputs(1, 1, 8 * TILE, 16, seed=8, forget_bias=6.0)
+    i = inputs["i"].detach() + 3e4
+    i[:, :, 0] += 9.0
+    inputs = on(device, inputs | {"i": i.requires_grad_()})
+    row = {"segment_ids": None, "state": None}
+    actual = outputs_and_grads(
+        lambda **x: mlstm_triton(**x, **row, config=SHORT, cut=cut)[0], inputs
+    )
+    expected = outputs_and_grads(lambda **x: mlstm_reference(**x)[0], to_float64(inputs))
+    found = ratios(actual, expected)
+    assert all(ratio < BOUND for ratio in found.values()), found
 
 
 def test_zero_keys_give_zero_and_zero_gradients(device: str) -> None:
