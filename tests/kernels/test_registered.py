@@ -90,7 +90,7 @@ def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[
     plain = [t.detach() for t in (*x.values(), *start.values())]
     logits = torch.linspace(-1, 1, 4, device=device).requires_grad_(requires_grad)
     if backend == "torch":
-        from xlstm_kernels.torch import bounded, chunkwise, window
+        from xlstm_kernels.torch import bounded, chunkwise, tiles, window
 
         given = (*x.values(), ids, *start.values(), True)
         yield chunkwise.forward, given
@@ -100,6 +100,8 @@ def arguments(backend: str, device: str, requires_grad: bool) -> Iterator[tuple[
         out, statistics = window.forward(q.detach(), k.detach(), v.detach(), ids, 8, 2, 0.25)
         rows = (q.detach(), k.detach(), v.detach(), ids, out, statistics)
         yield window.backward, (dh, *rows, 8, 2, 0.25)
+        yield tiles.forward, (q, k, v, 8, 2, 0.25)
+        yield tiles.backward, (dh, *rows[:3], 8, 2, 0.25)
         settings = (8, 2, 0.25, 5.0)
         yield bounded.forward, (q, k, v, ids, logits, *settings)
         rows = (q.detach(), k.detach(), v.detach(), ids, logits.detach())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from xlstm_distill import MixerConfig, convert
+from xlstm_distill.models.decoding import prefill
 from xlstm_distill.models.families import FAMILIES
 from xlstm_kernels.testing import error_ratio
 
@@ -424,6 +425,39 @@ def test_long_prompts_are_read_in_chunks(said, keep, student):
     assert out.logits.shape == whole.shape
     assert error_ratio(out.logits, whole.double()) < 3e-6
     assert out.past_key_values.get_seq_length() == tokens
+
+
+@pytest.mark.parametrize("branches", [("mlstm", "window"), ("window",), ("mlstm",)], ids="+".join)
+@torch.no_grad()
+def test_prompts_of_many_rows_are_read_a_few_at_a_time(branches, student, monkeypatch):
+    model = student(window=24, branches=branches)  # some rows are shorter than the window
+    lengths = [150, 149, 140, 131, *range(130, 90, -4), 20, 9, 2, 1]
+    texts = ids(batch=len(lengths), tokens=150)
+    rows, mask = left_padded([row[:length] for row, length in zip(texts, lengths, strict=True)])
+    shapes, read = [], prefill._read
+    monkeypatch.setattr(
+        prefill,
+        "_read",
+        lambda m, k, *rest: shapes.append(k["input_ids"].shape) or read(m, k, *rest),
+    )
+    for given in ({}, {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}):
+        cache, logits = model.new_cache(), []
+        next_tokens, seen = rows, mask
+        for step in range(3):
+            kwargs = given if step == 0 else {}
+            out = model(
+                next_tokens, attention_mask=seen, past_key_values=cache, logits_to_keep=1, **kwargs
+            )
+            logits.append(out.logits)
+            next_tokens = texts[:, step : step + 1]
+            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+        assert cache.get_seq_length() == 152
+        for row, length in enumerate(lengths):
+            whole = torch.cat([texts[row, :length], texts[row, :2]])[None]
+            alone = model(whole, use_cache=False).logits[:, -3:].double()
+            assert error_ratio(torch.cat([x[row : row + 1] for x in logits], 1), alone) < 3e-6
+    # Sixteen rows whole, the others without what is padding in all of them.
+    assert shapes[:2] == [(16, 150), (2, 2)]
 
 
 def long_prompt(model, rows, chunk=None):

@@ -353,6 +353,17 @@ class MixerCacheLayer(CacheLayerMixin):
         if self.full is not None:
             self.full = AllKeys(*(t.index_select(0, index.to(t.device)) for t in self.full))
 
+    def join(self, parts: Sequence[MixerCacheLayer], seen: int) -> None:
+        """Hold the rows of other layers, as `StudentCache.join_rows` says."""
+        first = parts[0]
+        if first.keys is not None:
+            self.keys = torch.cat([part.keys for part in parts])
+            self.values = torch.cat([part.values for part in parts])
+        if first.state is not None:
+            states = zip(*(part.state for part in parts), strict=True)
+            self.state = MLSTMState(*(torch.cat(tensors) for tensors in states))
+        self.is_initialized, self.seen, self.folded = True, seen, first.folded
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows for beam search."""
         self._select(beam_idx)
@@ -456,6 +467,16 @@ class StudentCache(Cache):
         if self.lengths is not None:
             rows = torch.arange(len(self.lengths), device=self.lengths.device)
             self._select_rows(rows.repeat_interleave(repeats))
+
+    def join_rows(self, parts: Sequence[StudentCache], seen: int) -> None:
+        """Hold the rows of other caches, one after the other, in place of none.
+
+        seen: tokens of each row; of shorter rows, the first are padding. No head keeps all keys.
+        """
+        for layer, *own in zip(*(c.mixer_layers() for c in (self, *parts)), strict=True):
+            layer.join(own, seen)
+        lengths, ends = zip(*((part.lengths, part.ends) for part in parts), strict=True)
+        self.lengths, self.ends = torch.cat(lengths), RowEnds.joined(ends)
 
     def _select_rows(self, index: Tensor) -> None:
         if self.ends is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,12 @@ class RowEnds(NamedTuple):
             padding=None if self.padding is None else self.padding[index],
             segment=None if self.segment is None else self.segment[index],
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowEnds]) -> RowEnds:
+        """Describe the rows of several caches that were given the same, one after the other."""
+        columns = zip(*parts, strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 class Documents(NamedTuple):

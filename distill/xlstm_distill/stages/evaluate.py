@@ -17,7 +17,7 @@ from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.data.rows import DomainRows, Row, load_batch
 from xlstm_distill.errors import RunError
-from xlstm_distill.models.decoding.products import fast_prompts
+from xlstm_distill.models.decoding.products import fast_linear_layers, fast_prompts
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.teacher import load_teacher
@@ -346,7 +346,7 @@ def mean_gates(
     def measure(part: list[Row]) -> tuple[list[list[float | None]], int]:
         """Mean gates over some rows, and over how many tokens."""
         batch = load_batch(domains, part).to(device)
-        with GateMeter(model) as meter:
+        with GateMeter(model) as meter, fast_linear_layers(device):
             meter.expect(batch.real)
             model.model(
                 input_ids=batch.input_ids,

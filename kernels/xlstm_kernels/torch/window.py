@@ -16,6 +16,7 @@ from torch import Tensor
 from xlstm_kernels.registration import refuse_second_derivative
 from xlstm_kernels.segments import document_runs, document_starts
 from xlstm_kernels.torch.bounded import bounded_attention, wide_product
+from xlstm_kernels.torch.tiles import tiled_attention, tiles_pay
 
 # Queries of a block, at least and at most. Smaller blocks make many small products; larger ones
 # multiply more masked pairs (docs/math.md, "Chunk size").
@@ -68,6 +69,8 @@ def banded_attention(
     if known and WHOLE_AT_MOST < T <= window:
         settings: dict[str, Any] = {"window": window, "sinks": sinks, "segment_ids": segment_ids}
         return bounded_attention(q, k, v, **settings, scale=scale, softcap=None, sink_logits=None)
+    if segment_ids is None and q.device.type == "cpu" and tiles_pay(q, k, window):
+        return tiled_attention(q, k, v, window=window, sinks=sinks, scale=scale)
     out, _ = forward(q, k, v, segment_ids, min(window, T), min(sinks, T), scale)
     return out
 

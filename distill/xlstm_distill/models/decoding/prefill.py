@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xlstm_distill.models.attention.heads import take
-from xlstm_distill.models.cache import Arrival, MixerCacheLayer
+from xlstm_distill.models.cache import Arrival, MixerCacheLayer, StudentCache
 from xlstm_distill.models.decoding.products import fast_linear_layers
 from xlstm_kernels import mlstm_state
 from xlstm_kernels.state import state_dtype
@@ -21,12 +21,18 @@ from xlstm_kernels.state import state_dtype
 CHUNK_CPU, CHUNK_GPU = 2048, 8192
 """Tokens of all rows that a body reads at once. On a CPU, where more do not make it faster, their
 activations are a small part of a model's; a GPU needs more to be busy."""
+ROWS_CPU = 16
+"""Rows that a CPU reads at once where they are long: chunks of 128 are as many tokens as above."""
 
 
 # A call of its own for the last tokens reads all weights once more, P numbers; what the last of L
 # layers leaves out is 2 P / L operations a token. A CPU reads a number in the time of 20 to 30
 # operations. A GPU, which does hundreds, seldom gains.
 TOKENS_PER_LAYER = 32
+
+
+OF_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "segment_ids")
+"""Arguments of a forward pass that have a column for each token."""
 
 
 class PromptTaken(Exception):
@@ -44,18 +50,66 @@ def read_prompt(model: Any, kwargs: dict[str, Any], cache: Any, chunk: int) -> d
     kwargs = kwargs | {"past_key_values": cache, "use_cache": True}
     alone = _ends_alone(model, given, rows * (tokens - kept))
     last = kept if alone else max(kept, (tokens - 1) % chunk + 1)
+    at_once = max(ROWS_CPU, CHUNK_CPU // tokens)
+    if alone and rows > at_once and _can_be_read_by_rows(model, kwargs, cache):
+        _read_by_rows(model, kwargs, tokens, tokens - last, at_once)
+    else:
+        _read(model, kwargs, tokens, range(0, tokens - last, chunk))
+    return _part(kwargs, tokens, tokens - last, tokens)
+
+
+def _read(model: Any, kwargs: dict[str, Any], tokens: int, chunks: range) -> None:
+    """Have a body take in tokens chunk by chunk, of a prompt of so many."""
+    cache, device = kwargs["past_key_values"], _given(kwargs).device
     # Outputs are computed all the same where somebody may be listening.
     cache.outputs_unread = not _is_watched(model)
     try:
-        for start in range(0, tokens - last, chunk):
-            part = _part(kwargs, tokens, start, min(start + chunk, tokens - last))
+        for start in chunks:
+            part = _part(kwargs, tokens, start, min(start + chunks.step, chunks.stop))
             for name in ("logits_to_keep", "labels"):  # of the head
                 part.pop(name, None)
-            with contextlib.suppress(PromptTaken), fast_linear_layers(given.device):
+            with contextlib.suppress(PromptTaken), fast_linear_layers(device):
                 model.model(**part)
     finally:
         cache.outputs_unread = False
-    return _part(kwargs, tokens, tokens - last, tokens)
+
+
+def _can_be_read_by_rows(model: Any, kwargs: dict[str, Any], cache: StudentCache) -> bool:
+    """Tell whether rows may be read apart: they are whole prompts, and no head keeps all keys."""
+    mask = kwargs.get("attention_mask")
+    return (
+        mask is not None
+        and model.prefill_chunk is None
+        and cache.lengths is None
+        and kwargs.get("segment_ids") is None
+        and mask.shape == _given(kwargs).shape[:2]
+        and not any(mixer.kept.kept for mixer in model.mixers())
+    )
+
+
+def _read_by_rows(model: Any, kwargs: dict[str, Any], tokens: int, read: int, at_once: int) -> None:
+    """Have a body take in `read` tokens of each row, some rows at a time without their padding.
+
+    Rows of similar length are neighbours in an evaluation, so that little padding is left.
+    """
+    cache, mask = kwargs["past_key_values"], kwargs["attention_mask"]
+    parts: list[StudentCache] = []
+    for rows in torch.arange(len(mask)).split(at_once):
+        part, own = dict(kwargs), model.new_cache()
+        for name in (*OF_TOKENS, "attention_mask"):
+            given = kwargs.get(name)
+            if given is not None and len(given) == len(mask):
+                part[name] = given[rows]
+        part["past_key_values"] = own
+        if parts:  # what was computed of the weights
+            for layer, first in zip(own.mixer_layers(), parts[0].mixer_layers(), strict=True):
+                layer.folded = first.folded
+        # The last token read is kept, also of a row that is shorter: it may be padding alone.
+        padding = int((part["attention_mask"][:, : read - 1] == 0).all(dim=0).cumprod(0).sum())
+        part = _part(part, tokens, padding, tokens, held=padding)
+        _read(model, part, tokens - padding, range(0, read - padding, CHUNK_CPU // at_once))
+        parts.append(own)
+    cache.join_rows(parts, read)
 
 
 def take_in(
@@ -170,14 +224,19 @@ def can_be_read_apart(model: Any, kwargs: dict[str, Any], chunk: int) -> bool:
     return not wants_all and not torch.is_grad_enabled()
 
 
-def _part(kwargs: dict[str, Any], tokens: int, start: int, end: int) -> dict[str, Any]:
-    """Cut the arguments of a forward pass to the tokens from `start` on, before `end`."""
+def _part(
+    kwargs: dict[str, Any], tokens: int, start: int, end: int, held: int = 0
+) -> dict[str, Any]:
+    """Cut the arguments of a forward pass to the tokens from `start` on, before `end`.
+
+    The mask covers what came before too, without its first `held` tokens.
+    """
     found = dict(kwargs)
-    for name in ("input_ids", "inputs_embeds", "position_ids", "segment_ids"):
+    for name in OF_TOKENS:
         if found.get(name) is not None:
             found[name] = found[name][:, start:end]
     mask = found.get("attention_mask")
     if mask is not None:
         # It may cover what the cache held before.
-        found["attention_mask"] = mask[:, : mask.shape[1] - tokens + end]
+        found["attention_mask"] = mask[:, held : mask.shape[1] - tokens + end]
     return found
