@@ -17,6 +17,7 @@ REPLACED: dict[Place, Place] = {
         ("xlstm_kernels.api", name): (STANDALONE, name)
         for name in (
             "mlstm",
+            "mlstm_state",
             "mlstm_step",
             "window_step",
             "hybrid_step",

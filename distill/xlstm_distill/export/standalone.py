@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xlstm_kernels.state import MLSTMState, Ring, RingSlots
+from xlstm_kernels.torch.absorbed import state_after
 from xlstm_kernels.torch.bounded import bounded_attention
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
 from xlstm_kernels.torch.recurrent import (
@@ -47,6 +49,24 @@ def mlstm(
     check_backend(backend)
     h, final = mlstm_chunkwise(q, k, v, i, f, segment_ids=segment_ids, state=state)
     return (h, final) if return_state else h
+
+
+def mlstm_state(
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    state: MLSTMState,
+    segment_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> MLSTMState:
+    """Return the state after a sequence, as `xlstm_kernels.mlstm_state` does in plain torch."""
+    check_backend(backend)
+    if k.device.type == "cpu":
+        return state_after(k, v, i, f, segment_ids=segment_ids, state=state)
+    with torch.no_grad():
+        return mlstm_chunkwise(k, k, v, i, f, segment_ids=segment_ids, state=state)[1]
 
 
 def mlstm_step(
