@@ -9,7 +9,7 @@ Every case is a row of the table as soon as it is there, and a line of JSON in `
 fails says why. The attention's cache is transformers' default, which grows with the prompt. With
 `--compile` a compiled step of both takes its turns too, the attention's with transformers' static
 cache; the fastest of each are compared. With `--same-products` the attention also reads the prompt
-with its linear layers as the student's (`models/decoding/products.py`).
+with its linear layers as the student's (`runtime/products.py`).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Sta
 from xlstm_distill.benchmarks.llamas import MODELS
 from xlstm_distill.models.cache import StudentCache
 from xlstm_distill.models.decoding.compiled import compile_decoding
-from xlstm_distill.models.decoding.products import fast_linear_layers
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.runtime.device import forget_peak, peak_bytes
+from xlstm_distill.runtime.products import fast_linear_layers
 
 VARIANTS = ("student", "attention")
 MIB = 2**20

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 FeatureMapName = Literal["softmax", "hedgehog"]
 
@@ -58,7 +59,7 @@ class FeatureMap(nn.Module):
         """Return φ(x), (B, H, T, F), in x's dtype; the softmax runs in fp32."""
         heads, features, dim = self.weight.shape
         batch, groups, tokens, _ = x.shape
-        if self.name == "hedgehog" and tokens > 1 and not _records():
+        if self.name == "hedgehog" and tokens > 1 and _in_few_passes(x.device):
             return self._both_signs(x)
         # One product for the heads of a group: they read the same x.
         weight = self.weight.view(groups, heads // groups * features, dim).mT
@@ -82,20 +83,45 @@ class FeatureMap(nn.Module):
     def _both_signs(self, x: Tensor) -> Tensor:
         """Return the features of `hedgehog` as `forward` does, in half of its passes over memory.
 
-        Without gradients. Halving writes the order of the heads.
+        Halving writes the order of the heads.
         """
         heads, features, dim = self.weight.shape
         batch, groups, tokens, _ = x.shape
         weight = self.weight.view(groups, -1, dim).mT
         given = x if x.dtype == weight.dtype else in_dtype_of(x, weight)
         mapped = torch.matmul(given, weight).view(batch, groups, tokens, -1, features).float()
-        out = mapped.new_empty(batch, groups, heads // groups, tokens, 2, features)
+        found: Tensor = _BothSigns.apply(mapped)
+        return found.view(batch, heads, tokens, -1).to(x.dtype)
+
+
+class _BothSigns(torch.autograd.Function):
+    """[softmax(x), softmax(-x)] / 2 of x (B, G, T, H/G, F), as (B, G, H/G, T, 2, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        batch, groups, tokens, heads, features = x.shape
+        out = x.new_empty(batch, groups, heads, tokens, 2, features)
         plus, minus = out.transpose(2, 3).unbind(-2)
-        torch.mul(mapped.softmax(dim=-1), 0.5, out=plus)
-        torch.mul(mapped.neg_().softmax(dim=-1), 0.5, out=minus)
-        return out.view(batch, heads, tokens, -1).to(x.dtype)
+        torch.mul(x.softmax(dim=-1), 0.5, out=plus)
+        torch.mul(x.neg().softmax(dim=-1), 0.5, out=minus)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return the gradient of x: of y = softmax(x) / 2, that is y (g - 2 sum(g y))."""
+        (out,) = ctx.saved_tensors
+        found = grad * out
+        found.addcmul_(out, found.sum(dim=-1, keepdim=True), value=-2.0)
+        plus, minus = found.transpose(2, 3).unbind(-2)
+        return torch.sub(plus, minus, out=plus.new_empty(plus.shape))
 
 
-def _records() -> bool:
-    """Tell whether what is computed may be differentiated, or is a graph to be made."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+def _in_few_passes(device: torch.device) -> bool:
+    """Tell whether passes over memory are spared by writing in place.
+
+    Not in a graph to be made. On a GPU gradients are still autograd's own, as they were measured.
+    """
+    recorded = torch.is_grad_enabled()
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or not recorded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -42,8 +43,11 @@ def teacher_hidden(
         found = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return found.last_hidden_state
     masks: dict[int | None, Tensor | None] = {}
+    in_documents = packed and reads_documents(input_ids.device)
 
     def give_mask(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        if in_documents:
+            return args, {**kwargs, "segment_ids": segment_ids}
         # Layers of a hybrid (Olmo 3) differ in their reach; each mask is made once.
         reach = family.reach(attention)
         if reach not in masks:
@@ -56,17 +60,24 @@ def teacher_hidden(
     ]
     # transformers hands a four-dimensional mask through as it is, and looks for no documents.
     no_documents = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    blocks = attention_in_blocks(teacher) if in_documents else contextlib.nullcontext()
     try:
-        found = body(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=no_documents,
-            use_cache=False,
-        )
+        with blocks:
+            found = body(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=no_documents,
+                use_cache=False,
+            )
     finally:
         for handle in handles:
             handle.remove()
     return found.last_hidden_state
+
+
+def reads_documents(device: torch.device) -> bool:
+    """Tell whether attention looks where documents begin; a GPU would have to be waited for."""
+    return device.type == "cpu"
 
 
 def _attention_mask(segment_ids: Tensor, reach: int | None, *, packed: bool) -> Tensor | None:

@@ -17,12 +17,12 @@ from xlstm_distill.artifacts import Artifact, Draft, Run
 from xlstm_distill.artifacts.hashing import digest
 from xlstm_distill.data.rows import DomainRows, Row, load_batch
 from xlstm_distill.errors import RunError
-from xlstm_distill.models.decoding.products import fast_linear_layers, fast_prompts
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.gates import GateMeter
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.recipe import Recipe
 from xlstm_distill.runtime.console import Console
+from xlstm_distill.runtime.products import fast_linear_layers, fast_prompts
 from xlstm_distill.runtime.ranks import (
     from_rank_zero,
     gather_objects,

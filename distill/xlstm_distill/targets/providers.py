@@ -17,6 +17,7 @@ from xlstm_distill.losses.head import fuse_head
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM, logit_cap, logit_factor
 from xlstm_distill.models.packed import teacher_hidden
+from xlstm_distill.runtime.products import fast_linear_layers
 from xlstm_distill.targets.codec import TargetRow
 from xlstm_distill.targets.shard import refusal
 from xlstm_distill.targets.store import INDEX_FILE, Store
@@ -68,13 +69,14 @@ class OnlineTargets:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> SparseTargets:
-        hidden = teacher_hidden(
-            self.teacher,
-            batch.input_ids,
-            batch.position_ids,
-            batch.segment_ids,
-            packed=batch.packed,
-        )
+        with fast_linear_layers(self.device):
+            hidden = teacher_hidden(
+                self.teacher,
+                batch.input_ids,
+                batch.position_ids,
+                batch.segment_ids,
+                packed=batch.packed,
+            )
         kept = hidden.flatten(0, 1).index_select(0, batch.kept)
         # Cut by mass as the store cuts, so that both sources keep the same ids. Not narrowed: the
         # widest row is known to the device alone, and padding costs little beside the logits.

@@ -7,6 +7,7 @@ for each batch.
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -259,10 +260,15 @@ class LayerView:
     heads: Tensor
 
 
+class AllSeen(Exception):
+    """No error: the last layer that is observed has given its heads."""
+
+
 class TeacherObserver:
     """Runs the teacher's body and records each attention's input and its heads.
 
-    The heads are what the output projection gets. layers: which layers; None means all.
+    The heads are what the output projection gets. layers: which layers; None means all. What comes
+    after the last heads is not computed.
     """
 
     def __init__(self, teacher: CausalLM, layers: Sequence[int] | None = None) -> None:
@@ -281,6 +287,8 @@ class TeacherObserver:
 
         def record_heads(_: object, args: tuple[Tensor]) -> None:
             heads.append(args[0])
+            if len(heads) == len(self.layers):
+                raise AllSeen
 
         handles = []
         for layer in self.layers:
@@ -291,13 +299,14 @@ class TeacherObserver:
                 attention.o_proj.register_forward_pre_hook(record_heads),
             ]
         try:
-            teacher_hidden(
-                self.teacher,
-                batch.input_ids,
-                batch.position_ids,
-                batch.segment_ids,
-                packed=batch.packed,
-            )
+            with contextlib.suppress(AllSeen):
+                teacher_hidden(
+                    self.teacher,
+                    batch.input_ids,
+                    batch.position_ids,
+                    batch.segment_ids,
+                    packed=batch.packed,
+                )
         finally:
             for handle in handles:
                 handle.remove()

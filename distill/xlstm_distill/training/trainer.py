@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,9 +22,15 @@ from xlstm_distill.errors import RunError, UserError
 from xlstm_distill.runtime import signals
 from xlstm_distill.runtime.arithmetic import arithmetic, differences
 from xlstm_distill.runtime.console import Console, QuietConsole
-from xlstm_distill.runtime.device import forget_peak, peak_bytes, published_peak
+from xlstm_distill.runtime.device import (
+    forget_peak,
+    keep_freed_memory,
+    peak_bytes,
+    published_peak,
+)
 from xlstm_distill.runtime.exchange import Agreed, exchange
 from xlstm_distill.runtime.prefetch import Prefetcher
+from xlstm_distill.runtime.products import fast_linear_layers
 from xlstm_distill.runtime.ranks import gathered
 from xlstm_distill.training.accelerator import clip_gradients, micro_step, prepare, running_layout
 from xlstm_distill.training.checkpoints import Checkpoint, Checkpoints
@@ -119,6 +125,10 @@ class Trainer:
 
     def run(self) -> TrainingResult:
         """Train from the newest checkpoint, or from the start, to the end."""
+        with keep_freed_memory(self.accelerator.device):
+            return self._run()
+
+    def _run(self) -> TrainingResult:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.checkpoints.clean()
         start, before = self._resume()
@@ -341,7 +351,7 @@ class Trainer:
         losses = []
         for n, batch in enumerate(batches):
             last, wait = n == len(batches) - 1, self.reduction.waits
-            with micro_step(accelerator, self.wrapped, last=last, wait=wait):
+            with micro_step(accelerator, self.wrapped, last=last, wait=wait), self._products():
                 # Moved one by one: the targets of all would take as much of the GPU as they do
                 # of the host.
                 sums = self.wrapped(batch.to(accelerator.device))
@@ -352,6 +362,12 @@ class Trainer:
             for name, value in {"loss": losses[-1], **sums.parts}.items():
                 totals[name] = totals.get(name, 0) + value.float()
         return totals, losses
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """Surround a micro-batch, also its backward pass, which may compute layers again."""
+        if self.compiled:  # its graphs have products of their own
+            return contextlib.nullcontext()
+        return fast_linear_layers(self.accelerator.device)
 
     def _find_origin(
         self, figure: str, losses: list[torch.Tensor], batches: list[Batch]

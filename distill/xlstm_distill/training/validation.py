@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xlstm_distill.data.rows import DomainRows, Row
 from xlstm_distill.models.gates import GateMeter
+from xlstm_distill.runtime.products import fast_linear_layers
 from xlstm_distill.training.accelerator import reshard
 from xlstm_distill.training.compilation import eagerly
 from xlstm_distill.training.objectives import Objective
@@ -32,7 +33,7 @@ def validate(
     totals: dict[str, Tensor] = {}
     wrapped.eval()
     # The meter hooks into modules that may be inside of compiled parts.
-    with eagerly(), GateMeter(wrapped) as meter:
+    with eagerly(), fast_linear_layers(accelerator.device), GateMeter(wrapped) as meter:
         processes, rank = accelerator.num_processes, accelerator.process_index
         for part, counts in rank_batches(domains, rows, processes=processes, rank=rank):
             read = objective.load(domains, part)

@@ -13,6 +13,7 @@ from xlstm_kernels.state import LOG_ZERO, MLSTMState
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # its products would be of bfloat16
 def state_after(
     k: Tensor,
     v: Tensor,
@@ -31,21 +32,22 @@ def state_after(
     """
     (B, H, T, Dk), (G, Dv), exact = k.shape, (v.shape[1], v.shape[3]), state.C.dtype
     # From the end on: each sum has its own terms alone, and no difference of two cancels.
-    sums = F.logsigmoid(f.to(exact)).flip(-1).cumsum(-1).flip(-1)
-    entering, log_weights = sums[..., 0], F.pad(sums[..., 1:], (0, 1)) + i.to(exact)
+    # In float64, because a large sum or i would round away what the weights differ in.
+    sums = F.logsigmoid(f.to(exact)).double().flip(-1).cumsum(-1).flip(-1)
+    entering, log_weights = sums[..., 0], F.pad(sums[..., 1:], (0, 1)) + i
     if segment_ids is not None:
         runs = document_runs(segment_ids)
         earlier = runs != runs[:, -1:]
         log_weights.masked_fill_(earlier[:, None], LOG_ZERO)
         entering = entering.masked_fill(earlier[:, :1], LOG_ZERO)
-    m = torch.maximum(entering + state.m, log_weights.amax(-1))
-    # The difference of both m first: a sum with a large one would be rounded to its size.
-    decay = _exp(entering - (m - state.m))[..., None]
-    weights = _exp(log_weights - m[..., None])[..., None]
+    m = torch.maximum(entering + state.m, log_weights.amax(-1)).to(exact)
+    decay = _exp((entering - (m.double() - state.m)).to(exact))[..., None]
+    weights = _exp((log_weights - m[..., None]).to(exact))[..., None]
     # Weighed values, which are narrower than keys, and a column of weights for the normaliser.
     weighed = v.new_empty(B, H, T, Dv + 1, dtype=exact)
     values = weighed[..., :Dv].unflatten(1, (G, -1))
-    torch.mul(weights.unflatten(1, (G, -1)), v.to(exact)[:, :, None], out=values)
+    values.copy_(v[:, :, None])
+    values.mul_(weights.unflatten(1, (G, -1)))
     weighed[..., Dv:] = weights
     written = torch.bmm(k.to(exact).flatten(0, 1).mT, weighed.flatten(0, 1)).view(B, H, Dk, Dv + 1)
     C = torch.addcmul(written[..., :Dv], state.C, decay[..., None])

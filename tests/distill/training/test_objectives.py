@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
-from xlstm_distill import MixerConfig, convert
+from xlstm_distill import MixerConfig, convert, models
 from xlstm_distill.data.rows import IGNORE_INDEX, load_batch
 from xlstm_distill.targets.providers import kept_logits
 from xlstm_distill.training.objectives import AlignObjective, TeacherObserver
@@ -31,21 +33,26 @@ OWN_SOFTMAX = {
 }
 
 
-@pytest.mark.parametrize("family", OWN_SOFTMAX)
-def test_a_teacher_with_a_softmax_of_its_own_attends_as_transformers_has_it(
-    family, tiny_teacher, domains
+@pytest.mark.parametrize(
+    ("family", "by_mask"),
+    [*((family, False) for family in OWN_SOFTMAX), *product(("llama", "olmo3"), (False, True))],
+)
+def test_a_teacher_attends_in_documents_as_transformers_has_it(
+    family, by_mask, tiny_teacher, domains, monkeypatch
 ):
-    """Targets of both stages: the observed heads are the eager attention's, document by document.
+    """Targets of both stages: the observed heads are transformers' own, document by document.
 
-    transformers itself lets documents of a row see each other in gpt-oss.
+    transformers itself lets documents of a row see each other in gpt-oss. by_mask: as on a GPU.
     """
-    teacher = tiny_teacher(family, **OWN_SOFTMAX[family])
+    monkeypatch.setattr(models.packed, "reads_documents", lambda device: not by_mask)
+    teacher = tiny_teacher(family, **OWN_SOFTMAX.get(family, {}))
     with torch.no_grad():
         for layer in teacher.model.layers if family == "gpt_oss" else ():
             layer.self_attn.sinks.normal_(mean=2.0)  # as large a part as the tokens
     batch = load_batch(domains, [("a", 4), ("b", 5)])
     packed = torch.stack([layer.heads for layer in TeacherObserver(teacher)(batch)])
-    assert teacher.config._attn_implementation == "eager"
+    own = "eager" if family in OWN_SOFTMAX else "sdpa"
+    assert teacher.config._attn_implementation == own
     alone = torch.zeros_like(packed)
     seen = []
     handles = [

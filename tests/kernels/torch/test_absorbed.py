@@ -61,6 +61,38 @@ def test_extreme_gates_match_reference(gates: tuple, stabiliser: float) -> None:
     assert_matches_reference(inputs, state | {"m": state["m"] + stabiliser})
 
 
+# Large exponents, of which the weights are small differences: input gates, and a last token whose
+# forget gate is closed and which writes less than it lets through.
+@pytest.mark.parametrize("last", [None, (-1e4, -6e4)])
+def test_large_exponents_cost_no_digits(last: tuple[float, float] | None) -> None:
+    inputs, state = given(130), held()
+    inputs["f"] += 4.0
+    if last is None:
+        inputs["i"] += 3e4
+        state["m"] += 3e4
+    else:
+        inputs["f"][..., -1], inputs["i"][..., -1] = last
+    exact, before = to_float64(inputs), MLSTMState(**to_float64(state))
+    _, expected = mlstm_reference(**exact, state=before)
+    del inputs["q"]
+    found = mlstm_state(**inputs, state=MLSTMState(**state))
+    # float32 holds m to 1e-3 only; C and n are in units of its exponential.
+    unit = (found.m.double() - expected.m).exp()
+    assert error_ratio(found.C * unit[..., None, None], expected.C) < BOUND
+    assert error_ratio(found.n * unit[..., None], expected.n) < BOUND
+
+
+def test_autocast_and_compilers_change_nothing() -> None:
+    inputs, state = given(40), MLSTMState(**held())
+    del inputs["q"]
+    plain = mlstm_state(**inputs, state=state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mlstm_state(**inputs, state=state)
+    compiled = torch.compile(mlstm_state, backend="eager", fullgraph=True)
+    for other in (found, compiled(**inputs, state=state)):
+        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
 def test_the_state_that_is_given_stays_as_it_is_and_low_precision_is_widened() -> None:
     inputs, state = given(40), held()
     kept = {name: x.clone() for name, x in state.items()}

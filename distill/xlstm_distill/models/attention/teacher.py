@@ -1,6 +1,8 @@
-"""The attention of teachers whose softmax PyTorch's fused attention does not compute.
+"""The attention of teachers where transformers' own would be slow.
 
-transformers would run them eagerly, with scores of T x T in the model's own precision.
+Where PyTorch's fused attention does not compute a teacher's softmax, transformers would run it
+eagerly, with scores of T x T in the model's own precision. And on a CPU, a mask of documents makes
+the fused attention compute all that it hides.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -53,6 +57,9 @@ def attend(
     """
     given: dict[str, Any] = {"softcap": softcap, "sink_logits": s_aux}
     reach = family_of(str(getattr(module, "config").model_type)).reach(module)  # noqa: B009
+    fused = softcap is None and s_aux is None
+    if fused and reach is None and segment_ids is not None and query.device.type == "cpu":
+        return _by_document(query, key, value, scaling, segment_ids), None
     if reach is None:
         documents = None if segment_ids is None else (segment_ids, segment_ids)
         found = full_attention(query, key, value, scaling, documents, **given)
@@ -60,3 +67,21 @@ def attend(
         settings: dict[str, Any] = {"window": reach, "sinks": 0, "segment_ids": segment_ids}
         found = sliding_window_attention(query, key, value, scale=scaling, **settings, **given)
     return found.transpose(1, 2).contiguous(), None
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, scaling: float, segment_ids: Tensor) -> Tensor:
+    """Attend in one document after the other, (B, T, H, D), by the kernel that needs no mask.
+
+    A document is a run of equal segment_ids (B, T).
+    """
+    out = q.new_empty(*segment_ids.shape, q.shape[1], v.shape[3])
+    grouped = q.shape[1] != k.shape[1]
+    for row, ids in enumerate(segment_ids.numpy()):
+        ends = [*np.flatnonzero(np.diff(ids)) + 1, len(ids)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            queries, keys, values = (x[row : row + 1, :, start:end] for x in (q, k, v))
+            found = F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped
+            )
+            out[row, start:end] = found[0].transpose(0, 1)
+    return out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xlstm_distill.models.attention.heads import take
 from xlstm_distill.models.cache import Arrival, MixerCacheLayer, StudentCache
-from xlstm_distill.models.decoding.products import fast_linear_layers
+from xlstm_distill.runtime.products import fast_linear_layers
 from xlstm_kernels import mlstm_state
 from xlstm_kernels.state import state_dtype
 

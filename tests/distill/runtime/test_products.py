@@ -1,4 +1,4 @@
-"""Linear layers of long prompts: the same numbers, where it pays, of plain tensors only."""
+"""Linear layers of many rows: the same numbers, where it pays, of plain tensors only."""
 
 import contextlib
 
@@ -7,8 +7,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from xlstm_distill import MixerConfig, convert
-from xlstm_distill.models.decoding import prefill, products
-from xlstm_distill.models.decoding.products import LEAST_ROWS, LinearAsConvolution
+from xlstm_distill.models.decoding import prefill
+from xlstm_distill.runtime import products
+from xlstm_distill.runtime.products import LEAST_ROWS, LEAST_WIDTH, LinearAsConvolution
 from xlstm_kernels.testing import error_ratio
 
 F = torch.nn.functional
@@ -30,12 +31,28 @@ def convolutions(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor,
 def test_gives_the_same_product(shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(*shape[:-2], shape[-1], shape[-2]).mT  # in another order in memory
-    given = [torch.randn(n, *rest) for n, *rest in [(10, shape[-1]), (10,)][: 1 + bias]]
+    given = [torch.randn(n, *rest) for n, *rest in [(18, shape[-1]), (18,)][: 1 + bias]]
     found, used = convolutions(x, *given)
     truth = F.linear(x.double(), *(y.double() for y in given))
     assert used == 1
     assert found.is_contiguous()
     assert (found - truth).norm() < 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(LEAST_ROWS, 24), (3, 111, 24)])
+def test_gives_the_same_gradients(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(n, *rest) for n, *rest in [shape, (18, 24), (18,)][: 2 + bias]]
+    back, found = torch.randn(*shape[:-1], 18), {}
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        with LinearAsConvolution(), profile(activities=[ProfilerActivity.CPU]) as seen:
+            found[dtype] = torch.autograd.grad(F.linear(*leaves), leaves, back.to(dtype))
+        used = sum(event.name == "aten::convolution_backward" for event in seen.events())
+        assert used == (dtype == torch.float32)
+    for single, exact in zip(*found.values(), strict=True):
+        assert error_ratio(single, exact) < 1e-6
 
 
 def test_rows_are_filled_up_to_few_numbers(monkeypatch) -> None:
@@ -44,21 +61,24 @@ def test_rows_are_filled_up_to_few_numbers(monkeypatch) -> None:
     monkeypatch.setattr(F, "conv2d", lambda x, *y, **z: counts.add(x.shape) or convolve(x, *y, **z))
     for rows in range(LEAST_ROWS, LEAST_ROWS + 129):
         with LinearAsConvolution():
-            assert F.linear(torch.ones(rows, 8), torch.ones(4, 8)).eq(8).all()
+            assert F.linear(torch.ones(rows, 8), torch.ones(16, 8)).eq(8).all()
     assert len(counts) == 3
 
 
 @pytest.mark.parametrize(
-    ("rows", "kind", "dtype"),
+    ("rows", "width", "kind", "dtype"),
     [
-        (LEAST_ROWS - 1, torch.Tensor, torch.float32),
-        (LEAST_ROWS, Quantised, torch.float32),
-        (LEAST_ROWS, torch.Tensor, torch.float64),
-        (LEAST_ROWS, torch.Tensor, torch.bfloat16),
+        (LEAST_ROWS - 1, LEAST_WIDTH, torch.Tensor, torch.float32),
+        (LEAST_ROWS, LEAST_WIDTH - 1, torch.Tensor, torch.float32),
+        (LEAST_ROWS, LEAST_WIDTH, Quantised, torch.float32),
+        (LEAST_ROWS, LEAST_WIDTH, torch.Tensor, torch.float64),
+        (LEAST_ROWS, LEAST_WIDTH, torch.Tensor, torch.bfloat16),
     ],
 )
-def test_leaves_other_products_as_they_are(rows: int, kind: type, dtype: torch.dtype) -> None:
-    x, weight = torch.randn(rows, 8).to(dtype), torch.randn(4, 8).to(dtype)
+def test_leaves_other_products_as_they_are(
+    rows: int, width: int, kind: type, dtype: torch.dtype
+) -> None:
+    x, weight = torch.randn(rows, 8).to(dtype), torch.randn(width, 8).to(dtype)
     found, used = convolutions(x, weight.as_subclass(kind))
     assert used == 0
     assert torch.equal(found, F.linear(x, weight))

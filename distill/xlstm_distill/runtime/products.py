@@ -1,4 +1,4 @@
-"""Linear layers of long prompts on CPUs whose fast units torch's own product leaves unused."""
+"""Linear layers of many rows on CPUs whose fast units torch's own product leaves unused."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 LEAST_ROWS = 256  # below, arranging the weights takes what the product saves
+LEAST_WIDTH = 16  # numbers of a vector; narrower layers, as gates, take several times as long
 # oneDNN keeps what it makes for a number of rows, 0.2 MiB and more, so there should be few of them.
 ROW_STEP = 64
 CPU_INFO = Path("/proc/cpuinfo")
@@ -25,7 +26,8 @@ def fast_linear_layers(device: torch.device) -> AbstractContextManager[Any]:
 
     torch multiplies float32 matrices by MKL, which uses half of the width of an AMD processor with
     AVX-512; convolutions go to oneDNN, which uses all of it. Measured: 235 in place of 107 GFLOP/s.
-    The sums are the same but for their order. Not differentiable.
+    The sums are the same but for their order. Gradients are convolutions too. Those of layers that
+    are computed again for the backward pass must be asked for inside.
     """
     if device.type != "cpu" or not is_mkl_narrow() or not torch.backends.mkldnn.enabled:
         return contextlib.nullcontext()
@@ -84,6 +86,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         x.numel() >= LEAST_ROWS * weight.shape[-1] > 0
         and weight.ndim == 2
+        and len(weight) >= LEAST_WIDTH
         # Quantised weights and others have classes of their own.
         and all(type(y) in (Tensor, torch.nn.Parameter) for y in given)
         and all(y.dtype == torch.float32 and y.device.type == "cpu" for y in given)
@@ -93,19 +96,17 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply x (..., d) with a weight (n, d), as a convolution whose kernel is one pixel."""
-    count = x.numel() // x.shape[-1]
-    if missing := -count % ROW_STEP:
-        rows = x.new_empty(count + missing, x.shape[-1])
-        rows[:count].view(x.shape).copy_(x)
-        rows[count:] = 0
-    else:
-        rows = x.contiguous().view(count, -1)
+    rows = x.reshape(-1, x.shape[-1])
+    count = len(rows)
+    missing = -count % ROW_STEP
+    rows = F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
     # Rows are pixels and features are channels, which come last in memory.
-    image = rows[None, None].permute(0, 3, 1, 2)
+    image = rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2)
     # One pixel cannot be dilated. But torch gives oneDNN such a kernel in one thread only if it is.
     found = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)
-    found = found.permute(0, 2, 3, 1).contiguous()[0, 0, :count]
-    return found.view(*x.shape[:-1], -1)
+    found = found.permute(0, 2, 3, 1).reshape(len(rows), -1)
+    # Cut only where it must be: the gradient of a part is a copy.
+    return (found[:count] if missing else found).view(*x.shape[:-1], -1)
 
 
 @functools.lru_cache(maxsize=1)
