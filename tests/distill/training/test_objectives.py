@@ -26,6 +26,21 @@ def test_the_observer_sees_what_the_projection_gets(family, tiny_teacher, domain
         assert error_ratio(mixed[batch.real], seen.heads[batch.real].double()) < 1e-6
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_only_a_whole_teachers_pass_ends_with_the_last_heads(sharded, tiny_teacher, domains):
+    """What shards a model (ZeRO-3 marks its parameters) frees a layer's weights at its end."""
+    teacher = tiny_teacher("llama")
+    batch = load_batch(domains, [("a", 4)])
+    expected = [layer.heads for layer in TeacherObserver(teacher)(batch)]
+    ended = []
+    teacher.model.norm.register_forward_hook(lambda *_: ended.append(True))
+    if sharded:
+        teacher.model.norm.weight.ds_id = 0
+    seen = [layer.heads for layer in TeacherObserver(teacher)(batch)]
+    assert len(ended) == sharded
+    assert all(map(torch.equal, seen, expected))
+
+
 OWN_SOFTMAX = {
     # Scores are about as large as the bound.
     "gemma2": {"attn_logit_softcapping": 1.0, "sliding_window": 8},
