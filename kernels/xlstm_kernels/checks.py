@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from xlstm_kernels.registration import refuse_forward_mode
 from xlstm_kernels.state import MLSTMState, Ring, state_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,6 +27,7 @@ def check_sequence(
 ) -> None:
     """Check a sequence of the mLSTM, and the state it continues from."""
     check_floats("mlstm", q=q, k=k, v=v, i=i, f=f)
+    refuse_forward_mode("mlstm", q, k, v, i, f)
     check_shape("mlstm", "q", q, "(B, H, T, Dk)", (None, None, None, None))
     B, H, T, _ = q.shape
     check_shape("mlstm", "k", k, "(B, H, T, Dk), as q", tuple(q.shape))
@@ -59,6 +61,7 @@ def check_window(
     """Check sliding-window attention."""
     name = "sliding_window_attention"
     check_floats(name, q=q, k=k, v=v)
+    refuse_forward_mode(name, q, k, v)
     check_shape(name, "q", q, "(B, H, T, D)", (None, None, None, None))
     B, _, T, D = q.shape
     check_shape(name, "k", k, "(B, G, T, D)", (B, None, T, D))

@@ -151,6 +151,20 @@ def test_a_second_derivative_raises(backend: Any, operator: str, device: str) ->
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("operator", ["mlstm", "sliding_window_attention"])
+def test_a_forward_mode_derivative_raises(operator: str) -> None:
+    # torch itself would return one of 0.
+    x = {name: t.detach() for name, t in inputs_of(20, "cpu").items()}
+
+    def call(q: Tensor) -> Tensor:
+        if operator == "mlstm":
+            return mlstm(**x | {"q": q})
+        return sliding_window_attention(q, x["k"], x["q"], window=5, sinks=1)
+
+    with pytest.raises(NotImplementedError, match=f"^{operator}: forward-mode derivatives"):
+        torch.func.jvp(call, (x["q"],), (x["q"],))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_reaches_neither_pass(backend: Any, device: str) -> None:
     x = inputs_of(70, device)

@@ -89,9 +89,10 @@ class FeatureMap(nn.Module):
         batch, groups, tokens, _ = x.shape
         weight = self.weight.view(groups, -1, dim).mT
         given = x if x.dtype == weight.dtype else in_dtype_of(x, weight)
-        mapped = torch.matmul(given, weight).view(batch, groups, tokens, -1, features).float()
+        mapped = torch.matmul(given, weight)
+        mapped = mapped.view(batch, groups, tokens, heads // groups, features).float()
         found: Tensor = _BothSigns.apply(mapped)
-        return found.view(batch, heads, tokens, -1).to(x.dtype)
+        return found.view(batch, heads, tokens, 2 * features).to(x.dtype)
 
 
 class _BothSigns(torch.autograd.Function):

@@ -25,6 +25,7 @@ def test_feature_map_is_linear_then_softmax_per_query_head(name, features):
     out = phi(x)
     assert out.shape == (2, 4, 5, phi.out_features)
     torch.testing.assert_close(out.sum(-1), torch.ones(2, 4, 5))
+    assert phi(x[:0]).shape == (0, 4, 5, phi.out_features)
     for head in range(4):
         mapped = x[:, head // 2].double() @ phi.weight[head].double().T
         parts = (
