@@ -9,8 +9,8 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from xlstm_kernels.registration import refuse_forward_mode
 from xlstm_kernels.state import MLSTMState, Ring, state_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -187,6 +187,17 @@ def check_floats(operator: str, **tensors: Tensor) -> None:
         if x.device != device:
             where = f"is on {x.device}, but the first argument is on {device}"
             raise ValueError(f"{operator}: {name} {where}; use one")
+
+
+def refuse_forward_mode(operator: str, *inputs: Tensor) -> None:
+    """Refuse inputs with a tangent: torch would drop it, and the derivative would be 0."""
+    if torch.compiler.is_compiling():  # it could not trace the question
+        return
+    if any(unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            f"{operator}: forward-mode derivatives (jvp) are not implemented; use backward(), or "
+            "the operator's float64 reference in xlstm_kernels.reference"
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

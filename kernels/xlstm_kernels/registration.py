@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 Like = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -26,14 +25,3 @@ def refuse_second_derivative(operator: str, ctx: Any, *grads: Any) -> NoReturn:
         f"{operator}: second derivatives are not implemented; differentiate once, or use "
         "the operator's float64 reference in xlstm_kernels.reference"
     )
-
-
-def refuse_forward_mode(operator: str, *inputs: Tensor) -> None:
-    """Refuse inputs with a tangent: torch would drop it, and the derivative would be 0."""
-    if torch.compiler.is_compiling():  # it could not trace the question
-        return
-    if any(unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError(
-            f"{operator}: forward-mode derivatives (jvp) are not implemented; use backward(), or "
-            "the operator's float64 reference in xlstm_kernels.reference"
-        )
