@@ -297,9 +297,10 @@ def _feature_maps(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
 
 def mlstm_saved(a: Architecture, mixer: MixerConfig, forward: Pass) -> Saved:
     """Count the mLSTM of all heads, from features to its output."""
-    # The operator's features are the softmax itself, unless they were cast to bf16 or joined from
-    # two softmaxes.
-    copied = forward.compute < FP32 or mixer.feature_map == "hedgehog"
+    # The operator's features are the softmax itself, unless they were cast to bf16, or joined from
+    # two softmaxes. On a CPU both are written in one place.
+    joined = mixer.feature_map == "hedgehog" and forward.device != "cpu"
+    copied = forward.compute < FP32 or joined
     width = features(mixer, a)
     inputs = Saved(2 * forward.compute * a.heads * width if copied else 0)
     if "window" not in mixer.branches:  # else `_window` counts the values
