@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -357,10 +357,11 @@ class MixerCacheLayer(CacheLayerMixin):
         """Hold the rows of other layers, as `StudentCache.join_rows` says."""
         first = parts[0]
         if first.keys is not None:
-            self.keys = torch.cat([part.keys for part in parts])
-            self.values = torch.cat([part.values for part in parts])
+            # Layers of one mixer: all have keys, or none does.
+            self.keys = torch.cat([cast("Tensor", part.keys) for part in parts])
+            self.values = torch.cat([cast("Tensor", part.values) for part in parts])
         if first.state is not None:
-            states = zip(*(part.state for part in parts), strict=True)
+            states = zip(*(cast("MLSTMState", part.state) for part in parts), strict=True)
             self.state = MLSTMState(*(torch.cat(tensors) for tensors in states))
         self.is_initialized, self.seen, self.folded = True, seen, first.folded
 

@@ -34,8 +34,13 @@ class RowEnds(NamedTuple):
     @classmethod
     def joined(cls, parts: Sequence[RowEnds]) -> RowEnds:
         """Describe the rows of several caches that were given the same, one after the other."""
-        columns = zip(*parts, strict=True)
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+        padding = [part.padding for part in parts if part.padding is not None]
+        segment = [part.segment for part in parts if part.segment is not None]
+        return cls(
+            position=torch.cat([part.position for part in parts]),
+            padding=torch.cat(padding) if padding else None,
+            segment=torch.cat(segment) if segment else None,
+        )
 
 
 class Documents(NamedTuple):
