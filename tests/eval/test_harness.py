@@ -29,8 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xlstm_eval.answering.coordinator import OneRank, Tally
 from xlstm_eval.answering.decoding import Prompts, generate_rows, row_draws
+from xlstm_eval.answering.language_model import free_memory
 from xlstm_eval.answering.sizes import CPU_ROWS
-from xlstm_eval.harness import Session, check_suite, evaluate_model
+from xlstm_eval.harness import Session, check_suite, evaluate_model, settled_objects
 from xlstm_eval.loading import LoadedSuite, load_suite
 from xlstm_eval.metrics import compare, pair_results
 from xlstm_eval.protocol import require_same_protocol
@@ -252,6 +253,26 @@ def test_lengths_are_counted_once_for_all_models_and_models_are_freed(
     assert loaded.lengths.tokenizer is other
     assert loaded.lengths.of(other) == known
     assert gc.get_freeze_count() == 0
+
+
+def test_memory_that_only_garbage_holds_is_freed_where_a_batch_needs_it() -> None:
+    gc.disable()
+    try:
+        model = torch.nn.Linear(1, 1)
+        model.itself = [model]
+        freed = weakref.ref(model)
+        del model
+        with settled_objects():
+            assert freed() is not None
+            free_memory()
+            assert freed() is None
+            assert gc.get_freeze_count() > 0
+            with settled_objects():  # a caller may have done so before
+                pass
+            assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.enable()
 
 
 def test_the_same_model_ties_with_itself_at_another_batch_size(

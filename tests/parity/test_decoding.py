@@ -460,6 +460,51 @@ def test_prompts_of_many_rows_are_read_a_few_at_a_time(branches, student, monkey
     assert shapes[:2] == [(16, 150), (2, 2)]
 
 
+@torch.no_grad()
+def test_rows_read_apart_may_go_on_outside_inference_mode_and_lie_in_memory_once(student):
+    model, rows, mask = student(), ids(33, 150), torch.ones(33, 150, dtype=torch.long)
+    given, parts, caches = {"attention_mask": mask, "logits_to_keep": 1}, [], []
+    wanted = model(rows, **given).past_key_values
+    new_cache = model.new_cache
+    model.new_cache = lambda: parts.append(new_cache()) or parts[-1]
+    with torch.inference_mode():
+        caches.append(model(rows, past_key_values=new_cache(), **given).past_key_values)
+    model.new_cache = new_cache
+    assert len(parts) == 3
+    assert all(part.nbytes() == 8 * len(part.lengths) for part in parts)
+    for tokens in (1, 3):
+        found = model(rows[:, :tokens], past_key_values=caches[0]).logits
+        exact = model(rows[:, :tokens], past_key_values=wanted).logits
+        assert error_ratio(found, exact.double()) < 1e-6
+
+
+@torch.no_grad()
+def test_who_listens_to_a_body_hears_all_rows(student):
+    model, rows, heard = student(), ids(33, 150), []
+    given = {"attention_mask": torch.ones_like(rows), "logits_to_keep": 1}
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: heard.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    model(rows, **given)
+    assert {shape[0] for shape in heard} == {33}
+    hook.remove()
+    model(rows, output_hidden_states=True, **given)  # leaves hooks of transformers behind
+    assert not prefill._is_watched(model)
+
+
+@pytest.mark.parametrize("last", [148, 149])
+@torch.no_grad()
+def test_a_prompt_that_is_refused_leaves_the_cache_as_it_was(last, student):
+    model, rows, cache = student(), ids(33, 150), student().new_cache()
+    mask = torch.ones_like(rows)
+    mask[20, last] = 0
+    for asked in ({"attention_mask": mask}, {"segment_ids": torch.zeros(33, 151)}):
+        with pytest.raises(ValueError, match=next(iter(asked))):
+            model(rows, past_key_values=cache, logits_to_keep=1, **asked)
+        assert cache.get_seq_length() == 0
+        assert cache.lengths is None
+
+
 def long_prompt(model, rows, chunk=None):
     """Read a prompt for its last logits; return them, the cache, and what the last MLP read."""
     read, last = [], model.model.layers[-1].mlp

@@ -355,15 +355,19 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def join(self, parts: Sequence[MixerCacheLayer], seen: int) -> None:
         """Hold the rows of other layers, as `StudentCache.join_rows` says."""
-        first = parts[0]
-        if first.keys is not None:
-            # Layers of one mixer: all have keys, or none does.
-            self.keys = torch.cat([cast("Tensor", part.keys) for part in parts])
-            self.values = torch.cat([cast("Tensor", part.values) for part in parts])
-        if first.state is not None:
-            states = zip(*(cast("MLSTMState", part.state) for part in parts), strict=True)
-            self.state = MLSTMState(*(torch.cat(tensors) for tensors in states))
+        first, self.checked = parts[0], False
+        with _as_usual():
+            if first.keys is not None:
+                # Layers of one mixer: all have keys, or none does.
+                self.keys = torch.cat([cast("Tensor", part.keys) for part in parts])
+                self.values = torch.cat([cast("Tensor", part.values) for part in parts])
+            if first.state is not None:
+                states = zip(*(cast("MLSTMState", part.state) for part in parts), strict=True)
+                self.state = MLSTMState(*(torch.cat(tensors) for tensors in states))
         self.is_initialized, self.seen, self.folded = True, seen, first.folded
+        # Two of all layers at a time would be twice the memory.
+        for part in parts:
+            part.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows for beam search."""
@@ -470,14 +474,15 @@ class StudentCache(Cache):
             self._select_rows(rows.repeat_interleave(repeats))
 
     def join_rows(self, parts: Sequence[StudentCache], seen: int) -> None:
-        """Hold the rows of other caches, one after the other, in place of none.
+        """Hold the rows of other caches, one after the other, in place of none; these lose them.
 
         seen: tokens of each row; of shorter rows, the first are padding. No head keeps all keys.
         """
+        lengths, ends = zip(*((part.lengths, part.ends) for part in parts), strict=True)
+        with _as_usual():
+            self.lengths, self.ends = torch.cat(lengths), RowEnds.joined(ends)
         for layer, *own in zip(*(c.mixer_layers() for c in (self, *parts)), strict=True):
             layer.join(own, seen)
-        lengths, ends = zip(*((part.lengths, part.ends) for part in parts), strict=True)
-        self.lengths, self.ends = torch.cat(lengths), RowEnds.joined(ends)
 
     def _select_rows(self, index: Tensor) -> None:
         if self.ends is not None:

@@ -80,10 +80,8 @@ def chunk_documents(
         ValueError: the cache has another number of rows; segment ids have another shape, or were
             not given for the tokens before; padding lies inside a row.
     """
-    _check_shapes(shape, segment_ids, past)
+    check_chunk(shape, segment_ids, attention_mask, past)
     batch, tokens = shape
-    if tokens > 1:
-        _check_padding(attention_mask, tokens, past)
     # generate passes the mask of the whole row, also with a chunk.
     mask = None if attention_mask is None else attention_mask[:, -tokens:]
     starts = None if past is None else _starts(past, segment_ids, position_ids)
@@ -128,6 +126,18 @@ def ends_in_padding(attention_mask: Tensor | None, past: RowEnds | None = None) 
         held = torch.ones_like(has_tokens) if past.padding is None else ~past.padding
         has_tokens = has_tokens | held
     return bool((has_tokens & ~real[:, -1]).any())
+
+
+def check_chunk(
+    shape: tuple[int, int],
+    segment_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    past: RowEnds | None,
+) -> None:
+    """Refuse what `chunk_documents` refuses."""
+    _check_shapes(shape, segment_ids, past)
+    if shape[1] > 1:
+        _check_padding(attention_mask, shape[1], past)
 
 
 def _check_shapes(shape: tuple[int, int], segment_ids: Tensor | None, past: RowEnds | None) -> None:

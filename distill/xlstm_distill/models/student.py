@@ -35,7 +35,7 @@ from xlstm_distill.models.families import FAMILIES, CausalLM, Family, family_of
 from xlstm_distill.models.feature_maps import FeatureMap
 from xlstm_distill.models.gates import OutputGate, ScalarGate
 from xlstm_distill.models.mixer import NEW_MODULES, HybridMixer
-from xlstm_distill.models.segments import chunk_documents, ends_in_padding
+from xlstm_distill.models.segments import check_chunk, chunk_documents, ends_in_padding
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.recipe.kept import kept_heads, kept_problems
 
@@ -180,17 +180,8 @@ def _prepare_inputs(
     given = ids if ids is not None else kwargs["inputs_embeds"]
     shape = (given.shape[0], given.shape[1])
     mask = kwargs.get("attention_mask")
-    if mask is not None and (mask.ndim != 2 or mask.shape[1] < shape[1]):
-        raise ValueError(
-            f"attention_mask: shape {tuple(mask.shape)}, a student takes (B, T);"
-            " give documents as segment_ids."
-        )
-    cache = _cache_for(model, kwargs, mask)
+    cache = _cache_and_mask(model, kwargs, shape[1])
     past = None if cache is None else cache.ends
-    # `ends_in_padding` waits for the device, so a single token goes unchecked. If it is padding,
-    # it ends its row's document.
-    if cache is not None and shape[1] > 1 and ends_in_padding(mask, past):
-        raise ValueError("attention_mask: padding on the right cannot be cached; pad on the left.")
     segment_ids = kwargs.get("segment_ids")
     found = chunk_documents(
         shape,
@@ -234,8 +225,33 @@ def _read_prompt(
     chunk = chunk_size(given, model.prefill_chunk)
     if not can_be_read_apart(model, kwargs, chunk):
         return None
-    cache = _cache_for(model.model, kwargs, kwargs.get("attention_mask"))
-    return None if cache is None else ((), read_prompt(model, kwargs, cache, chunk))
+    shape = (given.shape[0], given.shape[1])
+    cache = _cache_and_mask(model.model, kwargs, shape[1])
+    if cache is None:
+        return None
+    # Now, because later a part of the prompt would be in the caller's cache.
+    check_chunk(shape, kwargs.get("segment_ids"), kwargs.get("attention_mask"), cache.ends)
+    return (), read_prompt(model, kwargs, cache, chunk)
+
+
+def _cache_and_mask(model: Any, kwargs: dict[str, Any], tokens: int) -> StudentCache | None:
+    """Find the cache for a pass over so many tokens of each row, as `_cache_for` does.
+
+    Raises:
+        ValueError: of that; the mask has another shape, or padding that a cache cannot take.
+    """
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] < tokens):
+        raise ValueError(
+            f"attention_mask: shape {tuple(mask.shape)}, a student takes (B, T);"
+            " give documents as segment_ids."
+        )
+    cache = _cache_for(model, kwargs, mask)
+    # `ends_in_padding` waits for the device, so a single token goes unchecked. If it is padding,
+    # it ends its row's document.
+    if cache is not None and tokens > 1 and ends_in_padding(mask, cache.ends):
+        raise ValueError("attention_mask: padding on the right cannot be cached; pad on the left.")
+    return cache
 
 
 def _cache_for(

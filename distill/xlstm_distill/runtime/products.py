@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -44,15 +45,15 @@ def fast_prompts(model: Any) -> Iterator[None]:
     if isinstance(fast_linear_layers(model.device), contextlib.nullcontext):
         yield
         return
-    begun = contextlib.ExitStack()
+    begun = _Begun()
 
     def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is not None and ids.numel() >= LEAST_ROWS and not torch.is_grad_enabled():
-            begun.enter_context(fast_linear_layers(ids.device))
+            begun.here.enter_context(fast_linear_layers(ids.device))
 
     def end(*_: Any) -> None:
-        begun.close()
+        begun.here.close()
 
     before = model.register_forward_pre_hook(begin, with_kwargs=True)
     after = model.register_forward_hook(end, always_call=True)
@@ -61,6 +62,14 @@ def fast_prompts(model: Any) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
+        end()  # a pass that Ctrl-C broke off has called no hook
+
+
+class _Begun(threading.local):
+    """What the passes of each thread have begun: modes are of a thread."""
+
+    def __init__(self) -> None:
+        self.here = contextlib.ExitStack()
 
 
 class LinearAsConvolution(TorchFunctionMode):

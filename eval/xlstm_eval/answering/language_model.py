@@ -277,8 +277,12 @@ class _Request:
 
 
 def free_memory() -> None:
-    """Give back what a failed pass held."""
+    """Give back what a failed pass held, and what `settled_objects` has kept from being freed."""
+    settled = gc.get_freeze_count() > 0
+    gc.unfreeze()
     gc.collect()
+    if settled:
+        gc.freeze()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -1,9 +1,11 @@
 """Linear layers of many rows: the same numbers, where it pays, of plain tensors only."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack as modes
 from torch.profiler import ProfilerActivity, profile
 
 from xlstm_distill import MixerConfig, convert
@@ -142,3 +144,33 @@ def test_a_teacher_reads_prompts_by_it_and_steps_as_before(tiny_teacher, monkeyp
     F.linear(torch.ones(LEAST_ROWS, 8), torch.ones(4, 8))
     model(ids)
     assert not used
+
+
+@torch.no_grad()
+def test_passes_of_threads_and_passes_broken_off_leave_no_mode(tiny_teacher, monkeypatch) -> None:
+    monkeypatch.setattr(products, "is_mkl_narrow", lambda: True)
+    model, left = tiny_teacher("llama", num_hidden_layers=1).eval(), []
+    inside, ids = threading.Barrier(2), torch.full((2, LEAST_ROWS), 3)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    @torch.no_grad()
+    def answer() -> None:
+        model(ids)
+        left.append(len(modes()))
+
+    with products.fast_prompts(model):
+        # Both are in a pass at once.
+        hook = model.model.register_forward_hook(lambda *_: (inside.wait(20), None)[1])
+        threads = [threading.Thread(target=answer) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        hook.remove()
+    assert left == [0, 0]
+    with pytest.raises(KeyboardInterrupt), products.fast_prompts(model):
+        model.model.register_forward_hook(stop)
+        model(ids)
+    assert not modes()

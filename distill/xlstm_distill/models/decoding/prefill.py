@@ -35,6 +35,9 @@ OF_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "segment_ids")
 """Arguments of a forward pass that have a column for each token."""
 
 
+CAPTURES = "transformers.utils.output_capturing"
+
+
 class PromptTaken(Exception):
     """No error: the last layer has taken in tokens whose outputs nobody reads."""
 
@@ -185,10 +188,11 @@ def _is_watched(model: Any) -> bool:
     body = model.model
     parts = list(body.modules())
     # The body has a hook of the student's own before its pass.
-    if any(part._forward_pre_hooks for part in parts if part is not body):
+    if any(len(part._forward_pre_hooks) > (part is body) for part in parts):
         return True
     return any(
-        part._forward_hooks
+        # transformers leaves its own behind, which listen in passes that ask for all outputs.
+        any(getattr(hook, "__module__", "") != CAPTURES for hook in part._forward_hooks.values())
         or part._compiled_call_impl is not None
         # Libraries that move weights replace a module's forward.
         or "forward" in vars(part)
