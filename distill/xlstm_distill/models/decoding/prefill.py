@@ -7,6 +7,7 @@ the last layer takes the tokens in and computes nothing else of them.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -192,12 +193,16 @@ def _is_watched(model: Any) -> bool:
         return True
     return any(
         # transformers leaves its own behind, which listen in passes that ask for all outputs.
-        any(getattr(hook, "__module__", "") != CAPTURES for hook in part._forward_hooks.values())
+        (part._forward_hooks and _is_heard(part._forward_hooks.values()))
         or part._compiled_call_impl is not None
         # Libraries that move weights replace a module's forward.
         or "forward" in vars(part)
         for part in parts
     )
+
+
+def _is_heard(hooks: Iterable[Any]) -> bool:
+    return any(getattr(hook, "__module__", "") != CAPTURES for hook in hooks)
 
 
 def chunk_size(given: Tensor, asked: int | None) -> int:
