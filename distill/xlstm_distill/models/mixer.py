@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 from xlstm_distill.models.attention.full import full_attention
 from xlstm_distill.models.attention.heads import joined, take
 from xlstm_distill.models.attention.layout import LayerHeads, Runs
-from xlstm_distill.models.cache import Arrival, MixerCacheLayer, asks_first, checked_cache
+from xlstm_distill.models.cache import MixerCacheLayer, checked_cache
+from xlstm_distill.models.decoding.arrival import Arrival, asks_first
 from xlstm_distill.models.decoding.prefill import take_in
 from xlstm_distill.models.decoding.step import (
     decode_token,

@@ -20,7 +20,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from xlstm_distill.models.attention.heads import take
 from xlstm_distill.models.attention.layout import as_runs
-from xlstm_distill.models.cache import Arrival, MixerCacheLayer, StudentCache
+from xlstm_distill.models.cache import MixerCacheLayer, StudentCache
+from xlstm_distill.models.decoding.arrival import Arrival
 from xlstm_distill.models.decoding.step import decode_token, fold_gates
 from xlstm_distill.models.mixer import HybridMixer
 from xlstm_distill.serving.vllm_pages import page_tokens, parts_of

@@ -10,7 +10,7 @@ from torch import nn
 
 from xlstm_distill import MixerConfig, convert, load_cache, save_cache
 from xlstm_distill.errors import UserError
-from xlstm_distill.models.cache import Arrival
+from xlstm_distill.models.decoding.arrival import Arrival
 from xlstm_distill.models.decoding.step import (
     fold_gates,
     gates_of_prompt,

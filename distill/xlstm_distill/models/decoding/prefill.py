@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from xlstm_distill.models.attention.heads import take
-from xlstm_distill.models.cache import Arrival, MixerCacheLayer, StudentCache
+from xlstm_distill.models.cache import MixerCacheLayer, StudentCache
+from xlstm_distill.models.decoding.arrival import Arrival
 from xlstm_distill.runtime.products import fast_linear_layers
 from xlstm_kernels import mlstm_state
 from xlstm_kernels.state import state_dtype

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_distill.models.attention.heads import joined, take
-from xlstm_distill.models.cache import Arrival, MixerCacheLayer
+from xlstm_distill.models.cache import MixerCacheLayer
+from xlstm_distill.models.decoding.arrival import Arrival
 from xlstm_distill.models.families import Rotary
 from xlstm_distill.models.gates import ScalarGate
 from xlstm_kernels import hybrid_step, mlstm_step, window_step
