@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,10 @@ def test_a_worker_that_dies_is_an_error_not_a_wait():
         tokenizing(tokenizer, 2) as (submit, _),
     ):
         assert len(submit(chunk).result()) == 1
-        # Both must be there: the one that is left must be ended too.
+        # Both must be there: the one that is left must be ended too. A pool starts its second
+        # worker for a chunk that comes while the first has one.
         while len(started := workers()) < 2:
-            submit(chunk)
-            time.sleep(0.01)
+            wait([submit(chunk) for _ in range(10)])
         os.kill(started[0].pid, signal.SIGKILL)
         while True:
             submit(chunk).result()
