@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_kernels.registration import refuse_second_derivative
-from xlstm_kernels.segments import document_runs, document_starts
+from xlstm_kernels.torch import window_cpu
+from xlstm_kernels.torch.band_plan import band_plan
 from xlstm_kernels.torch.bounded import bounded_attention, wide_product
 from xlstm_kernels.torch.tiles import tiled_attention, tiles_pay
 
@@ -24,23 +25,6 @@ BLOCK_MIN, BLOCK_MAX = 32, 128
 SCORES_AT_ONCE = 1 << 26  # of the gradient off the CPU
 # Tokens of a call that its window holds whole; with more, bands would be T / L copies of all keys.
 WHOLE_AT_MOST = 512
-PLAN_AT_MOST = 1 << 22  # numbers of a plan that is kept for the next call
-
-
-class BandPlan(NamedTuple):
-    """Which keys each block of queries reads.
-
-    sinks (B or 1, C, N): positions of the sinks that are gathered for each block.
-    bias (B or 1, C, L, N + span): 0 where the query sees the key, -inf elsewhere.
-    """
-
-    sinks: Tensor
-    bias: Tensor
-
-    def for_group(self, heads: int, dtype: torch.dtype) -> BandPlan:
-        """Repeat the bias for the query heads of a group, (B or 1, C, R L, N + span)."""
-        bias = self.bias.to(dtype).unsqueeze(2).expand(-1, -1, heads, -1, -1)
-        return self._replace(bias=bias.flatten(2, 3))
 
 
 def banded_attention(
@@ -106,22 +90,13 @@ class Bands(NamedTuple):
     ) -> Bands:
         """Cut a call into blocks."""
         (B, H, T, _), G = q.shape, k.shape[1]
-        L = block_length(T, window, q.device)
-        if segment_ids is None and q.device.type == "cpu":
-            plan = _plan_of_one_document(T, L, window, sinks, H // G, q.dtype)
-        else:
-            plan = _plan(segment_ids, q.device, T, L, window, sinks).for_group(H // G, q.dtype)
+        L = min(max(BLOCK_MIN, min(window, BLOCK_MAX)), T)
+        plan = band_plan(segment_ids, q.device, T, L, window, sinks)
         keys = _bands(k, plan.sinks, L, window - 1).to(q.dtype)
         values = _bands(v, plan.sinks, L, window - 1).to(q.dtype)
-        bias = plan.bias.expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+        bias = plan.bias.mT.to(q.dtype).unsqueeze(2)
+        bias = bias.expand(B, -1, H // G, -1, -1).flatten(2, 3).flatten(0, 1).unsqueeze(1)
         return cls(_blocks(q, G, L), keys, values, bias, plan.sinks, window - 1, L)
-
-
-def block_length(T: int, window: int, device: torch.device) -> int:
-    """Return L, the queries of a block: as many as the window has tokens, on a CPU fewer."""
-    if device.type == "cpu":
-        window = max(min(window // 2, 64), window // 4)
-    return min(max(BLOCK_MIN, min(window, BLOCK_MAX)), T)
 
 
 def _blocks(x: Tensor, groups: int, length: int) -> Tensor:
@@ -150,22 +125,14 @@ def forward(
     sinks: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention and, on a CPU, the logsumexp of each softmax (B C, G, R L)."""
+    """Return the attention and, on a CPU, what `window_cpu.attend` returns of each softmax."""
     with torch.autocast(q.device.type, enabled=False):
+        if q.device.type == "cpu":
+            return window_cpu.attend(q, k, v, segment_ids, window, sinks, scale)
         bands = Bands.of(q, k, v, segment_ids, window, sinks)
         rows = bands.queries, bands.keys, bands.values
-        if q.device.type == "cpu":
-            out, logsumexp = _attend_cpu(*rows, attn_mask=bands.bias, scale=scale)
-            logsumexp = logsumexp.contiguous()
-        else:
-            out = F.scaled_dot_product_attention(*rows, attn_mask=bands.bias, scale=scale)
-            logsumexp = q.new_empty(0, dtype=torch.float32)
-        return _join(out, q, bands.length), logsumexp
-
-
-# Torch's fused kernel for CPUs, by its own name: only so it returns what the gradient needs.
-_attend_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        out = F.scaled_dot_product_attention(*rows, attn_mask=bands.bias, scale=scale)
+        return _join(out, q, bands.length), q.new_empty(0, dtype=torch.float32)
 
 
 @forward.register_fake
@@ -180,7 +147,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     (B, H, T, _), G, shape = q.shape, k.shape[1], torch.Size([0])
     if q.device.type == "cpu":
-        L = block_length(T, window, q.device)
+        L = window_cpu.block_length(T, window, H // G)
         shape = torch.Size([B * -(-T // L), G, H // G * L])
     statistics = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=statistics)
@@ -201,16 +168,13 @@ def backward(
 ) -> list[Tensor]:
     """Return the gradients of q, k and v."""
     with torch.autocast(q.device.type, enabled=False):
+        if q.device.type == "cpu":
+            rows = dout, q, k, v, segment_ids, logsumexp
+            return window_cpu.differentiate(*rows, window, sinks, scale)
         bands = Bands.of(q, k, v, segment_ids, window, sinks)
         G, L = k.shape[1], bands.length
         d_blocks, out_blocks = _blocks(dout, G, L), _blocks(out, G, L)
-        if q.device.type == "cpu":
-            d_blocks = d_blocks.contiguous()
-            tensors = (d_blocks, bands.queries, bands.keys, bands.values, out_blocks, logsumexp)
-            grads = _attend_cpu_backward(*tensors, 0.0, False, attn_mask=bands.bias, scale=scale)
-        else:
-            grads = _attention_grads(bands, d_blocks, out_blocks, scale)
-        dq, d_keys, d_values = grads
+        dq, d_keys, d_values = _attention_grads(bands, d_blocks, out_blocks, scale)
         dk, dv = _unband(d_keys, bands, k), _unband(d_values, bands, v)
         return [_join(dq, q, L), dk, dv]
 
@@ -303,60 +267,3 @@ def _bands(x: Tensor, sinks: Tensor, length: int, back: int) -> Tensor:
         piece = blocks[:, :, first // length :][:, :, :C]
         pieces.append(piece[:, :, :, : span - first])
     return torch.cat(pieces, dim=3).transpose(1, 2).flatten(0, 1)
-
-
-def _plan(
-    segment_ids: Tensor | None, device: torch.device, T: int, L: int, window: int, sinks: int
-) -> BandPlan:
-    """Find the sinks and the bias of every block.
-
-    Without segment_ids, one row serves the whole batch.
-    """
-    fill, back = -T % L, window - 1
-    if segment_ids is None:
-        segment_ids = torch.zeros(1, T, dtype=torch.int64, device=device)
-    runs = document_runs(segment_ids)
-    starts = document_starts(runs)  # (B, T)
-    is_sink = torch.arange(T, device=device) - starts < sinks
-
-    # Tokens before the row are in no document (-1). Those after it are in a document of their own
-    # (T) and see each other: a row of the softmax without any key would be nan.
-    runs_padded = F.pad(F.pad(runs, (back, 0), value=-1), (0, fill), value=T)
-    query_runs = runs_padded[:, back:].unflatten(1, (-1, L))
-    band_runs = runs_padded.unfold(1, back + L, L)  # (B, C, span)
-    band_sinks = F.pad(is_sink, (back, fill)).unfold(1, back + L, L)
-    t = torch.arange(L, device=device)[:, None]
-    s = torch.arange(back + L, device=device) - back
-    reachable = ((s <= t) & (t - s < window)) | ((s <= t) & band_sinks.unsqueeze(2))
-    in_band = reachable & (query_runs.unsqueeze(3) == band_runs.unsqueeze(2))
-
-    blocks = query_runs.shape[1]
-    band_starts = torch.arange(blocks, device=device) * L - back  # (C,)
-    first_token = band_starts.clamp(min=0)
-    sink_positions = starts[:, first_token].unsqueeze(2) + torch.arange(sinks, device=device)
-    before_band = sink_positions < band_starts[:, None]  # (B, C, N)
-    band_documents = runs[:, first_token][:, :, None, None]
-    in_sinks = before_band.unsqueeze(2) & (query_runs.unsqueeze(3) == band_documents)
-
-    visible = torch.cat([in_sinks, in_band], dim=3)
-    # A document may have fewer than N tokens before the band: masked, but its index must be valid.
-    gathered = torch.minimum(sink_positions, first_token[:, None])
-    return BandPlan(gathered, torch.where(visible, 0.0, -torch.inf))
-
-
-def _plan_of_one_document(
-    T: int, L: int, window: int, sinks: int, heads: int, dtype: torch.dtype
-) -> BandPlan:
-    """Return the plan, for `heads` query heads of a group, of rows that are one document each."""
-    numbers = -(-T // L) * heads * L * (sinks + window - 1 + L)
-    make = _kept_plan if numbers <= PLAN_AT_MOST else _kept_plan.__wrapped__
-    return make(T, L, window, sinks, heads, dtype)
-
-
-@functools.lru_cache(maxsize=4)
-def _kept_plan(T: int, L: int, window: int, sinks: int, heads: int, dtype: torch.dtype) -> BandPlan:
-    # All layers of a model, and all chunks of a prompt, read the same. Outside of inference mode,
-    # because training may read it too.
-    with torch.inference_mode(False):
-        plan = _plan(None, torch.device("cpu"), T, L, window, sinks)
-        return plan.for_group(heads, dtype)

@@ -1,0 +1,262 @@
+"""Sliding-window attention in blocks of queries on a CPU, with products of many blocks at a time.
+
+Scores lie keys by queries, so that the softmax's sums run over whole rows of memory. It is a power
+of 2, which is the faster function: keys are scaled by log2(e) too. Scores of a part of the blocks
+stay in a core's cache; the backward pass makes them again.
+
+Letters here, beyond the legend in `xlstm_kernels`: C blocks, L queries of a block, R = H / G query
+heads of a group, span = L + W - 1 keys of a band, S = N + span keys that a block reads, P blocks of
+a part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xlstm_kernels.torch.band_plan import band_plan
+
+# Scores of a part, for each thread: two such tensors stay in its cache.
+SCORES_AT_ONCE = 1 << 17
+PLANS, PLAN_AT_MOST = 4, 1 << 22  # that are kept for later calls, and numbers of one
+LOG2E = math.log2(math.e)
+
+
+class Plan(NamedTuple):
+    """What all layers of a model read alike.
+
+    sinks (B C G N): rows of the sinks in what `Work.tokens` returns. bias (B or 1, C, 1, S R L).
+    """
+
+    sinks: Tensor
+    bias: Tensor
+
+
+class Part(NamedTuple):
+    """Blocks of some rows: all of each row, or some blocks of one row."""
+
+    rows: slice
+    blocks: slice
+
+    def flat(self, per_row: int, each: int = 1) -> slice:
+        """Return where it is among the blocks of all rows, each of them `each` times."""
+        start = (self.rows.start * per_row + self.blocks.start) * each
+        return slice(start, start + self.shape[0] * self.shape[1] * each)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its rows, and the blocks of each: P together."""
+        rows, blocks = self.rows, self.blocks
+        return rows.stop - rows.start, blocks.stop - blocks.start
+
+
+class Work:
+    """A call cut into blocks and parts."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, segment_ids: Tensor | None, window: int, sinks: int
+    ) -> None:
+        """Cut a call with queries q (B, H, T, D) and keys like k (B, G, T, D)."""
+        (self.B, H, self.T, self.D), self.G = q.shape, k.shape[1]
+        self.R, self.back, self.N = H // self.G, window - 1, sinks
+        self.L = block_length(self.T, window, self.R)
+        self.C = -(-self.T // self.L)
+        self.span = self.L + self.back
+        self.S = sinks + self.span
+        self.length = self.back + self.C * self.L  # of a row with all that its blocks read
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+        self.plan = self._plan(segment_ids)
+        scores = self.G * self.S * self.R * self.L
+        self.at_once = max(1, SCORES_AT_ONCE * torch.get_num_threads() // scores)
+
+    def _plan(self, segment_ids: Tensor | None) -> Plan:
+        key = (self.B, self.G, self.T, self.R, self.back, self.N, self.wide)
+        for kept_key, ids, plan in _kept:
+            if kept_key == key and _equal(ids, segment_ids):
+                return plan
+        # Outside of inference mode, because training may read it too.
+        with torch.inference_mode(False):
+            ids = None if segment_ids is None else segment_ids.clone()
+            plan = self._new_plan(ids)
+        if plan.bias.numel() <= PLAN_AT_MOST:
+            _keep((key, ids, plan))
+        return plan
+
+    def _new_plan(self, segment_ids: Tensor | None) -> Plan:
+        device = torch.device("cpu")
+        found = band_plan(segment_ids, device, self.T, self.L, self.back + 1, self.N)
+        rows = torch.arange(self.B)[:, None, None] * self.length + self.back + found.sinks
+        groups = torch.arange(self.G)[:, None] * (self.B * self.length)
+        bias = found.bias.to(self.wide).unsqueeze(3).expand(-1, -1, -1, self.R, -1)
+        return Plan((rows.unsqueeze(2) + groups).flatten(), bias.flatten(2).unsqueeze(2))
+
+    def parts(self) -> Iterator[Part]:
+        """Cut the blocks into parts."""
+        rows = self.at_once // self.C
+        if rows:
+            for row in range(0, self.B, rows):
+                yield Part(slice(row, min(row + rows, self.B)), slice(0, self.C))
+            return
+        count = -(-self.C // self.at_once)
+        length = -(-self.C // count)  # all parts alike, as far as that goes
+        for row in range(self.B):
+            for block in range(0, self.C, length):
+                yield Part(slice(row, row + 1), slice(block, min(block + length, self.C)))
+
+    def pairs(self, x: Tensor, part: Part) -> Tensor:
+        """View the part of x (B C G, ...)."""
+        return x[part.flat(self.C, self.G)]
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """Cut x (B, H, T, D) into blocks (B C G, R L, D)."""
+        fill = self.C * self.L - self.T
+        x = F.pad(x, (0, 0, 0, fill)) if fill else x
+        out = x.new_empty(self.B, self.C, self.G, self.R, self.L, self.D, dtype=self.wide)
+        out.copy_(x.unflatten(2, (self.C, self.L)).unflatten(1, (self.G, -1)).permute(_BLOCKS))
+        return out.view(-1, self.R * self.L, self.D)
+
+    def join(self, x: Tensor, like: Tensor) -> Tensor:
+        """Undo `blocks`, in the shape and dtype of `like`."""
+        shape = (self.B, self.G, self.R, self.C, self.L, self.D)
+        out = like.new_empty(shape)
+        out.permute(_BLOCKS).copy_(x.view(self.B, self.C, self.G, self.R, self.L, self.D))
+        out = out.view(self.B, self.G * self.R, self.C * self.L, self.D)
+        return out[:, :, : self.T].contiguous()
+
+    def tokens(self, x: Tensor, scale: float) -> Tensor:
+        """Copy keys or values x (B, G, T, D), scaled, into (G, B, back + C L, D); the rest is 0."""
+        out = x.new_empty(self.G, self.B, self.length, self.D, dtype=self.wide)
+        out[:, :, : self.back] = 0.0
+        out[:, :, self.back + self.T :] = 0.0
+        out[:, :, self.back : self.back + self.T].copy_(x.transpose(0, 1)).mul_(scale)
+        return out
+
+    def gather(self, tokens: Tensor, part: Part) -> Tensor:
+        """Collect what each block of a part reads of `tokens`, (P G, S, D)."""
+        bands = self._bands(tokens, part, 0, self.span)
+        out = tokens.new_empty(*bands.shape[:3], self.S, self.D)
+        out[..., self.N :, :] = bands
+        if self.N:
+            sinks = tokens.view(-1, self.D).index_select(0, self._sinks(part))
+            out[..., : self.N, :] = sinks.view(*bands.shape[:3], self.N, self.D)
+        return out.flatten(0, 2)
+
+    def add(self, total: Tensor, d: Tensor, part: Part) -> None:
+        """Add the gradients d (P G, S, D) of what `gather` returns to those of all tokens."""
+        d = d.view(*part.shape, self.G, self.S, self.D)
+        # Bands of neighbours overlap; pieces of L tokens do not.
+        for first in range(0, self.span, self.L):
+            length = min(self.L, self.span - first)
+            piece = d[..., self.N + first : self.N + first + length, :]
+            self._bands(total, part, first, length).add_(piece)
+        if self.N:
+            d_sinks = d[..., : self.N, :].reshape(-1, self.D)
+            total.view(-1, self.D).index_add_(0, self._sinks(part), d_sinks)
+
+    def all_rows(self, tokens: Tensor, like: Tensor, scale: float) -> Tensor:
+        """Undo `tokens`, scaled, in the shape and dtype of `like`."""
+        rows = tokens[:, :, self.back : self.back + self.T].transpose(0, 1).mul_(scale)
+        return rows.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
+
+    def scores(self, keys: Tensor, queries: Tensor, part: Part) -> Tensor:
+        """Return the masked scores (P G, S, R L) of keys (P G, S, D)."""
+        scores = torch.bmm(keys, queries.mT)
+        bias = self.plan.bias[part.rows if len(self.plan.bias) > 1 else slice(None), part.blocks]
+        scores.view(-1, bias.shape[1], self.G, bias.shape[3]).add_(bias)
+        return scores
+
+    def _bands(self, tokens: Tensor, part: Part, first: int, length: int) -> Tensor:
+        """View tokens `first` on of the band of each block, (rows, blocks, G, length, D)."""
+        group, row, token, _ = tokens.stride()
+        at = part.rows.start * row + (part.blocks.start * self.L + first) * token
+        strides = (row, self.L * token, group, token, 1)
+        return tokens.as_strided((*part.shape, self.G, length, self.D), strides, at)
+
+    def _sinks(self, part: Part) -> Tensor:
+        return self.plan.sinks[part.flat(self.C, self.G * self.N)]
+
+
+_BLOCKS = (0, 3, 1, 2, 4, 5)  # (B, G, R, C, L, D) as (B, C, G, R, L, D)
+Kept = tuple[tuple[object, ...], Tensor | None, Plan]
+# The latest plans, for the other layers and for the backward pass. Replaced and never changed, so
+# threads need no lock; at worst one of two new plans is made again.
+_kept: tuple[Kept, ...] = ()
+
+
+def _keep(plan: Kept) -> None:
+    global _kept
+    _kept = (plan, *_kept[: PLANS - 1])
+
+
+def _equal(kept: Tensor | None, given: Tensor | None) -> bool:
+    """Compare segment ids by what they are: the caller may write into the same tensor."""
+    if kept is None or given is None:
+        return kept is given
+    return kept.dtype == given.dtype and torch.equal(kept, given)
+
+
+def block_length(T: int, window: int, heads: int) -> int:
+    """Return L, the queries of a block, where `heads` query heads share a key."""
+    return min(16 if window <= 64 and heads > 1 else 32, T)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the attention, and log2 of the sums of each softmax's powers, (B C, G, R L)."""
+    work = Work(q, k, segment_ids, window, sinks)
+    queries = work.blocks(q)
+    all_keys, all_values = work.tokens(k, scale * LOG2E), work.tokens(v, 1.0)
+    out = torch.empty_like(queries)
+    logsumexp = queries.new_empty(len(queries), 1, work.R * work.L)
+    for part in work.parts():
+        keys, values = work.gather(all_keys, part), work.gather(all_values, part)
+        scores = work.scores(keys, work.pairs(queries, part), part)
+        highest = scores.amax(dim=1, keepdim=True)
+        weights = scores.sub_(highest).exp2_()
+        total = weights.sum(dim=1, keepdim=True)
+        torch.bmm(weights.div_(total).mT, values, out=work.pairs(out, part))
+        torch.add(highest, total.log2_(), out=work.pairs(logsumexp, part))
+    return work.join(out, q), logsumexp.view(-1, work.G, work.R * work.L)
+
+
+def differentiate(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None,
+    logsumexp: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> list[Tensor]:
+    """Return the gradients of q, k and v; logsumexp: of `attend`."""
+    work = Work(q, k, segment_ids, window, sinks)
+    queries, d_out = work.blocks(q), work.blocks(dout)
+    # The product of these scales is that of the scores: so each d_scores is right for the queries.
+    all_keys, all_values = work.tokens(k, scale * LOG2E), work.tokens(v, 1.0 / LOG2E)
+    totals = logsumexp.view(-1, 1, work.R * work.L)
+    dq = torch.empty_like(queries)
+    dk, dv = torch.zeros_like(all_keys), torch.zeros_like(all_values)
+    for part in work.parts():
+        keys, values = work.gather(all_keys, part), work.gather(all_values, part)
+        rows, d = work.pairs(queries, part), work.pairs(d_out, part)
+        weights = work.scores(keys, rows, part).sub_(work.pairs(totals, part)).exp2_()
+        work.add(dv, torch.bmm(weights, d), part)
+        slope = torch.bmm(values, d.mT)
+        d_scores = torch.ops.aten._softmax_backward_data(slope, weights, 1, work.wide)
+        work.add(dk, torch.bmm(d_scores, rows), part)
+        torch.bmm(d_scores.mT, keys, out=work.pairs(dq, part))
+    return [work.join(dq, q), work.all_rows(dk, k, scale * LOG2E), work.all_rows(dv, v, 1.0)]
