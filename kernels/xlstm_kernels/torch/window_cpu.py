@@ -30,7 +30,7 @@ LOG2E = math.log2(math.e)
 class Plan(NamedTuple):
     """What all layers of a model read alike.
 
-    sinks (B C G N): rows of the sinks in what `Work.tokens` returns. bias (B or 1, C, 1, S R L).
+    sinks (B C G N): rows of the sinks in what `Work.tokens` returns. bias (B or 1, C, 1, S L R).
     """
 
     sinks: Tensor
@@ -92,7 +92,7 @@ class Work:
         found = band_plan(segment_ids, device, self.T, self.L, self.back + 1, self.N)
         rows = torch.arange(self.B)[:, None, None] * self.length + self.back + found.sinks
         groups = torch.arange(self.G)[:, None] * (self.B * self.length)
-        bias = found.bias.to(self.wide).unsqueeze(3).expand(-1, -1, -1, self.R, -1)
+        bias = found.bias.to(self.wide).unsqueeze(4).expand(-1, -1, -1, -1, self.R)
         return Plan((rows.unsqueeze(2) + groups).flatten(), bias.flatten(2).unsqueeze(2))
 
     def parts(self) -> Iterator[Part]:
@@ -108,32 +108,36 @@ class Work:
             for block in range(0, self.C, length):
                 yield Part(slice(row, row + 1), slice(block, min(block + length, self.C)))
 
-    def pairs(self, x: Tensor, part: Part) -> Tensor:
-        """View the part of x (B C G, ...)."""
-        return x[part.flat(self.C, self.G)]
+    def blocks(self, x: Tensor, part: Part) -> Tensor:
+        """Copy the part of x (B, H, T, D), (P G, L R, D)."""
+        x, missing = self._tokens_of(x, part)
+        x = F.pad(x, (0, 0, 0, missing)) if missing else x
+        x = x.unflatten(2, (-1, self.L)).unflatten(1, (self.G, -1)).permute(0, 3, 1, 4, 2, 5)
+        out = x.new_empty(x.shape, dtype=self.wide)
+        return out.copy_(x).view(-1, self.R * self.L, self.D)
 
-    def blocks(self, x: Tensor) -> Tensor:
-        """Cut x (B, H, T, D) into blocks (B C G, R L, D)."""
-        fill = self.C * self.L - self.T
-        x = F.pad(x, (0, 0, 0, fill)) if fill else x
-        out = x.new_empty(self.B, self.C, self.G, self.R, self.L, self.D, dtype=self.wide)
-        out.copy_(x.unflatten(2, (self.C, self.L)).unflatten(1, (self.G, -1)).permute(_BLOCKS))
-        return out.view(-1, self.R * self.L, self.D)
+    def write(self, out: Tensor, x: Tensor, part: Part) -> None:
+        """Write x, as `blocks` returns it, to its part of out (B, H, T, D)."""
+        out, missing = self._tokens_of(out, part)
+        x = x.view(*part.shape, self.G, self.L, self.R, self.D).permute(0, 2, 4, 1, 3, 5)
+        if missing:
+            out.copy_(x.flatten(3, 4).flatten(1, 2)[:, :, : out.shape[2]])
+        else:
+            out.view(x.shape).copy_(x)
 
-    def join(self, x: Tensor, like: Tensor) -> Tensor:
-        """Undo `blocks`, in the shape and dtype of `like`."""
-        shape = (self.B, self.G, self.R, self.C, self.L, self.D)
-        out = like.new_empty(shape)
-        out.permute(_BLOCKS).copy_(x.view(self.B, self.C, self.G, self.R, self.L, self.D))
-        out = out.view(self.B, self.G * self.R, self.C * self.L, self.D)
-        return out[:, :, : self.T].contiguous()
+    def _tokens_of(self, x: Tensor, part: Part) -> tuple[Tensor, int]:
+        """View the part of x (B, H, T, D); and how many tokens its last block lacks."""
+        first, end = part.blocks.start * self.L, part.blocks.stop * self.L
+        return x[part.rows, :, first:end], max(0, end - self.T)
 
     def tokens(self, x: Tensor, scale: float) -> Tensor:
         """Copy keys or values x (B, G, T, D), scaled, into (G, B, back + C L, D); the rest is 0."""
         out = x.new_empty(self.G, self.B, self.length, self.D, dtype=self.wide)
         out[:, :, : self.back] = 0.0
         out[:, :, self.back + self.T :] = 0.0
-        out[:, :, self.back : self.back + self.T].copy_(x.transpose(0, 1)).mul_(scale)
+        rows = out[:, :, self.back : self.back + self.T].copy_(x.transpose(0, 1))
+        if scale != 1.0:
+            rows.mul_(scale)
         return out
 
     def gather(self, tokens: Tensor, part: Part) -> Tensor:
@@ -160,15 +164,22 @@ class Work:
 
     def all_rows(self, tokens: Tensor, like: Tensor, scale: float) -> Tensor:
         """Undo `tokens`, scaled, in the shape and dtype of `like`."""
-        rows = tokens[:, :, self.back : self.back + self.T].transpose(0, 1).mul_(scale)
-        return rows.to(like.dtype, memory_format=torch.contiguous_format).contiguous()
+        rows = tokens[:, :, self.back : self.back + self.T]
+        if scale != 1.0:
+            rows.mul_(scale)
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return out.copy_(rows.transpose(0, 1))
 
     def scores(self, keys: Tensor, queries: Tensor, part: Part) -> Tensor:
-        """Return the masked scores (P G, S, R L) of keys (P G, S, D)."""
+        """Return the masked scores (P G, S, L R) of keys (P G, S, D)."""
         scores = torch.bmm(keys, queries.mT)
         bias = self.plan.bias[part.rows if len(self.plan.bias) > 1 else slice(None), part.blocks]
         scores.view(-1, bias.shape[1], self.G, bias.shape[3]).add_(bias)
         return scores
+
+    def sums(self, logsumexp: Tensor, part: Part) -> Tensor:
+        """View the part of (B C, G, L R), as (P G, 1, L R)."""
+        return logsumexp[part.flat(self.C)].flatten(0, 1).unsqueeze(1)
 
     def _bands(self, tokens: Tensor, part: Part, first: int, length: int) -> Tensor:
         """View tokens `first` on of the band of each block, (rows, blocks, G, length, D)."""
@@ -181,7 +192,6 @@ class Work:
         return self.plan.sinks[part.flat(self.C, self.G * self.N)]
 
 
-_BLOCKS = (0, 3, 1, 2, 4, 5)  # (B, G, R, C, L, D) as (B, C, G, R, L, D)
 Kept = tuple[tuple[object, ...], Tensor | None, Plan]
 # The latest plans, for the other layers and for the backward pass. Replaced and never changed, so
 # threads need no lock; at worst one of two new plans is made again.
@@ -214,21 +224,20 @@ def attend(
     sinks: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention, and log2 of the sums of each softmax's powers, (B C, G, R L)."""
+    """Return the attention, and log2 of the sums of each softmax's powers, (B C, G, L R)."""
     work = Work(q, k, segment_ids, window, sinks)
-    queries = work.blocks(q)
     all_keys, all_values = work.tokens(k, scale * LOG2E), work.tokens(v, 1.0)
-    out = torch.empty_like(queries)
-    logsumexp = queries.new_empty(len(queries), 1, work.R * work.L)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    logsumexp = q.new_empty(work.B * work.C, work.G, work.R * work.L, dtype=work.wide)
     for part in work.parts():
         keys, values = work.gather(all_keys, part), work.gather(all_values, part)
-        scores = work.scores(keys, work.pairs(queries, part), part)
+        scores = work.scores(keys, work.blocks(q, part), part)
         highest = scores.amax(dim=1, keepdim=True)
         weights = scores.sub_(highest).exp2_()
         total = weights.sum(dim=1, keepdim=True)
-        torch.bmm(weights.div_(total).mT, values, out=work.pairs(out, part))
-        torch.add(highest, total.log2_(), out=work.pairs(logsumexp, part))
-    return work.join(out, q), logsumexp.view(-1, work.G, work.R * work.L)
+        work.write(out, torch.bmm(weights.div_(total).mT, values), part)
+        torch.add(highest, total.log2_(), out=work.sums(logsumexp, part))
+    return out, logsumexp
 
 
 def differentiate(
@@ -244,19 +253,17 @@ def differentiate(
 ) -> list[Tensor]:
     """Return the gradients of q, k and v; logsumexp: of `attend`."""
     work = Work(q, k, segment_ids, window, sinks)
-    queries, d_out = work.blocks(q), work.blocks(dout)
     # The product of these scales is that of the scores: so each d_scores is right for the queries.
     all_keys, all_values = work.tokens(k, scale * LOG2E), work.tokens(v, 1.0 / LOG2E)
-    totals = logsumexp.view(-1, 1, work.R * work.L)
-    dq = torch.empty_like(queries)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(all_keys), torch.zeros_like(all_values)
     for part in work.parts():
         keys, values = work.gather(all_keys, part), work.gather(all_values, part)
-        rows, d = work.pairs(queries, part), work.pairs(d_out, part)
-        weights = work.scores(keys, rows, part).sub_(work.pairs(totals, part)).exp2_()
+        rows, d = work.blocks(q, part), work.blocks(dout, part)
+        weights = work.scores(keys, rows, part).sub_(work.sums(logsumexp, part)).exp2_()
         work.add(dv, torch.bmm(weights, d), part)
         slope = torch.bmm(values, d.mT)
         d_scores = torch.ops.aten._softmax_backward_data(slope, weights, 1, work.wide)
         work.add(dk, torch.bmm(d_scores, rows), part)
-        torch.bmm(d_scores.mT, keys, out=work.pairs(dq, part))
-    return [work.join(dq, q), work.all_rows(dk, k, scale * LOG2E), work.all_rows(dv, v, 1.0)]
+        work.write(dq, torch.bmm(d_scores.mT, keys), part)
+    return [dq, work.all_rows(dk, k, scale * LOG2E), work.all_rows(dv, v, 1.0)]
