@@ -21,8 +21,8 @@ from torch import Tensor
 
 from xlstm_kernels.torch.band_plan import band_plan
 
-# Scores of a part, for each thread: two such tensors stay in its cache.
-SCORES_AT_ONCE = 1 << 17
+# Scores, keys and values of a part, for each thread: so that they stay near its cache.
+NUMBERS_AT_ONCE = 1 << 19
 PLANS, PLAN_AT_MOST = 4, 1 << 22  # that are kept for later calls, and numbers of one
 LOG2E = math.log2(math.e)
 
@@ -71,8 +71,8 @@ class Work:
         self.length = self.back + self.C * self.L  # of a row with all that its blocks read
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.plan = self._plan(segment_ids)
-        scores = self.G * self.S * self.R * self.L
-        self.at_once = max(1, SCORES_AT_ONCE * torch.get_num_threads() // scores)
+        numbers = self.G * self.S * (self.R * self.L + 2 * self.D)  # of a block
+        self.at_once = max(1, NUMBERS_AT_ONCE * torch.get_num_threads() // numbers)
 
     def _plan(self, segment_ids: Tensor | None) -> Plan:
         key = (self.B, self.G, self.T, self.R, self.back, self.N, self.wide)
@@ -153,11 +153,16 @@ class Work:
     def add(self, total: Tensor, d: Tensor, part: Part) -> None:
         """Add the gradients d (P G, S, D) of what `gather` returns to those of all tokens."""
         d = d.view(*part.shape, self.G, self.S, self.D)
-        # Bands of neighbours overlap; pieces of L tokens do not.
-        for first in range(0, self.span, self.L):
-            length = min(self.L, self.span - first)
-            piece = d[..., self.N + first : self.N + first + length, :]
-            self._bands(total, part, first, length).add_(piece)
+        bands = d[..., self.N :, :]
+        # Bands of neighbours overlap. Pieces of L tokens do not, nor do those of other rows.
+        if part.shape[1] * self.L < self.span:
+            for block, d_band in enumerate(bands.split(1, dim=1), part.blocks.start):
+                alone = Part(part.rows, slice(block, block + 1))
+                self._bands(total, alone, 0, self.span).add_(d_band)
+        else:
+            for first in range(0, self.span, self.L):
+                piece = bands[..., first : first + self.L, :]
+                self._bands(total, part, first, piece.shape[3]).add_(piece)
         if self.N:
             d_sinks = d[..., : self.N, :].reshape(-1, self.D)
             total.view(-1, self.D).index_add_(0, self._sinks(part), d_sinks)
@@ -212,7 +217,9 @@ def _equal(kept: Tensor | None, given: Tensor | None) -> bool:
 
 def block_length(T: int, window: int, heads: int) -> int:
     """Return L, the queries of a block, where `heads` query heads share a key."""
-    return min(16 if window <= 64 and heads > 1 else 32, T)
+    if heads == 1:
+        return min(64 if window >= 256 else 32, T)
+    return min(16 if window <= 64 else 32, T)
 
 
 def attend(
