@@ -1,7 +1,7 @@
 """Which keys each block of queries of the window reads, and which of them a query sees.
 
 Letters here, beyond the legend in `xlstm_kernels`: C blocks, L queries of a block,
-span = L + W - 1 keys of a band, S = N + span keys that a block reads.
+span = L + W - 1 keys of a band.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from xlstm_kernels.segments import document_runs, document_starts
 
 
 class BandPlan(NamedTuple):
-    """Which keys each block of queries reads: first its sinks, then its band.
+    """Which keys each block of queries reads, its sinks and its band.
 
     sinks (B or 1, C, N): positions of the sinks that are gathered for each block.
-    bias (B or 1, C, S, L): 0 where the query sees the key, -inf elsewhere.
+    seen_sinks (B or 1, C, N, L), seen (B or 1, C, span, L) bool: whether the query sees the key.
+    skip (B or 1, C): keys at a band's start that no query of the block sees.
     """
 
     sinks: Tensor
-    bias: Tensor
+    seen_sinks: Tensor
+    seen: Tensor
+    skip: Tensor
 
 
 def band_plan(
     segment_ids: Tensor | None, device: torch.device, T: int, L: int, window: int, sinks: int
 ) -> BandPlan:
-    """Find the sinks and the bias of every block.
+    """Find what every block reads and sees.
 
     Without segment_ids, one row serves the whole batch.
     """
@@ -56,7 +59,6 @@ def band_plan(
     before = positions < low[:, None]  # (B, C, N)
     same = own == (document - first).unsqueeze(2)  # (B, C, L)
     in_sinks = before.unsqueeze(3) & same.unsqueeze(2)
-    visible = torch.cat([in_sinks, in_band], dim=2)
     # A document may have fewer than N tokens before the band: masked, but its index must be valid.
     gathered = torch.minimum(positions, read[:, None])
-    return BandPlan(gathered, torch.where(visible, 0.0, -torch.inf))
+    return BandPlan(gathered, in_sinks, in_band, (own[..., 0] + back).clamp(min=0))

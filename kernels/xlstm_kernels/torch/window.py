@@ -94,8 +94,9 @@ class Bands(NamedTuple):
         plan = band_plan(segment_ids, q.device, T, L, window, sinks)
         keys = _bands(k, plan.sinks, L, window - 1).to(q.dtype)
         values = _bands(v, plan.sinks, L, window - 1).to(q.dtype)
-        bias = plan.bias.mT.to(q.dtype).unsqueeze(2)
-        bias = bias.expand(B, -1, H // G, -1, -1).flatten(2, 3).flatten(0, 1).unsqueeze(1)
+        seen = torch.cat([plan.seen_sinks, plan.seen], dim=2).mT.unsqueeze(2)
+        bias = torch.where(seen, 0.0, -torch.inf).to(q.dtype).expand(B, -1, H // G, -1, -1)
+        bias = bias.flatten(2, 3).flatten(0, 1).unsqueeze(1)
         return cls(_blocks(q, G, L), keys, values, bias, plan.sinks, window - 1, L)
 
 

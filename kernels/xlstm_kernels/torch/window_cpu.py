@@ -5,8 +5,8 @@ of 2, which is the faster function: keys are scaled by log2(e) too. Scores of a 
 stay in a core's cache; the backward pass makes them again.
 
 Letters here, beyond the legend in `xlstm_kernels`: C blocks, L queries of a block, R = H / G query
-heads of a group, span = L + W - 1 keys of a band, S = N + span keys that a block reads, P blocks of
-a part.
+heads of a group, span = L + W - 1 keys of a band, S keys that the blocks of a part read (of each
+band from the first that one of them sees, then N sinks), P blocks of a part.
 """
 
 from __future__ import annotations
@@ -30,18 +30,24 @@ LOG2E = math.log2(math.e)
 class Plan(NamedTuple):
     """What all layers of a model read alike.
 
-    sinks (B C G N): rows of the sinks in what `Work.tokens` returns. bias (B or 1, C, 1, S L R).
+    sinks (B C G N): rows of the sinks in what `Work.tokens` returns. bias (B or 1, C, 1, span + N,
+    L R): what is added to scores. skip (B or 1, C): keys at a band's start that no query sees.
     """
 
     sinks: Tensor
     bias: Tensor
+    skip: Tensor
 
 
 class Part(NamedTuple):
-    """Blocks of some rows: all of each row, or some blocks of one row."""
+    """Blocks of some rows: all of each row, or some blocks of one row.
+
+    skip: keys at the start of each of their bands that no query sees.
+    """
 
     rows: slice
     blocks: slice
+    skip: int
 
     def flat(self, per_row: int, each: int = 1) -> slice:
         """Return where it is among the blocks of all rows, each of them `each` times."""
@@ -67,11 +73,10 @@ class Work:
         self.L = block_length(self.T, window, self.R)
         self.C = -(-self.T // self.L)
         self.span = self.L + self.back
-        self.S = sinks + self.span
         self.length = self.back + self.C * self.L  # of a row with all that its blocks read
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.plan = self._plan(segment_ids)
-        numbers = self.G * self.S * (self.R * self.L + 2 * self.D)  # of a block
+        numbers = self.G * (self.span + sinks) * (self.R * self.L + 2 * self.D)  # of a block
         self.at_once = max(1, NUMBERS_AT_ONCE * torch.get_num_threads() // numbers)
 
     def _plan(self, segment_ids: Tensor | None) -> Plan:
@@ -90,23 +95,29 @@ class Work:
     def _new_plan(self, segment_ids: Tensor | None) -> Plan:
         device = torch.device("cpu")
         found = band_plan(segment_ids, device, self.T, self.L, self.back + 1, self.N)
-        rows = torch.arange(self.B)[:, None, None] * self.length + self.back + found.sinks
-        groups = torch.arange(self.G)[:, None] * (self.B * self.length)
-        bias = found.bias.to(self.wide).unsqueeze(4).expand(-1, -1, -1, -1, self.R)
-        return Plan((rows.unsqueeze(2) + groups).flatten(), bias.flatten(2).unsqueeze(2))
+        rows = torch.arange(self.B, device=device)[:, None, None] * self.length + self.back
+        groups = torch.arange(self.G, device=device)[:, None] * (self.B * self.length)
+        sinks = (rows + found.sinks).unsqueeze(2) + groups
+        seen = torch.cat([found.seen, found.seen_sinks], dim=2).unsqueeze(4)
+        bias = torch.where(seen, 0.0, -torch.inf).to(self.wide).expand(-1, -1, -1, -1, self.R)
+        return Plan(sinks.flatten(), bias.flatten(3).unsqueeze(2), found.skip)
 
     def parts(self) -> Iterator[Part]:
         """Cut the blocks into parts."""
         rows = self.at_once // self.C
         if rows:
             for row in range(0, self.B, rows):
-                yield Part(slice(row, min(row + rows, self.B)), slice(0, self.C))
+                yield self._part(slice(row, min(row + rows, self.B)), slice(0, self.C))
             return
         count = -(-self.C // self.at_once)
         length = -(-self.C // count)  # all parts alike, as far as that goes
         for row in range(self.B):
             for block in range(0, self.C, length):
-                yield Part(slice(row, row + 1), slice(block, min(block + length, self.C)))
+                blocks = slice(block, min(block + length, self.C))
+                yield self._part(slice(row, row + 1), blocks)
+
+    def _part(self, rows: slice, blocks: slice) -> Part:
+        return Part(rows, blocks, int(self._of(self.plan.skip, rows, blocks).min()))
 
     def blocks(self, x: Tensor, part: Part) -> Tensor:
         """Copy the part of x (B, H, T, D), (P G, L R, D)."""
@@ -142,29 +153,29 @@ class Work:
 
     def gather(self, tokens: Tensor, part: Part) -> Tensor:
         """Collect what each block of a part reads of `tokens`, (P G, S, D)."""
-        bands = self._bands(tokens, part, 0, self.span)
-        out = tokens.new_empty(*bands.shape[:3], self.S, self.D)
-        out[..., self.N :, :] = bands
-        if self.N:
-            sinks = tokens.view(-1, self.D).index_select(0, self._sinks(part))
-            out[..., : self.N, :] = sinks.view(*bands.shape[:3], self.N, self.D)
-        return out.flatten(0, 2)
+        bands = self._bands(tokens, part, 0, self.span - part.skip)
+        if not self.N:
+            return bands.flatten(0, 2)
+        sinks = tokens.view(-1, self.D).index_select(0, self._sinks(part))
+        sinks = sinks.view(*bands.shape[:3], self.N, self.D)
+        return torch.cat([bands, sinks], dim=3).flatten(0, 2)
 
     def add(self, total: Tensor, d: Tensor, part: Part) -> None:
         """Add the gradients d (P G, S, D) of what `gather` returns to those of all tokens."""
-        d = d.view(*part.shape, self.G, self.S, self.D)
-        bands = d[..., self.N :, :]
+        d = d.view(*part.shape, self.G, -1, self.D)
+        length = self.span - part.skip
+        bands = d[..., :length, :]
         # Bands of neighbours overlap. Pieces of L tokens do not, nor do those of other rows.
-        if part.shape[1] * self.L < self.span:
+        if part.shape[1] * self.L < length:
             for block, d_band in enumerate(bands.split(1, dim=1), part.blocks.start):
-                alone = Part(part.rows, slice(block, block + 1))
-                self._bands(total, alone, 0, self.span).add_(d_band)
+                alone = part._replace(blocks=slice(block, block + 1))
+                self._bands(total, alone, 0, length).add_(d_band)
         else:
-            for first in range(0, self.span, self.L):
+            for first in range(0, length, self.L):
                 piece = bands[..., first : first + self.L, :]
                 self._bands(total, part, first, piece.shape[3]).add_(piece)
         if self.N:
-            d_sinks = d[..., : self.N, :].reshape(-1, self.D)
+            d_sinks = d[..., length:, :].reshape(-1, self.D)
             total.view(-1, self.D).index_add_(0, self._sinks(part), d_sinks)
 
     def all_rows(self, tokens: Tensor, like: Tensor, scale: float) -> Tensor:
@@ -178,8 +189,8 @@ class Work:
     def scores(self, keys: Tensor, queries: Tensor, part: Part) -> Tensor:
         """Return the masked scores (P G, S, L R) of keys (P G, S, D)."""
         scores = torch.bmm(keys, queries.mT)
-        bias = self.plan.bias[part.rows if len(self.plan.bias) > 1 else slice(None), part.blocks]
-        scores.view(-1, bias.shape[1], self.G, bias.shape[3]).add_(bias)
+        bias = self._of(self.plan.bias, part.rows, part.blocks)[..., part.skip :, :]
+        scores.view(-1, bias.shape[1], self.G, *bias.shape[3:]).add_(bias)
         return scores
 
     def sums(self, logsumexp: Tensor, part: Part) -> Tensor:
@@ -187,11 +198,15 @@ class Work:
         return logsumexp[part.flat(self.C)].flatten(0, 1).unsqueeze(1)
 
     def _bands(self, tokens: Tensor, part: Part, first: int, length: int) -> Tensor:
-        """View tokens `first` on of the band of each block, (rows, blocks, G, length, D)."""
+        """View keys `first` on of what is read of each band, (rows, blocks, G, length, D)."""
         group, row, token, _ = tokens.stride()
-        at = part.rows.start * row + (part.blocks.start * self.L + first) * token
+        at = part.rows.start * row + (part.blocks.start * self.L + part.skip + first) * token
         strides = (row, self.L * token, group, token, 1)
         return tokens.as_strided((*part.shape, self.G, length, self.D), strides, at)
+
+    def _of(self, x: Tensor, rows: slice, blocks: slice) -> Tensor:
+        """View blocks of x (B or 1, C, ...)."""
+        return x[rows if len(x) == self.B else slice(None), blocks]
 
     def _sinks(self, part: Part) -> Tensor:
         return self.plan.sinks[part.flat(self.C, self.G * self.N)]
