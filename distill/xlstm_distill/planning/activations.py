@@ -384,7 +384,7 @@ def window_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     """Count what the window's backward pass in plain torch allocates on a GPU, results included.
 
     It makes the scores of some blocks at once, and three tensors of them in fp32
-    (`_attention_grads`). Torch's own kernel, which runs on CPUs, makes none.
+    (`_attention_grads`). CPUs work on few blocks at a time, which stay near a core's cache.
     """
     if "window" not in mixer.branches or forward.backend == "triton":
         return 0.0

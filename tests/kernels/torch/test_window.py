@@ -16,6 +16,7 @@ from xlstm_kernels.testing import (
     random_segments,
     to_float64,
 )
+from xlstm_kernels.torch import window_cpu
 from xlstm_kernels.torch.window import Bands, _attention_grads, _blocks, _join, _unband
 
 BOUND = 1e-5
@@ -197,6 +198,61 @@ def test_autocast_keeps_the_dtype_of_the_queries() -> None:
         out = sliding_window_attention(**inputs, window=8, sinks=2)
     assert out.dtype == torch.float32
     assert error_ratio(out, sliding_window_attention(**inputs, window=8, sinks=2)) < 1e-2
+
+
+# One block at a time, a few of a row, some rows. Documents longer and shorter than the window.
+@pytest.mark.parametrize("at_once", [1, 1 << 14, 1 << 17])
+@pytest.mark.parametrize(("heads", "window", "length"), [(2, 100, 30), (1, 24, 200), (2, 9, 60)])
+def test_parts_of_any_size_match_reference(
+    heads: int, window: int, length: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window_cpu, "NUMBERS_AT_ONCE", at_once)
+    ids = random_segments(3, 210, mean_length=length, seed=window)
+    assert_matches_reference(random_qkv(3, 2 * heads, 2, 210, 8, seed=at_once), window, 3, ids)
+
+
+def test_keys_that_no_query_of_a_part_sees_are_not_read() -> None:
+    ids = torch.arange(4).repeat_interleave(256)[None]
+    q = torch.zeros(1, 2, 1024, 64)
+    work = window_cpu.Work(q, q, ids, 700, 4)
+    # Blocks hold 64 queries. The first of a document read nothing before it, the last 192 tokens.
+    read = [work.back - part.skip for part in work.parts()]
+    assert read == [0, 64, 128, 192] * 4
+
+
+def test_documents_may_change_in_place_and_plans_kept_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs, ids = random_qkv(2, 4, 2, 70, 8), random_segments(2, 70, mean_length=20)
+    settings = {"window": 9, "sinks": 2}
+    monkeypatch.setattr(window_cpu, "_kept", ())
+    assert_matches_reference(inputs, 9, 2, ids)
+    assert_matches_reference(inputs, 9, 2, ids.clone())
+    assert len(window_cpu._kept) == 1
+    out = sliding_window_attention(**inputs, **settings, segment_ids=ids)
+    before = ids.clone()
+    ids.data[:] = random_segments(2, 70, mean_length=20, seed=1)  # its version stays the same
+    assert_matches_reference(inputs, 9, 2, ids)
+    exact = sliding_window_reference(**to_float64(inputs), **settings, segment_ids=before)
+    assert error_ratio(out, exact) < BOUND
+    for seed in range(6):
+        ids = random_segments(2, 70, mean_length=20, seed=seed)
+        sliding_window_attention(**inputs, **settings, segment_ids=ids)
+    assert len(window_cpu._kept) == window_cpu.PLANS
+    monkeypatch.setattr(window_cpu, "PLAN_AT_MOST", 1)
+    monkeypatch.setattr(window_cpu, "_kept", ())
+    assert_matches_reference(inputs, 9, 2, ids)
+    assert not window_cpu._kept
+
+
+def test_a_broken_row_leaves_the_others_alone() -> None:
+    inputs = {name: x.detach() for name, x in random_qkv(3, 2, 2, 50, 8).items()}
+    sound = sliding_window_attention(**inputs, window=9, sinks=2)
+    for x in inputs.values():
+        x[1] = torch.nan
+    broken = sliding_window_attention(**inputs, window=9, sinks=2)
+    assert broken[1].isnan().all()
+    assert torch.equal(broken[::2], sound[::2])
 
 
 def test_a_plan_that_is_kept_serves_training_too() -> None:
