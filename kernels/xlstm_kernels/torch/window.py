@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_kernels.registration import refuse_second_derivative
-from xlstm_kernels.torch import window_cpu
 from xlstm_kernels.torch.band_plan import band_plan
 from xlstm_kernels.torch.bounded import bounded_attention, wide_product
 from xlstm_kernels.torch.tiles import tiled_attention, tiles_pay
+from xlstm_kernels.torch.window_cpu import attend, block_length, differentiate
 
 # Queries of a block, at least and at most. Smaller blocks make many small products; larger ones
 # multiply more masked pairs (docs/math.md, "Chunk size").
@@ -129,7 +129,7 @@ def forward(
     """Return the attention and, on a CPU, what `window_cpu.attend` returns of each softmax."""
     with torch.autocast(q.device.type, enabled=False):
         if q.device.type == "cpu":
-            return window_cpu.attend(q, k, v, segment_ids, window, sinks, scale)
+            return attend(q, k, v, segment_ids, window, sinks, scale)
         bands = Bands.of(q, k, v, segment_ids, window, sinks)
         rows = bands.queries, bands.keys, bands.values
         out = F.scaled_dot_product_attention(*rows, attn_mask=bands.bias, scale=scale)
@@ -148,7 +148,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     (B, H, T, _), G, shape = q.shape, k.shape[1], torch.Size([0])
     if q.device.type == "cpu":
-        L = window_cpu.block_length(T, window, H // G)
+        L = block_length(T, window, H // G)
         shape = torch.Size([B * -(-T // L), G, H // G * L])
     statistics = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=statistics)
@@ -171,7 +171,7 @@ def backward(
     with torch.autocast(q.device.type, enabled=False):
         if q.device.type == "cpu":
             rows = dout, q, k, v, segment_ids, logsumexp
-            return window_cpu.differentiate(*rows, window, sinks, scale)
+            return differentiate(*rows, window, sinks, scale)
         bands = Bands.of(q, k, v, segment_ids, window, sinks)
         G, L = k.shape[1], bands.length
         d_blocks, out_blocks = _blocks(dout, G, L), _blocks(out, G, L)

@@ -39,6 +39,31 @@ class Plan(NamedTuple):
     skip: Tensor
 
 
+class Plans:
+    """The latest plans, for the other layers and for the backward pass."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.kept: tuple[tuple[tuple[object, ...], Tensor | None, Plan], ...] = ()
+
+    def find(self, key: tuple[object, ...], segment_ids: Tensor | None) -> Plan | None:
+        """Return the plan for these segment ids, by what they are: a caller may change them."""
+        for known, ids, plan in self.kept:
+            if known != key or (ids is None) != (segment_ids is None):
+                continue
+            if ids is None or segment_ids is None or torch.equal(ids, segment_ids):
+                return plan
+        return None
+
+    def keep(self, key: tuple[object, ...], segment_ids: Tensor | None, plan: Plan) -> None:
+        """Keep a plan, and forget the oldest; nobody may write into the segment ids."""
+        # A new tuple each time, so threads need no lock: at worst a plan is made twice.
+        self.kept = ((key, segment_ids, plan), *self.kept[: PLANS - 1])
+
+
+_plans = Plans()
+
+
 class Part(NamedTuple):
     """Blocks of some rows: all of each row, or some blocks of one row.
 
@@ -81,15 +106,15 @@ class Work:
 
     def _plan(self, segment_ids: Tensor | None) -> Plan:
         key = (self.B, self.G, self.T, self.R, self.back, self.N, self.wide)
-        for kept_key, ids, plan in _kept:
-            if kept_key == key and _equal(ids, segment_ids):
-                return plan
+        found = _plans.find(key, segment_ids)
+        if found is not None:
+            return found
         # Outside of inference mode, because training may read it too.
         with torch.inference_mode(False):
             ids = None if segment_ids is None else segment_ids.clone()
             plan = self._new_plan(ids)
         if plan.bias.numel() <= PLAN_AT_MOST:
-            _keep((key, ids, plan))
+            _plans.keep(key, ids, plan)
         return plan
 
     def _new_plan(self, segment_ids: Tensor | None) -> Plan:
@@ -210,24 +235,6 @@ class Work:
 
     def _sinks(self, part: Part) -> Tensor:
         return self.plan.sinks[part.flat(self.C, self.G * self.N)]
-
-
-Kept = tuple[tuple[object, ...], Tensor | None, Plan]
-# The latest plans, for the other layers and for the backward pass. Replaced and never changed, so
-# threads need no lock; at worst one of two new plans is made again.
-_kept: tuple[Kept, ...] = ()
-
-
-def _keep(plan: Kept) -> None:
-    global _kept
-    _kept = (plan, *_kept[: PLANS - 1])
-
-
-def _equal(kept: Tensor | None, given: Tensor | None) -> bool:
-    """Compare segment ids by what they are: the caller may write into the same tensor."""
-    if kept is None or given is None:
-        return kept is given
-    return kept.dtype == given.dtype and torch.equal(kept, given)
 
 
 def block_length(T: int, window: int, heads: int) -> int:

@@ -225,10 +225,10 @@ def test_documents_may_change_in_place_and_plans_kept_are_few(
 ) -> None:
     inputs, ids = random_qkv(2, 4, 2, 70, 8), random_segments(2, 70, mean_length=20)
     settings = {"window": 9, "sinks": 2}
-    monkeypatch.setattr(window_cpu, "_kept", ())
+    monkeypatch.setattr(window_cpu._plans, "kept", ())
     assert_matches_reference(inputs, 9, 2, ids)
     assert_matches_reference(inputs, 9, 2, ids.clone())
-    assert len(window_cpu._kept) == 1
+    assert len(window_cpu._plans.kept) == 1
     out = sliding_window_attention(**inputs, **settings, segment_ids=ids)
     before = ids.clone()
     ids.data[:] = random_segments(2, 70, mean_length=20, seed=1)  # its version stays the same
@@ -238,11 +238,11 @@ def test_documents_may_change_in_place_and_plans_kept_are_few(
     for seed in range(6):
         ids = random_segments(2, 70, mean_length=20, seed=seed)
         sliding_window_attention(**inputs, **settings, segment_ids=ids)
-    assert len(window_cpu._kept) == window_cpu.PLANS
+    assert len(window_cpu._plans.kept) == window_cpu.PLANS
     monkeypatch.setattr(window_cpu, "PLAN_AT_MOST", 1)
-    monkeypatch.setattr(window_cpu, "_kept", ())
+    monkeypatch.setattr(window_cpu._plans, "kept", ())
     assert_matches_reference(inputs, 9, 2, ids)
-    assert not window_cpu._kept
+    assert not window_cpu._plans.kept
 
 
 def test_a_broken_row_leaves_the_others_alone() -> None:
