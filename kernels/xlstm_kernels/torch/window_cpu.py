@@ -47,11 +47,12 @@ class Plans:
         self.kept: tuple[tuple[tuple[object, ...], Tensor | None, Plan], ...] = ()
 
     def find(self, key: tuple[object, ...], segment_ids: Tensor | None) -> Plan | None:
-        """Return the plan for these segment ids, by what they are: a caller may change them."""
+        """Return the plan for these segment ids, by what they are: a caller may change them.
+
+        key: all else that a plan depends on, and the dtype of the ids.
+        """
         for known, ids, plan in self.kept:
-            if known != key or (ids is None) != (segment_ids is None):
-                continue
-            if ids is None or segment_ids is None or torch.equal(ids, segment_ids):
+            if known == key and (ids is None or torch.equal(ids, segment_ids)):
                 return plan
         return None
 
@@ -105,7 +106,8 @@ class Work:
         self.at_once = max(1, NUMBERS_AT_ONCE * torch.get_num_threads() // numbers)
 
     def _plan(self, segment_ids: Tensor | None) -> Plan:
-        key = (self.B, self.G, self.T, self.R, self.back, self.N, self.wide)
+        ids_dtype = None if segment_ids is None else segment_ids.dtype
+        key = (self.B, self.G, self.T, self.R, self.back, self.N, self.wide, ids_dtype)
         found = _plans.find(key, segment_ids)
         if found is not None:
             return found

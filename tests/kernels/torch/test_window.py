@@ -229,6 +229,7 @@ def test_documents_may_change_in_place_and_plans_kept_are_few(
     assert_matches_reference(inputs, 9, 2, ids)
     assert_matches_reference(inputs, 9, 2, ids.clone())
     assert len(window_cpu._plans.kept) == 1
+    assert_matches_reference(inputs, 9, 2, ids.int())
     out = sliding_window_attention(**inputs, **settings, segment_ids=ids)
     before = ids.clone()
     ids.data[:] = random_segments(2, 70, mean_length=20, seed=1)  # its version stays the same
