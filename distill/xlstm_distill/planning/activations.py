@@ -34,6 +34,8 @@ SPAN: Mapping[str, int] = {"cpu": 1 << 13, "cuda": 1 << 17}
 """Tokens of all rows and heads in a part (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
 BLOCK_MIN, BLOCK_MAX, SCORES_AT_ONCE = 32, 128, 1 << 26
 """Blocks of the window in plain torch, and the scores that its gradient makes at once on a GPU."""
+NUMBERS_AT_ONCE = 1 << 19
+"""Scores, keys and values of a part of the window on a CPU."""
 QUERIES_MAX, SCORES_MAX = 256, 1 << 26
 """Blocks where the softmax is a family's own, and the most scores of one."""
 
@@ -381,17 +383,17 @@ def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
 
 
 def window_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
-    """Count what the window's backward pass in plain torch allocates on a GPU, results included.
+    """Count what the window's backward pass in plain torch allocates, results included.
 
-    It makes the scores of some blocks at once, and three tensors of them in fp32
-    (`_attention_grads`). CPUs work on few blocks at a time, which stay near a core's cache.
+    On a GPU it makes the scores of some blocks at once, and three tensors of them in fp32
+    (`_attention_grads`).
     """
     if "window" not in mixer.branches or forward.backend == "triton":
         return 0.0
     if a.own_softmax:
         return _own_softmax_work(a, mixer, forward)
     if forward.device == "cpu":
-        return 0.0
+        return _window_work_cpu(a, mixer, forward)
     H, G, D, window = a.heads, a.groups, a.head_dim, min(mixer.window, forward.tokens)
     L = min(max(BLOCK_MIN, min(window, BLOCK_MAX)), forward.tokens)
     keys = min(mixer.sinks, forward.tokens) + L + window - 1
@@ -408,6 +410,30 @@ def window_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     last = (blocks - 1) % at_once + 1
     joining = 2 * blocks * results + (FP32 + forward.compute) * last * scores
     return float(blocks * inputs + max(computing, joining))
+
+
+def _window_work_cpu(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
+    """Count what the backward pass of `xlstm_kernels.torch.window_cpu` allocates, all in fp32.
+
+    Rows of one document each may go to `xlstm_kernels.torch.tiles` instead, which needs less. The
+    mask is not counted: the forward pass made it.
+    """
+    H, G, D, T = a.heads, a.groups, a.head_dim, forward.tokens
+    window, sinks = min(mixer.window, T), min(mixer.sinks, T)
+    longest = (64 if window >= 256 else 32) if H == G else (16 if window <= 64 else 32)
+    L = min(longest, T)
+    blocks = math.ceil(T / L)
+    keys = window - 1 + L + sinks
+    at_once = max(1, NUMBERS_AT_ONCE // (keys * (H * L + 2 * G * D)))
+    rows = min(forward.rows, at_once // blocks)
+    part = rows * blocks if rows else math.ceil(blocks / math.ceil(blocks / at_once))
+    # Of a block: queries and the gradient of their output, keys and values, two of scores; then the
+    # gradient of keys, of sinks once more, or of queries, once more for rows that fill no block.
+    pieces = 2 * D * (H * L + G * keys) + 2 * H * L * keys
+    pieces += D * max(G * (keys + sinks), H * L * (2 if T % L else 1))
+    tokens = 4 * FP32 * forward.rows * G * D * (window - 1 + blocks * L)
+    results = forward.compute * forward.rows * T * D
+    return float(tokens + results * H + max(FP32 * part * pieces, results * 2 * G))
 
 
 def _own_softmax_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:

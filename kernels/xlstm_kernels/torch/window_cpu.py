@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xlstm_kernels.torch.band_plan import band_plan
 
-# Scores, keys and values of a part, for each thread: so that they stay near its cache.
+# Scores, keys and values of a part: so that they stay near a core's cache.
 NUMBERS_AT_ONCE = 1 << 19
 PLANS, PLAN_AT_MOST = 4, 1 << 22  # that are kept for later calls, and numbers of one
 LOG2E = math.log2(math.e)
@@ -52,7 +52,9 @@ class Plans:
         key: all else that a plan depends on, and the dtype of the ids.
         """
         for known, ids, plan in self.kept:
-            if known == key and (ids is None or torch.equal(ids, segment_ids)):
+            if known != key:
+                continue
+            if ids is None or segment_ids is None or torch.equal(ids, segment_ids):
                 return plan
         return None
 
@@ -103,7 +105,7 @@ class Work:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.plan = self._plan(segment_ids)
         numbers = self.G * (self.span + sinks) * (self.R * self.L + 2 * self.D)  # of a block
-        self.at_once = max(1, NUMBERS_AT_ONCE * torch.get_num_threads() // numbers)
+        self.at_once = max(1, NUMBERS_AT_ONCE // numbers)
 
     def _plan(self, segment_ids: Tensor | None) -> Plan:
         ids_dtype = None if segment_ids is None else segment_ids.dtype
@@ -288,13 +290,31 @@ def differentiate(
     all_keys, all_values = work.tokens(k, scale * LOG2E), work.tokens(v, 1.0 / LOG2E)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(all_keys), torch.zeros_like(all_values)
+    inputs = dout, q, all_keys, all_values
     for part in work.parts():
-        keys, values = work.gather(all_keys, part), work.gather(all_values, part)
-        rows, d = work.blocks(q, part), work.blocks(dout, part)
-        weights = work.scores(keys, rows, part).sub_(work.sums(logsumexp, part)).exp2_()
-        work.add(dv, torch.bmm(weights, d), part)
-        slope = torch.bmm(values, d.mT)
-        d_scores = torch.ops.aten._softmax_backward_data(slope, weights, 1, work.wide)
-        work.add(dk, torch.bmm(d_scores, rows), part)
-        work.write(dq, torch.bmm(d_scores.mT, keys), part)
+        _differentiate_part(work, part, inputs, logsumexp, (dq, dk, dv))
     return [dq, work.all_rows(dk, k, scale * LOG2E), work.all_rows(dv, v, 1.0)]
+
+
+def _differentiate_part(
+    work: Work,
+    part: Part,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    logsumexp: Tensor,
+    results: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write or add the gradients of a part; its memory is free for the next one.
+
+    inputs: dout, q, and all keys and values as `Work.tokens` returns them. results: of q, and of
+    the keys and values, likewise.
+    """
+    dout, q, all_keys, all_values = inputs
+    dq, dk, dv = results
+    keys, values = work.gather(all_keys, part), work.gather(all_values, part)
+    rows, d = work.blocks(q, part), work.blocks(dout, part)
+    weights = work.scores(keys, rows, part).sub_(work.sums(logsumexp, part)).exp2_()
+    work.add(dv, torch.bmm(weights, d), part)
+    d_scores = torch.bmm(values, d.mT).mul_(weights)
+    d_scores.addcmul_(weights, d_scores.sum(dim=1, keepdim=True), value=-1.0)
+    work.add(dk, torch.bmm(d_scores, rows), part)
+    work.write(dq, torch.bmm(d_scores.mT, keys), part)

@@ -26,7 +26,7 @@ from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.stages.workbench import architecture_of
 from xlstm_distill.training.objectives import AlignObjective
 from xlstm_kernels.testing import allocated_peak
-from xlstm_kernels.torch import bounded, window
+from xlstm_kernels.torch import bounded, window, window_cpu
 
 MIXERS = {
     "softmax": MixerConfig(window=40, sinks=4),
@@ -152,9 +152,6 @@ def test_work_of_the_windows_gradient_on_a_gpu(
     scores = H * L * (sinks + 2 * L - 1)  # of a block
     for module in (window, activations):
         monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once * scores)
-    # A GPU's blocks are larger, and it keeps no plan for the next call.
-    monkeypatch.setattr(window, "block_length", lambda *_: L)
-    monkeypatch.setattr(window, "PLAN_AT_MOST", 0)
     q, k, v, out, dout = (torch.randn(1, heads, T, D) for heads in (H, G, G, H, H))
 
     def step() -> None:
@@ -166,7 +163,26 @@ def test_work_of_the_windows_gradient_on_a_gpu(
     forward, mixer = Pass(1, T, "fp32", "torch"), MixerConfig(window=L, sinks=sinks)
     assert window_work(a, mixer, forward) == pytest.approx(allocated_peak(step), rel=WORK_ERROR)
     assert window_work(a, mixer, replace(forward, backend="triton")) == 0
-    assert window_work(a, mixer, replace(forward, device="cpu")) == 0
+
+
+# Rows of many parts, many rows in one part, heads of their own.
+@pytest.mark.parametrize(
+    ("rows", "T", "G", "W"), [(1, 2048, 2, 64), (5, 100, 2, 20), (2, 700, 4, 300)]
+)
+def test_work_of_the_windows_gradient_on_a_cpu(
+    facts: Facts, rows: int, T: int, G: int, W: int
+) -> None:
+    H, D, sinks = 4, 32, 4
+    q, k, v, dout = (torch.randn(rows, heads, T, D) for heads in (H, G, G, H))
+    settings = (torch.zeros(rows, T, dtype=torch.int64), W, sinks, 0.2)
+    out, sums = window.forward(q, k, v, *settings)
+    a = replace(facts("llama-3.1-8b"), heads=H, groups=G, head_dim=D)
+    forward, mixer = Pass(rows, T, "fp32", "torch", "cpu"), MixerConfig(window=W, sinks=sinks)
+    found = allocated_peak(
+        lambda: window.backward(dout, q, k, v, settings[0], out, sums, *settings[1:])
+    )
+    assert window_work(a, mixer, forward) == pytest.approx(found, rel=WORK_ERROR)
+    assert window_work(a, mixer, replace(forward, backend="triton")) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,6 +206,7 @@ def test_work_of_the_gradient_of_a_softmax_of_a_familys_own(
 def test_blocks_and_scores_are_those_of_the_window() -> None:
     limits = ("BLOCK_MIN", "BLOCK_MAX", "SCORES_AT_ONCE")
     assert [getattr(activations, n) for n in limits] == [getattr(window, n) for n in limits]
+    assert activations.NUMBERS_AT_ONCE == window_cpu.NUMBERS_AT_ONCE
     limits = ("QUERIES_MAX", "SCORES_MAX")
     assert [getattr(activations, n) for n in limits] == [getattr(bounded, n) for n in limits]
 
