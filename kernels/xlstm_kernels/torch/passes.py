@@ -209,7 +209,7 @@ def differentiate_part(
 
     rows = torch.bmm(d_out, entering)  # of the queries that read the state
     torch.sum(weighed.mul_(rows), dim=-1, out=d_read)
-    del weighed  # so that the keys can have its memory
+    del weighed  # so that what follows can have its memory
     _write_grads(sizes, (rows, weights.read), (d_products, chunks.k), out.q)
 
     weighed = chunks.weighed(chunks.k, weights.write)
@@ -220,6 +220,7 @@ def differentiate_part(
     # The weights of a chunk's last token are also those of the leaving state.
     d_pairs[:, -1] += weighed.mul_(rows).sum(dim=-1)
     d_read[:, -1] += _dots(entering.flatten(1), leaving.flatten(1)) * weights.decay
+    del weighed
     _write_grads(sizes, (rows, weights.write), (d_products.mT, chunks.q), out.k)
     di, df = gate_grads(d_sums, tokens.f, sizes)
     sizes.join_gates(di, out.i)
