@@ -18,6 +18,7 @@ from torch import Tensor
 from xlstm_kernels.torch.weights import Chunks, Documents, Weights, gate_grads, write_weights
 
 PRODUCTS_AT_ONCE = 1 << 16  # on a CPU, so that they stay in the cache
+CACHED = 1 << 22  # bytes that `_to_cache` is for
 
 
 class Part(NamedTuple):
@@ -140,14 +141,17 @@ def run_part(tokens: Tokens, memory: Tensor, m: Tensor, kept: Kept, h: Tensor) -
     # What a chunk writes goes where the next chunk's state is. After a head's last chunk, that is
     # the first state of the next head, so `_carry` takes it out.
     written = chunks.weighed(chunks.k, weights.write)
+    _to_cache(kept.states)
     for keys, update in chunks.by_head(written, kept.states[1:]):
         torch.bmm(chunks.v.mT, keys, out=update)
     del written  # so that the next products can have its memory
     _carry(sizes, kept.states, weights, memory)
 
+    reading = chunks.weighed(chunks.q, weights.read)
     products = sizes.in_order(torch.bmm(chunks.q, chunks.k.mT))
     torch.mul(products, sizes.apart(weights.pairs), out=sizes.apart(kept.scores))
-    torch.bmm(chunks.weighed(chunks.q, weights.read), kept.states[:-1].mT, out=kept.outputs)
+    _to_cache(kept.outputs)
+    torch.bmm(reading, kept.states[:-1].mT, out=kept.outputs)
     for out, scores in chunks.by_head(kept.outputs, kept.scores):
         out.baddbmm_(scores, chunks.v)
     num, den = kept.outputs[..., :-1], kept.outputs[..., -1:]
@@ -302,6 +306,7 @@ def _write_value_grads(
     pairs: the scores (X, L, L), and the gradients of the outputs (X, L, Dw).
     """
     placed = chunks.sizes.place(out, states[0].dtype)
+    _to_cache(placed)
     for number, (keys, d_state, scores, d_out) in enumerate(chunks.by_head(*states, *pairs)):
         d_values = d_state[:, :-1].mT
         if number:
@@ -321,3 +326,13 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
     for x, y, product in zip(a.split(rows), b.split(rows), out.split(rows), strict=True):
         torch.sum(x * y, dim=-1, out=product)
     return out
+
+
+def _to_cache(x: Tensor) -> None:
+    """Bring memory that is about to be written to a CPU's cache.
+
+    A batched product writes small matrices in an order that the CPU does not foresee. Measured: it
+    takes up to twice the time where its result is not in the cache; filling it takes a tenth.
+    """
+    if x.device.type == "cpu" and x.nbytes <= CACHED:
+        x.zero_()
