@@ -30,7 +30,7 @@ Precision = Literal["fp32", "bf16", "autocast"]
 Backend = Literal["torch", "triton"]
 FP32, BF16, INT64 = 4, 2, 8
 """Bytes of a number."""
-SPAN: Mapping[str, int] = {"cpu": 1 << 13, "cuda": 1 << 17}
+SPAN: Mapping[str, int] = {"cpu": 1 << 12, "cuda": 1 << 17}
 """Tokens of all rows and heads in a part (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
 BLOCK_MIN, BLOCK_MAX, SCORES_AT_ONCE = 32, 128, 1 << 26
 """Blocks of the window in plain torch, and the scores that its gradient makes at once on a GPU."""
@@ -374,9 +374,9 @@ def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     H, D, L, F = a.heads, a.head_dim, forward.chunk, features(mixer, a)
     all_rows = forward.rows * forward.tokens * H
     span = min(SPAN[forward.device], all_rows)
-    # Without grouped heads, whole rows in fp32 are read and written where they are.
-    whole = forward.device == "cpu" and a.groups == H and forward.compute == FP32
-    copies = 2 if whole and forward.tokens % L == 0 else 5
+    # Whole rows of a group in fp32 are read and written where they are.
+    whole = forward.device == "cpu" and forward.compute == FP32 and forward.tokens % L == 0
+    copies = 2 if whole and (a.groups == H or H // a.groups * forward.tokens <= span) else 4
     work = FP32 * (copies * F + (1 + a.groups / H) * D + 2 * L + F * (D + 1) / L)
     results = forward.compute * (2 * F + D * a.groups / H) + 2 * FP32
     return span * work + all_rows * results

@@ -128,16 +128,14 @@ def compute(
         # Without a backward pass, each part writes over what the one before it wrote. No part is
         # larger than the first.
         kept = Kept.empty(sizes if keep else part_sizes(sizes, found[0]), C0)
-        memory, m = torch.cat([C0, n0.unsqueeze(-1)], dim=-1), m0.clone()
+        memory, m = torch.cat([C0.mT, n0.unsqueeze(-2)], dim=-2), m0.clone()
         for part in found:
             heads, held = part.heads(sizes.R), part_sizes(sizes, part)
             rows = kept.part(part.chunks if keep else 0, held)
-            # Copied: heads of several rows are not adjacent where a part has not all of them.
-            before, m_before = memory[heads].contiguous(), m[heads].contiguous()
-            run_part(tokens.part(part), before, m_before, rows, part.of(h, sizes.R))
-            memory[heads], m[heads] = before, m_before
-        # Copies: the results of an operator may not share memory.
-        C, n = memory[..., :-1].contiguous(), memory[..., -1].contiguous()
+            run_part(tokens.part(part), memory[heads], m[heads], rows, part.of(h, sizes.R))
+        # Copies, also of a single row: the results of an operator may not share memory.
+        C = memory[..., :-1, :].mT.clone(memory_format=torch.contiguous_format)
+        n = memory[..., -1, :].clone(memory_format=torch.contiguous_format)
         return h, C, n, m, *(kept if keep else _nothing(C0))
 
 
@@ -193,15 +191,14 @@ def backward(
         *grads, dC0, dn0 = _allocate_grads(q, k, v, i, f, dC, dn, values)
         out = Gradients(*grads) if values else Gradients(*grads)._replace(v=None)
         kept = Kept(weights, scores, outputs, states)
-        d_memory = torch.cat([dC, dn.unsqueeze(-1)], dim=-1)
+        d_memory = torch.cat([dC.mT, dn.unsqueeze(-2)], dim=-2)
         for part in reversed(parts(q, sizes)):
             heads = part.heads(sizes.R)
             rows = kept.part(part.chunks, part_sizes(sizes, part))
-            after, d_part = d_memory[heads].contiguous(), part.of(dh, sizes.R)
-            differentiate_part(tokens.part(part), rows, d_part, after, out.part(part, sizes.R))
-            d_memory[heads] = after
-        dC0.copy_(d_memory[..., :-1])
-        dn0.copy_(d_memory[..., -1])
+            given = tokens.part(part), rows, part.of(dh, sizes.R)
+            differentiate_part(*given, d_memory[heads], out.part(part, sizes.R))
+        dC0.copy_(d_memory[..., :-1, :].mT)
+        dn0.copy_(d_memory[..., -1, :])
         return [*grads, dC0, dn0]
 
 

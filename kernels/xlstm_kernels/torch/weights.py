@@ -1,8 +1,9 @@
 """Weights of the chunkwise mLSTM: what each token takes from earlier ones and from the state.
 
 Letters here, beyond the legend in `xlstm_kernels`: C chunks of L tokens, R = H / G query heads of a
-group, P = B G C chunks of all groups. Chunks come in the order (B, G, C, R) everywhere: without
-grouped heads, that is the order of the arguments, which are then not copied.
+group, P = B G C chunks of all groups, X = R P chunks of all heads. Chunks come in the order
+(R, B, G, C): first those of the first head of every group. So those that share v are in a row for
+each r, and v is not repeated. Without grouped heads, that is the order of the arguments.
 """
 
 from __future__ import annotations
@@ -44,47 +45,51 @@ class Chunks(NamedTuple):
         """Count the tokens that fill the last chunk."""
         return -self.T % self.L
 
-    def split(self, x: Tensor, dtype: torch.dtype, value: float = 0.0) -> Tensor:
-        """Cut x (B, heads, T, ...) into chunks (P, heads / G, L, ...), filled up with `value`.
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cut x (B, heads, T, D) into chunks (B heads C, L, D), with zeros after the end.
 
-        A view where x is in that order, else a copy.
+        A view where x has that dtype and order, else a copy.
         """
         if self.fill:
-            return self._split_filled(x, dtype, value)
-        x = x.to(dtype).unflatten(2, (self.C, self.L)).unflatten(1, (self.G, -1)).transpose(2, 3)
-        return x.contiguous().flatten(0, 2)
-
-    def _split_filled(self, x: Tensor, dtype: torch.dtype, value: float) -> Tensor:
-        """Cut x as `split` does, in one pass: filling it up before would copy it twice."""
-        x = x.unflatten(1, (self.G, -1))  # (B, G, R, T, ...)
-        shape = (self.B, self.G, self.C, x.shape[2], self.L, *x.shape[4:])
-        out = torch.empty(shape, dtype=dtype, device=x.device)
-        whole = self.T // self.L * self.L
-        if whole:
-            chunks = x[:, :, :, :whole].unflatten(3, (-1, self.L)).transpose(2, 3)
-            out[:, :, :-1].copy_(chunks)
-        out[:, :, -1, :, : self.T - whole].copy_(x[:, :, :, whole:])
-        out[:, :, -1, :, self.T - whole :].fill_(value)
-        return out.flatten(0, 2)
+            filled = x.new_zeros(*x.shape[:2], self.C * self.L, x.shape[3], dtype=dtype)
+            filled[:, :, : self.T] = x
+            x = filled
+        return x.to(dtype).unflatten(2, (self.C, self.L)).flatten(0, 2)
 
     def place(self, out: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a tensor of chunks to compute in, for `join`: `out` itself where it can be."""
-        heads, D = out.shape[1] // self.G, out.shape[3]
-        shape = (self.P, heads, self.L, D)
-        if heads == 1 and not self.fill and out.is_contiguous() and out.dtype == dtype:
+        """Return what `rows` would, to be written: `out` itself where it can be, else new."""
+        shape = (out.shape[0] * out.shape[1] * self.C, self.L, out.shape[3])
+        if not self.fill and out.is_contiguous() and out.dtype == dtype:
             return out.view(shape)
         return out.new_empty(shape, dtype=dtype)
 
     def join(self, x: Tensor, out: Tensor) -> None:
-        """Copy x (P, heads / G, L, ...) into out (B, heads, T, ...), without what fills x up."""
+        """Copy rows (B heads C, L, D) to out (B, heads, T, D), without what fills them up."""
         if x.data_ptr() == out.data_ptr():
             return  # from `place`
-        x = x.unflatten(0, (self.B, self.G, self.C)).transpose(2, 3)
-        out = out.unflatten(1, (self.G, -1))
-        if self.fill:
-            out.copy_(x.flatten(3, 4)[:, :, :, : self.T])
-        else:
-            out.unflatten(3, (self.C, self.L)).copy_(x)
+        out.copy_(x.view(*out.shape[:2], -1, out.shape[3])[:, :, : self.T])
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """View rows x (B H C, ...) in the order of chunks, (R, B, G, C, ...)."""
+        return x.unflatten(0, (self.B, self.G, self.R, self.C)).movedim(2, 0)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """View x (X, ...) as (R, B, G, C, ...)."""
+        return x.unflatten(0, (self.R, self.B, self.G, self.C))
+
+    def heads_in_order(self, x: Tensor) -> Tensor:
+        """View x (B, H, ...) as (R, B, G, ...)."""
+        return x.unflatten(1, (self.G, self.R)).movedim(2, 0)
+
+    def gates(self, x: Tensor, dtype: torch.dtype, value: float) -> Tensor:
+        """Cut x (B, H, T) into chunks (X, L), filled up with `value`."""
+        x = F.pad(x.to(dtype), (0, self.fill), value=value)
+        return self.heads_in_order(x).reshape(-1, self.L)
+
+    def join_gates(self, x: Tensor, out: Tensor) -> None:
+        """Copy x (X, L) to out (B, H, T), without what fills x up."""
+        x = x.view(self.R, self.B, self.G, -1)[..., : self.T]
+        self.heads_in_order(out).copy_(x)
 
 
 class Documents(NamedTuple):
@@ -98,11 +103,10 @@ class Documents(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Weights exp(D - m_t) of what token t reads; each is at most 1.
+    """Weights exp(D - m_t) of what token t reads; each is at most 1, but for rounding.
 
-    pairs (P, R, L, L): of token s at token t of its chunk, 0 where t does not see s. read
-    (P, R, L): of the state that enters the chunk. The last token's weights are those of the
-    state that leaves.
+    pairs (X, L, L): of token s at token t of its chunk, 0 where t does not see s. read (X, L): of
+    the state that enters the chunk. The last token's weights are those of the state that leaves.
     """
 
     pairs: Tensor
@@ -110,18 +114,18 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, held: Tensor) -> Weights:
-        """View held (P, R, L L + L), which holds both in a row."""
+        """View held (X, L L + L), which holds both in a row."""
         L = int(held.shape[-1] ** 0.5)  # L L + L is between L² and (L + 1)²
         return cls(held[..., : L * L].unflatten(-1, (L, L)), held[..., L * L :])
 
     @property
     def write(self) -> Tensor:
-        """Return the weight of each token in the state that leaves its chunk (P, R, L)."""
+        """Return the weight of each token in the state that leaves its chunk (X, L)."""
         return self.pairs[..., -1, :]
 
     @property
     def decay(self) -> Tensor:
-        """Return the weight of the entering state in the leaving one (P, R)."""
+        """Return the weight of the entering state in the leaving one (X,)."""
         return self.read[..., -1]
 
 
@@ -133,7 +137,7 @@ def write_weights(
     sizes: Chunks,
     held: Tensor,
 ) -> Tensor:
-    """Write the weights of a part's chunks to held (P, R, L L + L), as `Weights.of` reads it.
+    """Write the weights of a part's chunks to held (X, L L + L), as `Weights.of` reads it.
 
     i, f (B, H, T); m (B, H): stabiliser of the state before the part. Returns that after it.
 
@@ -144,22 +148,24 @@ def write_weights(
     # Off the CPU a float32 product may be rounded to TF32; log-weights cannot be.
     exact = m.dtype if i.device.type == "cpu" else torch.float64
     # Tokens after the end keep the state as it is: f -> 1, i -> 0.
-    log_f = F.logsigmoid(sizes.split(f, exact, -LOG_ZERO)).flatten(0, 1)
+    log_f = F.logsigmoid(sizes.gates(f, exact, -LOG_ZERO))
     causal, spans = (x.to(exact) for x in _pair_sums(sizes.L, i.device))
     if exact == held.dtype:
-        torch.addmm(causal, log_f, spans, out=held.flatten(0, 1))
+        torch.addmm(causal, log_f, spans, out=held)
     else:
-        held.copy_(torch.addmm(causal, log_f, spans).view_as(held))
+        held.copy_(torch.addmm(causal, log_f, spans))
     pairs, read = Weights.of(held)
-    pairs += sizes.split(i, m.dtype, LOG_ZERO).unsqueeze(-2)
+    pairs += sizes.gates(i, m.dtype, LOG_ZERO).unsqueeze(-2)
     if documents is not None:
         hidden, cut_off = _other_documents(documents, sizes)
-        groups = (sizes.B, sizes.G, sizes.C)
-        pairs.unflatten(0, groups).masked_fill_(hidden, LOG_ZERO)
-        read.unflatten(0, groups).masked_fill_(cut_off, LOG_ZERO)
-    m_in, m_end = _chunk_stabilisers(pairs[..., -1, :], read[..., -1], m, sizes)
+        sizes.apart(pairs).masked_fill_(hidden, LOG_ZERO)
+        sizes.apart(read).masked_fill_(cut_off, LOG_ZERO)
+    m_in, m_out, m_end = _chunk_stabilisers(pairs[:, -1], read[:, -1], m, sizes)
     m_in = m_in.unsqueeze(-1)
     m_t = torch.maximum(pairs.amax(dim=-1), read + m_in)
+    # The state that leaves has the stabiliser that the next chunk takes it to have, to the last
+    # digit. It was summed up in another order.
+    m_t[:, -1] = m_out
     pairs -= m_t.unsqueeze(-1)
     # Relative to m_in: a sum with it would be rounded to m's size, at every chunk the same way.
     read -= m_t - m_in
@@ -168,18 +174,18 @@ def write_weights(
 
 
 def gate_grads(d_sums: Tensor, f: Tensor, sizes: Chunks) -> tuple[Tensor, Tensor]:
-    """Return di and df, each (P, R, L), from the gradients of the log-weights.
+    """Return di and df, each (X, L), from the gradients of the log-weights.
 
-    d_sums (P R, L L + L): as `Weights.of` reads it, what the leaving state adds to the last row
+    d_sums (X, L L + L): as `Weights.of` reads it, what the leaving state adds to the last row
     included. f (B, H, T): preactivations.
     """
     L, dtype = sizes.L, d_sums.dtype
     exact = dtype if f.device.type == "cpu" else torch.float64
     _, spans = _pair_sums(L, f.device)
     # Only the pairs that a gate lies between enter its gradient, as they enter the sums.
-    d_log_f = (d_sums.to(exact) @ spans.to(exact).T).to(dtype).unflatten(0, (sizes.P, -1))
-    d_f = d_log_f * torch.sigmoid(-sizes.split(f, dtype))  # the derivative of log sigmoid
-    return Weights.of(d_sums).pairs.sum(dim=-2).view_as(d_f), d_f
+    d_log_f = (d_sums.to(exact) @ spans.to(exact).T).to(dtype)
+    d_f = d_log_f * torch.sigmoid(-sizes.gates(f, dtype, 0.0))  # the derivative of log sigmoid
+    return Weights.of(d_sums).pairs.sum(dim=-2), d_f
 
 
 def _pair_sums(L: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -210,14 +216,14 @@ def _cached_pair_sums(L: int) -> tuple[Tensor, Tensor]:
 def _other_documents(documents: Documents, sizes: Chunks) -> tuple[Tensor, Tensor]:
     """Say which tokens and which entering states belong to another document than token t.
 
-    Returns (B, 1, C, 1, L, L) and (B, 1, C, 1, L).
+    Returns (B, 1, C, L, L) and (B, 1, C, L).
     """
     fill = documents.runs[:, -1:].expand(-1, sizes.fill)
     runs = torch.cat([documents.runs, fill], dim=1).unflatten(1, (sizes.C, sizes.L))  # (B, C, L)
     # The state that enters a chunk belongs to the document of the token before it.
     entering = torch.cat([documents.entering.unsqueeze(1), runs[:, :-1, -1]], dim=1)
-    runs = runs[:, None, :, None]
-    return runs.unsqueeze(-1) != runs.unsqueeze(-2), runs != entering[:, None, :, None, None]
+    runs = runs.unsqueeze(1)
+    return runs.unsqueeze(-1) != runs.unsqueeze(-2), runs != entering[:, None, :, None]
 
 
 def _exponentials_in_place(x: Tensor) -> None:
@@ -233,16 +239,25 @@ def _exponentials_in_place(x: Tensor) -> None:
 
 def _chunk_stabilisers(
     last: Tensor, log_decay: Tensor, before: Tensor, sizes: Chunks
-) -> tuple[Tensor, Tensor]:
-    """Return the stabiliser m of the state that enters each chunk, and of the one that leaves.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the stabiliser m of the states that enter and leave each chunk, and of the last one.
 
-    last (P, R, L): log-weights of each chunk's tokens at its end. log_decay (P, R): of the state
-    that enters it. before (B, H): m of the state before them. Returns (P, R) and (B, H).
+    last (X, L): log-weights of each chunk's tokens at its end. log_decay (X,): of the state that
+    enters it. before (B, H): m of the state before them. Returns (X,), (X,) and (B, H).
+
+    m_c = max(log_decay_c + m_(c-1), largest_c), for all chunks in log2 C steps: after each, a
+    chunk's largest and decay are those of twice as many chunks up to it.
     """
-    steps = (sizes.B * sizes.G, sizes.C)
-    largest = last.amax(dim=-1).unflatten(0, steps).unbind(1)
-    decays = log_decay.unflatten(0, steps).unbind(1)
-    m = [before.reshape(-1, sizes.R)]
-    for largest_c, log_decay_c in zip(largest, decays, strict=True):
-        m.append(torch.maximum(log_decay_c + m[-1], largest_c))
-    return torch.stack(m[:-1], dim=1).flatten(0, 1), m[-1].view(before.shape)
+    pairs = torch.stack([last.amax(dim=-1), log_decay]).view(2, -1, sizes.C)
+    pairs, done = pairs.permute(2, 0, 1).contiguous(), 1  # (C, 2, heads)
+    while done < sizes.C:
+        earlier, later = pairs.narrow(0, 0, sizes.C - done), pairs.narrow(0, done, sizes.C - done)
+        joined = earlier + later.narrow(1, 1, 1)
+        largest = joined.select(1, 0)
+        torch.maximum(largest, later.select(1, 0), out=largest)
+        pairs = torch.cat([pairs.narrow(0, 0, done), joined])
+        done *= 2
+    start = sizes.heads_in_order(before).reshape(1, -1)
+    m = torch.cat([start, torch.maximum(pairs[:, 0], pairs[:, 1] + start)]).T  # (heads, C + 1)
+    end = m[:, -1].view(sizes.R, sizes.B, sizes.G).movedim(0, 2)
+    return m[:, :-1].flatten(), m[:, 1:].flatten(), end.reshape(before.shape)

@@ -318,6 +318,15 @@ def test_the_ratio_has_no_floor() -> None:
         assert error_ratio(actual[name], expected[name]) < 2e-6, name
 
 
+def test_a_single_head_of_one_feature_gives_results_of_their_own_memory() -> None:
+    # Views of such a state count as contiguous: without copies torch refuses the operator.
+    inputs = random_inputs(B=1, H=1, T=40, Dk=1, Dv=3, seed=26)
+    actual = outputs_and_grads(mlstm, inputs)
+    expected = outputs_and_grads(lambda **x: mlstm_reference(**x)[0], to_float64(inputs))
+    assert expected.pop("dq").abs().max() < 1e-12  # of one feature, the ratio does not depend on q
+    assert_close(actual, expected)
+
+
 def test_incoming_state_is_not_modified() -> None:
     inputs = random_inputs(B=1, H=2, T=40, Dk=8, seed=19)
     state = MLSTMState(
