@@ -263,14 +263,28 @@ def attend(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     logsumexp = q.new_empty(work.B * work.C, work.G, work.R * work.L, dtype=work.wide)
     for part in work.parts():
-        keys, values = work.gather(all_keys, part), work.gather(all_values, part)
-        scores = work.scores(keys, work.blocks(q, part), part)
-        highest = scores.amax(dim=1, keepdim=True)
-        weights = scores.sub_(highest).exp2_()
-        total = weights.sum(dim=1, keepdim=True)
-        work.write(out, torch.bmm(weights.div_(total).mT, values), part)
-        torch.add(highest, total.log2_(), out=work.sums(logsumexp, part))
+        _attend_part(work, part, (q, all_keys, all_values), (out, logsumexp))
     return out, logsumexp
+
+
+def _attend_part(
+    work: Work,
+    part: Part,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+) -> None:
+    """Write what `attend` returns of a part; its memory is free for the next one.
+
+    inputs: q, and all keys and values as `Work.tokens` returns them.
+    """
+    q, all_keys, all_values = inputs
+    out, logsumexp = results
+    weights = work.scores(work.gather(all_keys, part), work.blocks(q, part), part)
+    highest = weights.amax(dim=1, keepdim=True)
+    total = weights.sub_(highest).exp2_().sum(dim=1, keepdim=True)
+    attended = torch.bmm(weights.div_(total).mT, work.gather(all_values, part))
+    work.write(out, attended, part)
+    torch.add(highest, total.log2_(), out=work.sums(logsumexp, part))
 
 
 def differentiate(
