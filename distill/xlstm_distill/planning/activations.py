@@ -421,12 +421,14 @@ def _window_work_cpu(a: Architecture, mixer: MixerConfig, forward: Pass) -> floa
     H, G, D, T = a.heads, a.groups, a.head_dim, forward.tokens
     window, sinks = min(mixer.window, T), min(mixer.sinks, T)
     longest = (64 if window >= 256 else 32) if H == G else (16 if window <= 64 else 32)
-    L = min(longest, T)
+    L = T if T <= 32 else min(longest, T)
     blocks = math.ceil(T / L)
     keys = window - 1 + L + sinks
     at_once = max(1, NUMBERS_AT_ONCE // (keys * (H * L + 2 * G * D)))
     rows = min(forward.rows, at_once // blocks)
     part = rows * blocks if rows else math.ceil(blocks / math.ceil(blocks / at_once))
+    if blocks == 1:  # nothing before the row is read
+        keys = L + sinks
     # Of a block: queries and the gradient of their output, keys and values, two of scores; then the
     # gradient of keys, of sinks once more, or of queries, once more for rows that fill no block.
     pieces = 2 * D * (H * L + G * keys) + 2 * H * L * keys

@@ -174,7 +174,8 @@ class Work:
         """Copy keys or values x (B, G, T, D), scaled, into (G, B, back + C L, D); the rest is 0."""
         out = x.new_empty(self.G, self.B, self.length, self.D, dtype=self.wide)
         out[:, :, : self.back] = 0.0
-        out[:, :, self.back + self.T :] = 0.0
+        if self.T % self.L:
+            out[:, :, self.back + self.T :] = 0.0
         rows = out[:, :, self.back : self.back + self.T].copy_(x.transpose(0, 1))
         if scale != 1.0:
             rows.mul_(scale)
@@ -243,9 +244,11 @@ class Work:
 
 def block_length(T: int, window: int, heads: int) -> int:
     """Return L, the queries of a block, where `heads` query heads share a key."""
+    if T <= 32:
+        return T
     if heads == 1:
         return min(64 if window >= 256 else 32, T)
-    return min(16 if window <= 64 else 32, T)
+    return 16 if window <= 64 else 32
 
 
 def attend(
