@@ -421,7 +421,7 @@ def _window_work_cpu(a: Architecture, mixer: MixerConfig, forward: Pass) -> floa
     H, G, D, T = a.heads, a.groups, a.head_dim, forward.tokens
     window, sinks = min(mixer.window, T), min(mixer.sinks, T)
     longest = (64 if window >= 256 else 32) if H == G else (16 if window <= 64 else 32)
-    L = T if T <= 32 else min(longest, T)
+    L = min(longest, T)
     blocks = math.ceil(T / L)
     keys = window - 1 + L + sinks
     at_once = max(1, NUMBERS_AT_ONCE // (keys * (H * L + 2 * G * D)))

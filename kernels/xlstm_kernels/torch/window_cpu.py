@@ -244,11 +244,9 @@ class Work:
 
 def block_length(T: int, window: int, heads: int) -> int:
     """Return L, the queries of a block, where `heads` query heads share a key."""
-    if T <= 32:
-        return T
     if heads == 1:
         return min(64 if window >= 256 else 32, T)
-    return 16 if window <= 64 else 32
+    return min(16 if window <= 64 else 32, T)
 
 
 def attend(

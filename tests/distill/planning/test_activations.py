@@ -168,7 +168,7 @@ def test_work_of_the_windows_gradient_on_a_gpu(
 # Rows of many parts, many rows in one part, heads of their own, rows of one block.
 @pytest.mark.parametrize(
     ("rows", "T", "G", "W"),
-    [(1, 2048, 2, 64), (5, 100, 2, 20), (2, 700, 4, 300), (8, 20, 2, 16)],
+    [(1, 2048, 2, 64), (5, 100, 2, 20), (2, 700, 4, 300), (8, 16, 2, 9)],
 )
 def test_work_of_the_windows_gradient_on_a_cpu(
     facts: Facts, rows: int, T: int, G: int, W: int
