@@ -90,7 +90,8 @@ class Kept(NamedTuple):
         The states have one more, which is the next part's first.
         """
         start, end = first * sizes.R, (first + sizes.P) * sizes.R
-        return Kept(*(x[start:end] for x in self[:3]), self.states[start : end + 1])
+        weights, scores, outputs = (x[start:end] for x in self[:3])
+        return Kept(weights, scores, outputs, self.states[start : end + 1])
 
 
 class InChunks(NamedTuple):
