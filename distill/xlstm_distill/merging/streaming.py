@@ -21,13 +21,12 @@ from torch import Tensor
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.merging.files import Entry, SavedWeights
+from xlstm_kernels.registration import keep_freed_memory
 
 BLOCK = 2**20
 """Numbers of a block. DARE's random numbers depend on it, and so do patches: it must stay."""
 PIECE = 2**17
 """Numbers that are computed at a time: sums in float32 of so many stay near a core's cache."""
-KEPT_BYTES = 30 * 2**20
-"""Just below the largest size that glibc can be made to keep, 32 MiB."""
 MOST_THREADS = 16
 """Enough for the fastest disks; each holds a few blocks of every expert."""
 AHEAD = 4
@@ -80,7 +79,7 @@ def in_threads(work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[R
 
     The first job that raises ends the others.
     """
-    _keep_freed_memory()
+    keep_freed_memory()  # of small tensors: it took half of a merge's time
     count = threads()
     waiting: deque[Future[Result]] = deque()
     with _one_thread_each(), ThreadPoolExecutor(count) as pool:
@@ -95,15 +94,6 @@ def in_threads(work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[R
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _keep_freed_memory() -> None:
-    """Let the allocator keep the memory of small tensors that are freed, for the next ones.
-
-    glibc maps a tensor of more than 128 KiB anew each time, and the system then gives it page by
-    page: that took half of a merge's time. Freeing a large block raises the bound to its size.
-    """
-    torch.empty(KEPT_BYTES, dtype=torch.uint8)
 
 
 @contextlib.contextmanager

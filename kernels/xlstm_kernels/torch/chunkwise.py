@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlstm_kernels.registration import filled, refuse_second_derivative
+from xlstm_kernels.registration import filled, keep_freed_memory, refuse_second_derivative
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState, state_dtype
 from xlstm_kernels.torch.passes import (
@@ -122,6 +122,7 @@ def compute(
     C0, n0, m0: the initial state, in the dtype to compute in. keep: whether a backward pass will
     follow; else what it reads is empty.
     """
+    keep_freed_memory()
     with torch.autocast(q.device.type, enabled=False):
         tokens, sizes = all_tokens(q, k, v, i, f, segment_ids), chunks_of(q, v)
         h, found = v.new_empty(*q.shape[:3], v.shape[3]), parts(q, sizes)

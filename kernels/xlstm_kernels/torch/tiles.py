@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_kernels.registration import refuse_second_derivative
+from xlstm_kernels.registration import keep_freed_memory, refuse_second_derivative
 
 # Queries of a tile: an eighth of the window, within these. Fewer make small products, more multiply
 # masked pairs (docs/math.md, "Chunk size").
@@ -111,6 +111,7 @@ def _length(window: int) -> int:
 @torch.library.custom_op("xlstm_kernels::window_tiles", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float) -> Tensor:
     """Return the attention, contiguous."""
+    keep_freed_memory()
     with torch.autocast(q.device.type, enabled=False):
         G = k.shape[1]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -59,6 +59,11 @@ def banded_attention(
     return out
 
 
+def looks_at_plans(device: torch.device) -> bool:
+    """Return whether the host may look at what blocks read: a GPU would make it wait."""
+    return device.type == "cpu"
+
+
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attend to all earlier tokens, with torch's own attention, which skips the masked blocks."""
     repeats = q.shape[1] // k.shape[1]
@@ -128,7 +133,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the attention and, on a CPU, what `window_cpu.attend` returns of each softmax."""
     with torch.autocast(q.device.type, enabled=False):
-        if q.device.type == "cpu":
+        if looks_at_plans(q.device):
             return attend(q, k, v, segment_ids, window, sinks, scale)
         bands = Bands.of(q, k, v, segment_ids, window, sinks)
         rows = bands.queries, bands.keys, bands.values
@@ -147,7 +152,7 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     (B, H, T, _), G, shape = q.shape, k.shape[1], torch.Size([0])
-    if q.device.type == "cpu":
+    if looks_at_plans(q.device):
         L = block_length(T, window, H // G)
         shape = torch.Size([B * -(-T // L), G, H // G * L])
     statistics = torch.promote_types(q.dtype, torch.float32)
@@ -169,7 +174,7 @@ def backward(
 ) -> list[Tensor]:
     """Return the gradients of q, k and v."""
     with torch.autocast(q.device.type, enabled=False):
-        if q.device.type == "cpu":
+        if looks_at_plans(q.device):
             rows = dout, q, k, v, segment_ids, logsumexp
             return differentiate(*rows, window, sinks, scale)
         bands = Bands.of(q, k, v, segment_ids, window, sinks)

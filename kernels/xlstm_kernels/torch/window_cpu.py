@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_kernels.registration import keep_freed_memory
 from xlstm_kernels.torch.band_plan import band_plan
 
 # Scores, keys and values of a part: so that they stay near a core's cache.
@@ -259,6 +260,7 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the attention, and log2 of the sums of each softmax's powers, (B C, G, L R)."""
+    keep_freed_memory()
     work = Work(q, k, segment_ids, window, sinks)
     all_keys, all_values = work.tokens(k, scale * LOG2E), work.tokens(v, 1.0)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

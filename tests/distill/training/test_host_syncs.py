@@ -27,6 +27,7 @@ from xlstm_distill.targets.writer import write_shard
 from xlstm_distill.training.objectives import DistillObjective, checkpoint_activations
 from xlstm_distill.training.plan import TrainingPlan
 from xlstm_distill.training.trainer import Trainer
+from xlstm_kernels.torch import window
 
 MIXER = MixerConfig(window=8, sinks=2)
 WAITING = {
@@ -177,8 +178,9 @@ def test_a_step_waits_for_the_device_once(
     variant, tiny_teacher, align_objective, align_settings, distill_settings, domains, stretch,
     tmp_path, monkeypatch,
 ):  # fmt: skip
-    # On a CPU the teacher looks where documents begin.
+    # On a CPU the teacher looks where documents begin, and the window what its blocks read.
     monkeypatch.setattr(packed, "reads_documents", lambda device: False)
+    monkeypatch.setattr(window, "looks_at_plans", lambda device: False)
     optim = distill_settings(micro_batch=1)
     if variant == "align":
         objective, optim = align_objective(), align_settings(micro_batch=1)
