@@ -26,7 +26,7 @@ from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.stages.workbench import architecture_of
 from xlstm_distill.training.objectives import AlignObjective
 from xlstm_kernels.testing import allocated_peak
-from xlstm_kernels.torch import bounded, window, window_cpu
+from xlstm_kernels.torch import bounded, chunkwise, window, window_cpu
 
 MIXERS = {
     "softmax": MixerConfig(window=40, sinks=4),
@@ -202,6 +202,12 @@ def test_work_of_the_gradient_of_a_softmax_of_a_familys_own(
         forward = Pass(1, T, precision, "torch", device)
         found = allocated_peak(lambda: bounded.backward(dout, q, k, v, *given))
         assert window_work(a, mixer, forward) == pytest.approx(found, rel=0.1)
+
+
+def test_parts_and_chunks_are_those_of_the_mlstm() -> None:
+    assert activations.SPAN == {"cpu": chunkwise.SPAN_CPU, "cuda": chunkwise.SPAN_GPU}
+    cpu, gpu = (Pass(1, 4096, "fp32", "torch", device).chunk for device in ("cpu", "cuda"))
+    assert (cpu, gpu) == (chunkwise.CHUNK_CPU, chunkwise.CHUNK_GPU)
 
 
 def test_blocks_and_scores_are_those_of_the_window() -> None:

@@ -19,8 +19,6 @@ from xlstm_distill.losses.plain import LossWeights
 from xlstm_distill.losses.sparse import SparseTargets
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
-from xlstm_distill.planning import activations
-from xlstm_distill.planning.activations import Pass
 from xlstm_distill.planning.architecture import Architecture
 from xlstm_distill.planning.inputs import SHARDINGS, MemoryInputs
 from xlstm_distill.planning.memory import (
@@ -36,7 +34,6 @@ from xlstm_distill.stages.workbench import architecture_of
 from xlstm_distill.training.objectives import AlignObjective, DistillObjective
 from xlstm_distill.training.optim import make_optimizer
 from xlstm_kernels.testing import allocated_peak
-from xlstm_kernels.torch import bounded, chunkwise, window
 
 ROOT = Path(__file__).parents[3]
 HEDGEHOG = MixerConfig(window=16, sinks=4, feature_map="hedgehog", feature_dim=24)
@@ -157,18 +154,6 @@ def test_peak_memory_on_two_processes(
 
 def test_chunks_of_the_loss_are_those_of_the_fused_loss() -> None:
     assert CHUNK_BYTES == fused.CHUNK_BYTES
-
-
-def test_sizes_of_the_operators_are_those_of_the_plan() -> None:
-    assert activations.SPAN == {"cpu": chunkwise.SPAN_CPU, "cuda": chunkwise.SPAN_GPU}
-    cpu, gpu = (Pass(1, 4096, "fp32", "torch", device).chunk for device in ("cpu", "cuda"))
-    assert (cpu, gpu) == (chunkwise.CHUNK_CPU, chunkwise.CHUNK_GPU)
-    assert (activations.BLOCK_MIN, activations.BLOCK_MAX) == (window.BLOCK_MIN, window.BLOCK_MAX)
-    assert activations.SCORES_AT_ONCE == window.SCORES_AT_ONCE
-    assert (activations.QUERIES_MAX, activations.SCORES_MAX) == (
-        bounded.QUERIES_MAX,
-        bounded.SCORES_MAX,
-    )
 
 
 @pytest.mark.parametrize("branches", [("mlstm", "window"), ("mlstm",), ("window",)])
