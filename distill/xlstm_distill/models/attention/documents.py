@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xlstm_kernels.registration import keep_freed_memory
 
-LONG = 1024  # tokens from which the fused kernel is as fast, and needs less memory
+LONG = 1024  # tokens from which the fused kernel is hardly slower, in less memory
 LANES = 32  # torch finds maxima 10 to 30 times as fast where R L is a multiple of it
 FEWEST_QUERIES = 16  # of a block
 LIKE = 4  # how many times as long as its shortest a part's longest document may be
