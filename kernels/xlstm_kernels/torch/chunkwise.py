@@ -28,11 +28,14 @@ from xlstm_kernels.torch.weights import Chunks, Documents, Weights, gate_grads, 
 
 CHUNK_CPU = 32  # measured: docs/math.md, "Chunk size"
 CHUNK_GPU = 64
-# Tokens of all rows and heads in a part, which a pass works on at once. So its working memory does
-# not grow with T, and on a CPU it stays in the cache.
-SPAN_CPU, SPAN_GPU = 1 << 12, 1 << 17
-# Parts in a section, whose weights are made at once. They take many operators, most of them small.
-PARTS_CPU, PARTS_GPU = 4, 1
+# A pass works on parts of a call, so its working memory does not grow with T. On a CPU, all states
+# of a part have about so many numbers, which stay in the cache (measured for D of 16 to 256); and
+# its rows and heads have at least and at most so many tokens together. Elsewhere they have SPAN_GPU.
+STATES_CPU = 1 << 19
+SPAN_CPU = 1 << 9, 1 << 13
+SPAN_GPU = 1 << 17
+# Likewise of a section, whose weights are made at once: they take many operators, most of them small.
+SECTION_CPU, SECTION_GPU = 1 << 14, SPAN_GPU
 
 
 def mlstm_chunkwise(
@@ -68,16 +71,26 @@ def chunks_of(q: Tensor, v: Tensor) -> Chunks:
     return Chunks(B, G, H // G, T, Dk, Dv, L)
 
 
+def span_of(device: str, Dk: int, Dv: int) -> int:
+    """Return how many tokens of all rows and heads a part has at most, or one chunk."""
+    if device != "cpu":
+        return SPAN_GPU
+    least, most = SPAN_CPU
+    return min(most, max(least, STATES_CPU // (Dk * Dv) * CHUNK_CPU))
+
+
 def sections(sizes: Chunks, device: torch.device) -> list[Part]:
     """Return the sections of a call."""
+    span = span_of(device.type, sizes.Dk, sizes.Dv)
     if device.type == "cpu":
-        return _cut_rows(sizes, SPAN_CPU * PARTS_CPU)
-    return _cut_tokens(sizes, SPAN_GPU * PARTS_GPU)
+        return _cut_rows(sizes, max(SECTION_CPU, span))
+    return _cut_tokens(sizes, max(SECTION_GPU, span))
 
 
 def parts(sizes: Chunks, device: torch.device) -> list[Part]:
     """Return the parts of a section."""
-    return _cut_rows(sizes, SPAN_CPU) if device.type == "cpu" else _cut_tokens(sizes, SPAN_GPU)
+    span = span_of(device.type, sizes.Dk, sizes.Dv)
+    return _cut_rows(sizes, span) if device.type == "cpu" else _cut_tokens(sizes, span)
 
 
 def _cut_rows(sizes: Chunks, span: int) -> list[Part]:
@@ -146,11 +159,11 @@ def compute(
     keep_freed_memory()
     with torch.autocast(q.device.type, enabled=False):
         tokens, sizes = all_tokens(q, k, v, i, f, segment_ids), chunks_of(q, v)
-        h, device = v.new_empty(*q.shape[:3], v.shape[3]), q.device
-        kept = _room(sizes, device, C0) if not keep else Kept.empty(sizes, sizes, C0)
+        h, device, R = v.new_empty(*q.shape[:3], v.shape[3]), q.device, sizes.R
+        kept = Kept.empty(sizes, sizes, C0) if keep else _room(sizes, device, C0)
         memory, m = torch.cat([C0.mT, n0.unsqueeze(-2)], dim=-2), m0.clone()
         for section in sections(sizes, device):
-            heads, of_section = section.heads(sizes.R), tokens.part(section)
+            heads, of_section = section.heads(R), tokens.part(section)
             size, first = part_sizes(sizes, section), section.chunks if keep else 0
             held = kept.section(first, size)
             m[heads] = write_weights(*of_section[3:], m[heads], size, held)
@@ -158,8 +171,9 @@ def compute(
             for part in parts(size, device):
                 chunks = InChunks.of(of_section, part, sizes.L, C0.dtype)
                 rows = kept.part(first + part.chunks if keep else 0, chunks.sizes)
-                results = memory[heads][part.heads(sizes.R)], rows, part.of(section.of(h, sizes.R), sizes.R)
-                run_part(chunks, part.weights(weights), *results)
+                out = part.of(section.of(h, R), R)
+                state = memory[heads][part.heads(R)]
+                run_part(chunks, part.weights(weights), state, rows, out)
         # Copies, also of a single row: the results of an operator may not share memory.
         C = memory[..., :-1, :].mT.clone(memory_format=torch.contiguous_format)
         n = memory[..., -1, :].clone(memory_format=torch.contiguous_format)
