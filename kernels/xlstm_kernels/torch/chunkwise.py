@@ -30,11 +30,12 @@ CHUNK_CPU = 32  # measured: docs/math.md, "Chunk size"
 CHUNK_GPU = 64
 # A pass works on parts of a call, so its working memory does not grow with T. On a CPU, all states
 # of a part have about so many numbers, which stay in the cache (measured for D of 16 to 256); and
-# its rows and heads have at least and at most so many tokens together. Elsewhere they have SPAN_GPU.
+# its rows and heads have at least and at most so many tokens together. Elsewhere they have
+# SPAN_GPU tokens.
 STATES_CPU = 1 << 19
 SPAN_CPU = 1 << 9, 1 << 13
 SPAN_GPU = 1 << 17
-# Likewise of a section, whose weights are made at once: they take many operators, most of them small.
+# Tokens of a section, whose weights are made at once: that takes many operators, most of them small.
 SECTION_CPU, SECTION_GPU = 1 << 14, SPAN_GPU
 
 

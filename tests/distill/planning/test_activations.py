@@ -206,7 +206,7 @@ def test_work_of_the_gradient_of_a_softmax_of_a_familys_own(
 
 def test_parts_and_chunks_are_those_of_the_mlstm() -> None:
     sections = {"cpu": chunkwise.SECTION_CPU, "cuda": chunkwise.SECTION_GPU}
-    assert activations.SECTION == sections
+    assert sections == activations.SECTION
     cpu, gpu = (Pass(1, 4096, "fp32", "torch", device) for device in ("cpu", "cuda"))
     assert (cpu.chunk, gpu.chunk) == (chunkwise.CHUNK_CPU, chunkwise.CHUNK_GPU)
     for Dk, Dv in ((16, 16), (128, 32), (64, 64), (256, 128), (512, 512)):
