@@ -35,7 +35,8 @@ CHUNK_GPU = 64
 STATES_CPU = 1 << 19
 SPAN_CPU = 1 << 9, 1 << 13
 SPAN_GPU = 1 << 17
-# Tokens of a section, whose weights are made at once: that takes many operators, most of them small.
+# Tokens of a section, whose weights are made at once: that takes many operators, most of them
+# small.
 SECTION_CPU, SECTION_GPU = 1 << 14, SPAN_GPU
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xlstm_kernels.torch.carry import carry, carry_back
 from xlstm_kernels.torch.weights import Chunks, Documents, Weights
 
 CACHED = 1 << 22  # bytes that `_to_cache` is for
@@ -180,13 +181,12 @@ def _carry(sizes: Chunks, states: Tensor, weights: Weights, memory: Tensor) -> N
     """Make states (X + 1, Dw, Dk) of the chunks' updates, and the memory the one after them."""
     heads = (-1, sizes.C)
     after = states[1:].unflatten(0, heads)[:, -1].clone()
-    steps = states[:-1].unflatten(0, heads).unbind(1)
+    entering = states[:-1].unflatten(0, heads)
     memory = sizes.heads_in_order(memory)
-    steps[0].view(memory.shape).copy_(memory)
-    decay = weights.decay.reshape(*heads, 1, 1).unbind(1)
-    for c in range(len(steps) - 1):
-        steps[c + 1].addcmul_(steps[c], decay[c])
-    memory.copy_(after.addcmul_(steps[-1], decay[-1]).view(memory.shape))
+    entering[:, 0].view(memory.shape).copy_(memory)
+    decay = weights.decay.reshape(*heads, 1, 1)
+    carry(entering, decay)
+    memory.copy_(after.addcmul_(entering[:, -1], decay[:, -1]).view(memory.shape))
 
 
 class Gradients(NamedTuple):
@@ -265,13 +265,12 @@ def _carry_back(sizes: Chunks, d_states: Tensor, weights: Weights, d_memory: Ten
     """
     heads = (-1, sizes.C)
     before = d_states[:-1].unflatten(0, heads)[:, 0].clone()
-    steps = d_states[1:].unflatten(0, heads).unbind(1)
+    leaving = d_states[1:].unflatten(0, heads)
     d_memory = sizes.heads_in_order(d_memory)
-    steps[-1].view(d_memory.shape).copy_(d_memory)
-    decay = weights.decay.reshape(*heads, 1, 1).unbind(1)
-    for c in reversed(range(len(steps) - 1)):
-        steps[c].addcmul_(steps[c + 1], decay[c + 1])
-    d_memory.copy_(before.addcmul_(steps[0], decay[0]).view(d_memory.shape))
+    leaving[:, -1].view(d_memory.shape).copy_(d_memory)
+    decay = weights.decay.reshape(*heads, 1, 1)
+    carry_back(leaving, decay)
+    d_memory.copy_(before.addcmul_(leaving[:, 0], decay[:, 0]).view(d_memory.shape))
 
 
 def _product_grads(
