@@ -18,7 +18,7 @@ def make_optimizer(
     config: Optimization,
     device: torch.device | None = None,
 ) -> AdamW:
-    """Make AdamW, fused on GPUs and CPUs, over what is trainable; gates, norms and biases do not decay.
+    """Make fused AdamW over what is trainable; gates, norms and biases do not decay.
 
     `device` is where the parameters will be when it steps; by default, where they are.
     """
