@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xlstm_distill.models.attention.documents import Documents
 from xlstm_distill.models.attention.teacher import NO_MASKS, attention_in_blocks
 from xlstm_distill.models.families import CausalLM, family_of
 from xlstm_kernels.segments import document_runs
@@ -43,11 +44,11 @@ def teacher_hidden(
         found = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return found.last_hidden_state
     masks: dict[int | None, Tensor | None] = {}
-    in_documents = packed and reads_documents(input_ids.device)
+    documents = Documents(segment_ids) if packed and reads_documents(input_ids.device) else None
 
     def give_mask(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        if in_documents:
-            return args, {**kwargs, "segment_ids": segment_ids}
+        if documents is not None:
+            return args, {**kwargs, "segment_ids": segment_ids, "documents": documents}
         # Layers of a hybrid (Olmo 3) differ in their reach; each mask is made once.
         reach = family.reach(attention)
         if reach not in masks:
@@ -60,7 +61,7 @@ def teacher_hidden(
     ]
     # transformers hands a four-dimensional mask through as it is, and looks for no documents.
     no_documents = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-    blocks = attention_in_blocks(teacher) if in_documents else contextlib.nullcontext()
+    blocks = attention_in_blocks(teacher) if documents else contextlib.nullcontext()
     try:
         with blocks:
             found = body(

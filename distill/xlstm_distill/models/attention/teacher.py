@@ -11,11 +11,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from xlstm_distill.models.attention.documents import Documents, attend_in_documents
 from xlstm_distill.models.attention.full import full_attention
 from xlstm_distill.models.families import CausalLM, family_of
 from xlstm_kernels import sliding_window_attention
@@ -48,40 +47,25 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as the teacher's layer does, inside documents: (B, T, H, D), and no weights.
 
     Arguments as transformers gives them: softcap bounds the scores, and s_aux (H,) are learned
-    logits in the softmax's denominator. segment_ids (B, T): None for one document a row.
+    logits in the softmax's denominator. segment_ids (B, T): None for one document a row. documents:
+    of these ids, so that not every layer looks for them again.
     """
     given: dict[str, Any] = {"softcap": softcap, "sink_logits": s_aux}
     reach = family_of(str(getattr(module, "config").model_type)).reach(module)  # noqa: B009
     fused = softcap is None and s_aux is None
     if fused and reach is None and segment_ids is not None and query.device.type == "cpu":
-        return _by_document(query, key, value, scaling, segment_ids), None
+        documents = documents or Documents(segment_ids)
+        return attend_in_documents(query, key, value, scaling, documents), None
     if reach is None:
-        documents = None if segment_ids is None else (segment_ids, segment_ids)
-        found = full_attention(query, key, value, scaling, documents, **given)
+        segments = None if segment_ids is None else (segment_ids, segment_ids)
+        found = full_attention(query, key, value, scaling, segments, **given)
     else:
         settings: dict[str, Any] = {"window": reach, "sinks": 0, "segment_ids": segment_ids}
         found = sliding_window_attention(query, key, value, scale=scaling, **settings, **given)
     return found.transpose(1, 2).contiguous(), None
-
-
-def _by_document(q: Tensor, k: Tensor, v: Tensor, scaling: float, segment_ids: Tensor) -> Tensor:
-    """Attend in one document after the other, (B, T, H, D), by the kernel that needs no mask.
-
-    A document is a run of equal segment_ids (B, T).
-    """
-    out = q.new_empty(*segment_ids.shape, q.shape[1], v.shape[3])
-    grouped = q.shape[1] != k.shape[1]
-    for row, ids in enumerate(segment_ids.numpy()):
-        ends = [*np.flatnonzero(np.diff(ids)) + 1, len(ids)]
-        for start, end in zip([0, *ends], ends, strict=False):
-            queries, keys, values = (x[row : row + 1, :, start:end] for x in (q, k, v))
-            found = F.scaled_dot_product_attention(
-                queries, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped
-            )
-            out[row, start:end] = found[0].transpose(0, 1)
-    return out
