@@ -30,8 +30,10 @@ Precision = Literal["fp32", "bf16", "autocast"]
 Backend = Literal["torch", "triton"]
 FP32, BF16, INT64 = 4, 2, 8
 """Bytes of a number."""
-SPAN: Mapping[str, int] = {"cpu": 1 << 12, "cuda": 1 << 17}
-"""Tokens of all rows and heads in a part (`SPAN_CPU` and `SPAN_GPU` of the operator)."""
+SPAN_CPU, SPAN_GPU, STATES_CPU = (1 << 9, 1 << 13), 1 << 17, 1 << 19
+"""Tokens of all rows and heads in a part of the mLSTM; on a CPU by the size of its states."""
+SECTION: Mapping[str, int] = {"cpu": 1 << 14, "cuda": 1 << 17}
+"""Likewise in a section, whose weights are there at once."""
 BLOCK_MIN, BLOCK_MAX, SCORES_AT_ONCE = 32, 128, 1 << 26
 """Blocks of the window in plain torch, and the scores that its gradient makes at once on a GPU."""
 NUMBERS_AT_ONCE = 1 << 19
@@ -65,6 +67,13 @@ class Pass:
         """Chunk length L of the mLSTM (the defaults of `xlstm_kernels.torch.chunkwise`)."""
         default = 32 if self.device == "cpu" else 64
         return min(default, self.tokens)
+
+    def span(self, features: int, width: int) -> int:
+        """Tokens of a part of the mLSTM (`span_of` of the same file)."""
+        if self.device == "cuda":
+            return SPAN_GPU
+        least, most = SPAN_CPU
+        return min(most, max(least, STATES_CPU // (features * width) * 32))
 
 
 @dataclass(frozen=True)
@@ -373,13 +382,13 @@ def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
         return 0.0
     H, D, L, F = a.heads, a.head_dim, forward.chunk, features(mixer, a)
     all_rows = forward.rows * forward.tokens * H
-    span = min(SPAN[forward.device], all_rows)
+    section, span = min(SECTION[forward.device], all_rows), min(forward.span(F, D), all_rows)
     # Whole rows of a group in fp32 are read and written where they are.
     whole = forward.device == "cpu" and forward.compute == FP32 and forward.tokens % L == 0
     copies = 2 if whole and (a.groups == H or H // a.groups * forward.tokens <= span) else 4
-    work = FP32 * (copies * F + (1 + a.groups / H) * D + 2 * L + F * (D + 1) / L)
+    work = FP32 * (copies * F + (1 + a.groups / H) * D + L + F * (D + 1) / L)
     results = forward.compute * (2 * F + D * a.groups / H) + 2 * FP32
-    return span * work + all_rows * results
+    return span * work + section * FP32 * (L + 1) + all_rows * results
 
 
 def window_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:

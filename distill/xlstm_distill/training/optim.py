@@ -18,7 +18,7 @@ def make_optimizer(
     config: Optimization,
     device: torch.device | None = None,
 ) -> AdamW:
-    """Make AdamW, fused on CUDA, over what is trainable; gates, norms and biases do not decay.
+    """Make fused AdamW over what is trainable; gates, norms and biases do not decay.
 
     `device` is where the parameters will be when it steps; by default, where they are.
     """
@@ -36,9 +36,9 @@ def make_optimizer(
     used = [group for group in groups if group["params"]]
     # A student waits on the CPU until it is wrapped: its parameters do not tell.
     kinds = {p.device.type for p in decayed + plain} if device is None else {device.type}
-    on_cuda = kinds == {"cuda"}
+    fused = kinds in ({"cuda"}, {"cpu"})
     # None, not False, leaves the choice to torch; False would also rule out its foreach version.
-    return AdamW(used, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_cuda or None)
+    return AdamW(used, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
 
 
 def learning_rate(config: Optimization, steps: int, step: int, peak: float) -> float:

@@ -17,19 +17,27 @@ from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState, state_dtype
 from xlstm_kernels.torch.passes import (
     Gradients,
+    InChunks,
     Kept,
     Part,
     Tokens,
     differentiate_part,
     run_part,
 )
-from xlstm_kernels.torch.weights import Chunks, Documents
+from xlstm_kernels.torch.weights import Chunks, Documents, Weights, gate_grads, write_weights
 
 CHUNK_CPU = 32  # measured: docs/math.md, "Chunk size"
 CHUNK_GPU = 64
-# Tokens of all rows and heads that a pass works on at once. So its working memory does not grow
-# with T, and on a CPU it stays in the cache.
-SPAN_CPU, SPAN_GPU = 1 << 12, 1 << 17
+# A pass works on parts of a call, so its working memory does not grow with T. On a CPU, all states
+# of a part have about so many numbers, which stay in the cache (measured for D of 16 to 256); and
+# its rows and heads have at least and at most so many tokens together. Elsewhere they have
+# SPAN_GPU tokens.
+STATES_CPU = 1 << 19
+SPAN_CPU = 1 << 9, 1 << 13
+SPAN_GPU = 1 << 17
+# Tokens of a section, whose weights are made at once: that takes many operators, most of them
+# small.
+SECTION_CPU, SECTION_GPU = 1 << 14, SPAN_GPU
 
 
 def mlstm_chunkwise(
@@ -65,17 +73,45 @@ def chunks_of(q: Tensor, v: Tensor) -> Chunks:
     return Chunks(B, G, H // G, T, Dk, Dv, L)
 
 
-def parts(q: Tensor, sizes: Chunks) -> list[Part]:
-    """Return the parts of a call, each at most SPAN tokens of rows and heads, or one chunk."""
-    if q.device.type == "cpu":
-        # Whole rows of a few heads: without grouped heads they are not copied.
-        tokens = min(sizes.T, max(sizes.L, SPAN_CPU // sizes.R // sizes.L * sizes.L))
-        groups = min(sizes.G, max(1, SPAN_CPU // (sizes.R * tokens)))
-        rows = max(1, SPAN_CPU // (sizes.R * tokens * sizes.G))
-    else:
-        # A few chunks of all heads: each chunk of a part is a launch or two.
-        chunks = max(1, SPAN_GPU // (sizes.B * sizes.G * sizes.R * sizes.L))
-        rows, groups, tokens = sizes.B, sizes.G, min(sizes.T, chunks * sizes.L)
+def span_of(device: str, Dk: int, Dv: int) -> int:
+    """Return how many tokens of all rows and heads a part has at most, or one chunk."""
+    if device != "cpu":
+        return SPAN_GPU
+    least, most = SPAN_CPU
+    return min(most, max(least, STATES_CPU // (Dk * Dv) * CHUNK_CPU))
+
+
+def sections(sizes: Chunks, device: torch.device) -> list[Part]:
+    """Return the sections of a call."""
+    span = span_of(device.type, sizes.Dk, sizes.Dv)
+    if device.type == "cpu":
+        return _cut_rows(sizes, max(SECTION_CPU, span))
+    return _cut_tokens(sizes, max(SECTION_GPU, span))
+
+
+def parts(sizes: Chunks, device: torch.device) -> list[Part]:
+    """Return the parts of a section."""
+    span = span_of(device.type, sizes.Dk, sizes.Dv)
+    return _cut_rows(sizes, span) if device.type == "cpu" else _cut_tokens(sizes, span)
+
+
+def _cut_rows(sizes: Chunks, span: int) -> list[Part]:
+    """Cut a call for a CPU: whole rows of a few heads. Without grouped heads they are not copied.
+
+    span: tokens of rows and heads in each, at most, or one chunk.
+    """
+    tokens = min(sizes.T, max(sizes.L, span // sizes.R // sizes.L * sizes.L))
+    groups = min(sizes.G, max(1, span // (sizes.R * tokens)))
+    return _cut(sizes, max(1, span // (sizes.R * tokens * sizes.G)), groups, tokens)
+
+
+def _cut_tokens(sizes: Chunks, span: int) -> list[Part]:
+    """Cut a call: a few chunks of all heads, because each chunk is a launch or two."""
+    chunks = max(1, span // (sizes.B * sizes.G * sizes.R * sizes.L))
+    return _cut(sizes, sizes.B, sizes.G, min(sizes.T, chunks * sizes.L))
+
+
+def _cut(sizes: Chunks, rows: int, groups: int, tokens: int) -> list[Part]:
     found, first = [], 0
     for at in itertools.product(
         _slices(sizes.B, rows), _slices(sizes.G, groups), _slices(sizes.T, tokens)
@@ -125,19 +161,34 @@ def compute(
     keep_freed_memory()
     with torch.autocast(q.device.type, enabled=False):
         tokens, sizes = all_tokens(q, k, v, i, f, segment_ids), chunks_of(q, v)
-        h, found = v.new_empty(*q.shape[:3], v.shape[3]), parts(q, sizes)
-        # Without a backward pass, each part writes over what the one before it wrote. No part is
-        # larger than the first.
-        kept = Kept.empty(sizes if keep else part_sizes(sizes, found[0]), C0)
+        h, device, R = v.new_empty(*q.shape[:3], v.shape[3]), q.device, sizes.R
+        kept = Kept.empty(sizes, sizes, C0) if keep else _room(sizes, device, C0)
         memory, m = torch.cat([C0.mT, n0.unsqueeze(-2)], dim=-2), m0.clone()
-        for part in found:
-            heads, held = part.heads(sizes.R), part_sizes(sizes, part)
-            rows = kept.part(part.chunks if keep else 0, held)
-            run_part(tokens.part(part), memory[heads], m[heads], rows, part.of(h, sizes.R))
+        for section in sections(sizes, device):
+            heads, of_section = section.heads(R), tokens.part(section)
+            size, first = part_sizes(sizes, section), section.chunks if keep else 0
+            held = kept.section(first, size)
+            m[heads] = write_weights(*of_section[3:], m[heads], size, held)
+            weights = Weights.of(held, size)
+            for part in parts(size, device):
+                chunks = InChunks.of(of_section, part, sizes.L, C0.dtype)
+                rows = kept.part(first + part.chunks if keep else 0, chunks.sizes)
+                out = part.of(section.of(h, R), R)
+                state = memory[heads][part.heads(R)]
+                run_part(chunks, part.weights(weights), state, rows, out)
         # Copies, also of a single row: the results of an operator may not share memory.
         C = memory[..., :-1, :].mT.clone(memory_format=torch.contiguous_format)
         n = memory[..., -1, :].clone(memory_format=torch.contiguous_format)
         return h, C, n, m, *(kept if keep else _nothing(C0))
+
+
+def _room(sizes: Chunks, device: torch.device, like: Tensor) -> Kept:
+    """Allocate for one section and one part: without a backward pass, each writes over the last.
+
+    None is larger than the first.
+    """
+    section = part_sizes(sizes, sections(sizes, device)[0])
+    return Kept.empty(part_sizes(section, parts(section, device)[0]), section, like)
 
 
 def _nothing(like: Tensor) -> Kept:
@@ -164,7 +215,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     h = v.new_empty(*q.shape[:3], v.shape[3])
     C, n, m = (x.new_empty(x.shape) for x in (C0, n0, m0))
-    return h, C, n, m, *(Kept.empty(chunks_of(q, v), C0) if keep else _nothing(C0))
+    sizes = chunks_of(q, v)
+    return h, C, n, m, *(Kept.empty(sizes, sizes, C0) if keep else _nothing(C0))
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm_torch_backward", mutates_args=())
@@ -190,14 +242,24 @@ def backward(
     with torch.autocast(q.device.type, enabled=False):
         tokens, sizes = Tokens(q, k, v, i, f, None), chunks_of(q, v)
         *grads, dC0, dn0 = _allocate_grads(q, k, v, i, f, dC, dn, values)
-        out = Gradients(*grads) if values else Gradients(*grads)._replace(v=None)
-        kept = Kept(weights, scores, outputs, states)
+        dq, dk, dv, di, df = grads
+        out = Gradients(dq, dk, dv if values else None)
+        kept, R = Kept(weights, scores, outputs, states), sizes.R
         d_memory = torch.cat([dC.mT, dn.unsqueeze(-2)], dim=-2)
-        for part in reversed(parts(q, sizes)):
-            heads = part.heads(sizes.R)
-            rows = kept.part(part.chunks, part_sizes(sizes, part))
-            given = tokens.part(part), rows, part.of(dh, sizes.R)
-            differentiate_part(*given, d_memory[heads], out.part(part, sizes.R))
+        for section in reversed(sections(sizes, q.device)):
+            of_section, size = tokens.part(section), part_sizes(sizes, section)
+            held = kept.section(section.chunks, size)
+            d_sums = torch.empty_like(held)  # of the log-weights
+            both = Weights.of(held, size), Weights.of(d_sums, size)
+            for part in reversed(parts(size, q.device)):
+                chunks = InChunks.of(of_section, part, sizes.L, held.dtype)
+                rows = kept.part(section.chunks + part.chunks, chunks.sizes)
+                d = part.of(section.of(dh, R), R), d_memory[section.heads(R)][part.heads(R)]
+                of_part = part.weights(both[0]), part.weights(both[1])
+                differentiate_part(chunks, of_part, rows, d, out.part(section, R).part(part, R))
+            found = gate_grads(d_sums, of_section.f, size)
+            for x, place in zip(found, (di, df), strict=True):
+                size.join_gates(x, section.of(place, R))
         dC0.copy_(d_memory[..., :-1, :].mT)
         dn0.copy_(d_memory[..., -1, :])
         return [*grads, dC0, dn0]

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_kernels.torch.weights import Chunks, Documents, Weights, gate_grads, write_weights
+from xlstm_kernels.torch.carry import carry, carry_back
+from xlstm_kernels.torch.weights import Chunks, Documents, Weights
 
-PRODUCTS_AT_ONCE = 1 << 16  # on a CPU, so that they stay in the cache
 CACHED = 1 << 22  # bytes that `_to_cache` is for
 
 
@@ -36,6 +36,11 @@ class Part(NamedTuple):
     def of(self, x: Tensor, R: int = 1) -> Tensor:
         """View the part of x (B, G R, T, ...)."""
         return x[(*self.heads(R), self.tokens)]
+
+    def weights(self, weights: Weights) -> Weights:
+        """View the part of the weights of a section."""
+        L, at = weights.pairs.shape[-1], self.tokens
+        return weights.part(self.rows, self.groups, slice(at.start // L, -(-at.stop // L)))
 
 
 class Tokens(NamedTuple):
@@ -66,6 +71,8 @@ class Kept(NamedTuple):
     weights (X, L L + L), as `Weights.of` reads it. scores (X, L, L): products of queries and keys,
     weighed. outputs (X, L, Dw): numerators and denominators; these are inf where they are 0. states
     (X + 1, Dw, Dk): the memory before each chunk.
+
+    The weights lie section by section, and all else part by part.
     """
 
     weights: Tensor
@@ -74,24 +81,35 @@ class Kept(NamedTuple):
     states: Tensor
 
     @classmethod
-    def empty(cls, sizes: Chunks, like: Tensor) -> Kept:
-        """Allocate it for all chunks of `sizes`."""
+    def empty(cls, sizes: Chunks, weighed: Chunks, like: Tensor) -> Kept:
+        """Allocate it for all chunks of `sizes`, and weights for those of `weighed`."""
         X, L, Dw = sizes.P * sizes.R, sizes.L, sizes.Dv + 1
         return cls(
-            like.new_empty(X, L * L + L),
+            like.new_empty(weighed.P * weighed.R, L * L + L),
             like.new_empty(X, L, L),
             like.new_empty(X, L, Dw),
             like.new_empty(X + 1, Dw, sizes.Dk),
         )
 
-    def part(self, first: int, sizes: Chunks) -> Kept:
-        """View the chunks of `sizes`; `first` chunks of groups come before.
+    def section(self, first: int, sizes: Chunks) -> Tensor:
+        """View the weights of a section of `sizes`; `first` chunks of groups come before."""
+        return self.weights[first * sizes.R : (first + sizes.P) * sizes.R]
 
-        The states have one more, which is the next part's first.
-        """
+    def part(self, first: int, sizes: Chunks) -> Passed:
+        """View all else of a part of `sizes`; `first` chunks of groups come before."""
         start, end = first * sizes.R, (first + sizes.P) * sizes.R
-        weights, scores, outputs = (x[start:end] for x in self[:3])
-        return Kept(weights, scores, outputs, self.states[start : end + 1])
+        return Passed(self.scores[start:end], self.outputs[start:end], self.states[start : end + 1])
+
+
+class Passed(NamedTuple):
+    """What is kept of a part besides its weights, as in `Kept`.
+
+    There is one state more than chunks, which is the next part's first.
+    """
+
+    scores: Tensor
+    outputs: Tensor
+    states: Tensor
 
 
 class InChunks(NamedTuple):
@@ -106,10 +124,12 @@ class InChunks(NamedTuple):
     sizes: Chunks
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, length: int, dtype: torch.dtype) -> InChunks:
-        """Cut a part (B, heads, T, features) into chunks of `length` tokens."""
-        (B, H, T, Dk), (G, Dv) = q.shape, (v.shape[1], v.shape[3])
-        sizes = Chunks(B, G, H // G, T, Dk, Dv, length)
+    def of(cls, tokens: Tokens, part: Part, length: int, dtype: torch.dtype) -> InChunks:
+        """Cut a part of a section's tokens into chunks of `length` tokens."""
+        R = tokens.q.shape[1] // tokens.v.shape[1]
+        q, k, v = part.of(tokens.q, R), part.of(tokens.k, R), part.of(tokens.v)
+        (B, G, T, Dv), Dk = v.shape, q.shape[3]
+        sizes = Chunks(B, G, R, T, Dk, Dv, length)
         wide = v.new_empty(B, G, sizes.C * length, Dv + 1, dtype=dtype)
         wide[:, :, :T, :Dv] = v
         wide[:, :, T:, :Dv] = 0.0
@@ -117,10 +137,10 @@ class InChunks(NamedTuple):
         return cls(sizes.rows(q, dtype), sizes.rows(k, dtype), wide.view(-1, length, Dv + 1), sizes)
 
     def weighed(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Multiply queries or keys x (B H C, L, Dk) by weights (X, L): (X, L, Dk)."""
-        sizes, product = self.sizes, torch.empty_like(x)
-        factors = sizes.in_order(x), sizes.apart(weights.unsqueeze(-1))
-        torch.mul(*factors, out=sizes.apart(product))
+        """Multiply queries or keys x (B H C, L, Dk) by weights (R, B, G, C, L): (X, L, Dk)."""
+        product = torch.empty_like(x)
+        factors = self.sizes.in_order(x), weights.unsqueeze(-1)
+        torch.mul(*factors, out=self.sizes.apart(product))
         return product
 
     def by_head(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -128,17 +148,12 @@ class InChunks(NamedTuple):
         return zip(*(x.chunk(self.sizes.R) for x in tensors), strict=True)
 
 
-def run_part(tokens: Tokens, memory: Tensor, m: Tensor, kept: Kept, h: Tensor) -> None:
+def run_part(chunks: InChunks, weights: Weights, memory: Tensor, kept: Passed, h: Tensor) -> None:
     """Write h (B, H, T, Dv) and what the backward pass reads of a part.
 
-    memory (B, H, Dw, Dk), m (B, H): before the part; changed in place to those after it.
+    memory (B, H, Dw, Dk): before the part; changed in place to that after it.
     """
-    q, k, v, i, f, documents = tokens
-    chunks = InChunks.of(q, k, v, kept.scores.shape[-1], m.dtype)
     sizes = chunks.sizes
-    m.copy_(write_weights(i, f, documents, m, sizes, kept.weights))
-    weights = Weights.of(kept.weights)
-
     # What a chunk writes goes where the next chunk's state is. After a head's last chunk, that is
     # the first state of the next head, so `_carry` takes it out.
     written = chunks.weighed(chunks.k, weights.write)
@@ -150,7 +165,7 @@ def run_part(tokens: Tokens, memory: Tensor, m: Tensor, kept: Kept, h: Tensor) -
 
     reading = chunks.weighed(chunks.q, weights.read)
     products = sizes.in_order(torch.bmm(chunks.q, chunks.k.mT))
-    torch.mul(products, sizes.apart(weights.pairs), out=sizes.apart(kept.scores))
+    torch.mul(products, weights.pairs, out=sizes.apart(kept.scores))
     _to_cache(kept.outputs)
     torch.bmm(reading, kept.states[:-1].mT, out=kept.outputs)
     for out, scores in chunks.by_head(kept.outputs, kept.scores):
@@ -166,73 +181,68 @@ def _carry(sizes: Chunks, states: Tensor, weights: Weights, memory: Tensor) -> N
     """Make states (X + 1, Dw, Dk) of the chunks' updates, and the memory the one after them."""
     heads = (-1, sizes.C)
     after = states[1:].unflatten(0, heads)[:, -1].clone()
-    steps = states[:-1].unflatten(0, heads).unbind(1)
+    entering = states[:-1].unflatten(0, heads)
     memory = sizes.heads_in_order(memory)
-    steps[0].view(memory.shape).copy_(memory)
-    decay = weights.decay.reshape(*heads, 1, 1).unbind(1)
-    for c in range(len(steps) - 1):
-        steps[c + 1].addcmul_(steps[c], decay[c])
-    memory.copy_(after.addcmul_(steps[-1], decay[-1]).view(memory.shape))
+    entering[:, 0].view(memory.shape).copy_(memory)
+    decay = weights.decay.reshape(*heads, 1, 1)
+    carry(entering, decay)
+    memory.copy_(after.addcmul_(entering[:, -1], decay[:, -1]).view(memory.shape))
 
 
 class Gradients(NamedTuple):
-    """Where the gradients go: shapes as in `Tokens`; v is None if it is not asked for."""
+    """Where the gradients of queries, keys and values go; v is None if it is not asked for."""
 
     q: Tensor
     k: Tensor
     v: Tensor | None
-    i: Tensor
-    f: Tensor
 
     def part(self, part: Part, R: int) -> Gradients:
         """View a part."""
         v = None if self.v is None else part.of(self.v)
-        q, k, i, f = (part.of(x, R) for x in (self.q, self.k, self.i, self.f))
-        return Gradients(q, k, v, i, f)
+        return Gradients(part.of(self.q, R), part.of(self.k, R), v)
 
 
 def differentiate_part(
-    tokens: Tokens, kept: Kept, dh: Tensor, d_memory: Tensor, out: Gradients
+    chunks: InChunks,
+    weights: tuple[Weights, Weights],
+    kept: Passed,
+    d: tuple[Tensor, Tensor],
+    out: Gradients,
 ) -> None:
     """Write the gradients of a part; docs/math.md, "Gradients".
 
-    dh (B, H, T, Dv). d_memory (B, H, Dw, Dk): gradient of the memory after the part, changed in
-    place to that of the memory before it.
+    weights: and where the gradients of their logarithms go. d: dh (B, H, T, Dv), and the gradient
+    of the memory after the part (B, H, Dw, Dk), changed in place to that of the memory before it.
     """
-    chunks = InChunks.of(*tokens[:3], kept.scores.shape[-1], kept.scores.dtype)
-    weights, sizes = Weights.of(kept.weights), chunks.sizes
+    (dh, d_memory), (weights_of, d_sums), sizes = d, weights, chunks.sizes
     entering, d_out = kept.states[:-1], _output_grads(kept, dh, sizes)
-    d_sums = torch.empty_like(kept.weights)  # of the log-weights
-    d_pairs, d_read = Weights.of(d_sums)
 
-    weighed = chunks.weighed(chunks.q, weights.read)
+    weighed = chunks.weighed(chunks.q, weights_of.read)
     d_states = torch.empty_like(kept.states)
     torch.bmm(d_out.mT, weighed, out=d_states[:-1])
-    _carry_back(sizes, d_states, weights, d_memory)
+    _carry_back(sizes, d_states, weights_of, d_memory)
     leaving = d_states[1:]
-    d_products = _product_grads(chunks, weights, (d_out, kept.scores), d_pairs)
+    d_products = _product_grads(chunks, weights_of, (d_out, kept.scores), d_sums.pairs)
 
     rows = torch.bmm(d_out, entering)  # of the queries that read the state
-    torch.sum(weighed.mul_(rows), dim=-1, out=d_read)
+    torch.sum(sizes.apart(weighed.mul_(rows)), dim=-1, out=d_sums.read)
     del weighed  # so that what follows can have its memory
-    _write_grads(sizes, (rows, weights.read), (d_products, chunks.k), out.q)
+    _write_grads(sizes, (rows, weights_of.read), (d_products, chunks.k), out.q)
 
-    weighed = chunks.weighed(chunks.k, weights.write)
+    weighed = chunks.weighed(chunks.k, weights_of.write)
     if out.v is not None:
         _write_value_grads(chunks, (weighed, leaving), (kept.scores, d_out), out.v)
     for d_state, d_keys in chunks.by_head(leaving, rows):
         torch.bmm(chunks.v, d_state, out=d_keys)
     # The weights of a chunk's last token are also those of the leaving state.
-    d_pairs[:, -1] += weighed.mul_(rows).sum(dim=-1)
-    d_read[:, -1] += _dots(entering.flatten(1), leaving.flatten(1)) * weights.decay
+    d_sums.write.add_(sizes.apart(weighed.mul_(rows).sum(dim=-1)))
     del weighed
-    _write_grads(sizes, (rows, weights.write), (d_products.mT, chunks.q), out.k)
-    di, df = gate_grads(d_sums, tokens.f, sizes)
-    sizes.join_gates(di, out.i)
-    sizes.join_gates(df, out.f)
+    shared = leaving.mul_(entering).sum(dim=(1, 2))
+    d_sums.decay.addcmul_(sizes.apart(shared), weights_of.decay)
+    _write_grads(sizes, (rows, weights_of.write), (d_products.mT, chunks.q), out.k)
 
 
-def _output_grads(kept: Kept, dh: Tensor, sizes: Chunks) -> Tensor:
+def _output_grads(kept: Passed, dh: Tensor, sizes: Chunks) -> Tensor:
     """Return the gradients of numerators and denominators, (X, L, Dw).
 
     For h = num / den: d_num = dh / den and d_den = -(d_num . num) / den. There is no square of den,
@@ -255,13 +265,12 @@ def _carry_back(sizes: Chunks, d_states: Tensor, weights: Weights, d_memory: Ten
     """
     heads = (-1, sizes.C)
     before = d_states[:-1].unflatten(0, heads)[:, 0].clone()
-    steps = d_states[1:].unflatten(0, heads).unbind(1)
+    leaving = d_states[1:].unflatten(0, heads)
     d_memory = sizes.heads_in_order(d_memory)
-    steps[-1].view(d_memory.shape).copy_(d_memory)
-    decay = weights.decay.reshape(*heads, 1, 1).unbind(1)
-    for c in reversed(range(len(steps) - 1)):
-        steps[c].addcmul_(steps[c + 1], decay[c + 1])
-    d_memory.copy_(before.addcmul_(steps[0], decay[0]).view(d_memory.shape))
+    leaving[:, -1].view(d_memory.shape).copy_(d_memory)
+    decay = weights.decay.reshape(*heads, 1, 1)
+    carry_back(leaving, decay)
+    d_memory.copy_(before.addcmul_(leaving[:, 0], decay[:, 0]).view(d_memory.shape))
 
 
 def _product_grads(
@@ -270,16 +279,15 @@ def _product_grads(
     """Return the gradients of the products of queries and keys, (B H C, L, L).
 
     outputs: the gradients of the outputs (X, L, Dw), and the scores (X, L, L). Writes the gradients
-    of the pairs' log-weights to d_pairs (X, L, L).
+    of the pairs' log-weights to d_pairs (R, B, G, C, L, L).
     """
     d_out, scores = outputs
     sizes, d_scores = chunks.sizes, torch.empty_like(scores)
     for d_head, d_scores_of_head in chunks.by_head(d_out, d_scores):
         torch.bmm(d_head, chunks.v.mT, out=d_scores_of_head)
-    torch.mul(d_scores, scores, out=d_pairs)
+    torch.mul(sizes.apart(d_scores), sizes.apart(scores), out=d_pairs)
     d_products = torch.empty_like(scores)
-    factors = sizes.apart(d_scores), sizes.apart(weights.pairs)
-    torch.mul(*factors, out=sizes.in_order(d_products))
+    torch.mul(sizes.apart(d_scores), weights.pairs, out=sizes.in_order(d_products))
     return d_products
 
 
@@ -288,12 +296,11 @@ def _write_grads(
 ) -> None:
     """Write the gradients of the queries, or of the keys, to out (B, H, T, Dk).
 
-    rows: what comes by the states, (X, L, Dk), and its weights (X, L). products: what is multiplied
-    for that of other tokens, (B H C, L, L) and (B H C, L, Dk).
+    rows: what comes by the states, (X, L, Dk), and its weights (R, B, G, C, L). products: what is
+    multiplied for that of other tokens, (B H C, L, L) and (B H C, L, Dk).
     """
     placed = sizes.place(out, rows[0].dtype)
-    factors = sizes.apart(rows[0]), sizes.apart(rows[1].unsqueeze(-1))
-    torch.mul(*factors, out=sizes.in_order(placed))
+    torch.mul(sizes.apart(rows[0]), rows[1].unsqueeze(-1), out=sizes.in_order(placed))
     placed.baddbmm_(*products)
     sizes.join(placed, out)
 
@@ -316,17 +323,6 @@ def _write_value_grads(
             torch.bmm(keys, d_values, out=placed)
         placed.baddbmm_(scores.mT, d_out[..., :-1])
     chunks.sizes.join(placed, out)
-
-
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product of each row of a with that of b, both (rows, columns)."""
-    if a.device.type != "cpu":
-        return (a * b).sum(dim=-1)
-    out = a.new_empty(len(a))
-    rows = max(1, PRODUCTS_AT_ONCE // a.shape[1])
-    for x, y, product in zip(a.split(rows), b.split(rows), out.split(rows), strict=True):
-        torch.sum(x * y, dim=-1, out=product)
-    return out
 
 
 def _to_cache(x: Tensor) -> None:

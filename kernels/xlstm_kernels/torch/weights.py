@@ -20,7 +20,7 @@ from xlstm_kernels.state import LOG_ZERO
 
 
 class Chunks(NamedTuple):
-    """Sizes of a part of a call: T tokens of B rows and G groups, cut into chunks."""
+    """Sizes of a call or a part of it: T tokens of B rows and G groups, cut into chunks."""
 
     B: int
     G: int
@@ -69,17 +69,18 @@ class Chunks(NamedTuple):
             return  # from `place`
         out.copy_(x.view(*out.shape[:2], -1, out.shape[3])[:, :, : self.T])
 
+    # `view` with all lengths, because `unflatten` takes several times as long, hundreds of times.
     def in_order(self, x: Tensor) -> Tensor:
         """View rows x (B H C, ...) in the order of chunks, (R, B, G, C, ...)."""
-        return x.unflatten(0, (self.B, self.G, self.R, self.C)).movedim(2, 0)
+        return x.view(self.B, self.G, self.R, self.C, *x.shape[1:]).movedim(2, 0)
 
     def apart(self, x: Tensor) -> Tensor:
         """View x (X, ...) as (R, B, G, C, ...)."""
-        return x.unflatten(0, (self.R, self.B, self.G, self.C))
+        return x.view(self.R, self.B, self.G, self.C, *x.shape[1:])
 
     def heads_in_order(self, x: Tensor) -> Tensor:
         """View x (B, H, ...) as (R, B, G, ...)."""
-        return x.unflatten(1, (self.G, self.R)).movedim(2, 0)
+        return x.view(self.B, self.G, self.R, *x.shape[2:]).movedim(2, 0)
 
     def gates(self, x: Tensor, dtype: torch.dtype, value: float) -> Tensor:
         """Cut x (B, H, T) into chunks (X, L), filled up with `value`."""
@@ -93,9 +94,9 @@ class Chunks(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Documents of a part: runs (B, T) numbers those of its tokens, entering (B,) the one before.
+    """Documents of a section: runs (B, T) numbers those of its tokens; entering (B,): one before.
 
-    The state that enters the part belongs to `entering`.
+    The state that enters the section belongs to `entering`.
     """
 
     runs: Tensor
@@ -105,28 +106,40 @@ class Documents(NamedTuple):
 class Weights(NamedTuple):
     """Weights exp(D - m_t) of what token t reads; each is at most 1, but for rounding.
 
-    pairs (X, L, L): of token s at token t of its chunk, 0 where t does not see s. read (X, L): of
-    the state that enters the chunk. The last token's weights are those of the state that leaves.
+    pairs (R, B, G, C, L, L): of token s at token t of its chunk, 0 where t does not see s. read
+    (R, B, G, C, L): of the state that enters the chunk. The last token's weights are those of the
+    state that leaves.
     """
 
     pairs: Tensor
     read: Tensor
 
     @classmethod
-    def of(cls, held: Tensor) -> Weights:
+    def of(cls, held: Tensor, sizes: Chunks) -> Weights:
         """View held (X, L L + L), which holds both in a row."""
-        L = int(held.shape[-1] ** 0.5)  # L L + L is between L² and (L + 1)²
-        return cls(held[..., : L * L].unflatten(-1, (L, L)), held[..., L * L :])
+        pairs, read = _pairs_and_read(held)
+        return cls(sizes.apart(pairs), sizes.apart(read))
+
+    def part(self, rows: slice, groups: slice, chunks: slice) -> Weights:
+        """View those of some rows, groups and chunks."""
+        at = slice(None), rows, groups, chunks
+        return Weights(self.pairs[at], self.read[at])
 
     @property
     def write(self) -> Tensor:
-        """Return the weight of each token in the state that leaves its chunk (X, L)."""
+        """Return the weight of each token in the state that leaves its chunk, (R, B, G, C, L)."""
         return self.pairs[..., -1, :]
 
     @property
     def decay(self) -> Tensor:
-        """Return the weight of the entering state in the leaving one (X,)."""
+        """Return the weight of the entering state in the leaving one, (R, B, G, C)."""
         return self.read[..., -1]
+
+
+def _pairs_and_read(held: Tensor) -> tuple[Tensor, Tensor]:
+    """View held (X, L L + L) as the weights of pairs (X, L, L) and of the entering state (X, L)."""
+    L = int(held.shape[-1] ** 0.5)  # L L + L is between L² and (L + 1)²
+    return held[..., : L * L].unflatten(-1, (L, L)), held[..., L * L :]
 
 
 def write_weights(
@@ -137,9 +150,9 @@ def write_weights(
     sizes: Chunks,
     held: Tensor,
 ) -> Tensor:
-    """Write the weights of a part's chunks to held (X, L L + L), as `Weights.of` reads it.
+    """Write the weights of a section's chunks to held (X, L L + L), as `Weights.of` reads it.
 
-    i, f (B, H, T); m (B, H): stabiliser of the state before the part. Returns that after it.
+    i, f (B, H, T); m (B, H): stabiliser of the state before the section. Returns that after it.
 
     The log-weight D_ts is the sum of log f over (s, t] plus i_s. Each sum is formed from its own
     terms, by a product with a 0/1 matrix. Differences of cumulative sums would cancel: one closed
@@ -154,7 +167,7 @@ def write_weights(
         torch.addmm(causal, log_f, spans, out=held)
     else:
         held.copy_(torch.addmm(causal, log_f, spans))
-    pairs, read = Weights.of(held)
+    pairs, read = _pairs_and_read(held)
     pairs += sizes.gates(i, m.dtype, LOG_ZERO).unsqueeze(-2)
     if documents is not None:
         hidden, cut_off = _other_documents(documents, sizes)
@@ -185,7 +198,7 @@ def gate_grads(d_sums: Tensor, f: Tensor, sizes: Chunks) -> tuple[Tensor, Tensor
     # Only the pairs that a gate lies between enter its gradient, as they enter the sums.
     d_log_f = (d_sums.to(exact) @ spans.to(exact).T).to(dtype)
     d_f = d_log_f * torch.sigmoid(-sizes.gates(f, dtype, 0.0))  # the derivative of log sigmoid
-    return Weights.of(d_sums).pairs.sum(dim=-2), d_f
+    return _pairs_and_read(d_sums)[0].sum(dim=-2), d_f
 
 
 def _pair_sums(L: int, device: torch.device) -> tuple[Tensor, Tensor]:

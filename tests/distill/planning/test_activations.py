@@ -205,9 +205,13 @@ def test_work_of_the_gradient_of_a_softmax_of_a_familys_own(
 
 
 def test_parts_and_chunks_are_those_of_the_mlstm() -> None:
-    assert activations.SPAN == {"cpu": chunkwise.SPAN_CPU, "cuda": chunkwise.SPAN_GPU}
-    cpu, gpu = (Pass(1, 4096, "fp32", "torch", device).chunk for device in ("cpu", "cuda"))
-    assert (cpu, gpu) == (chunkwise.CHUNK_CPU, chunkwise.CHUNK_GPU)
+    sections = {"cpu": chunkwise.SECTION_CPU, "cuda": chunkwise.SECTION_GPU}
+    assert sections == activations.SECTION
+    cpu, gpu = (Pass(1, 4096, "fp32", "torch", device) for device in ("cpu", "cuda"))
+    assert (cpu.chunk, gpu.chunk) == (chunkwise.CHUNK_CPU, chunkwise.CHUNK_GPU)
+    for Dk, Dv in ((16, 16), (128, 32), (64, 64), (256, 128), (512, 512)):
+        assert cpu.span(Dk, Dv) == chunkwise.span_of("cpu", Dk, Dv)
+        assert gpu.span(Dk, Dv) == chunkwise.span_of("cuda", Dk, Dv)
 
 
 def test_blocks_and_scores_are_those_of_the_window() -> None:

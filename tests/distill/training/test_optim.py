@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.recipe import Align
@@ -55,3 +56,10 @@ def test_gates_norms_and_biases_do_not_decay(tiny_teacher):
     assert any("feature_map_q" in n for n in names)
     assert not [n for n in names if "_gate." in n or "norm" in n or n.endswith("bias")]
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(student.parameters()))
+
+
+def test_adamw_is_fused_where_parameters_are_on_one_kind_of_device():
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    assert make_optimizer([("weight", weight)], ALIGN).defaults["fused"] is True
+    waiting = torch.device("meta")
+    assert make_optimizer([("weight", weight)], ALIGN, waiting).defaults["fused"] is None

@@ -241,14 +241,18 @@ def test_passes_with_carried_state_equal_one_pass(lengths: list[int]) -> None:
 
 
 # Of 2 rows, 2 groups of 2 heads and 100 tokens: one chunk of a group; two; a group; a row; all.
-@pytest.mark.parametrize("span", [64, 128, 256, 512, 1024])
-def test_parts_of_any_size_give_the_same_result(monkeypatch, span: int) -> None:
+# And sections of one part, of several, of all.
+@pytest.mark.parametrize(
+    ("span", "section"), [(64, 64), (64, 128), (128, 512), (256, 1024), (512, 512), (1024, 1024)]
+)
+def test_parts_of_any_size_give_the_same_result(monkeypatch, span: int, section: int) -> None:
     inputs = random_inputs(B=2, H=4, T=100, Dk=8, Dv=6, G=2, seed=23)
     inputs |= random_state(2, 4, 8, 6, seed=24)
     segment_ids = random_segments(2, 100, mean_length=40, seed=25)
     operator = with_states(chunkwise, segment_ids)
     expected = outputs_and_grads(operator, inputs)
-    monkeypatch.setattr(torch_chunkwise, "SPAN_CPU", span)
+    monkeypatch.setattr(torch_chunkwise, "SPAN_CPU", (span, span))
+    monkeypatch.setattr(torch_chunkwise, "SECTION_CPU", section)
     assert_close(outputs_and_grads(operator, inputs), expected, bound=2e-6)
 
 
