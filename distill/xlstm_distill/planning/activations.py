@@ -375,8 +375,9 @@ def mixer_excess(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
 def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     """Count what the mLSTM's backward pass in plain torch allocates, its results included.
 
-    It works on parts of a call (`xlstm_kernels.torch.chunkwise`), in fp32. The factors of F and D
-    are the tensors of `differentiate_part` that live at once. The fused operator is not counted.
+    It works on parts of a call (`xlstm_kernels.torch.chunkwise`), in fp32. The factors of F, D
+    and L are the tensors of `differentiate_part` that live at once. The fused operator is not
+    counted.
     """
     if "mlstm" not in mixer.branches or forward.backend == "triton":
         return 0.0
@@ -386,9 +387,13 @@ def _mlstm_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:
     # Whole rows of a group in fp32 are read and written where they are.
     whole = forward.device == "cpu" and forward.compute == FP32 and forward.tokens % L == 0
     copies = 2 if whole and (a.groups == H or H // a.groups * forward.tokens <= span) else 4
-    work = FP32 * (copies * F + (1 + a.groups / H) * D + L + F * (D + 1) / L)
+    values = (1 if forward.compute == FP32 else 2) * a.groups / H  # and their gradient in fp32
+    # The most is there with two tensors of pairs and one of features, or with one and two.
+    work = FP32 * ((copies - 1) * F + max(F, L) + (1 + values) * D + L + F * (D + 1) / L)
     results = forward.compute * (2 * F + D * a.groups / H) + 2 * FP32
-    return span * work + section * FP32 * (L + 1) + all_rows * results
+    # Gradients of the final state (zeros), of the memory that is carried, and of the initial state.
+    states = 3 * FP32 * forward.rows * H * F * (D + 1)
+    return span * work + section * FP32 * (L + 1) + all_rows * results + states
 
 
 def window_work(a: Architecture, mixer: MixerConfig, forward: Pass) -> float:

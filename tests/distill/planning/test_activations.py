@@ -25,6 +25,7 @@ from xlstm_distill.planning.architecture import Architecture
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.stages.workbench import architecture_of
 from xlstm_distill.training.objectives import AlignObjective
+from xlstm_kernels import mlstm
 from xlstm_kernels.testing import allocated_peak
 from xlstm_kernels.torch import bounded, chunkwise, window, window_cpu
 
@@ -202,6 +203,31 @@ def test_work_of_the_gradient_of_a_softmax_of_a_familys_own(
         forward = Pass(1, T, precision, "torch", device)
         found = allocated_peak(lambda: bounded.backward(dout, q, k, v, *given))
         assert window_work(a, mixer, forward) == pytest.approx(found, rel=0.1)
+
+
+# Many parts; few features beside a chunk's tokens; large states beside short rows; 16 bits.
+@pytest.mark.parametrize(
+    ("rows", "T", "G", "D", "dtype"),
+    [
+        (1, 4096, 4, 64, torch.float32),
+        (4, 2048, 4, 16, torch.float32),
+        (4, 128, 2, 128, torch.float32),
+        (2, 1024, 4, 64, torch.bfloat16),
+    ],
+)
+def test_work_of_the_mlstms_gradient_on_a_cpu(
+    facts: Facts, rows: int, T: int, G: int, D: int, dtype: torch.dtype
+) -> None:
+    H = 4
+    q, k, v = (torch.rand(rows, n, T, D).to(dtype).requires_grad_() for n in (H, H, G))
+    i, f = (torch.zeros(rows, H, T, requires_grad=True) for _ in range(2))
+    h = mlstm(q, k, v, i, f)
+    dh = torch.rand(h.shape).to(dtype)
+    found = allocated_peak(lambda: torch.autograd.grad(h, (q, k, v, i, f), dh))
+    a = replace(facts("llama-3.1-8b"), heads=H, groups=G, head_dim=D)
+    precision: Any = "fp32" if dtype == torch.float32 else "bf16"
+    forward = Pass(rows, T, precision, "torch", "cpu")
+    assert activations._mlstm_work(a, MIXERS["mlstm"], forward) == pytest.approx(found, rel=0.02)
 
 
 def test_parts_and_chunks_are_those_of_the_mlstm() -> None:
