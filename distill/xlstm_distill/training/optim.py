@@ -36,7 +36,10 @@ def make_optimizer(
     used = [group for group in groups if group["params"]]
     # A student waits on the CPU until it is wrapped: its parameters do not tell.
     kinds = {p.device.type for p in decayed + plain} if device is None else {device.type}
-    fused = kinds in ({"cuda"}, {"cpu"})
+    # A CPU's fused step pairs numbers by their places in memory. A gradient's are its parameter's
+    # only if that has no gaps.
+    paired = all(p.is_contiguous() for p in decayed + plain)
+    fused = kinds == {"cuda"} or (kinds == {"cpu"} and paired)
     # None, not False, leaves the choice to torch; False would also rule out its foreach version.
     return AdamW(used, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
 

@@ -25,7 +25,8 @@ from xlstm_kernels.registration import keep_freed_memory, refuse_second_derivati
 QUERIES_MIN, QUERIES_MAX = 32, 64
 # Scores of a tile, for each thread: three such tensors stay in its cache.
 SCORES_AT_ONCE = 1 << 17
-# Multiplications of a tile's scores for one row. With fewer, calling torch takes longer than they.
+# Multiplications of a tile's scores for one row. With fewer, calling torch takes longer than they,
+# and bands call it less often.
 PRODUCTS_MIN = 1 << 20
 
 
@@ -91,8 +92,8 @@ def tiles_pay(q: Tensor, k: Tensor, window: int) -> bool:
     threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
     products = H * L * (window + L) * D
     # The products of a tile are parallel over groups. Threads wait for each other after each of
-    # torch's functions: so two need twice the work in each half.
-    return threads <= G and products >= PRODUCTS_MIN * threads**2
+    # torch's functions: so each of two needs the work that one alone needs.
+    return threads <= G and products >= PRODUCTS_MIN * max(2, threads**2)
 
 
 def tiled_attention(

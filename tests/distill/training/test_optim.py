@@ -8,6 +8,7 @@ import torch
 from xlstm_distill import MixerConfig, convert
 from xlstm_distill.recipe import Align
 from xlstm_distill.training.optim import learning_rate, make_optimizer
+from xlstm_kernels.testing import error_ratio
 
 ALIGN = Align(tokens=100, batch=2, warmup_steps=4)
 
@@ -63,3 +64,23 @@ def test_adamw_is_fused_where_parameters_are_on_one_kind_of_device():
     assert make_optimizer([("weight", weight)], ALIGN).defaults["fused"] is True
     waiting = torch.device("meta")
     assert make_optimizer([("weight", weight)], ALIGN, waiting).defaults["fused"] is None
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_steps_are_those_of_adamw_however_a_parameter_lies_in_memory(gaps):
+    """Stage I's smallest gradients, 1e-18, and its eps; by the formula, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    draw = torch.randn(3, 8, generator=generator), torch.randn(3, 8, generator=generator) * 1e-18
+    weight = torch.nn.Parameter(draw[0][:, ::2] if gaps else draw[0][:, ::2].contiguous())
+    gradient = draw[1][:, ::2]
+    optimizer = make_optimizer([("weight", weight)], ALIGN)
+    expected, mean, square = weight.detach().double(), 0.0, 0.0
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        (weight * (gradient * step)).sum().backward()
+        optimizer.step()
+        mean = 0.9 * mean + 0.1 * step * gradient.double()
+        square = 0.95 * square + 0.05 * (step * gradient.double()) ** 2
+        root = (square / (1 - 0.95**step)).sqrt() + 1e-15
+        expected = expected * (1 - 1e-2 * 0.1) - 1e-2 * mean / (1 - 0.9**step) / root
+    assert error_ratio(weight.detach(), expected) < 2e-7

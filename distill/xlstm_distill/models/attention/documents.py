@@ -115,15 +115,18 @@ def attend_in_documents(
         _attend_one_by_one(q, k, v, scale, documents.each(), out)
         return out
     keep_freed_memory()
-    (B, H, T, _), G = q.shape, k.shape[1]
-    # Modes, as that of the linear layers, would look at each of these small operators.
-    with torch._C.DisableTorchFunction():
-        rows = [x.transpose(1, 2).reshape(B * T * G, -1) for x in (q, k, v)]
-        found = q.new_empty(B * T * G + 1, H // G * v.shape[3])
-        out = found[:-1].view(B, T, H, -1)
-        for part in documents.parts(G, H // G, q.shape[3] + v.shape[3]):
-            _attend_part(rows[0], rows[1], rows[2], scale, part, found)
-        _attend_one_by_one(q, k, v, scale, documents.each(documents.long), out)
+    (B, H, T, D), G, Dv = q.shape, k.shape[1], v.shape[3]
+    # Modes, as that of the linear layers, would look at each of these small operators. Autocast
+    # would round the weights to 16 bits.
+    with torch._C.DisableTorchFunction(), torch.autocast("cpu", enabled=False):
+        queries = q.transpose(1, 2).reshape(B * T * G, H // G * D)
+        keys, values = (x.transpose(1, 2).reshape(B * T * G, x.shape[3]) for x in (k, v))
+        found = q.new_empty(B * T * G + 1, H // G * Dv)
+        for part in documents.parts(G, H // G, D + Dv):
+            _attend_part(queries, keys, values, scale, part, found)
+    out = found[:-1].view(B, T, H, Dv)
+    # Here autocast stays: q and k may be fp32 beside v in 16 bits, which the kernel does not take.
+    _attend_one_by_one(q, k, v, scale, documents.each(documents.long), out)
     return out
 
 

@@ -78,6 +78,23 @@ def test_large_scores_do_not_overflow():
     assert error_ratio(found, reference(q * 1000, k, v, rows())) < 1e-5
 
 
+def test_autocast_does_not_reach_inside():
+    """Under it rotations and norms leave q and k in fp32, and v is in 16 bits."""
+    q, k, v = inputs()
+    v = v.bfloat16()
+    expected = attend_in_documents(q, k, v, SCALE, Documents(rows()))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend_in_documents(q, k, v, SCALE, Documents(rows()))
+    assert error_ratio(found, reference(q, k, v, rows())) < 1e-6
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 5), (2, 0)])
+def test_nothing_to_attend_to(B, T):
+    found = attend_in_documents(*inputs(B=B, T=T), SCALE, Documents(rows()[:B, :T]))
+    assert found.shape == (B, T, 4, 12)
+
+
 def test_what_is_not_finite_stays_in_its_document():
     q, k, v = inputs()
     before = attend_in_documents(q, k, v, SCALE, Documents(rows()))
