@@ -83,10 +83,9 @@ def span_of(device: str, Dk: int, Dv: int) -> int:
 
 def sections(sizes: Chunks, device: torch.device) -> list[Part]:
     """Return the sections of a call."""
-    span = span_of(device.type, sizes.Dk, sizes.Dv)
     if device.type == "cpu":
-        return _cut_rows(sizes, max(SECTION_CPU, span))
-    return _cut_tokens(sizes, max(SECTION_GPU, span))
+        return _cut_rows(sizes, SECTION_CPU)
+    return _cut_tokens(sizes, SECTION_GPU)
 
 
 def parts(sizes: Chunks, device: torch.device) -> list[Part]:

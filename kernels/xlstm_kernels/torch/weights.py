@@ -69,7 +69,7 @@ class Chunks(NamedTuple):
             return  # from `place`
         out.copy_(x.view(*out.shape[:2], -1, out.shape[3])[:, :, : self.T])
 
-    # `view` with all lengths, because `unflatten` takes several times as long, hundreds of times.
+    # `view` with all lengths: `unflatten` takes several times as long, and a call has hundreds.
     def in_order(self, x: Tensor) -> Tensor:
         """View rows x (B H C, ...) in the order of chunks, (R, B, G, C, ...)."""
         return x.view(self.B, self.G, self.R, self.C, *x.shape[1:]).movedim(2, 0)

@@ -241,9 +241,10 @@ def test_passes_with_carried_state_equal_one_pass(lengths: list[int]) -> None:
 
 
 # Of 2 rows, 2 groups of 2 heads and 100 tokens: one chunk of a group; two; a group; a row; all.
-# And sections of one part, of several, of all.
+# And sections of one part, of several, of all, of less than a part; lengths that do not fit.
 @pytest.mark.parametrize(
-    ("span", "section"), [(64, 64), (64, 128), (128, 512), (256, 1024), (512, 512), (1024, 1024)]
+    ("span", "section"),
+    [(64, 64), (64, 128), (128, 512), (256, 1024), (512, 512), (1024, 1024), (150, 330), (300, 90)],
 )
 def test_parts_of_any_size_give_the_same_result(monkeypatch, span: int, section: int) -> None:
     inputs = random_inputs(B=2, H=4, T=100, Dk=8, Dv=6, G=2, seed=23)
@@ -254,6 +255,14 @@ def test_parts_of_any_size_give_the_same_result(monkeypatch, span: int, section:
     monkeypatch.setattr(torch_chunkwise, "SPAN_CPU", (span, span))
     monkeypatch.setattr(torch_chunkwise, "SECTION_CPU", section)
     assert_close(outputs_and_grads(operator, inputs), expected, bound=2e-6)
+
+
+def test_a_second_backward_pass_reads_what_the_first_one_read() -> None:
+    inputs = random_inputs(B=2, H=4, T=100, Dk=8, Dv=6, G=2, seed=27)
+    loss, asked = mlstm(**inputs).square().sum(), list(inputs.values())
+    first = torch.autograd.grad(loss, asked, retain_graph=True)
+    second = torch.autograd.grad(loss, asked)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 def test_gradients_match_finite_differences() -> None:
