@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from xlstm_distill.planning.activations import Backend, Pass, Precision
+from xlstm_distill.planning.activations.passes import Backend, Pass, Precision
 from xlstm_distill.planning.architecture import (
     Architecture,
     Parameters,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.planning.activations import Backend
+from xlstm_distill.planning.activations.passes import Backend
 from xlstm_distill.planning.communication import Links
 from xlstm_distill.planning.inputs import SHARDINGS, Sharding
 from xlstm_distill.recipe.problems import did_you_mean

@@ -13,18 +13,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from xlstm_distill.planning.activations import (
-    Pass,
+from xlstm_distill.planning.activations.passes import Pass
+from xlstm_distill.planning.activations.saved import (
     checkpoint_saved,
-    layer_excess,
     layer_saved,
     layers_saved,
     mixer_checkpoint_saved,
-    mixer_excess,
     mixer_saved,
     mixers_saved,
     outside_layers,
 )
+from xlstm_distill.planning.activations.work import layer_excess, mixer_excess
 from xlstm_distill.planning.architecture import (
     Architecture,
     features,

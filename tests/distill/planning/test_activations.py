@@ -11,16 +11,15 @@ import torch
 
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
-from xlstm_distill.planning import activations
-from xlstm_distill.planning.activations import (
-    Pass,
-    layer_excess,
+from xlstm_distill.planning.activations import work
+from xlstm_distill.planning.activations.passes import Pass
+from xlstm_distill.planning.activations.saved import (
     layer_saved,
     layers_saved,
     mixer_saved,
     outside_layers,
-    window_work,
 )
+from xlstm_distill.planning.activations.work import layer_excess, window_work
 from xlstm_distill.planning.architecture import Architecture
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.stages.workbench import architecture_of
@@ -151,7 +150,7 @@ def test_work_of_the_windows_gradient_on_a_gpu(
     """Run on the CPU, what a GPU runs; all 16 blocks at once, and then 3 of them."""
     H, G, D, T, sinks, L = 4, 2, 32, 1024, 4, 64
     scores = H * L * (sinks + 2 * L - 1)  # of a block
-    for module in (window, activations):
+    for module in (window, work):
         monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once * scores)
     q, k, v, out, dout = (torch.randn(1, heads, T, D) for heads in (H, G, G, H, H))
 
@@ -192,7 +191,7 @@ def test_work_of_the_gradient_of_a_softmax_of_a_familys_own(
     facts: Facts, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     H, G, D, T, sinks, W = 8, 2, 32, 1024, 4, 192
-    for module in (bounded, activations):
+    for module in (bounded, work):
         monkeypatch.setattr(module, "QUERIES_MAX", 128)
     q, k, v, out, dout = (torch.randn(1, n, T, D).to(dtype) for n in (H, G, G, H, H))
     given = (None, torch.zeros(H), out, torch.zeros(1, H, T), W, sinks, 1.0, 2.0)
@@ -227,32 +226,31 @@ def test_work_of_the_mlstms_gradient_on_a_cpu(
     a = replace(facts("llama-3.1-8b"), heads=H, groups=G, head_dim=D)
     precision: Any = "fp32" if dtype == torch.float32 else "bf16"
     forward = Pass(rows, T, precision, "torch", "cpu")
-    assert activations._mlstm_work(a, MIXERS["mlstm"], forward) == pytest.approx(found, rel=0.02)
+    assert work.mlstm_work(a, MIXERS["mlstm"], forward) == pytest.approx(found, rel=0.02)
 
 
 def test_parts_and_chunks_are_those_of_the_mlstm() -> None:
     sections = {"cpu": chunkwise.SECTION_CPU, "cuda": chunkwise.SECTION_GPU}
-    assert sections == activations.SECTION
+    assert sections == work.SECTION
     cpu, gpu = (Pass(1, 4096, "fp32", "torch", device) for device in ("cpu", "cuda"))
     assert (cpu.chunk, gpu.chunk) == (chunkwise.CHUNK_CPU, chunkwise.CHUNK_GPU)
     for Dk, Dv in ((16, 16), (128, 32), (64, 64), (256, 128), (512, 512)):
-        assert cpu.span(Dk, Dv) == chunkwise.span_of("cpu", Dk, Dv)
-        assert gpu.span(Dk, Dv) == chunkwise.span_of("cuda", Dk, Dv)
+        for device in ("cpu", "cuda"):
+            assert work.span_of(device, Dk, Dv) == chunkwise.span_of(device, Dk, Dv)
 
 
 def test_blocks_and_scores_are_those_of_the_window() -> None:
     limits = ("BLOCK_MIN", "BLOCK_MAX", "SCORES_AT_ONCE")
-    assert [getattr(activations, n) for n in limits] == [getattr(window, n) for n in limits]
-    assert activations.NUMBERS_AT_ONCE == window_cpu.NUMBERS_AT_ONCE
+    assert [getattr(work, n) for n in limits] == [getattr(window, n) for n in limits]
+    assert work.NUMBERS_AT_ONCE == window_cpu.NUMBERS_AT_ONCE
     limits = ("QUERIES_MAX", "SCORES_MAX")
-    assert [getattr(activations, n) for n in limits] == [getattr(bounded, n) for n in limits]
+    assert [getattr(work, n) for n in limits] == [getattr(bounded, n) for n in limits]
 
 
 def test_a_layer_in_plain_torch_needs_the_windows_scores_beside_what_it_saved(facts: Facts) -> None:
     """Llama-3.1-8B: 25 blocks' scores of 32, three fp32 copies; the mLSTM alone needs 245 MB."""
     a, forward = facts("llama-3.1-8b"), Pass(1, 4096, "bf16", "torch")
     scores = 3 * 4 * 25 * 32 * 128 * (4 + 128 + 511)
-    work = window_work(a, MixerConfig(), forward)
-    assert scores < work < 1.3 * scores
+    assert scores < window_work(a, MixerConfig(), forward) < 1.3 * scores
     assert layer_excess(a, MixerConfig(), forward) == pytest.approx(359e6, rel=0.01)
     assert layer_excess(a, MixerConfig(), replace(forward, backend="triton")) == 0

@@ -10,7 +10,8 @@ import torch
 from xlstm_distill.models import feature_maps
 from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.student import convert
-from xlstm_distill.planning.activations import Pass, layer_saved
+from xlstm_distill.planning.activations.passes import Pass
+from xlstm_distill.planning.activations.saved import layer_saved
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.recipe import MixerConfig
 

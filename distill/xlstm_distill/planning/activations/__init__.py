@@ -1,0 +1,1 @@
+"""What activations take: saved by a forward pass, and worked with by its backward pass."""
