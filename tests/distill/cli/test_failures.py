@@ -118,8 +118,10 @@ def test_failure_is_one_line_and_stops_the_run(
     error_of: ErrorOf,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    room = types.SimpleNamespace(free=5)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: {Path("runs/small"): room}[path])
+    rooms = {Path("runs/small"): types.SimpleNamespace(free=5)}
+    # Not in shutil itself: a library that is imported meanwhile would keep the stand-in.
+    disks = types.SimpleNamespace(disk_usage=rooms.__getitem__, Error=shutil.Error)
+    monkeypatch.setattr("xlstm_distill.cli.failures.shutil", disks)
     stages["align"] = error
     assert error_of(call("run", "small.yaml"), code).startswith(expected)
     assert [name for name, _ in stages["calls"]] == ["capture", "align"]
