@@ -21,6 +21,7 @@ from xlstm_kernels.triton.common import (
     chunk_log_f,
     chunk_tile_and_head,
     entering_stabiliser,
+    finite,
     last_token,
     load_tile,
     read_weights,
@@ -38,17 +39,61 @@ from xlstm_kernels.triton.mlstm_roles import (
 )
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=(*LENGTHS, "heads"))
 def denominator_kernel(
-    h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr, T, chunks,
-    L: tl.constexpr, BT: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+    h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr,
+    centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr, T, R, chunks, heads,
+    L: tl.constexpr, BT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Compute dh . h and the largest |dh| of each token. Grid (chunks * B H * L / BT).
+    """Compute what the other kernels need of each tile of tokens, and of each head's final state.
 
-    Both (B, H, T). BV: features that have a scale of h in common.
+    Grid (heads + chunks * heads * L / BT), heads = B H.
     """
-    c, a, bh = chunk_tile_and_head(chunks, L // BT)
-    t0 = c * L + a * BT
+    if tl.program_id(0) < heads:
+        end_role(
+            centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr,
+            tl.program_id(0).to(tl.int64), R, DK, DV,
+        )  # fmt: skip
+    else:
+        TILES: tl.constexpr = L // BT
+        tile, tiles = tl.program_id(0) - heads, tl.num_programs(0) - heads
+        c, bh = unit_chunk_and_head(tile // TILES, tiles // TILES, chunks)
+        denominator_role(
+            h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr,
+            bh, c * L + tile % TILES * BT, T, BT, DV, BV,
+        )  # fmt: skip
+
+
+@triton.jit
+def end_role(
+    centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr, bh, R,
+    DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of a head's last n and the largest |dC| of each row, both (B H, DK).
+
+    The final C is that of the centred values plus n centreᵀ, so n has a part in it.
+    """
+    ROWS: tl.constexpr = 16
+    dv = tl.arange(0, DV)
+    # bh // R: value heads of all rows. As a row, it needs no shared memory to meet the tiles.
+    centre = tl.load(centre_ptr + (bh // R) * DV + dv[None, :])
+    for d in range(0, DK, ROWS):
+        row = bh * DK + d + tl.arange(0, ROWS)
+        dC = tl.load(dC_end_ptr + row[:, None] * DV + dv[None, :])
+        dn = tl.load(dn_end_ptr + row) + tl.sum(dC * centre, 1)
+        tl.store(dn_last_ptr + row, dn)
+        tl.store(dC_end_max_ptr + row, finite(tl.max(tl.abs(dC), 1)))
+
+
+@triton.jit
+def denominator_role(
+    h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr, bh, t0, T,
+    BT: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Compute dh . h and the largest |dh| of each token of a tile, both (B, H, T).
+
+    BV: features that have a scale of h in common.
+    """
     t = t0 + tl.arange(0, BT)
     dh_h, dh_max = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
     COLUMNS: tl.constexpr = min(32, BV)
@@ -157,7 +202,7 @@ def join_ends_back(
 def state_grad_kernel(
     q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr,
-    dC_end_ptr, dC_end_max_ptr, dn_end_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dC0_ptr, dn0_ptr,
+    dC_end_ptr, dC_end_max_ptr, dn_last_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dC0_ptr, dn0_ptr,
     q_b, q_h, q_t, T, H, chunks, span,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, BT: tl.constexpr,
@@ -176,7 +221,7 @@ def state_grad_kernel(
     tile = dk[:, None] * DV + dv[None, :]
     q_ptr += b * q_b + h * q_h
     dC = tl.load(dC_end_ptr + bh * DK * DV + tile)
-    dn = tl.load(dn_end_ptr + bh * DK + dk)
+    dn = tl.load(dn_last_ptr + bh * DK + dk)
     bound = tl.load(dC_end_max_ptr + bh * DK + dk)
     if end_C_ptr is not None:
         dC, dn, bound = join_ends_back(

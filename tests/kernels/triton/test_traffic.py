@@ -39,7 +39,7 @@ LIMITS = json.loads((Path(__file__).parent / "limits.json").read_text())["traffi
 HEADS, GROUPS, TOKENS, DIM = 4, 1, 128, 128
 # As many bytes as there are tokens and heads in the first case, in two chunks of a row.
 MLSTM_HEADS, MLSTM_TOKENS = 2, 256
-FORWARD = ["gate_kernel", "state_end_kernel", "state_kernel", "output_kernel"]
+FORWARD = ["chunk_kernel", "centre_kernel", "state_end_kernel", "state_kernel", "output_kernel"]
 MODULES = (common, mlstm_forward, mlstm_backward, step_kernels, window_kernels, window_sinks)
 
 
