@@ -73,16 +73,19 @@ def end_role(
 
     The final C is that of the centred values plus n centreᵀ, so n has a part in it.
     """
-    ROWS: tl.constexpr = 16
-    dv = tl.arange(0, DV)
-    # bh // R: value heads of all rows. As a row, it needs no shared memory to meet the tiles.
-    centre = tl.load(centre_ptr + (bh // R) * DV + dv[None, :])
-    for d in range(0, DK, ROWS):
-        row = bh * DK + d + tl.arange(0, ROWS)
-        dC = tl.load(dC_end_ptr + row[:, None] * DV + dv[None, :])
-        dn = tl.load(dn_end_ptr + row) + tl.sum(dC * centre, 1)
+    ROWS: tl.constexpr = min(32, DK)  # with this tile, both roles take the same registers
+    COLUMNS: tl.constexpr = min(16, DV)
+    for first in range(0, DK, ROWS):
+        row = bh * DK + first + tl.arange(0, ROWS)
+        dn, most = tl.load(dn_end_ptr + row), tl.zeros((ROWS,), tl.float32)
+        for d in range(0, DV, COLUMNS):
+            dv = d + tl.arange(0, COLUMNS)
+            dC = tl.load(dC_end_ptr + row[:, None] * DV + dv[None, :])
+            centre = tl.load(centre_ptr + (bh // R) * DV + dv)  # value heads of all rows
+            dn += tl.sum(dC * centre[None, :], 1)
+            most = tl.maximum(most, tl.max(tl.abs(dC), 1))
         tl.store(dn_last_ptr + row, dn)
-        tl.store(dC_end_max_ptr + row, finite(tl.max(tl.abs(dC), 1)))
+        tl.store(dC_end_max_ptr + row, finite(most))
 
 
 @triton.jit
