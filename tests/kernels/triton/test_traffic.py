@@ -169,9 +169,11 @@ class TorchCounter(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         alias = function._schema.returns[0].alias_info
         is_view = alias is not None and not alias.is_write
-        if isinstance(result, Tensor) and not is_view and "empty" not in name:
+        results = result if isinstance(result, tuple | list) else (result,)
+        written = [x for x in results if isinstance(x, Tensor)]
+        if written and not is_view and "empty" not in name:
             self.operators[name] += 1
-            tensors = [x for x in (*args, result) if isinstance(x, Tensor)]
+            tensors = [x for x in args if isinstance(x, Tensor)] + written
             self.bytes += sum(x.numel() * x.element_size() for x in tensors)
         return result
 
