@@ -46,6 +46,8 @@ POLL = 0.2
 # How a part ended, by its exit status. All others are failures, a traceback's 1 among them.
 ENDINGS = {DONE: "done", WITH_FAILURES: "done with failures", UNFINISHED: "unfinished"}
 FAILURES = ("failed", "over its limit")
+# New results come before another try of what failed: it may fail again.
+AGAIN = {"failed": 1, "over its limit": 1, "done with failures": 2}
 RESULTS = "parts.jsonl"
 
 
@@ -139,12 +141,11 @@ def in_this_process(part: Part, log: TextIO, stop: Stop) -> int | None:
         log.write(said.getvalue())
 
 
-def run_parts(every: list[Part], out: Path, options: argparse.Namespace, stop: Stop) -> int:
+def run_parts(every: list[Part], options: argparse.Namespace, stop: Stop) -> int:
     """Run what has not ended well yet; returns the exit status, 1 if a part failed."""
-    ledger, begun = Ledger(out), time.monotonic()
+    ledger, begun = Ledger(options.out), time.monotonic()
     chosen = [(n, part) for n, part in enumerate(every, 1) if n in (options.only or {n})]
-    # New results come before another try of rows that failed.
-    order = sorted(chosen, key=lambda each: ledger.last.get(each[1].name) == "done with failures")
+    order = sorted(chosen, key=lambda each: AGAIN.get(ledger.last.get(each[1].name, ""), 0))
     endings: dict[str, str] = {}
     for number, part in order:
         title = f"part {number} of {len(every)}, {part.name}"
@@ -160,8 +161,17 @@ def run_parts(every: list[Part], out: Path, options: argparse.Namespace, stop: S
             say(f"{title}: not begun; --budget-s has {max(left, 0):.0f} s left")
             endings[part.name] = "not begun"
         else:
-            part = part._replace(limit=min(part.limit, left))
-            endings[part.name] = run_part(title, part, out, options, ledger, stop)
+            status, took = run_part(title, part, min(part.limit, left), options, stop)
+            if stop.signal is not None:
+                ending = "stopped"
+            elif status is None:
+                ending = "unfinished" if left < part.limit else "over its limit"
+            else:
+                ending = ENDINGS.get(status, "failed")
+            endings[part.name] = ending
+            ledger.add(part.name, ending, took, exit=status)
+            failed = f", exit status {status}; see log.txt" if ending == "failed" else ""
+            say(f"{title}: {ending}{failed}, {took:.0f} s")
         if stop.signal is not None:
             say(f"Stopped by {signal.Signals(stop.signal).name}; the same command goes on.")
             return 128 + stop.signal
@@ -170,24 +180,16 @@ def run_parts(every: list[Part], out: Path, options: argparse.Namespace, stop: S
 
 
 def run_part(
-    title: str, part: Part, out: Path, options: argparse.Namespace, ledger: Ledger, stop: Stop
-) -> str:
-    """Run a part, and return how it ended."""
-    say(f"{title}: at most {part.limit:.0f} s")
-    start = time.monotonic()
-    with (out / "log.txt").open("a") as log:
+    title: str, part: Part, limit: float, options: argparse.Namespace, stop: Stop
+) -> tuple[int | None, float]:
+    """Run a part; returns its exit status, None if it was stopped, and its seconds."""
+    say(f"{title}: at most {limit:.0f} s")
+    start, part = time.monotonic(), part._replace(limit=limit)
+    with (options.out / "log.txt").open("a") as log:
         log.write(f"\n=== {title}: {part.module} {' '.join(part.command())}\n")
         log.flush()
         status = (in_this_process if options.in_process else in_a_child)(part, log, stop)
-    took = time.monotonic() - start
-    if stop.signal is not None:
-        ending = "stopped"
-    else:
-        ending = "over its limit" if status is None else ENDINGS.get(status, "failed")
-    ledger.add(part.name, ending, took, exit=status)
-    failed = f", exit status {status}; see log.txt" if ending == "failed" else ""
-    say(f"{title}: {ending}{failed}, {took:.0f} s")
-    return ending
+    return status, time.monotonic() - start
 
 
 def say_endings(endings: dict[str, str]) -> None:
@@ -267,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     workers = "-n 8" if importlib.util.find_spec("xdist") else ""
     every = dry_parts(options.out) if options.dry_run else parts(options.out, workers)
     with stop_signals() as stop:
-        return run_parts(every, options.out, options, stop)
+        return run_parts(every, options, stop)
 
 
 if __name__ == "__main__":

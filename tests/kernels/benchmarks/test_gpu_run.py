@@ -141,10 +141,9 @@ def script(tmp_path: Path, name: str, code: str, **settings: object) -> Part:
 
 
 def run(tmp_path: Path, parts: list[Part], *options: str) -> int:
-    out = tmp_path / "out"
-    chosen = gpu.parse(["--out", str(out), *options])
+    chosen = gpu.parse(["--out", str(tmp_path / "out"), *options])
     with gpu.stop_signals() as stop:
-        return gpu.run_parts(parts, out, chosen, stop)
+        return gpu.run_parts(parts, chosen, stop)
 
 
 @pytest.fixture
@@ -184,7 +183,7 @@ def test_what_ended_well_is_not_run_again_and_all_else_is(
     said = capfd.readouterr().out
     assert "part 1 of 6, good: done before" in said
     assert "\ndone: 5\ndone with failures: rows\nThe same command goes on" in said
-    # Rows that failed are tried again when all that is new is there.
+    # What failed is tried again when all that is new is there, and rows that failed come last.
     assert [line["part"] for line in ledger(out)][7:] == [
         "budget", "crash", "usage", "hangs", "rows",
     ]  # fmt: skip
@@ -194,12 +193,17 @@ def test_what_ended_well_is_not_run_again_and_all_else_is(
 
 @pytest.mark.usefixtures("_importable")
 def test_no_part_begins_that_the_budget_does_not_hold(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = script(tmp_path, "late", "raise SystemExit(3)")
     assert run(tmp_path, [part], "--budget-s", "50") == 0
     assert "late: not begun; --budget-s has 30 s left" in capsys.readouterr().out
     assert not (tmp_path / "out" / "parts.jsonl").exists()
+    # One that the budget cuts short has not failed.
+    monkeypatch.setattr(gpu, "SHORTEST", 0.5)
+    cut = script(tmp_path, "cut", "import time; time.sleep(60)")
+    assert run(tmp_path, [cut], "--budget-s", "21") == 0
+    assert ledger(tmp_path / "out")[0]["status"] == "unfinished"
 
 
 STUBBORN = """
