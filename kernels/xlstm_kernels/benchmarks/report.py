@@ -128,13 +128,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         return []
-    found, whole = [], []
-    for line in path.read_text().splitlines(keepends=True):
+    found, whole, text = [], [], path.read_text()
+    for line in text.splitlines(keepends=True):
         with contextlib.suppress(ValueError):
             if line.endswith("\n"):
                 found.append(json.loads(line))
                 whole.append(line)
-    path.write_text("".join(whole))
+    if len(whole) < len(text.splitlines()):
+        # In one step: whoever is stopped here loses nothing.
+        mended = path.with_name(f"{path.name}.mended")
+        mended.write_text("".join(whole))
+        mended.replace(path)
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from xlstm_kernels.benchmarks import entries, operators, timing
 from xlstm_kernels.benchmarks.checking import Checker
 from xlstm_kernels.benchmarks.parts import UNFINISHED, WITH_FAILURES
-from xlstm_kernels.benchmarks.report import BOTH, FORWARD, Row, ratio_to_ours
+from xlstm_kernels.benchmarks.report import BOTH, FORWARD, Row, ratio_to_ours, read_lines
 from xlstm_kernels.state import held_positions
 
 CPU = torch.device("cpu")
@@ -280,6 +280,22 @@ def test_a_benchmark_that_is_started_again_goes_on(
     assert set(calls) == {30}
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert [row["tokens"] for row in rows] == [20, 30]
+
+
+def test_lines_are_read_again_without_the_one_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lines.jsonl"
+    assert read_lines(path) == []
+    whole = '{"a": 1}\n{"a": 2}\n'
+    for broken in ("", '{"a": 3', '{"a": 3}', '{"a"{"a": 4}\n'):
+        path.write_text(whole + broken)
+        assert read_lines(path) == [{"a": 1}, {"a": 2}]
+        assert path.read_text() == whole
+    # Whole, it is not written: who is stopped in between would lose it.
+    path.chmod(0o444)
+    before = path.stat()
+    read_lines(path)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert [each.name for each in path.parent.iterdir()] == ["lines.jsonl"]
 
 
 def test_a_budget_stops_an_entry_that_never_ends_and_keeps_the_rows(
