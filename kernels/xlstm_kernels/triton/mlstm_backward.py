@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
-    LENGTHS,
+    UNSPECIALISED,
     chunk_decay,
     chunk_log_f,
     chunk_tile_and_head,
@@ -39,57 +39,31 @@ from xlstm_kernels.triton.mlstm_roles import (
 )
 
 
-@triton.jit(do_not_specialize=(*LENGTHS, "heads"))
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def denominator_kernel(
     h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr,
     centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr, T, R, chunks, heads,
     L: tl.constexpr, BT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Compute what the other kernels need of each tile of tokens, and of each head's final state.
+    """Compute what the walk back reads of each tile of tokens, and of each head's final state.
 
-    Grid (heads + chunks * heads * L / BT), heads = B H.
+    Grid (chunks * heads * L / BT + heads), heads = B H.
     """
-    if tl.program_id(0) < heads:
-        end_role(
-            centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr,
-            tl.program_id(0).to(tl.int64), R, DK, DV,
-        )  # fmt: skip
+    TILES: tl.constexpr = L // BT
+    program, tiles = tl.program_id(0), tl.num_programs(0) - heads
+    if program >= tiles:
+        bh = (program - tiles).to(tl.int64)
+        prepare_end(centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr, bh, R, DK, DV)
     else:
-        TILES: tl.constexpr = L // BT
-        tile, tiles = tl.program_id(0) - heads, tl.num_programs(0) - heads
-        c, bh = unit_chunk_and_head(tile // TILES, tiles // TILES, chunks)
-        denominator_role(
-            h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr,
-            bh, c * L + tile % TILES * BT, T, BT, DV, BV,
-        )  # fmt: skip
+        c, bh = unit_chunk_and_head(program // TILES, tiles // TILES, chunks)
+        t0 = c * L + program % TILES * BT
+        sum_denominators(
+            h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr, bh, t0, T, BT, DV, BV
+        )
 
 
 @triton.jit
-def end_role(
-    centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr, bh, R,
-    DK: tl.constexpr, DV: tl.constexpr,
-):  # fmt: skip
-    """Compute the gradient of a head's last n and the largest |dC| of each row, both (B H, DK).
-
-    The final C is that of the centred values plus n centreᵀ, so n has a part in it.
-    """
-    ROWS: tl.constexpr = min(32, DK)  # with this tile, both roles take the same registers
-    COLUMNS: tl.constexpr = min(16, DV)
-    for first in range(0, DK, ROWS):
-        row = bh * DK + first + tl.arange(0, ROWS)
-        dn, most = tl.load(dn_end_ptr + row), tl.zeros((ROWS,), tl.float32)
-        for d in range(0, DV, COLUMNS):
-            dv = d + tl.arange(0, COLUMNS)
-            dC = tl.load(dC_end_ptr + row[:, None] * DV + dv[None, :])
-            centre = tl.load(centre_ptr + (bh // R) * DV + dv)  # value heads of all rows
-            dn += tl.sum(dC * centre[None, :], 1)
-            most = tl.maximum(most, tl.max(tl.abs(dC), 1))
-        tl.store(dn_last_ptr + row, dn)
-        tl.store(dC_end_max_ptr + row, finite(most))
-
-
-@triton.jit
-def denominator_role(
+def sum_denominators(
     h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr, bh, t0, T,
     BT: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -110,6 +84,31 @@ def denominator_role(
             dh_max = tl.maximum(dh_max, tl.max(tl.abs(dh), 1))
     tl.store(dh_h_ptr + bh * T + t, dh_h, mask=t < T)
     tl.store(dh_max_ptr + bh * T + t, dh_max, mask=t < T)
+
+
+@triton.jit
+def prepare_end(
+    centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr, bh, R,
+    DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of a head's last n and the largest |dC| of each row, both (B H, DK).
+
+    The final C is that of the centred values plus n centreᵀ, so n has a part in it.
+    """
+    ROWS: tl.constexpr = min(32, DK)  # a tile that takes no more registers than the tokens' tiles
+    COLUMNS: tl.constexpr = min(16, DV)
+    centre_ptr += (bh // R) * DV  # value heads of all rows
+    dC_end_ptr += bh * DK * DV
+    for first in range(0, DK, ROWS):
+        dk = first + tl.arange(0, ROWS)
+        dn, most = tl.load(dn_end_ptr + bh * DK + dk), tl.zeros((ROWS,), tl.float32)
+        for d in range(0, DV, COLUMNS):
+            dv = d + tl.arange(0, COLUMNS)
+            dC = tl.load(dC_end_ptr + dk[:, None] * DV + dv[None, :])
+            dn += tl.sum(dC * tl.load(centre_ptr + dv)[None, :], 1)
+            most = tl.maximum(most, tl.max(tl.abs(dC), 1))
+        tl.store(dn_last_ptr + bh * DK + dk, dn)
+        tl.store(dC_end_max_ptr + bh * DK + dk, finite(most))
 
 
 @triton.jit
@@ -142,7 +141,7 @@ def carry_back(
     return dC, dn, bound
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def state_grad_end_kernel(
     q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr,
@@ -201,7 +200,7 @@ def join_ends_back(
     return dC, dn, bound
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def state_grad_kernel(
     q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr,
@@ -251,7 +250,7 @@ def state_grad_kernel(
             tl.store(dn0_ptr + bh * DK + dk, dn)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def token_grad_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, dh_h_ptr,
     sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
@@ -327,7 +326,7 @@ def token_grad_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def gate_grad_kernel(
     f_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     d_read_ptr, d_write_ptr, d_earlier_ptr, d_keys_ptr, d_inside_ptr, d_pass_ptr, di_ptr, df_ptr,

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
-    LENGTHS,
     LOG_ZERO,
+    UNSPECIALISED,
     chunk_decay,
     chunk_log_f,
     chunk_tile_and_head,
@@ -54,7 +54,7 @@ def sum_values(
         tl.store(parts + 3 * DV + dv, tl.max(tl.where(inside, v, float("-inf")), 0))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def chunk_kernel(
     i_ptr, f_ptr, v_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, v_parts_ptr,
     v_b, v_h, v_t, T, H, R, chunks,
@@ -107,7 +107,7 @@ def common_component(
     return tl.where(has_step, step * tl.floor(mean / step + 0.5), 0.0)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def centre_kernel(
     v_parts_ptr, C0_ptr, n0_ptr, centre_ptr, v_max_ptr, C0_max_ptr, T, H, R, chunks,
     DK: tl.constexpr, DV: tl.constexpr,
@@ -187,7 +187,7 @@ def carry(
     return C, n, bound
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def state_end_kernel(
     k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
@@ -261,7 +261,7 @@ def join_ends(
     return C, n, bound, m
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def state_kernel(
     k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
@@ -346,7 +346,7 @@ def state_kernel(
             tl.store(m_end_ptr + bh, m)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def output_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     C_ptr, C_scale_ptr, n_ptr, h_ptr, h_centred_ptr, h_scale_ptr, den_ptr,

@@ -249,14 +249,14 @@ def run_denominator_grads(
     dh_h, dh_max = torch.empty_like(kept.den), torch.empty_like(kept.den)
     dC_end_max, dn_last = torch.empty_like(dn_end), torch.empty_like(dn_end)
     heads = sizes.B * sizes.H
-    mlstm_backward.denominator_kernel[(heads + sizes.token_tiles,)](
+    mlstm_backward.denominator_kernel[(sizes.token_tiles + heads,)](
         h_centred_ptr=kept.h_centred, h_scale_ptr=kept.h_scale,
         dh_ptr=dh, dh_h_ptr=dh_h, dh_max_ptr=dh_max,
         centre_ptr=kept.centre, dC_end_ptr=dC_end, dn_end_ptr=dn_end,
         dC_end_max_ptr=dC_end_max, dn_last_ptr=dn_last,
         T=sizes.T, R=sizes.H // sizes.G, chunks=sizes.chunks, heads=heads,
-        L=sizes.chunk, BT=sizes.tile, DK=sizes.Dk,
-        DV=sizes.Dv, BV=sizes.Dv // kept.h_scale.shape[2],
+        L=sizes.chunk, BT=sizes.tile, DK=sizes.Dk, DV=sizes.Dv,
+        BV=sizes.Dv // kept.h_scale.shape[2],
     )  # fmt: skip
     return dh_h, dh_max, dC_end_max, dn_last
 
