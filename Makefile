@@ -46,11 +46,16 @@ check: $(STAMP)  ## check format, style and types
 teacher: $(STAMP)  ## train the embedded teacher again (about 35 minutes, one thread)
 	$(BIN)/python -m xlstm_distill.embedded.train --out recipes/quickstart/teacher
 
-# On a machine with a GPU, with what it has: it installs nothing and needs no .venv.
+# On a machine with a GPU, with what it has: it installs nothing. A Python that is named comes first,
+# then .venv's. exec: a signal to make must reach the Python that ends the part at work.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
+HAS_TORCH := -c 'import sys, importlib.util as u; sys.exit(sys.version_info < (3, 11) or not u.find_spec("torch"))'
 gpu:  ## run all that a GPU has to show, into OUT=DIR; DRY=1 tries it on a CPU
 	@test -n '$(OUT)' || { echo "Name a folder for the results: make gpu OUT=DIR"; exit 2; }
-	PYTHONPATH=distill:kernels:eval $(PYTHON) -m xlstm_kernels.benchmarks.gpu --out '$(OUT)' \
-		$(if $(DRY),--dry-run) $(GPU_ARGS)
+	@test -n '$(GPU_PYTHON)' && '$(GPU_PYTHON)' $(HAS_TORCH) 2>/dev/null || { echo "make gpu needs a Python of 3.11 or newer\
+	 with torch; '$(GPU_PYTHON)' is none. Name one: make gpu PYTHON=/path/to/python3 OUT=DIR"; exit 2; }
+	@exec env PYTHONPATH=distill:kernels:eval '$(GPU_PYTHON)' -m xlstm_kernels.benchmarks.gpu --out '$(OUT)' \
+		$(if $(FROM),--from '$(FROM)') $(if $(DRY),--dry-run) $(GPU_ARGS)
 
 docs: $(STAMP)  ## write the generated documents: recipe schema and reference, schema of report.json
 	$(BIN)/python -m xlstm_distill.recipe.reference

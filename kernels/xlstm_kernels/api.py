@@ -20,6 +20,7 @@ from xlstm_kernels.checks import (
     check_window_step,
 )
 from xlstm_kernels.dispatch import HEAD_DIMS, Backend, choose, score_extras
+from xlstm_kernels.registration import without_autocast
 from xlstm_kernels.state import MLSTMState, Ring, RingSlots
 from xlstm_kernels.torch.absorbed import state_after
 from xlstm_kernels.torch.bounded import bounded_attention
@@ -174,7 +175,7 @@ def mlstm_step(
         from xlstm_kernels.triton.step import mlstm_step_triton
 
         return mlstm_step_triton(q, k, v, i, f, state, index)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(q.device):
         return mlstm_step_in_place(q, k, v, i, f, state, index)
 
 
@@ -213,7 +214,7 @@ def window_step(
             q, k, v, ring, slots,
             sinks=sinks, scale=scale, index=index, softcap=softcap, sink_logits=sink_logits,
         )  # fmt: skip
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(q.device):
         slots = slots or next_slots(ring, sinks)
         return window_step_in_place(q, k, v, ring, slots, scale, index, softcap, sink_logits)
 
@@ -270,7 +271,7 @@ def hybrid_step(
             q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots,
             sinks=sinks, scale=scale, index=index, softcap=softcap, sink_logits=sink_logits,
         )  # fmt: skip
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(q.device):
         slots = slots or next_slots(ring, sinks)
         return hybrid_step_in_place(
             q, k, v, phi_q, phi_k, i, f, gate, state, ring, slots,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -27,6 +28,14 @@ def refuse_second_derivative(operator: str, ctx: Any, *grads: Any) -> NoReturn:
         f"{operator}: second derivatives are not implemented; differentiate once, or use "
         "the operator's float64 reference in xlstm_kernels.reference"
     )
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which operators keep their dtypes: none where they do so in any case."""
+    kind = device.type  # `meta` knows no autocast
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 @functools.cache

@@ -112,21 +112,23 @@ class RingSlots(NamedTuple):
         ring_slot = sinks + before % window
         # Once the sinks are full, the second slot is the first again: shapes do not depend on data.
         sink_slot = torch.where(before < sinks, before, ring_slot)
-        hidden = _seen_from(window, sinks, before.device) > before[:, None, None, None]
+        hidden = _seen_from(window, sinks, before) > before[:, None, None, None]
         bias = torch.zeros(hidden.shape, dtype=dtype, device=before.device)
         places = torch.stack([ring_slot, sink_slot], dim=1)
         return cls(before, places, bias.masked_fill_(hidden, -torch.inf))
 
 
-def _seen_from(window: int, sinks: int, device: torch.device) -> Tensor:
+def _seen_from(window: int, sinks: int, like: Tensor) -> Tensor:
     """Return after how many tokens of a document each slot of a ring is read, (N + W,).
 
     A sink that is still in the window is read from the ring only, so that it counts once.
     """
-    # Elsewhere a graph that is being captured would keep a constant that was never computed.
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    # Elsewhere a graph that is being captured would keep a constant that was never computed; and a
+    # fake tensor, which has no numbers, must not be kept for later calls.
+    real = like.device.type == "cpu" and type(like) is Tensor
+    if real and not torch.compiler.is_compiling():
         return _cached_seen_from(window, sinks)
-    return _make_seen_from(window, sinks, device)
+    return _make_seen_from(window, sinks, like.device)
 
 
 def _make_seen_from(window: int, sinks: int, device: torch.device | None) -> Tensor:

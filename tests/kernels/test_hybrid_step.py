@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from xlstm_kernels import MLSTMState, Ring, RingSlots, hybrid_step, mlstm_step, window_step
 from xlstm_kernels.dispatch import Backend
@@ -59,6 +60,47 @@ def decode(
         outputs.append(hybrid_step(*token, state, ring, sinks=sinks, backend=backend))
     assert [x.data_ptr() for x in (*state, *ring)] == addresses
     return torch.stack(outputs, dim=2), state, ring
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_the_steps(device: str, backend: Backend) -> None:
+    row = draw_row(device, 2, 4, 2, 7)
+    plain, state, ring = decode(row, 4, 2, backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        same, same_state, same_ring = decode(row, 4, 2, backend)
+        token = (row[name][:, :, 0] for name in "qkv")
+        attended = window_step(*token, Ring(*(x.clone() for x in ring)), sinks=2, backend=backend)
+    assert torch.equal(same, plain)
+    pairs = zip((*same_state, same_ring.lengths), (*state, ring.lengths), strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
+    token = (row[name][:, :, 0] for name in "qkv")
+    assert torch.equal(attended, window_step(*token, ring, sinks=2, backend=backend))
+
+
+@pytest.mark.parametrize("first", ["fake", "real"])
+def test_steps_without_data_leave_those_with_data_alone(first: str) -> None:
+    # A window of its own each time: what is kept for later calls is kept by window.
+    window = 21 if first == "fake" else 22
+    row = draw_row("cpu", 1, 2, 1, 3)
+
+    def fake() -> None:
+        with FakeTensorMode() as mode:
+            given = {name: mode.from_tensor(x) for name, x in row.items()}
+            assert isinstance(decode_without_addresses(given, window), FakeTensor)
+
+    if first == "fake":
+        fake()
+    expected, _, _ = decode(row, window, 2, "torch")
+    if first == "real":
+        fake()
+    assert torch.equal(decode_without_addresses(row, window), expected)
+
+
+def decode_without_addresses(row: dict[str, Tensor], window: int) -> Tensor:
+    state = MLSTMState.zeros(1, 2, Dk, Dv)
+    ring = Ring.empty(1, 1, D, Dv, window=window, sinks=2)
+    tokens = [[x[:, :, t] for x in row.values()] for t in range(row["q"].shape[2])]
+    return torch.stack([hybrid_step(*x, state, ring, sinks=2) for x in tokens], dim=2)
 
 
 # Rows and heads; tokens beyond window and sinks, without sinks, with more sinks than window, and

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xlstm_kernels import mlstm, sliding_window_attention
 from xlstm_kernels.testing import (
+    error_ratio,
     outputs_and_grads,
     random_inputs,
     random_segments,
@@ -183,6 +184,10 @@ def test_shapes_and_dtypes_without_data(where: str, dtype: torch.dtype) -> None:
     def run(inputs: Inputs) -> Inputs:
         ids = torch.zeros(2, 70, dtype=torch.int64, device=inputs["q"].device)
         h = mixed("torch", ids)(**inputs)
+        # A window that holds all rows: torch's causal attention, and bands of one document.
+        q, k, v = inputs["q"], inputs["k"][:, :2], inputs["v"]
+        h = h + sliding_window_attention(q, k, v, window=70, sinks=2, backend="torch")
+        h = h + sliding_window_attention(q, k, v, window=16, sinks=2, backend="torch")
         _, state = mlstm(**inputs, return_state=True, backend="torch")
         h.sum().backward()
         grads = {name: x.grad for name, x in inputs.items() if x.grad is not None}
@@ -201,6 +206,27 @@ def test_shapes_and_dtypes_without_data(where: str, dtype: torch.dtype) -> None:
             actual = run({name: x.requires_grad_() for name, x in fake.items()})
     facts = {name: (x.shape, x.dtype, x.stride()) for name, x in expected.items()}
     assert {name: (x.shape, x.dtype, x.stride()) for name, x in actual.items()} == facts
+
+
+# A window above most lengths, and shorter ones.
+@pytest.mark.parametrize("window", [512, 64, 8])
+def test_an_exported_program_serves_any_length(window: int) -> None:
+    class Mixed(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
+            h = mlstm(q, k, v, i, f, backend="torch")
+            settings = {"window": window, "sinks": 2, "backend": "torch"}
+            return h + sliding_window_attention(q, k, v, **settings)
+
+    def row(tokens: int) -> tuple[Tensor, ...]:
+        inputs = random_inputs(B=1, H=2, T=tokens, Dk=16, Dv=16, G=2, seed=tokens)
+        return tuple(x.detach() for x in inputs.values())
+
+    tokens = torch.export.Dim("tokens", min=65, max=4096)
+    shapes = {name: {2: tokens} for name in "qkvif"}
+    program = torch.export.export(Mixed(), row(100), dynamic_shapes=shapes).module()
+    for length in (65, 100, 511, 600):
+        plain = Mixed()(*row(length))  # first, so that its plan of the window is kept
+        assert error_ratio(program(*row(length)), plain) < 1e-6
 
 
 class Reads(TorchDispatchMode):

@@ -5,11 +5,12 @@ and to decode a token after it, the peak memory of reading, and the bytes of the
 each round the two take turns, and a ratio is of one round; so what else runs on the machine touches
 both. Peak memory is measured in a process of its own for each model and prompt.
 
-Every case is a row of the table as soon as it is there, and a line of JSON in `--out`. A case that
-fails says why. The attention's cache is transformers' default, which grows with the prompt. With
-`--compile` a compiled step of both takes its turns too, the attention's with transformers' static
-cache; the fastest of each are compared. With `--same-products` the attention also reads the prompt
-with its linear layers as the student's (`runtime/products.py`).
+Every case is a row of the table as soon as it is there, and a line of JSON in `--out`; started
+again with that file, the benchmark measures what is missing there. A case that fails says why. The
+attention's cache is transformers' default, which grows with the prompt. With `--compile` a compiled
+step of both takes its turns too, the attention's with transformers' static cache; the fastest of
+each are compared. With `--same-products` the attention also reads the prompt with its linear layers
+as the student's (`runtime/products.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from xlstm_distill.benchmarks.kept import Kept
 from xlstm_distill.benchmarks.llamas import MODELS
 from xlstm_distill.models.cache import StudentCache
 from xlstm_distill.models.decoding.compiled import compile_decoding
@@ -37,6 +39,8 @@ from xlstm_distill.models.student import convert
 from xlstm_distill.recipe import MixerConfig
 from xlstm_distill.runtime.device import forget_peak, peak_bytes
 from xlstm_distill.runtime.products import fast_linear_layers
+from xlstm_kernels.benchmarks.parts import DONE, UNFINISHED, WITH_FAILURES, seconds
+from xlstm_kernels.benchmarks.timing import OutOfTime, alarm
 
 VARIANTS = ("student", "attention")
 MIB = 2**20
@@ -326,7 +330,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     defaults = {"tokens": 32, "window": 128, "rounds": 3, "threads": 1}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--out", type=Path, help="a file that gets a line of JSON for every case")
+    parser.add_argument(
+        "--out", type=Path,
+        help="a file that gets a line of JSON for every case; one that is there is not timed again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget-s", type=seconds, help="seconds after which to stop, with what there is"
+    )
     parser.add_argument("--compile", action="store_true", help="time a compiled step as well")
     parser.add_argument(
         "--same-products", action="store_true", help="time the attention with the student's, too"
@@ -339,13 +349,28 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table, a row as soon as its case is measured; returns 1 if a case failed."""
+    """Print a table, a row as soon as its case is measured.
+
+    Returns the exit status (`xlstm_kernels.benchmarks.parts`).
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    options, failed = parse(arguments), False
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
     if options.only:
         sys.stdout.write(json.dumps(reading_memory(options)) + "\n")
-        return 0
+        return DONE
+    try:
+        with alarm(options.budget_s):
+            failed = measure_cases(options, arguments)
+    except OutOfTime:
+        sys.stdout.write("Stopped: the time of --budget-s is up.\n")
+        return UNFINISHED
+    return WITH_FAILURES if failed else DONE
+
+
+def measure_cases(options: argparse.Namespace, arguments: list[str]) -> bool:
+    """Measure every case that `--out` does not have; return whether one failed."""
+    failed, kept = False, Kept(options.out, options)
     turns = make_turns(options)
     for turn in turns.values():
         one_round(turn._replace(step=None), draw(WARM_UP, 1, options), 1)
@@ -353,6 +378,9 @@ def main(arguments: list[str] | None = None) -> int:
     for prompt in options.prompts:
         for batch in options.batches:
             case: dict[str, Any] = {"model": options.model, "prompt": prompt, "batch": batch}
+            if known := kept.known(**case):
+                sys.stdout.write(row(known))
+                continue
             try:
                 case |= timed(turns, prompt, batch, options)
                 if not options.no_memory:
@@ -361,10 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
                 failed, case["failed"] = True, str(error).splitlines()[0]
             sys.stdout.write(row(case))
             sys.stdout.flush()
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(case) + "\n")
-    return int(failed)
+            kept.add(case)
+    return failed
 
 
 if __name__ == "__main__":

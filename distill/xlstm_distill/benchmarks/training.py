@@ -4,7 +4,8 @@ Every variant trains the same randomly initialised Llama on the same rows, one d
 the training loop's optimiser and precision. `attention` keeps the teacher's own attention. Variants
 take turns, so that all meet the same conditions in a round. Each runs in a process of its own, so
 that its peak memory is its own. First, fused and plain loss must agree on the student, in value and
-gradients; otherwise nothing is timed.
+gradients; otherwise nothing is timed. Each run is a line of JSON in `--out` as soon as it is there;
+started again with that file, the benchmark makes what is missing there.
 
 MFU is the rate of useful operations (`planning.flops`; with the teacher online, its forward pass
 too) over the device's peak: the published one of a known GPU, elsewhere the rate of a large product
@@ -21,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from xlstm_distill.benchmarks.kept import Kept
 from xlstm_distill.benchmarks.llamas import MODELS
 from xlstm_distill.benchmarks.loss import BOUNDS, MIB, clock, random_targets
 from xlstm_distill.data.rows import IGNORE_INDEX, Batch
@@ -43,6 +46,9 @@ from xlstm_distill.runtime.device import peak_bytes, published_peak
 from xlstm_distill.targets.providers import OnlineTargets, TargetSource, kept_logits
 from xlstm_distill.training.objectives import DistillObjective, Sums, checkpoint_activations
 from xlstm_distill.training.optim import make_optimizer
+from xlstm_kernels.benchmarks.parts import DONE, UNFINISHED, WITH_FAILURES
+from xlstm_kernels.benchmarks.parts import seconds as allowed_seconds
+from xlstm_kernels.benchmarks.timing import OutOfTime, alarm
 
 # The paper's weights (Eq. 13).
 WEIGHTS = LossWeights(cross_entropy=0.9, kl=0.1)
@@ -301,6 +307,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument(
+        "--out", type=Path,
+        help="a file that gets a line of JSON for every run; one that is there is not run again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget-s", type=allowed_seconds, help="seconds after which to stop, with what there is"
+    )
+    parser.add_argument(
         "--only", choices=("check", *map(str, range(len(VARIANTS)))), help=argparse.SUPPRESS
     )
     options = parser.parse_args(arguments)
@@ -371,8 +384,43 @@ def child(arguments: list[str], only: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run_once(
+    kept: Kept, arguments: list[str], only: str, number: int = 0, name: str = "check"
+) -> dict[str, Any]:
+    """Return what a run of the benchmark found, now or at an earlier start; number: its round."""
+    key = {"run": only, "round": number}
+    found = kept.known(**key)
+    if found is None:
+        found = key | child(arguments, only)
+        kept.add(found)
+        rate = found.get("tokens_per_second")
+        said = f"{rate:,.0f} tokens/s" if rate else found.get("failed", "made")
+        sys.stderr.write(f"round {number + 1}, {name}: {said}\n")
+    return {name: value for name, value in found.items() if name not in key}
+
+
+def measure_all(
+    arguments: list[str], options: argparse.Namespace
+) -> tuple[dict[str, float], list[list[dict[str, Any]]]]:
+    """Return how far the losses disagree, and the runs of each round; none if they do."""
+    kept = Kept(options.out, options)
+    agreement = run_once(kept, arguments, "check")
+    rounds: list[list[dict[str, Any]]] = []
+    if max(agreement.values()) < BOUNDS[options.dtype]:
+        # Rounds and not variant after variant: a machine that gets slower meanwhile then hits all
+        # alike.
+        for number in range(options.repeats):
+            rounds.append([])
+            for n, variant in enumerate(VARIANTS):
+                rounds[-1].append(run_once(kept, arguments, str(n), number, variant.name))
+    return agreement, rounds
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Check the losses, then let the variants take turns; return 1 if the losses disagree."""
+    """Check the losses, then let the variants take turns.
+
+    Returns 1 if the losses disagree, else the exit status (`xlstm_kernels.benchmarks.parts`).
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     torch.set_num_threads(options.threads)
@@ -382,27 +430,29 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             found = measured(VARIANTS[int(options.only)], options)
         sys.stdout.write(json.dumps(found) + "\n")
-        return 0
-    agreement = child(arguments, "check")
-    if not max(agreement.values()) < BOUNDS[options.dtype]:
+        return DONE
+    try:
+        with alarm(options.budget_s):
+            agreement, rounds = measure_all(arguments, options)
+    except OutOfTime:
+        sys.stderr.write("Stopped: the time of --budget-s is up.\n")
+        return UNFINISHED
+    if not rounds:
         allowed = BOUNDS[options.dtype]
         sys.stderr.write(
             f"fused and plain loss disagree, nothing is timed: {agreement}; "
             f"allowed: {allowed:.0e}\n"
         )
         return 1
-    rounds = []
-    # Rounds and not variant after variant: a machine that gets slower meanwhile then hits all
-    # alike.
-    for _ in range(options.repeats):
-        rounds.append([child(arguments, str(n)) for n in range(len(VARIANTS))])
     columns = zip(*rounds, strict=True)
     results = {variant.name: runs for variant, runs in zip(VARIANTS, columns, strict=True)}
     text = json.dumps(
-        {"options": vars(options), "disagreement": agreement, "variants": results}, indent=1
-    )
+        {"options": vars(options), "disagreement": agreement, "variants": results},
+        indent=1, default=str,
+    )  # fmt: skip
     sys.stdout.write((text if options.json else table(rounds, agreement, options)) + "\n")
-    return 0
+    failed = any("failed" in run for runs in rounds for run in runs)
+    return WITH_FAILURES if failed else DONE
 
 
 if __name__ == "__main__":

@@ -44,19 +44,27 @@ class Checker:
         self.device, self.dtype = device, dtype
         self.inputs: dict[Shape, Inputs] = {}
         self.truths: dict[tuple[object, Shape, tuple[str, ...]], dict[str, Tensor]] = {}
-        self.ratios: dict[tuple[object, Shape], float] = {}
+        self.ratios: dict[tuple[object, Shape, bool], float] = {}
 
-    def worst_ratio(self, entry: Entry, shape: Shape) -> float:
-        """Return the largest RMS ratio of an entry to its reference over all checked shapes."""
-        return max(self._ratio(entry, small) for small in checked_shapes(entry, shape))
+    def worst_ratio(self, entry: Entry, shape: Shape, backward: bool = True) -> float:
+        """Return the largest RMS ratio of an entry to its reference over all checked shapes.
 
-    def _ratio(self, entry: Entry, small: Shape) -> float:
-        key = (entry, small)
+        backward: of h and the gradients; else of h as it is without gradients.
+        """
+        return max(self._ratio(entry, small, backward) for small in checked_shapes(entry, shape))
+
+    def _ratio(self, entry: Entry, small: Shape, backward: bool) -> float:
+        key = (entry, small, backward)
         if key not in self.ratios:
             truth = self._truth(entry, small)
             assert entry.run is not None
-            found = results_of(entry, entry.run, self._inputs(small).copied(), small)
-            ratios = [error_ratio(found[name], truth[name]) for name in truth]
+            inputs = self._inputs(small).copied()
+            if backward:
+                found = results_of(entry, entry.run, inputs, small)
+            else:
+                with torch.no_grad():
+                    found = {"h": entry.run(inputs, small)}
+            ratios = [error_ratio(found[name], truth[name]) for name in found]
             # max() would pass over a NaN that is not the first.
             self.ratios[key] = max(ratios) if all(r == r for r in ratios) else float("nan")
         return self.ratios[key]

@@ -5,6 +5,8 @@ An entry is timed only where it agrees with the reference.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,14 +16,18 @@ from torch import Tensor
 
 from xlstm_kernels import peers
 from xlstm_kernels.api import hybrid_step, mlstm, mlstm_step, sliding_window_attention
+from xlstm_kernels.benchmarks.report import BOTH, FORWARD
 from xlstm_kernels.dispatch import Backend, triton_refuses
 from xlstm_kernels.reference import mlstm_reference, sliding_window_reference
 from xlstm_kernels.segments import document_runs, document_starts
 from xlstm_kernels.state import MLSTMState, Ring, held_positions
 from xlstm_kernels.testing import random_segments, random_state
+from xlstm_kernels.toolchain import numbers
 
 DENSE_LIMIT = 4096  # the dense baseline holds T x T scores per head
 CAUSAL_LIMIT = 65536  # full causal attention is quadratic in time
+# The oldest version of a peer that is timed, by its module, and the packages that bring it.
+OLDEST = {"fla": (("flash-linear-attention", "fla-core"), "0.5.2")}
 # Tokens of a chunk in the count of the mLSTM's operations, whatever a backend uses.
 COUNTED_CHUNK = 64
 
@@ -89,10 +95,15 @@ class Entry(NamedTuple):
     longest: int | None = None
     prepare: Callable[[Inputs, Shape], Prepared] | None = None
 
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What is timed; decoding has no gradients."""
+        return (FORWARD, BOTH) if self.reads or self.prepare else (FORWARD,)
+
     def skipped(self, shape: Shape, inputs: Inputs) -> str | None:
         """Say why this entry cannot run here; None if it can."""
         device = inputs.x["q"].device.type
-        if self.needs and (reason := peers.missing(self.needs)):
+        if self.needs and (reason := peers.missing(self.needs) or too_old(self.needs)):
             return reason
         if self.cuda_only and device != "cuda":
             return f"needs a CUDA device; this is {device}"
@@ -105,6 +116,20 @@ class Entry(NamedTuple):
         if self.longest is not None and shape.tokens > self.longest:
             return f"not run beyond {self.longest} tokens"
         return None
+
+
+def too_old(module: str) -> str | None:
+    """Say that a module's package is too old to be compared with; None if it is not."""
+    if module not in OLDEST:
+        return None
+    packages, least = OLDEST[module]
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(package)
+            if numbers(version) >= numbers(least):
+                return None
+            return f"{package} {version} is too old; bring {least} or newer"
+    return f"the version of {module} is not known; install {packages[0]} {least} or newer"
 
 
 def draw(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:

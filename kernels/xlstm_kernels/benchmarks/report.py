@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+FORWARD, BOTH = "forward", "forward + backward"
 # Colours that people with a colour vision deficiency can tell apart (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888")
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 640, 400, 70, 40, 230
+
+
+class Call(NamedTuple):
+    """An entry at a shape."""
+
+    operator: str
+    backend: str
+    batch: int
+    heads: int
+    tokens: int
 
 
 class Row(NamedTuple):
@@ -20,7 +32,8 @@ class Row(NamedTuple):
 
     Of a timed call: milliseconds, 1e12 operations/s, 1e9 bytes/s, share of the roofline, and error,
     its worst RMS ratio to the reference (None where there is none). status: timed, left out, wrong
-    (over the bound) or failed (it raised), with the reason.
+    (over the bound), failed (it raised) or stopped (by the budget), with the reason. A row that is
+    not timed is of the passes that it names, or of all if it names none.
     """
 
     operator: str
@@ -49,6 +62,19 @@ class Row(NamedTuple):
             f"{self.gigabytes:8.1f} GB/s {self.roofline:6.1%} of the roofline, {error}"
         )
 
+    @property
+    def call(self) -> Call:
+        """What was called."""
+        return Call(self.operator, self.backend, self.batch, self.heads, self.tokens)
+
+    def replaces(self, earlier: Row) -> bool:
+        """Say whether an earlier row is no longer true."""
+        if self.call != earlier.call:
+            return False
+        if earlier.status == "timed":
+            return earlier.passes == self.passes or (self.status == "wrong" and not self.passes)
+        return not self.passes or earlier.passes in ("", self.passes)
+
     def same_call(self, operator: str) -> tuple[object, ...]:
         """Return what a call of another backend must share to be compared with this one."""
         return (operator, self.passes, self.batch, self.heads, self.tokens)
@@ -57,33 +83,63 @@ class Row(NamedTuple):
 class Journal:
     """The rows so far, each on the disk as soon as it is there; folder None keeps none.
 
-    A benchmark that is started again goes on after them: `done` knows what has been tried.
+    A benchmark that is started again goes on after them: what is timed stays, and the rest is tried
+    again. since: how many lines of the file are of earlier starts; default all.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, since: int | None = None) -> None:
         self.path = None if folder is None else folder / "rows.jsonl"
+        found = [] if self.path is None else [Row(**line) for line in read_lines(self.path)]
+        self.since = len(found) if since is None else since
         self.rows: list[Row] = []
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            whole = [line for line in self.path.read_text().splitlines(True) if line[-2:] == "}\n"]
-            self.rows = [Row(**json.loads(line)) for line in whole]
-            # Without the line in which the one before was killed.
-            self.path.write_text("".join(whole))
+        for row in found:
+            self._keep(row)
+        tried = [row for row in self.rows if row.status == "timed"] + found[self.since :]
+        self.tried = {(row.call, row.passes) for row in tried}
 
     def add(self, row: Row) -> None:
-        """Keep a row."""
-        self.rows.append(row)
+        """Keep a row; it replaces those of earlier starts that said otherwise."""
+        self._keep(row)
+        self.tried.add((row.call, row.passes))
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(row._asdict()) + "\n")
 
-    def done(self, operator: str, backend: str, batch: int, heads: int, tokens: int) -> bool:
-        """Say whether an entry has been tried at a shape."""
-        wanted = (operator, backend, batch, heads, tokens)
-        rows = self.rows
-        return any((r.operator, r.backend, r.batch, r.heads, r.tokens) == wanted for r in rows)
+    def _keep(self, row: Row) -> None:
+        self.rows = [earlier for earlier in self.rows if not row.replaces(earlier)] + [row]
+
+    def untried(self, call: Call, passes: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the passes that are neither timed nor have been tried in this start."""
+        if (call, "") in self.tried:
+            return ()
+        return tuple(name for name in passes if (call, name) not in self.tried)
+
+    def failed_before(self, call: Call) -> bool:
+        """Say whether there is a row that says why a call was not timed."""
+        return any(row.call == call and row.status != "timed" for row in self.rows)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines to which more will be added; none if there is no file.
+
+    The line in which its writer was killed is dropped, also from the file: what is added next would
+    be a part of it. The file's folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        return []
+    found, whole, text = [], [], path.read_text()
+    for line in text.splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if line.endswith("\n"):
+                found.append(json.loads(line))
+                whole.append(line)
+    if len(whole) < len(text.splitlines()):
+        # In one step: whoever is stopped here loses nothing.
+        mended = path.with_name(f"{path.name}.mended")
+        mended.write_text("".join(whole))
+        mended.replace(path)
+    return found
 
 
 def ratio_to_ours(row: Row, rows: list[Row]) -> float | None:
@@ -135,7 +191,7 @@ def plot(rows: list[Row]) -> str:
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        if row.passes == "forward + backward" and row.status == "timed":
+        if row.passes == BOTH and row.status == "timed":
             line = lines.setdefault(f"{row.operator}, {row.backend}, {row.batch} x {row.heads}", [])
             line.append((row.tokens, row.milliseconds))
     points = [point for line in lines.values() for point in line]

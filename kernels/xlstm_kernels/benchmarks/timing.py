@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +16,30 @@ from xlstm_kernels.benchmarks.entries import Inputs
 
 ROTATED_CACHES = 3  # decoding states together are this many times the size of the L2 cache
 MOST_COPIES = 64
+
+
+class OutOfTime(BaseException):
+    """The budget is spent. No Exception: an entry that is being timed must not catch it."""
+
+
+@contextlib.contextmanager
+def alarm(seconds: float | None) -> Iterator[None]:
+    """Raise OutOfTime in this block after so many seconds, also in the middle of an entry."""
+
+    def ring(*_: object) -> None:
+        raise OutOfTime
+
+    # Only the main thread gets signals.
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Rates(NamedTuple):

@@ -30,6 +30,8 @@ from triton.runtime.errors import OutOfResources
 
 from xlstm_kernels.benchmarks.candidates import Config, Pruner, mlstm_rounds, window_rounds
 from xlstm_kernels.benchmarks.checking import BOUNDS
+from xlstm_kernels.benchmarks.parts import DONE, UNFINISHED, seconds
+from xlstm_kernels.benchmarks.report import read_lines
 from xlstm_kernels.benchmarks.timing import milliseconds
 from xlstm_kernels.testing import (
     device_is_broken,
@@ -194,19 +196,19 @@ def time_candidate(
     return sum(times) / len(times)
 
 
+def key_of(case: Case, config: Config, kernels: tuple[str, ...]) -> str:
+    """Name a candidate in the output folder."""
+    return json.dumps([case.name, list(config), list(kernels)])
+
+
 class Tuner:
     """Searches; keeps what it has timed, so that a second start goes on."""
 
     def __init__(self, out: Path, pruner: Pruner, ends: float, most: int | None) -> None:
         self.out, self.pruner, self.ends, self.most = out, pruner, ends, most
         self.path = out / "tuned.jsonl"
-        self.known: dict[str, float] = {}
-        out.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines(True):
-                if line.endswith("}\n"):
-                    found = json.loads(line)
-                    self.known[found["key"]] = float(found["ms"])
+        self.known = {line["key"]: float(line["ms"]) for line in read_lines(self.path)}
+        self.stopped = False  # the time was up before all was timed
 
     @property
     def out_of_time(self) -> bool:
@@ -215,7 +217,7 @@ class Tuner:
 
     def timed(self, case: Case, config: Config, kernels: tuple[str, ...]) -> float:
         """Return a candidate's time, from an earlier run if it is known."""
-        key = json.dumps([case.name, list(config), list(kernels)])
+        key = key_of(case, config, kernels)
         if key not in self.known:
             # Written first: a candidate that ends this process is not tried again.
             self._write(key, math.inf)
@@ -232,15 +234,25 @@ class Tuner:
         with self.path.open("a") as file:
             file.write(json.dumps({"key": key, "ms": taken}) + "\n")
 
+    def _prune(self, case: Case, configs: list[Config], kernels: tuple[str, ...]) -> None:
+        """Drop what does not fit the device, for a second start too."""
+        new = [config for config in configs if key_of(case, config, kernels) not in self.known]
+        fitting = self.pruner.fitting(case.operator, case.dtype, case.dim, new, kernels)
+        for config in new:
+            if config not in fitting:
+                self._write(key_of(case, config, kernels), math.inf)
+
     def tune(self, case: Case, best: Config) -> Config:
         """Search the settings of a case from those of the table; stops when the time is up."""
-        rounds = mlstm_rounds(case.dim) if case.operator == "mlstm" else window_rounds()
+        rounds = mlstm_rounds(case.dim) if case.operator == "mlstm" else window_rounds(case.dim)
         for candidates, kernels in rounds:
             shortest = self.timed(case, best, kernels)
             tried = [config for config in candidates(best) if config != best][: self.most]
-            where = (case.operator, case.dtype, case.dim)
-            for config in self.pruner.fitting(*where, tried, kernels):
-                if self.out_of_time:
+            if not self.out_of_time:
+                self._prune(case, tried, kernels)
+            for config in tried:
+                if self.out_of_time and key_of(case, config, kernels) not in self.known:
+                    self.stopped = True
                     return best
                 taken = self.timed(case, config, kernels)
                 if taken < shortest:
@@ -311,13 +323,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--processes", type=int, default=min(16, os.cpu_count() or 1),
         help="that compile candidates and drop what does not fit; 0: none is dropped",
     )  # fmt: skip
-    parser.add_argument("--budget-s", type=float, default=math.inf, help="seconds to stop after")
+    parser.add_argument("--budget-s", type=seconds, default=math.inf, help="seconds to stop after")
     parser.add_argument("--candidates", type=int, help="most of them in a round; default all")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Tune; the table is written after each case, and at the end of the budget."""
+    """Tune; the table is written after each case, and at the end of the budget.
+
+    Returns the exit status (`benchmarks.parts`).
+    """
     options = parse(arguments)
     on_gpu = options.device == "cuda"
     arch = 0
@@ -332,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name, dim, operator in cases:
             if tuner.out_of_time:
-                sys.stdout.write("Stopped: the time of --budget-s is up.\n")
+                tuner.stopped = True
                 break
             dtype = getattr(torch, name)
             start = mlstm_config(dtype, dim, dim) if operator == "mlstm" else None
@@ -344,7 +359,10 @@ def main(arguments: list[str] | None = None) -> int:
             (options.out / "table.py").write_text(source)
     finally:
         pruner.close()
-    return 0
+    if not tuner.stopped:
+        return DONE
+    sys.stdout.write("Stopped: the time of --budget-s is up.\n")
+    return UNFINISHED
 
 
 if __name__ == "__main__":

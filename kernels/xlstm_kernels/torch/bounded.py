@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_kernels.registration import refuse_second_derivative
+from xlstm_kernels.registration import refuse_second_derivative, without_autocast
 from xlstm_kernels.segments import document_runs, document_starts
 
 # Queries of a block: so many, or fewer where their scores (B, H, queries, keys) would be more than
@@ -88,7 +88,7 @@ def forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the attention and the logsumexp of each softmax, (B, H, T) in fp32 at least."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out, logsumexp = torch.empty_like(q, memory_format=torch.contiguous_format), _statistics(q)
         for block in _blocks(q, k, segment_ids, window, sinks):
             piece = slice(block.first, block.end)
@@ -134,7 +134,7 @@ def backward(
     softcap: float | None,
 ) -> list[Tensor]:
     """Return the gradients of q, k, v and, where they are given, of the sink logits."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         exact = logsumexp.dtype
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         # A key's gradient has a part of each block that sees it.

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlstm_kernels.registration import filled, keep_freed_memory, refuse_second_derivative
+from xlstm_kernels.registration import (
+    filled,
+    keep_freed_memory,
+    refuse_second_derivative,
+    without_autocast,
+)
 from xlstm_kernels.segments import document_runs
 from xlstm_kernels.state import MLSTMState, state_dtype
 from xlstm_kernels.torch.passes import (
@@ -158,7 +163,7 @@ def compute(
     follow; else what it reads is empty.
     """
     keep_freed_memory()
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         tokens, sizes = all_tokens(q, k, v, i, f, segment_ids), chunks_of(q, v)
         h, device, R = v.new_empty(*q.shape[:3], v.shape[3]), q.device, sizes.R
         kept = Kept.empty(sizes, sizes, C0) if keep else _room(sizes, device, C0)
@@ -238,7 +243,7 @@ def backward(
 
     dh (B, H, T, Dv); dC, dn: gradients of the final state; weights to states: as in `Kept`.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         tokens, sizes = Tokens(q, k, v, i, f, None), chunks_of(q, v)
         *grads, dC0, dn0 = _allocate_grads(q, k, v, i, f, dC, dn, values)
         dq, dk, dv, di, df = grads

@@ -1,8 +1,8 @@
 """One decoding step, in place: of the mLSTM, of the window, and of the whole hybrid mixer.
 
 Decoding small models is bound by the number of operators, so there are few of them here, and no
-conversion to a dtype that a tensor has already. Callers switch autograd off: nothing here is
-differentiable.
+conversion to a dtype that a tensor has already. Callers switch autograd and autocast off: nothing
+here is differentiable, and products keep their dtypes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_kernels.registration import keep_freed_memory, refuse_second_derivative
+from xlstm_kernels.registration import (
+    keep_freed_memory,
+    refuse_second_derivative,
+    without_autocast,
+)
 
 # Queries of a tile: an eighth of the window, within these. Fewer make small products, more multiply
 # masked pairs (docs/math.md, "Chunk size").
@@ -113,7 +117,7 @@ def _length(window: int) -> int:
 def forward(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float) -> Tensor:
     """Return the attention, contiguous."""
     keep_freed_memory()
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         G = k.shape[1]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         plan = Plan(q, k, window, sinks, buffers=2)
@@ -139,7 +143,7 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float
 ) -> list[Tensor]:
     """Return the gradients of q, k and v."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         G = k.shape[1]
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         plan = Plan(q, k, window, sinks, buffers=3)

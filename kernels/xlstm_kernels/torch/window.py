@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_kernels.registration import refuse_second_derivative
+from xlstm_kernels.registration import refuse_second_derivative, without_autocast
 from xlstm_kernels.torch.band_plan import band_plan
 from xlstm_kernels.torch.bounded import bounded_attention, wide_product
 from xlstm_kernels.torch.tiles import tiled_attention, tiles_pay
@@ -55,7 +55,9 @@ def banded_attention(
         return bounded_attention(q, k, v, **settings, scale=scale, softcap=None, sink_logits=None)
     if segment_ids is None and q.device.type == "cpu" and tiles_pay(q, k, window):
         return tiled_attention(q, k, v, window=window, sinks=sinks, scale=scale)
-    out, _ = forward(q, k, v, segment_ids, min(window, T), min(sinks, T), scale)
+    # The number of blocks of an exported program depends on the window alone, not on min(W, T).
+    span = min(window, T) if known else window
+    out, _ = forward(q, k, v, segment_ids, span, min(sinks, T), scale)
     return out
 
 
@@ -70,7 +72,7 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     k, v = k.to(q.dtype), v.to(q.dtype)
     if repeats > 1:  # torch's fast kernels for CPUs and for float32 take no grouped heads
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
@@ -95,6 +97,7 @@ class Bands(NamedTuple):
     ) -> Bands:
         """Cut a call into blocks."""
         (B, H, T, _), G = q.shape, k.shape[1]
+        window = min(window, T)
         L = min(max(BLOCK_MIN, min(window, BLOCK_MAX)), T)
         plan = band_plan(segment_ids, q.device, T, L, window, sinks)
         keys = _bands(k, plan.sinks, L, window - 1).to(q.dtype)
@@ -132,7 +135,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the attention and, on a CPU, what `window_cpu.attend` returns of each softmax."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if looks_at_plans(q.device):
             return attend(q, k, v, segment_ids, window, sinks, scale)
         bands = Bands.of(q, k, v, segment_ids, window, sinks)
@@ -173,7 +176,7 @@ def backward(
     scale: float,
 ) -> list[Tensor]:
     """Return the gradients of q, k and v."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if looks_at_plans(q.device):
             rows = dout, q, k, v, segment_ids, logsumexp
             return differentiate(*rows, window, sinks, scale)

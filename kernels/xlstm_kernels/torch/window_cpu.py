@@ -98,7 +98,7 @@ class Work:
     ) -> None:
         """Cut a call with queries q (B, H, T, D) and keys like k (B, G, T, D)."""
         (self.B, H, self.T, self.D), self.G = q.shape, k.shape[1]
-        self.R, self.back, self.N = H // self.G, window - 1, sinks
+        self.R, self.back, self.N = H // self.G, min(window, self.T) - 1, sinks
         self.L = block_length(self.T, window, self.R)
         self.C = -(-self.T // self.L)
         self.span = self.L + self.back
@@ -110,7 +110,8 @@ class Work:
 
     def _plan(self, segment_ids: Tensor | None) -> Plan:
         ids_dtype = None if segment_ids is None else segment_ids.dtype
-        key = (self.B, self.G, self.T, self.R, self.back, self.N, self.wide, ids_dtype)
+        sizes = self.B, self.G, self.T, self.R, self.L, self.back, self.N
+        key = (*sizes, self.wide, ids_dtype)
         found = _plans.find(key, segment_ids)
         if found is not None:
             return found

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from xlstm_distill.benchmarks import curves, decoding
+from xlstm_kernels.benchmarks.parts import UNFINISHED, WITH_FAILURES
 
 FLAGS = ["--device", "cpu", "--model", "tiny", "--window", "16", "--rounds", "2", "--tokens", "2"]
 
@@ -23,7 +24,7 @@ def test_the_models_take_turns_and_each_case_is_written_at_once(tmp_path, capsys
 
     monkeypatch.setattr(decoding, "peaks", fails_later)
     flags = [*FLAGS, "--prompts", "64", "128", "--same-products", "--out", str(out)]
-    assert decoding.main(flags) == 1
+    assert decoding.main(flags) == WITH_FAILURES
     first, second = (json.loads(line) for line in out.read_text().splitlines())
     rounds = first["rounds"]
     assert len(rounds["student"]) == len(rounds["attention"]) == 2
@@ -40,6 +41,14 @@ def test_the_models_take_turns_and_each_case_is_written_at_once(tmp_path, capsys
     assert table[-2].startswith("| 64 | 1 |")
     assert table[-2].count("|") == table[0].count("|")
     assert table[-1] == "| 128 | 1 | out of memory |"
+    # Started again, it measures the case that failed; with other settings, all.
+    monkeypatch.setattr(decoding, "peaks", lambda *_: first["memory"])
+    assert decoding.main(flags) == 0
+    again = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    assert again == [64, 128, 128]
+    assert capsys.readouterr().out.splitlines()[-2] == table[-2]
+    assert decoding.main([*flags, "--window", "8", "--budget-s", "0.001"]) == UNFINISHED
+    assert len(out.read_text().splitlines()) == 3
 
 
 @pytest.mark.slow  # in processes of their own: here, earlier tests have left memory behind

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import time
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from xlstm_distill.benchmarks import training
 from xlstm_distill.benchmarks.training import VARIANTS, check, measure, parse, useful_flops
 from xlstm_distill.planning.architecture import read_architecture
 from xlstm_distill.planning.flops import MixerShape, token_flops
+from xlstm_kernels.benchmarks.parts import UNFINISHED
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -114,6 +118,31 @@ def test_nothing_is_timed_when_the_losses_disagree(monkeypatch, capsys):
     assert training.main(FLAGS) == 1
     assert started == ["check"]
     assert "disagree, nothing is timed: {'loss': 0.5" in capsys.readouterr().err
+
+
+def test_a_second_start_makes_the_runs_that_are_missing(monkeypatch, tmp_path, capsys):
+    made = {"tokens_per_second": 9.0, "mfu": 0.25, "flops_per_token": 2e6, "peak_flops": 1e12,
+            "peak_origin": "given", "peak_bytes": 2**20, "device": "a device"}  # fmt: skip
+    started = []
+
+    def child(arguments, only, slow=()):
+        started.append(only)
+        if only in slow:
+            time.sleep(60)
+        if only == "check":
+            return {"loss": 1e-9, "gradient": 1e-9}
+        return {"failed": "out of memory"} if only == "1" and slow else made
+
+    flags = [*FLAGS, "--repeats", "1", "--out", str(tmp_path / "runs.jsonl")]
+    monkeypatch.setattr(training, "child", functools.partial(child, slow=("3",)))
+    assert training.main([*flags, "--budget-s", "1"]) == UNFINISHED
+    assert started == ["check", "0", "1", "2", "3"]
+    assert "student, plain loss, targets stored: out of memory" in capsys.readouterr().err
+    started.clear()
+    monkeypatch.setattr(training, "child", child)
+    assert training.main(flags) == 0
+    assert started == ["1", "3", "4"]
+    assert capsys.readouterr().out.count("| 9 (9 to 9) |") == len(VARIANTS)
 
 
 def test_sizes_follow_the_model_unless_given():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,7 +13,8 @@ import torch
 
 from xlstm_kernels.benchmarks import entries, operators, timing
 from xlstm_kernels.benchmarks.checking import Checker
-from xlstm_kernels.benchmarks.report import Row, ratio_to_ours
+from xlstm_kernels.benchmarks.parts import UNFINISHED, WITH_FAILURES
+from xlstm_kernels.benchmarks.report import BOTH, FORWARD, Row, ratio_to_ours, read_lines
 from xlstm_kernels.state import held_positions
 
 CPU = torch.device("cpu")
@@ -54,7 +56,7 @@ def test_a_wrong_operator_is_not_timed(
     entry = next(e for e in entries.ENTRIES if (e.operator, e.backend) == wanted)
     wrong = entry._replace(run=lambda a, shape: 1.001 * entry.run(a, shape))
     monkeypatch.setattr(operators, "ALL_ENTRIES", (wrong,))
-    assert operators.main(SMALL) == 1
+    assert operators.main(SMALL) == WITH_FAILURES
     _, line = capsys.readouterr().out.splitlines()
     assert "wrong: RMS ratio 1.0e-03 to the reference; allowed: 1e-05" in line
 
@@ -144,12 +146,118 @@ def test_an_entry_that_raises_is_a_row_and_the_rest_is_timed(
     entry = entry_named("mlstm step", "torch")
     broken = entry._replace(backend="broken", run=refuse)
     monkeypatch.setattr(operators, "ALL_ENTRIES", (broken, entry))
-    assert operators.main([*SMALL, "--report", str(tmp_path)]) == 1
+    assert operators.main([*SMALL, "--report", str(tmp_path)]) == WITH_FAILURES
     _, first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("failed: RuntimeError: Triton 3.6.0 is refused on Hopper")
     assert " ms " in second
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["status"] for row in rows] == ["failed", "timed"]
+
+
+class RefusesBackward(torch.autograd.Function):
+    """The identity, whose backward pass raises, as fla's does on some versions of Triton."""
+
+    @staticmethod
+    def forward(ctx: object, h: torch.Tensor) -> torch.Tensor:
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx: object, dh: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("Triton 3.6.0 is refused on Hopper")
+
+
+class WrongBackward(RefusesBackward):
+    """The identity with a gradient that is off by 1 %."""
+
+    @staticmethod
+    def backward(ctx: object, dh: torch.Tensor) -> torch.Tensor:
+        return 1.01 * dh
+
+
+def through(function: type[torch.autograd.Function], native: bool = False) -> entries.Entry:
+    """Our mLSTM through a function, as a peer; native: as one that nothing is compared with."""
+    entry = entry_named("mlstm", "torch")
+
+    def run(a: entries.Inputs, shape: entries.Shape) -> torch.Tensor:
+        return function.apply(entry.run(a, shape))  # type: ignore[no-any-return,misc]
+
+    def prepare(a: entries.Inputs, shape: entries.Shape) -> entries.Prepared:
+        return [a.x[name] for name in entries.GATED], lambda: run(a, shape)
+
+    changed = entry._replace(backend=f"peer {function.__name__}", run=run)
+    return changed._replace(run=None, reference=None, prepare=prepare) if native else changed
+
+
+@pytest.mark.parametrize(
+    ("entry", "status", "reason"),
+    [
+        (through(RefusesBackward), "failed", "RuntimeError: Triton 3.6.0 is refused on Hopper"),
+        (through(RefusesBackward, True), "failed", "RuntimeError: Triton 3.6.0 is refused"),
+        (through(WrongBackward), "wrong", "RMS ratio 1.0e-02 to the reference; allowed: 1e-05"),
+    ],
+)
+def test_a_backward_pass_that_fails_leaves_the_time_forward(
+    entry: entries.Entry, status: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (entry,))
+    assert operators.main([*SMALL, "--report", str(tmp_path)]) == WITH_FAILURES
+    rows = [Row(**row) for row in json.loads((tmp_path / "kernels.json").read_text())["rows"]]
+    assert [(row.passes, row.status) for row in rows] == [(FORWARD, "timed"), (BOTH, status)]
+    assert rows[0].milliseconds > 0
+    assert rows[1].reason.startswith(reason)
+
+
+def test_what_failed_is_tried_again_after_the_new_and_what_is_timed_stays(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refusing, step = through(RefusesBackward), entry_named("mlstm step", "torch")
+    absent = refusing._replace(backend="absent", needs="no_such_package")
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (refusing, absent))
+    arguments = [*SMALL, "--report", str(tmp_path)]
+    assert operators.main(arguments) == WITH_FAILURES
+    # A program that broke the device's context and starts itself anew does not try it again.
+    capsys.readouterr()
+    assert operators.main([*arguments, "--since", "0"]) == WITH_FAILURES
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    mended = entry_named("mlstm", "torch")._replace(backend=refusing.backend)
+    brought = mended._replace(backend="absent")
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (mended, brought, step))
+    assert operators.main(arguments) == 0
+    rows = [Row(**row) for row in json.loads((tmp_path / "kernels.json").read_text())["rows"]]
+    assert [(row.backend, row.passes) for row in rows] == [
+        (refusing.backend, FORWARD), ("torch", FORWARD), (refusing.backend, BOTH),
+        ("absent", FORWARD), ("absent", BOTH),
+    ]  # fmt: skip
+    assert {row.status for row in rows} == {"timed"}
+    assert operators.main(arguments) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 4 + 1  # and nothing at the last
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("0.5.1", "flash-linear-attention 0.5.1 is too old; bring 0.5.2 or newer"),
+        ("0.5.2", "needs a CUDA device"),
+        ("0.10.0", "needs a CUDA device"),
+        (None, "the version of fla is not known; install flash-linear-attention 0.5.2 or newer"),
+    ],
+)
+def test_a_peer_that_is_too_old_is_left_out(
+    version: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla" / "__init__.py").touch()
+    if version:
+        metadata = tmp_path / f"flash_linear_attention-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Name: flash-linear-attention\nVersion: {version}\n")
+    # Alone: an installed one would be found too.
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    shape = entries.Shape(1, 40, 4, 2, 8, 8, 8, 4, 0)
+    inputs = entries.draw(shape, CPU, torch.float32)
+    for name in ("fla simple_gla", "fla simple_gla native"):
+        entry = next(e for e in operators.ALL_ENTRIES if e.backend == name)
+        assert (entry.skipped(shape, inputs) or "").startswith(said)
 
 
 def test_a_benchmark_that_is_started_again_goes_on(
@@ -174,6 +282,22 @@ def test_a_benchmark_that_is_started_again_goes_on(
     assert [row["tokens"] for row in rows] == [20, 30]
 
 
+def test_lines_are_read_again_without_the_one_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lines.jsonl"
+    assert read_lines(path) == []
+    whole = '{"a": 1}\n{"a": 2}\n'
+    for broken in ("", '{"a": 3', '{"a": 3}', '{"a"{"a": 4}\n'):
+        path.write_text(whole + broken)
+        assert read_lines(path) == [{"a": 1}, {"a": 2}]
+        assert path.read_text() == whole
+    # Whole, it is not written: who is stopped in between would lose it.
+    path.chmod(0o444)
+    before = path.stat()
+    read_lines(path)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert [each.name for each in path.parent.iterdir()] == ["lines.jsonl"]
+
+
 def test_a_budget_stops_an_entry_that_never_ends_and_keeps_the_rows(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -184,9 +308,20 @@ def test_a_budget_stops_an_entry_that_never_ends_and_keeps_the_rows(
     entry = entry_named("mlstm step", "torch")
     endless = entry._replace(backend="endless", run=hang)
     monkeypatch.setattr(operators, "ALL_ENTRIES", (entry, endless))
-    assert operators.main([*SMALL, "--report", str(tmp_path), "--budget-s", "2"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("Stopped: the time of --budget-s")
+    arguments = [*SMALL, "--report", str(tmp_path), "--budget-s"]
+    assert operators.main([*arguments, "2"]) == UNFINISHED
+    *_, row, last = capsys.readouterr().out.splitlines()
+    assert "endless" in row
+    assert "stopped: the budget ended after" in row
+    assert last.startswith("Stopped: the time of --budget-s")
     assert "| mlstm step | torch | forward | 1 | 2 | 40 |" in (tmp_path / "kernels.md").read_text()
+    # Started again, it goes on with what it has not tried, and not with what stopped it.
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (endless, entry._replace(backend="next")))
+    assert operators.main([*arguments, "2"]) == UNFINISHED
+    assert "| mlstm step | next | forward | 1 | 2 | 40 |" in (tmp_path / "kernels.md").read_text()
+    monkeypatch.setattr(operators, "ALL_ENTRIES", (entry._replace(backend="endless"),))
+    assert operators.main([*arguments, "60"]) == 0
+    assert "stopped" not in (tmp_path / "kernels.md").read_text()
 
 
 def test_a_reference_runs_once_for_all_backends_and_at_few_heads() -> None:

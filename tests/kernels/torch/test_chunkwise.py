@@ -141,6 +141,15 @@ def test_extreme_gates_match_reference(gates: tuple[str | float, str | float]) -
     assert_matches_reference(inputs)
 
 
+@pytest.mark.parametrize(("size", "bound"), [(1e3, 1e-5), (1e6, 1e-2), (-1e29, 1e-5)])
+def test_large_input_gates_cost_digits(size: float, bound: float) -> None:
+    # float32 holds 1e3 + log f in steps of 6e-5, and 1e6 + log f in steps of 6e-2.
+    inputs = {name: x.detach() for name, x in random_inputs(1, 2, 70, 8, 8, 2, seed=1).items()}
+    inputs["i"][:, :, ::7] = size
+    exact, _ = mlstm_reference(**{name: x.double() for name, x in inputs.items()})
+    assert error_ratio(mlstm(**inputs), exact) < bound
+
+
 @pytest.mark.parametrize("input_gate", [-60.0, 60.0])
 def test_closed_forget_gates_return_the_value(input_gate: float) -> None:
     # Nothing survives a step: h = v, and the true gradients of q, k, i, f are below 1e-24,

@@ -17,7 +17,7 @@ from xlstm_kernels.testing import (
     to_float64,
 )
 from xlstm_kernels.torch import window_cpu
-from xlstm_kernels.torch.window import Bands, _attention_grads, _blocks, _join, _unband
+from xlstm_kernels.torch.window import Bands, _attention_grads, _blocks, _join, _unband, forward
 
 BOUND = 1e-5
 
@@ -198,6 +198,17 @@ def test_autocast_keeps_the_dtype_of_the_queries() -> None:
         out = sliding_window_attention(**inputs, window=8, sinks=2)
     assert out.dtype == torch.float32
     assert error_ratio(out, sliding_window_attention(**inputs, window=8, sinks=2)) < 1e-2
+
+
+def test_windows_beyond_the_row_do_not_share_a_plan() -> None:
+    # As exported programs call it. Their bands are alike in a row this short, their blocks are not.
+    inputs = random_qkv(1, 2, 2, 70, 8)
+    settings = {"window": 70, "sinks": 2}
+    exact = sliding_window_reference(**to_float64(inputs), **settings)
+    for width in (512, 100):
+        q, k, v = inputs.values()
+        out, _ = forward(q, k, v, None, width, 2, 8**-0.5)
+        assert error_ratio(out, exact) < BOUND
 
 
 # One block at a time, a few of a row, some rows. Documents longer and shorter than the window.
