@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xlstm_kernels.api import hybrid_step, mlstm, mlstm_step, sliding_window_attention
 from xlstm_kernels.dispatch import Backend
-from xlstm_kernels.state import MLSTMState, Ring
+from xlstm_kernels.state import MLSTMState, Ring, RingSlots
 from xlstm_kernels.testing import (
     error_ratio,
     outputs_and_grads,
@@ -149,8 +149,8 @@ def run_mlstm_steps(inputs: Tensors, backend: Backend) -> Tensors:
     state = MLSTMState(*(x.pop(name).clone() for name in MLSTMState._fields))
     outputs = []
     for t in range(x["q"].shape[2]):
-        token: dict[str, Any] = {name: tensor[:, :, t] for name, tensor in x.items()}
-        outputs.append(mlstm_step(**token, state=state, backend=backend))
+        rows = row_indices(state) if t % 2 else None  # as the plugin for vLLM gives them
+        outputs.append(mlstm_step(**token_of(x, t), state=state, index=rows, backend=backend))
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
 
 
@@ -167,9 +167,24 @@ def run_hybrid_steps(inputs: Tensors, backend: Backend, softcap: float | None = 
     )  # fmt: skip
     outputs = []
     for t in range(q.shape[2]):
-        token: dict[str, Any] = {name: tensor[:, :, t] for name, tensor in x.items()}
-        outputs.append(hybrid_step(**token, state=state, ring=ring, **settings))
+        # Kernels of their own: a step that counts its token; a model's, which has slots; the one of
+        # the plugin for vLLM, which also names its rows.
+        slots = RingSlots.of(ring.lengths.clone(), STEPS - 1, 1, k.dtype) if t else None
+        rows = row_indices(state) if t > 1 else None
+        given: dict[str, Any] = {"ring": ring, "slots": slots, "index": rows, **settings}
+        outputs.append(hybrid_step(**token_of(x, t), state=state, **given))
+        ring.lengths.fill_(t + 1)
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
+
+
+def token_of(x: Tensors, t: int) -> dict[str, Any]:
+    """Take token t of (B, heads, T, ...) tensors; heads adjoin, as in what a model gives."""
+    return {name: tensor[:, :, t].contiguous() for name, tensor in x.items()}
+
+
+def row_indices(state: MLSTMState) -> Tensor:
+    """Name each row of a state, in order."""
+    return torch.arange(len(state.C), device=state.C.device)
 
 
 def draw_mlstm(dims: Mapping[str, int], tokens: int) -> Tensors:

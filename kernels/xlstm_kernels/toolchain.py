@@ -93,9 +93,10 @@ def known_faults(capability: int, triton: str, ptxas: str | None) -> list[str]:
             f"TRITON_PTXAS_PATH to a ptxas {needed} or newer (CUDA {needed}), or take Triton 3.9"
         )
     if numbers(triton) < (3, 8):
-        # fla 640, 826, 983; triton 9433, 9514, 9530. Our kernels have neither construct.
+        # fla 640, 826, 983; triton 9433, 9514, 9530. Our kernels have neither (docs/kernels.md).
         faults.append(
-            f"Triton {triton} makes wrong code of transposed products and of pipelined products "
-            "with operands in registers; these kernels have none, other libraries' may"
+            f"Triton {triton} makes wrong code of transposed products, and of products with "
+            "operands in registers that run on in a pipelined loop; these kernels have neither, "
+            "other libraries' may"
         )
     return faults

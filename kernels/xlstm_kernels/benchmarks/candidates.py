@@ -19,11 +19,14 @@ from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch, Windo
 
 # Tokens of a chunk, and of a tile of it.
 CHUNKS, TOKENS = (64, 128), (32, 64)
-TILES, DEPTHS, WARPS, STAGES = (32, 64, 128), (32, 64), (4, 8), (1, 2, 3)
+TILES, DEPTHS, STAGES = (32, 64, 128), (32, 64), (1, 2, 3)
+WARPS, NARROW, NARROW_WARPS = (4, 8), 32, (2, 4, 8)  # two up to a head dim: docs/kernels.md
 BLOCKS, QUERIES = (16, 32, 64, 128), (16, 32, 64)
 MOST_SPILLS = 64  # bytes a thread; what spills more has never been the fastest of its kind
-# Up to 3.7, Triton overwrites operands in registers too early where a loop is pipelined (triton
-# 9433, 9514, 9530). These kernels have such products in a loop.
+# Up to 3.7, Triton may overwrite operands in registers too early where a product is still running
+# when a pipelined loop goes on (triton 9433, 9514, 9530). It lets products of these kernels and of
+# the window's run on. It waits for each product of the walks over chunks, which have such operands
+# too; `objection` drops a candidate of which that is not so.
 FED_FROM_REGISTERS = ("output", "token_grads")
 SOUND_PIPELINE = (3, 8)
 # The kernel whose launch a field of MLSTMConfig sets.
@@ -39,10 +42,19 @@ Config = MLSTMConfig | WindowConfig
 Round = tuple[Callable[[Any], list[Any]], tuple[str, ...]]
 
 
+def pipeline_is_sound() -> bool:
+    """Say whether this Triton keeps operands in registers as long as a product needs them."""
+    return numbers(triton_version() or "") >= SOUND_PIPELINE
+
+
 def stages(pipelines_registers: bool) -> tuple[int, ...]:
     """Return the stages to try; one alone where Triton's pipeline makes wrong code."""
-    sound = numbers(triton_version() or "") >= SOUND_PIPELINE
-    return STAGES if sound or not pipelines_registers else (1,)
+    return STAGES if pipeline_is_sound() or not pipelines_registers else (1,)
+
+
+def warps(dim: int) -> tuple[int, ...]:
+    """Return the numbers of warps to try at a head dim."""
+    return NARROW_WARPS if dim <= NARROW else WARPS
 
 
 def mlstm_space(dim: int) -> dict[str, list[Any]]:
@@ -53,7 +65,8 @@ def mlstm_space(dim: int) -> dict[str, list[Any]]:
     for name in KERNELS:
         sound = stages(name in FED_FROM_REGISTERS)
         kind, blocks = (TokenLaunch, depths) if name == "token_grads" else (Launch, tiles)
-        space[name] = list(itertools.starmap(kind, itertools.product(tiles, blocks, WARPS, sound)))
+        launches = itertools.product(tiles, blocks, warps(dim), sound)
+        space[name] = list(itertools.starmap(kind, launches))
     return space
 
 
@@ -67,22 +80,22 @@ def mlstm_rounds(dim: int) -> Iterator[Round]:
         yield vary(name, values), (KERNELS[name],) if name in KERNELS else ()
 
 
-def window_rounds() -> Iterator[Round]:
+def window_rounds(dim: int) -> Iterator[Round]:
     """Yield the rounds of the window: the block, then forward, backward, and keys and values."""
-    pairs = list(itertools.product(WARPS, stages(pipelines_registers=True)))
+    pairs = list(itertools.product(warps(dim), stages(pipelines_registers=True)))
     yield lambda best: [best._replace(block=block) for block in BLOCKS], ()
     yield (
-        lambda best: [best._replace(warps=warps, stages=depth) for warps, depth in pairs],
+        lambda best: [best._replace(warps=each, stages=depth) for each, depth in pairs],
         ("window_kernel",),
     )
     yield (
-        lambda best: [best._replace(grad_warps=warps, grad_stages=depth) for warps, depth in pairs],
+        lambda best: [best._replace(grad_warps=each, grad_stages=depth) for each, depth in pairs],
         ("query_grad_kernel", "key_value_grad_kernel"),
     )
     yield (
         lambda best: [
-            best._replace(key_grad_warps=warps, key_grad_queries=queries)
-            for warps, queries in itertools.product(WARPS, QUERIES)
+            best._replace(key_grad_warps=each, key_grad_queries=queries)
+            for each, queries in itertools.product(warps(dim), QUERIES)
             if queries <= best.block
         ],
         ("key_value_grad_kernel",),
@@ -109,6 +122,8 @@ def objection(
             return f"{name} spills {needs.spills} bytes"
         if needs.shared > resources.most_shared(arch):
             return f"{name} needs {needs.shared} bytes of shared memory"
+        if needs.in_flight and not pipeline_is_sound():
+            return f"{name} leaves {needs.in_flight} products with operands in registers running"
     return None
 
 

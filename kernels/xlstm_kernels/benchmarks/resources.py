@@ -63,13 +63,15 @@ def most_shared(arch: int) -> int:
 class Resources(NamedTuple):
     """What a kernel needs: registers and spilled bytes per thread, shared bytes per program.
 
-    programs: that an SM holds at the same time; two or more hide each other's waits.
+    programs: that an SM holds at the same time; two or more hide each other's waits. in_flight: as
+    `products_in_flight` counts them.
     """
 
     registers: int
     spills: int
     shared: int
     programs: int
+    in_flight: int
 
 
 # Of an SM (CUDA's programming guide): registers, warps, programs; a program's own KiB.
@@ -123,13 +125,16 @@ def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Re
         name, value = parameter.name, values[parameter.name]
         if isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
-            attributes[number,] = divisible
-        elif parameter.do_not_specialize:
-            signature[name] = "i32"
-        elif parameter.is_constexpr or value is None or value == 1:
+            if not parameter.do_not_specialize:
+                attributes[number,] = divisible
+        elif parameter.is_constexpr or value is None:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif parameter.do_not_specialize:
+            signature[name] = "i32"
+        elif value == 1:
+            signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32"
             if value % 16 == 0:
@@ -140,7 +145,28 @@ def compile_kernel(kernel: JITFunction, values: dict[str, Any], arch: int) -> Re
     registers, spills = assemble(built.asm["ptx"], arch)
     shared, warps = built.metadata.shared, built.metadata.num_warps
     programs = programs_on_an_sm(arch, registers, shared, warps)
-    return Resources(registers, spills, shared, programs)
+    return Resources(registers, spills, shared, programs, products_in_flight(built.asm["ptx"]))
+
+
+def products_in_flight(ptx: str) -> int:
+    """Count products with operands in registers that go on after a wait or a branch, at a time.
+
+    Up to 3.7, Triton may write over such operands too early (triton 9433, 9514, 9530). Only sm_90
+    has products that run while the program goes on.
+    """
+    found = begun = 0
+    groups: list[int] = []  # such products by group, those that still run
+    for line in ptx.splitlines():
+        if product := re.search(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*(\{?)", line):
+            begun += bool(product[1])
+        elif "wgmma.commit_group" in line:
+            groups, begun = [*groups, begun], 0
+        elif wait := re.search(r"wgmma\.wait_group\S*\s+(\d+)", line):
+            groups = groups[max(0, len(groups) - int(wait[1])) :]
+            found = max(found, sum(groups))
+        elif re.search(r"\bbra\b|^\$L", line):
+            found = max(found, sum(groups) + begun)
+    return found
 
 
 def assemble(ptx: str, arch: int) -> tuple[int, int]:
@@ -277,10 +303,10 @@ def main() -> None:
             json.dumps({name: list(resources) for name, resources in table.items()}) + "\n"
         )
         return
-    for name, (registers, spills, shared, programs) in table.items():
+    for name, (registers, spills, shared, programs, in_flight) in table.items():
         sys.stdout.write(
             f"{name:40} {registers:4} registers {spills:6} B spilled {shared:7} B shared "
-            f"{programs:3} programs on an SM\n"
+            f"{programs:3} programs on an SM {in_flight:3} products that run on\n"
         )
 
 

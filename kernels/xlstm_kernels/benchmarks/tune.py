@@ -247,7 +247,7 @@ class Tuner:
 
     def tune(self, case: Case, best: Config) -> Config:
         """Search the settings of a case from those of the table; stops when the time is up."""
-        rounds = mlstm_rounds(case.dim) if case.operator == "mlstm" else window_rounds()
+        rounds = mlstm_rounds(case.dim) if case.operator == "mlstm" else window_rounds(case.dim)
         for candidates, kernels in rounds:
             shortest = self.timed(case, best, kernels)
             tried = [config for config in candidates(best) if config != best][: self.most]

@@ -31,9 +31,14 @@ from torch import Tensor
 LOG_ZERO = tl.constexpr(-1e30)
 # Elements between a token and the next: 128 tokens are a tile, and 2^31 the last offset.
 FARTHEST = 2**24
-# Arguments that change with the length of the rows. Triton would compile a kernel anew for lengths
-# that are divisible by 16 and for those that are not.
-LENGTHS = ("T", "chunks", "blocks", "span")
+# Counts, limits, and addresses and strides of the gates' single numbers. Triton would compile a
+# kernel anew for a 1, for what 16 divides and for the rest: other kernels than the self-check ran,
+# and new ones for each length. No load is wider for knowing them. Other addresses and strides are
+# specialised: only so are loads of rows of features wide, and those of single numbers that adjoin.
+UNSPECIALISED = (
+    "T", "H", "G", "R", "chunks", "blocks", "span", "window", "sinks", "splits",
+    "i_ptr", "f_ptr", "gate_ptr", "i_b", "f_b", "gate_b", "m_b",
+)  # fmt: skip
 
 
 def dot_format(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype, str]:
@@ -125,7 +130,7 @@ def max_plus(decay_1, max_1, decay_2, max_2):
     return decay_1 + decay_2, tl.maximum(max_1 + decay_2, max_2)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def gate_kernel(
     i_ptr, f_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, T, H, chunks,
     SEGMENTED: tl.constexpr, L: tl.constexpr,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
-    LENGTHS,
+    UNSPECIALISED,
     chunk_decay,
     chunk_log_f,
     chunk_tile_and_head,
@@ -38,7 +38,7 @@ from xlstm_kernels.triton.mlstm_roles import (
 )
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def denominator_kernel(
     h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr, T, chunks,
     L: tl.constexpr, BT: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
@@ -94,7 +94,7 @@ def carry_back(
     return dC, dn, bound
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def state_grad_end_kernel(
     q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr,
@@ -153,7 +153,7 @@ def join_ends_back(
     return dC, dn, bound
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def state_grad_kernel(
     q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr,
@@ -203,7 +203,7 @@ def state_grad_kernel(
             tl.store(dn0_ptr + bh * DK + dk, dn)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def token_grad_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, dh_ptr, den_ptr, dh_h_ptr,
     sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
@@ -279,7 +279,7 @@ def token_grad_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def gate_grad_kernel(
     f_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     d_read_ptr, d_write_ptr, d_earlier_ptr, d_keys_ptr, d_inside_ptr, d_pass_ptr, di_ptr, df_ptr,

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
-    LENGTHS,
     LOG_ZERO,
+    UNSPECIALISED,
     chunk_decay,
     chunk_log_f,
     chunk_tile_and_head,
@@ -77,7 +77,7 @@ def carry(
     return C, n, bound
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def state_end_kernel(
     k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
@@ -151,7 +151,7 @@ def join_ends(
     return C, n, bound, m
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def state_kernel(
     k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
@@ -233,7 +233,7 @@ def state_kernel(
             tl.store(n_end_ptr + bh * DK + dk, n)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def output_kernel(
     q_ptr, k_ptr, v_ptr, centre_ptr, i_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
     C_ptr, C_scale_ptr, n_ptr, h_ptr, h_centred_ptr, h_scale_ptr, den_ptr,

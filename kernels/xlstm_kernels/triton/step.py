@@ -20,6 +20,7 @@ from xlstm_kernels.triton.common import contiguous_rows, on_device_of
 COLUMNS = 32  # of C, of a program
 RING_BYTES = 8192  # of keys, and of values, of a program
 MOST_SLOTS = 64
+FEWEST_ROWS = 4
 STEP_WARPS, HYBRID_WARPS = 8, 4  # by registers and programs on an SM, as the table's settings
 
 # Counters by the state or ring that a step changes: two steps cannot change one at a time, so no
@@ -192,7 +193,7 @@ def _decode(
             C_row=0 if C is None else C.stride(2), n_k=0 if n is None else n.stride(2),
             scale=scale, G=G, R=R, splits=splits, window=count - sinks, sinks=sinks,
             D=D, DK=1 if C is None else C.shape[2], DV=Dv, BV=columns, SLOTS=at_once,
-            RP=triton.next_power_of_2(R), CAP=softcap or 0.0, num_warps=HYBRID_WARPS,
+            RP=head_rows(R), CAP=softcap or 0.0, num_warps=HYBRID_WARPS,
         )  # fmt: skip
     _write_back((keys, values), ring[:2])
     if lengths is not None:
@@ -203,6 +204,11 @@ def _decode(
 def counters_of(owner: Tensor, v: Tensor) -> Tensor:
     """Return a counter for each group of v (B, G, Dv), then one for each row."""
     return counters(owner, v.shape[0] * (v.shape[1] + 1))
+
+
+def head_rows(heads: int) -> int:
+    """Return the rows of a tile of a group's heads; the same for 2 to 4, which share a kernel."""
+    return 1 if heads == 1 else max(FEWEST_ROWS, triton.next_power_of_2(heads))
 
 
 def adjacent_slots(x: Tensor) -> Tensor:

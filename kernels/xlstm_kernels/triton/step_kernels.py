@@ -13,10 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xlstm_kernels.triton.common import bound, log_sigmoid
+from xlstm_kernels.triton.common import UNSPECIALISED, bound, log_sigmoid
 
 # Score of a slot that is not seen. Finite, so that the difference of two of them is a number.
 NEGATIVE = tl.constexpr(-1e30)
+# One query head a group is a kernel of its own anyway, by RP. Where that one knows R it takes 48
+# registers at D = 64 on sm_90, else 115.
+ALL_BUT_R = tuple(name for name in UNSPECIALISED if name != "R")
 
 
 @triton.jit
@@ -68,7 +71,7 @@ def is_last(arrived_ptr, count):
     return last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def step_kernel(
     q_ptr, k_ptr, v_ptr, i_ptr, f_ptr, C_ptr, n_ptr, m_ptr, index_ptr, arrived_ptr, h_ptr,
     q_b, q_h, k_b, k_h, v_b, v_h, i_b, i_h, f_b, f_h, C_b, C_h, C_row, n_b, n_h, n_k, m_b, m_h,
@@ -179,7 +182,7 @@ def join_attention(
     return out / total[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ALL_BUT_R)
 def hybrid_step_kernel(
     q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, i_ptr, f_ptr, gate_ptr, C_ptr, n_ptr, m_ptr,
     keys_ptr, values_ptr, before_ptr, lengths_ptr, index_ptr, sink_logits_ptr,
@@ -195,7 +198,7 @@ def hybrid_step_kernel(
     Grid (B G * (splits + R * DV / BV)): of a group, first the parts of the ring, then the columns
     of its heads. C_ptr is None where there is no mLSTM. before_ptr (B): tokens before this one.
     lengths_ptr: where they are counted, None if they are not. sink_logits_ptr (H) or None.
-    RP: R, rounded up to a power of 2.
+    RP: 1 if R is, else R rounded up to a power of 2 from 4 on.
     recalled (B, H, DV), sums (B, G, splits, R, 2) and attended (B, G, splits, R, DV) are what the
     programs hand to the last one. Both branches are rounded before they are mixed, as in a
     sequence.

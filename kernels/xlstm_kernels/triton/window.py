@@ -69,7 +69,9 @@ def window_triton(
     config = config or window_config(dtype, D)
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
     tensors = (queries, keys, values, runs, starts, sink_logits)
-    settings = (min(window, T), min(sinks, T), scale, softcap or 0.0, list(config))
+    # Not the lesser of sinks and T: tiles have as many rows as there are sinks, so that each of the
+    # first lengths would compile kernels of its own.
+    settings = (min(window, T), sinks, scale, softcap or 0.0, list(config))
     out, _ = forward(*tensors, *settings)
     return out.to(q.dtype)
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
-    LENGTHS,
+    UNSPECIALISED,
     bound,
     chunk_and_head,
     load_rows,
@@ -127,7 +127,7 @@ def attend_block(
     return new_max, total, out
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def window_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, sink_logits_ptr, out_ptr, logsumexp_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
@@ -189,7 +189,7 @@ def window_kernel(
     tl.store(logsumexp_ptr + bh * T + t, row_max + tl.log(total), mask=t < T)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def mean_grad_kernel(
     out_ptr, dout_ptr, mean_grad_ptr, T, blocks, L: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
@@ -244,7 +244,7 @@ def query_grad_block(
     return tl.dot(d_scores.to(DOT), k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def query_grad_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr, dq_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, scale, T, H, R, window, sinks, blocks,
@@ -331,7 +331,7 @@ def key_value_grad_block(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def key_value_grad_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
     dk_ptr, dv_ptr,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from xlstm_kernels.triton.common import (
-    LENGTHS,
+    UNSPECIALISED,
     bound,
     chunk_and_head,
     load_rows,
@@ -28,7 +28,7 @@ from xlstm_kernels.triton.window_kernels import (
 )
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def sink_part_kernel(
     q_ptr, k_ptr, v_ptr, runs_ptr, starts_ptr, dout_ptr, logsumexp_ptr, mean_grad_ptr,
     sink_dk_ptr, sink_dv_ptr,
@@ -114,7 +114,7 @@ def sum_sink_parts(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def sink_sum_kernel(
     runs_ptr, starts_ptr, sink_dk_ptr, sink_dv_ptr, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
@@ -144,7 +144,7 @@ def sink_sum_kernel(
     tl.store(sink_dv_ptr + out, dv, mask=kept)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def sink_grad_kernel(
     runs_ptr, starts_ptr, sink_dk_ptr, sink_dv_ptr, dk_ptr, dv_ptr, T, H, R, window, sinks, blocks,
     SEGMENTED: tl.constexpr, L: tl.constexpr, D: tl.constexpr, S: tl.constexpr,

@@ -35,7 +35,21 @@ def test_candidates_vary_one_thing() -> None:
     for make, _ in rounds:
         for config in make(best):
             assert sum(a != b for a, b in zip(config, best, strict=True)) <= 1
-    assert len(list(candidates.window_rounds())) == 4
+    assert len(list(candidates.window_rounds(128))) == 4
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(16, {2, 4, 8}), (32, {2, 4, 8}), (64, {4, 8})])
+def test_two_warps_are_tried_where_heads_are_narrow(dim: int, expected: set[int]) -> None:
+    best = mlstm_config(torch.bfloat16, dim, dim)
+    rounds = zip(candidates.mlstm_rounds(dim), MLSTMConfig._fields, strict=True)
+    for (make, kernels), name in rounds:
+        if kernels:
+            assert {getattr(config, name).warps for config in make(best)} == expected
+    window = WindowConfig(64, 4, 1, 4, 1, 4, 32)
+    _, *by_warps = candidates.window_rounds(dim)
+    fields = ("warps", "grad_warps", "key_grad_warps")
+    for (make, _), field in zip(by_warps, fields, strict=True):
+        assert {getattr(config, field) for config in make(window)} == expected
 
 
 @pytest.mark.parametrize(("version", "deepest"), [("3.6.0", {1}), ("3.8.0", {1, 2, 3})])
@@ -83,7 +97,7 @@ def test_the_shortest_exact_time_wins_and_is_not_timed_again(
 
     assert run(ends=0.0) == WindowConfig(16, 8, 1, 8, 1, 8, 16)  # no time
     best = run(ends=math.inf)
-    assert (best.block, best.warps) == (32, 4)
+    assert (best.block, best.warps) == (32, 2)
     count = len(measured)
     assert run(ends=math.inf) == best  # from what is kept
     assert len(measured) == count

@@ -87,38 +87,33 @@ def kernel(q, k, v):
     assert transposed_products(kernel) == ["kernel: tl.trans(weights.to(q.dtype))"]
 
 
-def fed_from_registers(kernel: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) -> bool:
-    """Whether a loop has a product whose left operand a product before it had a part in.
-
-    functions: those that a loop may call, whose products are then the loop's.
-    """
-    loops: list[ast.AST] = [node for node in ast.walk(kernel) if isinstance(node, ast.For)]
-    called = {found.id for loop in loops for found in ast.walk(loop) if isinstance(found, ast.Name)}
-    loops += [functions[name] for name in called & functions.keys()]
-    products = [found for loop in loops for found in calls(loop, "dot")]
-    left = {found.args[0].id for found in products if isinstance(found.args[0], ast.Name)}
-    left |= {ast.unparse(found.args[0]).split(".")[0] for found in products}
-    return bool(left & {"weights", "d_scores", "later"})
-
-
-# Up to 3.7, Triton's pipeline overwrites operands in registers too early (triton 9433, 9514, 9530).
-def test_loops_with_operands_in_registers_are_not_pipelined() -> None:
-    functions = {function.name: function for function in kernels()}
-    fed = {f.name for f in functions.values() if fed_from_registers(f, functions)}
-    assert fed == {
-        "output_kernel", "query_role", "key_role", "value_role", "pair_role",
-        "window_kernel", "query_grad_kernel", "key_value_grad_kernel",
-    }  # fmt: skip
+# `test_resources` reads what was compiled of them for D = 64 and 128; this is for all dims.
+def test_kernels_whose_products_would_run_on_have_one_stage() -> None:
     for settings in MLSTM.values():
         _, _, _, output, _, token_grads = settings
         assert output[3] == token_grads[3] == 1
     assert {stage for settings in WINDOW.values() for stage in (settings[2], settings[4])} == {1}
 
 
-def test_a_new_length_of_rows_compiles_nothing() -> None:
+# Strides of rows of features: where 16 divides them, loads are wide. And of what may adjoin.
+STRIDES = {"q_t", "k_t", "v_t", "C_row", "n_k", "i_h", "f_h", "gate_h", "m_h"}
+FEATURES = ("q", "k", "v", "phi_q", "phi_k", "C", "n", "keys", "values")
+STRIDES |= {f"{name}_{axis}" for name in FEATURES for axis in "bh"}
+
+
+def test_counts_and_limits_are_not_compiled_in() -> None:
     for kernel in kernels():
-        names = {argument.arg for argument in kernel.args.args}
-        if kernel.name.endswith("_kernel") and names & {"T", "chunks", "blocks", "span"}:
-            (decorator,) = kernel.decorator_list
-            assert ast.unparse(decorator) == "triton.jit(do_not_specialize=LENGTHS)", kernel.name
-    assert set(common.LENGTHS) == {"T", "chunks", "blocks", "span"}
+        if not kernel.name.endswith("_kernel"):
+            continue
+        (decorator,) = kernel.decorator_list
+        hybrid = kernel.name == "hybrid_step_kernel"
+        names = "ALL_BUT_R" if hybrid else "UNSPECIALISED"
+        assert ast.unparse(decorator) == f"triton.jit(do_not_specialize={names})", kernel.name
+        numbers = {
+            argument.arg
+            for argument in kernel.args.args
+            if argument.annotation is None and not argument.arg.endswith("_ptr")
+        }
+        rest = numbers - STRIDES - {"scale"} - set(common.UNSPECIALISED)
+        assert rest == set(), kernel.name
+    assert not STRIDES & set(common.UNSPECIALISED)

@@ -2,15 +2,18 @@
 
 A tensor of that size is a file with holes, which takes no room. Every kernel is recorded on a small
 case. Then it runs again where the case lies at the end of a very long row, or in the last of very
-many rows; each program is told that it stands there. It has to write the same bits.
+many rows; its programs are told that those of the other tokens or rows come before them. It has to
+write the same bits. So all offsets are the kernel's own, from the program's number on.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,11 +23,12 @@ from xlstm_kernels.testing import random_inputs
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from xlstm_kernels import MLSTMState, mlstm_step  # noqa: E402
+from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm_step  # noqa: E402
 from xlstm_kernels.triton import (  # noqa: E402
     common,
     mlstm_backward,
     mlstm_forward,
+    step_kernels,
     window_kernels,
     window_sinks,
 )
@@ -35,25 +39,18 @@ from xlstm_kernels.triton.window import window_triton  # noqa: E402
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the GPU's memory has no holes; the interpreter shows it"
 )
-MODULES = (common, mlstm_forward, mlstm_backward, window_kernels, window_sinks)
+MODULES = (common, mlstm_forward, mlstm_backward, window_kernels, window_sinks, step_kernels)
 # Over the chunks of a row, one after the other.
 WALKS = ("state_kernel", "state_end_kernel", "state_grad_kernel", "state_grad_end_kernel")
-CHUNK, TOKENS, DIM, HEADS, CHUNKS = 16, 20, 16, 2, 2
-FAR_CHUNKS = tl.constexpr(2**23)  # before the case: 2^27 tokens of 16 features
-FAR_ROWS = tl.constexpr(2**22)  # before the case, of 2 heads, 2 chunks and 16 x 16 features
+STEPS = ("step_kernel", "hybrid_step_kernel")
+CHUNK, DIM, HEADS, SINKS = 16, 16, 2, 8
+TOKENS, WINDOW_TOKENS = 20, 52  # two chunks, four blocks
+SLOTS = 16  # of the steps' ring
+FAR_CHUNKS = 2**23  # before the case: 2^27 tokens of 16 features
+FAR_GATES = 2**26  # for kernels that read no features: 2^30 tokens of 2 heads
+# Rows before the case: of 2 heads, 2 chunks and 16 x 16 features; of 16 slots and 16 features.
+FAR_ROWS = dict.fromkeys(WALKS, 2**22) | dict.fromkeys(STEPS, 2**23)
 LIMIT = 2**31
-
-
-@triton.jit
-def far_chunk_and_head(unit, units, chunks):
-    heads = units // 2
-    return unit // heads + FAR_CHUNKS, (unit % heads).to(tl.int64)
-
-
-@triton.jit
-def far_tile_head_and_super_chunk(tiles_k, tiles_v, super_chunks):
-    head = (tl.program_id(0) // super_chunks).to(tl.int64) + FAR_ROWS * 2
-    return 0, 0, head, tl.program_id(0) % super_chunks
 
 
 class Recorded(NamedTuple):
@@ -64,6 +61,11 @@ class Recorded(NamedTuple):
     grid: tuple[int, ...]
     before: dict[str, Any]
     after: dict[str, Any]
+
+    @property
+    def chunks(self) -> int:
+        """The chunks or blocks of a row."""
+        return -(-self.before["T"] // CHUNK)
 
 
 class Recording:
@@ -85,13 +87,13 @@ def copied(arguments: dict[str, Any]) -> dict[str, Any]:
     return {n: x.detach().clone() if isinstance(x, Tensor) else x for n, x in arguments.items()}
 
 
-def record(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Tensor]) -> list[Recorded]:
+def record(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[Recorded]:
     log: list[Recorded] = []
     with monkeypatch.context() as patch:
         for module in MODULES:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Recording(name, getattr(module, name), log))
-        run().sum().backward()
+        run()
     return log
 
 
@@ -101,7 +103,7 @@ def with_holes(shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> Tensor
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
 
-def longer_axis(name: str, x: Tensor) -> int | None:
+def longer_axis(launch: Recorded, name: str, x: Tensor) -> int | None:
     """The axis of tokens or chunks; None if a tensor has neither."""
     if name in ("C_ptr", "C_scale_ptr", "n_ptr", "dC_ptr", "dC_scale_ptr", "dn_ptr"):
         return 1
@@ -109,7 +111,8 @@ def longer_axis(name: str, x: Tensor) -> int | None:
         return 2
     if name in ("sink_dk_ptr", "sink_dv_ptr"):
         return 2
-    return x.shape.index(TOKENS) if TOKENS in x.shape else None
+    tokens = launch.before["T"]
+    return x.shape.index(tokens) if tokens in x.shape else None
 
 
 def placed(x: Tensor, axis: int, front: int, path: Path) -> Tensor:
@@ -133,51 +136,79 @@ def strides_of(arguments: dict[str, Any]) -> dict[str, int]:
 def far_arguments(launch: Recorded, tmp_path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The launch's arguments with its tensors far out; and the axis along which each one is."""
     arguments, axes = dict(launch.before), {}
-    walks = launch.name in WALKS
+    rows, chunks = FAR_ROWS.get(launch.name), far_chunks(launch)
     for name, x in launch.before.items():
         if not isinstance(x, Tensor) or not x.numel():
             continue
-        axis = 0 if walks else longer_axis(name, x)
+        path = tmp_path / f"{launch.name}-{name}"
+        if name == "arrived_ptr":  # of each group, then of each row
+            assert rows is not None
+            arguments[name] = with_holes((2 * (rows + 1) * HEADS,), x.dtype, path)
+            continue
+        axis = longer_axis(launch, name, x) if rows is None else 0
         if axis is None:
             continue
-        if walks:  # tensors by chunk have rows and heads in one axis
-            front = FAR_ROWS.value * (HEADS if x.shape[0] == HEADS else 1)
+        if rows is not None:  # tensors by chunk have rows and heads in one axis
+            front = rows * (HEADS if x.shape[0] == HEADS else 1)
         else:
-            front = FAR_CHUNKS.value * (1 if x.shape[axis] == CHUNKS else CHUNK)
+            front = chunks * (1 if x.shape[axis] == launch.chunks else CHUNK)
         axes[name] = axis
-        arguments[name] = placed(x, axis, front, tmp_path / f"{launch.name}-{name}")
-        if name == "m_ptr" and not walks and "m0_ptr" in arguments:
+        arguments[name] = placed(x, axis, front, path)
+        if name == "m_ptr" and rows is None and "m0_ptr" in arguments:
             # The first chunk's state has this stabiliser; here a token stands before it.
             arguments[name][:, :, front - 1] = launch.before["m0_ptr"]
         if name == "starts_ptr":
             arguments[name][:, front:] += front
-        if name == "runs_ptr" and not walks:
+        if name == "runs_ptr" and rows is None:
             arguments[name][:, front - 1] = x[:, 0] if "m0_ptr" in arguments else 0
-    if not walks:
-        arguments["T"] += FAR_CHUNKS.value * CHUNK
+    if rows is None:
+        arguments["T"] += chunks * CHUNK
         for name in ("chunks", "blocks"):
             if name in arguments:
-                arguments[name] += FAR_CHUNKS.value
+                arguments[name] += chunks
     return arguments | strides_of(arguments), axes
+
+
+def far_chunks(launch: Recorded) -> int:
+    return FAR_GATES if launch.name in ("gate_kernel", "gate_grad_kernel") else FAR_CHUNKS
+
+
+def programs_before(launch: Recorded) -> int:
+    """The programs of the rows, or of the chunks, that lie before the case."""
+    rows = FAR_ROWS.get(launch.name)
+    if rows is None:
+        return launch.grid[0] // launch.chunks * far_chunks(launch)
+    return launch.grid[0] * rows
+
+
+def tell_programs(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    """Tell programs that so many others come before them."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+
+    def number(value: int) -> Any:
+        return interpreter.TensorHandle(np.array([value], dtype=np.int32), tl.int32)
+
+    def program_id(self: Any, axis: int) -> Any:
+        return number(self.grid_idx[axis] + (before if axis == 0 else 0))
+
+    def num_programs(self: Any, axis: int) -> Any:
+        return number(self.grid_dim[axis] + (before if axis == 0 else 0))
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program_id)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_num_programs", num_programs)
 
 
 def assert_same_far_out(
     log: list[Recorded], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> set[str]:
-    """Run every launch again, far out; returns the names of the kernels that wrote out there."""
-    for module in MODULES:
-        for name, far in (
-            ("unit_chunk_and_head", far_chunk_and_head),
-            ("tile_head_and_super_chunk", far_tile_head_and_super_chunk),
-        ):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, far)
-    reached = set()
+) -> None:
+    """Run every launch again, where one tensor at least passes the limit."""
     for launch in log:
         arguments, axes = far_arguments(launch, tmp_path)
+        tell_programs(monkeypatch, programs_before(launch))
         launch.kernel[launch.grid](**arguments)
         for name, axis in axes.items():
-            if name == "starts_ptr":  # positions, which are others out there
+            # Positions, which are others out there; and what a step counts at `lengths_ptr`.
+            if name in ("starts_ptr", "before_ptr"):
                 continue
             found, expected = arguments[name], launch.after[name]
             front = found.shape[axis] - expected.shape[axis]
@@ -185,9 +216,7 @@ def assert_same_far_out(
             assert torch.equal(written.nan_to_num(7.0), expected.nan_to_num(7.0)), (
                 launch.name, name,
             )  # fmt: skip
-            if found.numel() > LIMIT:
-                reached.add(launch.name)
-    return reached
+        assert any(arguments[name].numel() > LIMIT for name in axes), launch.name
 
 
 @pytest.mark.slow
@@ -200,39 +229,68 @@ def test_every_kernel_of_the_mlstm(
     config = MLSTMConfig(CHUNK, CHUNK, *settings, TokenLaunch(16, 16, 4, 1))
     row = {"segment_ids": (torch.arange(TOKENS) >= 9).long()[None] + 1, "state": None}
 
-    def run() -> Tensor:
+    def run() -> None:
         h, final = mlstm_triton(**inputs, **row, config=config, cut=super_chunks)
-        return h.sum() + final.C.sum()
+        (h.sum() + final.C.sum()).backward()
 
     log = record(monkeypatch, run)
     assert len(log) == launches
-    reached = assert_same_far_out(log, monkeypatch, tmp_path)
-    of_gates = {"gate_kernel", "gate_grad_kernel"}  # they have no features
-    assert reached == {launch.name for launch in log} - of_gates
+    assert_same_far_out(log, monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
 def test_every_kernel_of_the_window(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(2)
-    shapes = {"q": (1, HEADS, TOKENS, DIM), "k": (1, 1, TOKENS, DIM), "v": (1, 1, TOKENS, DIM)}
-    x = {n: torch.randn(s, generator=draw).requires_grad_() for n, s in shapes.items()}
-    ids = torch.ones(1, TOKENS, dtype=torch.int64)
+    heads = {"q": HEADS, "k": 1, "v": 1}
+    x = {
+        name: torch.randn(1, count, WINDOW_TOKENS, DIM, generator=draw).requires_grad_()
+        for name, count in heads.items()
+    }
+    # The last block sees the sinks of the second document from before its band.
+    ids = (torch.arange(WINDOW_TOKENS) >= CHUNK).long()[None]
 
-    def run() -> Tensor:
+    def run() -> None:
         config = WindowConfig(CHUNK, 4, 1, 4, 1, 4, CHUNK)
-        return window_triton(
-            **x, window=5, sinks=2, segment_ids=ids, scale=0.25, config=config
-        ).sum()
+        out = window_triton(**x, window=5, sinks=SINKS, segment_ids=ids, scale=0.25, config=config)
+        out.square().sum().backward()
 
     log = record(monkeypatch, run)
     assert len(log) == 7
+    parts = next(launch.after for launch in log if launch.name == "sink_part_kernel")
+    assert parts["sink_dk_ptr"].any()
+    assert parts["sink_dv_ptr"].any()
     # In the long row, what comes before is another document.
     for launch in log:
         for arguments in (launch.before, launch.after):
             if "runs_ptr" in arguments:
                 arguments["runs_ptr"] += 1
-    reached = assert_same_far_out(log, monkeypatch, tmp_path)
-    assert {"window_kernel", "query_grad_kernel", "key_value_grad_kernel"} <= reached
+    assert_same_far_out(log, monkeypatch, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_kernel_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(4)
+    q, phi_q, phi_k = torch.rand(3, 1, HEADS, DIM, generator=draw)
+    k, v = torch.randn(2, 1, 1, DIM, generator=draw)
+    i, f, gate = torch.rand(3, 1, HEADS, generator=draw)
+    state = MLSTMState(*(torch.rand(x.shape, generator=draw) for x in empty_state()))
+    ring = Ring.empty(1, 1, DIM, DIM, window=SLOTS - SINKS, sinks=SINKS)
+    ring.keys.normal_(generator=draw)
+    ring.values.normal_(generator=draw)
+    ring.lengths.fill_(SINKS + SLOTS)
+
+    def run() -> None:
+        mlstm_step(phi_q, phi_k, v, i, f, state, backend="triton")
+        step = (q, k, v, phi_q, phi_k, i, f, gate)
+        hybrid_step(*step, state, ring, sinks=SINKS, backend="triton")
+
+    log = record(monkeypatch, run)
+    assert tuple(launch.name for launch in log) == STEPS
+    assert_same_far_out(log, monkeypatch, tmp_path)
+
+
+def empty_state() -> MLSTMState:
+    return MLSTMState.zeros(1, HEADS, DIM, DIM)
 
 
 def test_a_state_whose_rows_are_far_apart_is_stepped(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def blocks_of(config: WindowConfig) -> tuple[int, int]:
 def blocks_of_the_tuner() -> set[tuple[int, int]]:
     """Those of all settings that the rounds of the window try, one after the other."""
     found = {WindowConfig(*settings) for settings in WINDOW.values()}
-    for make, _ in candidates.window_rounds():
+    for make, _ in candidates.window_rounds(128):
         for best in list(found):
             found.update(make(best))
     return {blocks_of(config) for config in found}
