@@ -265,8 +265,7 @@ def join_ends(
 def state_kernel(
     k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
-    C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr,
-    C_end_ptr, n_end_ptr, m_end_ptr,
+    C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr, C_end_ptr, n_end_ptr,
     k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks, span,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, BT: tl.constexpr,
@@ -342,8 +341,6 @@ def state_kernel(
         tl.store(C_end_ptr + bh * DK * DV + tile, C + n[:, None] * centre[None, :])
         if tile_v == 0:
             tl.store(n_end_ptr + bh * DK + dk, n)
-        if (tile_k == 0) & (tile_v == 0):
-            tl.store(m_end_ptr + bh, m)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

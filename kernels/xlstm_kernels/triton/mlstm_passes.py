@@ -55,13 +55,13 @@ def launch_forward(
     with on_device_of(q):
         gates, v_parts = run_chunks(i, f, v, runs, sizes)
         inputs = Inputs(q, k, v, *run_centre(v_parts, C0, n0, sizes), C0, n0, m0, runs)
-        states, m, ends = run_states(inputs, gates, sizes, config)
+        states, m, *ends = run_states(inputs, gates, sizes, config)
         h, h_centred, h_scale, den = run_outputs(inputs, gates, states, m, keep, sizes, config)
     if not keep_states:
         states = States.empty(sizes, q.device, wanted=False)
     of_rows = inputs.centre, inputs.v_max, inputs.C0_max
     kept = Kept(*of_rows, *gates[2:], h_centred, h_scale, den, m, *states)
-    return h, *ends, *kept
+    return h, *ends, m[:, :, -1].clone(), *kept
 
 
 def run_chunks(
@@ -103,15 +103,15 @@ def run_centre(
 
 def run_states(
     inputs: Inputs, gates: Gates, sizes: Sizes, config: MLSTMConfig
-) -> tuple[States, Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[States, Tensor, Tensor, Tensor]:
     """Carry the state over the chunks.
 
     Returns what enters each chunk, C of the centred values; m (B, H, T) of every token; and the
-    final C, n and m.
+    final C and n.
     """
     states = States.empty(sizes, inputs.q.device)
     m = torch.empty_like(gates.sum_high)
-    C_end, n_end, m_end = (torch.empty_like(x) for x in (inputs.C0, inputs.n0, inputs.m0))
+    C_end, n_end = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
     launch = config.states
     super_chunks = sizes.super_chunks(launch)
     ends, end_m = run_state_ends(inputs, gates, sizes, config) if super_chunks > 1 else (None, None)
@@ -119,9 +119,9 @@ def run_states(
         **what_states_read(inputs, gates, sizes, launch), **named_ends(ends), end_m_ptr=end_m,
         C0_ptr=inputs.C0, C0_max_ptr=inputs.C0_max, n0_ptr=inputs.n0, m0_ptr=inputs.m0,
         C_ptr=states.C, C_scale_ptr=states.scale, n_ptr=states.n,
-        m_ptr=m, C_end_ptr=C_end, n_end_ptr=n_end, m_end_ptr=m_end,
+        m_ptr=m, C_end_ptr=C_end, n_end_ptr=n_end,
     )  # fmt: skip
-    return states, m, (C_end, n_end, m_end)
+    return states, m, C_end, n_end
 
 
 def run_state_ends(
@@ -218,7 +218,7 @@ def launch_backward(
         parts = queries_and_keys, values
         states = known.states
         if queries_and_keys and states is None:
-            states, _, _ = run_states(inputs, gates, sizes, config)
+            states, *_ = run_states(inputs, gates, sizes, config)
         shared = (inputs, gates, rows, states, state_grads)
         (dq, dk, dv), found = run_token_grads(*shared, parts, sizes, config)
         if queries_and_keys:

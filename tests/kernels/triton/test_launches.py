@@ -17,6 +17,7 @@ from torch import Tensor
 from xlstm_kernels import (
     MLSTMState,
     Ring,
+    RingSlots,
     hybrid_step,
     mlstm,
     mlstm_step,
@@ -275,34 +276,52 @@ def checked(operator: str, dims: dict[str, int], compiled: set[str]) -> set[str]
     return set(compiled)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("H", "G"), [(32, 8), (32, 32), (16, 1)])
-def test_training_runs_the_kernels_that_the_self_check_ran(
-    compiled: set[str], H: int, G: int
+def test_training_and_prefill_run_the_kernels_that_the_self_check_ran(
+    compiled: set[str], H: int, G: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = checked("mlstm", {"Dk": 32, "Dv": 32}, compiled)
     found |= checked("sliding_window_attention", {"D": 32}, compiled)
     compiled.clear()
-    train(600, H, G, 32, torch.bfloat16, window=512, sinks=4, packed=True)
+    train(600, H, G, 32, torch.bfloat16, window=512, sinks=4, packed=packed)
     assert compiled - found == set()
     assert len(compiled) == 15
+    compiled.clear()
+    monkeypatch.setattr(Tensor, "backward", lambda x: None)
+    with torch.no_grad():
+        train(600, H, G, 32, torch.bfloat16, window=512, sinks=4, packed=packed)
+    assert compiled - found == set()
+    assert len(compiled) == 5
 
 
-def decode(B: int, H: int, G: int, D: int, window: int, sinks: int) -> None:
-    """Take a step of the mLSTM and one of the mixer, with gates from one product as a model's."""
+def decode(B: int, H: int, G: int, D: int, window: int, sinks: int, way: str) -> None:
+    """Take a step of the mLSTM and one of the mixer, with gates from one product as a model's.
+
+    way: the mixer counts its token, or is given slots, or slots and the rows of a pool.
+    """
     q, phi = torch.zeros(2, B, H, D, dtype=torch.bfloat16)
     k = torch.zeros(B, G, D, dtype=torch.bfloat16)
     i, f, gate = torch.zeros(B, 3 * H).split(H, dim=1)
     ring = Ring.empty(B, G, D, D, window=window, sinks=sinks, dtype=k.dtype)
     state = MLSTMState.zeros(B, H, D, D)
-    mlstm_step(q, q, k, i, f, state, backend="triton")
-    hybrid_step(q, k, k, phi, phi, i, f, gate, state, ring, sinks=sinks, backend="triton")
+    slots = None if way == "counts" else RingSlots.of(ring.lengths, window, sinks, k.dtype)
+    settings: dict[str, Any] = {"index": torch.arange(B) if way == "rows" else None}
+    settings["backend"] = "triton"
+    mlstm_step(q, q, k, i, f, state, **settings)
+    given = {"slots": slots, "sinks": sinks, **settings}
+    hybrid_step(q, k, k, phi, phi, i, f, gate, state, ring, **given)
 
 
-def test_decoding_compiles_two_kernels_for_students_of_all_sizes(compiled: set[str]) -> None:
-    sizes = ((1, 4, 2, 2, 1), (1, 32, 8, 512, 4), (16, 14, 7, 100, 16), (3, 32, 16, 1, 1))
-    for B, H, G, window, sinks in sizes:
-        decode(B, H, G, 32, window, sinks)
-    assert len(compiled) == 2, compiled
+@pytest.mark.parametrize("way", ["counts", "slots", "rows"])
+def test_decoding_runs_the_kernels_that_the_self_check_ran(compiled: set[str], way: str) -> None:
+    found = checked("mlstm_step", {"Dk": 32, "Dv": 32}, compiled)
+    found |= checked("hybrid_step", {"D": 32, "Dk": 32, "Dv": 32}, compiled)
+    compiled.clear()
+    for B, H, G, window, sinks in ((1, 32, 8, 512, 4), (16, 14, 7, 100, 16), (3, 32, 16, 1, 1)):
+        decode(B, H, G, 32, window, sinks, way)
+    assert compiled - found == set()
+    assert len(compiled) == 2
 
 
 def test_a_length_would_be_noticed_if_it_were_specialised() -> None:
