@@ -55,13 +55,13 @@ def launch_forward(
     with on_device_of(q):
         gates, v_parts = run_chunks(i, f, v, runs, sizes)
         inputs = Inputs(q, k, v, *run_centre(v_parts, C0, n0, sizes), C0, n0, m0, runs)
-        states, m, *ends = run_states(inputs, gates, sizes, config)
+        states, m, C_end, n_end = run_states(inputs, gates, sizes, config)
         h, h_centred, h_scale, den = run_outputs(inputs, gates, states, m, keep, sizes, config)
     if not keep_states:
         states = States.empty(sizes, q.device, wanted=False)
     of_rows = inputs.centre, inputs.v_max, inputs.C0_max
     kept = Kept(*of_rows, *gates[2:], h_centred, h_scale, den, m, *states)
-    return h, *ends, m[:, :, -1].clone(), *kept
+    return h, C_end, n_end, m[:, :, -1].clone(), *kept
 
 
 def run_chunks(
