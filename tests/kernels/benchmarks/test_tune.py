@@ -13,6 +13,7 @@ tune = pytest.importorskip(
 )
 
 from xlstm_kernels.benchmarks import candidates  # noqa: E402
+from xlstm_kernels.benchmarks.parts import UNFINISHED  # noqa: E402
 from xlstm_kernels.triton import table as triton_table  # noqa: E402
 from xlstm_kernels.triton.configs import MLSTMConfig, WindowConfig, mlstm_config  # noqa: E402
 
@@ -100,6 +101,41 @@ def test_the_shortest_exact_time_wins_and_is_not_timed_again(
     count = len(measured)
     assert run(ends=math.inf) == best  # from what is kept
     assert len(measured) == count
+
+
+def test_what_does_not_fit_is_not_compiled_again(small: tune.Case, tmp_path: Path) -> None:
+    asked = []
+
+    class Drops(candidates.Pruner):
+        def fitting(self, *where: object) -> list[WindowConfig]:
+            asked.extend(where[3])
+            return [config for config in where[3] if config.block < 64]
+
+    class Timed(tune.Tuner):
+        def _measure(self, case: tune.Case, config: WindowConfig, kernels: object) -> float:
+            return 1.0 / config.block  # larger blocks would win
+
+    def run(ends: float) -> tuple[WindowConfig, bool]:
+        tuner = Timed(tmp_path, Drops(0, 0), ends, None)
+        return tuner.tune(small, WindowConfig(16, 8, 1, 8, 1, 8, 16)), tuner.stopped
+
+    assert run(ends=0.0) == (WindowConfig(16, 8, 1, 8, 1, 8, 16), True)
+    assert not asked  # out of time
+    best, stopped = run(ends=math.inf)
+    assert (best.block, stopped) == (32, False)
+    assert asked
+    asked.clear()
+    with (tmp_path / "tuned.jsonl").open("a") as file:
+        file.write('{"key": "killed in the middle of')
+    for ends in (math.inf, 0.0):  # all is known: no time is needed
+        assert run(ends) == (best, False)
+    assert not asked
+
+
+def test_a_tuner_without_time_says_that_it_has_not_ended(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--processes", "0", "--out", str(tmp_path), "--budget-s"]
+    assert tune.main([*arguments, "1e-6"]) == UNFINISHED
+    assert not (tmp_path / "table.py").exists()
 
 
 def test_a_candidate_that_ended_the_process_is_not_tried_again(
