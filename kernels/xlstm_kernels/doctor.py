@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from xlstm_kernels import dispatch, toolchain, verdicts
-from xlstm_kernels.verdicts import Question, Runner, Verdict
+from xlstm_kernels.verdicts import Listener, Question, Runner, Verdict
 
 # Packages by what they are for; only the first is needed for the kernels.
 PACKAGES = {
@@ -31,6 +31,8 @@ VARIABLES = (
     "TRITON_INTERPRET",
     "CUDA_VISIBLE_DEVICES",
 )
+# What the families have beside scores: nothing, Gemma 2's bound, gpt-oss's logits.
+SOFTMAXES = ((), ("softcap",), ("sink_logits",))
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,18 @@ class Report:
 
 
 def examine(
-    dims: Sequence[int], dtypes: Iterable[str], runner: Runner = verdicts.in_a_child
+    dims: Sequence[int],
+    dtypes: Iterable[str],
+    runner: Runner = verdicts.in_a_child,
+    listener: Listener | None = None,
 ) -> Report:
-    """Look at this machine; asks about every operator on every device, at these head dims."""
+    """Look at this machine; asks about every operator on every device, at these head dims.
+
+    listener: hears each verdict as it comes.
+    """
     asked = [each for dim in dims for dtype in dtypes for each in questions(dim, dtype)]
     count = torch.cuda.device_count() if toolchain.triton_version() else 0
-    devices = [_device(index, asked, runner) for index in range(count)]
+    devices = [_device(index, asked, runner, listener) for index in range(count)]
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {"cuda": str(torch.version.cuda or "none")}
     versions |= {name: _version(name) for name in PACKAGES}
@@ -80,20 +88,27 @@ def examine(
 
 
 def questions(dim: int, dtype: str) -> list[Question]:
-    """List the questions of a mixer whose heads and features have one width."""
-    at = getattr(torch, dtype)
-    memory, attention = {"Dk": dim, "Dv": dim}, {"D": dim}
-    return [
-        verdicts.question("mlstm", at, memory),
-        verdicts.question("sliding_window_attention", at, attention),
-        verdicts.question("mlstm_step", at, memory),
-        verdicts.question("hybrid_step", at, memory | attention),
-    ]
+    """List the questions of mixers whose heads have one width.
+
+    They have as many features (`softmax`) or twice as many (`hedgehog`), and one of `SOFTMAXES`.
+    """
+    at, attention = getattr(torch, dtype), {"D": dim}
+    softmaxes = [dispatch.variant("sliding_window_attention", extras) for extras in SOFTMAXES]
+    found = [verdicts.question(operator, at, attention) for operator in softmaxes]
+    for features in (dim, 2 * dim):
+        if features in dispatch.HEAD_DIMS:
+            memory = {"Dk": features, "Dv": dim}
+            found += [verdicts.question(name, at, memory) for name in ("mlstm", "mlstm_step")]
+            steps = [dispatch.variant("hybrid_step", extras) for extras in SOFTMAXES]
+            found += [verdicts.question(operator, at, memory | attention) for operator in steps]
+    return found
 
 
-def _device(index: int, asked: Sequence[Question], runner: Runner) -> Device:
+def _device(
+    index: int, asked: Sequence[Question], runner: Runner, listener: Listener | None
+) -> Device:
     facts = verdicts.machine(index)
-    answers = verdicts.ask(asked, index, runner)
+    answers = verdicts.ask(asked, index, runner, listener)
     found = {each.words(): verdict for each, verdict in zip(asked, answers, strict=True)}
     capability = int(facts["capability"].replace(".", ""))
     faults = toolchain.known_faults(capability, facts["triton"], facts["ptxas"])
@@ -113,14 +128,15 @@ def _auto(devices: Sequence[Device]) -> str:
     if forced is not None:
         return f"{forced}, because {dispatch.BACKEND_VARIABLE} says so"
     if not devices:
-        return "torch: there is no CUDA device"
+        missing = toolchain.triton_fault() if torch.cuda.is_available() else None
+        return f"torch: {missing or 'there is no CUDA device'}"
     wrong = [words for device in devices for words, v in device.verdicts.items() if not v.right]
     return f"triton, but torch for: {'; '.join(dict.fromkeys(wrong))}" if wrong else "triton"
 
 
 def _advice(devices: Sequence[Device]) -> Iterable[str]:
-    if toolchain.triton_version() is None and torch.cuda.is_available():
-        yield "install triton (3.6 to 3.9); without it everything runs on torch"
+    if torch.cuda.is_available() and (missing := toolchain.triton_fault()):
+        yield f"{missing}; install triton (3.6 to 3.9), without it everything runs on torch"
     for device in devices:
         wrong = any(not verdict.right for verdict in device.verdicts.values())
         # A warning where all is right would only worry: the check has run these very kernels.

@@ -95,12 +95,21 @@ def outputs_and_grads(
     draw = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(x.shape, generator=draw).to(x) for x in outputs]
     leaves = {name: x for name, x in inputs.items() if x.requires_grad}
-    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents) if leaves else ()
     names = ["h"] if isinstance(result, Tensor) else [f"h{n}" for n in range(len(outputs))]
     found = dict(zip(names, [x.detach() for x in outputs], strict=True))
     for name, grad in zip(leaves, grads, strict=True):
         found[f"d{name}"] = grad
     return found
+
+
+def device_is_broken(device: torch.device) -> bool:
+    """Say whether a kernel's illegal access has ended this process's context."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except RuntimeError as error:
+        return "out of memory" not in str(error)
+    return False
 
 
 def allocated_peak(step: Callable[[], None]) -> int:

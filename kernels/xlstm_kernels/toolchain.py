@@ -6,6 +6,7 @@ Nothing here imports Triton before it is asked about it.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import re
 import shutil
@@ -37,12 +38,19 @@ def numbers(version: str) -> Version:
 
 
 def triton_version() -> str | None:
-    """Return the version of the installed Triton, None without one."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    import triton
+    """Return the version of the installed Triton; None without one, or where it is broken."""
+    return None if triton_fault() else str(importlib.import_module("triton").__version__)
 
-    return str(triton.__version__)
+
+def triton_fault() -> str | None:
+    """Say why Triton cannot be used; None if it can be imported."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # its libraries raise whatever they like
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    return None
 
 
 @functools.cache  # it starts a process
@@ -50,11 +58,13 @@ def assembler(capability: int) -> Assembler | None:
     """Return the ptxas that Triton calls for a compute capability, such as 90; None without one."""
     if triton_version() is None:
         return None
-    from triton.backends.nvidia.compiler import get_ptxas
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
 
-    tool = get_ptxas(capability)
-    # Triton 3.6 to 3.9 give a tool with a path.
-    path = str(tool.path)
+        # Triton 3.6 to 3.9 give a tool with a path, and raise where they find none.
+        path = str(get_ptxas(capability).path)
+    except Exception:  # the self-check finds out what this means
+        return None
     version = ptxas_version(path)
     return None if version is None else Assembler(path, version)
 
@@ -78,15 +88,19 @@ def sounder_assembler() -> Assembler | None:
     return None
 
 
-def known_faults(capability: int, triton: str, ptxas: str | None) -> list[str]:
+def known_faults(capability: int, triton: str, ptxas: str) -> list[str]:
     """List what is known to be wrong with these versions on a device, and what to do.
 
-    capability: of the device, such as 90.
+    capability: of the device, such as 90. triton, ptxas: without a number where there is none.
     """
     faults: list[str] = []
+    if not numbers(triton):
+        return faults
+    if not numbers(ptxas):
+        faults.append("Triton finds no ptxas; set TRITON_PTXAS_PATH to one, such as that of CUDA")
     if capability // 10 != HOPPER:
         return faults
-    if ptxas is not None and numbers(ptxas) < SOUND_PTXAS:
+    if numbers(ptxas) and numbers(ptxas) < SOUND_PTXAS:
         needed = ".".join(map(str, SOUND_PTXAS))
         faults.append(
             f"ptxas {ptxas} can make wrong code of correct kernels on sm_{capability}; set "

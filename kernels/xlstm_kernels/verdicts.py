@@ -1,29 +1,37 @@
 """Whether the Triton kernels are right on this machine: ask once, then remember.
 
-A question is answered by a process of its own (`python -m xlstm_kernels.selfcheck`): a kernel that
-accesses memory which is not its own would take the caller's CUDA context with it. Answers are kept
+Questions are answered by another process (`python -m xlstm_kernels.selfcheck`): a kernel that
+accesses memory which is not its own would take the caller's CUDA context with it. A process that
+such a kernel has broken ends, and a new one answers the questions that are left. Answers are kept
 in a folder, one file each, named after everything that can change them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import queue
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
 from xlstm_kernels import toolchain
 
-LONGEST_CHECK = 300  # seconds; it takes about 30
+LONGEST_CHECK = 300  # seconds of a question, and of the start of its process
+LATEST_END = 30  # seconds that a process may take to end after its last word
+OUTSIDE = (1, 2, 9, 15)  # signals with which somebody else ends a process, no kernel does
+NAMES = re.compile(r"[0-9a-f]{32}\.json")  # of the answers' files
 BEGUN = "begun"  # what the child prints before it answers a question
 FOLDER_VARIABLE = "XLSTM_KERNELS_CACHE"
 OPTIONS = "XLSTM_KERNELS_"  # how the names of this package's environment variables begin
@@ -45,9 +53,9 @@ class Question(NamedTuple):
 class Verdict(NamedTuple):
     """The answer to a question.
 
-    right: within the bound. reason: in words, if not. final: False if the check could not run (no
-    memory left, say), so that it is asked again next time. ratios: RMS ratios to float64 by result.
-    milliseconds: forward + backward by backend. seconds: that the check took.
+    right: within the bound. reason: in words, if not. final: False if the check could not run, or
+    did not end in time, so that it is asked again next time. ratios: RMS ratios to float64 by
+    result. milliseconds: forward + backward by backend. seconds: that the check took.
     """
 
     right: bool
@@ -59,7 +67,8 @@ class Verdict(NamedTuple):
     seconds: float = 0.0
 
 
-Runner = Callable[[Sequence[Question], int], list[Verdict]]
+Runner = Callable[[Sequence[Question], int], Iterable[Verdict]]
+Listener = Callable[[Question, Verdict], None]
 
 
 def question(operator: str, dtype: torch.dtype, dims: Mapping[str, int]) -> Question:
@@ -138,68 +147,127 @@ def clear() -> None:
     """Remove the answers that are kept, so that all is asked again."""
     forget()
     for path in folder().glob("*.json"):
-        path.unlink(missing_ok=True)
+        if NAMES.fullmatch(path.name):  # the folder may hold files of others
+            path.unlink(missing_ok=True)
 
 
-def in_a_child(asked: Sequence[Question], index: int) -> list[Verdict]:
-    """Answer questions in processes of their own, which a wrong kernel may end.
+def in_a_child(asked: Sequence[Question], index: int) -> Iterator[Verdict]:
+    """Answer questions in other processes, each as it comes.
 
-    The child says which question it begins. So one that ends it is wrong, and those after it are
-    put to the next child; one that it never began (no memory left on the device, say) stays open.
+    The child says which question it begins, and ends after one that broke its device. So a question
+    at which it ends without an answer is wrong, and those after it are put to the next child.
     """
-    found: list[Verdict] = []
-    while len(found) < len(asked):
-        answers, begun, last = _one_child(asked[len(found) :], index)
-        found += answers
-        if len(found) == len(asked):
-            break
-        if not begun:
-            open_ones = Verdict(False, f"the check could not begin: {last}", final=False)
-            return found + [open_ones] * (len(asked) - len(found))
-        found.append(Verdict(False, f"the check ended without an answer: {last}"))
-    return found
+    left = list(asked)
+    while left:
+        for verdict in _one_child(left, index):
+            left.pop(0)
+            yield verdict
 
 
-def _one_child(asked: Sequence[Question], index: int) -> tuple[list[Verdict], bool, str]:
-    """Run one child: its answers, whether it had begun another, and its last words."""
+def _one_child(asked: Sequence[Question], index: int) -> Iterator[Verdict]:
+    """Yield what one child answers, at least one verdict.
+
+    A question that it began and did not answer gets one too: a final one if it was the kernel that
+    ended the child. If it began none (the device is taken, say), all stay open.
+    """
+    begun, answered = False, 0
+    try:
+        with _child(asked, index) as child:
+            for line in child.lines():
+                if line.startswith("{"):
+                    yield Verdict(**json.loads(line))
+                    begun, answered = False, answered + 1
+                elif line.strip() == BEGUN:
+                    begun = True
+            final, why = child.ended()
+    except queue.Empty:
+        final, why = False, f"it took more than {LONGEST_CHECK} s"
+    except OSError as error:
+        final, why = False, str(error)
+    if begun:
+        yield Verdict(False, f"the check ended without an answer: {why}", final)
+    elif not answered:
+        yield from [Verdict(False, f"the check could not begin: {why}", final=False)] * len(asked)
+
+
+@contextlib.contextmanager
+def _child(asked: Sequence[Question], index: int) -> Iterator[_Child]:
+    """Start a process that answers questions; it ends with the block at the latest."""
     command = [sys.executable, "-m", "xlstm_kernels.selfcheck", "--device", str(index)]
     command += ["--questions", json.dumps(asked)]
     # An answer is kept for every later process, so no option of this one may change it.
     options = {name: x for name, x in os.environ.items() if not name.startswith(OPTIONS)}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=LONGEST_CHECK, env=options
-        )
-        said, last = done.stdout, _last_line(done.stderr) or f"exit status {done.returncode}"
-    except subprocess.TimeoutExpired as late:
-        said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        last = f"it took more than {LONGEST_CHECK} s"
-    answers, begun = [], False
-    for line in said.splitlines():
-        if line == BEGUN:
-            begun = True
-        elif line.startswith("{"):
-            answers.append(Verdict(**json.loads(line)))
-            begun = False
-    return answers, begun, last
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            text=True, env=options,
+        )  # fmt: skip
+        try:
+            yield _Child(process, errors)
+        finally:
+            process.kill()
+            process.wait()
 
 
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
+class _Child:
+    """A process that answers questions, and the file of its errors."""
+
+    def __init__(self, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
+        self.process, self.errors = process, errors
+        self.said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        # A pipe can be read with a time limit only by another thread.
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                self.said.put(line)
+        self.said.put("")
+
+    def lines(self) -> Iterator[str]:
+        """Yield what it says. Raises queue.Empty where it says nothing for too long."""
+        while line := self.said.get(timeout=LONGEST_CHECK):
+            yield line
+
+    def ended(self) -> tuple[bool, str]:
+        """Wait for its end; return whether that was its own, and its last words."""
+        try:
+            status = self.process.wait(LATEST_END)
+        except subprocess.TimeoutExpired:
+            return False, "it did not end"
+        if -status in OUTSIDE:
+            return False, f"signal {-status} ended it"
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return True, lines[-1] if lines else f"exit status {status}"
 
 
-def ask(asked: Sequence[Question], index: int, runner: Runner = in_a_child) -> list[Verdict]:
-    """Answer questions for a CUDA device: from the folder, the others by one check."""
+def ask(
+    asked: Sequence[Question],
+    index: int,
+    runner: Runner = in_a_child,
+    listener: Listener | None = None,
+) -> list[Verdict]:
+    """Answer questions for a CUDA device: from the folder, the others by one check.
+
+    Each answer is kept, and told to the listener, as soon as it is there.
+    """
     facts = machine(index)
     found = {each: read(each, facts) for each in asked}
     missing = [each for each, verdict in found.items() if verdict is None]
-    if missing:
-        for each, answer in zip(missing, runner(missing, index), strict=True):
-            found[each] = answer
-            if answer.final:
-                write(each, facts, answer)
-    return [verdict for each in asked if (verdict := found[each]) is not None]
+    fresh = iter(runner(missing, index) if missing else ())
+    verdicts = []
+    for each in asked:
+        verdict = found[each]
+        if verdict is None:
+            verdict = found[each] = next(fresh)
+            if verdict.final:
+                write(each, facts, verdict)
+        if listener is not None:
+            listener(each, verdict)
+        verdicts.append(verdict)
+    return verdicts
 
 
 def warning(asked: Question, verdict: Verdict, facts: Mapping[str, str]) -> str:

@@ -33,7 +33,7 @@ def doctor(
 ) -> None:
     """Check the kernels on this machine's GPUs; show versions, verdicts and what is missing.
 
-    Exits with 1 where a kernel is wrong. A check takes about half a minute, the first time only.
+    Exits with 1 where a kernel is wrong. The first time takes minutes, since all is compiled.
     """
     with one_line_errors(debug):
         from xlstm_kernels import verdicts

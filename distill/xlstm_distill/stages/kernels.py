@@ -168,6 +168,12 @@ def _objection(student: CausalLM, device: torch.device, *, asked_for: bool) -> s
     return None
 
 
+def kernels_of(recipe: Recipe, work: Path) -> Backend | None:
+    """Return the kernels of a stage that has begun, perhaps in an earlier process."""
+    asked = recipe.student.backend
+    return _kept(work) if asked == "auto" else asked
+
+
 def _kept(work: Path) -> Backend | None:
     """Read the kernels with which the stage began; None if it begins now."""
     try:

@@ -14,6 +14,7 @@ those of a large product and a large copy in the same run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import signal
@@ -39,6 +40,7 @@ from xlstm_kernels.benchmarks.timing import (
     milliseconds,
     rotated,
 )
+from xlstm_kernels.testing import device_is_broken
 
 ALL_ENTRIES = (*ENTRIES, *NATIVE)
 
@@ -245,20 +247,20 @@ def go_on_after_failure(
     """Free what a failed entry holds; start this program anew if it broke the device's context."""
     if device.type != "cuda":
         return
-    try:
+    with contextlib.suppress(RuntimeError):  # of a broken device
         torch.cuda.empty_cache()
-        torch.zeros(1, device=device).item()
-    except RuntimeError:
-        # After an illegal access, nothing runs in this process any more. Without a journal, the
-        # next one would run into it again.
-        if options.report is None:
-            raise
-        ends = [] if options.ends is None else ["--ends", str(options.ends)]
-        again = [sys.executable, "-m", "xlstm_kernels.benchmarks.operators", *sys.argv[1:], *ends]
-        again += ["--since", str(journal.since)]
-        # The timer would go on, and end the new program before it has a handler.
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        os.execv(sys.executable, again)
+    if not device_is_broken(device):
+        return
+    # After an illegal access, nothing runs in this process any more. Without a journal, the next
+    # one would run into it again.
+    if options.report is None:
+        raise RuntimeError("a kernel's illegal access broke the device for this process")
+    ends = [] if options.ends is None else ["--ends", str(options.ends)]
+    again = [sys.executable, "-m", "xlstm_kernels.benchmarks.operators", *sys.argv[1:], *ends]
+    again += ["--since", str(journal.since)]
+    # The timer would go on, and end the new program before it has a handler.
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    os.execv(sys.executable, again)
 
 
 def say(line: str) -> None:

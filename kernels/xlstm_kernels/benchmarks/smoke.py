@@ -1,7 +1,8 @@
 """Run every kernel once against float64: `python -m xlstm_kernels.benchmarks.smoke`.
 
-On CUDA each kernel runs in a process of its own, as `xlstm-distill doctor` does it, and the
-verdicts are kept, so that what runs next knows them. On a CPU, Triton's interpreter runs them here
+On CUDA kernels run in another process, as `xlstm-distill doctor` does it, and in a new one after a
+kernel that broke it. Each verdict is printed and kept as it comes, so a second start asks only what
+is left, and what runs next knows them. On a CPU, Triton's interpreter runs them here
 (TRITON_INTERPRET=1).
 """
 
@@ -12,9 +13,9 @@ import sys
 
 import torch
 
-from xlstm_kernels.doctor import Device, examine, questions
+from xlstm_kernels.doctor import examine, questions
 from xlstm_kernels.selfcheck import TOKENS, check
-from xlstm_kernels.verdicts import facts_in_words
+from xlstm_kernels.verdicts import Question, Verdict, facts_in_words
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,15 +37,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print versions and verdicts; returns the exit status, 1 if a kernel is wrong."""
+    """Print verdicts and versions; returns the exit status, 1 if a kernel is wrong."""
     options = parse(arguments)
     if options.device == "cpu":
         return on_a_cpu(options)
-    found = examine(options.dims, options.dtypes)
+    found = examine(options.dims, options.dtypes, listener=show)
     for name, value in (found.versions | found.environment).items():
         say(f"{name:24} {value}")
     for device in found.devices:
-        show(device)
+        say(f"GPU {device.index}: {device.name}, {device.capability}, ptxas {device.ptxas}")
+        for fault in device.faults:
+            say(f"  known: {fault}")
     for line in found.advice:
         say(f"- {line}")
     if not found.devices:
@@ -52,14 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     return int(not found.devices or not found.healthy)
 
 
-def show(device: Device) -> None:
-    """Print a device and its verdicts."""
-    say(f"GPU {device.index}: {device.name}, {device.capability}, ptxas {device.ptxas}")
-    for fault in device.faults:
-        say(f"  known: {fault}")
-    for words, verdict in device.verdicts.items():
-        said = facts_in_words(verdict)
-        say(f"  {'right' if verdict.right else 'WRONG':6} {words}: {said} ({verdict.seconds} s)")
+def show(asked: Question, verdict: Verdict) -> None:
+    """Print a verdict."""
+    said = facts_in_words(verdict)
+    word = "right" if verdict.right else "WRONG"
+    say(f"  {word:6} {asked.words()}: {said} ({verdict.seconds} s)")
 
 
 def on_a_cpu(options: argparse.Namespace) -> int:
@@ -70,8 +70,7 @@ def on_a_cpu(options: argparse.Namespace) -> int:
             for asked in questions(dim, dtype):
                 verdict = check(asked, torch.device("cpu"), options.tokens)
                 wrong += not verdict.right
-                said = facts_in_words(verdict)
-                say(f"  {'right' if verdict.right else 'WRONG':6} {asked.words()}: {said}")
+                show(asked, verdict)
     return int(wrong > 0)
 
 

@@ -33,7 +33,13 @@ from xlstm_kernels.benchmarks.checking import BOUNDS
 from xlstm_kernels.benchmarks.parts import DONE, UNFINISHED, seconds
 from xlstm_kernels.benchmarks.report import read_lines
 from xlstm_kernels.benchmarks.timing import milliseconds
-from xlstm_kernels.testing import error_ratio, outputs_and_grads, random_inputs, to_float64
+from xlstm_kernels.testing import (
+    device_is_broken,
+    error_ratio,
+    outputs_and_grads,
+    random_inputs,
+    to_float64,
+)
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
 from xlstm_kernels.torch.window import banded_attention
 from xlstm_kernels.triton import common
@@ -188,15 +194,6 @@ def time_candidate(
         sys.stdout.write(f"left out: {type(error).__name__}\n")
         return math.inf
     return sum(times) / len(times)
-
-
-def device_is_broken(device: torch.device) -> bool:
-    """Say whether a kernel's illegal access has ended this process's context."""
-    try:
-        torch.zeros(1, device=device).cpu()
-    except RuntimeError:
-        return True
-    return False
 
 
 def key_of(case: Case, config: Config, kernels: tuple[str, ...]) -> str:

@@ -82,6 +82,7 @@ def test_auto_on_a_gpu_is_what_the_check_says_and_stays_so(
     again = choose_kernels(student, recipe("auto"), GPU, work, console, runner=answers(not right))
     assert again == chosen
     assert json.loads((work / "kernels.json").read_text()) == {"backend": chosen}
+    assert kernels.kernels_of(recipe("auto"), work) == chosen
 
 
 def test_one_machine_with_wrong_kernels_decides_for_all_ranks(

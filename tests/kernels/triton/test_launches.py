@@ -276,16 +276,23 @@ def checked(operator: str, dims: dict[str, int], compiled: set[str]) -> set[str]
     return set(compiled)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("H", "G"), [(32, 8), (32, 32), (16, 1)])
-def test_training_runs_the_kernels_that_the_self_check_ran(
-    compiled: set[str], H: int, G: int
+def test_training_and_prefill_run_the_kernels_that_the_self_check_ran(
+    compiled: set[str], H: int, G: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = checked("mlstm", {"Dk": 32, "Dv": 32}, compiled)
     found |= checked("sliding_window_attention", {"D": 32}, compiled)
     compiled.clear()
-    train(600, H, G, 32, torch.bfloat16, window=512, sinks=4, packed=True)
+    train(600, H, G, 32, torch.bfloat16, window=512, sinks=4, packed=packed)
     assert compiled - found == set()
     assert len(compiled) == 14
+    compiled.clear()
+    monkeypatch.setattr(Tensor, "backward", lambda x: None)
+    with torch.no_grad():
+        train(600, H, G, 32, torch.bfloat16, window=512, sinks=4, packed=packed)
+    assert compiled - found == set()
+    assert len(compiled) == 4
 
 
 def decode(B: int, H: int, G: int, D: int, window: int, sinks: int, way: str) -> None:

@@ -62,6 +62,7 @@ def learn(
     """
     check_groups(material.merge.layer_groups, material.layers, material.key)
     learner = _Learner(material, fixed, base, console)
+    draft.results["backend"] = learner.backend
 
     def on_rank_zero() -> Weights:
         return learner.run(data, draft)
@@ -87,7 +88,7 @@ class _Learner:
         dtype = getattr(torch, recipe.teacher.dtype)
         student = empty_student(next(iter(places.values())), dtype)
         # All ranks ask for kernels together, before rank 0 goes on alone.
-        choose_kernels(student, recipe, self.device, material.work, console)
+        self.backend = choose_kernels(student, recipe, self.device, material.work, console)
         self.mixed = MixedWeights(
             places,
             material.layers,

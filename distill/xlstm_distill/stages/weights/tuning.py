@@ -21,7 +21,7 @@ from xlstm_distill.models.families import CausalLM
 from xlstm_distill.models.teacher import load_teacher
 from xlstm_distill.runtime.console import Console
 from xlstm_distill.runtime.ranks import from_rank_zero, is_main_process
-from xlstm_distill.stages.kernels import choose_kernels
+from xlstm_distill.stages.kernels import choose_kernels, kernels_of
 from xlstm_distill.stages.weights.material import Material
 from xlstm_distill.stages.weights.validation import Validator, judge
 from xlstm_distill.stages.workbench import load_student
@@ -62,6 +62,7 @@ def tune(
             lead = best_of(trials).score
             progress.update(1, worst_drop=lead.worst_tolerance, recovery=-lead.negative_recovery)
     best = best_of(trials)
+    draft.results["backend"] = kernels_of(recipe, material.work)
     if is_main_process():
         draft.write_json(TRIALS, [trial.facts() for trial in trials])
     draft.results["tuning"] = {

@@ -142,5 +142,6 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(found_run):
     assert all(sum(group.values()) == pytest.approx(1, abs=1e-9) for group in weights)
     assert weights[0] != weights[1]
     assert resumed.manifest["results"] == whole.manifest["results"]
+    assert whole.manifest["results"]["backend"] == "torch"  # without a GPU
     logs = [(made.path / LOG).read_text() for made in (whole, resumed)]
     assert logs[0] == logs[1]

@@ -53,6 +53,7 @@ def test_the_better_expert_is_found(tuned):
     # Not 0: some problems are longer than the window.
     assert results["tuning"]["worst_tolerance"] < results["tuning"]["uniform"]["worst_tolerance"]
     assert (results["tuning"]["trials"], results["tuning"]["seed"]) == (4, 3)
+    assert results["backend"] == "torch"  # without a GPU
     trials = whole.read_json("trials.json")
     assert trials[0]["weights"] == [[0.5, 0.5]]
     assert all(sum(group) == pytest.approx(1) for t in trials for group in t["weights"])
