@@ -22,7 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_kernels.api import hybrid_step, mlstm, mlstm_step, sliding_window_attention
+from xlstm_kernels.api import (
+    hybrid_step,
+    mlstm,
+    mlstm_step,
+    sliding_window_attention,
+    window_step,
+)
 from xlstm_kernels.dispatch import Backend
 from xlstm_kernels.state import MLSTMState, Ring, RingSlots
 from xlstm_kernels.testing import (
@@ -216,7 +222,11 @@ def run_hybrid_steps(
         given: dict[str, Any] = {"ring": ring, "slots": slots, "index": rows, **settings}
         outputs.append(hybrid_step(**token_of(x, t), state=state, **given))
         ring.lengths.fill_(t + 1)
-    return {"h": torch.stack(outputs), "C": state.C, "n": state.n}
+    # A student without the mLSTM decodes by the same kernel without its memory, another binary.
+    last = [tensor for name, tensor in token_of(x, 0).items() if name in ("q", "k", "v")]
+    slots = RingSlots.of(ring.lengths.clone(), STEPS - 1, 1, k.dtype)
+    attended = window_step(*last, ring, slots=slots, **settings)
+    return {"h": torch.stack(outputs), "C": state.C, "n": state.n, "attended": attended}
 
 
 def token_of(x: Tensors, t: int) -> dict[str, Any]:

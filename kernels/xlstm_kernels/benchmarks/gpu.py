@@ -29,6 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from xlstm_kernels.benchmarks.parts import (
     DONE,
     GRACE,
@@ -260,8 +262,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts; returns 1 if one of them failed, 128 + its number after a signal."""
+    """Run the parts.
+
+    Returns 1 if one of them failed, 2 without a GPU, 128 + its number after a signal.
+    """
     options = parse(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        # Its tests would all be skipped there, and count as done.
+        say("There is no CUDA device. DRY=1 (--dry-run) tries it on a CPU.")
+        return 2
     if options.source:
         bring(options.source.resolve(), options.out)
     if options.dry_run:

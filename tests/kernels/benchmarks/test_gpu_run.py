@@ -275,6 +275,15 @@ def test_wrong_input_is_a_line_and_status_2(
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_nothing_counts_as_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().out.startswith("There is no CUDA device. DRY=1")
+    assert not (tmp_path / "parts.jsonl").exists()
+
+
 @pytest.mark.usefixtures("_importable")
 def test_a_new_folder_goes_on_after_an_earlier_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
