@@ -47,7 +47,7 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 2e-3}
 # In bfloat16 a chunk has 128 tokens: these are four, the last one cut short, and two in each of two
 # super-chunks.
 TOKENS, SUPER_CHUNKS = 421, 2
-WINDOW, SINKS, HEADS, GROUPS = 128, 4, 4, 2  # as real windows, divisible by blocks
+WINDOW, SINKS, HEADS, GROUPS = 80, 4, 4, 2  # the window ends in the middle of a block
 TIMED_TOKENS, REPEATS, STEPS = 2048, 5, 3
 # Of the forget gates: states then carry most of each result, and an error of 1 % in them is one of
 # about 1 % there. At 2, which forgets within a few tokens, one in dC was an error of 0.35 %.

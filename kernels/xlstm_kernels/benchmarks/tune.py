@@ -42,7 +42,7 @@ from xlstm_kernels.testing import (
 )
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
 from xlstm_kernels.torch.window import banded_attention
-from xlstm_kernels.triton import common
+from xlstm_kernels.triton import mlstm_forward
 from xlstm_kernels.triton import table as triton_table
 from xlstm_kernels.triton.configs import (
     MLSTMConfig,
@@ -131,7 +131,7 @@ def band_of(q: Tensor) -> dict[str, Any]:
 def recorded_launches(kernels: tuple[str, ...]) -> Iterator[list[Callable[[], object]]]:
     """Yield a list that collects the launches of some kernels in this block, to be repeated."""
     # Every kernel is of one class: compiled, or interpreted.
-    cls = type(common.gate_kernel)
+    cls = type(mlstm_forward.chunk_kernel)
     launches: list[Callable[[], object]] = []
     launch = cls.run
 

@@ -36,7 +36,7 @@ FARTHEST = 2**24
 # and new ones for each length. No load is wider for knowing them. Other addresses and strides are
 # specialised: only so are loads of rows of features wide, and those of single numbers that adjoin.
 UNSPECIALISED = (
-    "T", "H", "G", "R", "chunks", "blocks", "span", "window", "sinks", "splits",
+    "T", "H", "G", "R", "heads", "chunks", "blocks", "span", "window", "sinks", "splits",
     "i_ptr", "f_ptr", "gate_ptr", "i_b", "f_b", "gate_b", "m_b",
 )  # fmt: skip
 
@@ -130,17 +130,16 @@ def max_plus(decay_1, max_1, decay_2, max_2):
     return decay_1 + decay_2, tl.maximum(max_1 + decay_2, max_2)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def gate_kernel(
-    i_ptr, f_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, T, H, chunks,
+@triton.jit
+def sum_gates(
+    i_ptr, f_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, bh, c, T, H,
     SEGMENTED: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Sum the forget gates of one chunk. Grid (chunks * B H).
+    """Sum the forget gates of one chunk.
 
     Writes b_t, the sum of log f from the start of the chunk, as sum_high + sum_low; and the largest
     log-weight that a token of the chunk has at t.
     """
-    c, bh = chunk_and_head(chunks)
     t = c * L + tl.arange(0, L)
     inside = t < T
     row = bh * T + t
@@ -191,6 +190,16 @@ def load_centred(ptr, stride, centre_ptr, first, T, d, BT: tl.constexpr):
     # After the end of the row this is -centre and not 0, but every weight there is 0.
     values = load_tile(ptr, stride, first, T, d, BT).to(tl.float32)
     return values - tl.load(centre_ptr + d)[None, :]
+
+
+@triton.jit
+def finite(x):
+    """Put 0 for what is not finite.
+
+    In units of an infinite bound all that is finite would be 0. Below one that is too small it
+    becomes inf, which shows.
+    """
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
@@ -310,7 +319,7 @@ def chunk_log_f(
     sum_high_ptr, sum_low_ptr, runs_ptr, bh, b, c, T, SEGMENTED: tl.constexpr, L: tl.constexpr
 ):  # fmt: skip
     """Compute the sum of log f of chunk c in float64, or LOG_ZERO if a document ends in it."""
-    # A sum over many chunks in float32 would cancel, as in `gate_kernel`.
+    # A sum over many chunks in float32 would cancel, as in `sum_gates`.
     end, passes = last_token(c, T, L), T > 0
     high_end, low_end = tl.load(sum_high_ptr + bh * T + end), tl.load(sum_low_ptr + bh * T + end)
     if SEGMENTED:

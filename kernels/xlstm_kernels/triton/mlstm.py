@@ -113,6 +113,7 @@ def _(
     config = MLSTMConfig.of_numbers(settings)
     sizes = sizes_of(q, v, runs is not None, config)
     v_max = v.new_empty(*v.shape[:2], sizes.chunks, dtype=torch.float32)
+    C0_max = n0.new_empty(n0.shape)
     high, low, largest, den, m = (q.new_empty(row, dtype=torch.float32) for _ in range(5))
     h_centred, h_scale = v.new_empty(0, dtype=kept_dtype(v.dtype)), m.new_empty(0)
     if keep:
@@ -120,7 +121,7 @@ def _(
         h_scale = m.new_empty(B, H, v.shape[3] // config.output.block_v, T)
     C_end, n_end, m_end = (x.new_empty(x.shape) for x in (C0, n0, m0))
     states = States.empty(sizes, q.device, keep_states)
-    kept = centre, v_max, high, low, largest, h_centred, h_scale, den, m, *states
+    kept = centre, v_max, C0_max, high, low, largest, h_centred, h_scale, den, m, *states
     return h, C_end, n_end, m_end, *kept
 
 
@@ -139,8 +140,9 @@ def _(
     queries_and_keys: bool,
     values: bool,
     cut: int = 0,
+    start: bool = True,
 ) -> list[Tensor]:
-    wanted = (*[queries_and_keys] * 2, values, *[queries_and_keys] * 2, True, True)
+    wanted = (*[queries_and_keys] * 2, values, *[queries_and_keys] * 2, start, start)
     found = zip(arguments[:-1], wanted, strict=True)
     return [x.new_empty(x.shape if wants else (0,)) for x, wants in found]
 
@@ -163,7 +165,8 @@ def _gradients(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     parts = (needed[0] or needed[1] or needed[3] or needed[4], needed[2])
     grads = filled(given[:3], ctx.results)
-    found = backward(grads, list(arguments), runs, list(kept), ctx.settings, *parts, ctx.cut)
+    start = needed[5] or needed[6]
+    found = backward(grads, list(arguments), runs, list(kept), ctx.settings, *parts, ctx.cut, start)
     wanted = [grad if needs else None for grad, needs in zip(found, needed, strict=False)]
     return (*wanted, *[None] * 6)  # m0, runs and the settings after them have no gradient
 

@@ -21,6 +21,7 @@ from xlstm_kernels.triton.common import (
     chunk_log_f,
     chunk_tile_and_head,
     entering_stabiliser,
+    finite,
     last_token,
     load_tile,
     read_weights,
@@ -40,15 +41,36 @@ from xlstm_kernels.triton.mlstm_roles import (
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def denominator_kernel(
-    h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr, T, chunks,
-    L: tl.constexpr, BT: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+    h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr,
+    centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr, T, R, chunks, heads,
+    L: tl.constexpr, BT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Compute dh . h and the largest |dh| of each token. Grid (chunks * B H * L / BT).
+    """Compute what the walk back reads of each tile of tokens, and of each head's final state.
 
-    Both (B, H, T). BV: features that have a scale of h in common.
+    Grid (chunks * heads * L / BT + heads), heads = B H.
     """
-    c, a, bh = chunk_tile_and_head(chunks, L // BT)
-    t0 = c * L + a * BT
+    TILES: tl.constexpr = L // BT
+    program, tiles = tl.program_id(0), tl.num_programs(0) - heads
+    if program >= tiles:
+        bh = (program - tiles).to(tl.int64)
+        prepare_end(centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr, bh, R, DK, DV)
+    else:
+        c, bh = unit_chunk_and_head(program // TILES, tiles // TILES, chunks)
+        t0 = c * L + program % TILES * BT
+        sum_denominators(
+            h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr, bh, t0, T, BT, DV, BV
+        )
+
+
+@triton.jit
+def sum_denominators(
+    h_centred_ptr, h_scale_ptr, dh_ptr, dh_h_ptr, dh_max_ptr, bh, t0, T,
+    BT: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Compute dh . h and the largest |dh| of each token of a tile, both (B, H, T).
+
+    BV: features that have a scale of h in common.
+    """
     t = t0 + tl.arange(0, BT)
     dh_h, dh_max = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
     COLUMNS: tl.constexpr = min(32, BV)
@@ -62,6 +84,31 @@ def denominator_kernel(
             dh_max = tl.maximum(dh_max, tl.max(tl.abs(dh), 1))
     tl.store(dh_h_ptr + bh * T + t, dh_h, mask=t < T)
     tl.store(dh_max_ptr + bh * T + t, dh_max, mask=t < T)
+
+
+@triton.jit
+def prepare_end(
+    centre_ptr, dC_end_ptr, dn_end_ptr, dC_end_max_ptr, dn_last_ptr, bh, R,
+    DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of a head's last n and the largest |dC| of each row, both (B H, DK).
+
+    The final C is that of the centred values plus n centreᵀ, so n has a part in it.
+    """
+    ROWS: tl.constexpr = min(32, DK)  # a tile that takes no more registers than the tokens' tiles
+    COLUMNS: tl.constexpr = min(16, DV)
+    centre_ptr += (bh // R) * DV  # value heads of all rows
+    dC_end_ptr += bh * DK * DV
+    for first in range(0, DK, ROWS):
+        dk = first + tl.arange(0, ROWS)
+        dn, most = tl.load(dn_end_ptr + bh * DK + dk), tl.zeros((ROWS,), tl.float32)
+        for d in range(0, DV, COLUMNS):
+            dv = d + tl.arange(0, COLUMNS)
+            dC = tl.load(dC_end_ptr + dk[:, None] * DV + dv[None, :])
+            dn += tl.sum(dC * tl.load(centre_ptr + dv)[None, :], 1)
+            most = tl.maximum(most, tl.max(tl.abs(dC), 1))
+        tl.store(dn_last_ptr + bh * DK + dk, dn)
+        tl.store(dC_end_max_ptr + bh * DK + dk, finite(most))
 
 
 @triton.jit
@@ -157,7 +204,7 @@ def join_ends_back(
 def state_grad_kernel(
     q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr,
-    dC_end_ptr, dC_end_max_ptr, dn_end_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dC0_ptr, dn0_ptr,
+    dC_end_ptr, dC_end_max_ptr, dn_last_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dC0_ptr, dn0_ptr,
     q_b, q_h, q_t, T, H, chunks, span,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     L: tl.constexpr, BT: tl.constexpr,
@@ -176,7 +223,7 @@ def state_grad_kernel(
     tile = dk[:, None] * DV + dv[None, :]
     q_ptr += b * q_b + h * q_h
     dC = tl.load(dC_end_ptr + bh * DK * DV + tile)
-    dn = tl.load(dn_end_ptr + bh * DK + dk)
+    dn = tl.load(dn_last_ptr + bh * DK + dk)
     bound = tl.load(dC_end_max_ptr + bh * DK + dk)
     if end_C_ptr is not None:
         dC, dn, bound = join_ends_back(

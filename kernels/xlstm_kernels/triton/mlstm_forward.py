@@ -1,6 +1,7 @@
 """Forward kernels of the chunkwise mLSTM.
 
-The states come first, chunk after chunk; then the outputs of all chunks at once (docs/kernels.md).
+First, in two launches, what the others need to know of each chunk and of the row's values. Then the
+states, chunk after chunk; then the outputs of all chunks at once (docs/kernels.md).
 Where a walk over whole rows leaves processors idle, super-chunks are walked at once: first for
 what each adds to the state at its end, then from the state at its start.
 The letters and names are those of `triton/common.py`.
@@ -20,6 +21,7 @@ from xlstm_kernels.triton.common import (
     chunk_log_f,
     chunk_tile_and_head,
     dot_state,
+    finite,
     last_token,
     load_centred,
     load_run,
@@ -28,9 +30,117 @@ from xlstm_kernels.triton.common import (
     read_weights,
     run_before,
     scale_below,
+    sum_gates,
     tile_head_and_super_chunk,
+    unit_chunk_and_head,
     write_weights,
 )
+
+
+@triton.jit
+def sum_values(
+    v_ptr, v_parts_ptr, v_t, bg, c, T, chunks, L: tl.constexpr, DV: tl.constexpr
+):  # fmt: skip
+    """Write of each feature of a chunk's values: sum, sum of squares, smallest, largest."""
+    COLUMNS: tl.constexpr = min(32, DV)
+    inside = (c * L + tl.arange(0, L) < T)[:, None]
+    parts = v_parts_ptr + (bg * chunks + c) * 4 * DV
+    for d in range(0, DV, COLUMNS):
+        dv = d + tl.arange(0, COLUMNS)
+        v = load_tile(v_ptr, v_t, c * L, T, dv, L).to(tl.float32)
+        tl.store(parts + dv, tl.sum(v, 0))
+        tl.store(parts + DV + dv, tl.sum(v * v, 0))
+        tl.store(parts + 2 * DV + dv, tl.min(tl.where(inside, v, float("inf")), 0))
+        tl.store(parts + 3 * DV + dv, tl.max(tl.where(inside, v, float("-inf")), 0))
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def chunk_kernel(
+    i_ptr, f_ptr, v_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr, v_parts_ptr,
+    v_b, v_h, v_t, T, H, R, chunks,
+    SEGMENTED: tl.constexpr, L: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Sum the values of a chunk of a value head, or the forget gates of one of a head.
+
+    Grid (chunks * B G * (1 + R)). v_parts (B G, chunks, 4, DV): of `sum_values`.
+    """
+    size = 1 + R
+    c, bg = unit_chunk_and_head(tl.program_id(0) // size, tl.num_programs(0) // size, chunks)
+    role = tl.program_id(0) % size
+    if role == 0:  # the one with the most work comes first
+        G = H // R
+        v_ptr += (bg // G) * v_b + (bg % G) * v_h
+        sum_values(v_ptr, v_parts_ptr, v_t, bg, c, T, chunks, L, DV)
+    else:
+        sum_gates(
+            i_ptr, f_ptr, runs_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
+            bg * R + role - 1, c, T, H, SEGMENTED, L,
+        )  # fmt: skip
+
+
+@triton.jit
+def common_component(
+    parts_ptr, T, chunks, DV: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Compute a vector c near the mean of a head's values: the mean on a coarse grid.
+
+    h(v - c) = h(v) - c, and the gradients do not change. But the gradients cancel v against h:
+    without c, both are small there, and so is their rounding. The step of the grid is a power of 2
+    near the standard deviation. So c is 0 for values without a common component, and v - c is exact
+    in bfloat16, or nearly so.
+    """
+    dv = tl.arange(0, DV)
+    total, squares = tl.zeros((ROWS, DV), tl.float32), tl.zeros((ROWS, DV), tl.float32)
+    for first in range(0, chunks, ROWS):
+        c = first + tl.arange(0, ROWS)
+        part = parts_ptr + c[:, None] * (4 * DV) + dv[None, :]
+        total += tl.load(part, mask=(c < chunks)[:, None], other=0.0)
+        squares += tl.load(part + DV, mask=(c < chunks)[:, None], other=0.0)
+    mean = tl.sum(total, 0) / T
+    variance = tl.maximum(tl.sum(squares, 0) / T - mean * mean, 0.0)
+    spread = tl.maximum(tl.sqrt(variance), tl.abs(mean) / 256)
+    # A float without its fraction: the power of 2 that is not above it.
+    step = (spread.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    # Values too large to be squared give inf, and values that are all 0 give 0: these get c = 0.
+    has_step = (step > 0.0) & (step < float("inf"))
+    step = tl.where(has_step, step, 1.0)
+    return tl.where(has_step, step * tl.floor(mean / step + 0.5), 0.0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def centre_kernel(
+    v_parts_ptr, C0_ptr, n0_ptr, centre_ptr, v_max_ptr, C0_max_ptr, T, H, R, chunks,
+    DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Compute the common component of the values of a head, and the bounds of states. Grid (B H).
+
+    Writes C0_max (B H, DK), which bounds each row of C0 - n0 centreᵀ; and, for the first head of a
+    group, centre (B G, DV) and v_max (B G, chunks), the largest |v - centre| of each chunk. Of each
+    chunk, because what comes later, or is forgotten, must not set a state's scale.
+    """
+    ROWS: tl.constexpr = 16
+    _, _, bh, _ = tile_head_and_super_chunk(1, 1, 1)
+    b, h = bh // H, bh % H
+    bg, dv = b * (H // R) + h // R, tl.arange(0, DV)
+    parts_ptr = v_parts_ptr + bg * chunks * 4 * DV
+    # Each head of the group computes the same: none waits for another.
+    centre = common_component(parts_ptr, T, chunks, DV, ROWS)
+    if h % R == 0:
+        tl.store(centre_ptr + bg * DV + dv, centre)
+        for first in range(0, chunks, ROWS):
+            c = first + tl.arange(0, ROWS)
+            part = parts_ptr + c[:, None] * (4 * DV) + dv[None, :]
+            low = tl.load(part + 2 * DV, mask=(c < chunks)[:, None], other=0.0)
+            high = tl.load(part + 3 * DV, mask=(c < chunks)[:, None], other=0.0)
+            most = tl.max(tl.maximum(high - centre[None, :], centre[None, :] - low), 1)
+            tl.store(v_max_ptr + bg * chunks + c, finite(most), mask=c < chunks)
+    centre_max = tl.max(tl.abs(centre), 0)
+    for d in range(0, DK, ROWS):
+        dk = d + tl.arange(0, ROWS)
+        C0 = tl.load(C0_ptr + (bh * DK + dk[:, None]) * DV + dv[None, :])
+        n0 = tl.load(n0_ptr + bh * DK + dk)
+        C0_max = finite(tl.max(tl.abs(C0), 1)) + tl.abs(n0) * centre_max
+        tl.store(C0_max_ptr + bh * DK + dk, C0_max)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlstm_kernels.triton import common, mlstm_backward, mlstm_forward
+from xlstm_kernels.triton import mlstm_backward, mlstm_forward
 from xlstm_kernels.triton.common import on_device_of, strides
 from xlstm_kernels.triton.configs import Launch, MLSTMConfig
 from xlstm_kernels.triton.mlstm_tensors import (
@@ -23,11 +23,8 @@ from xlstm_kernels.triton.mlstm_tensors import (
     Rows,
     Sizes,
     States,
-    common_component,
     kept_dtype,
-    largest,
     named_ends,
-    row_max,
     sizes_of,
 )
 
@@ -55,29 +52,53 @@ def launch_forward(
     """
     config = MLSTMConfig.of_numbers(settings)
     sizes = sizes_of(q, v, runs is not None, config, cut)
-    centre = common_component(v)
-    inputs = Inputs(q, k, v, centre, largest(v, centre, sizes), C0, n0, m0, runs)
     with on_device_of(q):
-        gates = sum_gates(i, f, runs, sizes)
+        gates, v_parts = run_chunks(i, f, v, runs, sizes)
+        inputs = Inputs(q, k, v, *run_centre(v_parts, C0, n0, sizes), C0, n0, m0, runs)
         states, m, C_end, n_end = run_states(inputs, gates, sizes, config)
         h, h_centred, h_scale, den = run_outputs(inputs, gates, states, m, keep, sizes, config)
     if not keep_states:
         states = States.empty(sizes, q.device, wanted=False)
-    kept = Kept(inputs.centre, inputs.v_max, *gates[2:], h_centred, h_scale, den, m, *states)
+    of_rows = inputs.centre, inputs.v_max, inputs.C0_max
+    kept = Kept(*of_rows, *gates[2:], h_centred, h_scale, den, m, *states)
     return h, C_end, n_end, m[:, :, -1].clone(), *kept
 
 
-def sum_gates(i: Tensor, f: Tensor, runs: Tensor | None, sizes: Sizes) -> Gates:
-    """Sum the forget gates of each chunk; i, f (B, H, T)."""
+def run_chunks(
+    i: Tensor, f: Tensor, v: Tensor, runs: Tensor | None, sizes: Sizes
+) -> tuple[Gates, Tensor]:
+    """Sum the forget gates of each chunk, i, f (B, H, T); and its values, v (B, G, T, Dv).
+
+    Of these returns sum, sum of squares, smallest and largest: (B, G, chunks, 4, Dv).
+    """
+    B, H, G = sizes[:3]
+    v_parts = torch.empty(B, G, sizes.chunks, 4, sizes.Dv, device=v.device)
     sum_high, sum_low, max_log_weight = (
         torch.empty(i.shape, dtype=torch.float32, device=i.device) for _ in range(3)
     )
-    common.gate_kernel[(sizes.chunks * sizes.B * sizes.H,)](
-        i_ptr=i, f_ptr=f, runs_ptr=runs,
+    mlstm_forward.chunk_kernel[(sizes.chunks * B * (G + H),)](
+        i_ptr=i, f_ptr=f, v_ptr=v, runs_ptr=runs,
         sum_high_ptr=sum_high, sum_low_ptr=sum_low, max_log_weight_ptr=max_log_weight,
-        T=sizes.T, H=sizes.H, chunks=sizes.chunks, SEGMENTED=sizes.segmented, L=sizes.chunk,
+        v_parts_ptr=v_parts, **strides(v=v), T=sizes.T, H=H, R=H // G, chunks=sizes.chunks,
+        SEGMENTED=sizes.segmented, L=sizes.chunk, DV=sizes.Dv,
     )  # fmt: skip
-    return Gates(i, f, sum_high, sum_low, max_log_weight)
+    return Gates(i, f, sum_high, sum_low, max_log_weight), v_parts
+
+
+def run_centre(
+    v_parts: Tensor, C0: Tensor, n0: Tensor, sizes: Sizes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `centre`, `v_max` and `C0_max` of `Inputs`; v_parts: of `run_chunks`."""
+    B, H, G = sizes[:3]
+    centre = torch.empty(B, G, sizes.Dv, device=v_parts.device)
+    v_max = torch.empty(B, G, sizes.chunks, device=v_parts.device)
+    C0_max = torch.empty_like(n0)
+    mlstm_forward.centre_kernel[(B * H,)](
+        v_parts_ptr=v_parts, C0_ptr=C0, n0_ptr=n0,
+        centre_ptr=centre, v_max_ptr=v_max, C0_max_ptr=C0_max,
+        T=sizes.T, H=H, R=H // G, chunks=sizes.chunks, DK=sizes.Dk, DV=sizes.Dv,
+    )  # fmt: skip
+    return centre, v_max, C0_max
 
 
 def run_states(
@@ -88,19 +109,15 @@ def run_states(
     Returns what enters each chunk, C of the centred values; m (B, H, T) of every token; and the
     final C and n.
     """
-    B, H, G, T = sizes[:4]
     states = States.empty(sizes, inputs.q.device)
-    m = torch.empty(B, H, T, device=inputs.q.device)
+    m = torch.empty_like(gates.sum_high)
     C_end, n_end = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
-    centre_max = row_max(inputs.centre).repeat_interleave(H // G, 1)[:, :, None]
-    n_part = inputs.n0.abs() * centre_max  # the kernel subtracts n0 centreᵀ from C0
     launch = config.states
     super_chunks = sizes.super_chunks(launch)
     ends, end_m = run_state_ends(inputs, gates, sizes, config) if super_chunks > 1 else (None, None)
     mlstm_forward.state_kernel[(sizes.state_tiles(launch) * super_chunks,)](
         **what_states_read(inputs, gates, sizes, launch), **named_ends(ends), end_m_ptr=end_m,
-        C0_ptr=inputs.C0, C0_max_ptr=row_max(inputs.C0) + n_part,
-        n0_ptr=inputs.n0, m0_ptr=inputs.m0,
+        C0_ptr=inputs.C0, C0_max_ptr=inputs.C0_max, n0_ptr=inputs.n0, m0_ptr=inputs.m0,
         C_ptr=states.C, C_scale_ptr=states.scale, n_ptr=states.n,
         m_ptr=m, C_end_ptr=C_end, n_end_ptr=n_end,
     )  # fmt: skip
@@ -177,69 +194,89 @@ def launch_backward(
     queries_and_keys: bool,
     values: bool,
     cut: int = 0,
+    start: bool = True,
 ) -> list[Tensor]:
     """Return the gradients of q, k, v, i, f, C0 and n0.
 
     grads: those of h and of the final C and n. arguments: q, k, v, i, f, C0, n0, m0. Those of q, k,
-    i and f are empty unless `queries_and_keys`; that of v is empty unless `values`.
+    i and f are empty unless `queries_and_keys`; that of v is empty unless `values`; those of C0 and
+    n0 are empty unless `start`.
     """
     dh, dC_end, dn_end = (x.contiguous() for x in grads)
     q, k, v, i, f, C0, n0, m0 = arguments
     known, config = Kept(*kept), MLSTMConfig.of_numbers(settings)
     sizes = sizes_of(q, v, runs is not None, config, cut)
-    inputs = Inputs(q, k, v, known.centre, known.v_max, C0, n0, m0, runs)
+    inputs = Inputs(q, k, v, *known[:3], C0, n0, m0, runs)
     gates = Gates(i, f, known.sum_high, known.sum_low, known.max_log_weight)
-    centre = known.centre.repeat_interleave(sizes.H // sizes.G, 1)[:, :, None]  # (B, H, 1, Dv)
-    # C_end is the state of the centred values plus n_end centreᵀ, so n_end has a part in it.
-    dn_end = dn_end + (dC_end * centre).sum(-1)
     di, df = i.new_empty(0), f.new_empty(0)
     with on_device_of(dh):
-        dh_h, dh_max = run_denominator_grads(known, dh, sizes)
+        of_ends = dC_end, dn_end
+        dh_h, dh_max, dC_end_max, dn_last = run_denominator_grads(known, dh, of_ends, sizes)
         rows = Rows(dh, known.den, dh_h, dh_max, known.m)
-        ends = dC_end, dn_end
+        ends = dC_end, dC_end_max, dn_last
         state_grads, dC0, dn0 = run_state_grads(inputs, gates, rows, ends, sizes, config)
         parts = queries_and_keys, values
         states = known.states
         if queries_and_keys and states is None:
-            states, _, _, _ = run_states(inputs, gates, sizes, config)
+            states, *_ = run_states(inputs, gates, sizes, config)
         shared = (inputs, gates, rows, states, state_grads)
         (dq, dk, dv), found = run_token_grads(*shared, parts, sizes, config)
         if queries_and_keys:
             di, df = run_gate_grads(inputs, gates, rows.m, found, sizes)
-    return [dq, dk, dv, di, df, dC0, dn0 - (dC0 * centre).sum(-1)]
+    of_states = [dC0.new_empty(0), dn0.new_empty(0)]
+    if start:
+        of_states = of_the_start(known.centre, dC0, dn0)
+    return [dq, dk, dv, di, df, *of_states]
 
 
-def run_denominator_grads(kept: Kept, dh: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def of_the_start(centre: Tensor, dC0: Tensor, dn0: Tensor) -> list[Tensor]:
+    """Return the gradients of C0 and n0, from those of the C of the centred values and of n0."""
+    # That C is C0 - n0 centreᵀ, so n0 has a part in it.
+    by_group = dC0.unflatten(1, (centre.shape[1], -1)) * centre[:, :, None, None]
+    return [dC0, dn0 - by_group.sum(-1).flatten(1, 2)]
+
+
+def run_denominator_grads(
+    kept: Kept, dh: Tensor, ends: tuple[Tensor, Tensor], sizes: Sizes
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dh . h and the largest |dh| of each token, both (B, H, T).
 
-    The gradient of a denominator is -(dh . h) over the denominator.
+    The gradient of a denominator is -(dh . h) over the denominator. ends: gradients of the final C
+    and n. Of them returns, both (B, H, Dk), the largest |dC| of each row, and the gradient of the
+    n that the last chunk leaves beside the C of the centred values.
     """
+    dC_end, dn_end = ends
     dh_h, dh_max = torch.empty_like(kept.den), torch.empty_like(kept.den)
-    mlstm_backward.denominator_kernel[(sizes.token_tiles,)](
+    dC_end_max, dn_last = torch.empty_like(dn_end), torch.empty_like(dn_end)
+    heads = sizes.B * sizes.H
+    mlstm_backward.denominator_kernel[(sizes.token_tiles + heads,)](
         h_centred_ptr=kept.h_centred, h_scale_ptr=kept.h_scale,
         dh_ptr=dh, dh_h_ptr=dh_h, dh_max_ptr=dh_max,
-        T=sizes.T, chunks=sizes.chunks, L=sizes.chunk, BT=sizes.tile,
-        DV=sizes.Dv, BV=sizes.Dv // kept.h_scale.shape[2],
+        centre_ptr=kept.centre, dC_end_ptr=dC_end, dn_end_ptr=dn_end,
+        dC_end_max_ptr=dC_end_max, dn_last_ptr=dn_last,
+        T=sizes.T, R=sizes.H // sizes.G, chunks=sizes.chunks, heads=heads,
+        L=sizes.chunk, BT=sizes.tile, DK=sizes.Dk, DV=sizes.Dv,
+        BV=sizes.Dv // kept.h_scale.shape[2],
     )  # fmt: skip
-    return dh_h, dh_max
+    return dh_h, dh_max, dC_end_max, dn_last
 
 
 def run_state_grads(
     inputs: Inputs,
     gates: Gates,
     rows: Rows,
-    ends: tuple[Tensor, Tensor],
+    ends: tuple[Tensor, Tensor, Tensor],
     sizes: Sizes,
     config: MLSTMConfig,
 ) -> tuple[States, Tensor, Tensor]:
     """Carry the gradient of the state, C of the centred values and n, back over the chunks.
 
-    ends: gradients of the final C and n. Returns those of the C and n that leave each chunk, and
-    of those that enter the first.
+    ends: the gradient of the final C, its bounds, and the gradient of the last n. Returns those of
+    the C and n that leave each chunk, and of those that enter the first.
     """
     grads = States.empty(sizes, inputs.q.device)
     dC0, dn0 = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
-    dC_end, dn_end = ends
+    dC_end, dC_end_max, dn_last = ends
     launch = config.state_grads
     super_chunks = sizes.super_chunks(launch)
     added: Ends | None = None
@@ -257,7 +294,7 @@ def run_state_grads(
         mlstm_backward.state_grad_end_kernel[(others,)](**read, **named_ends(added))
     mlstm_backward.state_grad_kernel[(sizes.state_tiles(launch) * super_chunks,)](
         **read, **named_ends(added),
-        dC_end_ptr=dC_end, dC_end_max_ptr=row_max(dC_end), dn_end_ptr=dn_end,
+        dC_end_ptr=dC_end, dC_end_max_ptr=dC_end_max, dn_last_ptr=dn_last,
         dC_ptr=grads.C, dC_scale_ptr=grads.scale, dn_ptr=grads.n, dC0_ptr=dC0, dn0_ptr=dn0,
     )  # fmt: skip
     return grads, dC0, dn0

@@ -18,7 +18,7 @@ from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch, super
 Results = tuple[
     Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor,
 ]  # fmt: skip
 
 
@@ -26,8 +26,9 @@ class Inputs(NamedTuple):
     """What both passes read of the arguments.
 
     centre (B, G, Dv): the common component, subtracted from v (B, G, T, Dv). v_max (B, G, chunks):
-    the largest of what is left, without its sign. C0, n0, m0: the initial state. runs (B, T): the
-    documents of each row, numbered; None for one document a row.
+    the largest of what is left, without its sign. C0_max (B, H, Dk): bound of the rows of the
+    initial C, of the centred values. C0, n0, m0: the initial state. runs (B, T): the documents of
+    each row, numbered; None for one document a row.
     """
 
     q: Tensor
@@ -35,6 +36,7 @@ class Inputs(NamedTuple):
     v: Tensor
     centre: Tensor
     v_max: Tensor
+    C0_max: Tensor
     C0: Tensor
     n0: Tensor
     m0: Tensor
@@ -149,6 +151,7 @@ class Kept(NamedTuple):
 
     centre: Tensor
     v_max: Tensor
+    C0_max: Tensor
     sum_high: Tensor
     sum_low: Tensor
     max_log_weight: Tensor
@@ -238,47 +241,3 @@ def sizes_of(q: Tensor, v: Tensor, segmented: bool, config: MLSTMConfig, cut: in
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     chunks, formats = -(-T // chunk), dot_format(q.dtype)
     return Sizes(B, H, G, T, Dk, Dv, chunks, chunk, tile, segmented, *formats, cut, processors)
-
-
-@torch.no_grad()
-def common_component(v: Tensor) -> Tensor:
-    """Return a vector c near the mean of each head's values: the mean on a coarse grid.
-
-    v (B, G, T, Dv) -> (B, G, Dv) in float32. h(v - c) = h(v) - c, and the gradients do not change.
-    But the gradients cancel v against h: without c, both are small there, and so is their rounding.
-    The step of the grid is a power of 2 near the standard deviation. So c is 0 for values without a
-    common component, and v - c is exact in bfloat16, or nearly so.
-    """
-    mean = v.mean(2, dtype=torch.float32)
-    squares = torch.linalg.vector_norm(v, dim=2, dtype=torch.float32).square() / v.shape[2]
-    spread = (squares - mean.square()).clamp(min=0.0).sqrt().maximum(mean.abs() / 256)
-    step = torch.exp2(spread.log2().floor())
-    # Values too large to be squared, and values that are all 0, give inf or nan: they get c = 0.
-    return torch.nan_to_num(step * (mean / step).round(), nan=0.0, posinf=0.0, neginf=0.0)
-
-
-@torch.no_grad()
-def largest(v: Tensor, centre: Tensor, sizes: Sizes) -> Tensor:
-    """Return the largest |v - centre| of each chunk: v (B, G, T, Dv) -> (B, G, chunks), float32.
-
-    Of each chunk, because what comes later, or is forgotten, must not set a state's scale.
-    """
-    whole = sizes.T // sizes.chunk * sizes.chunk
-    parts = [v[:, :, :whole].unflatten(2, (-1, sizes.chunk)), v[:, :, None, whole:]]
-    ends = [torch.aminmax(part, dim=3) for part in parts if part.numel()]
-    low, high = (torch.cat(x, 2).float() - centre[:, :, None] for x in zip(*ends, strict=True))
-    return finite(torch.maximum(high, -low).amax(-1))
-
-
-def row_max(x: Tensor) -> Tensor:
-    """Return the largest absolute value along the last dimension, 0 if it is not finite."""
-    return finite(torch.linalg.vector_norm(x, float("inf"), dim=-1))
-
-
-def finite(bounds: Tensor) -> Tensor:
-    """Put 0 for what is not finite.
-
-    In units of an infinite bound all that is finite would be 0. Below one that is too small it
-    becomes inf, which shows.
-    """
-    return torch.nan_to_num(bounds, nan=0.0, posinf=0.0)

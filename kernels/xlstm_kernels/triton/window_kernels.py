@@ -355,7 +355,9 @@ def key_value_grad_kernel(
     dv = tl.zeros((L, D), tl.float32)
     # Queries come Q at a time. The interior: those after block j whose window holds all its keys.
     units = L // Q
-    end = tl.minimum((j * L + L + window - 2) // Q + 1, (T + Q - 1) // Q)
+    # All queries of a last block see j's sinks, past its window too: j is in the block's band, so
+    # that `sink_part_kernel` leaves its sinks to this one.
+    end = tl.minimum(((j * L + L + window - 2) // L + 1) * units, (T + Q - 1) // Q)
     diagonal = tl.minimum(j * units + units, end)
     interior = tl.minimum(tl.maximum(j * L + window, 0) // Q, end)
     inner = tl.maximum(interior - diagonal, 0)

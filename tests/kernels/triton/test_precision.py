@@ -22,11 +22,18 @@ from xlstm_kernels.testing import (
 )
 from xlstm_kernels.torch.chunkwise import mlstm_chunkwise
 from xlstm_kernels.torch.window import banded_attention
-from xlstm_kernels.triton.configs import Launch, MLSTMConfig, TokenLaunch, WindowConfig
+from xlstm_kernels.triton.configs import (
+    Launch,
+    MLSTMConfig,
+    TokenLaunch,
+    WindowConfig,
+    mlstm_config,
+)
 
 pytest.importorskip("triton")
 from xlstm_kernels.triton.mlstm import mlstm_triton
-from xlstm_kernels.triton.mlstm_tensors import common_component
+from xlstm_kernels.triton.mlstm_passes import run_centre, run_chunks
+from xlstm_kernels.triton.mlstm_tensors import sizes_of
 from xlstm_kernels.triton.window import window_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned", "gpu_arithmetic")
@@ -199,6 +206,15 @@ def test_no_product_cuts_its_operands_to_tf32(device: str, gpu_arithmetic: set[s
     for dtype in (torch.float16, torch.float32):
         mlstm_errors(cast(random_inputs(1, 1, 40, 32, seed=3), dtype, device))
     assert gpu_arithmetic <= {"tf32x3"}
+
+
+def common_component(v: Tensor) -> Tensor:
+    """What the kernels subtract: v (B, G, T, Dv) -> (B, G, Dv)."""
+    gates = torch.zeros(v.shape[:3], device=v.device)
+    sizes = sizes_of(v, v, False, mlstm_config(v.dtype, v.shape[3], v.shape[3]))
+    _, parts = run_chunks(gates, gates, v.detach(), None, sizes)
+    start = MLSTMState.zeros(*v.shape[:2], v.shape[3], v.shape[3], device=v.device)
+    return run_centre(parts, start.C, start.n, sizes)[0]
 
 
 def test_values_without_a_common_component_are_left_as_they_are() -> None:

@@ -20,7 +20,8 @@ triton = pytest.importorskip("triton")
 RECORDED = json.loads((Path(__file__).parent / "limits.json").read_text())
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that a program can have
 NEVER_SPILL = {
-    "gate_kernel",
+    "chunk_kernel",
+    "centre_kernel",
     "state_kernel",
     "state_kernel:joined",
     "state_end_kernel",

@@ -196,14 +196,18 @@ OF_TABLE = {blocks_of(WindowConfig(*settings)) for settings in WINDOW.values()}
 OTHERS = sorted(blocks_of_the_tuner() - OF_TABLE)
 
 
+# The shorter window ends within the first of the queries that are taken at a time.
+@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize(
     ("block", "queries"),
     [*sorted(OF_TABLE), *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)],
 )
-def test_the_window_is_right_with_all_blocks(device: str, block: int, queries: int) -> None:
+def test_the_window_is_right_with_all_blocks(
+    device: str, block: int, queries: int, short: bool
+) -> None:
     # Four blocks, of which the last ends early: band, interior, edge, and sinks before the band. A
     # document begins in the first block, and one in the last.
-    tokens, window = 3 * block + 5, 2 * block + 1
+    tokens, window = 3 * block + 5, block + queries // 2 if short else 2 * block + 1
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     ids[:, 5:] = 1
     ids[:, 3 * block + 2 :] = 2

@@ -2,7 +2,8 @@
 
 `limits.json` holds the counts: a change that moves more fails. There are two. In one each program's
 loads and stores count, whatever the caches save. In the other each address counts once in a launch,
-as if the caches held all that its programs share.
+as if the caches held all that its programs share. What torch runs around the
+launches is counted too.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xlstm_kernels import MLSTMState, Ring, hybrid_step, mlstm, sliding_window_attention
-from xlstm_kernels.testing import random_inputs
+from xlstm_kernels.testing import random_inputs, random_state
 
 pytest.importorskip("triton")
 from xlstm_kernels.triton import (
     common,
     mlstm_backward,
     mlstm_forward,
+    mlstm_passes,
     step_kernels,
     window_kernels,
     window_sinks,
@@ -39,7 +42,7 @@ LIMITS = json.loads((Path(__file__).parent / "limits.json").read_text())["traffi
 HEADS, GROUPS, TOKENS, DIM = 4, 1, 128, 128
 # As many bytes as there are tokens and heads in the first case, in two chunks of a row.
 MLSTM_HEADS, MLSTM_TOKENS = 2, 256
-FORWARD = ["gate_kernel", "state_end_kernel", "state_kernel", "output_kernel"]
+FORWARD = ["chunk_kernel", "centre_kernel", "state_end_kernel", "state_kernel", "output_kernel"]
 MODULES = (common, mlstm_forward, mlstm_backward, step_kernels, window_kernels, window_sinks)
 
 
@@ -143,6 +146,71 @@ def test_bytes_and_launches_stay_within_the_recorded_limits(
             for name, part in zip(("forward", "backward"), once, strict=True)
         }
         assert features == limits["once"]
+
+
+PASSES = {"mlstm_triton": "launch_forward", "mlstm_triton_backward": "launch_backward"}
+
+
+class TorchCounter(TorchDispatchMode):
+    """Torch's operators that run something, inside of our registered ones too, and their bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: dict[str, int] = collections.Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        room, name = function._schema.name.split("::")
+        if room == "xlstm_kernels":
+            with self:
+                return getattr(mlstm_passes, PASSES[name])(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        alias = function._schema.returns[0].alias_info
+        is_view = alias is not None and not alias.is_write
+        results = result if isinstance(result, tuple | list) else (result,)
+        written = [x for x in results if isinstance(x, Tensor)]
+        if written and not is_view and "empty" not in name:
+            self.operators[name] += 1
+            tensors = [x for x in args if isinstance(x, Tensor)] + written
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return result
+
+
+class NotStarted:
+    """A kernel that does nothing: what torch runs does not depend on it."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda **arguments: None
+
+
+@pytest.mark.parametrize("case", ["one document", "documents", "a trained state"])
+def test_torch_runs_no_more_around_the_launches_than_recorded(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (mlstm_forward, mlstm_backward):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, NotStarted())
+    heads, tokens = 4, 1024
+    x = {n: t.detach() for n, t in random_inputs(1, heads, tokens, DIM, G=2).items()}
+    wanted = {n: t if n in "if" else t.bfloat16() for n, t in x.items()}
+    ids = torch.arange(tokens)[None] // 300 if case == "documents" else None
+    start = {n: t.detach() for n, t in random_state(1, heads, DIM, DIM).items()}
+    state = None
+    if case == "a trained state":
+        wanted |= {name: start[name] for name in "Cn"}
+        state = MLSTMState(**start)
+    leaves = [t.requires_grad_() for t in wanted.values()]
+    sequence = {name: wanted[name] for name in "qkvif"}
+    with TorchCounter() as forward:
+        h = mlstm(**sequence, segment_ids=ids, state=state, backend="triton")
+    grad = torch.ones_like(h)
+    with TorchCounter() as backward:
+        torch.autograd.grad(h, leaves, grad)
+    found = {"forward": dict(forward.operators), "backward": dict(backward.operators)}
+    found["bytes"] = {"forward": forward.bytes, "backward": backward.bytes}
+    assert found == LIMITS["torch around the mlstm"][case]
 
 
 def test_a_decoding_step_reads_each_ring_once_by_many_programs(
