@@ -223,9 +223,9 @@ def run_hybrid_steps(
         outputs.append(hybrid_step(**token_of(x, t), state=state, **given))
         ring.lengths.fill_(t + 1)
     # A student without the mLSTM decodes by the same kernel without its memory, another binary.
-    last = [tensor for name, tensor in token_of(x, 0).items() if name in ("q", "k", "v")]
+    last = token_of({name: x[name] for name in "qkv"}, 0)
     slots = RingSlots.of(ring.lengths.clone(), STEPS - 1, 1, k.dtype)
-    attended = window_step(*last, ring, slots=slots, **settings)
+    attended = window_step(**last, ring=ring, slots=slots, **settings)
     return {"h": torch.stack(outputs), "C": state.C, "n": state.n, "attended": attended}
 
 
