@@ -105,10 +105,10 @@ def chunk_tile_and_head(chunks, TILES: tl.constexpr):
 
 
 @triton.jit
-def tile_head_and_super_chunk(tiles_k, tiles_v, super_chunks):
+def tile_head_and_super_chunk(program, tiles_k, tiles_v, super_chunks):
     """Return the tile (of keys, of values) of the state, the head and the super-chunk."""
-    tile = tl.program_id(0) % (tiles_k * tiles_v)
-    unit = tl.program_id(0) // (tiles_k * tiles_v)
+    tile = program % (tiles_k * tiles_v)
+    unit = program // (tiles_k * tiles_v)
     head = (unit // super_chunks).to(tl.int64)
     return tile % tiles_k, tile // tiles_k, head, unit % super_chunks
 

@@ -29,6 +29,7 @@ from xlstm_kernels.triton.common import (
     tile_head_and_super_chunk,
     unit_chunk_and_head,
 )
+from xlstm_kernels.triton.mlstm_forward import walk
 from xlstm_kernels.triton.mlstm_roles import (
     inverse_denominators,
     key_role,
@@ -155,7 +156,7 @@ def state_grad_end_kernel(
     Grid (B H * (super-chunks - 1) * DV / BV * DK / BK): all super-chunks but the first.
     """
     others = tl.cdiv(chunks, span) - 1
-    tile_k, tile_v, bh, u = tile_head_and_super_chunk(DK // BK, DV // BV, others)
+    tile_k, tile_v, bh, u = tile_head_and_super_chunk(tl.program_id(0), DK // BK, DV // BV, others)
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     q_ptr += b * q_b + h * q_h
@@ -200,8 +201,9 @@ def join_ends_back(
     return dC, dn, bound
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def state_grad_kernel(
+@triton.jit
+def walk_back(
+    program,
     q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr,
     dC_end_ptr, dC_end_max_ptr, dn_last_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dC0_ptr, dn0_ptr,
@@ -212,12 +214,12 @@ def state_grad_kernel(
 ):  # fmt: skip
     """Carry one tile of the memory's gradient back over the chunks of a super-chunk.
 
-    Grid (B H * super-chunks * DV / BV * DK / BK). Stores the gradient of the state that leaves each
-    chunk, dC in units of dC_scale as `state_kernel` keeps C; and of the state that enters the first
-    one. The pointers of the ends of super-chunks are None if one is a whole row.
+    Stores the gradient of the state that leaves each chunk, dC in units of dC_scale as
+    `mlstm_forward.walk` keeps C; and of the state that enters the first one. The pointers of the
+    ends of super-chunks are None if one is a whole row.
     """
     super_chunks = tl.cdiv(chunks, span)
-    tile_k, tile_v, bh, u = tile_head_and_super_chunk(DK // BK, DV // BV, super_chunks)
+    tile_k, tile_v, bh, u = tile_head_and_super_chunk(program, DK // BK, DV // BV, super_chunks)
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
@@ -248,6 +250,55 @@ def state_grad_kernel(
         tl.store(dC0_ptr + bh * DK * DV + tile, dC)
         if tile_v == 0:
             tl.store(dn0_ptr + bh * DK + dk, dn)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def state_grad_kernel(
+    q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr,
+    runs_ptr, end_dC_ptr, end_dn_ptr, end_dbound_ptr, end_dlog_f_ptr,
+    dC_end_ptr, dC_end_max_ptr, dn_last_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dC0_ptr, dn0_ptr,
+    k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, max_log_weight_ptr,
+    end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
+    C0_ptr, C0_max_ptr, n0_ptr, C_ptr, C_scale_ptr, n_ptr,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks, span,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Carry the memory's gradient back over the chunks; and the memory over them once more.
+
+    Grid (B H * super-chunks * DV / BV * DK / BK), twice that for both: `walk_back`, then
+    `mlstm_forward.walk`. Neither waits for the other. C_ptr is None where the forward pass kept the
+    states, or nothing reads them.
+    """
+    program = tl.program_id(0)
+    if C_ptr is None:
+        walk_back(
+            program, q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr,
+            m_ptr, m0_ptr, runs_ptr, end_dC_ptr, end_dn_ptr, end_dbound_ptr, end_dlog_f_ptr,
+            dC_end_ptr, dC_end_max_ptr, dn_last_ptr, dC_ptr, dC_scale_ptr, dn_ptr, dC0_ptr, dn0_ptr,
+            q_b, q_h, q_t, T, H, chunks, span,
+            SEGMENTED, PRECISION, DOT, L, BT, DK, DV, BK, BV,
+        )  # fmt: skip
+    else:
+        walks = tl.num_programs(0) // 2
+        if program < walks:
+            walk_back(
+                program, q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr,
+                m_ptr, m0_ptr, runs_ptr, end_dC_ptr, end_dn_ptr, end_dbound_ptr, end_dlog_f_ptr,
+                dC_end_ptr, dC_end_max_ptr, dn_last_ptr, dC_ptr, dC_scale_ptr, dn_ptr,
+                dC0_ptr, dn0_ptr, q_b, q_h, q_t, T, H, chunks, span,
+                SEGMENTED, PRECISION, DOT, L, BT, DK, DV, BK, BV,
+            )  # fmt: skip
+        else:
+            walk(
+                program - walks, k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr,
+                sum_high_ptr, sum_low_ptr, max_log_weight_ptr, runs_ptr,
+                end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
+                C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, None, None, None,
+                k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks, span,
+                SEGMENTED, PRECISION, DOT, L, BT, DK, DV, BK, BV,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

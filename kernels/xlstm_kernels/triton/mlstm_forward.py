@@ -119,7 +119,7 @@ def centre_kernel(
     chunk, because what comes later, or is forgotten, must not set a state's scale.
     """
     ROWS: tl.constexpr = 16
-    _, _, bh, _ = tile_head_and_super_chunk(1, 1, 1)
+    _, _, bh, _ = tile_head_and_super_chunk(tl.program_id(0), 1, 1, 1)
     b, h = bh // H, bh % H
     bg, dv = b * (H // R) + h // R, tl.arange(0, DV)
     parts_ptr = v_parts_ptr + bg * chunks * 4 * DV
@@ -202,7 +202,7 @@ def state_end_kernel(
     from nothing, so that end_m is the stabiliser of its own tokens. end_log_f: its sum of log f.
     """
     others = tl.cdiv(chunks, span) - 1
-    tile_k, tile_v, bh, u = tile_head_and_super_chunk(DK // BK, DV // BV, others)
+    tile_k, tile_v, bh, u = tile_head_and_super_chunk(tl.program_id(0), DK // BK, DV // BV, others)
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     k_ptr += b * k_b + h * k_h
@@ -261,8 +261,9 @@ def join_ends(
     return C, n, bound, m
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def state_kernel(
+@triton.jit
+def walk(
+    program,
     k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
     runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
     C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr, C_end_ptr, n_end_ptr,
@@ -273,13 +274,14 @@ def state_kernel(
 ):  # fmt: skip
     """Carry one (BK, BV) tile of the memory C over the chunks of a super-chunk.
 
-    Grid (B H * super-chunks * DV / BV * DK / BK). Stores the state as it enters each chunk and as
-    it leaves the last one. C is kept in units of C_scale (B H, chunks, Dk), in which float16 holds
-    it. The first program of a head and super-chunk also writes the stabiliser m (B, H, T) of every
-    token. The pointers of the ends of super-chunks are None if one is a whole row.
+    Stores the state as it enters each chunk and as it leaves the last one. C is kept in units of
+    C_scale (B H, chunks, Dk), in which float16 holds it. The first program of a head and
+    super-chunk also writes the stabiliser m (B, H, T) of every token. The pointers of the ends of
+    super-chunks are None if one is a whole row; those of m and of what leaves the last chunk, where
+    these are known.
     """
     super_chunks = tl.cdiv(chunks, span)
-    tile_k, tile_v, bh, u = tile_head_and_super_chunk(DK // BK, DV // BV, super_chunks)
+    tile_k, tile_v, bh, u = tile_head_and_super_chunk(program, DK // BK, DV // BV, super_chunks)
     b, h = bh // H, bh % H
     dk, dv = tile_k * BK + tl.arange(0, BK), tile_v * BV + tl.arange(0, BV)
     tile = dk[:, None] * DV + dv[None, :]
@@ -318,17 +320,18 @@ def state_kernel(
         if end_C_ptr is not None:
             # The next super-chunk starts from this m, of which m_end is another rounding.
             m_end = tl.where((step == span - 1) & (c < chunks - 1), m_border, m_end)
-        if (tile_k == 0) & (tile_v == 0):
-            t = c * L + tl.arange(0, L)
-            row, reads = bh * T + t, t < T
-            if SEGMENTED:
-                reads = load_run(runs_ptr, b, t, T) == run_before(runs_ptr, b, c, T, L)
-            max_log_weight = tl.load(max_log_weight_ptr + row, mask=t < T, other=LOG_ZERO)
-            sum_high = tl.load(sum_high_ptr + row, mask=t < T, other=0.0)
-            m_t = tl.maximum(max_log_weight, tl.where(reads, sum_high + m, LOG_ZERO))
-            if end_C_ptr is not None:
-                m_t = tl.where(t == last_token(c, T, L), m_end, m_t)
-            tl.store(m_ptr + row, m_t, mask=t < T)
+        if m_ptr is not None:  # noqa: SIM102 - decided when it is compiled
+            if (tile_k == 0) & (tile_v == 0):
+                t = c * L + tl.arange(0, L)
+                row, reads = bh * T + t, t < T
+                if SEGMENTED:
+                    reads = load_run(runs_ptr, b, t, T) == run_before(runs_ptr, b, c, T, L)
+                max_log_weight = tl.load(max_log_weight_ptr + row, mask=t < T, other=LOG_ZERO)
+                sum_high = tl.load(sum_high_ptr + row, mask=t < T, other=0.0)
+                m_t = tl.maximum(max_log_weight, tl.where(reads, sum_high + m, LOG_ZERO))
+                if end_C_ptr is not None:
+                    m_t = tl.where(t == last_token(c, T, L), m_end, m_t)
+                tl.store(m_ptr + row, m_t, mask=t < T)
         C, n, bound = carry(
             C, n, bound, m, m_end, k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr,
             sum_high_ptr, sum_low_ptr, runs_ptr, k_t, v_t, bh, b, c, dk, dv, T,
@@ -337,10 +340,31 @@ def state_kernel(
         m = m_end
     # Inside the loop C is that of the centred values; C + n centreᵀ is that of the values
     # themselves.
-    if u == super_chunks - 1:
-        tl.store(C_end_ptr + bh * DK * DV + tile, C + n[:, None] * centre[None, :])
-        if tile_v == 0:
-            tl.store(n_end_ptr + bh * DK + dk, n)
+    if C_end_ptr is not None:  # noqa: SIM102 - as above
+        if u == super_chunks - 1:
+            tl.store(C_end_ptr + bh * DK * DV + tile, C + n[:, None] * centre[None, :])
+            if tile_v == 0:
+                tl.store(n_end_ptr + bh * DK + dk, n)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def state_kernel(
+    k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr, max_log_weight_ptr,
+    runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
+    C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr, C_end_ptr, n_end_ptr,
+    k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks, span,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Carry the memory over the chunks: `walk`. Grid (B H * super-chunks * DV / BV * DK / BK)."""
+    walk(
+        tl.program_id(0), k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr, sum_high_ptr, sum_low_ptr,
+        max_log_weight_ptr, runs_ptr, end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
+        C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, m_ptr, C_end_ptr, n_end_ptr,
+        k_b, k_h, k_t, v_b, v_h, v_t, T, H, R, chunks, span,
+        SEGMENTED, PRECISION, DOT, L, BT, DK, DV, BK, BV,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -114,7 +114,7 @@ def run_states(
     C_end, n_end = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
     launch = config.states
     super_chunks = sizes.super_chunks(launch)
-    ends, end_m = run_state_ends(inputs, gates, sizes, config) if super_chunks > 1 else (None, None)
+    ends, end_m = run_state_ends(inputs, gates, sizes, launch) if super_chunks > 1 else (None, None)
     mlstm_forward.state_kernel[(sizes.state_tiles(launch) * super_chunks,)](
         **what_states_read(inputs, gates, sizes, launch), **named_ends(ends), end_m_ptr=end_m,
         C0_ptr=inputs.C0, C0_max_ptr=inputs.C0_max, n0_ptr=inputs.n0, m0_ptr=inputs.m0,
@@ -125,10 +125,9 @@ def run_states(
 
 
 def run_state_ends(
-    inputs: Inputs, gates: Gates, sizes: Sizes, config: MLSTMConfig
+    inputs: Inputs, gates: Gates, sizes: Sizes, launch: Launch
 ) -> tuple[Ends, Tensor]:
     """Compute what each super-chunk adds to the state, and the stabiliser of each."""
-    launch = config.states
     ends = Ends.empty(sizes, launch, inputs.q.device)
     end_m = torch.empty(ends.log_f.shape, device=inputs.q.device)
     others = sizes.super_chunks(launch) - 1
@@ -214,11 +213,12 @@ def launch_backward(
         dh_h, dh_max, dC_end_max, dn_last = run_denominator_grads(known, dh, of_ends, sizes)
         rows = Rows(dh, known.den, dh_h, dh_max, known.m)
         ends = dC_end, dC_end_max, dn_last
-        state_grads, dC0, dn0 = run_state_grads(inputs, gates, rows, ends, sizes, config)
-        parts = queries_and_keys, values
         states = known.states
-        if queries_and_keys and states is None:
-            states, *_ = run_states(inputs, gates, sizes, config)
+        again = queries_and_keys and states is None
+        state_grads, dC0, dn0, found_states = run_state_grads(
+            inputs, gates, rows, ends, again, sizes, config
+        )
+        states, parts = states or found_states, (queries_and_keys, values)
         shared = (inputs, gates, rows, states, state_grads)
         (dq, dk, dv), found = run_token_grads(*shared, parts, sizes, config)
         if queries_and_keys:
@@ -266,13 +266,15 @@ def run_state_grads(
     gates: Gates,
     rows: Rows,
     ends: tuple[Tensor, Tensor, Tensor],
+    again: bool,
     sizes: Sizes,
     config: MLSTMConfig,
-) -> tuple[States, Tensor, Tensor]:
+) -> tuple[States, Tensor, Tensor, States | None]:
     """Carry the gradient of the state, C of the centred values and n, back over the chunks.
 
-    ends: the gradient of the final C, its bounds, and the gradient of the last n. Returns those of
-    the C and n that leave each chunk, and of those that enter the first.
+    ends: the gradient of the final C, its bounds, and the gradient of the last n. again: whether to
+    compute the states once more, in the same launch. Returns the gradients of the C and n that
+    leave each chunk, of those that enter the first, and the states.
     """
     grads = States.empty(sizes, inputs.q.device)
     dC0, dn0 = torch.empty_like(inputs.C0), torch.empty_like(inputs.n0)
@@ -292,12 +294,20 @@ def run_state_grads(
         added = Ends.empty(sizes, launch, inputs.q.device)
         others = sizes.state_tiles(launch) * (super_chunks - 1)
         mlstm_backward.state_grad_end_kernel[(others,)](**read, **named_ends(added))
-    mlstm_backward.state_grad_kernel[(sizes.state_tiles(launch) * super_chunks,)](
-        **read, **named_ends(added),
+    states, state_ends, end_m = None, None, None
+    if again:
+        states = States.empty(sizes, inputs.q.device)
+        if super_chunks > 1:
+            state_ends, end_m = run_state_ends(inputs, gates, sizes, launch)
+    of_states = what_states_read(inputs, gates, sizes, launch) | named_states(states, "")
+    walks = sizes.state_tiles(launch) * super_chunks
+    mlstm_backward.state_grad_kernel[(walks * (2 if again else 1),)](
+        **(of_states | read), **named_ends(added, "d"), **named_ends(state_ends), end_m_ptr=end_m,
+        C0_ptr=inputs.C0, C0_max_ptr=inputs.C0_max, n0_ptr=inputs.n0,
         dC_end_ptr=dC_end, dC_end_max_ptr=dC_end_max, dn_last_ptr=dn_last,
-        dC_ptr=grads.C, dC_scale_ptr=grads.scale, dn_ptr=grads.n, dC0_ptr=dC0, dn0_ptr=dn0,
+        **named_states(grads, "d"), dC0_ptr=dC0, dn0_ptr=dn0,
     )  # fmt: skip
-    return grads, dC0, dn0
+    return grads, dC0, dn0, states
 
 
 def run_token_grads(

@@ -111,9 +111,9 @@ class Ends(NamedTuple):
         return cls(C, n, bound, torch.empty(shape, dtype=torch.float64, device=device))
 
 
-def named_ends(ends: Ends | None) -> dict[str, Tensor | None]:
+def named_ends(ends: Ends | None, prefix: str = "") -> dict[str, Tensor | None]:
     """Name them as kernels do: end_C_ptr, end_n_ptr, end_bound_ptr and end_log_f_ptr."""
-    return {f"end_{name}_ptr": getattr(ends, name, None) for name in Ends._fields}
+    return {f"end_{prefix}{name}_ptr": getattr(ends, name, None) for name in Ends._fields}
 
 
 class GateParts(NamedTuple):
