@@ -267,9 +267,9 @@ def state_grad_kernel(
 ):  # fmt: skip
     """Carry the memory's gradient back over the chunks; and the memory over them once more.
 
-    Grid (B H * super-chunks * DV / BV * DK / BK), twice that for both: `walk_back`, then
-    `mlstm_forward.walk`. Neither waits for the other. C_ptr is None where the forward pass kept the
-    states, or nothing reads them.
+    Grid (B H * super-chunks * DV / BV * DK / BK); twice that for both, `walk_back` and
+    `mlstm_forward.walk` in turns. Neither waits for the other. C_ptr is None where the forward pass
+    kept the states, or nothing reads them.
     """
     program = tl.program_id(0)
     if C_ptr is None:
@@ -281,18 +281,18 @@ def state_grad_kernel(
             SEGMENTED, PRECISION, DOT, L, BT, DK, DV, BK, BV,
         )  # fmt: skip
     else:
-        walks = tl.num_programs(0) // 2
-        if program < walks:
+        if program % 2 == 0:
             walk_back(
-                program, q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr, sum_high_ptr, sum_low_ptr,
-                m_ptr, m0_ptr, runs_ptr, end_dC_ptr, end_dn_ptr, end_dbound_ptr, end_dlog_f_ptr,
+                program // 2, q_ptr, dh_ptr, den_ptr, dh_h_ptr, dh_max_ptr,
+                sum_high_ptr, sum_low_ptr, m_ptr, m0_ptr, runs_ptr,
+                end_dC_ptr, end_dn_ptr, end_dbound_ptr, end_dlog_f_ptr,
                 dC_end_ptr, dC_end_max_ptr, dn_last_ptr, dC_ptr, dC_scale_ptr, dn_ptr,
                 dC0_ptr, dn0_ptr, q_b, q_h, q_t, T, H, chunks, span,
                 SEGMENTED, PRECISION, DOT, L, BT, DK, DV, BK, BV,
             )  # fmt: skip
         else:
             walk(
-                program - walks, k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr,
+                program // 2, k_ptr, v_ptr, centre_ptr, v_max_ptr, i_ptr,
                 sum_high_ptr, sum_low_ptr, max_log_weight_ptr, runs_ptr,
                 end_C_ptr, end_n_ptr, end_bound_ptr, end_log_f_ptr, end_m_ptr,
                 C0_ptr, C0_max_ptr, n0_ptr, m0_ptr, C_ptr, C_scale_ptr, n_ptr, None, None, None,
